@@ -1,6 +1,6 @@
-"""tests: job types that misbehave as their parameters say: `misbehaving` in a job process, `misbehaving-inline` inline.
+"""Job types that misbehave on request: `misbehaving` in a job process and `misbehaving-inline` inline.
 
-Both run the same functions. `{"do": "exit"}` runs the function `exit_`, and so on.
+Both run the same functions. The parameter `{"action": "exit at once"}` runs the function `exit_at_once`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class MisbehavingProcessor:
         pass
 
     async def run(self, job: JobContext) -> Results:
-        result: Results = await ACTIONS[job.parameters.do](job)
+        result: Results = await ACTIONS[job.parameters.action](job)
         return result
 
 
@@ -73,7 +73,7 @@ class InlineMisbehavingProcessor(MisbehavingProcessor):
 
 
 def write_marker_file(job: JobContext, text: object) -> None:
-    """Write the file that the job's parameters name, at once as a whole."""
+    """Atomically write the file that the job's parameters name."""
     new = job.parameters.file.with_suffix(".new")
     new.write_text(str(text))
     new.rename(job.parameters.file)
@@ -105,7 +105,7 @@ def add_raising_action(name: str, error: Callable[[], BaseException]) -> None:
     ACTIONS[name] = run
 
 
-def odd_error(**attributes: Any) -> ProcessorError:
+def make_odd_error(**attributes: Any) -> ProcessorError:
     error = ProcessorError("ODD", "an odd error")
     vars(error).update(attributes)
     return error
@@ -119,14 +119,16 @@ add_raising_action("raise BaseException", lambda: CustomBaseException("own"))
 add_raising_action("raise StopIteration", StopIteration)
 add_raising_action("raise StopAsyncIteration", StopAsyncIteration)
 add_raising_action("raise MemoryError", MemoryError)
-add_raising_action("raise speechless", UnprintableError)
+add_raising_action("raise unprintable", UnprintableError)
 add_raising_action("raise surrogate", lambda: ValueError("half \ud800 of a pair"))
 add_raising_action("raise long", lambda: ValueError("x" * 20_000_000))
 add_raising_action("raise without attributes", UninitializedError)
-add_raising_action("raise odd code", lambda: odd_error(code=None, message=b"bytes"))
-add_raising_action("raise odd details", lambda: odd_error(details={"when": {1}, "fine": 1, 2: 3, "nan": float("nan")}))
-add_raising_action("raise large details", lambda: odd_error(details={"large": "x" * 20_000_000, "fine": 1}))
-add_raising_action("raise no details", lambda: odd_error(details=7))
+add_raising_action("raise odd code", lambda: make_odd_error(code=None, message=b"bytes"))
+add_raising_action(
+    "raise odd details", lambda: make_odd_error(details={"when": {1}, "fine": 1, 2: 3, "nan": float("nan")})
+)
+add_raising_action("raise large details", lambda: make_odd_error(details={"large": "x" * 20_000_000, "fine": 1}))
+add_raising_action("raise no details", lambda: make_odd_error(details=7))
 add_raising_action(
     "raise group",
     lambda: ExceptionGroup("several", [ProcessorError("LATER", "later", transient=True), ProcessorError("NO", "no")]),
@@ -170,9 +172,9 @@ async def exit_in_task(job: JobContext) -> Results:
     async def task() -> None:
         sys.exit(2)
 
-    left = asyncio.create_task(task())
+    failing = asyncio.create_task(task())
     await asyncio.sleep(0.1)
-    assert isinstance(left.exception(), SystemExit)
+    assert isinstance(failing.exception(), SystemExit)
     return Results()
 
 
@@ -207,31 +209,31 @@ async def exit_in_thread(job: JobContext) -> Results:
 
 @action
 async def leave_tasks(job: JobContext) -> Results:
-    async def stubborn() -> None:
+    async def ignore_cancellations() -> None:
         while True:
             try:
                 await asyncio.sleep(3600)
             except BaseException:  # noqa: BLE001 - that is the point
                 continue
 
-    async def exits_when_cancelled() -> None:
+    async def exit_when_cancelled() -> None:
         try:
             await asyncio.sleep(3600)
         finally:
             sys.exit(2)
 
-    async def speaks_later() -> None:
+    async def log_later() -> None:
         await asyncio.sleep(0.2)
-        await job.log("error", "spoke after its end")
+        await job.log("error", "logged after the job ended")
 
-    job.tasks = [asyncio.create_task(it()) for it in (stubborn, exits_when_cancelled, speaks_later)]  # type: ignore[attr-defined]
+    job.tasks = [asyncio.create_task(task()) for task in (ignore_cancellations, exit_when_cancelled, log_later)]  # type: ignore[attr-defined]
     await asyncio.sleep(0.01)
     return Results()
 
 
 @action
 async def ignore_cancellation(job: JobContext) -> Results:
-    await job.log("info", "begun")
+    await job.log("info", "started")
     while True:
         try:
             await asyncio.sleep(3600)
@@ -258,12 +260,12 @@ class Node(BaseModel):
 
 
 def circular_list() -> list[Any]:
-    inside: list[Any] = []
-    inside.append(inside)
-    return inside
+    value: list[Any] = []
+    value.append(value)
+    return value
 
 
-def nested(levels: int) -> list[Any]:
+def nested_list(levels: int) -> list[Any]:
     value: list[Any] = []
     for _ in range(levels - 1):
         value = [value]
@@ -295,10 +297,10 @@ REJECTED_VALUES: dict[str, tuple[Callable[[], Any], str | None]] = {
     "integer key": (lambda: {"a": {1: 2}}, ".a"),
     "dollar key": (lambda: {"$a": 1}, ""),
     "NUL key": (lambda: {"a\0": 1}, ""),
-    "circle": (circular_list, "[0]"),
+    "circular list": (circular_list, "[0]"),
     "circular model": (circular_model, None),
-    "depth": (lambda: nested(150), "[0]"),
-    "doubling": (exponential_list, None),
+    "depth": (lambda: nested_list(150), "[0]"),
+    "exponential list": (exponential_list, None),
     "large": (lambda: "x" * 9_000_000, None),
     "control characters": (lambda: "\x01" * 2_000_000, None),
     "quotes": (lambda: '"' * 4_000_000, None),
@@ -320,7 +322,7 @@ ACCEPTED_VALUES: dict[str, tuple[Any, Any]] = {
     "path": (Path("/tmp/x"), "/tmp/x"),
     "dataclass": (Point(1.5, [Point(2.0, None)]), {"x": 1.5, "y": [{"x": 2.0, "y": None}]}),
     "model": (Node(inner=[Node(name="leaf")]), {"name": "node", "inner": [{"name": "leaf", "inner": []}]}),
-    "depth": (nested(90), nested(90)),
+    "depth": (nested_list(90), nested_list(90)),
     "integers": ([2**53 - 1, -(2**53) + 1, True], [2**53 - 1, -(2**53) + 1, True]),
     "text": ("Grüße \U0001f600 \x00\x1b[31m", "Grüße \U0001f600 \x00\x1b[31m"),
 }
@@ -352,15 +354,15 @@ async def step_input(job: JobContext) -> Results:
 
 
 @action
-async def accepted(job: JobContext) -> Results:
-    found = {}
+async def return_accepted_values(job: JobContext) -> Results:
+    outputs = {}
     for name, (value, _) in ACCEPTED_VALUES.items():
 
         async def step(value: Any = value) -> Any:
             return value
 
-        found[name] = await job.run_step(name, {"value": value}, step)
-    return Results(metadata={"steps": found, "values": {name: value for name, (value, _) in ACCEPTED_VALUES.items()}})
+        outputs[name] = await job.run_step(name, {"value": value}, step)
+    return Results(metadata={"steps": outputs, "values": {name: value for name, (value, _) in ACCEPTED_VALUES.items()}})
 
 
 def add_returning_action(name: str, value: Callable[[], Any]) -> None:
@@ -393,14 +395,14 @@ async def odd_texts(job: JobContext) -> Results:
 # Everything at once -----------------------------------------------------------------------------------------------
 
 
-def in_another_loop(coroutine: Coroutine[Any, Any, None]) -> None:
+def run_in_new_loop(coroutine: Coroutine[Any, Any, None]) -> None:
     asyncio.run(coroutine)
 
 
 @action
 async def everything_at_once(job: JobContext) -> Results:
-    """Call every method hundreds of times at the same time, from tasks, from threads and from their event loops."""
-    wrong: list[str] = []
+    """Call every method hundreds of times concurrently, from tasks and from threads with their own event loops."""
+    mismatches: list[str] = []
 
     async def one(number: int) -> None:
         async def output() -> dict[str, Any]:
@@ -414,12 +416,12 @@ async def everything_at_once(job: JobContext) -> Results:
         await job.report_progress(number % 100, f"progress {number}")
         step = await job.run_step(f"step {number}", {"number": number}, output, share_max_age=timedelta(days=1))
         if step["number"] != number or step["file"]["path"] != f"files/{job.job_id}/{number}":
-            wrong.append(f"{number} got {step}")
+            mismatches.append(f"{number} got {step}")
 
     tasks = [asyncio.create_task(one(number)) for number in range(150)]
-    in_threads = [asyncio.to_thread(in_another_loop, one(number)) for number in range(150, 180)]
+    in_threads = [asyncio.to_thread(run_in_new_loop, one(number)) for number in range(150, 180)]
     await asyncio.gather(*tasks, *in_threads)
-    return Results(metadata={"wrong": wrong})
+    return Results(metadata={"mismatches": mismatches})
 
 
 # Output and logging -----------------------------------------------------------------------------------------------
@@ -464,7 +466,7 @@ async def exit_at_once(job: JobContext) -> Results:
 
 @action
 async def crash(job: JobContext) -> Results:
-    print("some last words", flush=True)
+    print("output before the crash", flush=True)
     ctypes.string_at(0)
     return Results()
 
@@ -478,7 +480,7 @@ async def sleep(job: JobContext) -> Results:
 
 @action
 async def block_with_gil(job: JobContext) -> Results:
-    """Sleep in C, with the GIL held and signals blocked: nothing of Python runs meanwhile."""
+    """Sleep in C with the GIL held and signals blocked, so that no Python code runs."""
     signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.valid_signals()))
     write_marker_file(job, os.getpid())
     ctypes.PyDLL(None).sleep(3600)
@@ -498,12 +500,12 @@ time.sleep(3600)
 
 
 def start_background_programs(job: JobContext) -> list[subprocess.Popen[bytes]]:
-    """Start programs that do not want to end with the job; one of them holds all that the job process has open."""
+    """Start programs that outlive the job. One of them inherits all open descriptors of the job process."""
     daemon = [sys.executable, "-S", "-c", DAEMON, f"{job.parameters.file}-daemon"]
-    held = [number for number in range(3, 64) if is_open(number)]
+    descriptors = [number for number in range(3, 64) if is_open(number)]
     stopped = subprocess.Popen(["sleep", "3600"], start_new_session=True)
     os.kill(stopped.pid, signal.SIGSTOP)
-    holder = subprocess.Popen(["sleep", "3600"], pass_fds=held)
+    holder = subprocess.Popen(["sleep", "3600"], pass_fds=descriptors)
     Path(f"{job.parameters.file}-stopped").write_text(str(stopped.pid))
     Path(f"{job.parameters.file}-holder").write_text(str(holder.pid))
     return [subprocess.Popen(daemon), stopped, holder]
@@ -528,7 +530,7 @@ async def wait_for_file(path: Path) -> None:
 
 @action
 async def start_programs(job: JobContext) -> Results:
-    """Start programs, and end as the parameters say."""
+    """Start programs and end in the way that the parameters name."""
     start_background_programs(job)
     await wait_for_file(Path(f"{job.parameters.file}-daemon"))
     write_marker_file(job, os.getpid())
@@ -552,18 +554,22 @@ async def start_programs(job: JobContext) -> Results:
 
 
 def connection_to_worker() -> socket.socket:
-    """Return the socket through which this process speaks to its worker, as hostile code would find it."""
+    """Find the socket that connects this process to its worker, as hostile code would."""
     for number in range(3, 64):
         try:
-            found = socket.socket(fileno=os.dup(number))
+            candidate = socket.socket(fileno=os.dup(number))
         except OSError:
             continue
-        if found.family == socket.AF_UNIX and found.type == socket.SOCK_STREAM and found.getpeername() == "":
-            before = found.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            if int.from_bytes(before[:4], "little") not in (0, os.getpid()):
-                return found
-        found.close()
-    raise AssertionError("no socket to the worker was found")
+        if (
+            candidate.family == socket.AF_UNIX
+            and candidate.type == socket.SOCK_STREAM
+            and candidate.getpeername() == ""
+        ):
+            credentials = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            if int.from_bytes(credentials[:4], "little") not in (0, os.getpid()):
+                return candidate
+        candidate.close()
+    raise AssertionError("no socket to the worker found")
 
 
 def add_sending_action(name: str, content: Callable[[], bytes], *, then_sleep: bool = True) -> None:
@@ -587,8 +593,8 @@ add_sending_action("send too much", lambda: FRAME_HEADER.pack(2**32 - 1))
 
 @action
 async def fail_while_writing(job: JobContext) -> Results:
-    """As for want of memory, in the thread that sends messages."""
-    vars(child)["encode_frame"] = no_memory
+    """Raise MemoryError in the thread that sends messages."""
+    vars(child)["encode_frame"] = raise_memory_error
     await job.log("info", "cannot be sent")
     await asyncio.sleep(3600)
     return Results()
@@ -599,15 +605,15 @@ async def fail_while_reading(job: JobContext) -> Results:
     async def step() -> str:
         return "done"
 
-    vars(child)["_receive"] = no_memory
+    vars(child)["_receive"] = raise_memory_error
     for number in range(2):
         await job.run_step(f"step {number}", {}, step)
     await asyncio.sleep(3600)
     return Results()
 
 
-def no_memory(*_: Any) -> Any:
-    raise MemoryError("there is none")
+def raise_memory_error(*_: Any) -> Any:
+    raise MemoryError("out of memory")
 
 
 @action
@@ -640,17 +646,17 @@ async def save(job: JobContext) -> Results:
     return Results(markdown=saved)
 
 
-class CustomPath(type(Path())):  # type: ignore[misc]  # PosixPath, where a class of its own is to be based on it
-    """A path whose methods do what they like."""
+class CustomPath(type(Path())):  # type: ignore[misc]  # PosixPath
+    """A path with custom methods."""
 
     def open(self, *_: Any, **__: Any) -> Any:
-        raise AssertionError("it was used")
+        raise AssertionError("a method of the path was called")
 
     resolve = exists = is_symlink = replace = chmod = unlink = open
 
 
-def _irregular(kind: str, path: Path) -> Path:
-    """Create something that is no regular file, or a regular file in an unusual way; return its path."""
+def _create_irregular_file(kind: str, path: Path) -> Path:
+    """Create a file that is not regular, or a regular file with an unusual path. Return its path."""
     match kind:
         case "FIFO":
             os.mkfifo(path)
@@ -666,7 +672,7 @@ def _irregular(kind: str, path: Path) -> Path:
         case "link to a file":
             path.with_suffix(".txt").write_bytes(b"# text\n")
             path.symlink_to(path.with_suffix(".txt"))
-        case "path of its own":
+        case "custom path":
             path.write_bytes(b"# text\n")
             return CustomPath(path)
     return path
@@ -675,7 +681,7 @@ def _irregular(kind: str, path: Path) -> Path:
 @action
 async def save_irregular_file(job: JobContext) -> Results:
     kind = job.parameters.kind
-    path = _irregular(kind, job.scratch_dir / "it")
+    path = _create_irregular_file(kind, job.scratch_dir / "it")
     return Results(markdown=await job.save(f"misbehaving/{job.job_id}.md", path, "text/markdown"))
 
 
@@ -690,7 +696,7 @@ async def share_a_step(job: JobContext) -> Results:
 
 @action
 async def save_many(job: JobContext) -> Results:
-    """Have more requests waiting than the worker answers at once."""
+    """Send more requests than the worker answers at a time."""
     write_marker_file(job, os.getpid())
     await asyncio.gather(*(job.save(f"many/{number}.txt", b"text", "text/plain") for number in range(300)))
     return Results()
@@ -698,7 +704,7 @@ async def save_many(job: JobContext) -> Results:
 
 @action
 async def save_the_same(job: JobContext) -> Results:
-    """Save the same content many times, at the same time and once more."""
+    """Save the same content many times concurrently, and then once more."""
     paths = [f"same/{job.job_id}/{number}.txt" for number in range(20)]
     saved = await asyncio.gather(*(job.save(path, b"blank", "text/plain") for path in paths))
     again = await job.save(f"same/{job.job_id}/again.txt", b"blank", "text/plain")
@@ -730,7 +736,7 @@ async def save_too_large(job: JobContext) -> Results:
 
 @action
 async def claim_foreign_file(job: JobContext) -> Results:
-    """Claim to have saved a file of another job, of which only the digest is known, and go on whatever the answer."""
+    """Claim to have saved a file of another job by its digest. Continue with any response."""
     inbox = job._assignment.inbox_dir  # type: ignore[attr-defined]
     sha256, store = job.parameters.value["sha256"], job.parameters.value["store"]
     inbox.mkdir(parents=True, exist_ok=True)
@@ -744,14 +750,14 @@ async def claim_foreign_file(job: JobContext) -> Results:
 
 @action
 async def modify_saved_file(job: JobContext) -> Results:
-    """Change a saved file before the worker has taken it over."""
+    """Modify a saved file before the worker moves it."""
     content = os.urandom(1000)
     inbox = job._assignment.inbox_dir  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def change() -> None:
         changes = 0
-        while not stop.is_set() and changes < 100:  # a slow disk is to come to other jobs, too
+        while not stop.is_set() and changes < 100:  # limit the disk load
             for path in inbox.glob("*/*"):
                 try:
                     path.chmod(0o600)
@@ -786,7 +792,7 @@ async def one_step(job: JobContext) -> Results:
 
 
 def call_outside_containment(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call something as code that is not known to be the processor's."""
+    """Call a function in a context that is not attributed to the processor."""
     contextvars.Context().run(function, *arguments)
 
 
@@ -852,29 +858,29 @@ async def warn_many_times(job: JobContext) -> Results:
     return Results()
 
 
-def forged(job: JobContext, digest: str = "a" * 64) -> SavedFile:
+def make_forged_file(job: JobContext, digest: str = "a" * 64) -> SavedFile:
     return SavedFile(path=f"misbehaving/{job.job_id}.md", sha256=digest, size=5, media_type="text/markdown")
 
 
 @action
 async def forge_digest(job: JobContext) -> Results:
-    return Results(markdown=forged(job, job.parameters.value or "a" * 64))
+    return Results(markdown=make_forged_file(job, job.parameters.value or "a" * 64))
 
 
 @action
 async def forge_asset(job: JobContext) -> Results:
     saved = await job.save(f"misbehaving/{job.job_id}", b"text", "text/plain")
-    return Results(markdown=saved, assets=[forged(job)])
+    return Results(markdown=saved, assets=[make_forged_file(job)])
 
 
 @action
 async def forge_step(job: JobContext) -> Results:
-    """Have a finished step name a file of another job, for the next attempt."""
+    """Return a forged file in the output of a step, for the next attempt."""
 
     saved = await job.save(f"misbehaving/{job.job_id}", b"text", "text/plain")
 
     async def step() -> Any:
-        file = forged(job) if job.parameters.value == "digest" else saved.model_copy(update={"size": 5})
+        file = make_forged_file(job) if job.parameters.value == "digest" else saved.model_copy(update={"size": 5})
         return {"files": [{"image": file.model_dump()}]}
 
     await job.run_step("page", {}, step)
@@ -889,7 +895,7 @@ async def forge_size(job: JobContext) -> Results:
 
 @action
 async def save_in_step(job: JobContext) -> Results:
-    """Name a file in the results that an earlier attempt, or another job, has saved in a step."""
+    """Return a file in the results that an earlier attempt or another job saved in a step."""
 
     async def step() -> Any:
         saved = await job.save(f"misbehaving/{job.job_id}.md", b"of a step", "text/markdown")
@@ -919,7 +925,7 @@ async def nest_directories(job: JobContext) -> Results:
 
 @action
 async def lock_scratch(job: JobContext) -> Results:
-    """Take the mode from the directory of all jobs, once, and fail as another job would then."""
+    """Remove all permissions of the directory of all jobs, once, and fail as another job would."""
     marker = Path(job.parameters.file)
     if not marker.exists():  # noqa: ASYNC240
         marker.touch()  # noqa: ASYNC240
@@ -933,10 +939,10 @@ STEP_NAMES = ("s" * 300 + "a", "s" * 300 + "b", "\ud800", "?", "\ud801")
 
 @action
 async def use_similar_step_names(job: JobContext) -> Results:
-    async def work(name: str) -> str:
+    async def step(name: str) -> str:
         return ascii(name)
 
-    found = [await job.run_step(name, {}, partial(work, name)) for name in STEP_NAMES]
+    outputs = [await job.run_step(name, {}, partial(step, name)) for name in STEP_NAMES]
     if job.attempt == 1:
         raise ProcessorError("AGAIN", "again", transient=True)
-    return Results(metadata={"found": found})
+    return Results(metadata={"outputs": outputs})

@@ -227,7 +227,9 @@ async def test_files_of_attempts_are_never_touched_on_the_event_loop(
             monkeypatch.setattr(os, name, watched(name))
         monkeypatch.setattr(health, "_QUICK_CHECK_SECONDS", 0.0)
         for job_type in ("echo", "misbehaving"):
-            job = await here.wait_until_finished(await here.submit({"do": "nothing"}, job_type=job_type), seconds=30)
+            job = await here.wait_until_finished(
+                await here.submit({"action": "nothing"}, job_type=job_type), seconds=30
+            )
             assert job["status"] == "completed"
         assert touched == []
         monkeypatch.undo()
@@ -247,7 +249,7 @@ async def test_disk_that_does_not_answer_holds_up_only_jobs_that_use_it(
     monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.1)
     options = WorkerOptions(scratch=tmp_path / "scratch", confinement=ConfinementSettings(mode="off"))
     async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
-        cancelled, released = [await here.submit({"do": "nothing"}, job_type="misbehaving") for _ in range(2)]
+        cancelled, released = [await here.submit({"action": "nothing"}, job_type="misbehaving") for _ in range(2)]
         await poll_until(waiting.is_set, "its directory is being created")
         await here.wait_for_event(JobClaimed, released)
         assert (await here.wait_until_finished(await here.submit()))["status"] == "completed"

@@ -81,7 +81,7 @@ async def started(file: Path) -> int:
 
 async def submit(here: RunningRoles, file: Path, do: str, **more: object) -> str:
     fields = {"max_attempts": 1, "timeout_s": more.pop("timeout_s", 60)}
-    return await here.submit({"do": do, "file": str(file), **more}, job_type=TYPE, **fields)
+    return await here.submit({"action": do, "file": str(file), **more}, job_type=TYPE, **fields)
 
 
 async def test_requests_that_wait_for_the_database_are_bounded_in_bytes(
@@ -135,7 +135,7 @@ def test_fork_server_that_cannot_be_killed_is_not_waited_for() -> None:
 
 async def others_go_on(here: RunningRoles) -> None:
     """Jobs of both kinds are done. An inline job at once; a job process may have to wait for a new fork server."""
-    process_job, inline = await here.submit({"do": "nothing"}, job_type=TYPE), await here.submit()
+    process_job, inline = await here.submit({"action": "nothing"}, job_type=TYPE), await here.submit()
     await here.wait_until_finished(inline, seconds=10)
     await here.wait_until_finished(process_job, seconds=40)
 
@@ -189,7 +189,7 @@ async def test_programs_end_with_their_job(here: RunningRoles, tmp_path: Path) -
 async def test_nothing_outlives_a_killed_worker(connection: Connection, store: Path, file: Path, do: str) -> None:
     """Not even a job that is in the middle of a long call of a C library, which nothing of Python interrupts."""
     async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.submit({"do": do, "file": str(file), "end": "wait"}, job_type=TYPE, max_attempts=1)
+        await here.submit({"action": do, "file": str(file), "end": "wait"}, job_type=TYPE, max_attempts=1)
         with run_roles_subprocess(connection, store, "worker", lease_seconds=3, confinement=0) as worker:
             await worker.wait_until_started()
             pid = await started(file)

@@ -38,7 +38,7 @@ ENDINGS: dict[str, tuple[str, str | None, str]] = {
     "raise StopIteration": ("failed", FAULT, "StopIteration"),
     "raise StopAsyncIteration": ("failed", FAULT, "StopAsyncIteration"),
     "raise MemoryError": ("failed", "OUT_OF_MEMORY", "memory_limit_mb"),
-    "raise speechless": ("failed", FAULT, "UnprintableError whose text cannot be read: SystemExit"),
+    "raise unprintable": ("failed", FAULT, "UnprintableError whose text cannot be read: SystemExit"),
     "raise surrogate": ("failed", FAULT, "half ? of a pair"),
     "raise long": ("failed", FAULT, "ValueError: xxxx"),
     "raise without attributes": ("failed", "PROCESSOR_ERROR", ""),
@@ -71,7 +71,7 @@ ENDINGS: dict[str, tuple[str, str | None, str]] = {
 @pytest.mark.parametrize("job_type", TYPES)
 async def test_attempt_ends_whatever_processor_raises(job_type: str, connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_ids = {do: await here.submit({"do": do}, job_type=job_type) for do in ENDINGS}
+        job_ids = {do: await here.submit({"action": do}, job_type=job_type) for do in ENDINGS}
         await here.wait_until_finished(*job_ids.values(), seconds=60)
         found = {do: await here.load_job(job_id) for do, job_id in job_ids.items()}
         assert {do: (job["status"], (job["error"] or {}).get("code")) for do, job in found.items()} == {
@@ -94,7 +94,7 @@ async def test_attempt_ends_whatever_processor_raises(job_type: str, connection:
             "SystemExit",
         ]
         assert not [task for task in asyncio.all_tasks() if "ignore_canc" in repr(task) or "stubborn" in repr(task)]
-        assert "spoke after its end" not in str(found["leave tasks"]["logs"])
+        assert "logged after the job ended" not in str(found["leave tasks"]["logs"])
         assert (await here.wait_until_finished(await here.submit()))["status"] == "completed"
 
 
@@ -107,7 +107,7 @@ async def test_job_that_ignores_cancellation_ends_when_stopped(
 
         async def submitted(timeout_s: float = 60) -> str:
             job_id = await here.submit(
-                {"do": "ignore cancellation"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
+                {"action": "ignore cancellation"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
             )
             await here.wait_for_event(JobLogged, job_id)
             return job_id
@@ -137,11 +137,11 @@ async def test_value_that_cannot_be_stored_fails_with_its_place(
 ) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_ids = {
-            (do, value): await here.submit({"do": do, "value": value}, job_type=job_type)
+            (do, value): await here.submit({"action": do, "value": value}, job_type=job_type)
             for value in does.REJECTED_VALUES
             for do in PLACES
         }
-        accepted = await here.submit({"do": "accepted"}, job_type=job_type)
+        accepted = await here.submit({"action": "return accepted values"}, job_type=job_type)
         await here.wait_until_finished(*job_ids.values(), accepted, seconds=100)
         for (do, value), job_id in job_ids.items():
             job = await here.load_job(job_id)
@@ -161,10 +161,10 @@ async def test_value_that_cannot_be_stored_fails_with_its_place(
 @pytest.mark.parametrize("job_type", TYPES)
 async def test_concurrent_calls_are_never_mixed(job_type: str, connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_id = await here.submit({"do": "everything at once"}, job_type=job_type)
+        job_id = await here.submit({"action": "everything at once"}, job_type=job_type)
         job = await here.wait_until_finished(job_id, seconds=60)
         assert (job["status"], job["error"]) == ("completed", None)
-        assert job["results"]["metadata"]["wrong"] == []
+        assert job["results"]["metadata"]["mismatches"] == []
         assert job["results"]["metadata"]["tokens_used"] == 180
         assert len(job["results"]["metadata"]["warnings"]) == 18
         events = [event.event for event in await here.event_store.read_stream(job_id)]
@@ -193,10 +193,10 @@ async def lines_of(here: RunningRoles, job_id: str) -> list[str]:
 async def test_steps_with_similar_names_are_not_mixed(job_type: str, connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job = await here.wait_until_finished(
-            await here.submit({"do": "use similar step names"}, job_type=job_type, max_attempts=2)
+            await here.submit({"action": "use similar step names"}, job_type=job_type, max_attempts=2)
         )
         assert job["attempt"] == 2
-        assert job["results"]["metadata"]["found"] == [ascii(name) for name in does.STEP_NAMES]
+        assert job["results"]["metadata"]["outputs"] == [ascii(name) for name in does.STEP_NAMES]
 
 
 @pytest.mark.parametrize("job_type", TYPES)
@@ -205,7 +205,7 @@ async def test_deeply_nested_scratch_is_removed_and_job_completes(
 ) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job = await here.wait_until_finished(
-            await here.submit({"do": "nest directories"}, job_type=job_type, max_attempts=1)
+            await here.submit({"action": "nest directories"}, job_type=job_type, max_attempts=1)
         )
         assert (job["status"], job["error"]) == ("completed", None)
 
@@ -215,7 +215,7 @@ async def test_job_that_meets_a_locked_scratch_directory_is_given_back(
     job_type: str, connection: Connection, store: Path, tmp_path: Path
 ) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_id = await here.submit({"do": "lock scratch", "file": str(tmp_path / "marker")}, job_type=job_type)
+        job_id = await here.submit({"action": "lock scratch", "file": str(tmp_path / "marker")}, job_type=job_type)
         job = await here.wait_until_finished(job_id)
         assert (job["status"], job["attempt"]) == ("completed", 2)
         assert [it for it in await here.read_event_types(job_id) if it != "JobLogged"] == [
@@ -227,9 +227,9 @@ async def test_job_that_meets_a_locked_scratch_directory_is_given_back(
 @pytest.mark.parametrize("job_type", TYPES)
 async def test_much_logging_is_clipped_and_job_completes(job_type: str, connection: Connection, store: Path) -> None:
     given: dict[str, dict[str, Any]] = {
-        "one long line": {"do": "log long line"},
-        "many lines": {"do": "log many lines", "lines": 200_000, "width": 10},
-        "wide lines": {"do": "log many lines", "lines": 10_000, "width": 9_000},
+        "one long line": {"action": "log long line"},
+        "many lines": {"action": "log many lines", "lines": 200_000, "width": 10},
+        "wide lines": {"action": "log many lines", "lines": 10_000, "width": 9_000},
     }
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_ids = {name: await here.submit(asked, job_type=job_type) for name, asked in given.items()}
@@ -271,7 +271,7 @@ async def test_log_lines_are_kept_when_the_request_that_writes_them_is_cancelled
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         timeout_s = 0.5 if end == "timeout" else 60.0
         job_id = await here.submit(
-            {"do": "log and finish step"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
+            {"action": "log and finish step"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
         )
         await writing.wait()
         if end == "cancel":
@@ -282,7 +282,7 @@ async def test_log_lines_are_kept_when_the_request_that_writes_them_is_cancelled
 
 async def test_what_job_process_prints_is_in_its_log(connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_id = await here.submit({"do": "print many lines", "lines": 300_000}, job_type="misbehaving")
+        job_id = await here.submit({"action": "print many lines", "lines": 300_000}, job_type="misbehaving")
         job = await here.wait_until_finished(job_id, seconds=60)
         assert (job["status"], job["error"]) == ("completed", None)
         lines = await lines_of(here, job_id)
@@ -290,10 +290,10 @@ async def test_what_job_process_prints_is_in_its_log(connection: Connection, sto
         assert sum(map(len, lines)) < 100_000
         assert [line for line in lines if "more bytes of output were dropped" in line]
         crashed = await here.wait_until_finished(
-            await here.submit({"do": "crash"}, job_type="misbehaving", max_attempts=1)
+            await here.submit({"action": "crash"}, job_type="misbehaving", max_attempts=1)
         )
         assert (crashed["error"]["code"], crashed["error"]["details"]["signal"]) == ("PROCESS_KILLED", "SIGSEGV")
-        assert "some last words" in crashed["error"]["details"]["output"]
+        assert "output before the crash" in crashed["error"]["details"]["output"]
         assert "Segmentation fault" in crashed["error"]["details"]["output"]
 
 
@@ -305,7 +305,7 @@ async def test_fork_server_that_cannot_load_a_processor_serves_the_others(
     monkeypatch.setattr(fork_server_client, "PRELOAD_MODULES", ["no.such.module", "tests.support.exiting_preload"])
     fork_server_client.stop_fork_server()
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job = await here.wait_until_finished(await here.submit({"do": "nothing"}, job_type="misbehaving"))
+        job = await here.wait_until_finished(await here.submit({"action": "nothing"}, job_type="misbehaving"))
         assert job["status"] == "completed"
     fork_server_client.stop_fork_server()
 
@@ -315,7 +315,7 @@ async def test_tasks_of_jobs_do_not_stay(connection: Connection, store: Path) ->
         await here.wait_until_finished(await here.submit())
         before = len(asyncio.all_tasks())
         for _ in range(3):
-            await here.wait_until_finished(await here.submit({"do": "leave tasks"}, job_type="misbehaving-inline"))
+            await here.wait_until_finished(await here.submit({"action": "leave tasks"}, job_type="misbehaving-inline"))
         await poll_until(lambda: len(asyncio.all_tasks()) <= before, "no task is left", seconds=3)
 
 
@@ -334,7 +334,7 @@ async def test_save_of_what_is_no_regular_file_fails_at_once_and_names_it(connec
             # More than there are threads that save: none is held up by the others.
             kinds = [*IRREGULAR] * 3
             job_ids = [
-                await here.submit({"do": "save irregular file", "kind": kind}, job_type=job_type, max_attempts=1)
+                await here.submit({"action": "save irregular file", "kind": kind}, job_type=job_type, max_attempts=1)
                 for kind in kinds
             ]
             await here.wait_until_finished(*job_ids)
@@ -343,9 +343,9 @@ async def test_save_of_what_is_no_regular_file_fails_at_once_and_names_it(connec
                 assert error["code"] == "INVALID_RESULT", error
                 assert f"{IRREGULAR[kind]}. Give the path of a regular file, or bytes." in error["message"]
                 assert ("/dev/zero" if kind == "device" else "/it'") in error["message"]
-            for kind in ("link to a file", "path of its own"):
+            for kind in ("link to a file", "custom path"):
                 job = await here.wait_until_finished(
-                    await here.submit({"do": "save irregular file", "kind": kind}, job_type=job_type)
+                    await here.submit({"action": "save irregular file", "kind": kind}, job_type=job_type)
                 )
                 assert job["status"] == "completed", job["error"]
 
@@ -364,7 +364,7 @@ async def test_processor_that_takes_the_event_loop_of_its_process_fails_once(
     connection: Connection, store: Path
 ) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_ids = {do: await here.submit({"do": do}, job_type="misbehaving", max_attempts=3) for do in TAKEN_LOOPS}
+        job_ids = {do: await here.submit({"action": do}, job_type="misbehaving", max_attempts=3) for do in TAKEN_LOOPS}
         await here.wait_until_finished(*job_ids.values())
         for do, text in TAKEN_LOOPS.items():
             job = await here.load_job(job_ids[do])
@@ -382,7 +382,7 @@ async def test_warnings_beyond_what_events_hold_are_counted_and_job_completes(
 ) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_ids = {
-            value: await here.submit({"do": "warn many times", "value": value, "lines": 500}, job_type=job_type)
+            value: await here.submit({"action": "warn many times", "value": value, "lines": 500}, job_type=job_type)
             for value in does.WARNINGS
         }
         await here.wait_until_finished(*job_ids.values(), seconds=30)
@@ -406,7 +406,7 @@ async def test_results_name_only_files_of_the_job_with_their_sizes(
 
         async def ended(do: str, **more: Any) -> dict[str, Any]:
             return await here.wait_until_finished(
-                await here.submit({"do": do, **more}, job_type=job_type, max_attempts=2)
+                await here.submit({"action": do, **more}, job_type=job_type, max_attempts=2)
             )
 
         other = (await ended("forge size", code=-1))["results"]["files"][0]

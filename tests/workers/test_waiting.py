@@ -38,7 +38,7 @@ STORE_ERRORS = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE",
 
 
 async def save(here: RunningRoles, job_type: str = "misbehaving-inline", **fields: Any) -> str:
-    return await here.submit({"do": "save"}, job_type=job_type, **fields)
+    return await here.submit({"action": "save"}, job_type=job_type, **fields)
 
 
 async def waits_for_store(here: RunningRoles, job_id: str) -> str:
@@ -70,7 +70,7 @@ async def test_job_waits_for_store_that_has_gone(
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         away = tmp_path / "away"
         await here.wait_until_finished(
-            await here.submit({"do": "nothing"}, job_type="misbehaving")
+            await here.submit({"action": "nothing"}, job_type="misbehaving")
         )  # the fork server is there
         replace(store, by_file=away)
         job_ids = [await save(here, job_type, timeout_s=1.5, max_attempts=1) for job_type in TYPES]
@@ -151,7 +151,7 @@ async def test_inbox_file_that_cannot_be_opened_now_is_waited_for(
 
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         await here.wait_until_finished(
-            await here.submit({"do": "nothing"}, job_type=job_type)
+            await here.submit({"action": "nothing"}, job_type=job_type)
         )  # the fork server is there
         monkeypatch.setattr(os, "open", failing)
         job = await here.wait_until_finished(await save(here, job_type, max_attempts=1))
@@ -210,7 +210,7 @@ async def test_job_process_killed_while_its_many_requests_wait_is_noticed_at_onc
     monkeypatch.setattr(DirectoryStore, "_adopt", failing)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         file = tmp_path / "pid"
-        job_id = await here.submit({"do": "save many", "file": str(file)}, job_type="misbehaving", max_attempts=1)
+        job_id = await here.submit({"action": "save many", "file": str(file)}, job_type="misbehaving", max_attempts=1)
         await waits_for_store(here, job_id)
         await asyncio.sleep(1)
         os.kill(int(file.read_text()), signal.SIGKILL)
@@ -230,14 +230,14 @@ async def test_time_limit_does_not_cover_the_wait_for_a_shared_step(
     monkeypatch.setattr(StepCache, "find_shared_step", slow)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         fields: dict[str, Any] = {"timeout_s": 2.5, "max_attempts": 1}
-        job_ids = [await here.submit({"do": "share a step"}, job_type=job_type, **fields) for job_type in TYPES]
+        job_ids = [await here.submit({"action": "share a step"}, job_type=job_type, **fields) for job_type in TYPES]
         await here.wait_until_finished(*job_ids)
         assert [(await here.load_job(job_id))["error"] for job_id in job_ids] == [None] * 2
 
 
 async def test_file_that_is_changed_after_it_was_saved_is_never_stored(connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
-        job_ids = [await here.submit({"do": "modify saved file"}, job_type="misbehaving") for _ in range(3)]
+        job_ids = [await here.submit({"action": "modify saved file"}, job_type="misbehaving") for _ in range(3)]
         await here.wait_until_finished(*job_ids)
         for job_id in job_ids:
             job = await here.load_job(job_id)
@@ -252,7 +252,9 @@ async def test_same_content_saved_many_times_at_once_is_stored(
 ) -> None:
     options = WorkerOptions(confinement=OFF, gridfs=gridfs)
     async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
-        job_ids = [await here.submit({"do": "save the same"}, job_type=job_type, max_attempts=1) for job_type in TYPES]
+        job_ids = [
+            await here.submit({"action": "save the same"}, job_type=job_type, max_attempts=1) for job_type in TYPES
+        ]
         await here.wait_until_finished(*job_ids)
         for job_id in job_ids:
             job = await here.load_job(job_id)
@@ -269,7 +271,7 @@ async def test_job_that_names_a_foreign_file_fails_and_the_file_stays(
         assert here.worker is not None
         other = await here.wait_until_finished(await save(here))
         [file] = other["results"]["files"]
-        parameters = {"do": "claim foreign file", "value": {"sha256": file["sha256"], "store": str(store)}}
+        parameters = {"action": "claim foreign file", "value": {"sha256": file["sha256"], "store": str(store)}}
         for job_type in TYPES:
             job = await here.wait_until_finished(await here.submit(parameters, job_type=job_type, max_attempts=1))
             assert job["error"]["code"] == "INVALID_RESULT"
@@ -279,7 +281,9 @@ async def test_job_that_names_a_foreign_file_fails_and_the_file_stays(
 
 async def test_file_that_is_too_large_fails_its_job(connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
-        job_ids = [await here.submit({"do": "save too large"}, job_type=job_type, max_attempts=1) for job_type in TYPES]
+        job_ids = [
+            await here.submit({"action": "save too large"}, job_type=job_type, max_attempts=1) for job_type in TYPES
+        ]
         await here.wait_until_finished(*job_ids)
         errors = [(await here.load_job(job_id))["error"] for job_id in job_ids]
         assert [error["code"] for error in errors] == ["PROCESSOR_FAULT", "INVALID_RESULT"]
@@ -306,7 +310,7 @@ async def test_end_of_a_job_is_recorded_before_its_directory_is_removed(
     ) as here:
         assert here.worker is not None
         try:
-            much = [await here.submit({"do": "leave a file"}, job_type=job_type) for job_type in TYPES * 2]
+            much = [await here.submit({"action": "leave a file"}, job_type=job_type) for job_type in TYPES * 2]
             assert [job["status"] for job in [await here.wait_until_finished(job_id) for job_id in much]] == [
                 "completed"
             ] * 4
@@ -340,7 +344,7 @@ async def test_attempt_that_begins_while_the_last_ones_directory_is_removed_is_k
         connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=2)
     ) as here:
         assert here.worker is not None
-        job_id = await here.submit({"do": "fail once and leave a file"}, job_type="misbehaving-inline")
+        job_id = await here.submit({"action": "fail once and leave a file"}, job_type="misbehaving-inline")
         await here.wait_for_event(JobClaimed, job_id, predicate=lambda event: event.attempt == 2)
         await poll_until(
             lambda: here.worker is not None and len(here.worker._running) == 2, "both attempts have a slot"
@@ -374,7 +378,7 @@ async def test_time_limit_does_not_cover_the_wait_for_the_database(connection: C
     ) as here:
         jobs = [(do, job_type) for do in ("nothing", "one step") for job_type in TYPES]
         job_ids = [
-            await here.submit({"do": do}, job_type=job_type, timeout_s=2.5, max_attempts=1) for do, job_type in jobs
+            await here.submit({"action": do}, job_type=job_type, timeout_s=2.5, max_attempts=1) for do, job_type in jobs
         ]
         await here.wait_until_finished(*job_ids)
         assert [(await here.load_job(job_id))["error"] for job_id in job_ids] == [None] * 4
