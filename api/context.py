@@ -23,7 +23,7 @@ from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.sse import LiveStreams
 from jobledger.api.http.validation import Model, validate_content
 from jobledger.api.submission.parameters import ParameterValidator
-from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore

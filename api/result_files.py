@@ -12,7 +12,7 @@ from starlette.requests import Request
 from jobledger.api.context import get_api_context
 from jobledger.api.http.errors import ApiError
 from jobledger.ledger.domain.errors import FileDamaged, FileLost
-from jobledger.ledger.files.directory import OpenFile
+from jobledger.ledger.files.file_store import OpenFile
 from jobledger.ledger.mongo.connection import Document
 
 _log = structlog.get_logger()

@@ -32,10 +32,10 @@ from jobledger.ledger.domain.events import (
     StepCompleted,
 )
 from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.ledger.store import transfer
 from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_documents
 from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.store.export import export_log
 from jobledger.ledger.store.verification import verify_log
 
 _EVENTS_PER_REQUESTED_EVENT = 50
@@ -110,7 +110,7 @@ async def _verified(log: EventStore) -> None:
 
 async def _exported(log: EventStore, name: str = "log.ndjson") -> None:
     with TemporaryDirectory() as directory:
-        await transfer.export_log(log, Path(directory) / name)
+        await export_log(log, Path(directory) / name)
 
 
 def _folded(connection: Connection, number: int) -> Callable[[], Awaitable[float]]:

@@ -15,8 +15,9 @@ from benchmarks.event_factory import make_appends, make_documents
 from benchmarks.measurement import Result, Stopwatch, compare_latencies, compare_rates
 from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.change_stream import ChangeStream
-from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
+from jobledger.ledger.store.event_store import EventStore
 
 _PIPELINE = [{"$match": {"ns.coll": "baseline", "operationType": "insert"}}]
 _spawn = multiprocessing.get_context("spawn")

@@ -19,7 +19,7 @@ from jobledger.cli.loop_watchdog import watch_event_loop
 from jobledger.cli.metrics_server import serve_metrics
 from jobledger.cli.role_tasks import failure_callback, run_in_background
 from jobledger.cli.settings import Settings
-from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore

@@ -20,7 +20,8 @@ from jobledger.ledger.domain.errors import (
     classify_os_error,
 )
 from jobledger.ledger.files import store_marker
-from jobledger.ledger.files.directory import DirectoryStore, FileStore
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.files.store_marker import StoreMarker
 from jobledger.ledger.mongo.connection import OPLOG_ADVICE, Connection, Database, check_server, read_oplog_window

@@ -35,7 +35,7 @@ from jobledger.cli.http_connection import ConnectionLimits, SheddingSocket, prot
 from jobledger.cli.role_tasks import failure_callback
 from jobledger.cli.settings import ApiSettings, Settings
 from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
-from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database
 from jobledger.ledger.mongo.server_clock import get_server_clock
 from jobledger.ledger.store.change_stream import ChangeStream

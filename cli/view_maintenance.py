@@ -24,7 +24,7 @@ from jobledger.ledger.store.verification import VerificationResult, verify_log
 
 if TYPE_CHECKING:
     from jobledger.cli.settings import Settings
-    from jobledger.ledger.files.directory import FileStore
+    from jobledger.ledger.files.file_store import FileStore
     from jobledger.projections.engine.comparison import Difference
     from jobledger.projections.engine.file_verification import FileVerificationResult
     from jobledger.projections.engine.rebuild import Rebuild

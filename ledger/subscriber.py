@@ -28,7 +28,8 @@ from jobledger.ledger.domain.errors import ConfigurationError, JobledgerError, L
 from jobledger.ledger.domain.events import EVENT_TYPES, Event, RecordedEvent
 from jobledger.ledger.mongo.connection import MAJORITY, Connection, Database, check_server, translate_errors
 from jobledger.ledger.store.change_stream import ChangeStream
-from jobledger.ledger.store.event_store import MAX_POSITION, EventStore, ReadPosition, Subscription
+from jobledger.ledger.store.event_store import MAX_POSITION, EventStore, ReadPosition
+from jobledger.ledger.store.subscription import Subscription
 
 _log = structlog.get_logger()
 SUBSCRIPTIONS = "subscriptions"

@@ -12,10 +12,10 @@ from typing import Final
 import structlog
 
 from jobledger.ledger.domain.commands import AddLogEntries, FailAttempt, ReportProgress, WorkerCommand
-from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, NotFound
+from jobledger.ledger.domain.errors import InvalidEvent, JobledgerError, NotFound
 from jobledger.ledger.domain.events import EventMetadata, Failure, WorkerFenced
 from jobledger.ledger.domain.job import Job
-from jobledger.ledger.store.command_handler import CommandResult, StreamState, find_outcome, handle_command
+from jobledger.ledger.store.command_handler import StreamState, handle_command_until_known
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.child.messages import LogLine
 from jobledger.workers.log_buffer import LogBuffer
@@ -140,22 +140,20 @@ class AttemptRecorder:
             EventNotStorable: The event cannot be stored.
         """
         async with self._write_lock:
-            result: CommandResult | None = None
-            while result is None:
-                try:
-                    result = await handle_command(
-                        self._event_store, self._job_id, command, meta=self._metadata, stream_state=self._stream_state
-                    )
-                except (LedgerUnavailable, LedgerBusy) as error:
-                    if self.is_abandoned:
-                        raise Fenced from error
-                    _log.warning("cannot record an event yet", job_id=self._job_id, error=str(error))
-                    await asyncio.sleep(_RETRY_SECONDS)
-                    result = await self._find_outcome(command)
-                except NotFound as error:
-                    raise Fenced from error
-                except InvalidEvent as error:
-                    raise EventNotStorable(str(error)) from error
+            try:
+                result = await handle_command_until_known(
+                    self._event_store,
+                    self._job_id,
+                    command,
+                    meta=self._metadata,
+                    stream_state=self._stream_state,
+                    retry_seconds=_RETRY_SECONDS,
+                    on_retry=self._on_retry,
+                )
+            except NotFound as error:
+                raise Fenced from error
+            except InvalidEvent as error:
+                raise EventNotStorable(str(error)) from error
             self._stream_state = result.stream_state
         if any(isinstance(event.event, WorkerFenced) for event in result.events):
             raise Fenced
@@ -180,8 +178,7 @@ class AttemptRecorder:
                 failure = Failure(code="INVALID_RESULT", message="The result cannot be stored.")
                 await self.append(FailAttempt(self._worker_id, self._attempt, failure, None))
 
-    async def _find_outcome(self, command: WorkerCommand) -> CommandResult | None:
-        try:
-            return await find_outcome(self._event_store, self._job_id, command, stream_state=self._stream_state)
-        except LedgerUnavailable:
-            return None
+    def _on_retry(self, error: JobledgerError) -> None:
+        if self.is_abandoned:
+            raise Fenced from error
+        _log.warning("cannot record an event yet", job_id=self._job_id, error=str(error))

@@ -44,7 +44,7 @@ from jobledger.ledger.domain.events import (
     StepCompleted,
 )
 from jobledger.ledger.domain.saved_files import find_saved_files, is_sha256
-from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database, translate_errors
 from jobledger.ledger.store.command_handler import handle_command, load_stream_state
 from jobledger.ledger.store.event_store import EventStore

@@ -20,7 +20,7 @@ from typing import Any, Final
 import structlog
 
 from jobledger.ledger.domain.job import Job
-from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.store.command_handler import StreamState
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively

@@ -20,7 +20,7 @@ from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
 from jobledger.ledger.domain.events import ResultFile
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.domain.saved_files import find_saved_files
-from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.workers.attempt_recorder import AttemptRecorder, EventNotStorable
 from jobledger.workers.attempt_timeout import AttemptTimeout
 from jobledger.workers.child.attempt import Assignment

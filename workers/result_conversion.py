@@ -22,7 +22,7 @@ from uuid import UUID
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
+from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.workers.processor import JSON, ProcessorError
 
 MAX_DEPTH: Final = 95  # the event store accepts 100 levels, and the event itself needs some

@@ -20,7 +20,7 @@ from jobledger.api.http.streaming import CloseableStreamingResponse, content_dis
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import BATCH, JOB, load_or_404
 from jobledger.api.result_files import UNTRUSTED_CONTENT_HEADERS, open_result_file
-from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import files as view
 

@@ -20,7 +20,7 @@ from jobledger.api.http.streaming import CloseableStreamingResponse, content_dis
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.result_files import UNTRUSTED_CONTENT_HEADERS, open_result_file
 from jobledger.api.schemas.files import FileQuery, LinkBody, SignedLinkResponse
-from jobledger.ledger.files.directory import OpenFile
+from jobledger.ledger.files.file_store import OpenFile
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import files as view
 

@@ -22,9 +22,9 @@ from pydantic import (
 )
 
 from jobledger.ledger.domain import limits
+from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.events import AccessControl, truncate_to_milliseconds
 from jobledger.ledger.domain.timestamps import EXAMPLE_TIMESTAMP, parse_timestamp
-from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
 from jobledger.projections.views.paging import PageCursor
 
 MAX_PAGE_SIZE = 1000

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from jobledger.api.schemas.common import MAX_PAGE_SIZE, RequestModel, SuccessResponse
+from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.events import LogEntry
-from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
 
 _NEXT_PAGE = "The `after_version` of the next page. Absent on the last page."
 

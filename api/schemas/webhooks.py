@@ -18,11 +18,11 @@ from jobledger.api.schemas.common import (
     SuccessResponse,
 )
 from jobledger.ledger.domain import limits
+from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.events import Failure, WebhookEventType
 from jobledger.ledger.domain.statuses import DeliveryStatus
 from jobledger.ledger.domain.webhook_headers import find_header_problem
 from jobledger.ledger.net.webhook_signature import decode_secret
-from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
 
 _MAX_GRACE_SECONDS = 30 * 86_400
 _MAX_ECHOES_LISTED = 100

@@ -24,9 +24,9 @@ from jobledger.api.submission.builder import (
 )
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain import limits
+from jobledger.ledger.domain.canonical_json import canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import AccessControl, JobSubmitted
-from jobledger.ledger.store.hash_chain import canonical_json
 from jobledger.projections.views import list_index
 
 

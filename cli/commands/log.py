@@ -29,7 +29,7 @@ from jobledger.ledger.domain.errors import (
 if TYPE_CHECKING:
     from jobledger.cli.view_maintenance import ViewComparison
     from jobledger.ledger.mongo.connection import Connection
-    from jobledger.ledger.store import transfer
+    from jobledger.ledger.store.export_file import ExportSummary
 
 app = typer.Typer(help="Verify, export, import and read the log, directly on the database", no_args_is_help=True)
 app.command("state")(log_state.state)
@@ -134,15 +134,15 @@ def export(
     Run an interrupted export again to continue it. The file contains no secrets and no result files:
     docs/how-to/backup.md.
     """
-    from jobledger.ledger.store import transfer
     from jobledger.ledger.store.event_store import EventStore
+    from jobledger.ledger.store.export import export_log
 
     settings = load_settings(config)
 
-    async def run(connection: Connection, on_progress: ProgressCallback) -> transfer.ExportSummary:
+    async def run(connection: Connection, on_progress: ProgressCallback) -> ExportSummary:
         async with connection.client() as client:
             event_store = EventStore(client[connection.db_name])
-            return await transfer.export_log(event_store, file, after=first - 1, up_to=last, on_progress=on_progress)
+            return await export_log(event_store, file, after=first - 1, up_to=last, on_progress=on_progress)
 
     with open_any_database_server(settings) as uri, progress_bar("exporting") as on_progress:
         summary = asyncio.run(run(settings.mongodb.make_connection(uri), on_progress))
@@ -172,18 +172,18 @@ def import_(
     _print_summary(text, summary, as_json=as_json)
 
 
-def _import_files(connection: Connection, files: list[Path]) -> transfer.ExportSummary:
-    from jobledger.ledger.store import transfer
+def _import_files(connection: Connection, files: list[Path]) -> ExportSummary:
+    from jobledger.ledger.store.import_ import import_log
 
-    async def run(on_progress: ProgressCallback) -> transfer.ExportSummary:
+    async def run(on_progress: ProgressCallback) -> ExportSummary:
         async with connection.client() as client:
-            return await transfer.import_log(client[connection.db_name], files, told=on_progress)
+            return await import_log(client[connection.db_name], files, on_progress=on_progress)
 
     with progress_bar("importing") as on_progress:
         return asyncio.run(run(on_progress))
 
 
-def _print_summary(text: str, summary: transfer.ExportSummary, *, as_json: bool) -> None:
+def _print_summary(text: str, summary: ExportSummary, *, as_json: bool) -> None:
     digest = f"{summary.last}:{summary.log_digest.hex()}" if summary.log_digest else None
     if as_json:
         content = {"events": summary.events, "from": summary.first, "to": summary.last, "digest": digest}
@@ -235,7 +235,7 @@ def _check_event_types(names: Any) -> None:
 def _event_printer(streams: set[str], types: set[str], *, as_json: bool) -> Callable[[Any], None]:
     """Return a function that prints an event if it matches the filters. An empty set matches all."""
     from jobledger.cli.formatting import format_event
-    from jobledger.ledger.store.transfer import encode_event_or_stub
+    from jobledger.ledger.store.export_file import encode_event_or_stub
 
     console = SafeConsole(soft_wrap=True)
 
@@ -298,7 +298,7 @@ def history(
 async def _print_history(connection: Connection, stream: str, as_of: int | datetime | None, *, as_json: bool) -> None:
     from jobledger.cli.formatting import format_changes, format_event
     from jobledger.ledger.store.event_store import EventStore
-    from jobledger.ledger.store.transfer import encode_event_or_stub
+    from jobledger.ledger.store.export_file import encode_event_or_stub
     from jobledger.projections.views import batches, deliveries, jobs
 
     async with connection.client() as client:

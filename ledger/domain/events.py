@@ -17,8 +17,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
+from jobledger.ledger.domain.canonical_json import canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent, UnreadableEvent, UnsupportedEvent
-from jobledger.ledger.store.hash_chain import hash_input
 
 _BELOW_A_MILLISECOND = [timedelta(microseconds=microseconds) for microseconds in range(1000)]
 
@@ -547,6 +547,7 @@ class EventMetadata:
         )
 
 
+_HASHED_FIELDS: Final = ("data", "event_id", "meta", "prev", "schema", "stream", "time", "type", "version")
 UNKNOWN_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 """The time of an event whose time is damaged."""
 
@@ -661,7 +662,8 @@ class RecordedEvent:
     def _is_intact(self) -> bool:
         """Return whether the hash is that of the content."""
         try:
-            return hashlib.sha256(hash_input(self._document)).digest() == self.hash
+            hashed = {name: self._document[name] for name in _HASHED_FIELDS}
+            return hashlib.sha256(canonical_json(hashed)).digest() == self.hash
         except (AttributeError, InvalidEvent, LookupError, TypeError, ValueError):
             return False
 

@@ -21,13 +21,8 @@ from pymongo import ASCENDING
 from pymongo.errors import DuplicateKeyError
 
 from jobledger.ledger.domain.errors import FileDamaged, FileLost, LedgerUnavailable
-from jobledger.ledger.files.directory import (
-    ORPHAN_AGE_SECONDS,
-    DirectoryStore,
-    OpenFile,
-    StoredFile,
-    file_store_executor,
-)
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.file_store import ORPHAN_AGE_SECONDS, OpenFile, StoredFile, file_store_executor
 from jobledger.ledger.files.inbox import InboxFile, open_verified
 from jobledger.ledger.files.integrity import IntegrityChecker
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors

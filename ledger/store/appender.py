@@ -1,9 +1,9 @@
-"""ledger: the writing half of the log: tickets, groups, repeated inserts, lost races.
+"""Write events to the log: reserve positions, group commits, repeat inserts and resolve conflicts.
 
-Positions. A writer takes numbers from a ticket counter and then inserts its events under them. A writer that dies in
-between leaves a hole; a reader that sees a later event, but not this one, fills the hole with `PositionVoided`. Either
-that insert or the late writer's wins, `_id` being unique, so every reader sees the same, dense order. A writer whose
-number was voided takes another. The protocol and its proof: docs/explanation.md.
+An appender reserves positions from a counter and then inserts its events at them. An appender that dies in between
+leaves a gap. A reader that sees a later event, but not this one, fills the gap with `PositionVoided`. `_id` is unique,
+so either that insert or the late appender's insert succeeds, and all readers see the same dense order. An appender
+whose position was voided reserves another one. docs/explanation.md describes the protocol and proves it.
 """
 
 from __future__ import annotations
@@ -21,37 +21,30 @@ import structlog
 from bson.errors import BSONError
 from pymongo import DESCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import OperationFailure, PyMongoError, WriteConcernError
 
 from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
-from jobledger.ledger.mongo.connection import (
-    DURABLE,
-    LENIENT_CODEC,
-    MAJORITY,
-    Database,
-    Document,
-    is_transient,
-    summarize_error,
-)
+from jobledger.ledger.mongo.connection import DURABLE, Database, Document, is_transient, summarize_error
 from jobledger.ledger.store.envelope import build_void_document, encode_bson
 
 _log = structlog.get_logger()
 
 _DUPLICATE_KEY = 11000
-_LARGE_GROUP = 100
-"""Events that keep the server busy for as long as their callers need to make the next ones. Of such groups one at a
-time is inserted: side by side, they would arrive together, too, and server and callers wait for each other in turn."""
-_PLACES_AT_ONCE = 200
-"""Of events that are looked for, in one query."""
+_LARGE_WRITE_EVENTS = 100
+"""Writes of more events than this run one at a time. They keep the server busy for as long as their callers need to
+create the next events. If they ran concurrently, they would also end together, and server and callers would wait for
+each other in turn."""
+_VERSIONS_PER_QUERY = 200
 _MESSAGE_BYTES = 15 * 1024 * 1024
-"""Of BSON in one insert command: the driver sends bare commands up to the size of one document, 16 MB."""
+"""BSON bytes in one insert command. The driver sends bare commands up to the size of one document, 16 MB."""
 _BSON_FACTOR = 9
-"""BSON takes up to that much more than canonical JSON: 17 bytes for `0,` in a long list."""
+"""BSON takes up to this many times the bytes of canonical JSON: 17 bytes for `0,` in a long list."""
 
 
 @dataclass(frozen=True, slots=True)
 class EventStoreLimits:
-    """The log's patience and appetite. A group is what goes to the database in one write."""
+    """Timeouts and limits of an event store. A write is one insert command or transaction. Sizes are in bytes."""
 
     gap_timeout_seconds: float = 1.0
     append_timeout_seconds: float = 30.0
@@ -67,210 +60,207 @@ class EventStoreLimits:
 
 @dataclass(slots=True, eq=False)
 class PendingAppend:
-    """Documents that belong together, waiting to be written, and who waits for them. `size` in bytes of JSON."""
+    """The documents of one append and the future its caller waits for. `size` is in bytes of JSON."""
 
     documents: list[Document]
     size: int
     based_on_position: int
-    """The largest position that the decision was based on: the new positions must be larger."""
+    """The largest position that the decision was based on. The new positions must be larger."""
     deadline: float
     done: asyncio.Future[None]
 
 
 class Appender:
-    """Writes documents under new positions, in groups; what is there when `write` returns is there for good."""
+    """Writes documents at new positions, many appends per write. When `write` returns, the documents are durable."""
 
-    collection = "events"
-
-    def __init__(self, db: Database, limits: EventStoreLimits) -> None:
+    def __init__(self, db: Database, events: AsyncCollection[Document], limits: EventStoreLimits) -> None:
         self._db = db
-        self._events = db.get_collection(
-            self.collection, codec_options=LENIENT_CODEC, write_concern=DURABLE, read_concern=MAJORITY
-        )
+        self._events = events
         self._limits = limits
         self._queue: deque[PendingAppend] = deque()
         self._queued_events = 0
         self._queued_bytes = 0
-        self._gathering = False
-        self._one_large_group = asyncio.Lock()
-        self._writing: set[asyncio.Task[None]] = set()
+        self._is_write_scheduled = False
+        self._large_write_lock = asyncio.Lock()
+        self._writes: set[asyncio.Task[None]] = set()
 
-    async def _written(self) -> None:
-        """Wait until nothing is on its way any more."""
-        while self._writing:
-            await asyncio.wait(self._writing)
+    async def wait_until_idle(self) -> None:
+        """Wait until no write is in progress."""
+        while self._writes:
+            await asyncio.wait(self._writes)
 
-    def _write(self, documents: list[Document], size: int, basis: int) -> asyncio.Future[None]:
-        """Have documents written under positions larger than `basis`, all or none; then their `_id`s say where.
+    def write(self, documents: list[Document], size: int, based_on_position: int) -> asyncio.Future[None]:
+        """Write documents at positions larger than `based_on_position`, all or none. Sets their `_id`s.
 
-        A caller that is cancelled takes along only this future, not the group in which its events travel.
+        Cancelling a caller cancels only its future, not the write that its events are part of.
 
-        Raises: as `EventLog.append`, at once or by the future.
+        Raises: as `EventStore.append`, at once or by the future.
         """
         if (
             self._queued_events >= self._limits.max_pending_events
             or self._queued_bytes >= self._limits.max_pending_bytes
         ):
             raise LedgerBusy(
-                f"{self._queued_events} events ({self._queued_bytes} bytes) are waiting to be written already; "
-                "try again in a moment"
+                f"{self._queued_events} events ({self._queued_bytes} bytes) are already waiting to be written. "
+                "Try again in a moment"
             )
         if size > self._limits.max_append_bytes:
             raise InvalidEvent(
-                f"{len(documents)} events of {size} bytes are too much to be written together: "
-                f"{self._limits.max_append_bytes} bytes can be"
+                f"{len(documents)} events of {size} bytes are too large for one append: the limit is "
+                f"{self._limits.max_append_bytes} bytes"
             )
         deadline = time.monotonic() + self._limits.append_timeout_seconds
-        waiting = PendingAppend(documents, size, basis, deadline, asyncio.get_running_loop().create_future())
-        self._queue.append(waiting)
+        done = asyncio.get_running_loop().create_future()
+        self._queue.append(PendingAppend(documents, size, based_on_position, deadline, done))
         self._queued_events += len(documents)
         self._queued_bytes += size
-        if not self._gathering:
-            self._begin()
-        return waiting.done
+        if not self._is_write_scheduled:
+            self._schedule_write()
+        return done
 
-    def _begin(self) -> None:
-        """Have the next group written, unless enough are on their way: then the next gathers until one has arrived.
+    def _schedule_write(self) -> None:
+        """Start the next write, unless enough writes are in progress. Then appends queue up until one has ended.
 
-        The group is made up when its task runs, so that all who append in this turn of the loop travel in it.
+        The task collects the appends when it runs, so all appends of this iteration of the event loop go together.
         """
-        if self._queue and not self._gathering and len(self._writing) < self._limits.max_concurrent_writes:
-            self._gathering = True
+        if self._queue and not self._is_write_scheduled and len(self._writes) < self._limits.max_concurrent_writes:
+            self._is_write_scheduled = True
             task = asyncio.create_task(self._write_next(), name="log-writer")
-            self._writing.add(task)
-            task.add_done_callback(self._arrived)
+            self._writes.add(task)
+            task.add_done_callback(self._on_write_done)
 
-    def _arrived(self, task: asyncio.Task[None]) -> None:
-        self._writing.discard(task)
-        self._begin()
+    def _on_write_done(self, task: asyncio.Task[None]) -> None:
+        self._writes.discard(task)
+        self._schedule_write()
 
     async def _write_next(self) -> None:
-        self._give_up_late()
-        group = self._gather()
-        self._gathering = False
-        if not group:
+        self._fail_expired()
+        appends = self._collect_appends()
+        self._is_write_scheduled = False
+        if not appends:
             return
-        self._begin()
+        self._schedule_write()
         try:
-            await self._write_group(group)
+            await self._write_appends(appends)
         except LedgerUnavailable as error:
-            _resolve_appends(group, error)
+            _resolve_appends(appends, error)
         except BaseException:
-            # Those behind it, too: nobody would write them before the next append comes, perhaps never.
+            # Also the queued ones: nothing would write them before the next append, which may never come.
             _resolve_appends(
-                [*group, *self._queue], LedgerUnavailable("The writer of the log was stopped before it was done.")
+                [*appends, *self._queue], LedgerUnavailable("The event store was stopped before it wrote the events.")
             )
             self._queue.clear()
             self._queued_events = self._queued_bytes = 0
             raise
 
-    def _give_up_late(self) -> None:
-        """Answer those whose time ran out in the queue: behind a database that was away, all would wait in turn."""
-        late = LedgerUnavailable("The database did not take the events in time: others were waiting before them.")
+    def _fail_expired(self) -> None:
+        """Fail appends that timed out in the queue. After a database outage they would otherwise wait in turn."""
+        late = LedgerUnavailable("The database did not write the events in time: other events were queued before them.")
         now = time.monotonic()
         while self._queue and self._queue[0].deadline < now:
-            _resolve_appends([self._take()], late)
+            _resolve_appends([self._dequeue()], late)
 
-    def _take(self) -> PendingAppend:
-        waiting = self._queue.popleft()
-        self._queued_events -= len(waiting.documents)
-        self._queued_bytes -= waiting.size
-        return waiting
+    def _dequeue(self) -> PendingAppend:
+        append = self._queue.popleft()
+        self._queued_events -= len(append.documents)
+        self._queued_bytes -= append.size
+        return append
 
-    def _gather(self) -> list[PendingAppend]:
-        """Take single events from the queue, as many as fit in one group, or one caller's several events."""
+    def _collect_appends(self) -> list[PendingAppend]:
+        """Dequeue as many appends of one event as fit into one write, or one append of several events."""
         if not self._queue:
             return []
-        group = [self._take()]
-        size = group[0].size
-        if len(group[0].documents) == 1:
+        appends = [self._dequeue()]
+        size = appends[0].size
+        if len(appends[0].documents) == 1:
             while (
                 self._queue
                 and len(self._queue[0].documents) == 1
-                and len(group) < self._limits.max_events_per_write
+                and len(appends) < self._limits.max_events_per_write
                 and size + self._queue[0].size <= _MESSAGE_BYTES // _BSON_FACTOR
             ):
-                group.append(self._take())
-                size += group[-1].size
-        return group
+                appends.append(self._dequeue())
+                size += appends[-1].size
+        return appends
 
-    async def _write_group(self, group: Sequence[PendingAppend]) -> None:
-        """Write single events in one unordered insert, or one caller's several events in one transaction.
+    async def _write_appends(self, appends: Sequence[PendingAppend]) -> None:
+        """Write appends of one event in one unordered insert, or one append of several events in one transaction.
 
-        Whatever the database answers, the same documents may be inserted again: those that are there already are
-        recognised as ours. So every failure that may pass is answered by trying again until the deadline.
+        Whatever the database answers, the same documents may be inserted again: documents that are already stored are
+        recognized by their event IDs. So every transient failure is retried until the deadline.
         """
-        deadline = group[0].deadline  # who came first has waited longest
+        deadline = appends[0].deadline  # the first one has waited longest
         pause = 0.002
-        todo = list(group)
-        numbered = False
+        todo = list(appends)
+        has_positions = False
         while todo:
             try:
-                if not numbered:
-                    await self._number(todo)
-                    numbered = True
-                refused = await self._insert(todo)
-                todo = await self._sort_out(refused) if refused else []
-                numbered = False
+                if not has_positions:
+                    await self._assign_positions(todo)
+                    has_positions = True
+                duplicates = await self._insert(todo)
+                todo = await self._resolve_duplicates(duplicates) if duplicates else []
+                has_positions = False
             except PyMongoError as error:
                 if not is_transient(error):
-                    raise LedgerUnavailable(f"The database refuses the events: {summarize_error(error)}") from error
+                    raise LedgerUnavailable(f"The database rejects the events: {summarize_error(error)}") from error
                 if time.monotonic() > deadline:
                     raise LedgerUnavailable(
-                        f"The database did not take the events in time: {summarize_error(error)}"
+                        f"The database did not write the events in time: {summarize_error(error)}"
                     ) from error
-                if pause > 0.1:  # a write conflict or two are nothing to speak of
+                if pause > 0.1:  # one or two write conflicts are normal
                     _log.warning("append delayed by the database", error=summarize_error(error))
                 await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads load, guards no secret
                 pause = min(2 * pause, 0.2)
 
     async def _insert(self, todo: Sequence[PendingAppend]) -> list[PendingAppend]:
-        """Insert, settle what succeeded, and return what was refused for a duplicate key."""
+        """Insert, resolve the appends that succeeded, and return those that failed with a duplicate key."""
         try:
             if len(todo[0].documents) > 1:
-                # In a transaction all is undone, whichever document it was.
-                refused = {0} if await self._insert_together(todo[0]) else set()
+                # The transaction is aborted whichever document was the duplicate.
+                failed = {0} if await self._insert_in_transaction(todo[0]) else set()
             else:
-                async with self._one_large_group if len(todo) > _LARGE_GROUP else nullcontext():
-                    refused = await self._insert_documents([waiting.documents[0] for waiting in todo])
-        except (BSONError, ValueError, OverflowError):  # the driver cannot write one of them in BSON
-            return await self._insert_storable(todo)
-        if not refused:
+                async with self._large_write_lock if len(todo) > _LARGE_WRITE_EVENTS else nullcontext():
+                    failed = await self._insert_documents([append.documents[0] for append in todo])
+        except (BSONError, ValueError, OverflowError):  # the driver cannot encode one of them in BSON
+            return await self._insert_encodable(todo)
+        if not failed:
             _resolve_appends(todo)
             return []
-        _resolve_appends(waiting for index, waiting in enumerate(todo) if index not in refused)
-        return [waiting for index, waiting in enumerate(todo) if index in refused]
+        _resolve_appends(append for index, append in enumerate(todo) if index not in failed)
+        return [append for index, append in enumerate(todo) if index in failed]
 
-    async def _insert_storable(self, todo: Sequence[PendingAppend]) -> list[PendingAppend]:
-        """Refuse what can be written in JSON, but not in BSON (a UUID), and insert the rest."""
-        storable = [waiting for waiting in todo if _refusal(waiting) is None]
-        if len(storable) == len(todo):
-            raise LedgerUnavailable("The driver refuses events that can be stored.")
-        for waiting in todo:
-            if (refusal := _refusal(waiting)) is not None:
-                await self._void([document["_id"] for document in waiting.documents])
-                _resolve_appends([waiting], refusal)
-        return await self._insert(storable) if storable else []
+    async def _insert_encodable(self, todo: Sequence[PendingAppend]) -> list[PendingAppend]:
+        """Fail appends that JSON can express, but BSON cannot (a UUID), and insert the rest."""
+        errors = [_find_encoding_error(append) for append in todo]
+        encodable = [append for append, error in zip(todo, errors, strict=True) if error is None]
+        if len(encodable) == len(todo):
+            raise LedgerUnavailable("The driver rejects events that can be encoded.")
+        for append, error in zip(todo, errors, strict=True):
+            if error is not None:
+                await self.void_positions([document["_id"] for document in append.documents])
+                _resolve_appends([append], error)
+        return await self._insert(encodable) if encodable else []
 
-    async def _insert_together(self, waiting: PendingAppend) -> bool:
-        """Insert all or none; return whether a duplicate key was in the way."""
+    async def _insert_in_transaction(self, append: PendingAppend) -> bool:
+        """Insert all or none. Return whether a key was a duplicate."""
         async with self._db.client.start_session() as session:
             await session.start_transaction(write_concern=DURABLE)
-            for part in _messages(waiting):
-                if await self._insert_documents(part, session):
+            for documents in _split_into_messages(append):
+                if await self._insert_documents(documents, session):
                     await session.abort_transaction()
                     return True
             await session.commit_transaction()
         return False
 
     async def _insert_documents(self, documents: list[Document], session: AsyncClientSession | None = None) -> set[int]:
-        """Insert in no particular order; return the indexes of those that were refused for a duplicate key.
+        """Insert in no particular order. Return the indexes of documents that failed with a duplicate key.
 
-        As a bare command: the driver's own repetition, and the server's book-keeping for it, are not needed where
-        everything may be repeated anyway.
+        Uses a bare command: the driver's own retries, and the server's bookkeeping for them, are not needed because
+        every insert may be repeated.
 
         Raises:
-            PyMongoError: it is not known which of them are durable.
+            PyMongoError: It is unknown which documents are durable.
         """
         command: dict[str, Any] = {"insert": "events", "documents": documents, "ordered": False}
         if session is None:
@@ -280,27 +270,27 @@ class Appender:
         for failure in failures:
             if failure["code"] != _DUPLICATE_KEY:
                 raise OperationFailure(failure["errmsg"], failure["code"], failure)
-        if (unsure := answer.get("writeConcernError")) is not None:
-            raise WriteConcernError(unsure["errmsg"], unsure["code"], unsure)
+        if (error := answer.get("writeConcernError")) is not None:
+            raise WriteConcernError(error["errmsg"], error["code"], error)
         return {failure["index"] for failure in failures}
 
-    async def _number(self, todo: Sequence[PendingAppend]) -> None:
+    async def _assign_positions(self, todo: Sequence[PendingAppend]) -> None:
         """Give the documents the next positions.
 
-        A number must be larger than every position the decision was based on. Only a fail-over can make the counter
-        fall behind (the increment need not have reached a majority); then it is raised to the head of the log.
+        A position must be larger than every position the decision was based on. The counter can fall behind only in a
+        failover, because its increment need not have reached a majority. Then it is raised to the head of the log.
         """
-        documents = [document for waiting in todo for document in waiting.documents]
-        basis = max(waiting.based_on_position for waiting in todo)
-        while (first := await self._take_tickets(len(documents))) <= basis:
-            await self._void(range(first, first + len(documents)))
+        documents = [document for append in todo for document in append.documents]
+        based_on_position = max(append.based_on_position for append in todo)
+        while (first := await self.reserve_positions(len(documents))) <= based_on_position:
+            await self.void_positions(range(first, first + len(documents)))
             await self._raise_counter()
         for position, document in enumerate(documents, first):
             document["_id"] = position
 
-    async def _take_tickets(self, count: int) -> int:
-        """Return the first of `count` numbers that are ours."""
-        # As a bare command, because the driver makes it no retryable write then: a lost ticket is only a hole.
+    async def reserve_positions(self, count: int) -> int:
+        """Reserve `count` positions and return the first. Readers void positions at which no event appears in time."""
+        # A bare command, which the driver does not retry: a lost answer only leaves a gap.
         answer = await self._db.command(
             {
                 "findAndModify": "counters",
@@ -315,65 +305,66 @@ class Appender:
 
     async def _raise_counter(self) -> None:
         counters = self._db.get_collection("counters", write_concern=DURABLE)
-        await counters.update_one({"_id": "events"}, {"$max": {"next": await self._newest()}}, upsert=True)
+        head = await self.head_position()
+        await counters.update_one({"_id": "events"}, {"$max": {"next": head}}, upsert=True)
 
-    async def _newest(self, session: AsyncClientSession | None = None) -> int:
-        """Return the largest position, 0 when there is none. What stands elsewhere than at a number is no event."""
+    async def head_position(self, session: AsyncClientSession | None = None) -> int:
+        """Return the largest position in the log, 0 if it is empty. Documents without a numeric `_id` do not count."""
         numbers = {"_id": {"$gt": 0}}
         newest = await self._events.find_one(numbers, {"_id": 1}, sort=[("_id", DESCENDING)], session=session)
         return int(newest["_id"]) if newest else 0
 
-    async def _sort_out(self, refused: Sequence[PendingAppend]) -> list[PendingAppend]:
-        """After a duplicate key: settle what had succeeded or lost its race; return what needs a new number.
+    async def _resolve_duplicates(self, duplicates: Sequence[PendingAppend]) -> list[PendingAppend]:
+        """After a duplicate key, resolve appends that had succeeded or conflict. Return those that need new positions.
 
-        The (stream, version) of each refused document tells: our event is there, so an earlier try of ours succeeded;
-        another is there, so the race is lost; none is there, so it was the number that had been taken.
+        What is stored at the (stream, version) of each document decides. If it is our event, an earlier try of ours
+        succeeded. If it is another event, the versions conflict. If there is none, only the position was taken.
         """
-        there = await self._standing([document for waiting in refused for document in waiting.documents])
+        stored = await self._load_stored([document for append in duplicates for document in append.documents])
         again: list[PendingAppend] = []
-        ours: list[PendingAppend] = []
-        lost: list[tuple[PendingAppend, Document]] = []
+        succeeded: list[PendingAppend] = []
+        conflicts: list[tuple[PendingAppend, Document]] = []
         unused: list[int] = []
-        for waiting in refused:
-            numbers = {document["_id"] for document in waiting.documents}
-            found = [there.get((document["stream"], document["version"])) for document in waiting.documents]
-            first = next((other for other in found if other is not None), None)
+        for append in duplicates:
+            positions = {document["_id"] for document in append.documents}
+            found = [stored.get((document["stream"], document["version"])) for document in append.documents]
+            first = next((event for event in found if event is not None), None)
             if first is None:
-                again.append(waiting)
-            elif first["event_id"] in {document["event_id"] for document in waiting.documents}:
-                ours.append(waiting)
-                for document, other in zip(waiting.documents, found, strict=True):
-                    if other is not None:  # it was written under the number of an earlier try
-                        document["_id"] = other["_id"]
-                numbers -= {document["_id"] for document in waiting.documents}
+                again.append(append)
+            elif first["event_id"] in {document["event_id"] for document in append.documents}:
+                succeeded.append(append)
+                for document, event in zip(append.documents, found, strict=True):
+                    if event is not None:  # an earlier try wrote it at another position
+                        document["_id"] = event["_id"]
+                positions -= {document["_id"] for document in append.documents}
             else:
-                lost.append((waiting, first))
-            unused += numbers
+                conflicts.append((append, first))
+            unused += positions
         if unused:
-            await self._void(unused)
-        _resolve_appends(ours)
-        if lost:
-            newest = await self._versions({first["stream"] for _, first in lost})
-            for waiting, first in lost:
+            await self.void_positions(unused)
+        _resolve_appends(succeeded)
+        if conflicts:
+            versions = await self._load_versions({first["stream"] for _, first in conflicts})
+            for append, first in conflicts:
                 stream = first["stream"]
-                expected = min(it["version"] for it in waiting.documents if it["stream"] == stream) - 1
-                _resolve_appends([waiting], VersionConflict(stream, expected, newest.get(stream, 0)))
+                expected = min(it["version"] for it in append.documents if it["stream"] == stream) - 1
+                _resolve_appends([append], VersionConflict(stream, expected, versions.get(stream, 0)))
         if again:
             await self._raise_counter()
         return again
 
-    async def _standing(self, documents: Sequence[Document]) -> dict[tuple[str, int], Document]:
-        """Return what stands in the log where these documents should, by stream and version: `_id` and `event_id`."""
+    async def _load_stored(self, documents: Sequence[Document]) -> dict[tuple[str, int], Document]:
+        """Return `_id` and `event_id` of the events stored at the streams and versions of these documents."""
         found: dict[tuple[str, int], Document] = {}
-        places = [{"stream": document["stream"], "version": document["version"]} for document in documents]
-        for begin in range(0, len(places), _PLACES_AT_ONCE):
-            wanted = {"$or": places[begin : begin + _PLACES_AT_ONCE]}
-            for event in await self._events.find(wanted, {"stream": 1, "version": 1, "event_id": 1}).to_list():
+        keys = [{"stream": document["stream"], "version": document["version"]} for document in documents]
+        for begin in range(0, len(keys), _VERSIONS_PER_QUERY):
+            query = {"$or": keys[begin : begin + _VERSIONS_PER_QUERY]}
+            for event in await self._events.find(query, {"stream": 1, "version": 1, "event_id": 1}).to_list():
                 found[event["stream"], event["version"]] = event
         return found
 
-    async def _versions(self, streams: Collection[str]) -> dict[str, int]:
-        """Return at which version each of these streams is now."""
+    async def _load_versions(self, streams: Collection[str]) -> dict[str, int]:
+        """Return the current version of each of these streams."""
         newest = await self._events.aggregate(
             [
                 {"$match": {"stream": {"$in": sorted(streams)}}},
@@ -382,21 +373,21 @@ class Appender:
         )
         return {row["_id"]: row["version"] for row in await newest.to_list()}
 
-    async def _void(self, positions: Iterable[int]) -> None:
-        """Fill positions that nobody will use. Where somebody did after all, that is just as well."""
+    async def void_positions(self, positions: Iterable[int]) -> None:
+        """Fill positions that no appender will use. A position that has an event meanwhile keeps it."""
         documents = [build_void_document(position) for position in positions]
         for begin in range(0, len(documents), self._limits.max_events_per_write):
             await self._insert_documents(documents[begin : begin + self._limits.max_events_per_write])
 
 
-def _messages(waiting: PendingAppend) -> Iterator[list[Document]]:
-    """Cut documents into commands that the server takes. Only a very large append needs more than one."""
-    if waiting.size <= _MESSAGE_BYTES // _BSON_FACTOR:
-        yield waiting.documents
+def _split_into_messages(append: PendingAppend) -> Iterator[list[Document]]:
+    """Split documents into commands that the server accepts. Only a very large append needs more than one."""
+    if append.size <= _MESSAGE_BYTES // _BSON_FACTOR:
+        yield append.documents
         return
     part: list[Document] = []
     size = 0
-    for document in waiting.documents:
+    for document in append.documents:
         length = len(encode_bson(document))
         if part and size + length > _MESSAGE_BYTES:
             yield part
@@ -406,20 +397,20 @@ def _messages(waiting: PendingAppend) -> Iterator[list[Document]]:
     yield part
 
 
-def _refusal(waiting: PendingAppend) -> InvalidEvent | None:
+def _find_encoding_error(append: PendingAppend) -> InvalidEvent | None:
     try:
-        for document in waiting.documents:
+        for document in append.documents:
             encode_bson(document)
-    except InvalidEvent as refusal:
-        return refusal
+    except InvalidEvent as error:
+        return error
     return None
 
 
-def _resolve_appends(group: Iterable[PendingAppend], error: Exception | None = None) -> None:
-    for waiting in group:
-        if waiting.done.done():
+def _resolve_appends(appends: Iterable[PendingAppend], error: Exception | None = None) -> None:
+    for append in appends:
+        if append.done.done():
             continue
         if error is None:
-            waiting.done.set_result(None)
+            append.done.set_result(None)
         else:
-            waiting.done.set_exception(error)
+            append.done.set_exception(error)

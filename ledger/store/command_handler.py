@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +16,13 @@ from jobledger.ledger.domain import batch, delivery, job
 from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.commands import BatchCommand, DeliveryCommand, JobCommand
 from jobledger.ledger.domain.delivery import Delivery
-from jobledger.ledger.domain.errors import CommandRejected, UnreadableEvent, VersionConflict
+from jobledger.ledger.domain.errors import (
+    CommandRejected,
+    LedgerBusy,
+    LedgerUnavailable,
+    UnreadableEvent,
+    VersionConflict,
+)
 from jobledger.ledger.domain.events import BatchDeleted, Event, EventMetadata, JobDeleted, RecordedEvent
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
@@ -187,6 +193,42 @@ async def find_outcome(
     if expected and [it.event for it in mine] == list(expected):
         return CommandResult(mine, stream_state.apply(since))
     return None
+
+
+async def handle_command_until_known(
+    log: EventStore,
+    stream: str,
+    command: Command,
+    *,
+    meta: EventMetadata,
+    stream_state: StreamState,
+    retry_seconds: float,
+    on_retry: Callable[[LedgerUnavailable | LedgerBusy], None],
+) -> CommandResult:
+    """Handle a command, and repeat it while the database is unavailable. The command takes effect once.
+
+    Args:
+        log: The event store.
+        stream: The name of the stream.
+        command: The command.
+        meta: The metadata of the events.
+        stream_state: The state to decide on, as for `handle_command`.
+        retry_seconds: The pause before each retry.
+        on_retry: Called before each pause. Raises to give up.
+
+    Raises:
+        CommandRejected: The stream's state does not allow the command.
+        InvalidEvent: As `EventStore.append`.
+    """
+    while True:
+        try:
+            return await handle_command(log, stream, command, meta=meta, stream_state=stream_state)
+        except (LedgerUnavailable, LedgerBusy) as error:
+            on_retry(error)
+        await asyncio.sleep(retry_seconds)
+        with suppress(LedgerUnavailable):
+            if (result := await find_outcome(log, stream, command, stream_state=stream_state)) is not None:
+                return result
 
 
 async def create_streams(

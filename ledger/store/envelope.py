@@ -14,10 +14,11 @@ import uuid_utils
 from bson.errors import BSONError
 
 from jobledger.ledger.domain import limits
+from jobledger.ledger.domain.canonical_json import TextTooLong, try_canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import Event, EventMetadata, PositionVoided, truncate_to_milliseconds
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.hash_chain import GENESIS_HASH, TextTooLong, hash_input, try_canonical_json
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
 from jobledger.ledger.store.storage_format import find_data_deviation
 
 VOID_STREAM: Final = "void"

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import bson
 import structlog
@@ -21,13 +20,15 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
+from jobledger.ledger.domain.canonical_json import TextTooLong
 from jobledger.ledger.domain.errors import DatabaseUnsuitable, LedgerUnavailable, LogTruncated, VersionConflict
 from jobledger.ledger.domain.events import Event, RecordedEvent
-from jobledger.ledger.domain.limits import json_bytes
 from jobledger.ledger.mongo.connection import (
+    DURABLE,
     INDEX_CONFLICTS,
     LENIENT_CODEC,
     LOCAL,
+    MAJORITY,
     UNAUTHORIZED,
     Database,
     Document,
@@ -37,30 +38,28 @@ from jobledger.ledger.mongo.connection import (
 from jobledger.ledger.mongo.server_clock import get_server_clock
 from jobledger.ledger.store.appender import Appender, EventStoreLimits
 from jobledger.ledger.store.envelope import StreamAppend, build_documents
-from jobledger.ledger.store.hash_chain import TextTooLong
 from jobledger.ledger.store.histogram import DurationHistogram
 from jobledger.ledger.store.live_tail import LiveTail
-
-__all__ = ["MAX_POSITION", "EventStore", "EventStoreLimits", "ReadPosition", "Subscription", "override_payload_fields"]
+from jobledger.ledger.store.subscription import Subscription
 
 _log = structlog.get_logger()
 StoredDocument = tuple[Document, bytes]
 """A document of the log and the BSON from which it was decoded."""
+EVENTS_COLLECTION: Final = "events"
 MAX_POSITION = 2**63 - 1  # what the database can count to
-_MOST_AT_ONCE = 10_000
+_MAX_VOIDED_AT_ONCE = 10_000
 """Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
-_ENCODED_AT_ONCE_BYTES = 64 * 1024
+_ENCODE_CHUNK_BYTES = 64 * 1024
 """After that many bytes of an append, other tasks run. A larger event is encoded in a thread."""
-_FIRST_PAGE_EVENTS = 50
-_LOOKS_AT_THE_END = 8
+_HEAD_READ_ATTEMPTS = 8
 _READERS: Sequence[tuple[str, Document, str]] = (
     ("checkpoints", {"_id": "views"}, "the views"),
     ("subscriptions", {}, "the subscription {0!r}"),
 )
 """Who keeps in the database how far it has read: collection, query, and what to call it."""
-_BARE = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
-_PLACE = dict.fromkeys(("stream", "version", "type", "schema", "time"), 1)
-_PART_EVENTS = 1000
+_WITHOUT_METADATA = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
+_LOCATION_FIELDS = dict.fromkeys(("stream", "version", "type", "schema", "time"), 1)
+_BATCH_EVENTS = 1000
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 
 
@@ -76,11 +75,20 @@ class ReadPosition(NamedTuple):
         return cls(int(stored["position"]), stored.get("hash"))
 
 
-class EventStore(Appender):
-    """The log of one database, as one process sees it. A listener of the process's change stream (`Changes`)."""
+class EventStore:
+    """The event log of one database. Register it as a listener of the process's `ChangeStream`."""
 
-    def __init__(self, db: Database, limits: EventStoreLimits | None = None) -> None:
-        super().__init__(db, limits or EventStoreLimits())
+    def __init__(
+        self, db: Database, limits: EventStoreLimits | None = None, *, collection: str = EVENTS_COLLECTION
+    ) -> None:
+        """Open the log in a collection. Only an import uses another one than `events`, and only reads it."""
+        self.collection = collection
+        self._db = db
+        self._limits = limits or EventStoreLimits()
+        self._events = db.get_collection(
+            collection, codec_options=LENIENT_CODEC, write_concern=DURABLE, read_concern=MAJORITY
+        )
+        self._appender = Appender(db, self._events, self._limits)
         self.clock = get_server_clock(db.client)
         """Says when something is due."""
         self._tail = LiveTail(self._limits.max_tail_events, self._limits.max_tail_bytes)
@@ -88,8 +96,8 @@ class EventStore(Appender):
         """Whether events may have been removed: one was deleted, or the change stream was opened again."""
         self.append_durations = DurationHistogram()
         """How long appends took that were written, from the call to the answer."""
-        self._hole_timer: asyncio.TimerHandle | None = None
-        self._hole_tasks: set[asyncio.Task[None]] = set()
+        self._gap_timer: asyncio.TimerHandle | None = None
+        self._gap_tasks: set[asyncio.Task[None]] = set()
 
     async def prepare(self) -> None:
         """Make sure of the index that makes versions unique: create it, or find it where we may not.
@@ -130,13 +138,13 @@ class EventStore(Appender):
 
     async def aclose(self) -> None:
         """Stop what runs in the background; appends still waiting are finished first."""
-        await self._written()
-        for task in tuple(self._hole_tasks):  # whoever ends leaves the set
+        await self._appender.wait_until_idle()
+        for task in tuple(self._gap_tasks):  # whoever ends leaves the set
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        if self._hole_timer is not None:  # last, for the tasks set it
-            self._hole_timer.cancel()
+        if self._gap_timer is not None:  # last, for the tasks set it
+            self._gap_timer.cancel()
 
     # Append -------------------------------------------------------------------------------------------------------
 
@@ -152,26 +160,26 @@ class EventStore(Appender):
             LedgerUnavailable: the database did not answer in time; whether anything was written is not known.
         """
         if len(appends) > 1:
-            _refuse_overlap(appends)
+            _check_distinct_streams(appends)
         documents: list[Document] = []
         events: list[Event] = []
-        size = basis = 0
-        pause_at = _ENCODED_AT_ONCE_BYTES
+        size = based_on_position = 0
+        pause_at = _ENCODE_CHUNK_BYTES
         for append in appends:
             if size > pause_at:  # other requests are served meanwhile; nothing is reserved yet
-                pause_at = size + _ENCODED_AT_ONCE_BYTES
+                pause_at = size + _ENCODE_CHUNK_BYTES
                 await asyncio.sleep(0)
             try:
-                size += build_documents(append, documents, _ENCODED_AT_ONCE_BYTES)
+                size += build_documents(append, documents, _ENCODE_CHUNK_BYTES)
             except TextTooLong:
                 size += await asyncio.to_thread(build_documents, append, documents)
             events += append.events
-            if append.head.position > basis:
-                basis = append.head.position
+            if append.head.position > based_on_position:
+                based_on_position = append.head.position
         if not documents:
             return []
         begun = time.monotonic()
-        await self._write(documents, size, basis)
+        await self._appender.write(documents, size, based_on_position)
         self.append_durations.observe(time.monotonic() - begun)
         return list(map(RecordedEvent, documents, events))
 
@@ -228,9 +236,9 @@ class EventStore(Appender):
         query: Document = {"stream": {"$in": list(streams)}}
         if exclude_types:
             query["type"] = {"$nin": sorted(exclude_types)}
-        fields = None if data_expression is None else {**_PLACE, "data": data_expression}
+        fields = None if data_expression is None else {**_LOCATION_FIELDS, "data": data_expression}
         with translate_errors(f"reading {len(streams)} streams"):
-            async with self._events.find_raw_batches(query, fields, sort=_VERSIONS, batch_size=_PART_EVENTS) as found:
+            async with self._events.find_raw_batches(query, fields, sort=_VERSIONS, batch_size=_BATCH_EVENTS) as found:
                 part: Any  # the driver's type hints say documents, it yields bytes
                 async for part in found:
                     yield list(map(RecordedEvent, bson.decode_all(part, LENIENT_CODEC)))
@@ -238,7 +246,7 @@ class EventStore(Appender):
     async def head_position(self, session: AsyncClientSession | None = None) -> int:
         """Return the largest position in the log, 0 when it is empty; with `session`, as it has seen it."""
         with translate_errors("reading the head of the log"):
-            return await self._newest(session)
+            return await self._appender.head_position(session)
 
     async def may_have_reached(self, position: int) -> bool:
         """Return whether the log has a position, or a later one, also if a majority may not have it yet.
@@ -260,11 +268,11 @@ class EventStore(Appender):
             LogTruncated: The log ends before that position, or has another event or none there.
         """
         position, head = last_read.position, 0
-        for look in range(_LOOKS_AT_THE_END):
+        for look in range(_HEAD_READ_ATTEMPTS):
             if look:
                 await asyncio.sleep(self._limits.gap_timeout_seconds / 2)
             head = await self.head_position()
-            if head >= position and await self._has(last_read):
+            if head >= position and await self._has_event(last_read):
                 return
         if head >= position:
             raise LogTruncated(
@@ -276,7 +284,7 @@ class EventStore(Appender):
             "removed, or an older copy of the log was restored."
         )
 
-    async def _has(self, read: ReadPosition) -> bool:
+    async def _has_event(self, read: ReadPosition) -> bool:
         return read.hash is None or read.position == 0 or await self.hash_at(read.position) == read.hash
 
     async def hash_at(self, position: int) -> bytes | None:
@@ -327,10 +335,10 @@ class EventStore(Appender):
         `bare` ones come without their ids, hashes and meta, which is enough to be folded. Empty means that nothing
         later is there. A hole is waited for, then voided (see the head of this file).
         """
-        _refuse_beyond(after)
+        _check_position(after)
         with translate_errors("reading the log"):
             while True:
-                fields = _BARE if without_metadata else None
+                fields = _WITHOUT_METADATA if without_metadata else None
                 documents = await self._page(after, limit or self._limits.page_events, fields=fields)
                 dense = [
                     document for position, document in enumerate(documents, after + 1) if document["_id"] == position
@@ -369,7 +377,7 @@ class EventStore(Appender):
                 {"_id": {"$gt": after}}, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit
             )
             batches: list[Any] = await found.to_list()  # the driver's type hints say documents, it yields bytes
-            return [stored for batch in batches for stored in _documents_in(batch)]
+            return [stored for batch in batches for stored in _split_batch(batch)]
 
     async def find_events_at(self, wanted: Mapping[str, int]) -> dict[str, Document]:
         """Return position, version and hash of the event at one version of each stream, where there is one."""
@@ -410,11 +418,11 @@ class EventStore(Appender):
             evidence = [document["_id"] for document in documents]
         there = set(evidence)
         holes = (position for position in range(after + 1, evidence[-1]) if position not in there)
-        missing = list(islice(holes, _MOST_AT_ONCE))
-        present = {document["_id"] async for document in self._find(missing)}
-        await self._void(position for position in missing if position not in present)
+        missing = list(islice(holes, _MAX_VOIDED_AT_ONCE))
+        present = {document["_id"] async for document in self._find_at(missing)}
+        await self._appender.void_positions(position for position in missing if position not in present)
 
-    def _find(self, positions: Sequence[int]) -> AsyncIterator[Document]:
+    def _find_at(self, positions: Sequence[int]) -> AsyncIterator[Document]:
         return self._events.find({"_id": {"$in": list(positions)}}).__aiter__()
 
     # Subscribe ----------------------------------------------------------------------------------------------------
@@ -430,8 +438,8 @@ class EventStore(Appender):
         With `chunk_bytes`, a chunk is no larger (as JSON, about; at least one event), and nothing is fetched ahead: for
         many subscribers that may be slow.
         """
-        _refuse_beyond(after)
-        subscription = Subscription(self, self._tail, after, types, chunk_bytes)
+        _check_position(after)
+        subscription = Subscription(self.read, self._tail, after, types, chunk_bytes)
         try:
             yield subscription
         finally:
@@ -439,142 +447,47 @@ class EventStore(Appender):
 
     async def resync(self, session: AsyncClientSession) -> None:
         self.may_have_lost_events = True
-        self._tail.reset_to(await self._newest(session))
+        self._tail.reset_to(await self._appender.head_position(session))
 
     def on_change(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] == "insert" and isinstance(change["fullDocument"]["_id"], int):
             self._tail.add(change["fullDocument"])
-            self._watch_for_holes()
+            self._schedule_gap_filling()
         elif change["operationType"] == "delete":  # `resync` follows
             self.may_have_lost_events = True
             self._tail.clear()
 
-    def _watch_for_holes(self) -> None:
+    def _schedule_gap_filling(self) -> None:
         """Give what is missing its second from now on; all of it at once, however many holes there are."""
-        if self._hole_timer is None and (newest := self._tail.newest_out_of_order) is not None:
-            self._hole_timer = asyncio.get_running_loop().call_later(
-                self._limits.gap_timeout_seconds, self._fill_holes, newest
+        if self._gap_timer is None and (newest := self._tail.newest_out_of_order) is not None:
+            self._gap_timer = asyncio.get_running_loop().call_later(
+                self._limits.gap_timeout_seconds, self._start_gap_filling, newest
             )
 
-    def _fill_holes(self, evidence: int) -> None:
+    def _start_gap_filling(self, evidence: int) -> None:
         """Fill what is still missing below an event that has been here for long enough."""
-        missing = self._tail.missing_below(evidence, _MOST_AT_ONCE)
+        missing = self._tail.missing_below(evidence, _MAX_VOIDED_AT_ONCE)
         if not missing:
-            self._hole_timer = None
-            self._watch_for_holes()
+            self._gap_timer = None
+            self._schedule_gap_filling()
             return
-        task = asyncio.create_task(self._fill(missing), name="fill-hole")
-        self._hole_tasks.add(task)
-        task.add_done_callback(self._hole_tasks.discard)
+        task = asyncio.create_task(self._fill_gaps(missing), name="fill-gaps")
+        self._gap_tasks.add(task)
+        task.add_done_callback(self._gap_tasks.discard)
 
-    async def _fill(self, missing: Sequence[int]) -> None:
+    async def _fill_gaps(self, missing: Sequence[int]) -> None:
         """Look for what the stream did not bring, void the rest. What is voided comes back through the stream."""
         try:
-            present = [document async for document in self._find(missing)]
+            present = [document async for document in self._find_at(missing)]
             seen = {document["_id"] for document in present}
-            await self._void(position for position in missing if position not in seen)
+            await self._appender.void_positions(position for position in missing if position not in seen)
             for document in present:
                 self._tail.add(document)
         except PyMongoError as error:
             _log.warning("could not fill a hole yet", missing=missing[:10], error=summarize_error(error))
         finally:
-            self._hole_timer = None
-            self._watch_for_holes()
-
-
-class Subscription:
-    """A place in the log that moves on: iterate for single events, or take what is there with `chunk`."""
-
-    def __init__(
-        self,
-        log: EventStore,
-        tail: LiveTail,
-        after: int,
-        types: Collection[type[Event]] | None,
-        max_chunk_bytes: int | None = None,
-    ) -> None:
-        self._log = log
-        self._tail = tail
-        self._chunk_bytes = max_chunk_bytes
-        self._page_events = _FIRST_PAGE_EVENTS
-        self._types = None if types is None else frozenset(wanted.__name__ for wanted in types)
-        self._buffer: deque[RecordedEvent] = deque()
-        self._ahead: tuple[int, asyncio.Task[list[RecordedEvent]]] | None = None
-        self.position = after
-        """The last position that was taken from the log, whether or not its type was wanted."""
-        self.is_catching_up = False
-        """Whether the last chunk was read from the collection: there may be more."""
-
-    async def next_chunk(self, limit: int = 1000) -> list[RecordedEvent]:
-        """Wait for events and return those that are there, in order, at most `limit`.
-
-        Raises:
-            LedgerUnavailable: the database failed while history was read; calling again continues where it was.
-        """
-        while True:
-            self.is_catching_up = not self._tail.covers(self.position)
-            if not self.is_catching_up:
-                events = self._tail.read_after(self.position, limit)
-                if not events:
-                    await self._tail.wait_for_growth()
-                    continue
-            else:
-                events = await self._history(limit if self._chunk_bytes is None else min(limit, self._page_events))
-                if not events:  # the tail was reset while we read, or somebody took the end of the log away
-                    await asyncio.sleep(0.05)
-                    continue
-                if len(events) == limit and self._chunk_bytes is None:  # there is more
-                    await self._fetch_ahead(events[-1].position, limit)
-            if self._chunk_bytes is not None and len(events) > 1:
-                events = self._shortened(events, self._chunk_bytes)
-            self.position = events[-1].position
-            wanted = events if self._types is None else [event for event in events if event.type in self._types]
-            if wanted:
-                return wanted
-
-    def _shortened(self, events: list[RecordedEvent], most: int) -> list[RecordedEvent]:
-        """Return the first events that are no larger together; read as many next time, or more."""
-        size = 0
-        for number, event in enumerate(events):
-            size += json_bytes(event.data)
-            if size > most and number:
-                self._page_events = number
-                return events[:number]
-        self._page_events = max(self._page_events, 2 * len(events))
-        return events
-
-    async def _history(self, limit: int) -> list[RecordedEvent]:
-        """Return events from the collection: those that were fetched ahead, if there are any."""
-        if self._ahead is not None and self._ahead[0] == self.position:
-            (_, ahead), self._ahead = self._ahead, None
-            return (await ahead)[:limit]
-        self.close()
-        return await self._log.read(after=self.position, limit=limit)
-
-    async def _fetch_ahead(self, after: int, limit: int) -> None:
-        """Have the next page fetched while the caller is at work on this one."""
-        self._ahead = after, asyncio.create_task(self._log.read(after=after, limit=limit), name="read-ahead")
-        await asyncio.sleep(0)  # now the database has been asked
-
-    def rewind(self, position: int) -> None:
-        """Take the events after a position again."""
-        self.close()
-        self.position = position
-
-    def close(self) -> None:
-        """Forget what is being fetched ahead."""
-        if self._ahead is not None:
-            (_, ahead), self._ahead = self._ahead, None
-            if not ahead.cancel() and not ahead.cancelled():
-                ahead.exception()  # has been seen, and concerns nobody any more
-
-    def __aiter__(self) -> Subscription:
-        return self
-
-    async def __anext__(self) -> RecordedEvent:
-        if not self._buffer:
-            self._buffer.extend(await self.next_chunk())
-        return self._buffer.popleft()
+            self._gap_timer = None
+            self._schedule_gap_filling()
 
 
 def override_payload_fields(fields: Document) -> Document:
@@ -582,7 +495,7 @@ def override_payload_fields(fields: Document) -> Document:
     return {"$cond": [{"$eq": [{"$type": "$data"}, "object"]}, {"$mergeObjects": ["$data", fields]}, "$data"]}
 
 
-def _documents_in(batch: bytes) -> Iterator[StoredDocument]:
+def _split_batch(batch: bytes) -> Iterator[StoredDocument]:
     begin = 0
     for document in bson.decode_all(batch, LENIENT_CODEC):
         end = begin + int.from_bytes(batch[begin : begin + 4], "little")
@@ -590,13 +503,13 @@ def _documents_in(batch: bytes) -> Iterator[StoredDocument]:
         begin = end
 
 
-def _refuse_beyond(after: int) -> None:
+def _check_position(after: int) -> None:
     """Before the first position there are no holes to be filled, nor behind the last that can be."""
     if not 0 <= after <= MAX_POSITION:
         raise ValueError(f"{after} is no position, nor 0 for the beginning of the log")
 
 
-def _refuse_overlap(appends: Iterable[StreamAppend]) -> None:
+def _check_distinct_streams(appends: Iterable[StreamAppend]) -> None:
     """Only one append can be at the end of a stream: written, two would be in each other's way for ever."""
     ends: dict[str, int] = {}
     for append in appends:

@@ -1,207 +1,48 @@
-"""ledger: canonical JSON (RFC 8785) and the hash chain over a stream. Pure."""
+"""The hash chain over a stream: each event holds the hash of the event before it."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
 import sys
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
+from jobledger.ledger.domain.canonical_json import JSON_OPTIONS, canonical_json, encode_timestamp
 from jobledger.ledger.domain.errors import InvalidEvent
 
 GENESIS_HASH = bytes(32)
 """`prev` of a stream's first event."""
-MAX_SAFE_INTEGER = 2**53 - 1  # beyond it, JSON readers disagree (RFC 8785, section 3.2.2.3, by way of I-JSON)
-MAX_DEPTH = 100  # the database takes about 200
-_ODD_NUMBER = re.compile(r"[:,\[]-?[0-9]+(?:\.0(?![0-9])|(?:\.[0-9]+)?[eE]|(?<=[0-9]{16}))")
-_OPTIONS = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
-_PLAIN_OPTIONS = _OPTIONS | orjson.OPT_PASSTHROUGH_SUBCLASS
-_BEYOND_16_BITS = re.compile("[\U00010000-\U0010ffff]")
-_UTC = orjson.OPT_NAIVE_UTC
-_CHAINED = b'{"data":%b,"event_id":%b,"meta":%b,"prev":"%b","schema":%d,"stream":%b,"time":%b,"type":%b,"version":%d}'
-
-
-class TextTooLong(Exception):
-    """A text would be longer than the caller has time for. `size` is about its length in bytes, 0 if not known."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.size = size
-
-
-def canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes:
-    """Return the one JSON text of a value made of objects, lists, strings, numbers, booleans and null.
-
-    Times become ISO 8601 in UTC with milliseconds, bytes become lower-case hex: JSON knows neither.
-
-    Args:
-        value: The value.
-        most: How many bytes of text the caller has time for. A text may take a second for 8 MB.
-
-    Raises:
-        InvalidEvent: NaN, infinity, an integer beyond ±(2^53 - 1), broken Unicode, or a type that JSON has no word for.
-        LongText: it takes longer, or may.
-    """
-    try:
-        text = orjson.dumps(value, default=_encode_scalar, option=_OPTIONS)
-    except orjson.JSONEncodeError:
-        text = b""  # the walk knows better what is wrong
-    if len(text) > max_bytes or (not text and max_bytes < sys.maxsize):
-        raise TextTooLong(len(text))
-    try:
-        return text if text and not _needs_slow_path(text) else orjson.dumps(_plain(value, 0))
-    except (orjson.JSONEncodeError, RecursionError, UnicodeEncodeError, TypeError) as error:
-        raise InvalidEvent(f"this cannot be written as JSON: {error}") from error
-
-
-def try_canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes | None:
-    """Return the canonical JSON of a value in which all is of exactly the types of JSON, and no float is whole.
-
-    None for others, and for some that need a closer look; then `canonical` has the text.
-
-    Raises:
-        LongText: as `canonical`.
-    """
-    try:
-        text = orjson.dumps(value, option=_PLAIN_OPTIONS)
-    except orjson.JSONEncodeError:
-        return None
-    if len(text) > max_bytes:
-        raise TextTooLong(len(text))
-    return None if _needs_slow_path(text) else text
+_HASH_INPUT = (
+    b'{"data":%b,"event_id":%b,"meta":%b,"prev":"%b","schema":%d,"stream":%b,"time":%b,"type":%b,"version":%d}'
+)
 
 
 def hash_input(document: Mapping[str, Any], data: bytes | None = None, max_bytes: int = sys.maxsize) -> bytes:
-    """Return what an event's hash is the SHA-256 of: the canonical JSON of all its fields but `_id` and `hash`.
+    """Return the bytes whose SHA-256 is an event's hash: the canonical JSON of all its fields but `_id` and `hash`.
 
-    Put together by hand, the names being in order: only `data` can hold what needs looking at.
+    The field names are in order, so a template suffices. Only `data` needs the general encoder.
 
     Args:
         document: The event.
-        data: What `plain_text` returns for its `data`, if the caller has it.
-        most: As in `canonical`.
+        data: The result of `try_canonical_json` for its `data`, if the caller has it.
+        max_bytes: As in `canonical_json`.
 
     Raises:
-        InvalidEvent, LongText: as `canonical`.
+        InvalidEvent: As `canonical_json`.
+        TextTooLong: As `canonical_json`.
     """
     try:
-        return _CHAINED % (
+        return _HASH_INPUT % (
             data or canonical_json(document["data"], max_bytes),
             orjson.dumps(document["event_id"]),
-            orjson.dumps(document["meta"], option=_OPTIONS),
+            orjson.dumps(document["meta"], option=JSON_OPTIONS),
             document["prev"].hex().encode(),
             document["schema"],
             orjson.dumps(document["stream"]),
-            _moment(document["time"]),
+            encode_timestamp(document["time"]),
             orjson.dumps(document["type"]),
             document["version"],
         )
     except orjson.JSONEncodeError as error:
         raise InvalidEvent(f"this cannot be written as JSON: {error}") from error
-
-
-def canonical_digest(value: Any) -> str:
-    """Return the SHA-256 of a value's canonical JSON as hex: the same for equal values, on every machine."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def _needs_slow_path(text: bytes) -> bool:
-    """Return whether orjson's text may differ from the canonical one, or says what cannot be stored.
-
-    Rare, and the looking is cheap: the text of most events is canonical as it is, and made ten times as fast. It is
-    looked at as a string, in which Python finds things five times as fast as in bytes.
-    """
-    seen = text.decode()
-    return (
-        not seen.startswith("{")
-        or _ODD_NUMBER.search(seen) is not None  # 3600.0, which ECMAScript writes as 3600; 1e-6; integers beyond 2^53
-        or "$" in seen  # perhaps in a name, which the database would take for an operator
-        or "\\u0000" in seen
-        or "null" in seen  # perhaps NaN or infinity, which orjson writes so
-        or (len(seen) > 2 * MAX_DEPTH and seen.count("{") + seen.count("[") > MAX_DEPTH)  # perhaps nested that deep
-        or (not seen.isascii() and _BEYOND_16_BITS.search(seen) is not None)  # sorts differently in UTF-16
-    )
-
-
-def _plain(value: Any, depth: int) -> Any:
-    kind = type(value)
-    if kind is str or kind is bool or value is None:
-        return value
-    if depth > MAX_DEPTH:
-        raise InvalidEvent(f"this is nested more than {MAX_DEPTH} levels deep")
-    if kind is dict:
-        joined = "".join(value)
-        if "$" in joined or "\0" in joined:
-            _refuse_names(value)
-        # RFC 8785 sorts by UTF-16 code units; for ASCII that is what Python's sort does.
-        names = sorted(value) if joined.isascii() else sorted(value, key=_utf16)
-        return {name: _plain(value[name], depth + 1) for name in names}
-    if isinstance(value, int):  # also BSON's Int64
-        if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
-            return int(value)
-        raise InvalidEvent(f"the integer {value} is beyond ±(2^53 - 1); send it as a string")
-    if kind is list or kind is tuple:
-        return [_plain(item, depth + 1) for item in value]
-    if kind is float:
-        return orjson.Fragment(_number(value))
-    return _encode_scalar(value)
-
-
-def _moment(value: datetime) -> bytes:
-    """Return the text of `_word`, in quotes, by the shortest way."""
-    text = orjson.dumps(value, option=_UTC)
-    if not text.endswith(b'+00:00"'):
-        return orjson.dumps(_encode_scalar(value))
-    return text[:24] + b'Z"' if len(text) > 30 else text[:20] + b'.000Z"'
-
-
-def _encode_scalar(value: Any) -> str:
-    """Return what stands in JSON for a value that JSON does not know."""
-    if isinstance(value, datetime):
-        moment = value.astimezone(UTC) if value.utcoffset() else value  # without an offset it is UTC, as in BSON
-        return moment.isoformat(timespec="milliseconds")[:23] + "Z"
-    if isinstance(value, bytes):
-        return value.hex()
-    raise InvalidEvent(f"JSON has no word for {type(value).__name__}")
-
-
-def _refuse_names(names: Iterable[str]) -> None:
-    """The database reads `$` at the beginning of a name as an operator or a reference, and cannot store NUL in one."""
-    for name in names:
-        if name.startswith("$") or "\0" in name:
-            raise InvalidEvent(f"the field name {name!r} cannot be stored: it begins with $ or contains NUL")
-
-
-def _utf16(name: str) -> bytes:
-    return name.encode("utf-16-be")
-
-
-def _number(value: float) -> bytes:
-    """Write a float as ECMAScript does (RFC 8785, section 3.2.2.3): the shortest digits that read back the same."""
-    if not math.isfinite(value):
-        raise InvalidEvent(f"{value} is not a JSON number")
-    if value == 0:
-        return b"0"
-    sign, (digits, exponent) = "-" if value < 0 else "", _digits(abs(value))
-    if 0 < exponent <= 21:
-        text = digits.ljust(exponent, "0") if len(digits) <= exponent else f"{digits[:exponent]}.{digits[exponent:]}"
-    elif -6 < exponent <= 0:
-        text = f"0.{'0' * -exponent}{digits}"
-    else:
-        mantissa = digits[0] + (f".{digits[1:]}" if len(digits) > 1 else "")
-        text = f"{mantissa}e{exponent - 1:+d}"
-    return (sign + text).encode()
-
-
-def _digits(value: float) -> tuple[str, int]:
-    """Return the shortest digits d and the exponent n with value = 0.d × 10^n."""
-    mantissa, _, power = f"{value!r}".partition("e")
-    whole, _, fraction = mantissa.partition(".")
-    digits = (whole + fraction).lstrip("0")
-    leading = len(whole) if whole != "0" else len(fraction.lstrip("0")) - len(fraction)
-    return digits.rstrip("0"), leading + int(power or 0)

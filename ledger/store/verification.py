@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from jobledger.ledger.domain.canonical_json import try_canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent, JobledgerError, LogTruncated
 from jobledger.ledger.domain.events import PositionVoided
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamHead
 from jobledger.ledger.store.event_store import EventStore, ReadPosition, StoredDocument
-from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input, try_canonical_json
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
 from jobledger.ledger.store.storage_format import are_canonical, find_deviation
 
 _REMEMBERED_STREAMS = 50_000

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from pymongo import ASCENDING
 
 from jobledger.ledger.domain.errors import FileDamaged, FileLost
-from jobledger.ledger.files.directory import FileStore, StoredFile
+from jobledger.ledger.files.file_store import FileStore, StoredFile
 from jobledger.ledger.mongo.connection import translate_errors
 from jobledger.projections.slots import Views
 from jobledger.projections.views.files import NAME

@@ -12,7 +12,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from jobledger.ledger.domain.limits import truncate_text
 from jobledger.ledger.mongo.connection import Database, translate_errors
 from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
-from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.store.event_store import EVENTS_COLLECTION, EventStore
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, Checkpoint
 from jobledger.projections.engine.writer import PROJECTION_VERSION
 
@@ -70,7 +70,7 @@ class StallDetector:
     are ahead of a log whose end was removed, or that was restored from an older copy.
     """
 
-    collection: Final = EventStore.collection
+    collection: Final = EVENTS_COLLECTION
 
     def __init__(self, log: EventStore, checkpoint: Checkpoint) -> None:
         self._log = log

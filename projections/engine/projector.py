@@ -27,7 +27,8 @@ from jobledger.ledger.mongo.connection import Connection, Database, Document, tr
 from jobledger.ledger.mongo.leader_election import LeaderElection, LeadershipLost
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.command_handler import handle_command
-from jobledger.ledger.store.event_store import EventStore, ReadPosition, Subscription
+from jobledger.ledger.store.event_store import EventStore, ReadPosition
+from jobledger.ledger.store.subscription import Subscription
 from jobledger.projections.engine import health
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, Checkpoint
 from jobledger.projections.engine.rebuild import REBUILD_CHECKPOINT_ID, Rebuild

@@ -38,7 +38,8 @@ from jobledger.ledger.mongo.connection import (
 )
 from jobledger.ledger.mongo.leader_election import LeaderElection, LeadershipLost
 from jobledger.ledger.mongo.transactions import run_transaction
-from jobledger.ledger.store.event_store import EventStore, ReadPosition, Subscription
+from jobledger.ledger.store.event_store import EventStore, ReadPosition
+from jobledger.ledger.store.subscription import Subscription
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
 from jobledger.projections.engine.comparison import Difference, find_differences
 from jobledger.projections.engine.writer import ALL_VIEWS, PROJECTION_VERSION, ChunkTooLarge, ProjectionWriter

@@ -19,6 +19,7 @@ from typing import Final, Unpack, assert_never
 from pymongo import ASCENDING, IndexModel
 
 from jobledger.ledger.domain.access import Principal
+from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.commands import BatchCommand, FinishBatch, ReopenBatch
 from jobledger.ledger.domain.events import (
     BATCH_EVENTS,
@@ -40,7 +41,6 @@ from jobledger.ledger.domain.limits import truncate_text
 from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
 from jobledger.projections.slots import Views
 from jobledger.projections.views import list_index, paging, projection_errors
 from jobledger.projections.views.document_fields import mark_truncated, redact_webhook

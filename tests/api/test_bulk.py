@@ -16,9 +16,10 @@ from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy
 from jobledger.ledger.domain.events import Event, EventMetadata, RecordedEvent
 from jobledger.ledger.domain.statuses import JobStatus
 from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import Command, StreamState, handle_command, load_stream_state, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend
-from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
+from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import make_job_submitted
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, open_ledger
 
@@ -158,7 +159,7 @@ async def test_bulk_reads_part_after_part_and_acts_on_each_job_once(
     job_ids = await submitted(ledger.event_store, 4)
     for job_id in job_ids[:2]:
         await handle_command(ledger.event_store, job_id, ClaimJob("w", datetime.now(UTC)), meta=EVENT_METADATA)
-    monkeypatch.setattr("jobledger.ledger.store.event_store._PART_EVENTS", at_once)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._BATCH_EVENTS", at_once)
     heads: list[int] = []
     read_in_parts = EventStore.iterate_stream_batches
 

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
+from jobledger.ledger.store.appender import EventStoreLimits
+from jobledger.ledger.store.event_store import EventStore
 from tests.api.conftest import Api, run_api
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.soak_only import soak_only

@@ -12,7 +12,8 @@ from pymongo import MongoClient
 from jobledger.api.app import ROUTES
 from jobledger.cli.view_maintenance import rebuild_views
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store import transfer
+from jobledger.ledger.store.export import export_log
+from jobledger.ledger.store.import_ import import_log
 from tests.api.conftest import Api, run_api
 from tests.support.webhook_endpoint import run_webhook_endpoint
 
@@ -73,9 +74,9 @@ async def test_every_route_answers_as_before(
             }
             before = await answers(api, known)
             counted.append((await api.get("/api/monitoring/events/stats")).json()["stats"])
-            await transfer.export_log(api.event_store, tmp_path / "log.ndjson.zst")
+            await export_log(api.event_store, tmp_path / "log.ndjson.zst")
     async with restored.client() as client:
-        await transfer.import_log(client[restored.db_name], [tmp_path / "log.ndjson.zst"])
+        await import_log(client[restored.db_name], [tmp_path / "log.ndjson.zst"])
     await rebuild_views(restored, on_progress=lambda position, upto: None)
     async for api in run_api(mongodb_uri, restored.db_name, tmp_path, frozenset({"api", "projector"})):
         after = await answers(api, known)

@@ -21,8 +21,8 @@ from jobledger.cli import main
 from jobledger.cli.commands import log
 from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import handle_command
-from jobledger.ledger.store.event_store import EventStoreLimits
 from jobledger.ledger.store.hash_chain import GENESIS_HASH
 from jobledger.projections.engine.writer import PROJECTION_VERSION
 from tests.support.event_examples import NOON
@@ -319,7 +319,7 @@ async def subscription_replaced(ledger: Ledger) -> None:
 def test_events_appended_after_the_end_was_removed_do_not_hide_that(
     damage: Work, position: int, reader: str, audited: Audited, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._LOOKS_AT_THE_END", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
     assert audited.verify("--no-views").exit_code == 0
     audited.do(damage)
     ended = audited.verify("--no-views")

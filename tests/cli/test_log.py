@@ -22,7 +22,7 @@ from jobledger.cli import main
 from jobledger.ledger.domain.commands import CancelJob, CompleteJob, FailAttempt, RestartJob
 from jobledger.ledger.domain.events import Failure
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store import transfer
+from jobledger.ledger.store import export, export_file, import_
 from jobledger.projections.engine import rebuild
 from tests.projections.expected_views import assert_views_match_log, load_views, make_results
 from tests.projections.test_projector import a_history
@@ -225,7 +225,7 @@ async def events(here: RunningRoles) -> Any:
 def test_what_was_exported_is_the_same_ledger_in_an_empty_database(
     machine: Machine, other_database: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "PAGE_EVENTS", 50)
+    monkeypatch.setattr(export, "PAGE_EVENTS", 50)
     machine.do(much)
     before, log = machine.do(views), machine.do(events)
     ended = machine.run("log", "export", name)
@@ -258,12 +258,12 @@ def test_several_files_in_a_row_are_one_log(machine: Machine, other_database: st
 
 @pytest.mark.parametrize("name", ["log.ndjson", "log.ndjson.zst"])
 def test_an_interrupted_export_is_continued(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "PAGE_EVENTS", 20)
+    monkeypatch.setattr(export, "PAGE_EVENTS", 20)
     machine.do(much)
     assert machine.run("log", "export", f"whole-{name}").exit_code == 0
     whole = Path(f"whole-{name}").read_bytes()
     written: list[int] = []
-    line_of = transfer.encode_event
+    line_of = export_file.encode_event
 
     class Cut(Exception):
         pass
@@ -275,7 +275,7 @@ def test_an_interrupted_export_is_continued(machine: Machine, name: str, monkeyp
         return line_of(document)
 
     with monkeypatch.context() as patched:
-        patched.setattr(transfer, "encode_event", cut)
+        patched.setattr(export, "encode_event", cut)
         with pytest.raises(Cut):
             machine.run("log", "export", name)
     assert not Path(name).exists()
@@ -287,11 +287,11 @@ def test_an_interrupted_export_is_continued(machine: Machine, name: str, monkeyp
         return line_of(document)
 
     with monkeypatch.context() as patched:
-        patched.setattr(transfer, "encode_event", counted)
+        patched.setattr(export, "encode_event", counted)
         assert machine.run("log", "export", name).exit_code == 0
     assert 41 <= written[70] <= 71
-    lines = [line for page, _ in transfer._frames(Path(name)) for line in page]
-    assert lines[1:] == [line for page, _ in transfer._frames(Path(f"whole-{name}")) for line in page][1:]
+    lines = [line for page, _ in export_file.read_frames(Path(name)) for line in page]
+    assert lines[1:] == [line for page, _ in export_file.read_frames(Path(f"whole-{name}")) for line in page][1:]
     assert not Path(f"{name}.part").exists()
     ended = machine.run("log", "export", name)
     assert ended.exit_code == 2
@@ -336,14 +336,14 @@ def damage(path: Path, kind: str) -> None:
         case "a word changed":
             text = text.replace(b"Die Rede", b"Die Rehe")
         case "its hash made anew":
-            found = transfer.decode_event(lines[10])
+            found = export_file.decode_event(lines[10])
             found["meta"]["actor"] = "nobody"
             import hashlib
 
             from jobledger.ledger.store.hash_chain import hash_input
 
             found["hash"] = hashlib.sha256(hash_input(found)).digest()
-            lines[10] = transfer.encode_event(found) + b"\n"
+            lines[10] = export_file.encode_event(found) + b"\n"
             text = b"".join(lines)
         case "something behind":
             text += lines[10]
@@ -405,7 +405,7 @@ def test_a_compressed_file_that_is_none_or_was_cut_off_is_refused(machine: Machi
 def test_an_import_that_was_interrupted_is_continued(
     machine: Machine, other_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "PAGE_EVENTS", 50)
+    monkeypatch.setattr(export, "PAGE_EVENTS", 50)
     machine.do(much)
     log = machine.do(events)
     machine.run("log", "export", "log.zst")
@@ -414,7 +414,7 @@ def test_an_import_that_was_interrupted_is_continued(
         pass
 
     taken: list[int] = []
-    document_of = transfer.decode_event
+    document_of = export_file.decode_event
 
     def cut(line: bytes) -> Any:
         found = document_of(line)
@@ -424,12 +424,12 @@ def test_an_import_that_was_interrupted_is_continued(
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(transfer, "decode_event", cut)
+        patched.setattr(export_file, "decode_event", cut)
         with pytest.raises(Cut):
             machine.run("log", "import", "log.zst", database=other_database)
         with MongoClient[dict[str, Any]](machine.connection.uri) as client:
             assert client[other_database].events.find_one() is None
-            assert client[other_database][transfer.STAGING_COLLECTION].count_documents({}) == 100
+            assert client[other_database][import_.STAGING_COLLECTION].count_documents({}) == 100
         assert machine.run("log", "import", "log.zst", database=other_database).exit_code == 0
     assert machine.do(events, database=other_database) == log
 

@@ -18,9 +18,9 @@ from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import EmbeddedServer, find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until as until_true
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
-from jobledger.ledger.store.event_store import EventStoreLimits
 from tests.support.driver_hooks import CommandCounter, is_suspended, monitor_connection
 from tests.support.event_examples import NOON
 from tests.support.ledger_setup import (

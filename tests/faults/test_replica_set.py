@@ -28,9 +28,10 @@ from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.domain.events import EventMetadata, JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded_lock import wait_until as wait_until
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import handle_command, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
-from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
+from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import ACCESS
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_log, load_event_documents, open_ledger, poll_until
 from tests.support.mongodb_provider import needs_local_mongod

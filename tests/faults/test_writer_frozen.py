@@ -18,8 +18,8 @@ from pymongo import MongoClient
 from jobledger.ledger.domain.errors import VersionConflict
 from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
-from jobledger.ledger.store.event_store import EventStoreLimits
 from tests.support.driver_hooks import HookPoint, OneTimeHook, is_suspended, monitor_connection, suspend_own_process
 from tests.support.event_examples import NOON, make_job_submitted
 from tests.support.ledger_setup import (

@@ -16,8 +16,8 @@ from pymongo import MongoClient
 
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.envelope import VOID_STREAM
-from jobledger.ledger.store.event_store import EventStoreLimits
 from tests.support.driver_hooks import CommandCounter, monitor_connection
 from tests.support.ledger_setup import (
     Ledger,

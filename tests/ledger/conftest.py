@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.event_store import EventStoreLimits
+from jobledger.ledger.store.appender import EventStoreLimits
 from tests.support.ledger_setup import Ledger, open_ledger
 
 FAST_GAP_LIMITS = EventStoreLimits(gap_timeout_seconds=0.2)

@@ -17,18 +17,12 @@ from bson.int64 import Int64
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from jobledger.ledger.domain.canonical_json import MAX_DEPTH, MAX_SAFE_INTEGER, canonical_digest, canonical_json
 from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import JobSubmitted
 from jobledger.ledger.store.command_handler import handle_command
-from jobledger.ledger.store.hash_chain import (
-    GENESIS_HASH,
-    MAX_DEPTH,
-    MAX_SAFE_INTEGER,
-    canonical_digest,
-    canonical_json,
-    hash_input,
-)
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
 from tests.support.event_examples import EVENT_EXAMPLES, NOON, make_job_submitted
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_chain, check_log, load_event_documents
 from tests.support.strategies import FLOATS, INTEGERS, JSON

@@ -144,7 +144,7 @@ async def test_a_subscription_beyond_the_end_of_the_log_is_refused(
 async def test_a_subscription_that_has_read_other_events_than_there_are_is_refused(
     connection: Connection, client: LedgerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._LOOKS_AT_THE_END", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
     async with open_ledger(connection) as ledger:
         for _ in range(3):
             await ledger.submit_job()

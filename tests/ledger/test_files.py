@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobledger.ledger.domain.errors import ConfigurationError, FileLost
-from jobledger.ledger.files.directory import ORPHAN_AGE_SECONDS, READ_CHUNK_BYTES, DirectoryStore
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.file_store import ORPHAN_AGE_SECONDS
+from jobledger.ledger.files.local_files import READ_CHUNK_BYTES
 
 
 @pytest.fixture

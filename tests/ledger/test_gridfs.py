@@ -16,7 +16,8 @@ from gridfs import AsyncGridFSBucket
 from pymongo.errors import AutoReconnect
 
 from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
-from jobledger.ledger.files.directory import DirectoryStore, FileStore
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection, Database
 

@@ -19,7 +19,8 @@ import pytest
 
 from jobledger.ledger.domain.errors import FileLost, FileStoreUnavailable, FileTooLarge
 from jobledger.ledger.domain.limits import MAX_FILE_BYTES
-from jobledger.ledger.files.directory import DirectoryStore, FileStore, file_store_executor
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.file_store import FileStore, file_store_executor
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, InboxFile
 from jobledger.ledger.mongo.connection import Connection

@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import Enum
 from itertools import cycle
-from typing import Any, ClassVar
+from typing import Any
 from uuid import UUID
 
 import pytest
 from bson import ObjectId
+from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import AutoReconnect
 
+from jobledger.ledger.domain import canonical_json
 from jobledger.ledger.domain.commands import ChangeAccess, ClaimJob, SubmitBatch, SubmitJob
 from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
 from jobledger.ledger.domain.events import (
@@ -27,10 +29,10 @@ from jobledger.ledger.domain.events import (
     RecordedEvent,
 )
 from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.ledger.store import hash_chain as chain
+from jobledger.ledger.store.appender import Appender, EventStoreLimits, PendingAppend
 from jobledger.ledger.store.command_handler import create_streams, handle_command, new_batch_id, new_job_id
 from jobledger.ledger.store.envelope import MAX_EVENT_BYTES, VOID_STREAM, StreamAppend, StreamHead
-from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
+from jobledger.ledger.store.event_store import EventStore
 from tests.ledger.conftest import FAST_GAP_LIMITS
 from tests.support.event_examples import ACCESS, NOON, make_job_submitted
 from tests.support.ledger_setup import (
@@ -68,18 +70,13 @@ class Dawdler(EventStore):
 
     def __init__(self, db: Database, limits: EventStoreLimits) -> None:
         super().__init__(db, limits)
+        self._appender = _DawdlingAppender(db, self._events, limits, self)
         self.go_on = asyncio.Event()
         self.go_on.set()
         self.numbered = asyncio.Event()
         self.db = db
         self.held: list[int] = []
         """The sizes of the groups that were about to be inserted."""
-
-    async def _insert(self, todo: Sequence[Any]) -> list[Any]:
-        self.numbered.set()
-        self.held.append(len(todo))
-        await self.go_on.wait()
-        return await super()._insert(todo)
 
     async def held_up(self, *appends: StreamAppend) -> asyncio.Task[list[RecordedEvent]]:
         """Begin to append and stop there; `go_on` lets it continue."""
@@ -89,6 +86,20 @@ class Dawdler(EventStore):
         async with asyncio.timeout(DEADLINE_SECONDS):
             await self.numbered.wait()
         return appending
+
+
+class _DawdlingAppender(Appender):
+    def __init__(
+        self, db: Database, events: AsyncCollection[Document], limits: EventStoreLimits, dawdler: Dawdler
+    ) -> None:
+        super().__init__(db, events, limits)
+        self._dawdler = dawdler
+
+    async def _insert(self, todo: Sequence[PendingAppend]) -> list[PendingAppend]:
+        self._dawdler.numbered.set()
+        self._dawdler.held.append(len(todo))
+        await self._dawdler.go_on.wait()
+        return await super()._insert(todo)
 
 
 @asynccontextmanager
@@ -101,8 +112,8 @@ async def dawdler_on(connection: Connection, limits: EventStoreLimits = FAST_GAP
             ledger.event_store.go_on.set()
 
 
-class Forgetful(EventStore):
-    """A log whose network breaks after the server has done what it was asked to: the first `losses` times."""
+class ForgetfulAppender(Appender):
+    """An appender whose network breaks after the server has done what it was asked to: the first `losses` times."""
 
     losses = 1
     lost_after = 1_000_000
@@ -115,6 +126,19 @@ class Forgetful(EventStore):
             await self._events.insert_many(documents[: self.lost_after])
             raise AutoReconnect("connection closed")
         return await super()._insert(todo)
+
+
+class Forgetful(EventStore):
+    """A log with a `ForgetfulAppender`."""
+
+    appender_class = ForgetfulAppender
+
+    def __init__(self, db: Database, limits: EventStoreLimits) -> None:
+        super().__init__(db, limits)
+        self._appender: ForgetfulAppender = self.appender_class(db, self._events, limits)
+
+    def lose_after(self, documents: int) -> None:
+        self._appender.lost_after = documents
 
 
 # Append -----------------------------------------------------------------------------------------------------------
@@ -199,15 +223,18 @@ async def test_of_many_writers_for_a_version_one_wins_and_the_others_learn_which
         check_log(await load_event_documents(one.db))
 
 
-async def test_a_hundred_lost_races_are_sorted_out_together(connection: Connection) -> None:
-    class Counting(EventStore):
-        voidings: ClassVar[list[list[int]]] = []
+async def test_a_hundred_lost_races_are_sorted_out_together(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voidings: list[list[int]] = []
+    void_positions = Appender.void_positions
 
-        async def _void(self, positions: Iterable[int]) -> None:
-            self.voidings.append(sorted(positions))
-            await super()._void(self.voidings[-1])
+    async def count(self: Appender, positions: Iterable[int]) -> None:
+        voidings.append(sorted(positions))
+        await void_positions(self, voidings[-1])
 
-    async with open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False, store_class=Counting) as ledger:
+    monkeypatch.setattr(Appender, "void_positions", count)
+    async with open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False) as ledger:
         streams = [f"job-{number}" for number in range(100)]
         for version in range(2):
             await ledger.event_store.append(
@@ -224,8 +251,8 @@ async def test_a_hundred_lost_races_are_sorted_out_together(connection: Connecti
         conflicts = [answer for answer in fresh if isinstance(answer, VersionConflict)]
         assert {(lost.stream, lost.expected, lost.found) for lost in conflicts} == {(name, 0, 2) for name in streams}
         assert isinstance(fresh[-1], list)
-        assert len(Counting.voidings) == 1
-        assert len(Counting.voidings[0]) == 100
+        assert len(voidings) == 1
+        assert len(voidings[0]) == 100
         await read_all_events(ledger.event_store)
 
 
@@ -428,9 +455,9 @@ async def test_large_content_is_never_encoded_on_the_event_loop(
         threads.append(threading.current_thread() is threading.main_thread())
         return is_delicate(text)
 
-    real, is_delicate = chain._plain, chain._needs_slow_path
-    monkeypatch.setattr(chain, "_plain", walk)
-    monkeypatch.setattr(chain, "_needs_slow_path", look)
+    real, is_delicate = canonical_json._plain, canonical_json._needs_slow_path
+    monkeypatch.setattr(canonical_json, "_plain", walk)
+    monkeypatch.setattr(canonical_json, "_needs_slow_path", look)
     for job in (make_job_submitted(parameters=parameters), make_job_submitted(parameters=parameters, not_before=NOON)):
         threads.clear()
         await unstreamed_ledger.event_store.append(append_of(make_job_submitted()), append_of(job))
@@ -442,8 +469,8 @@ async def test_large_content_is_never_encoded_on_the_event_loop(
 async def test_content_that_is_too_large_is_refused_before_it_is_looked_at(
     unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain, "_plain", None)
-    monkeypatch.setattr(chain, "_needs_slow_path", None)
+    monkeypatch.setattr(canonical_json, "_plain", None)
+    monkeypatch.setattr(canonical_json, "_needs_slow_path", None)
     for content in ([[1.0] * 3] * 240_000, [None] * 1_000_000, ["$"] * 1_000_000):
         with pytest.raises(InvalidEvent, match=r"parameters: \d+ bytes"):
             await unstreamed_ledger.event_store.append(append_of(make_job_submitted(parameters={"a": content})))
@@ -464,14 +491,14 @@ async def test_other_tasks_run_while_much_small_content_is_encoded(
     jobs = [append_of(make_job_submitted(parameters={"a": "x" * 30_000})) for _ in range(20)]
     counting = asyncio.create_task(count())
     seen = 0
-    real_write = unstreamed_ledger.event_store._write
+    real_write = unstreamed_ledger.event_store._appender.write
 
     async def write(*arguments: Any) -> None:
         nonlocal seen
         seen = rounds
         await real_write(*arguments)
 
-    monkeypatch.setattr(unstreamed_ledger.event_store, "_write", write)
+    monkeypatch.setattr(unstreamed_ledger.event_store._appender, "write", write)
     await unstreamed_ledger.event_store.append(*jobs)
     counting.cancel()
     assert 5 <= seen <= 20
@@ -480,7 +507,7 @@ async def test_other_tasks_run_while_much_small_content_is_encoded(
 async def test_an_append_that_is_too_large_as_a_whole_is_refused_with_both_numbers(connection: Connection) -> None:
     large = make_job_submitted(parameters={"text": "x" * 40_000})
     async with open_ledger(connection, EventStoreLimits(max_append_bytes=100_000), with_change_stream=False) as ledger:
-        with pytest.raises(InvalidEvent, match=r"3 events of 12\d{4} bytes .* 100000 bytes can be"):
+        with pytest.raises(InvalidEvent, match=r"3 events of 12\d{4} bytes .* 100000 bytes"):
             await ledger.event_store.append(*[append_of(large) for _ in range(3)])
         assert len(await ledger.event_store.append(*[append_of(large) for _ in range(2)])) == 2
 
@@ -521,7 +548,7 @@ async def test_what_waiting_does_not_mend_fails_at_once(connection: Connection) 
         await ledger.submit_job()
         await ledger.db.command({"collMod": "events", "validator": {"type": "Nothing"}})
         async with asyncio.timeout(3):
-            with pytest.raises(LedgerUnavailable, match="refuses the events: Document failed validation"):
+            with pytest.raises(LedgerUnavailable, match="rejects the events: Document failed validation"):
                 await ledger.submit_job()
         await ledger.db.command({"collMod": "events", "validator": {}})
         await ledger.submit_job()
@@ -688,7 +715,7 @@ async def test_a_repeated_insert_recognises_its_own_success(connection: Connecti
 async def test_a_group_that_was_written_in_part_is_completed(connection: Connection) -> None:
     async with open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False, store_class=Forgetful) as ledger:
         assert isinstance(ledger.event_store, Forgetful)
-        ledger.event_store.lost_after = 2
+        ledger.event_store.lose_after(2)
         answers = await asyncio.gather(*(ledger.event_store.append(append_of(make_job_submitted())) for _ in range(5)))
         assert sorted(event.position for events in answers for event in events) == [1, 2, 3, 4, 5]
         assert await ledger.event_store.read() == sorted(
@@ -700,13 +727,16 @@ async def test_a_group_that_was_written_in_part_is_completed(connection: Connect
 async def test_a_success_that_nobody_heard_of_is_recognised_under_its_old_number(connection: Connection) -> None:
     """The answer was lost, and before the repetition a fail-over (or a fault) had the writer take new numbers."""
 
-    class Renumbering(Forgetful):
+    class RenumberingAppender(ForgetfulAppender):
         async def _insert(self, todo: Sequence[Any]) -> list[Any]:
             try:
                 return await super()._insert(todo)
             except AutoReconnect:
-                await self._number(todo)
+                await self._assign_positions(todo)
                 raise
+
+    class Renumbering(Forgetful):
+        appender_class = RenumberingAppender
 
     async with open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False, store_class=Renumbering) as ledger:
         [recorded] = await ledger.event_store.append(append_of(make_job_submitted()))
@@ -1136,23 +1166,25 @@ async def test_a_broken_connection_costs_a_subscriber_nothing_but_time(mongodb_u
                 assert [event.type for event in await take_events(events, 2)] == ["PositionVoided", "JobSubmitted"]
 
 
-async def test_closing_while_a_hole_is_being_filled_leaves_nothing_behind(connection: Connection) -> None:
-    class Stuck(EventStore):
-        filling = asyncio.Event()
+async def test_closing_while_a_hole_is_being_filled_leaves_nothing_behind(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filling = asyncio.Event()
 
-        async def _void(self, positions: Any) -> None:
-            self.filling.set()
-            await asyncio.Event().wait()
+    async def stick(_appender: Appender, _positions: Iterable[int]) -> None:
+        filling.set()
+        await asyncio.Event().wait()
 
-    async with open_ledger(connection, EventStoreLimits(gap_timeout_seconds=0.05), store_class=Stuck) as ledger:
+    monkeypatch.setattr(Appender, "void_positions", stick)
+    async with open_ledger(connection, EventStoreLimits(gap_timeout_seconds=0.05)) as ledger:
         await create_position_gap(ledger.db)
         await ledger.submit_job()
-        await asyncio.wait_for(Stuck.filling.wait(), DEADLINE_SECONDS)
+        await asyncio.wait_for(filling.wait(), DEADLINE_SECONDS)
         await ledger.event_store.aclose()
         names = {task.get_name() for task in asyncio.all_tasks()}
-        assert "fill-hole" not in names
+        assert "fill-gaps" not in names
         await asyncio.sleep(0.15)
-        assert "fill-hole" not in {task.get_name() for task in asyncio.all_tasks()}
+        assert "fill-gaps" not in {task.get_name() for task in asyncio.all_tasks()}
 
 
 @pytest.fixture

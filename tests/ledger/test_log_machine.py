@@ -31,8 +31,9 @@ from pymongo import MongoClient
 from jobledger.ledger.domain.errors import LedgerUnavailable, VersionConflict
 from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
-from jobledger.ledger.store.event_store import EventStoreLimits, Subscription
+from jobledger.ledger.store.subscription import Subscription
 from tests.support.event_examples import NOON
 from tests.support.ledger_setup import (
     EVENT_METADATA,

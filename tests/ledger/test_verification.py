@@ -21,16 +21,18 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pymongo.asynchronous.client_session import AsyncClientSession
 
+from jobledger.ledger.domain.canonical_json import canonical_json
 from jobledger.ledger.domain.commands import ChangeAccess, ClaimJob, ReportProgress, SubmitBatch, SubmitJob
 from jobledger.ledger.domain.delivery import delivery_id_for
 from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, BatchSubmitted
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store import verification
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import create_streams, handle_command, new_batch_id, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_void_document
-from jobledger.ledger.store.event_store import EventStore, EventStoreLimits, StoredDocument
-from jobledger.ledger.store.hash_chain import GENESIS_HASH, canonical_json, hash_input
+from jobledger.ledger.store.event_store import EventStore, StoredDocument
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
 from jobledger.ledger.store.verification import IntegrityProblem, VerificationResult, verify_log
 from tests.support.event_examples import ACCESS, EVENT_EXAMPLES, NOON, make_job_submitted
 from tests.support.ledger_setup import (

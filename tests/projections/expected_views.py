@@ -7,6 +7,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from jobledger.ledger.domain.canonical_json import canonical_json
 from jobledger.ledger.domain.commands import (
     AddLogEntries,
     Archive,
@@ -39,7 +40,6 @@ from jobledger.ledger.domain.events import (
 )
 from jobledger.ledger.mongo.connection import Database, Document
 from jobledger.ledger.store.command_handler import Command
-from jobledger.ledger.store.hash_chain import canonical_json
 from jobledger.projections import slots as views
 from jobledger.projections.engine.rebuild import load_checkpoint
 from jobledger.projections.views import batches, files, jobs, queue, statistics, steps

@@ -12,7 +12,8 @@ from uuid import uuid4
 import pytest
 
 from jobledger.ledger.domain.errors import FileDamaged, FileLost
-from jobledger.ledger.files.directory import DirectoryStore, FileStore
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.projections.engine.file_verification import verify_files
@@ -108,7 +109,7 @@ async def test_a_file_is_read_for_its_check_only_once(tmp_path: Path, monkeypatc
     store = DirectoryStore(tmp_path)
     sha256 = (await asyncio.to_thread(store.put_bytes, CONTENT)).sha256
     await (await store.open(sha256, len(CONTENT))).close()
-    monkeypatch.setattr("jobledger.ledger.files.directory._OpenFile.sha256", None)
+    monkeypatch.setattr("jobledger.ledger.files.local_files.LocalFile.sha256", None)
     for _ in range(3):
         await (await store.open(sha256, len(CONTENT))).close()
 

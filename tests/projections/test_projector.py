@@ -487,7 +487,7 @@ async def test_projector_stands_still_when_events_it_has_read_were_removed_and_o
     damage: Callable[[RunningRoles], Awaitable[None]],
     running: bool,
 ) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._LOOKS_AT_THE_END", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
     async with run_roles_in_process(connection, store, projector=True) as here:
         for _ in range(3):
             await here.submit()

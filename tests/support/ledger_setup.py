@@ -13,11 +13,13 @@ from typing import Any
 from jobledger.ledger.domain.commands import SubmitJob
 from jobledger.ledger.domain.events import EventMetadata, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.command_handler import CommandResult, StreamState, handle_command, new_job_id
 from jobledger.ledger.store.envelope import VOID_STREAM
-from jobledger.ledger.store.event_store import EventStore, EventStoreLimits, Subscription
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
+from jobledger.ledger.store.subscription import Subscription
 from tests.support.event_examples import make_job_submitted
 
 DEADLINE_SECONDS = 15.0

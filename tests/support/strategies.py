@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.events import Event
-from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # lone surrogates are no Unicode text
 NAMES = TEXT.filter(lambda name: not name.startswith("$") and "\0" not in name)

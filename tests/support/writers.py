@@ -18,8 +18,9 @@ from jobledger.ledger.domain.commands import ChangeAccess, SubmitBatch, SubmitJo
 from jobledger.ledger.domain.errors import VersionConflict
 from jobledger.ledger.domain.events import BatchSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import create_streams, handle_command, new_batch_id, new_job_id
-from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
+from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import ACCESS, make_job_submitted
 from tests.support.ledger_setup import EVENT_METADATA, open_ledger
 

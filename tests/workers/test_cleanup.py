@@ -15,7 +15,8 @@ import pytest
 from jobledger.cli.checks.database import _check_cleanup
 from jobledger.ledger.domain.commands import ClaimJob, CompleteJob, CompleteStep, Delete, FailAttempt, RestartJob
 from jobledger.ledger.domain.events import Failure, JobResults, ResultFile, ResultMetadata, Webhook
-from jobledger.ledger.files.directory import DirectoryStore, FileStore
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.projections.views import files, job_budgets, jobs, step_files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from jobledger.ledger.domain.events import (
     JobReleased,
     RecordedEvent,
 )
-from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE
+from jobledger.ledger.store.appender import Appender, EventStoreLimits, PendingAppend
 from jobledger.ledger.store.command_handler import CommandResult, handle_command
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
@@ -434,12 +436,17 @@ async def test_a_claim_that_is_on_its_way_when_the_worker_stops_costs_no_attempt
 ) -> None:
     on_its_way, go_on = asyncio.Event(), asyncio.Event()
 
-    class Slow(EventStore):
-        async def _insert(self, todo: Any) -> Any:
-            if any(waiting.documents[0]["type"] == "JobClaimed" for waiting in todo):
+    class SlowAppender(Appender):
+        async def _insert(self, todo: Sequence[PendingAppend]) -> list[PendingAppend]:
+            if any(append.documents[0]["type"] == "JobClaimed" for append in todo):
                 on_its_way.set()
                 await go_on.wait()
             return await super()._insert(todo)
+
+    class Slow(EventStore):
+        def __init__(self, db: Database, limits: EventStoreLimits) -> None:
+            super().__init__(db, limits)
+            self._appender = SlowAppender(db, self._events, limits)
 
     async with run_roles_in_process(connection, store, projector=True) as here:
         job_id = await here.submit()

@@ -24,10 +24,11 @@ from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, Field
 
+from jobledger.ledger.domain.canonical_json import canonical_digest
 from jobledger.ledger.domain.errors import FileTooLarge, NotARegularFile
 from jobledger.ledger.domain.limits import MAX_STEP_WARNING_BYTES
-from jobledger.ledger.files.directory import DirectoryStore, StoredFile
-from jobledger.ledger.store.hash_chain import canonical_digest
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.file_store import StoredFile
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.failures import failure_from_exception
 from jobledger.workers.child.messages import (

@@ -12,7 +12,7 @@ import orjson
 
 from jobledger.ledger.domain.delivery import Delivery
 from jobledger.ledger.domain.errors import FileLost, JobledgerError
-from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import batches, jobs

@@ -26,16 +26,14 @@ from jobledger.ledger.domain.commands import AbandonDelivery, DeliveryCommand, R
 from jobledger.ledger.domain.delivery import Delivery, endpoint_id_for
 from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from jobledger.ledger.domain.events import EventMetadata, Failure
-from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
 from jobledger.ledger.mongo.leader_election import LeaderElection
 from jobledger.ledger.net.webhook_signature import build_signature_headers
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
 from jobledger.ledger.store.command_handler import (
-    CommandResult,
     StreamState,
-    find_outcome,
-    handle_command,
+    handle_command_until_known,
     is_deleted,
     load_stream_state,
 )
@@ -354,15 +352,15 @@ class Deliverer:
 
     async def _record(self, delivery_id: str, command: DeliveryCommand, state: StreamState) -> None:
         """Record a command once. Retry while the database is unavailable."""
-        result: CommandResult | None = None
-        while result is None:
-            try:
-                result = await handle_command(
-                    self._event_store, delivery_id, command, meta=self._metadata, stream_state=state
-                )
-            except (LedgerUnavailable, LedgerBusy) as error:
-                _log.warning("cannot record a delivery attempt yet", delivery_id=delivery_id, error=str(error))
-                await asyncio.sleep(_PAUSE_SECONDS)
-                with suppress(LedgerUnavailable):
-                    result = await find_outcome(self._event_store, delivery_id, command, stream_state=state)
+        result = await handle_command_until_known(
+            self._event_store,
+            delivery_id,
+            command,
+            meta=self._metadata,
+            stream_state=state,
+            retry_seconds=_PAUSE_SECONDS,
+            on_retry=lambda error: _log.warning(
+                "cannot record a delivery attempt yet", delivery_id=delivery_id, error=str(error)
+            ),
+        )
         self._recorded[delivery_id] = result.stream_state.head.version

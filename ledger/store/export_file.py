@@ -1,0 +1,305 @@
+"""The file format of an exported log: one line of JSON per event, between a header and a trailer.
+
+The trailer holds the number of events and the digest that `log verify` computes for them. A file without a trailer was
+cut off. A file whose events do not match its trailer was changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Final
+
+import orjson
+import zstandard
+
+from jobledger.ledger.domain.errors import ConfigurationError, JobledgerError
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.hash_chain import GENESIS_HASH
+
+FORMAT: Final = 1
+_OPTIONS: Final = orjson.OPT_PASSTHROUGH_DATETIME
+_FIELDS: Final = frozenset(
+    {"position", "event_id", "stream", "version", "type", "schema", "time", "data", "meta", "prev", "hash"}
+)
+_COMPRESSION_LEVEL: Final = 3
+TRAILER_PREFIX: Final = b'{"end":'
+"""The beginning of the last line."""
+ProgressCallback = Callable[[int, int], None]
+"""Called with the current and the last position."""
+
+
+class InvalidExportFile(JobledgerError):
+    """A file is not what an export has written, or was changed. The message says where, and how to fix it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSummary:
+    """What a file contains: the events from `first` to `last`, and a digest of them.
+
+    `log_digest` is the digest of all events up to `last`, if the files before this one hold the others.
+    """
+
+    first: int
+    last: int
+    digest: bytes
+    log_digest: bytes = b""
+
+    @property
+    def events(self) -> int:
+        return self.last - self.first + 1
+
+
+def encode_event(document: Mapping[str, Any]) -> bytes:
+    """Return the line for a stored event. Times in its payload are encoded as `{"$date": …}`.
+
+    No field name in an event begins with `$`, so the encoding is unambiguous.
+    """
+    plain = {"position": document["_id"], **document, "time": format_timestamp(document["time"])}
+    plain["prev"], plain["hash"] = document["prev"].hex(), document["hash"].hex()
+    del plain["_id"]
+    return orjson.dumps(plain, default=_encode_value, option=_OPTIONS)
+
+
+def encode_event_or_stub(document: Mapping[str, Any]) -> bytes:
+    """Return the line for an event. For an event that was damaged in the database, return what is known of it."""
+    try:
+        return encode_event(document)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        stub = {"position": document["_id"], "stream": document.get("stream"), "type": document.get("type")}
+        why = f"This event was changed in the database: {error!r}. `jobledger log verify` says more."
+        return orjson.dumps({**stub, "unreadable": why}, default=str)
+
+
+def decode_event(line: bytes) -> Document:
+    """Return the event of a line, as it is stored.
+
+    Raises:
+        ValueError: The line is not an event.
+    """
+    found = orjson.loads(line)
+    if not isinstance(found, dict) or found.keys() != _FIELDS:
+        raise ValueError("it is not an event with the fields that events have")
+    document: Document = {"_id": found.pop("position"), **found}
+    document["time"] = datetime.fromisoformat(document["time"])
+    document["prev"], document["hash"] = bytes.fromhex(document["prev"]), bytes.fromhex(document["hash"])
+    if b'{"$' in line:
+        document["data"] = _decode_value(document["data"])
+    return document
+
+
+def format_timestamp(time: datetime) -> str:
+    """Return a time in UTC as ISO 8601 with milliseconds."""
+    return time.astimezone(UTC).isoformat(timespec="milliseconds")[:23] + "Z"
+
+
+def _encode_value(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return {"$date": format_timestamp(value)}
+    if isinstance(value, bytes):
+        return {"$bytes": value.hex()}
+    raise TypeError(f"a {type(value).__name__} in an event")
+
+
+def _decode_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode_value(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"$date"}:
+        return datetime.fromisoformat(value["$date"])
+    if value.keys() == {"$bytes"}:
+        return bytes.fromhex(value["$bytes"])
+    return {name: _decode_value(item) for name, item in value.items()}
+
+
+@contextmanager
+def open_for_append(part: Path, size: int) -> Iterator[Callable[[Iterable[bytes]], None]]:
+    """Open a file for appending after its first `size` bytes. Yields a function that appends lines as one frame."""
+    try:
+        with part.open("ab") as file:
+            file.truncate(size)
+            compressor = zstandard.ZstdCompressor(level=_COMPRESSION_LEVEL) if is_compressed(part) else None
+
+            def write(lines: Iterable[bytes]) -> None:
+                text = b"".join(line + b"\n" for line in lines)
+                file.write(compressor.compress(text) if compressor else text)
+
+            yield write
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ConfigurationError(f"{part} cannot be written: {error.strerror}") from error
+
+
+def check_export_file(
+    path: Path, *, before: bytes = GENESIS_HASH, on_progress: Callable[[int], None] = lambda size: None
+) -> ExportSummary:
+    """Check that an export file is complete and unchanged, and return what it contains.
+
+    Args:
+        path: The file.
+        before: The digest of all events before the first one in the file.
+        on_progress: Called with the number of bytes read.
+
+    Raises:
+        InvalidExportFile: The file is not complete, or not what an export has written.
+        ConfigurationError: The file cannot be read.
+    """
+    about: dict[str, Any] | None = None
+    position, digest, number = 0, GENESIS_HASH, 0
+    ended = False
+    for lines, size in read_frames(path, whole=True):
+        for line in lines:
+            number += 1
+            if about is None:
+                about = read_header(path, line)
+                position = about["from"] - 1
+                continue
+            try:
+                found = orjson.loads(line)
+                if ended:
+                    raise ValueError("there is more behind what should be its last line")
+                if found.get("end") is True:
+                    ended = True
+                    if (found["events"], found["digest"]) != (position - about["from"] + 1, digest.hex()):
+                        raise ValueError("its last line says something else of the events than they do")
+                    continue
+                if found["position"] != position + 1:
+                    raise ValueError(f"position {position + 1} should be there, and {found['position']} is")
+                hash_ = bytes.fromhex(found["hash"])
+                position, digest = position + 1, hashlib.sha256(digest + hash_).digest()
+                before = hashlib.sha256(before + hash_).digest()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InvalidExportFile(
+                    f"{path}, line {number} is not what an export writes: {_describe(error)}"
+                ) from error
+        on_progress(size)
+    if about is None or not ended:
+        raise InvalidExportFile(f"{path} is not complete: it was cut off after line {number}. Nothing was imported.")
+    return ExportSummary(about["from"], position, digest, before)
+
+
+def first_position(path: Path) -> int:
+    """Return the position of the first event in a file.
+
+    Raises:
+        InvalidExportFile: The file is not an export.
+    """
+    for lines, _ in read_frames(path):
+        for line in lines:
+            return int(read_header(path, line)["from"])
+    raise InvalidExportFile(f"{path} is no export of a ledger: it has no first line.")
+
+
+def iterate_documents(path: Path, *, after: int) -> Iterator[list[Document]]:
+    """Yield the events after a position from a file that was checked, some at a time.
+
+    Raises:
+        InvalidExportFile: A line is not an event.
+    """
+    number = 0
+    for lines, _ in read_frames(path, whole=True):
+        page: list[Document] = []
+        for line in lines:
+            number += 1
+            if number == 1 or line.startswith(TRAILER_PREFIX):
+                continue
+            try:
+                document = decode_event(line)
+            except (ValueError, TypeError) as error:
+                raise InvalidExportFile(
+                    f"{path}, line {number} is not what an export writes: {_describe(error)}"
+                ) from error
+            if document["_id"] > after:
+                page.append(document)
+        if page:
+            yield page
+
+
+def read_header(path: Path, line: bytes) -> dict[str, Any]:
+    """Return the header in the first line of a file.
+
+    Raises:
+        InvalidExportFile: It is not the header of an export, or has another format version.
+    """
+    try:
+        found = orjson.loads(line)
+        if found["jobledger"] == "export" and found["format"] == FORMAT and found["from"] <= found["to"]:
+            return dict(found)
+        if found["jobledger"] == "export" and found["format"] != FORMAT:
+            raise InvalidExportFile(
+                f"{path} was exported in format {found['format']}, and this program knows format {FORMAT}."
+            )
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InvalidExportFile(f"{path} is no export of a ledger: its first line does not say so.")
+
+
+def read_frames(path: Path, *, whole: bool = False) -> Iterator[tuple[list[bytes], int]]:
+    """Yield complete lines, some at a time, and the size in bytes of the file up to their end.
+
+    An incomplete frame at the end is ignored, or is an error if the file must be `whole`.
+    """
+    try:
+        with path.open("rb") as file:
+            yield from (
+                _read_compressed_frames(path, file, whole=whole)
+                if is_compressed(path)
+                else _read_plain_frames(path, file, whole=whole)
+            )
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
+
+
+_BLOCK_BYTES: Final = 4 * 1024 * 1024
+
+
+def _read_plain_frames(path: Path, file: IO[bytes], *, whole: bool) -> Iterator[tuple[list[bytes], int]]:
+    rest, size = b"", 0
+    while block := file.read(_BLOCK_BYTES):
+        *lines, rest = (rest + block).split(b"\n")
+        size += sum(map(len, lines)) + len(lines)
+        yield lines, size
+    if rest and whole:
+        raise InvalidExportFile(f"{path} is not complete: it was cut off within a line. Nothing was imported.")
+
+
+def _read_compressed_frames(path: Path, file: IO[bytes], *, whole: bool) -> Iterator[tuple[list[bytes], int]]:
+    decompressor, rest, size, within = zstandard.ZstdDecompressor(), b"", 0, b""
+    try:
+        unpack, used = decompressor.decompressobj(), 0
+        block = file.read(_BLOCK_BYTES)
+        while block:
+            within += unpack.decompress(block)
+            if not unpack.eof:
+                used += len(block)
+                block = file.read(_BLOCK_BYTES)
+                continue
+            block, used = unpack.unused_data, used + len(block) - len(unpack.unused_data)
+            size += used
+            *lines, rest = (rest + within).split(b"\n")
+            yield lines, size
+            unpack, used, within = decompressor.decompressobj(), 0, b""
+            block = block or file.read(_BLOCK_BYTES)
+        if used and whole:
+            raise InvalidExportFile(f"{path} is not complete: it was cut off. Nothing was imported.")
+    except zstandard.ZstdError as error:
+        if whole or not size:
+            raise InvalidExportFile(
+                f"{path} cannot be decompressed: it is damaged, or not compressed at all."
+            ) from error
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether the name of a file, complete or partial, selects compression."""
+    return path.name.removesuffix(".part").endswith(".zst")
+
+
+def _describe(error: Exception) -> str:
+    return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)

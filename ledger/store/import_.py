@@ -1,0 +1,139 @@
+"""Import an exported event log into an empty database.
+
+The import writes the events into a staging collection, verifies them like any log, and then renames the collection.
+Before the rename the database has no log. After it the log is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable
+from jobledger.ledger.mongo.connection import UNAUTHORIZED, Database, server_error_code, translate_errors
+from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.store.export_file import (
+    ExportSummary,
+    InvalidExportFile,
+    ProgressCallback,
+    check_export_file,
+    first_position,
+    iterate_documents,
+)
+from jobledger.ledger.store.hash_chain import GENESIS_HASH
+from jobledger.ledger.store.verification import verify_log
+
+STAGING_COLLECTION: Final = "events.import"
+"""The collection that becomes the log once it is complete and verified."""
+
+
+async def import_log(
+    db: Database, paths: Sequence[Path], *, on_progress: ProgressCallback = lambda position, upto: None
+) -> ExportSummary:
+    """Import the events of consecutive export files into a database without a log.
+
+    An interrupted import is continued.
+
+    Args:
+        db: The database.
+        paths: The files, in any order.
+        on_progress: Called twice for each event, when it is written and when it is verified.
+
+    Raises:
+        ConfigurationError: The database has a log or is in use, or the files are not consecutive.
+        InvalidExportFile: A file is not what was exported. The database still has no log.
+        DatabaseUnsuitable: This user lacks privileges.
+        LedgerUnavailable: The database failed. The same call continues.
+    """
+    files = _check_files(paths)
+    last = files[-1][1]
+    await _require_empty_database(db)
+    staged = EventStore(db, collection=STAGING_COLLECTION)
+    with translate_errors("writing the imported events"):
+        position = await staged.head_position()
+        if position > last.last:
+            await db.drop_collection(STAGING_COLLECTION)
+            position = 0
+        for path, summary in files:
+            if position >= summary.last:
+                continue
+            for page in iterate_documents(path, after=position):
+                await db[STAGING_COLLECTION].insert_many(page)  # in order: whoever goes on finds where by the last one
+                position = page[-1]["_id"]
+                on_progress(position, 2 * last.last)
+    try:
+        with translate_errors("checking the imported events"):
+            await staged.prepare()
+        verdict = await verify_log(
+            staged,
+            expected_digest=(last.last, last.log_digest),
+            on_progress=lambda at, end: on_progress(end + at, end + end),
+        )
+        wrong = None if verdict.problem is None else str(verdict.problem)
+    except DatabaseUnsuitable as error:
+        wrong = str(error)
+    if wrong is not None:
+        await db.drop_collection(STAGING_COLLECTION)
+        raise InvalidExportFile(f"What was exported is not in these files: {wrong}. Nothing was imported.")
+    await _publish_staged_log(db, last.last)
+    return ExportSummary(1, last.last, last.log_digest, last.log_digest)
+
+
+def _check_files(paths: Sequence[Path]) -> list[tuple[Path, ExportSummary]]:
+    """Check all files and return them in the order of their events."""
+    found: list[tuple[Path, ExportSummary]] = []
+    for path in sorted(paths, key=lambda path: first_position(path)):
+        expected = found[-1][1].last + 1 if found else 1
+        summary = check_export_file(path, before=found[-1][1].log_digest if found else GENESIS_HASH)
+        if summary.first != expected:
+            raise ConfigurationError(
+                f"{path} begins with position {summary.first}, and position {expected} is needed: an import takes all "
+                "events from the first on, from one file or several that follow each other"
+            )
+        found.append((path, summary))
+    return found
+
+
+async def _require_empty_database(db: Database) -> None:
+    with translate_errors("looking whether the database is empty"):
+        if await db.events.find_one({}, {"_id": 1}) is not None:
+            raise ConfigurationError(
+                f"the database {db.name} has a log already: an import needs one without (mongodb.db_name names it)"
+            )
+        views = await db.checkpoints.find_one({"_id": "views", "position": {"$gt": 0}})
+        if views is not None:
+            raise ConfigurationError(f"the database {db.name} has views of another log: an import needs an empty one")
+        for collection in ("leaders", "workers"):
+            alive = await db[collection].find_one({"released": False, "$nor": [EXPIRED_LEASE_FILTER]})
+            if alive is not None:
+                raise ConfigurationError(
+                    f"a process is at work in the database {db.name} ({alive['_id']}): stop everything before an import"
+                )
+
+
+async def _publish_staged_log(db: Database, last: int) -> None:
+    """Replace the empty log by the staged one. If a process has written events meanwhile, keep those instead."""
+    aside = "events.before-import"
+    try:
+        with translate_errors("making the imported events the log"):
+            await db.counters.update_one({"_id": "events"}, {"$max": {"next": last}}, upsert=True)
+            if "events" in await db.list_collection_names():
+                await db.events.rename(aside, dropTarget=True)
+            await db[STAGING_COLLECTION].rename("events")
+            if await db[aside].find_one({}) is None:
+                await db.drop_collection(aside)
+                return
+            await db.events.rename(STAGING_COLLECTION)
+            await db[aside].rename("events")
+    except LedgerUnavailable as error:
+        if server_error_code(error) == UNAUTHORIZED:
+            raise DatabaseUnsuitable(
+                "This user may not make the imported events the log: an import is for an administrator of the database "
+                "(the role `dbOwner` is enough)."
+            ) from error
+        raise
+    raise ConfigurationError(
+        f"somebody has written to the database {db.name} meanwhile: stop everything before an import"
+    )
