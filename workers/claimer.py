@@ -72,6 +72,11 @@ class Claimer:
         self._worker_id = self.queue.worker_id = worker_id
 
     @property
+    def pending_count(self) -> int:
+        """The number of pending claims."""
+        return len(self._pending)
+
+    @property
     def pending_job_types(self) -> list[str]:
         """The job types of the pending claims."""
         return [job_type for job_type, _ in self._pending.values()]

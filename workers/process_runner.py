@@ -23,8 +23,10 @@ DISK_TIMEOUT_SECONDS = 30.0
 """A blocking call that takes longer means that the disk does not respond."""
 _MAX_REQUESTS: Final = 100  # concurrent requests of one job process
 _MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
-"""Total size of the concurrent requests of one job process. They may take 25 times as much memory. A request that is
-larger is handled alone."""
+"""Maximum total size of the concurrent requests of one job process.
+
+In memory, they may take 25 times as much. A request that is larger is handled alone.
+"""
 # Not the event loop's default executor: inline jobs may occupy all of its threads.
 _executor = ThreadPoolExecutor(4, thread_name_prefix="executor")
 

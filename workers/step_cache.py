@@ -25,14 +25,16 @@ class StepCache:
     async def find_shared_step(
         self, key: str, job_id: str, job: JobSubmitted, *, max_age: timedelta
     ) -> tuple[str, StepCompleted] | None:
-        """Return the newest shared step with these inputs, with the ID of the job that finished it; None if there is
-        none.
+        """Find the newest shared step with these inputs.
 
         Args:
             key: Digest of the step's name and inputs.
-            job_id: The job that asks. Its own steps are excluded.
-            job: Its submission.
+            job_id: The job that needs the step. Its own steps are excluded.
+            job: The submission of that job.
             max_age: Maximum age of the step.
+
+        Returns:
+            The ID of the job that finished the step, and the step; None if there is none.
 
         Raises:
             LedgerUnavailable: The database failed.

@@ -256,11 +256,10 @@ class Worker:
 
     def _free_slots(self, job_type: str) -> int:
         """Return how many more jobs of a type may be run now."""
-        pending = self._claimer.pending_job_types
-        free = self._slots - len(self._running) - len(pending)
+        free = self._slots - len(self._running) - self._claimer.pending_count
         if (max_slots := self._slots_per_type.get(job_type)) is None:
             return free
-        used = [executor.job_type for executor, _ in self._running.values()] + pending
+        used = [executor.job_type for executor, _ in self._running.values()] + self._claimer.pending_job_types
         return min(free, max_slots - used.count(job_type))
 
     async def _resync(self, session: AsyncClientSession) -> None:

@@ -21,10 +21,10 @@ from jobledger.workers.result_conversion import format_validation_error, to_text
 FRAME_HEADER: Final = struct.Struct(">I")
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024  # maximum size of a frame that the worker accepts
 MAX_FRAME_VALUES: Final = 1_500_000
-"""Maximum number of values in a frame that the worker accepts. It is more than any value has that `result_conversion`
-accepts.
+"""Maximum number of values in a frame that the worker accepts.
 
-Parsing 32 MiB of empty lists would take eight seconds and 1.2 GB.
+It is more than any value has that `result_conversion` accepts. Parsing 32 MiB of empty lists would take eight seconds
+and 1.2 GB.
 """
 _NON_STRUCTURAL_BYTES: Final = bytes(set(range(256)) - set(b'",[{'))
 STOP_MESSAGE: Final = {"stop": True}

@@ -116,8 +116,7 @@ class Deliverer:
         self._changed_ids: set[str] = set()
         """Deliveries that have changed or may have changed."""
         self._recorded: dict[str, int] = {}
-        """Versions of deliveries that this process recorded and the view does not contain yet. Older states are
-        ignored.
+        """Recorded versions of deliveries that the view does not contain yet. The older states in the view are ignored.
         """
         self._sending: set[asyncio.Task[None]] = set()
         change_stream.add_listener(self._election)

@@ -59,8 +59,9 @@ class WebhookRequest:
 
 @dataclass(frozen=True, slots=True)
 class WebhookResponse:
-    """The result of an attempt. `error_code` and `message` are None for a 2xx. `body` is the beginning of the response
-    body.
+    """The result of an attempt.
+
+    `error_code` and `message` are None for a 2xx. `body` is the beginning of the response body.
     """
 
     status_code: int | None
@@ -82,8 +83,9 @@ class WebhookResponse:
 
 
 class Sender:
-    """Sends messages to endpoints. Connections are not reused: one that the host closed meanwhile would cost an
-    attempt.
+    """Sends messages to endpoints.
+
+    Connections are not reused: one that the host closed meanwhile would cost an attempt.
     """
 
     def __init__(
