@@ -1,11 +1,11 @@
-"""cli: the settings of how one signs in, checked."""
+"""Settings of authentication."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
@@ -20,7 +20,7 @@ class SettingsSection(BaseModel):
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host is this machine."""
+    """Return whether a host is a loopback address."""
     if host == "localhost":
         return True
     try:
@@ -29,47 +29,47 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _keys_address(url: str) -> str:
+def _check_jwks_url(url: str) -> str:
     parts = urlsplit(url)
-    safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
-    if not safe or not parts.hostname:
+    is_secure = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+    if not is_secure or not parts.hostname:
         raise ValueError(
-            "expected an address that begins with https:// (http:// on this machine only): who can change the keys on "
-            "their way here is whoever they like"
+            "expected a URL that starts with https:// (http:// only on this machine), because whoever can modify the "
+            "keys in transit can impersonate any user"
         )
     return url
 
 
 def validate_network(text: str) -> str:
-    """Return the text of an address or a network.
+    """Return an IP address or network unchanged.
 
     Raises:
-        ValueError: it is neither, or everybody.
+        ValueError: it is neither, or contains all addresses.
     """
     try:
         network = ipaddress.ip_network(text)
     except ValueError as error:
-        raise ValueError(f"expected an address or a network like 10.1.0.0/16: {error}") from None
+        raise ValueError(f"expected an IP address or a network such as 10.1.0.0/16: {error}") from None
     if network.prefixlen == 0:
-        raise ValueError("this trusts everybody; name the addresses of your proxy")
+        raise ValueError("this network contains all addresses: use the address of your proxy")
     return text
 
 
-def _header_name(text: str) -> str:
+def _check_header_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9-]{1,100}", text):
-        raise ValueError("expected the name of a header, such as X-Forwarded-User")
+        raise ValueError("expected a header name such as X-Forwarded-User")
     return text
 
 
 def validate_secret_length(secret: SecretStr) -> SecretStr:
-    """Return a secret for tokens, if it cannot be guessed.
+    """Return a JWT secret unchanged.
 
     Raises:
-        ValueError: it is too short.
+        ValueError: it is so short that it could be guessed.
     """
     if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
         raise ValueError(
-            f"a secret for tokens has at least {MIN_SECRET_BYTES} bytes, such as `openssl rand -base64 48` makes"
+            f"a JWT secret must have at least {MIN_SECRET_BYTES} bytes: generate one with `openssl rand -base64 48`"
         )
     return secret
 
@@ -78,7 +78,7 @@ class JwtSettings(SettingsSection):
     secret: Annotated[SecretStr, AfterValidator(validate_secret_length)] | None = None
     secret_file: Path | None = None
     public_key_file: Path | None = None
-    jwks_url: Annotated[str, AfterValidator(_keys_address)] | None = None
+    jwks_url: Annotated[str, AfterValidator(_check_jwks_url)] | None = None
     issuer: str | None = Field(None, min_length=1)
     audience: str | None = Field(None, min_length=1)
     leeway_seconds: float = Field(30, ge=0, le=600)
@@ -89,9 +89,18 @@ class JwtSettings(SettingsSection):
 
 class ProxySettings(SettingsSection):
     trusted: list[Annotated[str, AfterValidator(validate_network)]] = []
-    user_header: Annotated[str, AfterValidator(_header_name)] = "X-Forwarded-User"
-    groups_header: Annotated[str, AfterValidator(_header_name)] | None = None
-    roles_header: Annotated[str, AfterValidator(_header_name)] | None = None
+    user_header: Annotated[str, AfterValidator(_check_header_name)] = "X-Forwarded-User"
+    groups_header: Annotated[str, AfterValidator(_check_header_name)] | None = None
+    roles_header: Annotated[str, AfterValidator(_check_header_name)] | None = None
+
+
+_REMEDIES: Final = {
+    "jwt": "set mode to `jwt`, or remove it",
+    "proxy": "set mode to `proxy`, or remove it",
+    "admins": "API keys have roles (`jobledger keys create --role admin`), and with `open` every user is admin",
+    "monitors": "API keys have roles (`jobledger keys create --role monitor`)",
+    "anonymous_read": "with `open` every client has full access",
+}
 
 
 class AuthSettings(SettingsSection):
@@ -103,8 +112,8 @@ class AuthSettings(SettingsSection):
     proxy: ProxySettings = ProxySettings()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> AuthSettings:
-        """Whoever has set something that is not in force may believe that it is."""
+    def _check_consistency(self) -> AuthSettings:
+        """Reject settings that have no effect: an operator may rely on them."""
         applies = {
             "jwt": self.mode == "jwt",
             "proxy": self.mode == "proxy",
@@ -114,23 +123,14 @@ class AuthSettings(SettingsSection):
         }
         for key, applied in applies.items():
             if not applied and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"`{key}` is set, which means nothing with mode `{self.mode}`; {_INSTEAD[key]}")
-        ways = ("secret", "secret_file", "public_key_file", "jwks_url")
-        given = [f"jwt.{name}" for name in ways if getattr(self.jwt, name) is not None]
-        if self.mode == "jwt" and len(given) != 1:
+                raise ValueError(f"`{key}` has no effect with mode `{self.mode}`: {_REMEDIES[key]}")
+        sources = ("secret", "secret_file", "public_key_file", "jwks_url")
+        configured = [f"jwt.{name}" for name in sources if getattr(self.jwt, name) is not None]
+        if self.mode == "jwt" and len(configured) != 1:
             raise ValueError(
-                f"mode `jwt` needs one of jwt.secret_file, jwt.public_key_file and jwt.jwks_url to verify tokens with; "
-                f"given are: {', '.join(given) or 'none'}"
+                "mode `jwt` requires exactly one of jwt.secret_file, jwt.public_key_file and jwt.jwks_url to verify "
+                f"tokens, got: {', '.join(configured) or 'none'}"
             )
         if self.mode == "proxy" and not self.proxy.trusted:
-            raise ValueError("mode `proxy` needs the addresses of the proxy in proxy.trusted: nobody else is believed")
+            raise ValueError("mode `proxy` requires the IP addresses of the proxy in proxy.trusted")
         return self
-
-
-_INSTEAD = {
-    "jwt": "set mode to `jwt`, or leave it out",
-    "proxy": "set mode to `proxy`, or leave it out",
-    "admins": "keys have roles of their own (`jobledger keys create --role admin`), and with `open` everybody is admin",
-    "monitors": "keys have roles of their own (`jobledger keys create --role monitor`)",
-    "anonymous_read": "with `open` nobody is anonymous",
-}

@@ -1,4 +1,4 @@
-"""cli: keep the embedded MongoDB server running for as long as a process does, whatever the disk does."""
+"""Supervise the embedded MongoDB server: restart it when it exits, and wait while its disk is full or missing."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ if TYPE_CHECKING:
     from jobledger.cli.shutdown import Shutdown
 
 DISK_CHECK_SECONDS: Final = 2.0
-"""How often a disk that could not be used is tried again."""
-_LONGEST_PAUSE_SECONDS: Final = 60.0
+"""Interval of checks whether an unusable disk is usable again."""
+_MAX_RESTART_DELAY_SECONDS: Final = 60.0
 _HEALTHY_SECONDS: Final = 120.0
-"""A server that ran for this long is started at once when it ends; the pauses before begin anew."""
-_SAY_AGAIN_SECONDS: Final = 600.0
+"""A server that ran for this long is restarted without delay, and later delays start again from the shortest."""
+_LOG_INTERVAL_SECONDS: Final = 600.0
 _log = structlog.get_logger()
 
 
 def start_when_space_available(data_dir: Path, *, oplog_mb: int | None) -> EmbeddedServer:
-    """Start the embedded server; while its disk is full, say so and wait for space.
+    """Start the embedded server. While its disk is full, log that and wait.
 
     Raises:
         DatabaseUnsuitable: It cannot start for another reason.
     """
-    told = False
+    is_logged = False
     while True:
         try:
             problem = find_space_problem(nearest_existing_directory(data_dir), MIN_FREE_BYTES)
             if problem is None or not problem.is_out_of_space:
                 return EmbeddedServer.start(data_dir, oplog_mb=oplog_mb)
         except (DatabaseUnsuitable, ResourceUnavailable):
-            # It may have filled the disk itself: a start needs more than a restart.
+            # The start itself may have filled the disk: it needs more space than a restart.
             problem = find_space_problem(nearest_existing_directory(data_dir), MIN_FREE_BYTES)
             if problem is None or not problem.is_out_of_space:
                 raise
-        if not told:
-            _log.error("the embedded MongoDB server cannot start and waits for space", disk=str(problem))
-            told = True
+        if not is_logged:
+            _log.error("embedded MongoDB server waiting for disk space", reason=str(problem))
+            is_logged = True
         time.sleep(DISK_CHECK_SECONDS)
 
 
-async def supervise_until_shutdown(server: EmbeddedServer | None, stop: Shutdown) -> None:
-    """Wait until stopped; meanwhile start the embedded server again whenever it ends.
+async def supervise_until_shutdown(server: EmbeddedServer | None, shutdown: Shutdown) -> None:
+    """Wait for the shutdown. Until then, restart the embedded server whenever it exits.
 
     Raises:
         DatabaseUnsuitable: It cannot run again; the message says why.
     """
-    stopped = asyncio.create_task(stop.wait())
+    stopped = asyncio.create_task(shutdown.wait())
     tasks: set[asyncio.Task[None]] = {stopped}
     if server is not None:
         tasks.add(asyncio.create_task(_supervise(server), name="embedded-server"))
@@ -69,48 +69,57 @@ async def supervise_until_shutdown(server: EmbeddedServer | None, stop: Shutdown
 
 
 async def _supervise(server: EmbeddedServer) -> None:
-    failures = 0
+    restarts = 0
     while True:
-        begun = time.monotonic()
+        started_at = time.monotonic()
         await server.wait_exited()
-        ended = time.monotonic()
-        if ended - begun > _HEALTHY_SECONDS:
-            failures = 0
-        failures = await _bring_back(server, failures)
-        _log.info("the embedded MongoDB server is back", seconds=round(time.monotonic() - ended, 1))
+        exited_at = time.monotonic()
+        if exited_at - started_at > _HEALTHY_SECONDS:
+            restarts = 0
+        restarts = await _restart(server, restarts)
+        duration = round(time.monotonic() - exited_at, 1)
+        _log.info("embedded MongoDB server restarted", duration_seconds=duration)
 
 
-async def _bring_back(server: EmbeddedServer, failures: int) -> int:
-    """Start the server again, as often as it takes; return how often in a row it has ended.
+async def _restart(server: EmbeddedServer, restarts: int) -> int:
+    """Restart the server, with any number of attempts.
 
-    A missing disk is waited for at a steady pace. After any other end the pause doubles up to a minute: there is no
-    number of attempts after which leaving the installation without a database would be better.
+    It waits for a missing disk at a constant interval. After other exits the delay doubles up to a minute. There is no
+    limit, because an installation without a database is never better.
+
+    Args:
+        server: The server.
+        restarts: Number of consecutive attempts before.
+
+    Returns:
+        The number of consecutive attempts.
 
     Raises:
-        DatabaseUnsuitable: Its data files are of another version or damaged.
+        DatabaseUnsuitable: Its data files are from another version or damaged.
     """
-    told: tuple[bool, float] | None = None
+    logged: tuple[bool, float] | None = None
     while True:
         outage = await asyncio.to_thread(server.diagnose_exit)
         if outage.is_permanent:
             raise DatabaseUnsuitable(
-                f"The embedded MongoDB server cannot run on {server.data_dir} any more: {outage.reason}"
+                f"The embedded MongoDB server can no longer run on {server.data_dir}: {outage.reason}"
             )
-        if told is None or told[0] != outage.waits_for_disk or time.monotonic() - told[1] > _SAY_AGAIN_SECONDS:
-            told = outage.waits_for_disk, time.monotonic()
+        now = time.monotonic()
+        if logged is None or logged[0] != outage.waits_for_disk or now - logged[1] > _LOG_INTERVAL_SECONDS:
+            logged = outage.waits_for_disk, now
             if outage.waits_for_disk:
-                _log.error("the embedded MongoDB server has ended and waits for its disk", disk=outage.reason)
+                _log.error("embedded MongoDB server exited, waiting for its disk", reason=outage.reason)
             else:
-                _log.error("the embedded MongoDB server has ended and is started again", reason=outage.reason)
+                _log.error("embedded MongoDB server exited, restarting", reason=outage.reason)
         if outage.waits_for_disk:
             await asyncio.sleep(DISK_CHECK_SECONDS)
             continue
-        if failures:
-            await asyncio.sleep(min(2.0 ** (failures - 1), _LONGEST_PAUSE_SECONDS))
-        failures += 1
+        if restarts:
+            await asyncio.sleep(min(2.0 ** (restarts - 1), _MAX_RESTART_DELAY_SECONDS))
+        restarts += 1
         try:
             await server.restart()
         except (DatabaseUnsuitable, ResourceUnavailable, OSError) as error:
-            _log.warning("the embedded MongoDB server did not start", attempt=failures, error=str(error))
+            _log.warning("embedded MongoDB server failed to start", attempt=restarts, error=str(error))
         else:
-            return failures
+            return restarts

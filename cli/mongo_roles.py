@@ -1,7 +1,7 @@
-"""cli: the rights in MongoDB that a ledger needs, and no more: `jobledger mongo-roles`.
+"""MongoDB roles with only the rights that Jobledger needs (`jobledger mongo-roles`).
 
-A user with the role `jobledger` can add to the log and not change it: of `events` it may read and insert, and the
-server refuses the rest. One with `jobledger-subscriber` can follow the log from another program, and keep its place.
+Users with the role `jobledger` can read and insert events, but the server rejects updates and deletions. Users with
+the role `jobledger-subscriber` can follow the log from another program and store the position of their subscription.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import orjson
 
 from jobledger.api.auth.api_keys import COLLECTION as API_KEYS
 from jobledger.api.auth.browser_sessions import COLLECTION as SESSIONS
-from jobledger.api.routes.webhook_echo import COLLECTION as SINK
+from jobledger.api.routes.webhook_echo import COLLECTION as WEBHOOK_ECHO
 from jobledger.ledger.files.gridfs import COLLECTIONS as GRIDFS
 from jobledger.ledger.files.store_marker import COLLECTION as RESULT_STORE
 from jobledger.ledger.store.endpoint_secrets import COLLECTION as ENDPOINTS
@@ -22,7 +22,7 @@ from jobledger.projections.slots import SLOTS, collection_name
 from jobledger.workers.cleanup import FILE_REMOVALS
 from jobledger.workers.path_reservations import COLLECTION as RESULT_PATHS
 
-_MUTABLE: Final = (
+_MUTABLE_COLLECTIONS: Final = (
     API_KEYS,
     "checkpoints",
     "counters",
@@ -35,27 +35,31 @@ _MUTABLE: Final = (
     SUBSCRIPTIONS,
     ENDPOINTS,
     "webhook_secrets",
-    SINK,
+    WEBHOOK_ECHO,
     "workers",
     FILE_REMOVALS,
-    *(collection_name(name, side) for name in VIEW_NAMES for side in SLOTS),
+    *(collection_name(name, slot) for name in VIEW_NAMES for slot in SLOTS),
 )
-_VIEW_ACTIONS: Final = ["find", "insert", "update", "remove", "createCollection", "createIndex", "listIndexes"]
+_WRITE_ACTIONS: Final = ["find", "insert", "update", "remove", "createCollection", "createIndex", "listIndexes"]
 
 
 def create_role_commands(db_name: str) -> list[dict[str, Any]]:
-    """Return the commands that create the two roles, to be run by an administrator on the database `db_name`."""
-    whole = _privilege(db_name, "", ["find", "changeStream"])
+    """Return the commands that create both roles. An administrator runs them on the database `db_name`."""
+    database = _privilege(db_name, "", ["find", "changeStream"])
     log = _privilege(db_name, "events", ["find", "insert", "listIndexes"])
     return [
         {
             "createRole": "jobledger",
-            "privileges": [whole, log, *(_privilege(db_name, name, _VIEW_ACTIONS) for name in _MUTABLE)],
+            "privileges": [
+                database,
+                log,
+                *(_privilege(db_name, name, _WRITE_ACTIONS) for name in _MUTABLE_COLLECTIONS),
+            ],
             "roles": [],
         },
         {
             "createRole": "jobledger-subscriber",
-            "privileges": [whole, log, _privilege(db_name, SUBSCRIPTIONS, ["find", "insert", "update"])],
+            "privileges": [database, log, _privilege(db_name, SUBSCRIPTIONS, ["find", "insert", "update"])],
             "roles": [],
         },
     ]
@@ -66,7 +70,7 @@ def _privilege(db_name: str, collection: str, actions: list[str]) -> dict[str, A
 
 
 def mongosh_script(db_name: str) -> str:
-    """Return what an administrator pastes into mongosh: the index of the log, the roles, and a user to be finished."""
+    """Return a mongosh script that creates the index of the log, the roles, and a user whose password it asks for."""
     commands = "\n".join(
         f"ledger.runCommand({orjson.dumps(role, option=orjson.OPT_INDENT_2).decode()})"
         for role in create_role_commands(db_name)

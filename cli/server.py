@@ -1,4 +1,4 @@
-"""cli: the composition of the API: its port, how one signs in, what its routes work with, and its server."""
+"""Compose the API: its listener, authentication, context and HTTP server."""
 
 from __future__ import annotations
 
@@ -45,58 +45,58 @@ from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.health import StallDetector
 from jobledger.workers.registry import load_processors, unusable_job_types
 
-_MOST_FILES: Final = 65_536
+_MAX_OPEN_FILES: Final = 65_536
 _KEEP_ALIVE_SECONDS: Final = 30
 
 
 def raise_open_file_limit() -> None:
-    """Raise how many files may be open to what we may: by default that is 1024, and each client's connection is one."""
+    """Raise the soft limit of open files as far as allowed. The default is 1024, and each connection needs one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    limit = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 @contextmanager
 def open_listener(host: str, port: int) -> Iterator[socket.socket]:
-    """Open the port ourselves, so that a taken one is a clear error before anything else begins.
+    """Open the port. The server does not, so that a port in use is a clear error before anything else starts.
 
     Raises:
-        ResourceUnavailable: it is taken, or the address is not there yet.
-        ConfigurationError: it cannot be opened.
+        ResourceUnavailable: the port is in use, or the address does not exist yet.
+        ConfigurationError: the port cannot be opened.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named as TCP, else asyncio does not switch off Nagle's algorithm, and small answers wait 40 ms for an ACK.
-    with SheddingSocket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # With the protocol given, asyncio disables Nagle's algorithm; otherwise small responses wait 40 ms for an ACK.
+    with SheddingSocket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((host, port))
-            listening.listen(2048)  # bound is not enough: two may be bound to a port to which neither listens
+            listener.bind((host, port))
+            listener.listen(2048)  # bind() alone succeeds for two sockets as long as neither listens
         except OSError as error:
             raise classify_os_error(
                 error,
-                f"api.port: cannot listen on {host}:{port} ({error.strerror}); is another jobledger running? "
-                "Stop it, or set api.port (JOBLEDGER_API__PORT) to another number.",
+                f"api.port: cannot listen on {host}:{port} ({error.strerror}). Is another jobledger running? "
+                "Stop it, or use another port: api.port (JOBLEDGER_API__PORT).",
             ) from error
-        yield listening
+        yield listener
 
 
 def build_context(
     settings: Settings, db: Database, log: EventStore, checkpoint: Checkpoint, changes: ChangeStream, store: FileStore
 ) -> ApiContext:
-    """Return what the routes work with. Call before the change stream runs: some of it listens.
+    """Return the context of the routes. Call it before the change stream runs, because it adds listeners.
 
     Raises:
         ConfigurationError: the public key for tokens cannot be used.
     """
-    endings = CompletionWaiter()
-    changes.add_listener(endings)
-    stall_watch = StallDetector(log, checkpoint)
-    changes.add_listener(stall_watch)
-    public = urlsplit(settings.api.public_url).hostname if settings.api.public_url else None
-    hosts = ("localhost", "127.0.0.1", "[::1]", settings.api.host, public)
+    completion_waiter = CompletionWaiter()
+    changes.add_listener(completion_waiter)
+    stall_detector = StallDetector(log, checkpoint)
+    changes.add_listener(stall_detector)
+    public_host = urlsplit(settings.api.public_url).hostname if settings.api.public_url else None
+    hosts = ("localhost", "127.0.0.1", "[::1]", settings.api.host, public_host)
     revocations = RevocationNotifier()
-    sign_in = _sign_in(settings.auth, db, changes, revocations)
+    backend = _make_auth_backend(settings.auth, db, changes, revocations)
     return ApiContext(
         db=db,
         event_store=log,
@@ -110,24 +110,24 @@ def build_context(
         unavailable_job_types=unusable_job_types(),
         max_body_bytes=settings.api.max_body_bytes,
         allowed_hosts=tuple(dict.fromkeys(name for name in hosts if name)),
-        auth_backend=sign_in,
-        browser_sessions=_sessions(settings.auth, sign_in, db, changes, revocations),
+        auth_backend=backend,
+        browser_sessions=_make_browser_sessions(settings.auth, backend, db, changes, revocations),
         revocation_notifier=revocations,
         public_origin=settings.api.public_url,
-        get_groups=sign_in.get_groups if isinstance(sign_in, ApiKeyBackend) else lambda _user_id: frozenset[str](),
-        completion_waiter=endings,
+        get_groups=backend.get_groups if isinstance(backend, ApiKeyBackend) else lambda _user_id: frozenset[str](),
+        completion_waiter=completion_waiter,
         visibility=Visibility(log, checkpoint),
-        stall_detector=stall_watch,
+        stall_detector=stall_detector,
         live_streams=LiveStreams(),
         signed_links=SignedLinks(db, settings.api.public_url),
         webhook_options=WebhookOptions(settings.webhooks.echo_enabled, tuple(settings.webhooks.allowed_private_hosts)),
-        http_options=_edge(settings),
-        disk_monitor=_storage(settings),
+        http_options=_make_http_options(settings),
+        disk_monitor=_make_disk_monitor(settings),
     )
 
 
-def _storage(settings: Settings) -> DiskSpaceMonitor:
-    """The disks of this machine that new jobs would fill."""
+def _make_disk_monitor(settings: Settings) -> DiskSpaceMonitor:
+    """Return the monitor of the disks that new jobs would fill."""
     directories = {}
     if isinstance(settings.results.store, Path):
         directories["results"] = settings.results.store
@@ -136,7 +136,7 @@ def _storage(settings: Settings) -> DiskSpaceMonitor:
     return DiskSpaceMonitor(directories, settings.results.min_free_mb * MIB)
 
 
-def _edge(settings: Settings) -> HttpOptions:
+def _make_http_options(settings: Settings) -> HttpOptions:
     api = settings.api
     return HttpOptions(
         cors_origins=tuple(api.cors_origins),
@@ -145,32 +145,34 @@ def _edge(settings: Settings) -> HttpOptions:
         max_streams_per_user=api.max_streams_per_user,
         max_streams=api.max_streams,
         auth_failures_per_minute=api.auth_failures_per_minute,
-        trusted_proxies=tuple(ip_network(it) for it in (*api.trusted_proxies, *settings.auth.proxy.trusted)),
+        trusted_proxies=tuple(ip_network(network) for network in (*api.trusted_proxies, *settings.auth.proxy.trusted)),
         is_https=(api.public_url or "").startswith("https://"),
         access_log=settings.logging.access_log,
     )
 
 
-def _sessions(
-    auth: AuthSettings, sign_in: AuthBackend, db: Database, changes: ChangeStream, revocations: RevocationNotifier
+def _make_browser_sessions(
+    auth: AuthSettings, backend: AuthBackend, db: Database, changes: ChangeStream, revocations: RevocationNotifier
 ) -> BrowserSessions | None:
-    """Return the sessions of the dashboard, in the modes in which people sign in here."""
+    """Return the sessions of the dashboard, or None in modes without its sign-in page."""
     if auth.mode not in ("keys", "jwt"):
         return None
-    holder_of = sign_in.get_key_holder if isinstance(sign_in, ApiKeyBackend) else None
-    sessions = BrowserSessions(db, revocations, policy=_policy(auth), get_key_holder=holder_of)
+    get_key_holder = backend.get_key_holder if isinstance(backend, ApiKeyBackend) else None
+    sessions = BrowserSessions(db, revocations, policy=_policy_digest(auth), get_key_holder=get_key_holder)
     changes.add_listener(sessions)
     return sessions
 
 
-def _policy(auth: AuthSettings) -> str:
-    """Return what identifies the sign-in settings: with other ones, such as another secret, all sessions end."""
+def _policy_digest(auth: AuthSettings) -> str:
+    """Return a digest of the authentication settings. All sessions end when it changes, for example with a secret."""
     secret = auth.jwt.secret.get_secret_value() if auth.jwt.secret else ""
     return sha256(f"{auth.model_dump_json()}\0{secret}".encode()).hexdigest()
 
 
-def _sign_in(auth: AuthSettings, db: Database, changes: ChangeStream, revocations: RevocationNotifier) -> AuthBackend:
-    """Return the way to sign in that is set.
+def _make_auth_backend(
+    auth: AuthSettings, db: Database, changes: ChangeStream, revocations: RevocationNotifier
+) -> AuthBackend:
+    """Return the backend of the configured mode.
 
     Raises:
         ConfigurationError: the public key cannot be used.
@@ -180,11 +182,11 @@ def _sign_in(auth: AuthSettings, db: Database, changes: ChangeStream, revocation
         case "open":
             return SingleUserBackend("local")
         case "keys":
-            ring = ApiKeyCache(db, revocations)
-            changes.add_listener(ring)
-            return ApiKeyBackend(ring, now=get_server_clock(db.client).estimate, anonymous_read=auth.anonymous_read)
+            cache = ApiKeyCache(db, revocations)
+            changes.add_listener(cache)
+            return ApiKeyBackend(cache, now=get_server_clock(db.client).estimate, anonymous_read=auth.anonymous_read)
         case "jwt":
-            rules = JwtOptions(
+            options = JwtOptions(
                 auth.jwt.issuer,
                 auth.jwt.audience,
                 auth.jwt.leeway_seconds,
@@ -192,7 +194,7 @@ def _sign_in(auth: AuthSettings, db: Database, changes: ChangeStream, revocation
                 auth.jwt.groups_claim,
                 auth.jwt.roles_claim,
             )
-            return JwtBackend(_token_keys(auth.jwt), rules, grants, anonymous_read=auth.anonymous_read)
+            return JwtBackend(_make_key_source(auth.jwt), options, grants, anonymous_read=auth.anonymous_read)
         case "proxy":
             trusted = [ip_network(network) for network in auth.proxy.trusted]
             headers = ProxyHeaders(auth.proxy.user_header, auth.proxy.groups_header, auth.proxy.roles_header)
@@ -201,11 +203,11 @@ def _sign_in(auth: AuthSettings, db: Database, changes: ChangeStream, revocation
             assert_never(auth.mode)
 
 
-def _token_keys(jwt: JwtSettings) -> KeySource:
+def _make_key_source(jwt: JwtSettings) -> KeySource:
     if jwt.jwks_url is not None:
         return JwksKeySource(jwt.jwks_url)
     if jwt.public_key_file is None:
-        assert jwt.secret is not None  # noqa: S101 - the settings make sure that there is one of the three
+        assert jwt.secret is not None  # noqa: S101 - AuthSettings requires one of the three
         return StaticKeySource(create_hs256_key(jwt.secret.get_secret_value()))
     try:
         return StaticKeySource(load_public_key(jwt.public_key_file.read_bytes()))
@@ -218,7 +220,7 @@ def _token_keys(jwt: JwtSettings) -> KeySource:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn without its signal handlers: the process has its own, for all roles together."""
+    """Uvicorn without its signal handlers: the process handles signals for all roles."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -227,34 +229,34 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def serve_api(
-    listening: socket.socket, settings: ApiSettings, services: ApiContext, on_failure: Callable[[BaseException], None]
+    listener: socket.socket, settings: ApiSettings, context: ApiContext, on_failure: Callable[[BaseException], None]
 ) -> AsyncIterator[str]:
-    """Serve inside the block; yield where. `failed` is told if the server ends although nobody stopped it."""
-    host, port = listening.getsockname()[:2]
+    """Serve inside the block. Yield the URL. `on_failure` is called with the exception if the server fails."""
+    host, port = listener.getsockname()[:2]
     shown_host = f"[{host}]" if ":" in host else host
     limits = ConnectionLimits(
-        settings.max_connections, settings.max_connections_per_address, services.http_options.trusted_proxies
+        settings.max_connections, settings.max_connections_per_address, context.http_options.trusted_proxies
     )
     server = _Server(
         uvicorn.Config(
-            create_app(services),
+            create_app(context),
             http=protocol_class(limits),
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             ws="none",
             log_level="warning",
             access_log=False,
-            proxy_headers=False,  # whom we trust to say who somebody is, auth.proxy says
+            proxy_headers=False,  # auth.proxy and api.trusted_proxies define the trusted proxies
             timeout_graceful_shutdown=3,
             lifespan="off",
         )
     )
-    task = asyncio.create_task(server.serve(sockets=[listening]), name="api")
+    task = asyncio.create_task(server.serve(sockets=[listener]), name="api")
     task.add_done_callback(failure_callback(on_failure))
     try:
         yield settings.public_url or f"http://{shown_host}:{port}"
     finally:
-        services.live_streams.close()
+        context.live_streams.close()
         server.should_exit = True
         await asyncio.gather(task, return_exceptions=True)
-        await services.parameter_validator.close()
-        await services.previews.close()
+        await context.parameter_validator.close()
+        await context.previews.close()

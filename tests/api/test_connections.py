@@ -594,4 +594,4 @@ async def test_connections_beyond_the_descriptors_are_closed_and_logged_once(
             free = True
             assert await said_to_client() == b"hello"
     assert reported == []
-    assert capfd.readouterr().out.count("connections are closed at once") == 1
+    assert capfd.readouterr().out.count("out of file descriptors, closing new connections") == 1

@@ -110,7 +110,7 @@ def test_a_file_of_only_the_concepts_two_sections_works_and_polling_is_said_to_b
     assert settings.api.port == 5001
     [notice] = notices
     assert "event_worker.poll_interval_sec" in notice
-    assert "nothing polls" in notice
+    assert "workers do not poll" in notice
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "mongodb:\n", "processors:\n", "processors:\n  session:\n"])
@@ -122,10 +122,10 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
 @pytest.mark.parametrize(
     ("text", "place", "right"),
     [
-        ("api:\n  prot: 5\n", "api.prot", "known here: host, port"),
-        ("apis:\n  port: 5\n", "apis", "known are: mongodb, event_worker, api"),
-        ("1: x\n", "1", "known are: mongodb"),
-        ("_env_file: x\n", "_env_file", "known are: mongodb"),
+        ("api:\n  prot: 5\n", "api.prot", "Keys: host, port"),
+        ("apis:\n  port: 5\n", "apis", "Sections: mongodb, event_worker, api"),
+        ("1: x\n", "1", "Sections: mongodb"),
+        ("_env_file: x\n", "_env_file", "Sections: mongodb"),
         ("api:\n  1: x\n", "api", "string"),
         ("api:\n  port: many\n", "api.port", "valid integer"),
         ("api:\n  port: 65536\n", "api.port", "less than or equal to 65535 (found 65536)"),
@@ -137,9 +137,9 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         ("api:\n  public_url: example.org\n", "api.public_url", "https?://"),
         ("api:\n  public_url: https://example.org/api\n", "api.public_url", "must not begin with /api"),
         ("api:\n  public_url: https://example.org/monitoring/jobs/\n", "api.public_url", "must not begin with"),
-        ("api: 5\n", "api", "known here: host, port"),
-        ("api: [1, 2]\n", "api", "known here: host, port"),
-        ("api: &a [*a]\n", "api", "known here: host, port"),
+        ("api: 5\n", "api", "Keys: host, port"),
+        ("api: [1, 2]\n", "api", "Keys: host, port"),
+        ("api: &a [*a]\n", "api", "Keys: host, port"),
         ("auth:\n  mode: ldap\n", "auth.mode", "'open', 'keys', 'jwt' or 'proxy'"),
         ("mongodb:\n  db_name: 'a.b'\n", "mongodb.db_name", "pattern"),
         ("mongodb:\n  embedded_oplog_mb: 1\n", "mongodb.embedded_oplog_mb", "greater than or equal to"),
@@ -148,9 +148,9 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         ("event_worker:\n  lease_seconds: .nan\n", "event_worker.lease_seconds", "(found nan)"),
         ("event_worker:\n  lease_seconds: .inf\n", "event_worker.lease_seconds", "less than or equal to 3600"),
         ("logging:\n  level: verbose\n", "logging.level", "'debug', 'info', 'warning' or 'error'"),
-        ("processors: 5\n", "processors", "known here: echo, session"),
+        ("processors: 5\n", "processors", "Keys: echo, session"),
         ("processors:\n  video: {}\n", "processors", "installed are: echo, session"),
-        ("processors:\n  session: 5\n", "processors.session", "known here: connect_timeout_seconds"),
+        ("processors:\n  session: 5\n", "processors.session", "Keys: connect_timeout_seconds"),
         ("processors:\n  session:\n    pages: 5\n", "processors.session.pages", "max_pages"),
         ("processors:\n  session:\n    max_pages: x\n", "processors.session.max_pdf_pages", "valid integer"),
         (
@@ -166,7 +166,7 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         (
             "processors:\n  session:\n    transcription:\n      modell: x\n",
             "processors.session.transcription.modell",
-            "known here: url, model, api_key_file, backend",
+            "Keys: url, model, api_key_file, backend",
         ),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_file_that_is_no_settings_at_all_is_named(tmp_path: Path, text: str | 
 
 
 def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml: there is no such file"):
+    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml: file not found"):
         read_settings(tmp_path / "nowhere.yaml")
     with pytest.raises(ConfigurationError, match="cannot be read"):
         read_settings(tmp_path)
@@ -228,8 +228,8 @@ def test_the_environment_overrides_the_file_key_by_key(tmp_path: Path, monkeypat
     [
         ("JOBLEDGER_API__PORT", "many", "valid integer, unable to parse string as an integer (found 'many')"),
         ("JOBLEDGER_API__PORT", "", "valid integer"),
-        ("JOBLEDGER_API__PROT", "1", "known here: host, port"),
-        ("JOBLEDGER_APIS__PORT", "1", "known sections are: mongodb"),
+        ("JOBLEDGER_API__PROT", "1", "Keys: host, port"),
+        ("JOBLEDGER_APIS__PORT", "1", "Sections: mongodb"),
         ("JOBLEDGER_LOGGING", "debug", "JOBLEDGER_LOGGING__KEY"),
         ("JOBLEDGER_MONGODB", "mongodb://user:s3cret@host", "JOBLEDGER_MONGODB__KEY"),
         ("JOBLEDGER_LOGGING__LEVEL", "loud", "'debug', 'info', 'warning' or 'error'"),
@@ -267,7 +267,7 @@ def test_result_files_can_lie_in_the_database(tmp_path: Path, word: str) -> None
 
 
 def test_a_store_that_there_is_not_becomes_no_directory_of_that_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"results\.store: there is no such store: expected a directory, or"):
+    with pytest.raises(ConfigurationError, match=r"results\.store: unknown result store: expected a directory, or"):
         read(tmp_path, "results:\n  store: s3://bucket/results\n")
 
 
@@ -356,13 +356,13 @@ def test_with_sign_in_others_may_reach_us(tmp_path: Path, mode: str) -> None:
         ("mode: jwt\n  jwt: {jwks_url: 'file:///etc/passwd'}", ["auth.jwt.jwks_url", "https://"]),
         ("mode: jwt\n  jwt: {jwks_url: 'https://'}", ["auth.jwt.jwks_url", "https://"]),
         ("mode: jwt\n  jwt: {leeway_seconds: 3601}", ["auth.jwt.leeway_seconds", "600"]),
-        ("mode: jwt\n  jwt: {algorithm: none}", ["auth.jwt.algorithm", "known here: secret, secret_file"]),
+        ("mode: jwt\n  jwt: {algorithm: none}", ["auth.jwt.algorithm", "Keys: secret, secret_file"]),
         ("mode: proxy", ["proxy.trusted"]),
         ("mode: proxy\n  proxy: {trusted: []}", ["proxy.trusted"]),
         ("mode: proxy\n  proxy: {trusted: [proxy.example.org]}", ["auth.proxy.trusted", "10.1.0.0/16"]),
         ("mode: proxy\n  proxy: {trusted: [10.1.0.1/16]}", ["auth.proxy.trusted", "host bits"]),
-        ("mode: proxy\n  proxy: {trusted: [0.0.0.0/0]}", ["auth.proxy.trusted", "everybody"]),
-        ("mode: proxy\n  proxy: {trusted: ['::/0']}", ["auth.proxy.trusted", "everybody"]),
+        ("mode: proxy\n  proxy: {trusted: [0.0.0.0/0]}", ["auth.proxy.trusted", "contains all addresses"]),
+        ("mode: proxy\n  proxy: {trusted: ['::/0']}", ["auth.proxy.trusted", "contains all addresses"]),
         ("mode: proxy\n  proxy: {trusted: [10.0.0.1], user_header: 'X User'}", ["auth.proxy.user_header"]),
         ("mode: keys\n  jwt: {issuer: us}", ["`jwt` is set", "mode `keys`", "set mode to `jwt`"]),
         ("mode: jwt\n  proxy: {trusted: [10.0.0.1]}", ["`proxy` is set", "mode `jwt`"]),
@@ -407,13 +407,13 @@ def test_a_secret_for_tokens_comes_from_a_file_or_the_environment_and_is_never_s
 def test_a_secret_for_tokens_that_can_be_guessed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret").write_text("s3cret\n" + " " * 40)
     message = complaint(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
-    assert message.startswith(f"auth.jwt.secret_file: {tmp_path / 'secret'}: a secret for tokens has at least 32 bytes")
+    assert message.startswith(f"auth.jwt.secret_file: {tmp_path / 'secret'}: a JWT secret must have at least 32 bytes")
     assert "s3cret" not in message
     missing = complaint(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: nowhere\n")
     assert missing.startswith(f"auth.jwt.secret_file: {tmp_path / 'nowhere'} cannot be read")
     monkeypatch.setenv("JOBLEDGER_AUTH__JWT__SECRET", "s3cret")
     message = complaint(tmp_path, "auth:\n  mode: jwt\n")
-    assert message.startswith("environment variable JOBLEDGER_AUTH__JWT__SECRET: a secret for tokens has at least 32")
+    assert message.startswith("environment variable JOBLEDGER_AUTH__JWT__SECRET: a JWT secret must have at least 32")
     assert "s3cret" not in message
 
 

@@ -43,7 +43,7 @@ def test_worker_with_a_blocked_loop_loses_its_jobs_and_ends(
             role.wait_until_ready()
         with http_client(api) as client:
             job = client.post("/api/events/jobs", json={"job_type": "blocks", "parameters": {}}).json()
-            assert wait_until(lambda: "the event loop is blocked: jobs that block" in first.stdout + first.stderr, 20)
+            assert wait_until(lambda: "event loop blocked; run blocking jobs" in first.stdout + first.stderr, 20)
             second = here.start("worker").wait_until_ready()
             address = f"/api/events/jobs/{job['job_id']}"
             assert wait_until(lambda: client.get(address).json()["job"]["status"] == "completed", 30), second.stderr

@@ -69,17 +69,17 @@ def test_a_full_disk_is_reported_and_waited_for(tmp_path: Path, disk: Path) -> N
             note = read_server_info(disk / "data")
             assert note is not None
             os.kill(note.pid, signal.SIGKILL)  # what mongod does itself when it cannot write
-            assert wait_until(lambda: "waits for its disk" in role.stderr, 20)
+            assert wait_until(lambda: "waiting for its disk" in role.stderr, 20)
             assert "no space is left" in role.stderr
             assert client.get("/healthz").status_code == 200
             unready = until_status(client, "GET", 503, "/readyz")
             assert "nearly full" in unready.json()["message"]
 
             filler.unlink()
-            assert wait_until(lambda: "server is back" in role.stderr, 30)
+            assert wait_until(lambda: "server restarted" in role.stderr, 30)
             until_status(client, "POST", 202)
             assert client.get(f"/api/events/jobs/{done}").status_code == 200
-        assert role.stderr.count("waits for its disk") == 1
+        assert role.stderr.count("waiting for its disk") == 1
         assert "Traceback" not in role.stderr
         assert role.stop().exit_code == 0
 
@@ -124,9 +124,9 @@ def test_mongod_that_fills_the_disk_itself_comes_back(tmp_path: Path, disk: Path
                 if status != 202:
                     break
             assert status == 503
-            assert wait_until(lambda: "waits for its disk" in role.stderr, 60)
+            assert wait_until(lambda: "waiting for its disk" in role.stderr, 60)
             filler.unlink()
-            assert wait_until(lambda: "server is back" in role.stderr, 60)
+            assert wait_until(lambda: "server restarted" in role.stderr, 60)
             until_status(client, "POST", 202)
         assert role.stop().exit_code == 0
 

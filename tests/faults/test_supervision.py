@@ -41,7 +41,7 @@ async def test_a_crash_is_answered_by_a_start_while_the_event_loop_goes_on(tmp_p
             nonlocal longest, last
             now = asyncio.get_running_loop().time()
             longest, last = max(longest, now - last), now
-            return any("is back" in entry["event"] for entry in logged)
+            return any("server restarted" in entry["event"] for entry in logged)
 
         await poll_until(is_back, "the server is back", seconds=30)
         assert longest < 1
@@ -60,15 +60,17 @@ async def test_a_disk_without_space_is_waited_for_and_stop_is_quick(
         monkeypatch.setattr(disk, "free_bytes", lambda _directory: 1000)
         os.kill(server.pid, signal.SIGKILL)
         await poll_until(
-            lambda: any("waits for its disk" in entry["event"] for entry in logged), "it says so", seconds=30
+            lambda: any("waiting for its disk" in entry["event"] for entry in logged), "it says so", seconds=30
         )
         await asyncio.sleep(0.5)
         assert [entry["event"] for entry in logged if entry["log_level"] == "error"] == [
-            "the embedded MongoDB server has ended and waits for its disk"
+            "embedded MongoDB server exited, waiting for its disk"
         ]
-        assert "0 MiB are free, 128 MiB are needed" in logged[0]["disk"]
+        assert "0 MiB are free, 128 MiB are needed" in logged[0]["reason"]
         monkeypatch.setattr(disk, "free_bytes", real)
-        await poll_until(lambda: any("is back" in entry["event"] for entry in logged), "it says so", seconds=30)
+        await poll_until(
+            lambda: any("server restarted" in entry["event"] for entry in logged), "it says so", seconds=30
+        )
         monkeypatch.setattr(disk, "free_bytes", lambda _directory: 1000)
         os.kill(server.pid, signal.SIGKILL)
         await asyncio.sleep(0.5)
@@ -99,8 +101,10 @@ async def test_other_crashes_are_repeated_with_pauses(
             patch.setenv("PATH", f"{crashing.parent}:{os.environ['PATH']}")
             os.kill(server.pid, signal.SIGKILL)
             await poll_until(
-                lambda: sum("did not start" in entry["event"] for entry in logged) >= 4, "it says so", seconds=30
+                lambda: sum("failed to start" in entry["event"] for entry in logged) >= 4, "it says so", seconds=30
             )
-        await poll_until(lambda: any("is back" in entry["event"] for entry in logged), "it says so", seconds=30)
+        await poll_until(
+            lambda: any("server restarted" in entry["event"] for entry in logged), "it says so", seconds=30
+        )
         stop._handle_signal()
         await running
