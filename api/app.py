@@ -13,6 +13,7 @@ from jobledger.api.auth.permissions import AuthenticationMiddleware
 from jobledger.api.auth.signed_links import SignedLinkBackend
 from jobledger.api.context import ApiContext
 from jobledger.api.dashboard import pages as dashboard
+from jobledger.api.dashboard.errors import auth_error_response
 from jobledger.api.dashboard.session_cookie import SessionCookieBackend, cookie_name
 from jobledger.api.http.errors import ApiError, on_api_error, on_http_exception, on_ledger_error, on_unexpected_error
 from jobledger.api.http.limits import AuthFailureLimitMiddleware, RateLimitMiddleware
@@ -128,7 +129,7 @@ def create_app(ctx: ApiContext) -> ASGIApp:
                     SessionCookieBackend(ctx.auth_backend, ctx.browser_sessions, https=options.is_https)
                 ),
                 revocation_notifier=ctx.revocation_notifier,
-                on_error=dashboard.auth_error_response,
+                on_error=auth_error_response,
             ),
             Middleware(RateLimitMiddleware, options=options),
             Middleware(MemoryLimitMiddleware, budget=ctx.memory_budget),

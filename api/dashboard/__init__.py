@@ -1,5 +1,5 @@
-"""api: the dashboard at /monitoring/events. Pages are made here and shown without a script; scripts keep them live.
+"""The dashboard at /monitoring/events. Pages are rendered on the server and work without scripts; scripts update them.
 
-It is a client of the interface in the same process: every page asks the routes that everybody asks, as whoever looks,
-so it can show nothing that they may not see.
+Every page calls the public API routes in the same process, with the principal of its request. It can show nothing that
+the principal may not see.
 """

@@ -1,4 +1,4 @@
-"""api: a job's events told as attempts, each with its steps, on one line of time. Pure."""
+"""The attempts of a job and their steps, built from the job's events and placed on one time axis. Pure."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 TIMELINE_WIDTH: Final = 1000
-"""Of the drawing, in its own units."""
+"""Width of the drawing, in SVG user units."""
+_MIN_WIDTH: Final = 2
 _OUTCOMES: Final = {
     "JobCompleted": "completed",
     "JobFailed": "failed",
     "JobAttemptFailed": "failed",
     "JobCancelled": "cancelled",
     "JobReleased": "released",
-    "JobLeaseExpired": "lost",
+    "JobLeaseExpired": "lease_expired",
 }
+OUTCOMES: Final = frozenset(_OUTCOMES.values())
 
 
 @dataclass(slots=True)
 class TimelineStep:
-    """A step that was done, from `x` on so `wide` in the drawing."""
+    """A completed step. `x` and `width` are in SVG user units."""
 
     name: str
     duration_seconds: float
@@ -33,7 +35,13 @@ class TimelineStep:
 
 @dataclass(slots=True)
 class TimelineAttempt:
-    """One attempt. `outcome` is None while it goes on; `why` says what went wrong, `retry_at` when the next is due."""
+    """One attempt. `x` and `width` are in SVG user units.
+
+    Attributes:
+        outcome: One of `OUTCOMES`, or None while the attempt is running.
+        reason: The error message, or the reason given by a user.
+        retry_at: Start of the next attempt, as an ISO 8601 timestamp.
+    """
 
     number: int
     worker_id: str
@@ -52,7 +60,15 @@ class TimelineAttempt:
 
 
 def build_attempt_timeline(events: Sequence[dict[str, Any]], now: datetime) -> list[TimelineAttempt]:
-    """Return the attempts that the events of a job tell of, placed on the line from its submission until its end."""
+    """Return the attempts in the events of a job, placed on the time axis from its submission to its end.
+
+    Args:
+        events: The history of the job, as the API returns it.
+        now: End of an attempt that is running.
+
+    Raises:
+        LookupError, TypeError, ValueError: An event is damaged.
+    """
     attempts: list[TimelineAttempt] = []
     for event in events:
         data, time = event["data"], datetime.fromisoformat(event["time"])
@@ -61,8 +77,8 @@ def build_attempt_timeline(events: Sequence[dict[str, Any]], now: datetime) -> l
         elif not attempts or attempts[-1].finished_at is not None:
             continue
         elif event["type"] == "StepCompleted":
-            reused = data.get("reused_from") is not None
-            attempts[-1].steps.append(TimelineStep(data["step"], float(data["duration_s"]), time, reused))
+            is_reused = data.get("reused_from") is not None
+            attempts[-1].steps.append(TimelineStep(data["step"], float(data["duration_s"]), time, is_reused))
         elif event["type"] in _OUTCOMES:
             last = attempts[-1]
             last.finished_at, last.outcome = time, _OUTCOMES[event["type"]]
@@ -77,14 +93,14 @@ def _set_positions(events: Sequence[dict[str, Any]], attempts: Sequence[Timeline
         return
     begin = datetime.fromisoformat(events[0]["time"])
     end = max(attempt.finished_at or now for attempt in attempts)
-    whole = max((end - begin).total_seconds(), 0.001)
+    total_seconds = max((end - begin).total_seconds(), 0.001)
 
-    def at(time: datetime) -> float:
-        return round(min(max((time - begin).total_seconds() / whole, 0), 1) * TIMELINE_WIDTH, 1)
+    def to_x(time: datetime) -> float:
+        return round(min(max((time - begin).total_seconds() / total_seconds, 0), 1) * TIMELINE_WIDTH, 1)
 
     for attempt in attempts:
-        attempt.x = at(attempt.started_at)
-        attempt.width = max(at(attempt.finished_at or now) - attempt.x, 2)
+        attempt.x = to_x(attempt.started_at)
+        attempt.width = max(to_x(attempt.finished_at or now) - attempt.x, _MIN_WIDTH)
         for step in attempt.steps:
-            step.x = max(at(step.finished_at - timedelta(seconds=step.duration_seconds)), attempt.x)
-            step.width = max(at(step.finished_at) - step.x, 2)
+            step.x = max(to_x(step.finished_at - timedelta(seconds=step.duration_seconds)), attempt.x)
+            step.width = max(to_x(step.finished_at) - step.x, _MIN_WIDTH)

@@ -1,4 +1,4 @@
-"""api: bars for numbers over time. Pure; colours are the style sheet's."""
+"""Bar charts of values over time. Pure; the style sheet sets the colours."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Final
 
 CHART_HEIGHT: Final = 100
 BAR_SPACING: Final = 10
-"""From one bar to the next, in the drawing's own units."""
+"""Distance from one bar to the next, in SVG user units."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar, or a part of one, in units of the drawing; `kind` is its class."""
+    """A bar, or one part of a stacked bar, in SVG user units."""
 
     x: float
     y: float
@@ -22,15 +22,19 @@ class Bar:
 
 
 def stack_bars(values: Sequence[Sequence[tuple[str, float]]]) -> tuple[list[Bar], float]:
-    """Return bars, each of parts that stand on each other, as high as the highest allows, and how much that is."""
-    most = max((sum(amount for _, amount in parts) for parts in values), default=0)
+    """Return stacked bars and the sum of the highest bar, which has the height of the chart.
+
+    Args:
+        values: For each bar its parts, from bottom to top: CSS class and amount.
+    """
+    max_value = max((sum(amount for _, amount in parts) for parts in values), default=0)
     bars: list[Bar] = []
-    for place, parts in enumerate(values):
-        below = 0.0
-        for kind, amount in parts:
+    for index, parts in enumerate(values):
+        base = 0.0
+        for css_class, amount in parts:
             if amount <= 0:
                 continue
-            height = amount / most * CHART_HEIGHT
-            bars.append(Bar(place * BAR_SPACING, round(CHART_HEIGHT - below - height, 2), round(height, 2), kind))
-            below += height
-    return bars, most
+            height = amount / max_value * CHART_HEIGHT
+            bars.append(Bar(index * BAR_SPACING, round(CHART_HEIGHT - base - height, 2), round(height, 2), css_class))
+            base += height
+    return bars, max_value

@@ -1,7 +1,8 @@
-"""api: the budget of a page of the dashboard: how much HTML its values may become, however large the values are.
+"""Limit the HTML size of a dashboard page, however large the values on the page are.
 
-Templates output each value through `PageBudget.shown`, and loop over `PageBudget.rows`. A value may take a small share
-of what is left, so late values are shown, too, but shorter. Loops end while there is enough left for what follows.
+Templates output each value through `HtmlBudget.render_value` and loop over `HtmlBudget.limit_rows`. A value may take a
+small share of the remaining budget, so late values are shown as well, but shorter. Loops end while enough is left for
+the rest of the page.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ MAX_PAGE_BYTES: Final = 1280 * 1024
 _MAX_VALUE_CHARACTERS: Final = 16 * 1024
 _SHARE_DIVISOR: Final = 64
 _RESERVE_BYTES: Final = 128 * 1024
-"""For the values behind loops. Inside loops a value may take at least `_RESERVE_BYTES // _SHARE`, as long as a URL."""
+"""Budget for the values after loops. In a loop a value may take at least `_RESERVE_BYTES // _SHARE_DIVISOR` characters.
+
+That is the length of a long URL.
+"""
 _MIN_VALUE_CHARACTERS: Final = 200
 """Characters of a value that are always shown."""
 _MARKUP_OVERHEAD_BYTES: Final = 40
-"""What a template has around a value, on average."""
+"""Average size of the template's markup around a value."""
 
 
 class HtmlBudget:
-    """What is left of the budget of one page, in bytes of HTML."""
+    """The remaining HTML budget of one page, in bytes."""
 
     def __init__(self) -> None:
         self._remaining_bytes = MAX_PAGE_BYTES
         self.is_truncated = False
-        """Whether the page shows less than it was given."""
+        """Whether a value or a loop was shortened."""
 
     def render_value(self, value: Any) -> Any:
-        """Return a value as HTML, cut to what the budget allows. HTML that a template has made is returned as it is."""
+        """Return a value as HTML, truncated to the budget. `Markup` is returned unchanged."""
         if isinstance(value, Markup):
             return value
         text = value if isinstance(value, str) else str(value)
@@ -42,7 +46,7 @@ class HtmlBudget:
         return html
 
     def limit_rows(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Yield items while there is a budget."""
+        """Yield items until the budget is used up."""
         for item in items:
             if self._remaining_bytes <= _RESERVE_BYTES:
                 self.is_truncated = True

@@ -1,4 +1,4 @@
-"""api: render Markdown as HTML. Runs in a limited process: some short texts take minutes, or make gigabytes of HTML."""
+"""Render Markdown as HTML. Runs in a limited process: some short texts take minutes or produce gigabytes of HTML."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ MAX_HTML_BYTES: Final = 512 * 1024
 
 
 def render(argument: tuple[str, str]) -> str | None:
-    """Return Markdown as HTML that runs nothing, or None if it would be too large.
+    """Return Markdown as HTML without active content, or None if the HTML is larger than `MAX_HTML_BYTES`.
 
     Args:
-        argument: The Markdown, and the address of the folder with the files beside it.
+        argument: The Markdown, and the URL of the folder that relative image paths refer to.
     """
-    html = _html(*argument)
+    html = _render_html(*argument)
     return html if len(html.encode()) <= MAX_HTML_BYTES else None
 
 
-def _html(markdown: str, files_url: str) -> str:
+def _render_html(markdown: str, files_url: str) -> str:
     body = markdown
     if markdown.startswith("---\n") and (end := markdown.find("\n---\n", 4)) > 0:
         body = markdown[end + 5 :]
     tokens = _MARKDOWN.parse(body)
     for token in tokens:
-        if token.type in ("heading_open", "heading_close"):  # below the headings of the page
+        if token.type in ("heading_open", "heading_close"):  # the page itself uses h1 and h2
             token.tag = f"h{min(6, int(token.tag[1:]) + 2)}"
-        for piece in token.children or []:
-            if piece.type == "image":
-                source = str(piece.attrs["src"])
-                piece.attrs["src"] = source if "://" in source or source.startswith("/") else files_url + source
-                piece.attrs["loading"] = "lazy"
-            elif piece.type == "link_open":
-                piece.attrs["rel"] = "noopener noreferrer nofollow"
+        for child in token.children or []:
+            if child.type == "image":
+                source = str(child.attrs["src"])
+                child.attrs["src"] = source if "://" in source or source.startswith("/") else files_url + source
+                child.attrs["loading"] = "lazy"
+            elif child.type == "link_open":
+                child.attrs["rel"] = "noopener noreferrer nofollow"
     html: str = _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})
     return html
 

@@ -1,4 +1,4 @@
-"""api: from a template to an answer, in the reader's language, at whatever path prefix a proxy has put us."""
+"""Render dashboard templates: in the language of the reader, with relative URLs that work under any path prefix."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from starlette.responses import Response
 
 from jobledger.api.auth.permissions import get_principal
 from jobledger.api.dashboard.html_budget import HtmlBudget
-from jobledger.api.dashboard.locales import negotiate_language, script_messages, translator_for
 from jobledger.api.dashboard.session_cookie import uses_session_cookie
+from jobledger.api.dashboard.translations import negotiate_language, script_messages, translator_for
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.events import EVENT_TYPES
 
@@ -29,17 +29,24 @@ _CONTENT_SECURITY_POLICY: Final = (
 )
 _MAX_INDENTED_BYTES: Final = 16 * 1024
 _MAX_LABEL_CHARACTERS: Final = 200
-_budget: ContextVar[HtmlBudget] = ContextVar("budget")
-"""The budget of the page that is being rendered. Imported macros do not see the variables of a page."""
 _MEDIA_TYPES: Final = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+_budget: ContextVar[HtmlBudget] = ContextVar("budget")
+"""Budget of the page that is being rendered. A context variable, because imported macros do not see page variables."""
 
 
 def render_page(request: Request, template: str, *, status: int = 200, **context: Any) -> Response:
-    """Return a page of the dashboard."""
+    """Render a template of the dashboard.
+
+    Args:
+        request: The request for the page.
+        template: Name of the template.
+        status: Status code of the response.
+        context: Variables of the template. `live_source` selects the stream that updates the page, from `position` on.
+    """
     language = negotiate_language(request.headers.get("accept-language", ""))
     principal: Principal | None = request.scope.get("principal")
     budget = HtmlBudget()
@@ -49,37 +56,42 @@ def render_page(request: Request, template: str, *, status: int = 200, **context
         .get_template(template)
         .render(
             t=translator_for(language),
-            said=script_messages(language),
+            script_messages=script_messages(language),
             language=language,
-            root="../" * (request.url.path.count("/") - 1) or "./",
+            root_path=get_root_path(request),
             path=request.url.path,
             budget=budget,
-            query=dict(request.query_params),
-            me=principal,
+            principal=principal,
             event_types=sorted(EVENT_TYPES),
-            version=static_files_digest(),
-            signed_by_cookie=uses_session_cookie(request),
-            **{"position": None, "live": None, **context},
+            static_version=static_files_digest(),
+            uses_session_cookie=uses_session_cookie(request),
+            status=status,
+            **{"position": None, "live_source": None, **context},
         )
     )
     headers = {
         "Content-Security-Policy": _CONTENT_SECURITY_POLICY,
         "Cache-Control": "private, no-store",
         "Content-Language": language,
-        "Referrer-Policy": "same-origin",  # without one, a browser does not say where a form was sent from
+        "Referrer-Policy": "same-origin",  # without a policy, browsers send no Origin with the forms
         "Vary": "Accept-Language, Cookie",
     }
     return Response(text, status, headers, "text/html")
 
 
+def get_root_path(request: Request) -> str:
+    """Return the relative URL from the requested page to the root of the API, such as `../../`."""
+    return "../" * (request.url.path.count("/") - 1) or "./"
+
+
 def has_monitor_access(request: Request) -> bool:
-    """Whether who asks may see how everything is."""
+    """Return whether the principal may see the statistics of the whole system."""
     return bool(get_principal(request).roles & {"admin", "monitor"})
 
 
 @cache
 def load_static_files() -> Mapping[str, bytes]:
-    """Return the scripts and styles by their names."""
+    """Return the content of scripts, style sheets and icons by file name."""
     folder = files(__package__).joinpath("static")
     return {
         file.name: file.read_bytes() for file in folder.iterdir() if PurePosixPath(file.name).suffix in _MEDIA_TYPES
@@ -88,7 +100,7 @@ def load_static_files() -> Mapping[str, bytes]:
 
 @cache
 def static_files_digest() -> str:
-    """Return what changes when a script or style does: a part of their addresses."""
+    """Return a digest of all static files. It is part of their URLs, so browsers load changed files again."""
     digest = sha256()
     for name, content in sorted(load_static_files().items()):
         digest.update(name.encode() + content)
@@ -96,12 +108,13 @@ def static_files_digest() -> str:
 
 
 def static_file_response(name: str) -> Response | None:
-    """Return a script or style. Its address changes with it, so a browser need not ask again."""
+    """Return a static file, or None if there is none of this name. Its URL changes with it, so caches may keep it."""
     content = load_static_files().get(name)
     if content is None:
         return None
-    kind = _MEDIA_TYPES[PurePosixPath(name).suffix]
-    return Response(content, headers={"Cache-Control": "public, max-age=31536000, immutable"}, media_type=kind)
+    media_type = _MEDIA_TYPES[PurePosixPath(name).suffix]
+    headers = {"Cache-Control": "public, max-age=31536000, immutable"}
+    return Response(content, headers=headers, media_type=media_type)
 
 
 @cache
@@ -110,24 +123,24 @@ def _environment() -> Environment:
         loader=PackageLoader("jobledger.api.dashboard", "templates"),
         autoescape=True,
         finalize=_finalize,
-        undefined=ChainableUndefined,  # what an event of another type does not have, is empty
+        undefined=ChainableUndefined,  # events of other types lack some fields
         trim_blocks=True,
         lstrip_blocks=True,
     )
     filters: dict[str, Callable[..., Any]] = {
-        "bytes": format_bytes,
-        "label": job_label,
-        "pretty": format_json,
-        "rows": _limit_rows,
-        "seconds": format_duration,
+        "format_bytes": format_bytes,
+        "format_duration": format_duration,
+        "format_json": format_json,
+        "job_label": job_label,
+        "limit_rows": _limit_rows,
     }
     environment.filters |= filters
-    environment.globals |= {"prefix": DASHBOARD_PATH.removeprefix("/")}
+    environment.globals |= {"dashboard_path": DASHBOARD_PATH.removeprefix("/")}
     return environment
 
 
 def _finalize(value: Any) -> Any:
-    budget = _budget.get(None)  # there is none while a template is compiled
+    budget = _budget.get(None)  # not set while Jinja compiles a template
     return value if budget is None else budget.render_value(value)
 
 
@@ -136,7 +149,7 @@ def _limit_rows(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def format_json(value: Any) -> str:
-    """Return a value as JSON for people: indented, unless it is large. Indents can be a hundred times the content."""
+    """Return a value as JSON. Small values are indented; indentation could enlarge large values a hundredfold."""
     text = orjson.dumps(value)
     if len(text) <= _MAX_INDENTED_BYTES:
         text = orjson.dumps(value, option=orjson.OPT_INDENT_2)
@@ -144,14 +157,14 @@ def format_json(value: Any) -> str:
 
 
 def job_label(job: Mapping[str, Any]) -> str:
-    """Return what a job is called: its name, its session or its ID."""
+    """Return the name of a job, else its session, else its ID."""
     session = job["parameters"].get("session")
     name = job["job_name"] or (session if isinstance(session, str) else "") or job["job_id"]
     return str(name)[:_MAX_LABEL_CHARACTERS]
 
 
 def format_bytes(size_bytes: int) -> str:
-    """A number of bytes for people: `1.5 MB`."""
+    """Return a size with its unit: `1.5 MB`."""
     for unit, scale in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
         if size_bytes >= scale:
             return f"{size_bytes / scale:.1f} {unit}"
@@ -159,7 +172,7 @@ def format_bytes(size_bytes: int) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """A duration for people: `0.42 s`, `75 s`, `12:30 min`, `3:05:00 h`."""
+    """Return a duration with its unit: `0.42 s`, `75 s`, `12:30 min`, `3:05:00 h`."""
     if seconds is None:
         return ""
     if seconds < 100:

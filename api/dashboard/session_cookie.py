@@ -1,14 +1,16 @@
-"""api: signing in to the dashboard. The browser holds a session ID in a cookie that no script can read.
+"""Sign in to the dashboard with a session cookie that scripts cannot read.
 
-A cookie is sent to every port of its host, so it must not be the credential itself: the ID is random, opens nothing
-but this dashboard, and is void after sign-out, after 12 hours, and as soon as its API key or token is.
+Browsers send a cookie to every port of its host, so the cookie must not contain the credential. It contains a random
+session ID that is valid only for this dashboard. The session ends at sign-out, after 12 hours, and when its API key or
+token becomes invalid.
 
-Over https the name begins with `__Host-`: browsers then accept it only from this host itself, over https, for all
-paths (RFC 6265bis, 4.1.3.2), and no other name is read. Over plain http, which is for this machine, browsers differ:
-Chromium takes a `Secure` cookie from http://localhost, Safari does not. There the name has no prefix.
+With https the cookie name starts with `__Host-`. Browsers then accept the cookie only from this host, over https and
+for all paths (RFC 6265bis, 4.1.3.2), and the server reads no other name. Plain http is for use on the same machine.
+There the name has no prefix, because browsers differ: Chromium accepts a `Secure` cookie from http://localhost, Safari
+does not.
 
-Other sites cannot use the cookie: it is not sent along with their requests (SameSite=Strict). `SameSite` ignores port
-and scheme, so changes are accepted from our own origin only (`KnownHosts`).
+Other sites cannot use the cookie: browsers do not send it with their requests (SameSite=Strict). `SameSite` ignores
+port and scheme, so the API accepts changes only from its own origin (`KnownHosts`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from jobledger.ledger.domain.errors import LedgerUnavailable
 COOKIE_NAME: Final = "jobledger"
 SECURE_COOKIE_NAME: Final = "__Host-jobledger"
 _MAX_CREDENTIAL_CHARACTERS: Final = 16_384
+_SCOPE_KEY: Final = "uses_session_cookie"
 
 
 def cookie_name(*, https: bool) -> str:
@@ -36,44 +39,51 @@ def cookie_name(*, https: bool) -> str:
 
 
 class SessionCookieBackend:
-    """Signs in by the session that the cookie names, where there is no `Authorization` header.
+    """Authenticate a request by its session cookie, unless it has an `Authorization` header.
 
-    `sessions` is None in modes without sessions. A page of another origin (`api.cors_origins`) has to send a
-    credential of its own: the cookie is for our own pages.
+    The cookie works only on the dashboard's own pages. A page of another origin (`api.cors_origins`) must send a
+    credential.
     """
 
     def __init__(self, auth_backend: AuthBackend, sessions: BrowserSessions | None, *, https: bool) -> None:
-        self._sign_in = auth_backend
+        """Create the backend.
+
+        Args:
+            auth_backend: Authenticates requests without a usable session cookie.
+            sessions: The session store, or None in authentication modes without sessions.
+            https: Whether browsers reach the API over https.
+        """
+        self._auth_backend = auth_backend
         self._sessions = sessions
-        self._cookie = cookie_name(https=https)
+        self._cookie_name = cookie_name(https=https)
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
-        session_id = connection.cookies.get(self._cookie)
-        foreign = connection.scope.get("is_foreign_origin", False)
-        if self._sessions is None or not session_id or foreign or "authorization" in connection.headers:
-            return await self._sign_in(connection)
+        session_id = connection.cookies.get(self._cookie_name)
+        is_foreign = connection.scope.get("is_foreign_origin", False)
+        if self._sessions is None or not session_id or is_foreign or "authorization" in connection.headers:
+            return await self._auth_backend(connection)
         try:
             principal = await self._sessions.load_principal(session_id)
         except LedgerUnavailable as error:
-            message = "The session cannot be checked: the database does not answer. Try again in a moment."
+            message = "Cannot check the session: the database does not respond. Try again later."
             raise ApiError(503, "database_unavailable", message, retry_after_seconds=2) from error
         if principal is None:
-            raise ApiError(401, "invalid_credentials", "The session has ended. Sign in again.")
-        connection.scope["session_cookie"] = True
+            raise ApiError(401, "bad_credentials", "The session has ended. Sign in again.")
+        connection.scope[_SCOPE_KEY] = True
         return principal
 
 
 async def authenticate_credential(auth_backend: AuthBackend, request: Request, credential: str) -> Principal | None:
-    """Return who signs in with this API key or token; None if it opens nothing.
+    """Return the principal of an API key or token, or None if it is not valid.
 
     Raises:
-        ApiError: 503, it cannot be checked now.
+        ApiError: 503, the credential cannot be checked at the moment.
     """
     if not credential or len(credential) > _MAX_CREDENTIAL_CHARACTERS or not credential.isascii():
         return None
     if not credential.isprintable():
         return None
-    headers = [it for it in request.scope["headers"] if it[0] not in (b"cookie", b"authorization")]
+    headers = [header for header in request.scope["headers"] if header[0] not in (b"cookie", b"authorization")]
     headers.append((b"authorization", b"Bearer " + credential.encode()))
     try:
         principal = await auth_backend(HTTPConnection({**request.scope, "headers": headers}))
@@ -93,10 +103,12 @@ async def start_browser_session(
     *,
     https: bool,
 ) -> Response:
-    """Begin a session and have the browser hold its ID until it is closed. One that it held before ends.
+    """Start a session and set its cookie. A session that the browser already has ends.
+
+    The cookie has no expiry, so the browser deletes it when it is closed.
 
     Raises:
-        LedgerUnavailable: the database failed, or does not answer.
+        LedgerUnavailable: The database failed or does not respond.
     """
     await end_browser_session(response, request, sessions, https=https)
     key = ApiKeyToken.parse(credential)
@@ -109,10 +121,10 @@ async def start_browser_session(
 async def end_browser_session(
     response: Response, request: Request, sessions: BrowserSessions | None, *, https: bool
 ) -> Response:
-    """End the session that the browser holds, if there is one, and have the browser forget it.
+    """End the session of the request, if any, and delete its cookie.
 
     Raises:
-        LedgerUnavailable: the database failed, or does not answer.
+        LedgerUnavailable: The database failed or does not respond.
     """
     name = cookie_name(https=https)
     if sessions is not None and (session_id := request.cookies.get(name)):
@@ -122,5 +134,5 @@ async def end_browser_session(
 
 
 def uses_session_cookie(request: Request) -> bool:
-    """Return whether the request was signed in by its cookie."""
-    return request.scope.get("session_cookie", False) is True
+    """Return whether the request was authenticated by its session cookie."""
+    return request.scope.get(_SCOPE_KEY, False) is True

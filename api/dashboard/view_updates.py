@@ -1,4 +1,4 @@
-"""api: that something has happened, for pages that show everything: one word a second at most, and nothing else."""
+"""Server-sent events that report updated views, for pages that show the whole system."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ MAX_STREAM_SECONDS: Final = 900.0
 
 
 async def watch_views(checkpoint: Checkpoint) -> AsyncGenerator[bytes, None]:
-    """Yield a server-sent event when the views have moved, and after some silence another: leases run out silently."""
+    """Yield a `views_updated` event when the views have been updated, at most once per second.
+
+    An idle system yields an event every `MIN_INTERVAL_SECONDS + IDLE_INTERVAL_SECONDS`, because an expired lease
+    updates no view. The event ID is the position of the views.
+    """
     clock = asyncio.get_running_loop().time
-    until = clock() + MAX_STREAM_SECONDS
-    while clock() < until:
+    deadline = clock() + MAX_STREAM_SECONDS
+    while clock() < deadline:
         position = checkpoint.position
-        yield b"id: %d\nevent: moved\ndata: %d\n\n" % (position, position)
+        yield b"id: %d\nevent: views_updated\ndata: %d\n\n" % (position, position)
         await asyncio.sleep(MIN_INTERVAL_SECONDS)
         try:
             async with asyncio.timeout(IDLE_INTERVAL_SECONDS):

@@ -28,7 +28,7 @@ from tests.support.installation import Installation, RunningCommand
 from tests.support.soak_only import soak_only
 
 JOBS, BATCHES, REDELIVER = "/api/events/jobs", "/api/events/batches", "/api/monitoring/events/redeliver"
-CHECK = "/monitoring/events/check"
+VALIDATE = "/monitoring/events/validate"
 MOST_CPU_SECONDS = 3.0
 MOST_MEMORY_MB = 400
 LONGEST_STALL_SECONDS = 3.0
@@ -130,7 +130,7 @@ BODIES: dict[str, tuple[str, int, Callable[[], Any]]] = {
         lambda: {"jobs": [{"job_type": "echo", "parameters": {}}] * 83, "parameters": {"a": [1.0] * 100_000}},
     ),
     "a dry run of defaults for each of 10,000 jobs": (
-        CHECK,
+        VALIDATE,
         413,
         lambda: {"jobs": [{"job_type": "echo", "parameters": {}}] * 10_000, "parameters": {"a": [[]] * 100_000}},
     ),

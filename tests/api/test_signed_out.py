@@ -26,7 +26,7 @@ from jobledger.ledger.mongo.connection import Database
 from tests.api.conftest import Api, run_api
 from tests.support.jwt_issuer import SECRET, make_token
 
-STREAM, PULSE, JOBS = "/api/ledger/stream", "/monitoring/events/pulse", "/api/events/jobs"
+STREAM, VIEW_UPDATES, JOBS = "/api/ledger/stream", "/monitoring/events/view-updates", "/api/events/jobs"
 SIGN_IN, SIGN_OUT = "/monitoring/events/sign-in", "/monitoring/events/sign-out"
 SOON_SECONDS: Final = 3.0
 """Within a second or so, on a machine that is busy with other tests."""
@@ -131,7 +131,9 @@ async def test_streams_and_waits_end_with_their_credential_and_others_go_on(
             opened.put_nowait(JOBS)
             return (await client.get(f"{JOBS}/{job_id}", headers={**headers, "Prefer": "wait=50"})).status_code
 
-        streams = [asyncio.create_task(follow(path, headers)) for path in (STREAM, f"{STREAM}?job_id={job_id}", PULSE)]
+        streams = [
+            asyncio.create_task(follow(path, headers)) for path in (STREAM, f"{STREAM}?job_id={job_id}", VIEW_UPDATES)
+        ]
         waits = asyncio.create_task(wait())
         unconcerned = None
         if mode == "keys":

@@ -1,79 +1,99 @@
-// What one may do: each action says what it will touch and asks before it does it, and why, for the log.
-import { refresh } from "./live.js";
-import { said, tell } from "./said.js";
+// Actions on jobs, batches and deliveries. Each action asks for confirmation and for a reason for the event log.
+import { scheduleRefresh } from "./live-updates.js";
+import { formatMessage, showToast } from "./messages.js";
 
-const AT_ONCE = 4;
+const MAX_PARALLEL_REQUESTS = 4;
 
-/** POST, and return what the service says; what goes wrong has a sentence for people. */
-export async function post(address, content) {
-  let answer;
+/** POST JSON. Return the parsed response; on an error, `message` is the text to show. */
+export async function postJson(url, body) {
+  let response;
   try {
-    answer = await fetch(address, {
+    response = await fetch(url, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(content),
+      body: JSON.stringify(body),
     });
   } catch {
-    return { ok: false, message: said("away"), details: {} };
+    return { ok: false, message: formatMessage("service_unreachable"), details: {} };
   }
-  const body = await answer.json().catch(() => ({}));
-  const position = Number(answer.headers.get("Ledger-Position") ?? 0);
-  return { ok: answer.ok, message: body.message ?? String(answer.status), details: body.details ?? {}, body, position };
+  const data = await response.json().catch(() => ({}));
+  const position = Number(response.headers.get("Ledger-Position") ?? 0);
+  return { ok: response.ok, message: data.message ?? String(response.status), details: data.details ?? {}, data, position };
 }
 
-function confirmed(question) {
-  const dialog = document.getElementById("ask");
+/** Ask for confirmation. Return the request body with the reason, or null if the user dismisses the dialog. */
+function confirmAction(question, confirmLabel) {
+  const dialog = document.getElementById("confirm-dialog");
   dialog.querySelector("h2").textContent = question;
+  dialog.querySelector('button[value="confirm"]').textContent = confirmLabel;
   dialog.querySelector("input").value = "";
-  dialog.returnValue = "no";
+  dialog.returnValue = "dismiss";
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => {
       const reason = dialog.querySelector("input").value.trim();
-      resolve(dialog.returnValue === "yes" ? (reason ? { reason } : {}) : null);
+      resolve(dialog.returnValue === "confirm" ? (reason ? { reason } : {}) : null);
     }, { once: true });
   });
 }
 
-async function one(button) {
-  const content = await confirmed(said("confirm", button.textContent.trim(), button.dataset.what));
-  if (content === null) return;
-  const answer = await post(button.dataset.action, content);
-  tell(answer.ok ? said("done") : answer.message, !answer.ok);
-  refresh(answer.position || undefined);
+async function runAction(button) {
+  const body = await confirmAction(button.dataset.question, button.textContent.trim());
+  if (body === null) return;
+  const result = await postJson(button.dataset.actionUrl, body);
+  showToast(result.ok ? formatMessage("action_done") : result.message, !result.ok);
+  scheduleRefresh(result.position || undefined);
 }
 
-async function many(button) {
-  const chosen = [...document.querySelectorAll('input[name="job"]:checked')];
-  if (!chosen.length) return;
-  const content = await confirmed(said("confirm_many", button.textContent.trim(), chosen.length));
-  if (content === null) return;
-  let done = 0;
-  let refused = 0;
+const selectedJobs = () => [...document.querySelectorAll('input[name="job"]:checked')];
+
+async function runBulkAction(button) {
+  const checkboxes = selectedJobs();
+  if (!checkboxes.length) return;
+  const { bulkAction } = button.dataset;
+  const question = formatMessage(`confirm_bulk_${bulkAction}`, checkboxes.length);
+  const body = await confirmAction(question, button.textContent.trim());
+  if (body === null) return;
+  let accepted = 0;
+  let rejected = 0;
   let position = 0;
-  const left = chosen.map((box) => box.value);
+  const pendingIds = checkboxes.map((checkbox) => checkbox.value);
   const { root } = document.documentElement.dataset;
-  const work = async () => {
-    for (let id = left.shift(); id !== undefined; id = left.shift()) {
-      const answer = await post(`${root}api/events/jobs/${id}/${button.dataset.manyAction}`, content);
-      answer.ok ? (done += 1) : (refused += 1);
-      position = Math.max(position, answer.position || 0);
+  const postNext = async () => {
+    for (let id = pendingIds.shift(); id !== undefined; id = pendingIds.shift()) {
+      const result = await postJson(`${root}api/events/jobs/${id}/${bulkAction}`, body);
+      result.ok ? (accepted += 1) : (rejected += 1);
+      position = Math.max(position, result.position || 0);
     }
   };
-  await Promise.all(Array.from({ length: AT_ONCE }, work));
-  for (const box of chosen) box.checked = false;
-  tell(said("done_many", done, refused), refused > 0);
-  refresh(position || undefined);
+  await Promise.all(Array.from({ length: MAX_PARALLEL_REQUESTS }, postNext));
+  for (const checkbox of checkboxes) checkbox.checked = false;
+  showSelection();
+  showToast(formatMessage("bulk_result", accepted, rejected), rejected > 0);
+  scheduleRefresh(position || undefined);
 }
 
-export function offerActions() {
+/** Show the number of selected jobs. Bulk actions are enabled only with a selection. */
+function showSelection() {
+  const bar = document.querySelector("[data-bulk-actions]");
+  if (!bar) return;
+  const count = selectedJobs().length;
+  bar.querySelector("[data-selection]").textContent = formatMessage("selection", count);
+  for (const button of bar.querySelectorAll("button")) button.disabled = count === 0;
+}
+
+export function initActions() {
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button");
-    if (button?.dataset.action) one(button);
-    else if (button?.dataset.manyAction) many(button);
+    if (button?.dataset.actionUrl) runAction(button);
+    else if (button?.dataset.bulkAction) runBulkAction(button);
   });
   document.addEventListener("change", (event) => {
-    if (!event.target.matches("input[data-all]")) return;
-    for (const box of document.querySelectorAll('input[name="job"]')) box.checked = event.target.checked;
+    if (event.target.matches("input[data-select-all]")) {
+      for (const checkbox of document.querySelectorAll('input[name="job"]')) checkbox.checked = event.target.checked;
+    }
+    showSelection();
   });
+  document.addEventListener("page-refreshed", showSelection);
+  showSelection(); // a browser may restore checkboxes when the user goes back to a page
 }

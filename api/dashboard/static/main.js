@@ -1,13 +1,13 @@
-// What every page has: times in the reader's own way, actions, and, where something moves, life.
-import { localise } from "./times.js";
-import { offerActions } from "./actions.js";
-import { keepLive } from "./live.js";
-import { offerSubmission } from "./submit.js";
-import { offerThen } from "./then.js";
+// Entry point of the scripts of all pages.
+import { initActions } from "./actions.js";
+import { startLiveUpdates } from "./live-updates.js";
+import { localizeTimes } from "./local-times.js";
+import { initSubmitForm } from "./submit-form.js";
+import { initTimeTravel } from "./time-travel.js";
 
 document.documentElement.classList.add("js");
-localise(document);
-offerActions();
-offerSubmission();
-offerThen();
-keepLive();
+localizeTimes(document);
+initActions();
+initSubmitForm();
+initTimeTravel();
+startLiveUpdates();

@@ -1,43 +1,47 @@
-// Makes one piece of a page like another, changing only what differs: what is open, chosen or focused stays so.
-const kept = new Set(["open"]);
+// Change one DOM tree into another by changing only what differs. Focus, selections and open details are preserved.
+const PRESERVED_ATTRIBUTES = new Set(["open"]);
 
-export function morph(now, then) {
-  if (now.nodeType !== then.nodeType || now.nodeName !== then.nodeName) {
-    now.replaceWith(then.cloneNode(true));
+export function morph(current, target) {
+  if (current.nodeType !== target.nodeType || current.nodeName !== target.nodeName) {
+    current.replaceWith(target.cloneNode(true));
     return;
   }
-  if (now.nodeType !== Node.ELEMENT_NODE) {
-    if (now.data !== then.data) now.data = then.data;
+  if (current.nodeType !== Node.ELEMENT_NODE) {
+    if (current.data !== target.data) current.data = target.data;
     return;
   }
-  if (now.isEqualNode(then) || now.hasAttribute("data-own")) return;
-  for (const { name } of [...now.attributes]) if (!then.hasAttribute(name) && !kept.has(name)) now.removeAttribute(name);
-  for (const { name, value } of then.attributes) if (now.getAttribute(name) !== value) now.setAttribute(name, value);
-  if (now.nodeName === "INPUT" || now.nodeName === "SELECT" || now.nodeName === "TEXTAREA") return;
-  children(now, then);
+  if (current.isEqualNode(target) || current.hasAttribute("data-morph-ignore")) return;
+  for (const { name } of [...current.attributes]) {
+    if (!target.hasAttribute(name) && !PRESERVED_ATTRIBUTES.has(name)) current.removeAttribute(name);
+  }
+  for (const { name, value } of target.attributes) {
+    if (current.getAttribute(name) !== value) current.setAttribute(name, value);
+  }
+  if (["INPUT", "SELECT", "TEXTAREA"].includes(current.nodeName)) return;
+  morphChildren(current, target);
 }
 
-function children(now, then) {
+function morphChildren(current, target) {
   const byId = new Map();
-  for (const child of now.children) if (child.id) byId.set(child.id, child);
-  let place = now.firstChild;
-  for (const wanted of [...then.childNodes]) {
-    const known = wanted.id && byId.get(wanted.id);
-    if (known) {
-      if (known !== place) now.insertBefore(known, place);
-      else place = place.nextSibling;
-      morph(known, wanted);
-    } else if (place && !place.id && !wanted.id && place.nodeName === wanted.nodeName) {
-      const following = place.nextSibling;
-      morph(place, wanted);
-      place = following;
+  for (const child of current.children) if (child.id) byId.set(child.id, child);
+  let cursor = current.firstChild;
+  for (const targetChild of [...target.childNodes]) {
+    const match = targetChild.id && byId.get(targetChild.id);
+    if (match) {
+      if (match !== cursor) current.insertBefore(match, cursor);
+      else cursor = cursor.nextSibling;
+      morph(match, targetChild);
+    } else if (cursor && !cursor.id && !targetChild.id && cursor.nodeName === targetChild.nodeName) {
+      const next = cursor.nextSibling;
+      morph(cursor, targetChild);
+      cursor = next;
     } else {
-      now.insertBefore(document.importNode(wanted, true), place);
+      current.insertBefore(document.importNode(targetChild, true), cursor);
     }
   }
-  while (place) {
-    const following = place.nextSibling;
-    place.remove();
-    place = following;
+  while (cursor) {
+    const next = cursor.nextSibling;
+    cursor.remove();
+    cursor = next;
   }
 }

@@ -23,15 +23,15 @@ def at(api: Api, path: str = "") -> str:
 
 async def live(page: Page, address: str) -> None:
     await page.goto(address)
-    await expect(page.locator("#pulse.on")).to_be_visible()
+    await expect(page.locator("#live-status.connected")).to_be_visible()
 
 
 async def confirm(page: Page, button: str, reason: str = "") -> None:
-    await page.get_by_role("button", name=button, exact=True).click()
+    await page.locator("main").get_by_role("button", name=button, exact=True).click()
     dialog = page.locator("dialog")
     if reason:
         await dialog.get_by_role("textbox").fill(reason)
-    await dialog.get_by_role("button", name="Yes").click()
+    await dialog.get_by_role("button", name=button, exact=True).click()
 
 
 async def test_a_job_appears_and_moves_in_an_open_page(api: Api, page: Page) -> None:
@@ -39,8 +39,8 @@ async def test_a_job_appears_and_moves_in_an_open_page(api: Api, page: Page) -> 
     await page.evaluate("window.stillTheSamePage = true")
     job_id = await api.submit({"seconds": 2}, job_name="Hello <b>you</b>")
     row = page.locator(f"#{job_id}")
-    await expect(row.locator(".state.processing")).to_be_visible(timeout=SOON_MS)
-    await expect(row.locator(".state.completed")).to_be_visible(timeout=SOON_MS)
+    await expect(row.locator(".status-badge.processing")).to_be_visible(timeout=SOON_MS)
+    await expect(row.locator(".status-badge.completed")).to_be_visible(timeout=SOON_MS)
     await expect(row.locator("th a")).to_have_text("Hello <b>you</b>")
     assert await page.evaluate("window.stillTheSamePage")
     await row.locator("th a").click()
@@ -64,15 +64,15 @@ async def test_the_overview_counts_without_a_reload(api: Api, page: Page) -> Non
 async def test_a_job_is_cancelled_and_restarted_with_a_reason_in_the_log(api: Api, page: Page) -> None:
     job_id = await api.submit({"seconds": 60})
     await live(page, at(api, f"/jobs/{job_id}"))
-    await expect(page.locator("#state .state.processing")).to_be_visible(timeout=SOON_MS)
-    await confirm(page, "Cancel", "wrong file")
-    await expect(page.locator("#state .state.cancelled")).to_be_visible(timeout=SOON_MS)
+    await expect(page.locator("#status .status-badge.processing")).to_be_visible(timeout=SOON_MS)
+    await confirm(page, "Cancel job", "wrong file")
+    await expect(page.locator("#status .status-badge.cancelled")).to_be_visible(timeout=SOON_MS)
     await expect(page.locator("#events")).to_contain_text("wrong file")
-    await page.get_by_role("button", name="Restart").click()
-    await page.locator("dialog").get_by_role("button", name="No").click()
-    await expect(page.locator("#state .state.cancelled")).to_be_visible()
-    await confirm(page, "Restart")
-    await expect(page.locator("#state .state.processing")).to_be_visible(timeout=SOON_MS)
+    await page.get_by_role("button", name="Restart job").click()
+    await page.locator("dialog").get_by_role("button", name="Back").click()
+    await expect(page.locator("#status .status-badge.cancelled")).to_be_visible()
+    await confirm(page, "Restart job")
+    await expect(page.locator("#status .status-badge.processing")).to_be_visible(timeout=SOON_MS)
     await expect(page.locator("#attempts tbody tr")).to_have_count(2)
     history = (await api.get(f"/api/events/jobs/{job_id}/history")).json()["events"]
     assert [event["data"].get("reason") for event in history if event["type"] == "JobCancelRequested"] == ["wrong file"]
@@ -82,14 +82,18 @@ async def test_a_job_is_cancelled_and_restarted_with_a_reason_in_the_log(api: Ap
 async def test_those_chosen_are_cancelled_together(api_without_worker: Api, page: Page) -> None:
     job_ids = [await api_without_worker.submit() for _ in range(3)]
     await live(page, at(api_without_worker, "/jobs"))
+    button = page.locator("main").get_by_role("button", name="Cancel jobs")
+    await expect(button).to_be_disabled()
     for job_id in job_ids[:2]:
         await page.locator(f"#{job_id} input").check()
-    await page.get_by_role("button", name="Cancel").click()
-    await expect(page.locator("#ask-what")).to_have_text("Cancel: 2 jobs?")
-    await page.locator("dialog").get_by_role("button", name="Yes").click()
-    await expect(page.locator("#told")).to_have_text("2 done, 0 refused.")
-    await expect(page.locator("tr .state.cancelled")).to_have_count(2, timeout=SOON_MS)
-    await expect(page.locator(f"#{job_ids[2]} .state.pending")).to_be_visible()
+    await expect(page.locator("[data-selection]")).to_have_text("2 jobs selected")
+    await button.click()
+    await expect(page.locator("#confirm-title")).to_have_text("Cancel 2 jobs?")
+    await page.locator("dialog").get_by_role("button", name="Cancel jobs").click()
+    await expect(page.locator("[data-selection]")).to_have_text("0 jobs selected")
+    await expect(page.locator("#toast")).to_have_text("Accepted: 2, rejected: 0")
+    await expect(page.locator("tr .status-badge.cancelled")).to_have_count(2, timeout=SOON_MS)
+    await expect(page.locator(f"#{job_ids[2]} .status-badge.pending")).to_be_visible()
 
 
 async def test_jobs_are_found_by_what_is_asked_for(api_without_worker: Api, page: Page) -> None:
@@ -97,25 +101,25 @@ async def test_jobs_are_found_by_what_is_asked_for(api_without_worker: Api, page
         await api_without_worker.submit({"track": f"Track {number % 2}", "session": f"Talk {number}"})
     await page.goto(at(api_without_worker, "/jobs"))
     await page.get_by_label("Track").fill("Track 1")
-    await page.get_by_role("button", name="Show").click()
+    await page.get_by_role("button", name="Filter").click()
     await expect(page.locator("tbody tr")).to_have_count(30)
     await page.goto(at(api_without_worker, "/jobs"))
     await expect(page.locator("tbody tr")).to_have_count(50)
     await page.get_by_role("link", name="Next page").first.click()
     await expect(page.locator("tbody tr")).to_have_count(10)
     await page.get_by_label("Search").fill("talk 59")
-    await page.get_by_role("button", name="Show").click()
+    await page.get_by_role("button", name="Filter").click()
     await expect(page.locator("tbody th")).to_have_text(["Talk 59"])
 
 
 async def test_a_batch_is_checked_submitted_paused_and_resumed(api_without_worker: Api, page: Page) -> None:
     await page.goto(at(api_without_worker, "/submit"))
-    content, findings = page.locator("#content"), page.locator("#findings")
+    content, findings = page.locator("#batch-json"), page.locator("#validation-results")
     send = page.get_by_role("button", name="Submit", exact=True)
-    check = page.get_by_role("button", name="Check")
+    check = page.get_by_role("button", name="Validate")
     await content.fill("{")
     await check.click()
-    await expect(findings).to_contain_text("This is not JSON")
+    await expect(findings).to_contain_text("Invalid JSON")
     session: dict[str, Any] = {"event": "E", "session": "S", "url": "https://e.example/", "filename": "s.md"}
     await content.fill(json.dumps([session]))
     await check.click()
@@ -125,17 +129,17 @@ async def test_a_batch_is_checked_submitted_paused_and_resumed(api_without_worke
     assert len(page_complaints) == 1, "the browser tells of the 422"
     page_complaints.clear()
     await content.fill(json.dumps([{**session, "track": "T"}, {**session, "track": "U"}]))
-    await page.get_by_label("Name of the batch").fill("Two talks")
+    await page.get_by_label("Batch name").fill("Two talks")
     await check.click()
-    await expect(findings).to_have_text("2 jobs, all valid.")
+    await expect(findings).to_have_text("2 jobs are valid.")
     await send.click()
     await expect(page.locator("h1")).to_have_text("Two talks")
     await expect(page.locator("#count-pending")).to_have_text("2", timeout=SOON_MS)
-    await expect(page.locator("#pulse.on")).to_be_visible()
-    await confirm(page, "Pause")
-    await expect(page.locator("#state .paused")).to_be_visible(timeout=SOON_MS)
-    await confirm(page, "Resume")
-    await expect(page.locator("#state .paused")).to_have_count(0, timeout=SOON_MS)
+    await expect(page.locator("#live-status.connected")).to_be_visible()
+    await confirm(page, "Pause batch")
+    await expect(page.locator("#status .paused")).to_be_visible(timeout=SOON_MS)
+    await confirm(page, "Resume batch")
+    await expect(page.locator("#status .paused")).to_have_count(0, timeout=SOON_MS)
 
 
 async def test_the_tail_of_the_log_comes_in_at_the_top(api_without_worker: Api, page: Page) -> None:
@@ -153,13 +157,13 @@ async def test_the_slider_shows_a_job_as_it_was(api: Api, page: Page) -> None:
     job_id = await api.submit({"fail": "no luck"}, max_attempts=1)
     await api.wait_until_finished(job_id)
     await page.goto(at(api, f"/jobs/{job_id}"))
-    what, slider = page.locator("#then-what"), page.locator("#then input")
-    await expect(what).to_contain_text("failed")
+    what, slider = page.locator("#time-travel-state"), page.locator("#time-travel input")
+    await expect(what).to_contain_text("Failed")
     await slider.focus()
     await slider.press("Home")
-    await expect(what).to_contain_text("pending")
+    await expect(what).to_contain_text("Pending")
     await slider.press("ArrowRight")
-    await expect(what).to_contain_text("processing")
+    await expect(what).to_contain_text("Processing")
 
 
 async def test_a_session_reads_as_it_is_and_its_slides_are_there(

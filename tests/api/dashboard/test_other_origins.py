@@ -68,7 +68,7 @@ async def test_live_page_leads_to_the_sign_in_when_its_key_is_revoked(
         key = await key_of(api, "ada", "admin")
         await sign_in(page, api, key)
         await page.goto(at(api, "/jobs"))
-        await expect(page.locator("#pulse.on")).to_be_visible()
+        await expect(page.locator("#live-status.connected")).to_be_visible()
         text = ApiKeyToken.parse(key)
         assert text is not None
         await revoke_key(api.db, text.key_id)
@@ -110,6 +110,6 @@ async def test_pages_of_other_origins_change_nothing_and_sign_nobody_in(
             await expect(page.get_by_role("button", name="Sign out (ada)")).to_be_visible()
             # Our own page still can.
             await page.goto(at(api, f"/jobs/{job_id}"))
-            await page.get_by_role("button", name="Cancel").click()
-            await page.locator("#ask").get_by_role("button", name="Yes").click()
-            await expect(page.locator("#state .state.cancelled")).to_be_visible()
+            await page.locator("main").get_by_role("button", name="Cancel job").click()
+            await page.locator("#confirm-dialog").get_by_role("button", name="Cancel job").click()
+            await expect(page.locator("#status .status-badge.cancelled")).to_be_visible()

@@ -36,15 +36,15 @@ async def test_a_page_survives_a_restart_of_the_api(mongodb_uri: str, db_name: s
         async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
             job_id = (await client.post("/api/events/jobs", json=jobs)).json()["job_id"]
         await page.goto(f"{url}/monitoring/events/jobs/{job_id}")
-        await expect(page.locator("#state .state.processing")).to_be_visible(timeout=15_000)
-        await expect(page.locator("#pulse.on")).to_be_visible()
+        await expect(page.locator("#status .status-badge.processing")).to_be_visible(timeout=15_000)
+        await expect(page.locator("#live-status.connected")).to_be_visible()
         await page.evaluate("window.stillTheSamePage = true")
         serving.process.send_signal(signal.SIGKILL)
-        await expect(page.locator("#pulse")).to_have_text("reconnecting …")
+        await expect(page.locator("#live-status")).to_have_text("Reconnecting …")
         await asyncio.sleep(5)  # meanwhile the job ends
         await asyncio.to_thread(installation.start("api").wait_until_ready)
-        await expect(page.locator("#state .state.completed")).to_be_visible(timeout=20_000)
+        await expect(page.locator("#status .status-badge.completed")).to_be_visible(timeout=20_000)
         await expect(page.locator("#events")).to_contain_text("JobCompleted")
-        await expect(page.locator("#pulse.on")).to_be_visible()
+        await expect(page.locator("#live-status.connected")).to_be_visible()
         assert await page.evaluate("window.stillTheSamePage")
         clear_console_errors(page)

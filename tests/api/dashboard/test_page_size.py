@@ -72,7 +72,7 @@ def batch(text: str, number: int = 0) -> dict[str, Any]:
         "status": "processing",
         "user_id": text,
         "created_at": TIME,
-        "eta": 1,
+        "eta_minutes": 1,
         "summary": {"duration": 1.0, "tokens_used": 1},
         **counts,
     }
@@ -83,20 +83,29 @@ def content_of(template: str, text: str) -> dict[str, Any]:
     one = job(text)
     jobs = [{**one, "job_id": f"job-{number:024}"} for number in range(200)]
     found = {"jobs": jobs, "batches": [batch(text, number) for number in range(1000)], "total": 1000}
-    asked, told = dict.fromkeys(("q", "status", "track", "stream", "types"), text), events(text)
-    may = {"write": True, "admin": True}
+    filters, told = dict.fromkeys(("q", "status", "track", "stream", "types"), text), events(text)
+    permissions = {"write": True}
     match template:
         case "job.html.j2":
-            deliveries = [{"delivery_id": text, "url": text, "attempts": [{"error": {"code": text}}] * 50}] * 20
+            deliveries = [
+                {"delivery_id": text, "status": "pending", "url": text, "attempts": [{"error": {"code": text}}] * 50}
+            ] * 20
             shown = {
                 "job": jobs[0],
                 "attempts": build_attempt_timeline(told, NOW),
-                "gallery": jobs[0]["results"]["assets"],
+                "slides": jobs[0]["results"]["assets"],
             }
             preview = Markup("x" * MAX_HTML_BYTES)
-            return {**shown, "events": told, "deliveries": deliveries, "text": preview, "may": may, "cut": True}
+            return {
+                **shown,
+                "events": told,
+                "deliveries": deliveries,
+                "preview": preview,
+                "permissions": permissions,
+                "has_more_events": True,
+            }
         case "batch.html.j2":
-            return {"batch": batch(text), "asked": asked, "found": found, "events": told, "may": may}
+            return {"batch": batch(text), "result_page": found, "events": told, "permissions": permissions}
         case "overview.html.j2":
             workers = [{"worker_id": f"{number}{text}", "host": text, "problem": text * 10} for number in range(100)]
             stats = {
@@ -108,17 +117,23 @@ def content_of(template: str, text: str) -> dict[str, Any]:
             by_worker = {workers[0]["worker_id"]: jobs}
             return {
                 "stats": stats,
-                "active": found["batches"],
-                "by_worker": by_worker,
-                "ended": bars,
-                "took": bars,
-                "oldest": jobs[0],
+                "active_batches": found["batches"],
+                "jobs_by_worker": by_worker,
+                "throughput_chart": bars,
+                "run_time_chart": bars,
+                "oldest_pending_job": jobs[0],
             }
         case _:
-            return {"asked": asked, "found": found, "events": told, "job_types": [text] * 1000, "message": text * 100}
+            return {
+                "filters": filters,
+                "result_page": found,
+                "events": told,
+                "job_types": [text] * 1000,
+                "message": text * 100,
+            }
 
 
-PAGES = sorted(it.name for it in TEMPLATES.glob("*.j2") if it.name not in ("base.html.j2", "parts.html.j2"))
+PAGES = sorted(it.name for it in TEMPLATES.glob("*.j2") if it.name not in ("base.html.j2", "macros.html.j2"))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -139,7 +154,9 @@ def test_loops_of_templates_are_over_constants_or_end_with_the_budget(template: 
     parsed = Environment(autoescape=True).parse((TEMPLATES / template).read_text(encoding="utf-8"))
     for loop in parsed.find_all(nodes.For):
         over = loop.iter
-        assert isinstance(over, nodes.Tuple) or (isinstance(over, nodes.Filter) and over.name == "rows"), loop.lineno
+        assert isinstance(over, nodes.Tuple) or (isinstance(over, nodes.Filter) and over.name == "limit_rows"), (
+            loop.lineno
+        )
 
 
 async def test_page_that_shows_only_the_beginning_says_where_the_rest_is(api_without_worker: Api) -> None:
@@ -149,7 +166,7 @@ async def test_page_that_shows_only_the_beginning_says_where_the_rest_is(api_wit
         answer = await api_without_worker.get(at(api_without_worker, path))
         assert answer.status_code == 200
         assert len(answer.content) < LARGEST_PAGE_BYTES
-        assert ('id="cut"' in answer.text) == (path in (f"/jobs/{job_id}", "/log"))
+        assert ('id="truncation-notice"' in answer.text) == (path in (f"/jobs/{job_id}", "/log"))
     answer = await api_without_worker.get(at(api_without_worker, f"/jobs/{job_id}"))
     assert f'href="../../../api/events/jobs/{job_id}"' in answer.text
 

@@ -19,13 +19,13 @@ async def test_everything_works_under_a_path_prefix(api: Api, page: Page) -> Non
     async with run_path_proxy(port, PREFIX) as proxied:
         home = f"http://127.0.0.1:{proxied}{PREFIX}/monitoring/events"
         await page.goto(home)
-        await expect(page.locator("#pulse.on")).to_be_visible()
+        await expect(page.locator("#live-status.connected")).to_be_visible()
         await page.get_by_role("link", name="Jobs", exact=True).click()
-        await expect(page.locator("#pulse.on")).to_be_visible()
+        await expect(page.locator("#live-status.connected")).to_be_visible()
         job_id = await api.submit({"seconds": 60}, job_name="Somewhere else")
         await page.locator(f"#{job_id} a").click(timeout=SOON_MS)
-        await expect(page.locator("#state .state.processing")).to_be_visible(timeout=SOON_MS)
-        await confirm(page, "Cancel")
-        await expect(page.locator("#state .state.cancelled")).to_be_visible(timeout=SOON_MS)
+        await expect(page.locator("#status .status-badge.processing")).to_be_visible(timeout=SOON_MS)
+        await confirm(page, "Cancel job")
+        await expect(page.locator("#status .status-badge.cancelled")).to_be_visible(timeout=SOON_MS)
         assert page.url == f"{home}/jobs/{job_id}"
         await page.goto("about:blank")

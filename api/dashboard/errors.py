@@ -1,0 +1,56 @@
+"""Errors of the dashboard: an error page, or a redirect to the sign-in page."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Final
+from urllib.parse import quote
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Scope
+
+from jobledger.api.dashboard.rendering import DASHBOARD_PATH, get_root_path, render_page
+from jobledger.api.http.errors import ApiError, error_response
+from jobledger.ledger.domain.errors import JobledgerError
+
+_log = structlog.get_logger()
+RouteHandler = Callable[[Request], Awaitable[Response]]
+_PAGE_PATHS: Final = frozenset(
+    {DASHBOARD_PATH, *(f"{DASHBOARD_PATH}/{name}" for name in ("jobs", "batches", "submit", "log"))}
+)
+_PAGE_PATH_PREFIXES: Final = (f"{DASHBOARD_PATH}/jobs/", f"{DASHBOARD_PATH}/batches/")
+
+
+def render_errors(handler: RouteHandler) -> RouteHandler:
+    """Decorate the handler of a page: render errors as a page, and redirect to the sign-in page on status 401."""
+
+    @wraps(handler)
+    async def handle(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except ApiError as error:
+            if error.status == 401:
+                return redirect_to_sign_in(request)
+            return render_page(request, "error.html.j2", status=error.status, message=error.message)
+        except JobledgerError as error:
+            _log.warning("dashboard page failed", path=request.url.path, error=str(error))
+            return render_page(request, "error.html.j2", status=503, message=str(error))
+
+    return handle
+
+
+def auth_error_response(scope: Scope, error: ApiError) -> ASGIApp:
+    """Return the response to an unauthenticated request: a redirect for pages, otherwise the error as JSON."""
+    path = scope["path"]
+    is_page = (scope["method"] in ("GET", "HEAD") and path in _PAGE_PATHS) or path.startswith(_PAGE_PATH_PREFIXES)
+    return redirect_to_sign_in(Request(scope)) if is_page else error_response(error)
+
+
+def redirect_to_sign_in(request: Request) -> Response:
+    """Redirect to the sign-in page, which returns to the requested page afterwards."""
+    next_path = request.url.path.removeprefix("/") + (f"?{request.url.query}" if request.url.query else "")
+    url = f"{get_root_path(request)}{DASHBOARD_PATH[1:]}/sign-in?next={quote(next_path, safe='')}"
+    return RedirectResponse(url, 303)

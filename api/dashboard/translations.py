@@ -1,0 +1,74 @@
+"""Texts of the dashboard in English and German, from the gettext catalogs `locales/*.po`.
+
+A message ID is a key such as `cancel_job`, not the English text. Placeholders are `{0}`, `{1}`, … A message with plural
+forms takes its form from the first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Final
+
+from babel.messages.pofile import read_po
+from markupsafe import Markup, escape
+
+SUPPORTED_LANGUAGES: Final = ("en", "de")
+_JOB_STATUSES: Final = ("pending", "processing", "completed", "failed", "cancelled")
+SCRIPT_MESSAGE_KEYS: Final = (
+    *_JOB_STATUSES,
+    *("live", "reconnecting", "service_unreachable", "action_done"),
+    *("selection", "confirm_bulk_restart", "confirm_bulk_cancel", "confirm_bulk_archive", "bulk_result"),
+    *("validation_passed", "invalid_json", "new_webhook_secrets"),
+)
+"""Messages that scripts show."""
+
+
+@cache
+def load_messages(language: str) -> Mapping[str, tuple[str, ...]]:
+    """Return the catalog of a language: for each key the text, or the texts for one and for any other number."""
+    with files(__package__).joinpath("locales", f"{language}.po").open("rb") as file:
+        catalog = read_po(file)
+    messages: dict[str, tuple[str, ...]] = {}
+    for message in catalog:
+        key = message.id if isinstance(message.id, str) else message.id[0]
+        if key:  # the header of the catalog has an empty ID
+            messages[key] = (message.string,) if isinstance(message.string, str) else tuple(message.string or ())
+    return messages
+
+
+def translator_for(language: str) -> Callable[..., str]:
+    """Return the function `translate(key, *args)` that templates call `t`."""
+    messages = load_messages(language)
+
+    def translate(key: str, *args: object) -> str:
+        forms = messages[key]
+        text = forms[0 if args and args[0] == 1 else -1]
+        if any(isinstance(arg, Markup) for arg in args):
+            return escape(text).format(*args)
+        return text.format(*args)
+
+    return translate
+
+
+def script_messages(language: str) -> dict[str, tuple[str, ...]]:
+    """Return the messages that scripts show, with their plural forms and placeholders."""
+    messages = load_messages(language)
+    return {key: messages[key] for key in SCRIPT_MESSAGE_KEYS}
+
+
+def negotiate_language(accept_language: str) -> str:
+    """Return the supported language that an `Accept-Language` header prefers (RFC 9110, 12.5.4)."""
+    preferences: list[tuple[float, int, str]] = []
+    for index, part in enumerate(accept_language.split(",")[:20]):
+        name, _, weight = part.strip().partition(";q=")
+        try:
+            quality = float(weight or 1)
+        except ValueError:
+            continue
+        preferences.append((-quality, index, name.strip().partition("-")[0].lower()))
+    return next(
+        (name for quality, _, name in sorted(preferences) if name in SUPPORTED_LANGUAGES and quality < 0),
+        SUPPORTED_LANGUAGES[0],
+    )
