@@ -19,7 +19,7 @@ from jobledger.api.http.errors import ApiError, error_response
 from jobledger.api.http.options import HttpOptions
 from jobledger.ledger.domain.access import Principal
 
-STREAM_PATHS: Final = frozenset({"/api/ledger/stream", "/monitoring/events/pulse"})
+STREAM_PATHS: Final = frozenset({"/api/ledger/stream", "/monitoring/events/view-updates"})
 """Paths of responses that continue until the client disconnects."""
 SIGN_IN_PATH: Final = "/monitoring/events/sign-in"
 _MAX_BUCKETS: Final = 10_000
