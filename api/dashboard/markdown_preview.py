@@ -14,7 +14,7 @@ from pydantic_core import to_json
 
 from jobledger.api.processes.limited_function import CallFailed, LimitedFunction, ProcessPoolBusy
 from jobledger.ledger.domain.errors import FileLost, FileStoreUnavailable
-from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.files.file_store import FileStore
 
 MAX_MARKDOWN_BYTES: Final = 256 * 1024
 """A one-hour talk with its transcript and a translation has about 100 KiB."""
