@@ -128,8 +128,8 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         ("_env_file: x\n", "_env_file", "Sections: mongodb"),
         ("api:\n  1: x\n", "api", "string"),
         ("api:\n  port: many\n", "api.port", "valid integer"),
-        ("api:\n  port: 65536\n", "api.port", "less than or equal to 65535 (found 65536)"),
-        ("api:\n  port: -1\n", "api.port", "greater than or equal to 0 (found -1)"),
+        ("api:\n  port: 65536\n", "api.port", "less than or equal to 65535, got 65536"),
+        ("api:\n  port: -1\n", "api.port", "greater than or equal to 0, got -1"),
         ("api:\n  port: 1.5\n", "api.port", "valid integer"),
         ("api:\n  port: [5001]\n", "api.port", "valid integer"),
         ("api:\n  host: 0.0.0.0\n", "api.host", "127.0.0.1"),
@@ -145,18 +145,18 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         ("mongodb:\n  embedded_oplog_mb: 1\n", "mongodb.embedded_oplog_mb", "greater than or equal to"),
         ("mongodb:\n  uri: 5\n", "mongodb.uri", "valid string"),
         ("event_worker:\n  max_concurrent: 0\n", "event_worker.max_concurrent", "greater than or equal to 1"),
-        ("event_worker:\n  lease_seconds: .nan\n", "event_worker.lease_seconds", "(found nan)"),
+        ("event_worker:\n  lease_seconds: .nan\n", "event_worker.lease_seconds", ", got nan"),
         ("event_worker:\n  lease_seconds: .inf\n", "event_worker.lease_seconds", "less than or equal to 3600"),
         ("logging:\n  level: verbose\n", "logging.level", "'debug', 'info', 'warning' or 'error'"),
         ("processors: 5\n", "processors", "Keys: echo, session"),
-        ("processors:\n  video: {}\n", "processors", "installed are: echo, session"),
+        ("processors:\n  video: {}\n", "processors", "Installed processors: echo, session"),
         ("processors:\n  session: 5\n", "processors.session", "Keys: connect_timeout_seconds"),
-        ("processors:\n  session:\n    pages: 5\n", "processors.session.pages", "max_pages"),
-        ("processors:\n  session:\n    max_pages: x\n", "processors.session.max_pdf_pages", "valid integer"),
+        ("processors:\n  session:\n    pages: 5\n", "processors.session.pages", "max_pdf_pages"),
+        ("processors:\n  session:\n    max_pdf_pages: x\n", "processors.session.max_pdf_pages", "valid integer"),
         (
             "processors:\n  session:\n    allowed_private_hosts: ['a b']\n",
             "processors.session.allowed_private_hosts",
-            "network like",
+            "network such as",
         ),
         (
             "processors:\n  session:\n    transcription:\n      backend: whisper\n",
@@ -182,8 +182,8 @@ def test_a_mistake_is_one_line_that_names_the_file_the_key_and_what_is_right(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("- api\n- auth\n", "found list"),
-        ("just words\n", "found str"),
+        ("- api\n- auth\n", "got list"),
+        ("just words\n", "got str"),
         ("api: [\n", "is not YAML"),
         ("a: b: c\n", "is not YAML"),
         ("\tapi:\n", "is not YAML"),
@@ -208,17 +208,18 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
 
 def test_the_environment_overrides_the_file_key_by_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOBLEDGER_API__PORT", "8080")
-    monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__MAX_PAGES", "7")
+    monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__MAX_PDF_PAGES", "7")
     monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__TRANSCRIPTION__BACKEND", "pocketsphinx")
     settings, _ = read(
         tmp_path,
-        "api:\n  port: 1\n  max_body_bytes: 2048\nprocessors:\n  session:\n    max_pages: 3\n    keep_audio: true\n",
+        "api:\n  port: 1\n  max_body_bytes: 2048\n"
+        "processors:\n  session:\n    max_pdf_pages: 3\n    keep_audio: true\n",
     )
 
     assert settings.api.port == 8080
     assert settings.api.max_body_bytes == 2048
     session = load_processors()["session"].Settings.model_validate(settings.processors["session"])
-    assert session.model_dump()["max_pages"] == 7
+    assert session.model_dump()["max_pdf_pages"] == 7
     assert session.model_dump()["keep_audio"] is True
     assert session.model_dump()["transcription"]["backend"] == "pocketsphinx"
 
@@ -226,14 +227,14 @@ def test_the_environment_overrides_the_file_key_by_key(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("variable", "value", "right"),
     [
-        ("JOBLEDGER_API__PORT", "many", "valid integer, unable to parse string as an integer (found 'many')"),
+        ("JOBLEDGER_API__PORT", "many", "valid integer, unable to parse string as an integer, got 'many'"),
         ("JOBLEDGER_API__PORT", "", "valid integer"),
         ("JOBLEDGER_API__PROT", "1", "Keys: host, port"),
         ("JOBLEDGER_APIS__PORT", "1", "Sections: mongodb"),
         ("JOBLEDGER_LOGGING", "debug", "JOBLEDGER_LOGGING__KEY"),
         ("JOBLEDGER_MONGODB", "mongodb://user:s3cret@host", "JOBLEDGER_MONGODB__KEY"),
         ("JOBLEDGER_LOGGING__LEVEL", "loud", "'debug', 'info', 'warning' or 'error'"),
-        ("JOBLEDGER_PROCESSORS__SESSION__MAX_PAGES", "x", "valid integer"),
+        ("JOBLEDGER_PROCESSORS__SESSION__MAX_PDF_PAGES", "x", "valid integer"),
     ],
 )
 def test_a_mistake_in_the_environment_names_the_variable(
@@ -346,11 +347,11 @@ def test_with_sign_in_others_may_reach_us(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize(
     ("auth", "words"),
     [
-        ("mode: jwt", ["one of jwt.secret_file", "given are: none"]),
-        ("mode: jwt\n  jwt: {issuer: us}", ["given are: none"]),
+        ("mode: jwt", ["one of jwt.secret_file", "got: none"]),
+        ("mode: jwt\n  jwt: {issuer: us}", ["got: none"]),
         (
             "mode: jwt\n  jwt: {jwks_url: 'https://id.example.org/', public_key_file: key.pem}",
-            ["given are: jwt.public_key_file, jwt.jwks_url"],
+            ["got: jwt.public_key_file, jwt.jwks_url"],
         ),
         ("mode: jwt\n  jwt: {jwks_url: 'http://id.example.org/'}", ["auth.jwt.jwks_url", "https://"]),
         ("mode: jwt\n  jwt: {jwks_url: 'file:///etc/passwd'}", ["auth.jwt.jwks_url", "https://"]),
@@ -364,12 +365,12 @@ def test_with_sign_in_others_may_reach_us(tmp_path: Path, mode: str) -> None:
         ("mode: proxy\n  proxy: {trusted: [0.0.0.0/0]}", ["auth.proxy.trusted", "contains all addresses"]),
         ("mode: proxy\n  proxy: {trusted: ['::/0']}", ["auth.proxy.trusted", "contains all addresses"]),
         ("mode: proxy\n  proxy: {trusted: [10.0.0.1], user_header: 'X User'}", ["auth.proxy.user_header"]),
-        ("mode: keys\n  jwt: {issuer: us}", ["`jwt` is set", "mode `keys`", "set mode to `jwt`"]),
-        ("mode: jwt\n  proxy: {trusted: [10.0.0.1]}", ["`proxy` is set", "mode `jwt`"]),
-        ("jwt: {issuer: us}", ["`jwt` is set", "mode `open`"]),
-        ("mode: keys\n  admins: [ann]", ["`admins` is set", "jobledger keys create --role admin"]),
-        ("mode: keys\n  monitors: [mona]", ["`monitors` is set", "--role monitor"]),
-        ("anonymous_read: true", ["`anonymous_read` is set", "mode `open`"]),
+        ("mode: keys\n  jwt: {issuer: us}", ["`jwt` has no effect", "mode `keys`", "set mode to `jwt`"]),
+        ("mode: jwt\n  proxy: {trusted: [10.0.0.1]}", ["`proxy` has no effect", "mode `jwt`"]),
+        ("jwt: {issuer: us}", ["`jwt` has no effect", "mode `open`"]),
+        ("mode: keys\n  admins: [ann]", ["`admins` has no effect", "jobledger keys create --role admin"]),
+        ("mode: keys\n  monitors: [mona]", ["`monitors` has no effect", "--role monitor"]),
+        ("anonymous_read: true", ["`anonymous_read` has no effect", "mode `open`"]),
         ("mode: jwt\n  admins: ann", ["auth.admins", "list"]),
     ],
 )
@@ -401,7 +402,7 @@ def test_a_secret_for_tokens_comes_from_a_file_or_the_environment_and_is_never_s
         for shown in (repr(settings), str(settings), settings.model_dump_json()):
             assert LONG_SECRET not in shown
     message = complaint(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
-    assert "given are: jwt.secret, jwt.secret_file" in message
+    assert "got: jwt.secret, jwt.secret_file" in message
 
 
 def test_a_secret_for_tokens_that_can_be_guessed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,9 +427,9 @@ def test_lists_in_the_environment_are_json(tmp_path: Path, monkeypatch: pytest.M
     assert settings.auth.admins == ["ann", "team-ops"]
 
     monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS", '["10.0.0.2"]')
-    settings, _ = read(tmp_path, "processors: {session: {max_pages: 3}}")
+    settings, _ = read(tmp_path, "processors: {session: {max_pdf_pages: 3}}")
     session = load_processors()["session"].Settings.model_validate(settings.processors["session"]).model_dump()
-    assert (session["allowed_private_hosts"], session["max_pages"]) == (["10.0.0.2"], 3)
+    assert (session["allowed_private_hosts"], session["max_pdf_pages"]) == (["10.0.0.2"], 3)
     for text in ("10.0.0.2", '["10.0.0.2"'):
         monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS", text)
         message = complaint(tmp_path, "")

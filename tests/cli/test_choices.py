@@ -1,0 +1,68 @@
+"""Options with fixed values accept the same values as the API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from jobledger.cli.main import app
+from tests.api.test_openapi import DOCUMENT, DOCUMENTED
+
+_QUERY_PARAMETERS = {
+    "jobs list --status": ("GET /api/events/jobs", "status"),
+    "batches list --status": ("GET /api/events/batches", "status"),
+    "webhooks list --status": ("GET /api/monitoring/events/webhooks", "status"),
+}
+_BODY_FIELDS = {
+    "batches restart --only": ("POST /api/events/batches/{batch_id}/restart", "only"),
+    "webhooks redeliver --status": ("POST /api/monitoring/events/redeliver", "status"),
+}
+
+
+def literal_values(annotation: Any) -> set[str]:
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    return {value for part in get_args(annotation) for value in literal_values(part)}
+
+
+def cli_choices(group: typer.Typer, prefix: str = "") -> Iterator[tuple[str, set[str]]]:
+    """Yield `command --option` and its values for all options with fixed values."""
+    for command in group.registered_commands:
+        assert command.callback is not None
+        name = f"{prefix}{command.name or command.callback.__name__}"
+        for parameter, annotation in get_type_hints(command.callback).items():
+            if parameter != "return" and (values := literal_values(annotation)):
+                yield f"{name} --{parameter}", values
+    for subgroup in group.registered_groups:
+        assert subgroup.typer_instance is not None
+        yield from cli_choices(subgroup.typer_instance, f"{prefix}{subgroup.name} ")
+
+
+def resolve(schema: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in schema:
+        target: Any = DOCUMENT
+        for part in schema["$ref"].removeprefix("#/").split("/"):
+            target = target[part]
+        schema = target
+    return schema
+
+
+def schema_values(schema: dict[str, Any]) -> set[str]:
+    schema = resolve(schema)
+    values = set(schema.get("enum", [])) | ({schema["const"]} if "const" in schema else set())
+    return values | {value for part in schema.get("anyOf", ()) for value in schema_values(part)} - {None}
+
+
+def api_choices() -> Iterator[tuple[str, set[str]]]:
+    for option, (route, name) in _QUERY_PARAMETERS.items():
+        [parameter] = [it for it in map(resolve, DOCUMENTED[route]["parameters"]) if it["name"] == name]
+        yield option, schema_values(parameter["schema"])
+    for option, (route, name) in _BODY_FIELDS.items():
+        body = resolve(DOCUMENTED[route]["requestBody"])["content"]["application/json"]["schema"]
+        yield option, schema_values(resolve(body)["properties"][name])
+
+
+def test_cli_choices_match_openapi_document() -> None:
+    assert dict(cli_choices(app)) == dict(api_choices())
