@@ -37,11 +37,11 @@ async def open_result_file(request: Request, row: Document) -> OpenFile:
     try:
         return await _open_unless_disconnected(request, store.open(row["sha256"], row["size"]))
     except FileDamaged as error:
-        _log.error("result file was changed in the store", path=row["path"], error=str(error))
+        _log.error("result file corrupted", path=row["path"], error=str(error))
         message = f"{row['path']} was changed in this server's results.store. Restore it from the backup."
         raise ApiError(500, "file_damaged", message) from error
     except FileLost as error:
-        _log.error("result file is missing in the store", path=row["path"], error=str(error))
+        _log.error("result file missing", path=row["path"], error=str(error))
         message = (
             f"{row['path']} is missing in this server's results.store. All processes must use the same store: check "
             "results.store."

@@ -245,7 +245,7 @@ class SubscriptionEvents:
             try:
                 await self.save()
             except LedgerUnavailable as error:
-                _log.warning("could not save the position of a subscription yet", error=str(error))
+                _log.warning("subscription position not saved, retrying", error=str(error))
         self._saver = None
 
     async def _receive(self) -> None:
@@ -262,7 +262,7 @@ class SubscriptionEvents:
             try:
                 chunk = reading.result()
             except LedgerUnavailable as error:
-                _log.warning("reading the log is interrupted", error=str(error))
+                _log.warning("subscription read interrupted, retrying", error=str(error))
                 await asyncio.sleep(_PAUSE_SECONDS)
                 return
             self._received = chunk[-1].position
@@ -281,7 +281,7 @@ class SubscriptionEvents:
             with timeout(_LAST_SAVE_SECONDS):
                 await self.save()
         except (LedgerUnavailable, SubscriptionTakenOver) as error:
-            _log.warning("the position of a subscription is not saved", error=str(error))
+            _log.warning("subscription position not saved", error=str(error))
 
 
 def _types_of(wanted: Collection[type[Event] | str] | None) -> frozenset[str] | None:

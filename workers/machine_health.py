@@ -146,7 +146,7 @@ class WorkerHealth:
         relapsed = time.monotonic() - self._recovered_at < RELAPSE_SECONDS
         self._pause = min(2 * self._pause, MAX_BACKOFF_SECONDS) if relapsed else MIN_BACKOFF_SECONDS
         self.problem, self.unhealthy_since = failure, datetime.now(UTC)
-        _log.error("machine failure: the worker claims no jobs until the checks pass", problem=str(failure))
+        _log.error("machine failure: the worker claims no jobs until the checks pass", reason=str(failure))
         self._reported.set()
         self._on_change()
 
@@ -182,12 +182,12 @@ class WorkerHealth:
 
     def _replace_problem(self, failure: MachineFailure) -> None:
         if str(failure) != str(self.problem):
-            _log.error("machine failure continues", problem=str(failure))
+            _log.error("machine failure continues", reason=str(failure))
             self.problem = failure
             self._on_change()
 
     def _recover(self) -> None:
-        _log.warning("machine recovered: the worker claims jobs", previous_problem=str(self.problem))
+        _log.warning("machine recovered: the worker claims jobs", previous_reason=str(self.problem))
         self.problem = self.unhealthy_since = None
         self._recovered_at = time.monotonic()
         self._quick_check_at = float("-inf")

@@ -208,7 +208,7 @@ class RequestHandler:
                 except LedgerUnavailable as error:
                     if (reason := to_text(error, 500)) != last_reason:
                         last_reason = reason
-                        _log.warning("waiting for the result store", job_id=self._job_id, error=reason)
+                        _log.warning("waiting for result store", job_id=self._job_id, error=reason)
                         self._add_log_line("warning", f"Waiting for the result store; the job's work is kept. {reason}")
                         if (failure := find_machine_failure(error)) is not None:
                             self._health.report(failure)

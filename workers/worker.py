@@ -321,7 +321,7 @@ class Worker:
                     await self._load_missed_cancels()
                 await self._claim_available()
             except LedgerUnavailable as error:
-                _log.warning("claiming interrupted", error=str(error))
+                _log.warning("claiming interrupted, retrying", error=str(error))
                 await asyncio.sleep(1)
                 self._wake.set()
         await self._claimer.wait_pending()

@@ -166,5 +166,5 @@ def _readable(documents: Collection[Document]) -> list[ApiKey]:
         try:
             found.append(ApiKey.model_validate(document))
         except ValidationError:
-            _log.warning("a document in api_keys is no API key; it opens nothing", key_id=str(document.get("_id")))
+            _log.warning("ignoring invalid document in api_keys", key_id=str(document.get("_id")))
     return found

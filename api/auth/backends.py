@@ -65,7 +65,7 @@ def _anonymous_or_401(connection: HTTPConnection, *, anonymous_read: bool, how: 
 
 
 def _refusal(why: object) -> ApiError:
-    _log.info("sign-in refused", why=str(why))
+    _log.info("authentication failed", reason=str(why))
     return ApiError(401, "invalid_credentials", "These credentials are not valid, or not any more.")
 
 

@@ -218,5 +218,5 @@ def _readable(document: Document | None) -> BrowserSession | None:
     try:
         return None if document is None else BrowserSession.model_validate(document)
     except ValidationError:
-        _log.warning("a document in browser_sessions is not a session and is ignored")
+        _log.warning("ignoring invalid document in browser_sessions")
         return None

@@ -128,7 +128,9 @@ class JwksKeySource:
             async with asyncio.timeout(_FETCH_SECONDS), httpx.AsyncClient(timeout=_FETCH_SECONDS) as client:
                 keys = _usable(await _read(client, self._url))
         except (httpx.HTTPError, TimeoutError, OSError, ValueError) as error:
-            _log.warning("auth.jwt.jwks_url yields no keys", url=self._url, error=f"{type(error).__name__}: {error}")
+            _log.warning(
+                "JWKS not loaded from auth.jwt.jwks_url", url=self._url, error=f"{type(error).__name__}: {error}"
+            )
         else:
             self._keys = keys
             self._fetched_at = self._clock()

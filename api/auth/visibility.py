@@ -110,7 +110,7 @@ class Visibility:
             try:
                 await self._follow()
             except LedgerUnavailable as error:
-                _log.warning("following who may see what is interrupted", error=str(error))
+                _log.warning("visibility updates interrupted, retrying", error=str(error))
                 await asyncio.sleep(0.5)
 
     async def _follow(self) -> None:

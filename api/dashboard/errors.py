@@ -36,7 +36,7 @@ def render_errors(handler: RouteHandler) -> RouteHandler:
                 return redirect_to_sign_in(request)
             return render_page(request, "error.html.j2", status=error.status, message=error.message)
         except JobledgerError as error:
-            _log.warning("dashboard page failed", path=request.url.path, error=str(error))
+            _log.warning("page unavailable", path=request.url.path, error=str(error))
             return render_page(request, "error.html.j2", status=503, message=str(error))
 
     return handle

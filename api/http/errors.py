@@ -169,7 +169,7 @@ async def on_ledger_error(_request: Request, error: Exception) -> Response:
         if isinstance(error, kind):
             text = _truncate(str(error), _MAX_MESSAGE_LENGTH)
             return error_response(ApiError(status, code, text, retry_after_seconds=retry_after))
-    _log.error("ledger error without a mapped response", error=repr(error))
+    _log.error("unmapped error", error=repr(error))
     return error_response(ApiError(500, "internal_error", "Internal error. The server's log has the details."))
 
 
@@ -213,7 +213,7 @@ def _redirect_without_slash(request: Request) -> Response | None:
 
 async def on_unexpected_error(_request: Request, error: Exception) -> Response:
     """Log an unexpected error and return status 500. The details are for the log, not for the client."""
-    _log.error("unexpected error in a request", exc_info=error)
+    _log.error("unhandled exception in request", exc_info=error)
     context = structlog.contextvars.get_contextvars()
     details = {"request_id": context["request_id"]} if "request_id" in context else {}
     message = "Internal error. The server's log has the details under the request ID."

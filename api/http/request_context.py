@@ -77,7 +77,7 @@ class RequestContextMiddleware:
             finally:
                 if self._writes_access_log:
                     duration_ms = round((time.perf_counter() - started_at) * 1000, 1)
-                    _log_request(scope, context, status=status, duration_ms=duration_ms, bytes=size)
+                    _log_request(scope, context, status=status, duration_ms=duration_ms, response_bytes=size)
         return None
 
     def _add_common_headers(self, headers: MutableHeaders, request_id: str) -> None:
@@ -97,7 +97,7 @@ def _log_request(scope: Scope, context: Mapping[str, str], **measurements: Any) 
         "request",
         method=scope["method"],
         path=path[:_MAX_LOGGED_PATH_BYTES].decode("ascii", "backslashreplace"),
-        user=principal.user_id if principal else None,
+        user_id=principal.user_id if principal else None,
         **measurements,
         **context,
     )

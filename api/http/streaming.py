@@ -50,7 +50,7 @@ class CloseableStreamingResponse(StreamingResponse):
             await self._send_while_signed_in(scope, receive, send)
         except* (FileLost, LedgerUnavailable) as errors:
             # The answer has begun and an envelope is of no use; the server cuts off what was not brought to its end.
-            _log.error("not sent to its end", path=scope["path"], error=str(errors.exceptions[0]))
+            _log.error("response aborted", path=scope["path"], error=str(errors.exceptions[0]))
         finally:
             await self._content.aclose()
             await self._close()

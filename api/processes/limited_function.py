@@ -86,7 +86,7 @@ class LimitedFunction:
                 async with asyncio.timeout(_EXIT_SECONDS):
                     await process.wait()
             await _end(process)
-            _log.warning("a process has ended", function=self._name, exit_code=process.returncode)
+            _log.warning("child process exited", function=self._name, exit_code=process.returncode)
             raise ProcessEnded(f"ended its process (exit code {process.returncode})") from None
         except BaseException:  # the caller is gone, and the result would be taken for that of the next call
             await _end(process)

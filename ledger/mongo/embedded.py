@@ -219,7 +219,7 @@ class EmbeddedServer:
             await asyncio.sleep(0.05)
             if time.monotonic() - told > START_SECONDS:
                 told = time.monotonic()
-                log.warning("mongod is still recovering its data", seconds=round(told - begun))
+                log.warning("mongod still recovering its data", duration_seconds=round(told - begun))
         if process.returncode is not None:
             raise DatabaseUnsuitable(self._why_it_failed())
         write_server_info(self.data_dir, ServerInfo(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
@@ -335,7 +335,7 @@ class EmbeddedServer:
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            log.warning("mongod did not shut down in time and is killed", pid=self.pid, seconds=STOP_SECONDS)
+            log.warning("mongod shutdown timed out, killing it", pid=self.pid, timeout_seconds=STOP_SECONDS)
             self._process.kill()
             self._process.wait()
 

@@ -75,11 +75,11 @@ class LeaderElection:
                         self._lease.current_lease.get("heartbeat"), self._lease.current_lease.get("seconds")
                     )
                     if not told:
-                        _log.info("another process does it, standing by", matter=self._matter)
+                        _log.info("another process is leader, standing by", role=self._matter)
                         told = True
                     await self._wait_for_vacancy()
             except (LedgerUnavailable, LedgerBusy) as error:
-                _log.warning("leading is interrupted, going on", matter=self._matter, error=str(error))
+                _log.warning("leadership interrupted, retrying", role=self._matter, error=str(error))
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
@@ -117,9 +117,9 @@ class LeaderElection:
             if leading.done():
                 leading.result()
                 return True
-            _log.warning("lease lost, standing by", matter=self._matter)
+            _log.warning("leadership lease lost, standing by", role=self._matter)
         except LeadershipLost:
-            _log.warning("replaced by another leader, standing by", matter=self._matter)
+            _log.warning("replaced by another leader, standing by", role=self._matter)
         finally:
             for task in (leading, lost):
                 task.cancel()

@@ -240,7 +240,7 @@ class Lease:
         while not stop.wait(pause):
             if (missed := progress.count_missed()) >= _LOOKS:
                 if missed == _LOOKS:
-                    _log.error("the event loop is blocked: lease no longer extended", lease=self._id)
+                    _log.error("event loop blocked, lease not renewed", lease_id=self._id)
                 continue
             begun = time.monotonic()
             try:
@@ -253,7 +253,7 @@ class Lease:
                 self._beats = (since if begun - last <= MISSED_HEARTBEAT_SHARE * self._seconds else begun, begun)
             except PyMongoError as error:
                 if not away:  # once: it may last
-                    _log.warning("lease not extended, trying on", lease=self._id, error=summarize_error(error))
+                    _log.warning("lease renewal failed, retrying", lease_id=self._id, error=summarize_error(error))
                 pause, away = min(_AGAIN_SECONDS, self._seconds / 3), True
         try:
             with timeout(max(good_until - time.monotonic(), 0.1)):
@@ -262,7 +262,7 @@ class Lease:
                     [{"$set": {"heartbeat": _NEXT_BEAT, "lease_until": "$$NOW", "released": True}}],
                 )
         except PyMongoError as error:
-            _log.warning("lease not given back, it will run out", lease=self._id, error=summarize_error(error))
+            _log.warning("lease not released, it will expire", lease_id=self._id, error=summarize_error(error))
         return True
 
 

@@ -209,7 +209,7 @@ class Appender:
                         f"The database did not write the events in time: {summarize_error(error)}"
                     ) from error
                 if pause > 0.1:  # one or two write conflicts are normal
-                    _log.warning("append delayed by the database", error=summarize_error(error))
+                    _log.warning("append failed, retrying", error=summarize_error(error))
                 await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads load, guards no secret
                 pause = min(2 * pause, 0.2)
 

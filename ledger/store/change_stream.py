@@ -113,9 +113,9 @@ class ChangeStream:
             except PyMongoError as error:
                 if not is_transient(error):
                     raise DatabaseUnsuitable(f"MongoDB refuses to tell of changes: {summarize_error(error)}") from error
-                _log.warning("change stream interrupted, opening it again", error=summarize_error(error))
+                _log.warning("change stream interrupted, reopening", error=summarize_error(error))
             except LedgerUnavailable as error:  # from a listener's own reading
-                _log.warning("change stream interrupted, opening it again", error=str(error))
+                _log.warning("change stream interrupted, reopening", error=str(error))
             self.restart_count += 1
             # Full jitter, so that a hundred processes do not come back in the same instant after a fail-over.
             await asyncio.sleep(random.uniform(0, pause))  # noqa: S311 - spreads load, guards no secret
@@ -162,9 +162,9 @@ class ChangeStream:
                     listener.on_change(change)
                 except (AttributeError, LookupError, TypeError, ValueError) as error:
                     # A damaged document, written by another program, must not end all processes.
-                    _log.error("a change cannot be read", change=change["documentKey"], error=repr(error))
+                    _log.error("unreadable change stream event", document_key=change["documentKey"], error=repr(error))
             if change["operationType"] == "delete" and _removes_event(change, opened_at):
-                _log.warning("an event was deleted, opening the change stream again", change=change["documentKey"])
+                _log.warning("event deleted from the log, reopening change stream", document_key=change["documentKey"])
                 return
             turn += 1
             if turn % _CHANGES_PER_TURN == 0:

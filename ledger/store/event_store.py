@@ -133,7 +133,7 @@ class EventStore:
         try:
             return await self.clock.now(self._db.client)
         except PyMongoError as error:
-            _log.warning("the server's clock could not be read", error=summarize_error(error))
+            _log.warning("server time unavailable", error=summarize_error(error))
             return self.clock.estimate()
 
     async def aclose(self) -> None:
@@ -484,7 +484,7 @@ class EventStore:
             for document in present:
                 self._tail.add(document)
         except PyMongoError as error:
-            _log.warning("could not fill a hole yet", missing=missing[:10], error=summarize_error(error))
+            _log.warning("gap not filled, retrying", positions=missing[:10], error=summarize_error(error))
         finally:
             self._gap_timer = None
             self._schedule_gap_filling()

@@ -120,10 +120,10 @@ class DiskSpaceMonitor:
         if problems:
             name, problem = problems[0]
             self.problem = f"The disk for {name} is nearly full: new jobs are refused until space is freed."
-            _log.warning("a disk is nearly full: new jobs are refused until space is freed", disk=str(problem))
+            _log.warning("disk nearly full, rejecting new jobs", reason=str(problem))
         else:
             self.problem = None
-            _log.info("the disks have space again: new jobs are accepted")
+            _log.info("disk space available, accepting new jobs")
 
     def _problems(self) -> list[tuple[str, DiskProblem]]:
         needed = int(self._reserve * (_RESUME_FACTOR if self.problem is not None else 1))

@@ -38,7 +38,7 @@ def make_private_directory(path: Path) -> None:
             pass
         else:
             return
-    _log.warning("other users of this machine can list this directory", directory=str(path), mode=f"{mode:o}")
+    _log.warning("directory is readable by other users", directory=str(path), mode=f"{mode:o}")
 
 
 def open_private(path: Path, mode: str) -> IO[Any]:

@@ -96,14 +96,16 @@ class Projector:
             version = await self._checkpoint.wait_for_version()
             if version > PROJECTION_VERSION:
                 _log.error(
-                    "the views are of a newer version of this program: this one leaves them alone until they are not",
-                    views=version,
-                    ours=PROJECTION_VERSION,
+                    "views were written by a newer version, waiting",
+                    views_version=version,
+                    supported_version=PROJECTION_VERSION,
                 )
                 await self._checkpoint.wait_for_version_change(version)
             elif version < PROJECTION_VERSION:
                 _log.warning(
-                    "the views are of an older version: they are made anew", views=version, ours=PROJECTION_VERSION
+                    "views were written by an older version, rebuilding",
+                    views_version=version,
+                    supported_version=PROJECTION_VERSION,
                 )
                 await self._rebuild.run(only_if_outdated=True)
                 await self._checkpoint.wait_for_version_change(version)
@@ -119,7 +121,7 @@ class Projector:
         folder = await self._take_over()
         self._log.may_have_lost_events = False
         await self._log.check_not_truncated(folder.last_applied, "the views")
-        _log.info("projector leads", position=folder.position, fencing_token=self._leadership.fencing_token)
+        _log.info("projector elected leader", position=folder.position, fencing_token=self._leadership.fencing_token)
         tidying = asyncio.create_task(self._clear_shadow_after_switch(), name="tidy")
         beside = asyncio.create_task(self._leader_task(), name="beside-projector")
         try:
@@ -161,7 +163,7 @@ class Projector:
         An event of a later version must not be guessed at, nor be isolated: the next version folds it. Views that are
         ahead of a log whose end was removed wait for `jobledger views rebuild`.
         """
-        _log.error("the projector stands still", reason=str(error))
+        _log.error("projector stalled", reason=str(error))
         with suppress(LedgerUnavailable):
             await health.record_stall(self._db, str(error))
         await asyncio.sleep(STALL_RETRY_SECONDS)
@@ -205,7 +207,7 @@ class Projector:
                     await asyncio.sleep(max(0.0, SHADOW_RETENTION_SECONDS - waited))
                     await self._rebuild.clear_shadow(switched_at)
             except LedgerUnavailable as error:
-                _log.warning("what a rebuild has left stays for now", error=str(error))
+                _log.warning("shadow views not cleared, retrying", error=str(error))
                 await asyncio.sleep(SHADOW_RETENTION_SECONDS)
                 continue
             await self._checkpoint.wait_for_slot_change(sides)
@@ -219,9 +221,9 @@ class Projector:
                     continue
                 await handle_command(self._log, batch_id, command, meta=EventMetadata("system", batch_id))
             except CommandRejected as refused:
-                _log.info("batch left as it is", batch_id=batch_id, reason=str(refused))
+                _log.info("batch not finished: command rejected", batch_id=batch_id, reason=str(refused))
             except (LedgerUnavailable, LedgerBusy):
                 raise
             except (JobledgerError, LookupError, TypeError, ValueError) as error:
                 # One batch must not stop the projector; when the program has been mended, the next leader tries again.
-                _log.error("the end of a batch cannot be recorded", batch_id=batch_id, error=repr(error))
+                _log.error("batch finish not recorded", batch_id=batch_id, error=repr(error))

@@ -101,7 +101,7 @@ class Rebuild:
                 return
             lost = await self._position_ahead_of_log()
             folder, beside = await self._begin(most=None if lost is None else 0)
-            _log.info("views are made anew beside the live ones", after=folder.position)
+            _log.info("view rebuild started", after=folder.position)
             switch = self._switch_function(beside, names, lost=lost)
             await self._apply_history(folder, await self._log.head_position(), on_progress)
             with translate_errors("making the indexes of the views"):  # much faster than with every document
@@ -120,7 +120,7 @@ class Rebuild:
                         switched = await self._apply(folder, chunk, switch if chunk[-1].position >= head else None)
             reached = folder.position
             on_progress(reached, reached)
-            _log.info("views are replaced", position=reached, views=sorted(names))
+            _log.info("view rebuild finished, switched over", position=reached, views=sorted(names))
 
         await self._leadership.run_once(lead)
         return reached
@@ -329,7 +329,7 @@ class Rebuild:
         try:
             await self._log.check_not_truncated(read, "the views")
         except LogTruncated as truncated:
-            _log.warning("the views are made of the events that are left", error=str(truncated))
+            _log.warning("log truncated, rebuilding views from remaining events", error=str(truncated))
             return read.position
         return None
 

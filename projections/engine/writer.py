@@ -572,7 +572,7 @@ class ProjectionWriter:
         finally:
             self._written.set()  # also after a failure: `prepare` must not wait for ever
         for key, problem in chunk.isolated:
-            _log.error("isolated: the views do not show what the log says", document=key, **problem)
+            _log.error("document isolated after projection failure", document=key, **problem)
         for view, documents in chunk.current.items():
             if self._reduced or chunk.unstorable:
                 self._reduced -= {(view, key) for key in documents}
@@ -588,7 +588,7 @@ class ProjectionWriter:
         except (_WriteRejected, PyMongoError, BSONError, ValueError, OverflowError) as error:
             if not _is_write_rejection(error):
                 raise
-            _log.warning("a chunk of events cannot be written as it is", position=chunk.position, error=str(error))
+            _log.warning("chunk write failed, writing documents one by one", position=chunk.position, error=str(error))
             await self._write_without_unstorable(chunk, first)
 
     async def _write_without_unstorable(

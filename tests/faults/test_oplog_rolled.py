@@ -42,7 +42,7 @@ OPLOG_MB = 1
 QUICK = EventStoreLimits(gap_timeout_seconds=0.2)
 PATIENCE_SECONDS = 40.0
 HISTORY_LOST = {286, 136}  # ChangeStreamHistoryLost; CappedPositionLost, where the cursor was still open
-REOPENED = "change stream interrupted, opening it again"
+REOPENED = "change stream interrupted, reopening"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.faults.test_oplog_rolled"])

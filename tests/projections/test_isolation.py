@@ -277,7 +277,7 @@ async def test_a_stream_that_cannot_be_projected_is_isolated_and_said(
             assert job_id in failure["key"]
             assert failure["position"] <= head
             assert failure["message"]
-    assert [it["document"] for it in said if it["event"].startswith("isolated")] == [failure["key"]]
+    assert [it["document"] for it in said if it["event"].startswith("document isolated")] == [failure["key"]]
 
 
 @pytest.mark.usefixtures("with_faults")

@@ -311,8 +311,8 @@ async def test_of_two_at_once_the_second_says_that_it_waits_and_then_does_it_onc
                 await poll_until(lambda: bool(said), "it says so")
                 assert not running.done()
                 assert said[0] == {
-                    "event": "another process does it, standing by",
-                    "matter": rebuild.REBUILD_CHECKPOINT_ID,
+                    "event": "another process is leader, standing by",
+                    "role": rebuild.REBUILD_CHECKPOINT_ID,
                     "log_level": "info",
                 }
                 go_on.set()

@@ -88,7 +88,7 @@ def check_confinement(mode: ConfinementMode) -> None:
             "event_worker.confinement: `required`, but this kernel does not offer Landlock, so job processes cannot be "
             f"confined. {LANDLOCK_ADVICE} Or set it to auto."
         )
-    _log.warning("job processes are not confined: this kernel does not offer Landlock", advice=LANDLOCK_ADVICE)
+    _log.warning("job processes are not confined: kernel has no Landlock", hint=LANDLOCK_ADVICE)
 
 
 # The environment --------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
     try:
         coroutine.close()
     except BaseException as error:  # noqa: BLE001 - foreign code may raise anything; it is never resumed
-        _log.warning("a processor's coroutine failed when it was closed", error=type_name(error))
+        _log.warning("processor coroutine failed on close", error=type_name(error))
     _unclosed_coroutines.extend(inner for inner in chain if getattr(inner, "cr_frame", None) is not None)
 
 
@@ -216,7 +216,7 @@ def _handle_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
     handle, error = context.get("handle"), context.get("exception")
     is_foreign = isinstance(handle, asyncio.Handle) and handle._context.get(_current) is not None  # type: ignore[attr-defined]  # private
     if is_foreign or isinstance(error, _StopRejected):
-        _log.warning("a processor's callback failed", error=f"{type_name(error)}: {to_text(error, 200)}")
+        _log.warning("processor callback failed", error=f"{type_name(error)}: {to_text(error, 200)}")
     else:
         loop.default_exception_handler(context)
 
@@ -251,7 +251,7 @@ def _run(self: asyncio.Handle) -> None:
         if not _is_foreign(self._loop, self._context):  # type: ignore[attr-defined]  # private
             raise
         cause = f"{type_name(error)}: {to_text(error, 200)}"
-        _log.warning("a processor's task or callback tried to end the process", error=cause)
+        _log.warning("processor tried to exit the process", error=cause)
 
 
 @contextmanager

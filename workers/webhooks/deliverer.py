@@ -277,7 +277,7 @@ class Deliverer:
         response = await self._sender.send(request)
         failure = self._failure_from_response(response)
         if failure is not None:
-            _log.info("webhook not delivered", delivery_id=due.delivery_id, host=due.host, error=failure.code)
+            _log.info("webhook attempt failed", delivery_id=due.delivery_id, host=due.host, error=failure.code)
         command = RecordAttempt(
             duration_s=round(response.duration_s, 3),
             body_sha256=hashlib.sha256(request.body).hexdigest(),
