@@ -37,5 +37,5 @@ def install_processor(
     known: dict[str, type[Processor]] = {**load_processors(), **dict.fromkeys(job_types or ("test",), TestProcessor)}
     monkeypatch.setattr("jobledger.workers.registry.load_processors", lambda: known)
     monkeypatch.setattr("jobledger.workers.worker.load_processors", lambda: known)
-    for module in ("jobledger.workers.executor", "jobledger.workers.step_cache"):
+    for module in ("jobledger.workers.request_handler", "jobledger.workers.step_cache"):
         monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 1")

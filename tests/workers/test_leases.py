@@ -170,8 +170,8 @@ async def test_a_zombies_claim_while_it_is_being_reaped_is_reaped_too(
                     await pause()
                 return found
 
-            async def slow_reap(worker_id: str, worker: Any, *, quietly: bool) -> None:
-                await reap(worker_id, worker, is_released=quietly)
+            async def slow_reap(worker_id: str, worker: Any, *, is_released: bool) -> None:
+                await reap(worker_id, worker, is_released=is_released)
                 if worker_id == "ghost":
                     await pause()
 

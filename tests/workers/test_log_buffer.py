@@ -43,7 +43,7 @@ def test_log_of_a_day_is_bounded_and_ends_with_the_last_lines(monkeypatch: pytes
     )
     told = [line for line in lines if "were dropped here" in line]
     assert len(told) == 1
-    assert "16.0 MiB in all" in told[0]
+    assert "16.0 MiB in total" in told[0]
     assert [int(line.split()[0]) for line in lines[-FLOOD_TAIL_LINES:]] == list(
         range(100_000 - FLOOD_TAIL_LINES, 100_000)
     )

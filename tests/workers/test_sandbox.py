@@ -146,7 +146,7 @@ def test_method_that_confines_nothing_is_found_out(monkeypatch: pytest.MonkeyPat
     def bare(program: Program, method: SandboxMethod) -> list[str]:
         return ["/bin/sh", "-c", f'cd {program.scratch_dir} && exec "$@"', "sh", *program.command]
 
-    monkeypatch.setattr(sandbox, "_command", bare)
+    monkeypatch.setattr(sandbox, "_build_command", bare)
     trial = (
         sandbox._probe_method("landlock") if restrictions.landlock_version() else sandbox._probe_method("bubblewrap")
     )

@@ -107,7 +107,7 @@ async def test_step_of_another_processor_version_is_not_reused(
     here: RunningRoles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ask(here, "de")
-    for module in ("jobledger.workers.executor", "jobledger.workers.step_cache"):
+    for module in ("jobledger.workers.request_handler", "jobledger.workers.step_cache"):
         monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 2")
     second = await ask(here, "fr")
     assert done == {"talk": 2}

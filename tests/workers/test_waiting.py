@@ -66,7 +66,7 @@ def check_digests(store: Path) -> None:
 async def test_job_waits_for_store_that_has_gone(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.2,))
+    monkeypatch.setattr("jobledger.workers.request_handler._STORE_RETRY_DELAYS", (0.2,))
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         away = tmp_path / "away"
         await here.wait_until_finished(
@@ -114,7 +114,7 @@ def move_back(store: Path, away: Path) -> None:
 async def test_worker_without_its_store_claims_nothing_and_leaves_the_jobs_to_others(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.1,))
+    monkeypatch.setattr("jobledger.workers.request_handler._STORE_RETRY_DELAYS", (0.1,))
     monkeypatch.setattr("jobledger.workers.machine_health.MIN_BACKOFF_SECONDS", 0.1)
     options = WorkerOptions(confinement=OFF, slots=4)
     async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
@@ -140,7 +140,7 @@ async def test_worker_without_its_store_claims_nothing_and_leaves_the_jobs_to_ot
 async def test_inbox_file_that_cannot_be_opened_now_is_waited_for(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, job_type: str
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.1,))
+    monkeypatch.setattr("jobledger.workers.request_handler._STORE_RETRY_DELAYS", (0.1,))
     real, failed = os.open, list[str]()
 
     def failing(path: Any, *arguments: Any, **named: Any) -> int:
@@ -170,7 +170,7 @@ async def test_every_error_of_the_store_is_waited_for(
         return real(self, file, target)
 
     monkeypatch.setattr(DirectoryStore, "_adopt", failing)
-    monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.01,))
+    monkeypatch.setattr("jobledger.workers.request_handler._STORE_RETRY_DELAYS", (0.01,))
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         job = await here.wait_until_finished(await save(here, max_attempts=1))
         assert (job["status"], left) == ("completed", [])
