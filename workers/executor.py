@@ -29,8 +29,7 @@ from jobledger.workers.attempt_recorder import AttemptRecorder, Fenced
 from jobledger.workers.attempt_timeout import AttemptTimeout
 from jobledger.workers.child import fork_server_client
 from jobledger.workers.child.attempt import Assignment, FinishedStep, run_attempt
-from jobledger.workers.child.confinement import ConfinementSettings
-from jobledger.workers.child.confinement import check_confinement as check_confinement
+from jobledger.workers.child.confinement import ConfinementSettings, check_confinement
 from jobledger.workers.child.containment import Containment, outside_containment
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message
 from jobledger.workers.directory_removal import removal_executor, remove_tree

@@ -31,7 +31,7 @@ from typing import Any, Final, NoReturn
 
 import orjson
 
-from jobledger.workers.child import main as child
+from jobledger.workers.child.main import run_job_process
 
 STOP_SECONDS: Final = 1.0
 """Time in which a job process can react to the stop message."""
@@ -89,7 +89,7 @@ def _run_job(supervisor: int, connection: socket.socket, output: int, memory_lim
             os.dup2(output, number)
         os.close(output)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # no output is lost in a crash
-        child.run_job_process(connection, memory_limit_mb)
+        run_job_process(connection, memory_limit_mb)
     except BaseException:  # noqa: BLE001 - nothing may return into the code of the fork server
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
