@@ -1,6 +1,6 @@
-"""ledger: who may do what with a job or batch (konzept.md, "Benutzer-Autorisierung"). Pure.
+"""Access control of jobs and batches (konzept.md, "Benutzer-Autorisierung"). Pure.
 
-The one rule. Every door asks it: with a state from the log (`Job`, `Batch`) or with a view's document.
+The same rule applies to states from the log (`Job`, `Batch`) and to the documents of views.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from enum import IntEnum
 from typing import Any, Final
 
 GROUP_PREFIX: Final = "team-"
-"""How the names of groups begin, and those of users do not: both stand in the same lists."""
+"""Group names begin with this prefix and user names do not. Access lists contain both."""
 
 
 MAX_PRINCIPAL_NAME_CHARACTERS: Final = 200
 
 
 class AccessLevel(IntEnum):
-    """What somebody may do; each includes the ones before it."""
+    """What a principal may do. Each level includes the ones before it."""
 
     NONE = 0
     READ = 1
     """See it, its history, logs, files and live events."""
     WRITE = 2
-    """Change, cancel, restart, pause, archive it."""
+    """Change, cancel, restart, pause and archive it."""
     ADMIN = 3
-    """Delete it and say who else may do what."""
+    """Delete it and change its access control."""
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks. `user_id` is None for somebody who has not said who they are.
+    """The caller of a request. `user_id` is None for an anonymous caller.
 
-    `roles`: `admin` may do everything, `monitor` may see the statistics of everything. `valid_until` is when the
-    credential expires; None for never.
+    Role `admin` may do everything; role `monitor` may see the statistics of everything. `valid_until` is when the
+    credential expires; None means never.
     """
 
     user_id: str | None
@@ -49,47 +49,48 @@ class Principal:
 
     @property
     def identities(self) -> frozenset[str]:
-        """Under which names it may stand in a list."""
+        """The names by which access lists may refer to this principal."""
         return self.groups if self.user_id is None else self.groups | {self.user_id}
 
 
 def parse_user_name(text: str) -> str:
-    """Return the name of a user, if it can be one.
+    """Return a valid user name.
 
     Raises:
-        ValueError: it says what is wrong, without the name.
+        ValueError: The name is not valid. The message does not contain the name.
     """
     if text.startswith(GROUP_PREFIX):
-        raise ValueError(f"a user's name must not begin with `{GROUP_PREFIX}`: that is how groups are known")
-    return _nameable(text)
+        raise ValueError(f"a user name must not begin with `{GROUP_PREFIX}`: this prefix is for groups")
+    return _check_name(text)
 
 
 def parse_group_name(text: str) -> str:
-    """Return the name of a group, which begins with `team-` if it did not before.
+    """Return a valid group name, with the prefix `team-` added if it is missing.
 
     Raises:
-        ValueError: it cannot be one; says what is wrong, without the name.
+        ValueError: The name is not valid. The message does not contain the name.
     """
-    _nameable(text.removeprefix(GROUP_PREFIX))
-    return _nameable(text if text.startswith(GROUP_PREFIX) else GROUP_PREFIX + text)
+    _check_name(text.removeprefix(GROUP_PREFIX))
+    return _check_name(text if text.startswith(GROUP_PREFIX) else GROUP_PREFIX + text)
 
 
-def _nameable(text: str) -> str:
+def _check_name(text: str) -> str:
     if not text.strip() or text != text.strip():
-        raise ValueError("a name must not be empty, nor begin or end with a blank")
+        raise ValueError("a name must not be empty, or begin or end with a space")
     if len(text) > MAX_PRINCIPAL_NAME_CHARACTERS:
         raise ValueError(f"a name must not be longer than {MAX_PRINCIPAL_NAME_CHARACTERS} characters")
     if not text.isprintable():
-        raise ValueError("a name must not have characters that cannot be printed")
+        raise ValueError("a name must not contain unprintable characters")
     return text
 
 
 def get_access_level(
     principal: Principal, *, owner: str, access: Mapping[str, Any], teams: Collection[str] = ()
 ) -> AccessLevel:
-    """Return what the principal may do with what belongs to `owner` under this access control (as the views hold it).
+    """Return what the principal may do with a resource of `owner` that has this access control, as the views store
+    it.
 
-    `teams` are the groups that the owner was in when it was submitted: with visibility `team` they may see it.
+    `teams` are the groups of the owner at submission. With visibility `team` they may read the resource.
     """
     names = principal.identities
     if principal.is_admin or owner == principal.user_id or not names.isdisjoint(access["admin_access"]):
@@ -102,7 +103,7 @@ def get_access_level(
 
 
 def list_readers(owner: str, access: Mapping[str, Any], teams: Iterable[str] = ()) -> list[str]:
-    """Return the names of the users and groups that may see it, in a fixed order; beside them all, if it is public."""
+    """Return the users and groups that may read a resource, in a fixed order. If it is public, everyone may."""
     named = [owner, *access["read_access"], *access["write_access"], *access["admin_access"]]
     if access["visibility"] == "team":
         named += teams

@@ -1,4 +1,4 @@
-"""ledger: the rules of a batch. Its jobs are streams of their own; the projector reports when they ended. Pure."""
+"""The decider of a batch. Its jobs have their own streams; the projector reports when they have ended. Pure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from jobledger.ledger.domain.statuses import BatchStatus
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the rules need to know of a batch."""
+    """The state of a batch that decisions need."""
 
     spec: BatchSubmitted
     status: BatchStatus = "processing"
@@ -46,14 +46,16 @@ class Batch:
 
 
 def decide(command: BatchCommand, batch: Batch | None) -> list[BatchEvent]:
-    """Answer a command with the events it causes, or refuse it.
+    """Return the events that a command causes.
 
     Raises:
-        NotFound, AlreadyExists, WrongState: the rules say no.
+        NotFound: There is no such batch, or it was deleted.
+        AlreadyExists: A batch with this ID exists.
+        InvalidState: The batch's state does not allow the command.
     """
     if isinstance(command, SubmitBatch):
         if batch is not None:
-            raise AlreadyExists("a batch with this id exists already")
+            raise AlreadyExists("a batch with this ID already exists")
         return [command.batch]
     if batch is None or batch.deleted:
         raise NotFound("there is no such batch")
@@ -81,21 +83,23 @@ def decide(command: BatchCommand, batch: Batch | None) -> list[BatchEvent]:
 
 
 def _finish(command: FinishBatch, batch: Batch) -> list[BatchEvent]:
-    """Whoever notices may say so, any number of them: only the first has an effect."""
+    """Finish the batch once. Any number of processes may report the end; only the first report has an effect."""
     if batch.status != "processing":
         return []
     return [BatchFinished(status=final_status(command.counts), counts=command.counts, summary=command.summary)]
 
 
 def final_status(counts: BatchCounts) -> Literal["completed", "partial", "failed"]:
-    """Name the end of a batch (konzept.md, `update_batch_progress`): partial when some, but not all, were completed."""
+    """Return the final status of a batch (konzept.md, `update_batch_progress`): `partial` if only some jobs
+    completed.
+    """
     if counts.failed == counts.cancelled == 0:
         return "completed"
     return "partial" if counts.completed else "failed"
 
 
 def evolve(batch: Batch | None, event: BatchEvent) -> Batch:
-    """Return the batch as it is after the event. The log is trusted: nothing is refused here."""
+    """Return the batch after an event. Events of the log are trusted, so nothing is rejected here."""
     if isinstance(event, BatchSubmitted):
         return Batch(spec=event)
     if batch is None:

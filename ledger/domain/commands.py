@@ -1,6 +1,6 @@
-"""ledger: what can be asked for. One class a command, imperative; answered by `decide` in `job.py` and `batch.py`.
+"""The commands: one class each, in the imperative. `decide` in `job`, `batch` and `delivery` handles them. Pure.
 
-Worker commands carry `attempt`: they are refused when the job has moved on to another one. Pure.
+Commands of workers carry `attempt`. They are rejected if the job has moved on to another attempt.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from jobledger.ledger.domain.events import (
 
 @dataclass(frozen=True, slots=True)
 class SubmitJob:
-    """Ask for a job: the event holds everything that is asked for."""
+    """Create a job. The event holds the whole submission."""
 
     job: JobSubmitted
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimJob:
-    """Take a waiting job whose time has come (`now` is not before its `not_before` or retry time)."""
+    """Start the next attempt of a pending job. `now` must not be before `not_before` or the retry time."""
 
     worker_id: str
     now: datetime
@@ -55,7 +55,7 @@ class AddLogEntries:
 
 @dataclass(frozen=True, slots=True)
 class CompleteStep:
-    """Remember that a step is done; `key` is the digest of its inputs, `duration_s` in seconds."""
+    """Record a completed step. `key` is the digest of its inputs; `duration_s` is in seconds."""
 
     worker_id: str
     attempt: int
@@ -78,7 +78,7 @@ class CompleteJob:
 
 @dataclass(frozen=True, slots=True)
 class FailAttempt:
-    """The attempt failed. `retry_at` is when to try again if the error may pass, None if it will not."""
+    """End the attempt with an error. `retry_at` is the time of the retry if the error is transient, else None."""
 
     worker_id: str
     attempt: int
@@ -88,7 +88,7 @@ class FailAttempt:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseJob:
-    """Give a running job back unharmed. `is_machine_failure`: because the worker's machine cannot run it."""
+    """Return a running job to the queue. `is_machine_failure`: the worker's machine cannot run it."""
 
     worker_id: str
     attempt: int
@@ -98,7 +98,7 @@ class ReleaseJob:
 
 @dataclass(frozen=True, slots=True)
 class ConfirmCancel:
-    """The worker has stopped the job as it was asked to."""
+    """Report that the worker has stopped the job after a request to cancel it."""
 
     worker_id: str
     attempt: int
@@ -106,7 +106,7 @@ class ConfirmCancel:
 
 @dataclass(frozen=True, slots=True)
 class ExpireLease:
-    """The server's clock says that the worker's lease has run out."""
+    """Report that the worker's lease has expired."""
 
     worker_id: str
     attempt: int
@@ -127,7 +127,7 @@ class RestartJob:
 
 @dataclass(frozen=True, slots=True)
 class UpdateJob:
-    """Change what is named. `access_control` can be changed at any time, the rest only while the job waits."""
+    """Change the given fields. `access_control` can change at any time, the others only while the job is pending."""
 
     by: str
     parameters: Mapping[str, Any] | None = None
@@ -144,7 +144,7 @@ class ChangeAccess:
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """Put a job or batch out of sight."""
+    """Hide a job or batch from default lists."""
 
     by: str
     reason: str | None = None
@@ -158,7 +158,7 @@ class Unarchive:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Remove a job or batch from the views; a running job has to be cancelled first."""
+    """Remove a job or batch from the views. Cancel a running job first."""
 
     by: str
     reason: str | None = None
@@ -183,7 +183,7 @@ class ResumeBatch:
 
 @dataclass(frozen=True, slots=True)
 class FinishBatch:
-    """The views say that every job of the batch has ended, so and so many in each way."""
+    """Report that every job of the batch has ended, with the number of jobs per outcome."""
 
     counts: BatchCounts
     summary: BatchSummary
@@ -191,12 +191,12 @@ class FinishBatch:
 
 @dataclass(frozen=True, slots=True)
 class ReopenBatch:
-    """The views say that a finished batch has an unfinished job again."""
+    """Report that a finished batch has an unfinished job again."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordAttempt:
-    """The receiver was called, and this came of it. `next_attempt_at` is when to try again, None: not any more."""
+    """Record a delivery attempt and its outcome. `retry_at` is the time of the next attempt; None means no retry."""
 
     duration_s: float
     body_sha256: str | None
@@ -208,14 +208,14 @@ class RecordAttempt:
 
 @dataclass(frozen=True, slots=True)
 class AbandonDelivery:
-    """Give up without another try."""
+    """Stop retrying a delivery."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class RequeueDelivery:
-    """Have it sent, whether it was delivered already, given up, or waits for its next try."""
+    """Send a delivery again, whatever its status."""
 
     by: str
     reason: str | None = None

@@ -1,4 +1,4 @@
-"""ledger: the rules of a delivery, which tells somebody by webhook that a job or batch has ended. Pure."""
+"""The decider of a delivery: the webhook message about the end of a job or batch. Pure."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from jobledger.ledger.domain.job import Job
 from jobledger.ledger.domain.statuses import DeliveryStatus
 
 _PREFIX: Final = "delivery-"
-_ENDS: Final[dict[type[Event], WebhookEventType]] = {
+_JOB_END_TYPES: Final[dict[type[Event], WebhookEventType]] = {
     JobCompleted: "job.completed",
     JobFailed: "job.failed",
     JobCancelled: "job.cancelled",
 }
-_BATCH_ENDS: Final[dict[str, WebhookEventType]] = {
+_BATCH_END_TYPES: Final[dict[str, WebhookEventType]] = {
     "completed": "batch.completed",
     "partial": "batch.partial",
     "failed": "batch.failed",
@@ -43,9 +43,10 @@ _BATCH_ENDS: Final[dict[str, WebhookEventType]] = {
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What the rules need to know of a delivery.
+    """The state of a delivery that decisions need.
 
-    `attempt` numbers the calls of the receiver, `counted` those since it was queued last; `due` is when to call again.
+    `attempt` numbers all calls of the endpoint, `counted_attempts` those since the delivery was last queued. `due_at`
+    is the time of the next call.
     """
 
     spec: DeliveryQueued
@@ -56,33 +57,35 @@ class Delivery:
 
 
 def delivery_id_for(source: str, version: int) -> str:
-    """Return the id of the delivery that tells of the end of a job or batch with the event of this version."""
+    """Return the ID of the delivery for the event at this version of a job's or batch's stream."""
     return f"{_PREFIX}{source}-{version}"
 
 
 def parse_source(delivery_id: str) -> str:
-    """Return the job or batch that a delivery tells of."""
+    """Return the ID of the job or batch that a delivery reports on."""
     return delivery_id.removeprefix(_PREFIX).rpartition("-")[0]
 
 
 def endpoint_id_for(user_id: str, url: str) -> str:
-    """Return the id of a receiver: an address, and the user who has deliveries sent there."""
+    """Return the ID of an endpoint: a URL and the user whose deliveries go there."""
     return blake2b(f"{len(user_id)}{user_id}{url}".encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
 
 def delivery_for_event(stream: str, source: Job | Batch, event: Event, version: int) -> DeliveryQueued | None:
-    """Return what is to be told of an event of a job or batch, None if it is no end or nobody has asked for that."""
+    """Return the delivery for an event of a job or batch. None if the event is not an end, or no webhook was
+    requested.
+    """
     if isinstance(event, BatchFinished):
-        tells: WebhookEventType | None = _BATCH_ENDS[event.status]
+        event_type: WebhookEventType | None = _BATCH_END_TYPES[event.status]
     else:
-        tells = _ENDS.get(type(event))
+        event_type = _JOB_END_TYPES.get(type(event))
     webhook = source.spec.webhook
-    if tells is None or webhook is None:
+    if event_type is None or webhook is None:
         return None
     return DeliveryQueued(
         source=stream,
         source_version=version,
-        event_type=tells,
+        event_type=event_type,
         user_id=source.spec.user_id,
         webhook=webhook,
         batch_id=source.spec.batch_id if isinstance(source, Job) else stream,
@@ -90,19 +93,20 @@ def delivery_for_event(stream: str, source: Job | Batch, event: Event, version: 
 
 
 def decide(command: DeliveryCommand, delivery: Delivery | None) -> list[DeliveryEvent]:
-    """Answer a command with the events it causes, or refuse it.
+    """Return the events that a command causes.
 
     Raises:
-        NotFound, WrongState: the rules say no.
+        NotFound: There is no such delivery.
+        InvalidState: The delivery's state does not allow the command.
     """
     if delivery is None:
         raise NotFound("there is no such delivery")
     match command:
         case RecordAttempt():
-            return _attempted(command, delivery)
+            return _record_attempt(command, delivery)
         case AbandonDelivery():
             if delivery.status != "pending":
-                raise InvalidState(f"the delivery is {delivery.status} already")
+                raise InvalidState(f"the delivery is already {delivery.status}")
             return [DeliveryAbandoned(reason=limits.truncate_text(command.reason, limits.MAX_REASON_CHARACTERS))]
         case RequeueDelivery():
             return [DeliveryRequeued(by=command.by, reason=command.reason)]
@@ -110,10 +114,10 @@ def decide(command: DeliveryCommand, delivery: Delivery | None) -> list[Delivery
             assert_never(command)
 
 
-def _attempted(command: RecordAttempt, delivery: Delivery) -> list[DeliveryEvent]:
-    """What was sent was sent, even if it is delivered by now: of two senders one may have been frozen for a while.
+def _record_attempt(command: RecordAttempt, delivery: Delivery) -> list[DeliveryEvent]:
+    """Record an attempt even if the delivery has ended: one of two senders may have been suspended for a while.
 
-    What came of it later than an end changes nothing but the record.
+    The outcome of an attempt after the end changes only the record.
     """
     pending = delivery.status == "pending"
     error = None if command.error is None else limits.truncate_failure(command.error)
@@ -127,15 +131,15 @@ def _attempted(command: RecordAttempt, delivery: Delivery) -> list[DeliveryEvent
         next_attempt_at=command.next_attempt_at if pending and error is not None else None,
     )
     if error is None:
-        ended = delivery.status == "delivered"
-        return [attempted] if ended else [attempted, DeliverySucceeded(attempt=attempted.attempt)]
+        is_delivered = delivery.status == "delivered"
+        return [attempted] if is_delivered else [attempted, DeliverySucceeded(attempt=attempted.attempt)]
     if not pending or command.next_attempt_at is not None:
         return [attempted]
     return [attempted, DeliveryAbandoned(reason=limits.truncate_text(error.message, limits.MAX_REASON_CHARACTERS))]
 
 
 def evolve(delivery: Delivery | None, event: DeliveryEvent) -> Delivery:
-    """Return the delivery as it is after the event. The log is trusted: nothing is refused here."""
+    """Return the delivery after an event. Events of the log are trusted, so nothing is rejected here."""
     if isinstance(event, DeliveryQueued):
         return Delivery(spec=event)
     if delivery is None:

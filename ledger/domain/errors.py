@@ -1,27 +1,27 @@
-"""ledger: every error this system raises on purpose, in one tree.
+"""All errors that this system raises on purpose, in one hierarchy.
 
 JobledgerError
-├── ConfigurationError          settings or surroundings are wrong; the message says what would be right
-│   ├── DatabaseUnsuitable      the MongoDB server cannot carry a ledger (standalone, too old, missing …)
+├── ConfigurationError          settings or environment are wrong; the message says how to fix it
+│   ├── DatabaseUnsuitable      the MongoDB server is unusable (standalone, too old, missing …)
 │   │   └── ServerInUse         … because another process uses its data or port (also a ResourceUnavailable)
-│   └── UnreadableEvent         an event that is damaged
-│       └── NewerEvent          an event of a later version of this program
-├── ResourceUnavailable         a port, disk or lock of this machine is not usable now; may pass
-├── LedgerUnavailable           the database cannot be reached or did not answer in time; may pass
-│   └── StoreUnavailable        the directory of the result files cannot be used on this machine; may pass
-├── LedgerBusy                  too much is waiting to be written; may pass
-├── VersionConflict             somebody else appended to the stream first; decide again
+│   └── UnreadableEvent         a damaged event
+│       └── UnsupportedEvent    an event of a later version of this program
+├── ResourceUnavailable         a port, disk or lock of this machine is unusable now; transient
+├── LedgerUnavailable           the database is unreachable or did not respond in time; transient
+│   └── FileStoreUnavailable    this machine cannot use the result store now; transient
+├── LedgerBusy                  too many events are waiting to be written; transient
+├── VersionConflict             another process appended to the stream first; decide again
 ├── LogTruncated                the log ends before a position that was read from it
-├── NoRegularFile               what is to be stored as a file is none
-├── FileTooLarge                what is to be stored is larger than a result file may be
-├── FileLost                    a result file is not in the store, or cannot be read
-│   └── FileDamaged             its content is not what was stored
-├── InvalidEvent                an event that cannot be stored or hashed as it is (NaN, too large, …)
-└── CommandRefused              the rules say no
-    ├── NotFound                no such job or batch
-    ├── AlreadyExists           an id that is taken
-    └── WrongState              the job or batch is not in a state that allows it
-        └── NotDue              the job is to be started later
+├── NotARegularFile             a path to store is not a regular file
+├── FileTooLarge                a file to store exceeds the limit
+├── FileLost                    a result file is missing from the store, or unreadable
+│   └── FileDamaged             its content has changed
+├── InvalidEvent                an event cannot be stored or hashed (NaN, too large, …)
+└── CommandRejected             the state of the job, batch or delivery does not allow the command
+    ├── NotFound                it does not exist
+    ├── AlreadyExists           the ID is taken
+    └── InvalidState            it is in another state
+        └── NotDue              the job must not start yet
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from typing import Final
 
 
 class JobledgerError(Exception):
-    """The root: whoever catches it may show `str(error)` to a person."""
+    """The base class. `str(error)` is a message for people."""
 
 
 class ConfigurationError(JobledgerError):
-    """Settings or surroundings are wrong; repeating does not help, changing something does."""
+    """Settings or the environment are wrong. Retrying does not help."""
 
 
 class DatabaseUnsuitable(ConfigurationError):
-    """A MongoDB server was looked for or found, but cannot be used; the message says what to do."""
+    """A MongoDB server is missing or unusable. The message says how to fix it."""
 
 
 class ResourceUnavailable(JobledgerError):
-    """A port, disk or lock of this machine cannot be used now. Trying again later may help."""
+    """A port, disk or lock of this machine is unusable now. Retrying later may help."""
 
 
 class ServerInUse(DatabaseUnsuitable, ResourceUnavailable):
@@ -58,36 +58,36 @@ _TRANSIENT: Final = frozenset(
 
 
 def classify_os_error(error: OSError, message: str) -> ResourceUnavailable | ConfigurationError:
-    """Return the error for a failed system call, by whether it may pass without a change of settings.
+    """Return the error for a failed system call: transient, or one that needs a change of settings.
 
-    A full, read-only or broken disk, a lost mount, a taken port or an exhausted limit may pass. A missing file, missing
-    rights or a wrong kind of file may not.
+    A full, read-only or broken disk, a lost mount, a taken port or an exhausted limit is transient. A missing file,
+    missing permissions or a wrong file type is not.
     """
     return ResourceUnavailable(message) if error.errno in _TRANSIENT else ConfigurationError(message)
 
 
 class UnreadableEvent(ConfigurationError):
-    """An event that this version of the program does not know, or whose payload is damaged."""
+    """This version of the program does not know the event, or its payload is damaged."""
 
 
 class UnsupportedEvent(UnreadableEvent):
-    """An event of a later version of this program: upgrading helps."""
+    """A later version of this program wrote the event. Upgrading helps."""
 
 
 class LedgerUnavailable(JobledgerError):
-    """The database cannot be reached or did not answer in time. What was asked for may or may not have happened."""
+    """The database is unreachable or did not respond in time. Whether the operation took effect is unknown."""
 
 
 class FileStoreUnavailable(LedgerUnavailable):
-    """This machine cannot use the directory of the result files now. The message is for the log: it names places."""
+    """This machine cannot use the result store now. The message contains paths: log it, do not publish it."""
 
 
 class LedgerBusy(JobledgerError):
-    """More appends are waiting than the writer accepts; try again in a moment."""
+    """More events are waiting than the appender accepts. Retry in a moment."""
 
 
 class VersionConflict(JobledgerError):
-    """The stream is not at the version the decision was made for. `found` is its version now."""
+    """The stream is not at the expected version. `found` is its current version."""
 
     def __init__(self, stream: str, expected: int, found: int) -> None:
         super().__init__(f"{stream} is at version {found}, not {expected}: somebody else was first")
@@ -101,48 +101,50 @@ class LogTruncated(JobledgerError):
 
 
 class NotARegularFile(JobledgerError):
-    """What is to be stored as a file is a directory, a pipe, a socket or a device."""
+    """A path to store is a directory, a pipe, a socket or a device."""
 
 
 class FileTooLarge(JobledgerError):
-    """What is to be stored as a file is larger than `limits.FILE_BYTES`."""
+    """A file to store is larger than `limits.MAX_FILE_BYTES`."""
 
 
 class FileLost(JobledgerError):
-    """A result file that should be in the store is missing or damaged. The message is for the log: it names places."""
+    """A result file is missing from the store, or damaged. The message contains paths: log it, do not publish it."""
 
 
 class FileDamaged(FileLost):
-    """A result file has another content than it was stored with."""
+    """The content of a result file has changed since it was stored."""
 
 
 class InvalidEvent(JobledgerError):
-    """The event cannot be stored or hashed: not JSON, a number outside ±(2^53 - 1), NaN, broken Unicode, too large."""
+    """An event cannot be stored or hashed: not JSON, a number outside ±(2^53 - 1), NaN, broken Unicode, or too
+    large.
+    """
 
 
 class CommandRejected(JobledgerError):
-    """The rules say no; nothing was written. `code` is the word that programs compare."""
+    """The state does not allow the command. Nothing was written. `code` is for programs."""
 
     code = "rejected"
 
 
 class NotFound(CommandRejected):
-    """No such job or batch."""
+    """The job, batch or delivery does not exist."""
 
     code = "not_found"
 
 
 class AlreadyExists(CommandRejected):
-    """The id is taken."""
+    """The ID is taken."""
 
     code = "already_exists"
 
 
 class InvalidState(CommandRejected):
-    """The job or batch is not in a state that allows this."""
+    """The state of the job, batch or delivery does not allow the command."""
 
     code = "invalid_state"
 
 
 class NotDue(InvalidState):
-    """The job is to be started later."""
+    """The job must not start yet."""

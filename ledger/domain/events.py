@@ -1,7 +1,7 @@
-"""ledger: the catalogue of everything that can happen. One class an event, in the past tense, one sentence each.
+"""The catalog of all events: one class each, in the past tense, with one sentence of description.
 
-An event's name in the database is its class name; its payload is its fields. Payloads are never rewritten: `schema` is
-the payload's version, and older ones are brought up to date when they are read (`UPCASTS`). Pure: no database, no
+The class name is the event's type in the database; its fields are the payload. Payloads are never rewritten. `schema`
+is the version of a payload, and older payloads are upgraded when they are read (`UPCASTERS`). Pure: no database, no
 clock, no event loop.
 """
 
@@ -20,25 +20,25 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 from jobledger.ledger.domain.canonical_json import canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent, UnreadableEvent, UnsupportedEvent
 
-_BELOW_A_MILLISECOND = [timedelta(microseconds=microseconds) for microseconds in range(1000)]
+_SUB_MILLISECONDS = [timedelta(microseconds=microseconds) for microseconds in range(1000)]
 
 
-def truncate_to_milliseconds(moment: datetime) -> datetime:
-    """Return the moment in UTC, cut to the milliseconds that BSON keeps, so that hashes survive the database.
+def truncate_to_milliseconds(time: datetime) -> datetime:
+    """Return a time in UTC, truncated to the milliseconds that BSON keeps. So hashes survive the database.
 
     Raises:
-        ValueError: in UTC it lies before the year 1 or after 9999.
+        ValueError: In UTC the time is before year 1 or after year 9999.
     """
     try:
-        if moment.tzinfo is not UTC:
-            moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        if time.tzinfo is not UTC:
+            time = time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
     except OverflowError as error:
-        raise ValueError("the moment is beyond the calendar") from error
-    return moment - _BELOW_A_MILLISECOND[moment.microsecond % 1000]  # eight times as fast as replace()
+        raise ValueError("the time is outside the years 1 to 9999") from error
+    return time - _SUB_MILLISECONDS[time.microsecond % 1000]  # eight times as fast as replace()
 
 
 def _whole(number: float) -> float:
-    """Write a whole number as one: 3600.0 costs the hash chain ten times the work of 3600, and means the same."""
+    """Return a whole number as an integer: hashing 3600.0 takes ten times as long as 3600, and both mean the same."""
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
@@ -56,7 +56,7 @@ class _Value(BaseModel):
 
 
 class AccessControl(_Value):
-    """Who else may see or change a job or batch (konzept.md, "Benutzer-Autorisierung")."""
+    """Who besides the owner may read or change a job or batch (konzept.md, "Benutzer-Autorisierung")."""
 
     visibility: Literal["private", "team", "public"] = "private"
     read_access: list[str] = Field(default_factory=list)
@@ -65,12 +65,17 @@ class AccessControl(_Value):
 
 
 Teams = Annotated[list[str], Field(exclude_if=operator.not_)]
-"""The groups that the owner was in when it was submitted; left out if there are none."""
+"""The groups of the owner at submission. Omitted if empty."""
 
 
 class Webhook(_Value):
-    """Whom to tell about the end. Values of headers, and what it is `signed` with, never enter the log: `secrets_ref`
-    names where those secrets lie."""
+    """Where to send a message about the end.
+
+    Header values and signing secrets never enter the log: `secrets_ref` is
+    the ID of the document that holds them.
+
+    `has_own_secrets`: the message is signed with secrets of its own, not with the endpoint's.
+    """
 
     url: str
     header_names: list[str] = Field(default_factory=list)
@@ -81,7 +86,7 @@ class Webhook(_Value):
 
 
 class Failure(_Value):
-    """Why something failed: a stable code for programs, a sentence for people."""
+    """An error: a stable code for programs and a message for people."""
 
     code: str
     message: str
@@ -89,13 +94,15 @@ class Failure(_Value):
 
 
 class LogEntry(_Value):
+    """One entry of a job's log."""
+
     timestamp: UtcDatetime
     level: LogLevel
     message: str
 
 
 class ResultFile(_Value):
-    """A file by its digest. `path` is relative, below the place where results are served; `size` in bytes."""
+    """A file, identified by its digest. `path` is relative to the URL of the results; `size` is in bytes."""
 
     path: str
     sha256: str
@@ -104,12 +111,16 @@ class ResultFile(_Value):
 
 
 class Asset(_Value):
+    """A result that is available at a URL."""
+
     type: str
     path: str
     url: str
 
 
 class ResultMetadata(_Value):
+    """How a job was processed: `duration` is in seconds. Processors may add fields."""
+
     model_config = ConfigDict(frozen=True, extra="allow")
 
     processed_at: UtcDatetime
@@ -119,7 +130,9 @@ class ResultMetadata(_Value):
 
 
 class JobResults(_Value):
-    # Left out if there is none: a null in a payload costs the hash chain ten times the work.
+    """The results of a job."""
+
+    # Omitted if None: a null in a payload makes hashing ten times slower.
     markdown_file: Annotated[str | None, Field(exclude_if=_is_none)] = None
     markdown_url: Annotated[str | None, Field(exclude_if=_is_none)] = None
     assets: list[Asset] = Field(default_factory=list)
@@ -128,13 +141,13 @@ class JobResults(_Value):
 
 
 class Event(BaseModel):
-    """Something that happened. `schema_version` is the payload's version, stored as `schema`."""
+    """A fact about a job, batch or delivery. `schema_version` is the version of the payload, stored as `schema`."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     schema_version: ClassVar[int] = 1
 
     def to_payload(self) -> dict[str, Any]:
-        """Return the fields as the database stores them: optional fields that were not given are left out."""
+        """Return the fields as the database stores them. Optional fields without a value are omitted."""
         absent = {name for name in _optional(type(self)) if getattr(self, name) is None}
         payload: dict[str, Any] = self.__pydantic_serializer__.to_python(self, exclude=absent or None)
         return payload
@@ -155,7 +168,7 @@ _OPTIONAL: dict[type[Event], tuple[str, ...]] = {}
 
 
 class JobSubmitted(Event):
-    """Somebody asked for a job to be done."""
+    """A job was submitted."""
 
     job_type: str
     parameters: dict[str, Any]
@@ -173,14 +186,14 @@ class JobSubmitted(Event):
 
 
 class JobClaimed(Event):
-    """A worker took the job: attempt `attempt` has begun and is the only one that may speak for the job."""
+    """A worker claimed the job: attempt `attempt` has begun, and only this attempt may report on the job."""
 
     worker_id: str
     attempt: int
 
 
 class JobProgressed(Event):
-    """The attempt got on: how far the whole job is, in percent, and what it is doing."""
+    """The attempt reported progress: the percentage of the whole job, and what it is doing."""
 
     attempt: int
     step: str
@@ -189,17 +202,17 @@ class JobProgressed(Event):
 
 
 class JobLogged(Event):
-    """The attempt had something to say: one or more log lines, in order."""
+    """The attempt wrote log entries. They are in order."""
 
     attempt: int
     entries: list[LogEntry]
 
 
 class StepCompleted(Event):
-    """A part of the attempt is done and need not be done again for inputs with the same digest `key`.
+    """The attempt completed a step. The step need not run again for inputs with the same digest `key`.
 
-    `reused_from` names the job whose output this is, if it was not done here. `cache_version` is the version of the
-    processor whose later jobs of the same owner and type may reuse the output. None means that no other job may.
+    `reused_from` is the job whose output was reused, if any. `cache_version` is the version of the processor whose
+    later jobs of the same owner and type may reuse the output. None means that no other job may.
     """
 
     attempt: int
@@ -214,14 +227,14 @@ class StepCompleted(Event):
 
 
 class JobCompleted(Event):
-    """The work is done and its result files are stored."""
+    """The job completed, and its result files are stored."""
 
     attempt: int
     results: JobResults
 
 
 class JobAttemptFailed(Event):
-    """The attempt failed in a way that may pass: the job waits until `retry_at` and is tried again."""
+    """The attempt failed with a transient error. The job is pending until `retry_at` and is then retried."""
 
     attempt: int
     error: Failure
@@ -229,23 +242,23 @@ class JobAttemptFailed(Event):
 
 
 class JobFailed(Event):
-    """The job failed for good: the error will not pass, or its attempts are used up."""
+    """The job failed: the error is permanent, or all attempts are used up."""
 
     attempt: int
     error: Failure
 
 
 class JobLeaseExpired(Event):
-    """The worker gave no proof of life in time: its attempt is over and the job is free again."""
+    """The worker stopped sending heartbeats. Its attempt is over, and the job is pending again."""
 
     worker_id: str
     attempt: int
 
 
 class JobReleased(Event):
-    """The worker gave the job back unharmed, for example at shutdown: the attempt does not count.
+    """The worker returned the job to the queue, for example at shutdown. The attempt does not count.
 
-    `is_machine_failure`: the worker's machine could not run it.
+    `is_machine_failure`: the worker's machine could not run the job.
     """
 
     worker_id: str
@@ -255,21 +268,21 @@ class JobReleased(Event):
 
 
 class JobCancelRequested(Event):
-    """Somebody asked for a running job to be stopped; its worker will obey."""
+    """A user requested to cancel a running job. Its worker stops it."""
 
     by: str
     reason: str | None = None
 
 
 class JobCancelled(Event):
-    """The job was stopped and will not be done."""
+    """The job was cancelled."""
 
     by: str
     reason: str | None = None
 
 
 class JobRestarted(Event):
-    """An ended job is to be done again, with or without what its finished steps have yielded."""
+    """A finished job was restarted, with or without the outputs of its completed steps."""
 
     by: str
     reason: str | None = None
@@ -277,7 +290,7 @@ class JobRestarted(Event):
 
 
 class JobUpdated(Event):
-    """A waiting job was changed; what is not named stays as it is."""
+    """A pending job was changed. Fields without a value stay as they are."""
 
     by: str
     parameters: dict[str, Any] | None = None
@@ -286,35 +299,35 @@ class JobUpdated(Event):
 
 
 class JobAccessChanged(Event):
-    """Who may see or change the job was set anew."""
+    """The job's access control was replaced."""
 
     by: str
     access_control: AccessControl
 
 
 class JobArchived(Event):
-    """The job was put out of sight of everyday lists."""
+    """The job was archived: default lists hide it."""
 
     by: str
     reason: str | None = None
 
 
 class JobUnarchived(Event):
-    """The job was put back into everyday lists."""
+    """The job was unarchived: default lists show it again."""
 
     by: str
     reason: str | None = None
 
 
 class JobDeleted(Event):
-    """The job is gone from the views and its files are no longer served; its history stays."""
+    """The job was deleted from the views, and its files are no longer served. Its history stays."""
 
     by: str
     reason: str | None = None
 
 
 class WorkerFenced(Event):
-    """A worker spoke for an attempt that was over, and was refused: the visible trace of a zombie."""
+    """A worker reported for an attempt that was over, and the report was rejected."""
 
     worker_id: str
     attempt: int
@@ -325,7 +338,7 @@ class WorkerFenced(Event):
 
 
 class BatchCounts(_Value):
-    """How many of a batch's jobs ended how."""
+    """The number of a batch's jobs per outcome."""
 
     completed: int = 0
     failed: int = 0
@@ -333,14 +346,14 @@ class BatchCounts(_Value):
 
 
 class BatchSummary(_Value):
-    """What a batch took: seconds of processing (summed over its jobs) and language-model tokens."""
+    """What a batch used: processing time in seconds (the sum over its jobs) and language-model tokens."""
 
     duration: CompactFloat = 0.0
     tokens_used: int = 0
 
 
 class BatchSubmitted(Event):
-    """Jobs were submitted together; their own `JobSubmitted` events are in the same transaction."""
+    """A batch of jobs was submitted. Its jobs' `JobSubmitted` events are in the same transaction."""
 
     batch_name: str | None = None
     total_jobs: int
@@ -353,14 +366,14 @@ class BatchSubmitted(Event):
 
 
 class BatchPaused(Event):
-    """The batch's waiting jobs are not to be started for now."""
+    """The batch was paused: its pending jobs do not start."""
 
     by: str
     reason: str | None = None
 
 
 class BatchResumed(Event):
-    """The batch's waiting jobs may be started again."""
+    """The batch was resumed: its pending jobs may start again."""
 
     by: str
     reason: str | None = None
@@ -379,28 +392,28 @@ class BatchReopened(Event):
 
 
 class BatchAccessChanged(Event):
-    """Who may see or change the batch was set anew; each of its jobs says for itself who may see it."""
+    """The batch's access control was replaced. Each of its jobs has an access control of its own."""
 
     by: str
     access_control: AccessControl
 
 
 class BatchArchived(Event):
-    """The batch was put out of sight of everyday lists."""
+    """The batch was archived: default lists hide it."""
 
     by: str
     reason: str | None = None
 
 
 class BatchUnarchived(Event):
-    """The batch was put back into everyday lists."""
+    """The batch was unarchived: default lists show it again."""
 
     by: str
     reason: str | None = None
 
 
 class BatchDeleted(Event):
-    """The batch is gone from the views; its history stays."""
+    """The batch was deleted from the views. Its history stays."""
 
     by: str
     reason: str | None = None
@@ -414,7 +427,10 @@ WebhookEventType = Literal[
 
 
 class DeliveryQueued(Event):
-    """A webhook is to be sent: `source`, a job or batch, has ended with the event of this version of its stream."""
+    """A webhook message is to be sent.
+
+    `source`, a job or batch, ended with the event at `source_version` of its stream.
+    """
 
     source: str
     source_version: int
@@ -425,9 +441,10 @@ class DeliveryQueued(Event):
 
 
 class DeliveryAttempted(Event):
-    """The receiver was called. It said `response` (its beginning), or nothing; `error` if that was no 2xx.
+    """The endpoint was called. `response` is the beginning of its response; `error` is present unless the status is
+    2xx.
 
-    `body_sha256` is the digest of what was sent, in hexadecimal; `next_attempt_at` is when it is tried again.
+    `body_sha256` is the digest of the message body in hex. `next_attempt_at` is the time of the next attempt.
     """
 
     attempt: int
@@ -440,19 +457,19 @@ class DeliveryAttempted(Event):
 
 
 class DeliverySucceeded(Event):
-    """The receiver has confirmed it with a 2xx."""
+    """The endpoint accepted the message with status 2xx."""
 
     attempt: int
 
 
 class DeliveryAbandoned(Event):
-    """It is not tried any more, unless somebody asks for that."""
+    """The delivery is not retried any more, unless a user redelivers it."""
 
     reason: str
 
 
 class DeliveryRequeued(Event):
-    """Somebody asked for it to be sent, once more or at once; the schedule begins anew."""
+    """A user requested to send the message again. The retry schedule starts over."""
 
     by: str
     reason: str | None = None
@@ -462,7 +479,7 @@ class DeliveryRequeued(Event):
 
 
 class PositionVoided(Event):
-    """A position whose writer died between taking the number and writing the event; nothing happened here."""
+    """A position without an event: its writer died after it had reserved the position."""
 
 
 JobEvent = (
@@ -501,6 +518,19 @@ DeliveryEvent = DeliveryQueued | DeliveryAttempted | DeliverySucceeded | Deliver
 JOB_EVENTS: tuple[type[Event], ...] = get_args(JobEvent)
 BATCH_EVENTS: tuple[type[Event], ...] = get_args(BatchEvent)
 DELIVERY_EVENTS: tuple[type[Event], ...] = get_args(DeliveryEvent)
+VALUE_TYPES: tuple[type[BaseModel], ...] = (
+    AccessControl,
+    Webhook,
+    Failure,
+    LogEntry,
+    JobResults,
+    ResultFile,
+    Asset,
+    ResultMetadata,
+    BatchCounts,
+    BatchSummary,
+)
+"""The models of the objects in payloads."""
 EVENT_TYPES: Mapping[str, type[Event]] = {
     event.__name__: event for event in JOB_EVENTS + BATCH_EVENTS + DELIVERY_EVENTS + (PositionVoided,)
 }
@@ -510,9 +540,9 @@ EVENT_TYPES: Mapping[str, type[Event]] = {
 class EventMetadata:
     """Where an event comes from.
 
-    `actor`: who did it (`user:…`, `worker:…`, `system`); `correlation_id`: the batch or request it belongs to;
-    `causation_id`: the `event_id` that led here; `traceparent`: W3C trace context; `request`: what tells a request that
-    is repeated, with its Idempotency-Key, from a new one.
+    `actor`: who caused it (`user:…`, `worker:…`, `system`). `correlation_id`: its batch or request. `causation_id`: the
+    `event_id` of its cause. `traceparent`: W3C trace context. `request_fingerprint`: distinguishes a repeated request
+    with the same Idempotency-Key from a new one.
     """
 
     actor: str = "system"
@@ -522,7 +552,7 @@ class EventMetadata:
     request_fingerprint: str | None = None
 
     def to_document(self) -> dict[str, str]:
-        """Return what is known, as the database stores it."""
+        """Return the fields that have a value, as the database stores them."""
         payload = {"actor": self.actor}
         if self.correlation_id is not None:
             payload["correlation_id"] = self.correlation_id
@@ -536,7 +566,7 @@ class EventMetadata:
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, str]) -> EventMetadata:
-        """Return what `payload` wrote; names from later versions are passed over."""
+        """Return the metadata of a stored event. Fields of later versions are ignored."""
         get = stored.get
         return cls(
             get("actor", "system"),
@@ -549,15 +579,15 @@ class EventMetadata:
 
 _HASHED_FIELDS: Final = ("data", "event_id", "meta", "prev", "schema", "stream", "time", "type", "version")
 UNKNOWN_TIME = datetime(1970, 1, 1, tzinfo=UTC)
-"""The time of an event whose time is damaged."""
+"""The time of an event whose stored time is damaged."""
 
 
 class RecordedEvent:
-    """An event in the log: a document of `events`, with its payload read when somebody asks for it.
+    """An event in the log: a document of `events` whose payload is parsed on first use.
 
-    Two are equal if they are the same event in the same place. Whoever only passes events on, or looks for some types,
-    need not know them all: the log may hold events of a later version of this program. The properties can be read of a
-    damaged event, too. `event` then raises `UnreadableEvent`.
+    Two are equal if they are the same event at the same position. Code that only forwards events, or filters by type,
+    works with unknown types: the log may contain events of a later version of this program. The properties also work
+    for a damaged event. Then `event` raises `UnreadableEvent`.
     """
 
     __slots__ = ("_document", "_event", "stream", "type")
@@ -575,7 +605,7 @@ class RecordedEvent:
 
     @property
     def position(self) -> int:
-        """Its number in the whole log, from 1."""
+        """Its position in the whole log, from 1."""
         return int(self._document["_id"])
 
     @property
@@ -584,31 +614,31 @@ class RecordedEvent:
 
     @property
     def version(self) -> int:
-        """Its number in `stream`, from 1."""
+        """Its version in `stream`, from 1."""
         version = self._document.get("version")
         return version if isinstance(version, int) else 0
 
     @property
     def schema(self) -> int:
-        """The version of the payload as it was written, 0 if that is damaged; `event` is brought up to date."""
+        """The version of the stored payload; 0 if it is damaged. `event` is upgraded to the current version."""
         schema = self._document.get("schema")
         return schema if isinstance(schema, int) else 0
 
     @property
     def time(self) -> datetime:
-        """When the writer decided it; `UNKNOWN_TIME` if that is damaged."""
+        """When the writer decided it; `UNKNOWN_TIME` if it is damaged."""
         time = self._document.get("time")
         return time if isinstance(time, datetime) else UNKNOWN_TIME
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """The payload as it was written; of a damaged event, it may be anything."""
+        """The payload as stored. In a damaged event it may have any type."""
         data: Mapping[str, Any] = self._document.get("data")  # type: ignore[assignment]  # see above
         return data
 
     @property
     def payload(self) -> Mapping[str, Any]:
-        """The payload as it was written, empty if it is no object."""
+        """The payload as stored; empty if it is not an object."""
         data = self._document.get("data")
         return data if isinstance(data, Mapping) else {}
 
@@ -619,16 +649,16 @@ class RecordedEvent:
 
     @property
     def hash(self) -> bytes:
-        """The digest that the next event of the stream is chained to; empty if that is damaged."""
+        """The hash that the next event of the stream contains; empty if it is damaged."""
         found = self._document.get("hash")
         return bytes(found) if isinstance(found, bytes) else b""
 
     @property
     def event(self) -> Event:
-        """What happened.
+        """The parsed event.
 
         Raises:
-            UnreadableEvent: this version of the program does not know it, or its payload is damaged.
+            UnreadableEvent: This version of the program does not know the event, or its payload is damaged.
         """
         if self._event is None:
             self._event = self._read()
@@ -642,25 +672,27 @@ class RecordedEvent:
         if not isinstance(document.get("time"), datetime):
             raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: it has no time")
         if not isinstance(schema, int) or schema < 1:
-            raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: no schema is called {schema!r}")
-        known = EVENT_TYPES.get(name)
-        if known is None or schema > known.schema_version:
+            raise UnreadableEvent(
+                f"{self._place()} is a {name} that cannot be read: {schema!r} is not a schema version"
+            )
+        event_type = EVENT_TYPES.get(name)
+        if event_type is None or schema > event_type.schema_version:
             if "hash" in document and not self._is_intact():
                 raise UnreadableEvent(f"{self._place()} is a {name} with schema {schema}, and its hash is wrong")
             raise UnsupportedEvent(
                 f"{self._place()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
-                "a later one has written to this log. Upgrade this one."
+                "a later version wrote it. Upgrade Jobledger."
             )
         try:
             data = document["data"]
-            data = data if schema == known.schema_version else upcast(name, schema, data)
-            event: Event = known.__pydantic_validator__.validate_python(data)
+            data = data if schema == event_type.schema_version else upcast(name, schema, data)
+            event: Event = event_type.__pydantic_validator__.validate_python(data)
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # the last of them also from pydantic
             raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: {error}") from error
         return event
 
     def _is_intact(self) -> bool:
-        """Return whether the hash is that of the content."""
+        """Return whether the hash matches the content."""
         try:
             hashed = {name: self._document[name] for name in _HASHED_FIELDS}
             return hashlib.sha256(canonical_json(hashed)).digest() == self.hash
@@ -685,16 +717,16 @@ class RecordedEvent:
 
 Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
 UPCASTERS: Mapping[str, Sequence[Upcaster]] = {}
-"""How older payloads are brought up to date when they are read: by type, from schema 1 to 2, from 2 to 3, and so on.
+"""How older payloads are upgraded when they are read: by type, from schema 1 to 2, from 2 to 3, and so on.
 
-A field that is added with a default needs nothing here. Where a meaning changes, `schema_version` goes up by one and
-the step is entered here; old payloads stay in the log as they were written, and in tests/golden for ever.
+A new field with a default needs no entry. If a meaning changes, increment `schema_version` and add the step here. Old
+payloads stay unchanged in the log, and in tests/golden for ever.
 """
 
 
 def upcast(name: str, schema: int, data: Any) -> Any:
-    """Return a payload as the newest version of its type has it."""
-    changed = deepcopy(data)  # a step may change what lies within, and the stored payload stays as it is
+    """Return a payload in the newest version of its type."""
+    payload = deepcopy(data)  # a step may change nested values, and the stored payload must stay unchanged
     for step in UPCASTERS.get(name, ())[schema - 1 :]:
-        changed = step(changed)
-    return changed
+        payload = step(payload)
+    return payload

@@ -1,4 +1,4 @@
-"""ledger: the rules of a job. `decide` answers a command with events or refuses it; `evolve` applies an event. Pure."""
+"""The decider of a job: which events a command causes, and the state after each event. Pure."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ from jobledger.ledger.domain.statuses import TERMINAL_STATUSES, JobStatus
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the rules need to know of a job.
+    """The state of a job that decisions need.
 
-    `attempt` numbers its executions and is never reused; `counted` is how many of them count against
-    `asked.max_attempts` (a released one does not). `due` is when it may next be claimed. `steps` maps the digest of a
-    finished step's inputs to the event that holds its output. `anew` says that it was restarted to do all of it again.
-    `machine_troubles` is how many times in a row it was given back because a machine could not run it. `step_bytes`,
-    `changed_bytes` and `log_bytes` are the sizes of the outputs of `steps`, of all changes of its parameters and of its
-    log.
+    `attempt` numbers the attempts and is never reused. `counted_attempts` is how many of them count against
+    `spec.max_attempts`; a released attempt does not. `due_at` is when the job may next be claimed. `steps` maps the
+    digest of a completed step's inputs to the event with its output. `is_full_restart`: the job was restarted without
+    its completed steps. `consecutive_machine_failures` is how many times in a row it was released because a machine
+    could not run it. `step_output_bytes`, `changed_parameters_bytes` and `log_bytes` are the total sizes of the outputs
+    of `steps`, of all changes of its parameters, and of its log.
     """
 
     spec: JobSubmitted
@@ -86,25 +86,29 @@ class Job:
 
 
 MAX_CONSECUTIVE_MACHINE_FAILURES: Final = 5
-"""A job given back this often in a row for machine trouble is taken for its cause: the next time counts as an attempt.
+"""After this many releases in a row for machine failures, the job is assumed to cause them. The next one counts as
+an attempt.
 
-Why 5: a sick worker reports at its first such job and claims nothing until its check passes, so a healthy job meets
-more than one sick machine only if several fall ill at the same time. A job that is itself the cause meets trouble on
-every machine, stops each for a pause of a second or more, and has to end: after 5 times, and then `max_attempts`.
+Why 5: a failing worker reports at its first such job and claims nothing until its health check passes. So a healthy job
+meets several failing machines only if they fail at the same time. A job that is the cause fails on every machine and
+pauses each for a second or more. It must end: after 5 failures and then `max_attempts`.
 """
 
 
 def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
-    """Answer a command with the events it causes, or refuse it.
+    """Return the events that a command causes.
+
+    A worker that reports for an attempt that is over gets no error. The event `WorkerFenced` records the rejection.
 
     Raises:
-        NotFound, AlreadyExists, WrongState: the rules say no. A worker that speaks for an attempt that is over is
-            not an error here: the answer is the event `WorkerFenced`, so that the refusal is on record.
-        InvalidEvent: the job has too many finished steps.
+        NotFound: There is no such job, or it was deleted.
+        AlreadyExists: A job with this ID exists.
+        InvalidState: The job's state does not allow the command.
+        InvalidEvent: The job has too many completed steps, or too large ones.
     """
     if isinstance(command, SubmitJob):
         if job is not None:
-            raise AlreadyExists("a job with this id exists already")
+            raise AlreadyExists("a job with this ID already exists")
         return [command.job]
     if job is None or job.deleted:
         raise NotFound("there is no such job")
@@ -151,14 +155,14 @@ def _require(allowed: bool, job: Job, done: str, why: str) -> None:
 
 
 def _claim(command: ClaimJob, job: Job) -> list[JobEvent]:
-    _require(job.status == "pending", job, "claimed", "only a waiting job can be")
+    _require(job.status == "pending", job, "claimed", "only a pending job can be")
     if job.due_at is not None and command.now < job.due_at:
-        raise NotDue(f"the job is not to be started before {job.due_at.isoformat()}")
+        raise NotDue(f"the job must not start before {job.due_at.isoformat()}")
     return [JobClaimed(worker_id=command.worker_id, attempt=job.attempt + 1)]
 
 
 def _expire(command: ExpireLease, job: Job) -> list[JobEvent]:
-    """Whoever notices may say so, any number of them: only the first has an effect."""
+    """Expire the lease once. Any number of processes may report it; only the first report has an effect."""
     if (job.status, job.worker_id, job.attempt) != ("processing", command.worker_id, command.attempt):
         return []
     expired = JobLeaseExpired(worker_id=command.worker_id, attempt=command.attempt)
@@ -167,7 +171,7 @@ def _expire(command: ExpireLease, job: Job) -> list[JobEvent]:
     if job.counted_attempts >= job.spec.max_attempts:
         error = Failure(
             code="WORKER_LOST",
-            message=f"The worker stopped giving signs of life in attempt {job.attempt}, and all "
+            message=f"The worker stopped sending heartbeats in attempt {job.attempt}, and all "
             f"{job.spec.max_attempts} attempts are used up.",
             details={"worker_id": command.worker_id},
         )
@@ -176,8 +180,8 @@ def _expire(command: ExpireLease, job: Job) -> list[JobEvent]:
 
 
 def _report(command: WorkerCommand, job: Job) -> list[JobEvent]:
-    """The one place where a stale attempt is refused (the attempt number is the fencing token)."""
-    event = _reported(command, job)
+    """Reject reports for a stale attempt. This is the only place; the attempt number is the fencing token."""
+    event = _build_event(command, job)
     if (job.status, job.worker_id, job.attempt) != ("processing", command.worker_id, command.attempt):
         return [WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, rejected_event=type(event).__name__)]
     if isinstance(event, StepCompleted):
@@ -187,7 +191,7 @@ def _report(command: WorkerCommand, job: Job) -> list[JobEvent]:
     return [event]
 
 
-def _reported(command: WorkerCommand, job: Job) -> JobEvent:
+def _build_event(command: WorkerCommand, job: Job) -> JobEvent:
     match command:
         case ReportProgress():
             return JobProgressed(
@@ -213,9 +217,9 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
         case CompleteJob():
             return JobCompleted(attempt=command.attempt, results=command.results)
         case FailAttempt():
-            return _failed(command, job)
+            return _fail(command, job)
         case ReleaseJob():
-            if job.cancel_request is not None:  # else the next worker would start what nobody wants
+            if job.cancel_request is not None:  # otherwise the next worker would start a cancelled job
                 return JobCancelled(by=job.cancel_request.by, reason=job.cancel_request.reason)
             return JobReleased(
                 worker_id=command.worker_id,
@@ -232,7 +236,7 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
             assert_never(command)
 
 
-def _failed(command: FailAttempt, job: Job) -> JobEvent:
+def _fail(command: FailAttempt, job: Job) -> JobEvent:
     if job.cancel_request is not None:
         return JobCancelled(by=job.cancel_request.by, reason=job.cancel_request.reason)
     error = limits.truncate_failure(command.error)
@@ -244,14 +248,14 @@ def _failed(command: FailAttempt, job: Job) -> JobEvent:
 def _cancel(command: CancelJob, job: Job) -> list[JobEvent]:
     if job.status == "pending":
         return [JobCancelled(by=command.by, reason=command.reason)]
-    _require(job.status == "processing", job, "cancelled", "it has ended already")
+    _require(job.status == "processing", job, "cancelled", "it has already ended")
     return [] if job.cancel_request else [JobCancelRequested(by=command.by, reason=command.reason)]
 
 
 def _update(command: UpdateJob, job: Job) -> list[JobEvent]:
     events: list[JobEvent] = []
     if (command.parameters, command.priority, command.not_before) != (None, None, None):
-        _require(job.status == "pending", job, "changed", "only a waiting job can be")
+        _require(job.status == "pending", job, "changed", "only a pending job can be")
         limits.check_changed_parameters(_changed_bytes(job, command.parameters))
         events.append(
             JobUpdated(
@@ -267,7 +271,7 @@ def _update(command: UpdateJob, job: Job) -> list[JobEvent]:
 
 
 def evolve(job: Job | None, event: JobEvent) -> Job:
-    """Return the job as it is after the event. The log is trusted: nothing is refused here."""
+    """Return the job after an event. Events of the log are trusted, so nothing is rejected here."""
     if isinstance(event, JobSubmitted):
         return Job(spec=event, due_at=event.not_before)
     if job is None:
@@ -289,11 +293,11 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
         case StepCompleted():
             return replace(job, steps={**job.steps, event.key: event}, step_output_bytes=_step_bytes(job, event))
         case JobCompleted():
-            return _ended(job, "completed")
+            return _end(job, "completed")
         case JobAttemptFailed():
             return replace(job, status="pending", worker_id=None, due_at=event.retry_at, consecutive_machine_failures=0)
         case JobFailed():
-            return _ended(job, "failed")
+            return _end(job, "failed")
         case JobLeaseExpired():
             return replace(job, status="pending", worker_id=None)
         case JobReleased():
@@ -307,7 +311,7 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
         case JobCancelRequested():
             return replace(job, cancel_request=event)
         case JobCancelled():
-            return _ended(job, "cancelled")
+            return _end(job, "cancelled")
         case JobRestarted():
             kept = job.steps if event.reuse_steps else {}
             return replace(
@@ -339,7 +343,7 @@ def _log_bytes(event: JobLogged) -> int:
     return sum(len(line.message) + limits.LOG_ENTRY_OVERHEAD_BYTES for line in event.entries)
 
 
-def _ended(job: Job, status: JobStatus) -> Job:
+def _end(job: Job, status: JobStatus) -> Job:
     return replace(job, status=status, worker_id=None, due_at=None, cancel_request=None)
 
 
@@ -356,10 +360,10 @@ def _with_changes(job: Job, event: JobUpdated) -> Job:
 
 
 def _step_bytes(job: Job, step: StepCompleted) -> int:
-    """Return how large the outputs of a job's steps are when one more is finished, or finished again."""
-    known = job.steps.get(step.key)
-    replaced = _bytes(known.output) if known is not None else 0
-    return job.step_output_bytes - replaced + _bytes(step.output)
+    """Return the total size of the outputs of a job's steps after one more step, which may replace an earlier one."""
+    previous = job.steps.get(step.key)
+    previous_bytes = _bytes(previous.output) if previous is not None else 0
+    return job.step_output_bytes - previous_bytes + _bytes(step.output)
 
 
 def _changed_bytes(job: Job, parameters: Mapping[str, Any] | None) -> int:
@@ -369,5 +373,5 @@ def _changed_bytes(job: Job, parameters: Mapping[str, Any] | None) -> int:
 def _bytes(value: Any) -> int:
     try:
         return limits.json_bytes(value)
-    except TypeError:  # JSON cannot hold it, so no event can: the append refuses it, and says why
+    except TypeError:  # not JSON, so the append rejects the event with a reason
         return 0

@@ -1,17 +1,17 @@
-"""ledger: limits on what an event may hold, and the budget of a view's document. Pure.
+"""Limits on what an event may contain, and size budgets of the documents of views. Pure.
 
-MongoDB stores at most 16 MiB in one document, so nothing that ends up in a view's document may grow without bound.
-There are two kinds of numbers here:
+MongoDB stores at most 16 MiB in one document, so nothing that enters a view's document may grow without bound. There
+are two kinds of numbers here:
 
-* Limits are checked when an event is appended (`check`), whoever appends it: API, worker, command or library.
-* Budgets are what the views keep of each field. The projector cuts what is larger. So events that were written before
-  there were limits, or by other programs, make documents that can be stored, too.
+* Limits are checked when an event is appended (`check_event`), for every caller: API, worker, command or library.
+* Budgets are what the views keep of each field. The projector truncates larger values. So events that were written
+  before there were limits, or by other programs, also fit into documents.
 
 A job's document is the largest. In MiB:
 
     parameters 7.5 + results 2 + list index 2 + steps 1 + logs 1 + access 0.5 + error 0.125 + texts 0.25 = 14.4 < 16
 
-A batch's document holds one submission (at most 8, see `LARGEST_EVENT_BYTES`) and its list index: 8 + 2 = 10 < 16.
+A batch's document holds one submission (at most 8, see `envelope.MAX_EVENT_BYTES`) and its list index: 8 + 2 = 10 < 16.
 A delivery's document holds 50 attempts (50 × 0.03), its webhook and its list index: less than 4.
 """
 
@@ -40,14 +40,14 @@ from jobledger.ledger.domain.events import (
 _KIB: Final = 1024
 _MIB: Final = 1024 * _KIB
 MAX_DOCUMENT_BYTES: Final = 16 * _MIB
-"""What MongoDB stores in one document."""
+"""The largest document that MongoDB stores."""
 
-# Of one submission.
+# Per submission.
 MAX_PARAMETERS_BYTES: Final = 15 * _MIB // 2
 MAX_ACCESS_NAMES: Final = 200
-"""Names in the three lists of an access control together. Each name adds rows to the list index."""
+"""Names in all three lists of an access control together. Each name adds rows to the list index."""
 MAX_TEAMS: Final = 200
-"""Groups of an owner that are recorded with a job or batch."""
+"""Groups of the owner that are recorded with a job or batch."""
 MAX_NAME_CHARACTERS: Final = 200
 MAX_BATCH_JOBS: Final = 10_000
 MAX_WEBHOOK_HEADERS: Final = 50
@@ -57,56 +57,56 @@ MAX_TITLE_CHARACTERS: Final = 500
 MAX_URL_CHARACTERS: Final = 2000
 MAX_REASON_CHARACTERS: Final = 2000
 
-# Of one attempt.
+# Per job or attempt.
 MAX_RESULTS_BYTES: Final = 2 * _MIB
 MAX_RESULT_FILES: Final = 2000
 MAX_FILE_BYTES: Final = 16 * 1024 * _MIB
-"""Of a file that a job saves, and of any other file that a job process writes."""
+"""Size of a file that a job saves, and of any other file that a job process writes."""
 MAX_STEPS: Final = 2000
-"""Finished steps of a job that are kept for its next attempt."""
+"""Completed steps of a job that are kept for its next attempt."""
 MAX_STEP_OUTPUT_BYTES: Final = 64 * _MIB
-"""Outputs of all finished steps of a job together, as JSON. Its worker and its job process hold them in memory."""
+"""Outputs of all completed steps of a job together, as JSON. Its worker and its job process hold them in memory."""
 MAX_CHANGED_PARAMETERS_BYTES: Final = 64 * _MIB
-"""Parameters of all changes of a job together, as JSON. Whoever decides on a job reads its whole stream."""
+"""Parameters of all changes of a job together, as JSON. Each decision on the job reads its whole stream."""
 MAX_JOB_LOG_BYTES: Final = 16 * _MIB
-"""Log lines of a job together, all attempts: their texts, and `LOG_LINE_BYTES` for each. Its worker leaves out more."""
+"""Log entries of a job in all attempts: their texts, and `LOG_ENTRY_OVERHEAD_BYTES` each. The worker drops the rest."""
 LOG_ENTRY_OVERHEAD_BYTES: Final = 64
 MAX_STEP_NAME_CHARACTERS: Final = 500
 MAX_STEP_WARNINGS: Final = 1000
 MAX_STEP_WARNING_BYTES: Final = 64 * _KIB
 
-# What is shortened instead of refused, because refusing an error or a line of progress would hide it.
+# These are truncated instead of rejected: rejecting an error or progress would hide it.
 MAX_ERROR_MESSAGE_CHARACTERS: Final = 10_000
 MAX_ERROR_DETAILS_BYTES: Final = 64 * _KIB
 MAX_PROGRESS_STEP_CHARACTERS: Final = 500
 MAX_PROGRESS_MESSAGE_CHARACTERS: Final = 2000
 MAX_RESPONSE_CHARACTERS: Final = 4096
 
-# Budgets of the views' documents.
+# Size budgets of the documents of views.
 MAX_VIEW_LOGS_BYTES: Final = 1 * _MIB
 MAX_VIEW_STEPS_BYTES: Final = 1 * _MIB
 MAX_LIST_INDEX_BYTES: Final = 1 * _MIB
-"""Of each of the two kinds of rows, `list_keys` and `search_keys`."""
+"""For each of the two kinds of rows, `list_keys` and `search_keys`."""
 MAX_LIST_INDEX_ROWS: Final = 5000
-"""Of each of the two kinds. MongoDB takes at most 100,000 index keys from one document."""
+"""For each of the two kinds. MongoDB allows at most 100,000 index keys per document."""
 MAX_BATCH_LIST_INDEX_BYTES: Final = 512 * _MIB
-"""Of both kinds together, for all jobs of a batch. The names that may see a job add rows for each word and field."""
+"""For both kinds together, for all jobs of a batch. Each name that may read a job adds rows for each word and field."""
 MAX_SEARCHED_CHARACTERS: Final = 4000
-"""Of the texts of a document that are made searchable."""
+"""Characters of a document's texts that are searchable."""
 
 _BSON_FACTOR: Final = 9
-"""BSON takes up to that many times the bytes of JSON: 17 for `0,` in a long list."""
+"""BSON takes up to this many times the bytes of JSON: 17 for `0,` in a long list."""
 
 
 def check_event(event: Event, text_bytes: int) -> None:
-    """Refuse an event that holds more than the limits allow.
+    """Reject an event that exceeds a limit.
 
     Args:
-        event: What is to be appended.
-        text_bytes: The size of its canonical JSON, which tells cheaply that most events are far below all limits.
+        event: The event to append.
+        text_bytes: The size of its canonical JSON. It shows cheaply that most events are far below all limits.
 
     Raises:
-        InvalidEvent: The message names the field, the limit and what was found.
+        InvalidEvent: The message contains the field, the limit and the actual value.
     """
     if (checks := _CHECKS.get(type(event))) is not None:
         checks(event, text_bytes)
@@ -114,65 +114,65 @@ def check_event(event: Event, text_bytes: int) -> None:
         _check_text("reason", getattr(event, "reason", None), MAX_REASON_CHARACTERS)
 
 
-def check_steps(found: int) -> None:
-    """Refuse one more finished step of a job that has too many already.
+def check_steps(count: int) -> None:
+    """Reject one more completed step if the job has too many.
 
     Raises:
-        InvalidEvent: The message names the limit.
+        InvalidEvent: The message contains the limit.
     """
-    _check_count("steps", found, MAX_STEPS, "finished steps of one job")
+    _check_count("steps", count, MAX_STEPS, "completed steps of one job")
 
 
-def check_step_outputs(found: int) -> None:
-    """Refuse one more finished step of a job whose outputs are too large together.
+def check_step_outputs(total_bytes: int) -> None:
+    """Reject one more completed step if the outputs of all steps together are too large.
 
     Raises:
-        InvalidEvent: The message names the limit.
+        InvalidEvent: The message contains the limit.
     """
-    if found > MAX_STEP_OUTPUT_BYTES:
+    if total_bytes > MAX_STEP_OUTPUT_BYTES:
         raise InvalidEvent(
-            f"steps: the outputs of all finished steps together take {found} bytes: at most "
+            f"steps: the outputs of all completed steps together take {total_bytes} bytes: at most "
             f"{MAX_STEP_OUTPUT_BYTES} are "
             "allowed. Save large content as files"
         )
 
 
-def check_changed_parameters(found: int) -> None:
-    """Refuse one more change of a job's parameters if all changes are too large together.
+def check_changed_parameters(total_bytes: int) -> None:
+    """Reject one more change of a job's parameters if all changes together are too large.
 
     Raises:
-        InvalidEvent: The message names the limit.
+        InvalidEvent: The message contains the limit.
     """
-    if found > MAX_CHANGED_PARAMETERS_BYTES:
+    if total_bytes > MAX_CHANGED_PARAMETERS_BYTES:
         raise InvalidEvent(
-            f"parameters: all changes of this job together take {found} bytes: at most "
+            f"parameters: all changes of this job together take {total_bytes} bytes: at most "
             f"{MAX_CHANGED_PARAMETERS_BYTES} are "
             "allowed. Submit a new job"
         )
 
 
-def _check_submission(asked: JobSubmitted | BatchSubmitted, text_bytes: int) -> None:
-    _check_access(asked.access_control)
-    if asked.teams:
-        _check_count("teams", len(asked.teams), MAX_TEAMS, "groups")
-    if asked.webhook is not None:
-        _check_text("webhook.url", asked.webhook.url, MAX_URL_CHARACTERS)
-        _check_count("webhook.headers", len(asked.webhook.header_names), MAX_WEBHOOK_HEADERS, "headers")
-    _check_text("user_id", asked.user_id, MAX_NAME_CHARACTERS)
-    _check_parameters(asked, text_bytes)
+def _check_submission(submission: JobSubmitted | BatchSubmitted, text_bytes: int) -> None:
+    _check_access(submission.access_control)
+    if submission.teams:
+        _check_count("teams", len(submission.teams), MAX_TEAMS, "groups")
+    if submission.webhook is not None:
+        _check_text("webhook.url", submission.webhook.url, MAX_URL_CHARACTERS)
+        _check_count("webhook.headers", len(submission.webhook.header_names), MAX_WEBHOOK_HEADERS, "headers")
+    _check_text("user_id", submission.user_id, MAX_NAME_CHARACTERS)
+    _check_parameters(submission, text_bytes)
 
 
-def _check_job(asked: JobSubmitted, text_bytes: int) -> None:
-    _check_submission(asked, text_bytes)
+def _check_job(submission: JobSubmitted, text_bytes: int) -> None:
+    _check_submission(submission, text_bytes)
     if text_bytes > MAX_NAME_CHARACTERS:
-        _check_text("job_name", asked.job_name, MAX_TITLE_CHARACTERS)
-        _check_text("job_type", asked.job_type, MAX_NAME_CHARACTERS)
+        _check_text("job_name", submission.job_name, MAX_TITLE_CHARACTERS)
+        _check_text("job_type", submission.job_type, MAX_NAME_CHARACTERS)
 
 
-def _check_batch(asked: BatchSubmitted, text_bytes: int) -> None:
-    _check_submission(asked, text_bytes)
-    _check_text("batch_name", asked.batch_name, MAX_TITLE_CHARACTERS)
-    _check_count("jobs", len(asked.job_ids), MAX_BATCH_JOBS, "jobs")
+def _check_batch(submission: BatchSubmitted, text_bytes: int) -> None:
+    _check_submission(submission, text_bytes)
+    _check_text("batch_name", submission.batch_name, MAX_TITLE_CHARACTERS)
+    _check_count("jobs", len(submission.job_ids), MAX_BATCH_JOBS, "jobs")
 
 
 def _check_parameters(event: JobSubmitted | BatchSubmitted | JobUpdated, text_bytes: int) -> None:
@@ -213,19 +213,19 @@ _CHECKS: Final[Mapping[type[Event], Callable[[Any, int], None]]] = {
 def _check_access(access: AccessControl) -> None:
     if not (access.read_access or access.write_access or access.admin_access):
         return
-    together = 0
-    for place in ("read_access", "write_access", "admin_access"):
-        names: list[str] = getattr(access, place)
-        together += len(names)
-        _check_count(f"access_control.{place}", len(names), MAX_ACCESS_NAMES, "names")
-        for number, name in enumerate(names):
-            _check_text(f"access_control.{place}[{number}]", name, MAX_NAME_CHARACTERS)
-    _check_count("access_control", together, MAX_ACCESS_NAMES, "names in all lists together")
+    total = 0
+    for field in ("read_access", "write_access", "admin_access"):
+        names: list[str] = getattr(access, field)
+        total += len(names)
+        _check_count(f"access_control.{field}", len(names), MAX_ACCESS_NAMES, "names")
+        for index, name in enumerate(names):
+            _check_text(f"access_control.{field}[{index}]", name, MAX_NAME_CHARACTERS)
+    _check_count("access_control", total, MAX_ACCESS_NAMES, "names in all lists together")
 
 
-def _check_count(where: str, found: int, limit: int, what: str) -> None:
-    if found > limit:
-        raise InvalidEvent(f"{where}: {found} {what} are too many: at most {limit} are allowed")
+def _check_count(where: str, count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise InvalidEvent(f"{where}: {count} {what} are too many: at most {limit} are allowed")
 
 
 def _check_text(where: str, text: str | None, limit: int) -> None:
@@ -234,46 +234,46 @@ def _check_text(where: str, text: str | None, limit: int) -> None:
 
 
 def _check_bytes(where: str, value: Any, limit: int) -> None:
-    if value is not None and (found := bson_bytes(value)) > limit:
-        raise InvalidEvent(f"{where}: {found} bytes (as BSON) are too large: at most {limit} are allowed")
+    if value is not None and (size := bson_bytes(value)) > limit:
+        raise InvalidEvent(f"{where}: {size} bytes (as BSON) are too large: at most {limit} are allowed")
 
 
-# Sizes and shortening ---------------------------------------------------------------------------------------------
+# Sizes and truncation ----------------------------------------------------------------------------------------------
 
 
 def bson_bytes(value: Any) -> int:
-    """Return how many bytes a value takes in a document, without its name.
+    """Return the bytes that a value takes in a document, without its name.
 
     Raises:
-        InvalidEvent: BSON cannot hold it.
+        InvalidEvent: BSON cannot express it.
     """
     try:
         return len(bson.encode({"": value})) - len(bson.encode({"": None}))
     except (bson.errors.BSONError, ValueError, OverflowError, TypeError) as error:
-        raise InvalidEvent(f"the database cannot store this: {error}") from error
+        raise InvalidEvent(f"MongoDB cannot store this value: {error}") from error
 
 
 def json_bytes(value: Any) -> int:
-    """Return about how many bytes a value takes as JSON. Cheap; BSON takes at most nine times as much."""
+    """Return the approximate size of a value as JSON. Cheap. BSON takes at most nine times as much."""
     return len(orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS))
 
 
 def fits_in_document(value: Any, limit: int, *, text_bytes: int | None = None) -> bool:
-    """Return whether a value takes at most `limit` bytes in a document. Cheap for what is far below.
+    """Return whether a value takes at most `limit` bytes in a document. Cheap for values far below the limit.
 
-    `text_bytes` is what `json_bytes` said of it, if that is known.
+    `text_bytes` is the result of `json_bytes`, if the caller has it.
     """
     text_bytes = json_bytes(value) if text_bytes is None else text_bytes
     return text_bytes * _BSON_FACTOR <= limit or bson_bytes(value) <= limit
 
 
 def truncate_text(text: str, limit: int) -> str:
-    """Return a text cut to `limit` characters, with a mark if anything was cut."""
+    """Return a text truncated to `limit` characters, with an ellipsis if anything was removed."""
     return text if len(text) <= limit else f"{text[: limit - 2]} …"
 
 
 def truncate_failure(failure: Failure) -> Failure:
-    """Return a failure whose message and details fit; details that are too large are replaced by their size."""
+    """Return a failure whose message and details fit. Details that are too large are replaced by their size."""
     details = failure.details
     if not fits_in_document(details, MAX_ERROR_DETAILS_BYTES):
         kept = {name: details[name] for name in ("retryable",) if isinstance(details.get(name), bool)}
@@ -286,7 +286,7 @@ def truncate_failure(failure: Failure) -> Failure:
 
 
 def count_newest_within(items: Sequence[Mapping[str, Any]], budget: int) -> int:
-    """Return how many of the last items fit into a budget of bytes. Counts their texts, and 100 bytes for each item."""
+    """Return how many of the last items fit into a budget of bytes. Counts their texts and 100 bytes per item."""
     used = 0
     for number, item in enumerate(reversed(items)):
         used += 100 + sum(_text_bytes(value) for value in item.values())

@@ -1,4 +1,4 @@
-"""ledger: which files the output of a step names. Pure."""
+"""Find the files that the output of a step names. Pure."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def is_sha256(text: str) -> bool:
-    """Return whether a text is a SHA-256 digest as files are named by it."""
+    """Return whether a text is a SHA-256 digest in lower-case hex, as files are named."""
     return _DIGEST.fullmatch(text) is not None
 
 
 def find_saved_files(output: Any) -> Iterator[ResultFile]:
-    """Yield the files that the output of a step names: each object that has all fields of a result file.
+    """Yield the files that a step's output names: each object that has all fields of a `ResultFile`.
 
-    Other digests, such as those of a lock file, are data.
+    Other digests, such as those in a lock file, are data.
     """
     pending = [output]
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
             if "sha256" in value and value.keys() >= ResultFile.model_fields.keys():
-                with suppress(ValidationError):  # it is something else, that looks like one
+                with suppress(ValidationError):  # another object that looks like one
                     yield ResultFile.model_validate(value)
             pending.extend(value.values())
         elif isinstance(value, list):

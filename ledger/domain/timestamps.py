@@ -1,4 +1,4 @@
-"""ledger: read a moment that somebody has written. One rule for the API, its queries, and the command line."""
+"""Parse timestamps. The API and the command line share this rule. Pure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _LOST_PLUS: Final = re.compile(r"(.*\d) (\d\d:?\d\d)")
 
 
 def parse_timestamp(text: str) -> datetime:
-    """Return a moment written in ISO 8601 with its offset from UTC, in UTC.
+    """Return an ISO 8601 timestamp in UTC. The text must have a UTC offset.
 
-    A time without an offset is refused: the server and the command line would take it for different moments.
+    Without an offset, the server and the command line could read it as different times.
 
     Raises:
-        ValueError: it is not one; the message says how to write it.
+        ValueError: The text is not such a timestamp. The message says how to write it.
     """
     try:
         if "-" not in text[1:]:  # a bare number would be taken for a date without hyphens
@@ -25,7 +25,7 @@ def parse_timestamp(text: str) -> datetime:
     except ValueError:
         if lost := _LOST_PLUS.fullmatch(text):
             raise ValueError(f"write the + of an offset as %2B in an address: {lost[1]}%2B{lost[2]}") from None
-        raise ValueError(f"expected a time such as {EXAMPLE_TIMESTAMP}, with its offset") from None
+        raise ValueError(f"expected a time with a UTC offset, such as {EXAMPLE_TIMESTAMP}") from None
     if moment.tzinfo is None:
         written = moment.isoformat()
         raise ValueError(
@@ -35,4 +35,4 @@ def parse_timestamp(text: str) -> datetime:
     try:
         return moment.astimezone(UTC)
     except OverflowError:
-        raise ValueError("this moment has no date in UTC: expected the years 1 to 9999") from None
+        raise ValueError("this time is outside the years 1 to 9999 in UTC") from None

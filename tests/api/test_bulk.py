@@ -78,7 +78,7 @@ async def test_a_job_that_has_ended_meanwhile_is_named_and_the_others_are_change
     assert shown["jobs"] == {"total": 4, "changed": 3, "unchanged": 0, "rejected": 1}
     [refused] = shown["rejections"]
     assert (refused["job_id"], refused["code"]) == (job_ids[1], "invalid_state")
-    assert "it has ended already" in refused["message"]
+    assert "it has already ended" in refused["message"]
     assert outcome.position == await ledger.event_store.head_position()
 
 

@@ -164,7 +164,7 @@ def test_jobs_are_cancelled_and_restarted_and_what_is_refused_is_told_and_keeps_
     opening, keynote, broken, _ = (job["job_id"] for job in desk.jobs())
     ended = desk.types("jobs", "cancel", opening, keynote, "--reason", "wrong [recording]")
     assert ended.exit_code == 1
-    assert ended.err == f"{opening}: the job is completed and cannot be cancelled: it has ended already\n"
+    assert ended.err == f"{opening}: the job is completed and cannot be cancelled: it has already ended\n"
     assert ended.out == f"{keynote} is processing, cancelling\n"
     assert wait_until(lambda: desk.job(1)["status"] == "cancelled", 10)
     assert "reason wrong [recording]" in desk.says(0, "log", "history", keynote)

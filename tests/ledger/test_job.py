@@ -620,7 +620,7 @@ def test_outputs_of_steps_are_limited_together() -> None:
     state = after(None, RUNNING["first attempt"])
     for key in [*"123456789", "9"]:  # one that is finished again counts once
         state = after(state, job.decide(CompleteStep("w1", 1, "page", key, text, 0.5), state))
-    with pytest.raises(InvalidEvent, match="outputs of all finished steps together"):
+    with pytest.raises(InvalidEvent, match="outputs of all completed steps together"):
         job.decide(CompleteStep("w1", 1, "page", "10", text + text, 0.5), state)
     assert job.decide(CompleteStep("w1", 1, "page", "10", "small", 0.5), state)
     assert job.decide(CompleteStep("w1", 1, "page", "10", 2**70, 0.5), state), "refused by the append, which says why"

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
 from jobledger.cli import main
-from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, Event, PositionVoided
+from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, VALUE_TYPES, PositionVoided
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -32,28 +33,30 @@ def render_commands() -> str:
 def render_events() -> str:
     """All events with their fields, from their models."""
     parts = [
-        "# Reference: the events",
-        "What can happen, as it stands in `data` of a document of the collection `events`. Beside it: `_id` (the\n"
-        "position), `event_id`, `stream`, `version`, `type`, `schema` (the version of the payload), `time`, `meta`\n"
-        "(who and why), `prev` and `hash`.",
+        "# Reference: events",
+        "An event is a document of the collection `events`. Its type determines the fields of `data`, listed below. "
+        "The\nother fields are the same for all events: `_id` (the position in the log), `event_id`, `stream`, `version` "
+        "(the version\nof the stream), `type`, `schema` (the version of the payload), `time`, `meta` (actor and cause), "
+        "`prev` (the hash of\nthe stream's previous event) and `hash`.",
     ]
-    for title, kinds in (
-        ("Of a job", JOB_EVENTS),
-        ("Of a batch", BATCH_EVENTS),
-        ("Of a delivery", DELIVERY_EVENTS),
-        ("Of the log itself", (PositionVoided,)),
+    for title, models in (
+        ("Job events", JOB_EVENTS),
+        ("Batch events", BATCH_EVENTS),
+        ("Delivery events", DELIVERY_EVENTS),
+        ("Log events", (PositionVoided,)),
+        ("Value types", VALUE_TYPES),
     ):
         parts.append(f"## {title}")
-        for event in kinds:
-            parts.append(f"### {event.__name__}")
-            parts.append(" ".join((event.__doc__ or "").split()))
-            parts.append(_fields(event))
+        for model in models:
+            parts.append(f"### {model.__name__}")
+            parts.append(" ".join((model.__doc__ or "").split()))
+            parts.append(_fields(model))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _fields(event: type[Event]) -> str:
-    rows = [f"| `{name}` | {_type(field)} | {_default(field)} |" for name, field in event.model_fields.items()]
-    return "\n".join(["| field | type | without it |", "|---|---|---|", *rows]) if rows else ""
+def _fields(model: type[BaseModel]) -> str:
+    rows = [f"| `{name}` | {_type(field)} | {_default(field)} |" for name, field in model.model_fields.items()]
+    return "\n".join(["| field | type | default |", "|---|---|---|", *rows]) if rows else ""
 
 
 def _type(field: FieldInfo) -> str:
@@ -68,9 +71,9 @@ def _type(field: FieldInfo) -> str:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "is always there"
+        return "required"
     value = field.get_default(call_default_factory=True)
-    return f"`{value!r}`" if isinstance(value, str | int | float | bool | list | dict | None) else "as the model has it"
+    return f"`{value!r}`" if isinstance(value, str | int | float | bool | list | dict | None) else "model default"
 
 
 GENERATED_FILES = {DOCS / "commands.md": render_commands, DOCS / "events.md": render_events}
