@@ -441,10 +441,10 @@ class DeliveryQueued(Event):
 
 
 class DeliveryAttempted(Event):
-    """The endpoint was called. `response` is the beginning of its response; `error` is present unless the status is
-    2xx.
+    """The endpoint was called.
 
-    `body_sha256` is the digest of the message body in hex. `next_attempt_at` is the time of the next attempt.
+    `response` is the beginning of its response. `error` is present unless the status is 2xx. `body_sha256` is the
+    digest of the message body in hex. `next_attempt_at` is the time of the next attempt.
     """
 
     attempt: int

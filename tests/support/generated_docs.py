@@ -34,10 +34,10 @@ def render_events() -> str:
     """All events with their fields, from their models."""
     parts = [
         "# Reference: events",
-        "An event is a document of the collection `events`. Its type determines the fields of `data`, listed below. "
-        "The\nother fields are the same for all events: `_id` (the position in the log), `event_id`, `stream`, `version` "
-        "(the version\nof the stream), `type`, `schema` (the version of the payload), `time`, `meta` (actor and cause), "
-        "`prev` (the hash of\nthe stream's previous event) and `hash`.",
+        "An event is a document of the collection `events`. Its type determines the fields of `data`, listed\n"
+        "below. The other fields are the same for all events: `_id` (the position in the log), `event_id`,\n"
+        "`stream`, `version` (of the stream), `type`, `schema` (the version of the payload), `time`, `meta` (actor\n"
+        "and cause), `prev` (the hash of the stream's previous event) and `hash`.",
     ]
     for title, models in (
         ("Job events", JOB_EVENTS),
