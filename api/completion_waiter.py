@@ -1,4 +1,4 @@
-"""api: who waits for the end of a job or batch is woken by the process's change stream; nobody asks again and again."""
+"""Wake requests that wait for the completion of a job or batch, by the process's change stream and without polling."""
 
 from __future__ import annotations
 
@@ -25,37 +25,39 @@ _TERMINAL_EVENT_TYPES: Final = frozenset(
 
 
 class CompletionWaiter:
-    """Wakes those who wait for a stream's end. A listener of the process's change stream."""
+    """A listener of the change stream that wakes requests which watch a job or batch."""
 
     collection = "events"
 
     def __init__(self) -> None:
-        self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
     @asynccontextmanager
     async def watch(self, stream: str) -> AsyncIterator[asyncio.Event]:
-        """Yield what is set when the stream may have ended since.
+        """Yield an event that is set when the stream may have completed.
 
-        Why no end is missed: look at the log after entering. What happened before, the log says; of what happens
-        after, the change stream tells, and when that was interrupted, everybody is woken to look again.
+        Read the stream after entering the block. Then no completion is missed: the log has earlier events, and the
+        change stream reports later ones. If the change stream was interrupted, all watchers are woken to read again.
         """
-        ended = asyncio.Event()
-        self._waiting[stream].add(ended)
+        completed = asyncio.Event()
+        self._watchers[stream].add(completed)
         try:
-            yield ended
+            yield completed
         finally:
-            self._waiting[stream].discard(ended)
-            if not self._waiting[stream]:
-                del self._waiting[stream]
+            self._watchers[stream].discard(completed)
+            if not self._watchers[stream]:
+                del self._watchers[stream]
 
     async def resync(self, session: AsyncClientSession) -> None:
-        for waiting in self._waiting.values():
-            for ended in waiting:
-                ended.set()
+        """Wake all watchers."""
+        for watchers in self._watchers.values():
+            for completed in watchers:
+                completed.set()
 
     def on_change(self, change: Mapping[str, Any]) -> None:
-        if self._waiting and change["operationType"] == "insert":
+        """Wake the watchers of a stream when its terminal event is inserted."""
+        if self._watchers and change["operationType"] == "insert":
             document = change["fullDocument"]
-            if document["stream"] in self._waiting and document["type"] in _TERMINAL_EVENT_TYPES:
-                for ended in self._waiting[document["stream"]]:
-                    ended.set()
+            if document["stream"] in self._watchers and document["type"] in _TERMINAL_EVENT_TYPES:
+                for completed in self._watchers[document["stream"]]:
+                    completed.set()

@@ -11,8 +11,8 @@ from jobledger.api.auth.permissions import get_principal, viewer_for
 from jobledger.api.auth.redaction import JOB_RULES, Viewer, redact_document
 from jobledger.api.context import get_api_context, wait_for_requested_position
 from jobledger.api.http.pagination import list_response
-from jobledger.api.schemas.common import PageQuery
 from jobledger.api.schemas.jobs import JobListQuery
+from jobledger.api.schemas.request_models import PageQuery
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import batches, job_list, statistics
 from jobledger.projections.views.files import prefix_result_urls

@@ -19,7 +19,7 @@ from jobledger.api.auth.redaction import Viewer
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position, wait_for_views
 from jobledger.api.http.errors import ApiError, json_response
 from jobledger.api.http.preferences import preferred_wait, prefers_wait
-from jobledger.api.schemas.common import AsOfQuery
+from jobledger.api.schemas.request_models import AsOfQuery
 from jobledger.api.submission.builder import format_new_secrets
 from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.events import RecordedEvent

@@ -16,7 +16,7 @@ from jobledger.projections.views.paging import MAX_PAGE_BYTES, PageCursor
 
 
 def encode_cursor(cursor: PageCursor) -> str:
-    """Return the text that `Cursor` of api/schemas/common.py reads."""
+    """Return the text that `Cursor` of api/schemas/request_models.py reads."""
     text = f"{round(cursor.created_at.timestamp() * 1000)} {cursor.key}"
     return urlsafe_b64encode(text.encode()).decode()
 

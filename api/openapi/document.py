@@ -16,8 +16,9 @@ from jobledger.api.http.error_codes import ERROR_CODES
 from jobledger.api.http.preferences import MAX_WAIT_SECONDS
 from jobledger.api.openapi.operation import OPERATIONS, Operation
 from jobledger.api.schemas.batches import BatchBody, BatchRestartBody, BatchUpdateBody
-from jobledger.api.schemas.common import ErrorResponse, JobRestartBody, ReasonBody
-from jobledger.api.schemas.jobs import JobBody, JobUpdateBody
+from jobledger.api.schemas.jobs import JobBody, JobRestartBody, JobUpdateBody
+from jobledger.api.schemas.request_models import ReasonBody
+from jobledger.api.schemas.response_models import ErrorResponse
 
 Json = dict[str, Any]
 _REFS: Final = "#/components/schemas/{model}"

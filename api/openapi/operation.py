@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.http.sse import EventStreamResponse
-from jobledger.api.schemas.common import MinPositionQuery, NoQuery
+from jobledger.api.schemas.request_models import MinPositionQuery, NoQuery
 
 RouteHandler = Callable[[Request], Awaitable[Response | EventStreamResponse]]
 Handler = TypeVar("Handler", bound=RouteHandler)

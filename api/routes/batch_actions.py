@@ -22,7 +22,7 @@ from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import BATCH, load_events
 from jobledger.api.schemas.batches import BatchActionResponse, BatchRestartBody, BatchUpdateBody, BulkActionResponse
-from jobledger.api.schemas.common import ReasonBody
+from jobledger.api.schemas.request_models import ReasonBody
 from jobledger.api.submission.batches import check_expanded_size, check_list_index_size, estimate_list_index_bytes
 from jobledger.ledger.domain import batch as decider
 from jobledger.ledger.domain.access import AccessLevel

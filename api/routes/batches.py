@@ -31,8 +31,8 @@ from jobledger.api.schemas.batches import (
     BatchListResponse,
     BatchResponse,
 )
-from jobledger.api.schemas.common import AsOfQuery, PageQuery
 from jobledger.api.schemas.jobs import JobListQuery, JobListResponse
+from jobledger.api.schemas.request_models import AsOfQuery, PageQuery
 from jobledger.api.submission.batches import build_batch_jobs, check_storable
 from jobledger.api.submission.builder import collect_signing_endpoints, extract_webhook_secrets, store_webhook_secrets
 from jobledger.ledger.domain.commands import SubmitBatch, SubmitJob

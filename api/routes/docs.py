@@ -20,7 +20,7 @@ from jobledger.api.context import get_api_context
 from jobledger.api.http.conditional import Conditional, compute_etag
 from jobledger.api.http.errors import json_response
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.schemas.common import IndexResponse
+from jobledger.api.schemas.response_models import IndexResponse
 
 _METHODS: Final = ("get", "post", "put", "delete")
 

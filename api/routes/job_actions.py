@@ -19,8 +19,8 @@ from jobledger.api.http.limits import track_waiting_request
 from jobledger.api.job_documents import render_jobs
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import JOB, load_events, load_or_404
-from jobledger.api.schemas.common import JobRestartBody, ReasonBody
-from jobledger.api.schemas.jobs import JobActionResponse, JobUpdateBody
+from jobledger.api.schemas.jobs import JobActionResponse, JobRestartBody, JobUpdateBody
+from jobledger.api.schemas.request_models import ReasonBody
 from jobledger.api.submission.builder import check_no_userinfo, check_parameters
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain.access import AccessLevel

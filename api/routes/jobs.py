@@ -17,8 +17,8 @@ from jobledger.api.http.preferences import prefers_wait
 from jobledger.api.job_documents import find_paused_batches, list_jobs_response, render_job, render_jobs
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import JOB, Submission, accepted_response, load_for_read, load_submitted
-from jobledger.api.schemas.common import AsOfQuery
 from jobledger.api.schemas.jobs import JobAcceptedResponse, JobBody, JobListQuery, JobListResponse, JobResponse
+from jobledger.api.schemas.request_models import AsOfQuery
 from jobledger.api.submission.builder import (
     build_job_submitted,
     check_parameters,

@@ -12,8 +12,8 @@ from jobledger.api.auth.permissions import require_monitor_role
 from jobledger.api.context import get_api_context, wait_for_requested_position
 from jobledger.api.http.errors import ApiError, json_response
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.schemas.common import SuccessResponse
 from jobledger.api.schemas.monitoring import ReadinessResponse, StatisticsResponse
+from jobledger.api.schemas.response_models import SuccessResponse
 from jobledger.api.worker_status import list_live_workers
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import translate_errors

@@ -12,7 +12,7 @@ from jobledger.api.context import get_api_context, parse_query
 from jobledger.api.http.bodies import read_optional_json_body
 from jobledger.api.http.errors import ApiError, json_response
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.schemas.common import SuccessResponse
+from jobledger.api.schemas.response_models import SuccessResponse
 from jobledger.api.schemas.webhooks import (
     EndpointListQuery,
     EndpointListResponse,

@@ -27,7 +27,7 @@ from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
 from jobledger.api.http.pagination import list_response
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import JOB, load_document
-from jobledger.api.schemas.common import ReasonBody
+from jobledger.api.schemas.request_models import ReasonBody
 from jobledger.api.schemas.webhooks import (
     DeliveryFilter,
     DeliveryListQuery,

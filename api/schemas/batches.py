@@ -7,16 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from jobledger.api.schemas.common import (
-    AccessBody,
-    JobRestartBody,
-    ListResponse,
-    PageQuery,
-    PartialDocument,
-    RequestModel,
-    SearchText,
-    SuccessResponse,
-)
+from jobledger.api.schemas.jobs import JobRestartBody
+from jobledger.api.schemas.request_models import AccessBody, PageQuery, RequestModel, SearchText
+from jobledger.api.schemas.response_models import ListResponse, PartialDocument, SuccessResponse
 from jobledger.api.schemas.webhooks import NEW_SECRETS_DESCRIPTION, NewWebhookSecret, WebhookBody, WebhookResource
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.events import AccessControl

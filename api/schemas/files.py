@@ -7,7 +7,8 @@ from datetime import datetime
 from pydantic import Field
 
 from jobledger.api.auth.signed_links import MAX_LIFETIME_SECONDS
-from jobledger.api.schemas.common import RequestModel, SuccessResponse
+from jobledger.api.schemas.request_models import RequestModel
+from jobledger.api.schemas.response_models import SuccessResponse
 
 
 class FileQuery(RequestModel):

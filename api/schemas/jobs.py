@@ -5,18 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, WithJsonSchema, model_validator
 
-from jobledger.api.schemas.common import (
+from jobledger.api.schemas.request_models import (
     AccessBody,
     IsoDatetime,
-    ListResponse,
     PageQuery,
-    PartialDocument,
+    ReasonBody,
     RequestModel,
     SearchText,
-    SuccessResponse,
 )
+from jobledger.api.schemas.response_models import ListResponse, PartialDocument, SuccessResponse
 from jobledger.api.schemas.webhooks import NEW_SECRETS_DESCRIPTION, NewWebhookSecret, WebhookBody, WebhookResource
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.events import AccessControl, Failure, JobResults, LogEntry
@@ -48,6 +47,12 @@ class JobBody(RequestModel):
         if isinstance(content, dict) and "parameters" not in content and content.keys() >= _SESSION_FIELDS:
             return {"parameters": content}
         return content
+
+
+class JobRestartBody(ReasonBody):
+    """How to restart a job. By default, completed steps are reused."""
+
+    reuse_steps: StrictBool = True
 
 
 class JobUpdateBody(RequestModel):

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from jobledger.api.schemas.common import MAX_PAGE_SIZE, RequestModel, SuccessResponse
+from jobledger.api.schemas.request_models import MAX_PAGE_SIZE, RequestModel
+from jobledger.api.schemas.response_models import SuccessResponse
 from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.events import LogEntry
 

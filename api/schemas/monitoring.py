@@ -6,7 +6,7 @@ from datetime import datetime
 
 from pydantic import BaseModel, Field
 
-from jobledger.api.schemas.common import SuccessResponse
+from jobledger.api.schemas.response_models import SuccessResponse
 
 
 class JobCounts(BaseModel):

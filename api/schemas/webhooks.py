@@ -8,15 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, Field, StrictBool
 
-from jobledger.api.schemas.common import (
-    IsoDatetime,
-    ListResponse,
-    PageQuery,
-    PartialDocument,
-    ReasonBody,
-    RequestModel,
-    SuccessResponse,
-)
+from jobledger.api.schemas.request_models import IsoDatetime, PageQuery, ReasonBody, RequestModel
+from jobledger.api.schemas.response_models import ListResponse, PartialDocument, SuccessResponse
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.events import Failure, WebhookEventType

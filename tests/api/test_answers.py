@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from jobledger.api.app import ROUTES
 from jobledger.api.openapi.operation import OPERATIONS
-from jobledger.api.schemas.common import ErrorResponse, FieldError
 from jobledger.api.schemas.log import EventResource
+from jobledger.api.schemas.response_models import ErrorResponse, FieldError
 from tests.api.conftest import Api
 
 JOBS, BATCHES = "/api/events/jobs", "/api/events/batches"

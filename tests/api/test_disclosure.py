@@ -24,9 +24,9 @@ from jobledger.api.auth.redaction import (
     redact_document,
 )
 from jobledger.api.schemas.batches import BatchListQuery, BatchResource
-from jobledger.api.schemas.common import PageQuery
 from jobledger.api.schemas.jobs import JobListQuery, JobResource
 from jobledger.api.schemas.log import EventMetadataResource, HistoryResponse
+from jobledger.api.schemas.request_models import PageQuery
 from jobledger.api.schemas.webhooks import DeliveryAttempt, DeliveryFilter, DeliveryResource, DeliveryResponse
 from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.events import EVENT_TYPES, EventMetadata, JobLeaseExpired, JobReleased, RecordedEvent

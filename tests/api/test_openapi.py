@@ -19,8 +19,8 @@ from jobledger.api.http.errors import ERROR_RESPONSES
 from jobledger.api.openapi import document as openapi
 from jobledger.api.openapi.operation import OPERATIONS
 from jobledger.api.schemas.batches import BatchBody, BatchRestartBody, BatchUpdateBody
-from jobledger.api.schemas.common import JobRestartBody, ReasonBody
-from jobledger.api.schemas.jobs import JobBody, JobUpdateBody
+from jobledger.api.schemas.jobs import JobBody, JobRestartBody, JobUpdateBody
+from jobledger.api.schemas.request_models import ReasonBody
 from jobledger.workers.registry import load_processors
 from tests.api.conftest import Api
 

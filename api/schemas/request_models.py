@@ -1,25 +1,12 @@
-"""Request and response models that several topics share.
-
-Routes send the documents of the views without passing them through the response models, because that would cost more
-than the rest of the response. tests/api/test_answers.py checks that documents and models agree.
-"""
+"""Base classes, field types and query parameters of requests that several topics share."""
 
 from __future__ import annotations
 
 from base64 import urlsafe_b64decode
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
@@ -28,8 +15,6 @@ from jobledger.ledger.domain.timestamps import EXAMPLE_TIMESTAMP, parse_timestam
 from jobledger.projections.views.paging import PageCursor
 
 MAX_PAGE_SIZE = 1000
-
-# Requests ---------------------------------------------------------------------------------------------------------
 
 
 def _read_datetime(value: object) -> object:
@@ -99,12 +84,6 @@ class ReasonBody(RequestModel):
     reason: str | None = Field(None, max_length=limits.MAX_REASON_CHARACTERS)
 
 
-class JobRestartBody(ReasonBody):
-    """How to restart a job. By default, completed steps are reused."""
-
-    reuse_steps: StrictBool = True
-
-
 class PageQuery(RequestModel):
     """A page of a list. `cursor` continues after the previous page, regardless of later writes."""
 
@@ -140,68 +119,3 @@ class MinPositionQuery(RequestModel):
     """The position that the views must have reached."""
 
     min_position: str | None = None
-
-
-# Responses --------------------------------------------------------------------------------------------------------
-
-
-class FieldError(BaseModel):
-    """An invalid field. `path` is its location, such as `jobs[3].parameters.url`."""
-
-    path: str
-    message: str
-
-
-class ErrorResponse(BaseModel):
-    """An error. `code` is for programs, `message` for people; `details.errors` lists invalid fields."""
-
-    status: Literal["error"]
-    code: str
-    message: str
-    details: dict[str, Any]
-
-
-class SuccessResponse(BaseModel):
-    """The request succeeded."""
-
-    status: Literal["success"]
-
-
-class ListResponse(SuccessResponse):
-    total: int
-    total_is_lower_bound: bool = Field(default=False, description="`total` is a lower bound.")
-    next_cursor: str | None = Field(None, description="The cursor of the next page. Absent on the last page.")
-
-
-class ProjectionError(BaseModel):
-    """Why a document differs from the log: the event that could not be applied, or the content not stored."""
-
-    position: int | None
-    version: int | None
-    type: str | None
-    message: str
-
-
-class PartialDocument(BaseModel):
-    """Fields that are present only if a document is incomplete."""
-
-    truncated: list[str] = Field([], description="Fields that are stored in part, because they are too large.")
-    omitted: list[str] = Field(
-        [], description="Large fields that lists leave out. They are empty here; read the single resource."
-    )
-    projection_error: ProjectionError | None = Field(
-        None, description="Why this document differs from the log. The history is complete."
-    )
-
-
-class IndexResponse(SuccessResponse):
-    """The URLs of the service."""
-
-    service: Literal["jobledger"]
-    jobs: str
-    batches: str
-    statistics: str
-    log: str
-    openapi: str
-    docs: str
-    dashboard: str
