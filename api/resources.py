@@ -18,6 +18,7 @@ from jobledger.api.auth.permissions import can_read, timeout_while_authenticated
 from jobledger.api.auth.redaction import Viewer
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position, wait_for_views
 from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.http.idempotency import IdempotencyKey
 from jobledger.api.http.preferences import preferred_wait, prefers_wait
 from jobledger.api.schemas.request_models import AsOfQuery
 from jobledger.api.submission.builder import format_new_secrets
@@ -44,12 +45,14 @@ class Resource:
         collection: The last part of the collection's URL.
         load: Returns the document that the views have, or None.
         find_completion: Returns whether the resource is finished or deleted, and the position of its last event.
+        fold_submitted: Returns the document of a submitted resource from its first event.
     """
 
     name: Literal["job", "batch"]
     collection: str
     load: Callable[[Views, EventStore, str], Awaitable[Document | None]]
     find_completion: Callable[[EventStore, str], Awaitable[tuple[bool, int]]]
+    fold_submitted: Callable[[RecordedEvent], Document]
 
     def is_id(self, stream_id: str) -> bool:
         """Return whether an ID has the prefix of this kind."""
@@ -81,8 +84,20 @@ async def _find_batch_completion(event_store: EventStore, batch_id: str) -> tupl
     return is_finished, current.head.position
 
 
-JOB: Final = Resource("job", "jobs", jobs.get, _find_job_completion)
-BATCH: Final = Resource("batch", "batches", batches.get, _find_batch_completion)
+def _fold_submitted_job(event: RecordedEvent) -> Document:
+    job = jobs.fold(None, event)
+    assert job is not None  # noqa: S101 - narrows the type; JobSubmitted creates the document
+    return job
+
+
+def _fold_submitted_batch(event: RecordedEvent) -> Document:
+    batch = batches.with_submitted_counts(batches.fold(None, event))
+    assert batch is not None  # noqa: S101 - narrows the type; BatchSubmitted creates the document
+    return batch
+
+
+JOB: Final = Resource("job", "jobs", jobs.get, _find_job_completion, _fold_submitted_job)
+BATCH: Final = Resource("batch", "batches", batches.get, _find_batch_completion, _fold_submitted_batch)
 
 
 async def load_or_404(request: Request, resource: Resource) -> Document:
@@ -158,19 +173,39 @@ class Submission:
     document: Document | None
 
 
-async def load_submitted(
-    request: Request, resource: Resource, submission: Submission, fold: Callable[[RecordedEvent], Document]
-) -> Document:
-    """Return the submitted resource. If the caller prefers to wait, wait for its completion first.
+def build_submission(
+    request: Request, resource: Resource, first_event: RecordedEvent, new_secrets: Collection[RevealedSecret] = ()
+) -> Submission:
+    """Return the submission that began with an event. One commit wrote a batch and its jobs, the batch first."""
+    position = first_event.position + (first_event.payload["total_jobs"] if resource is BATCH else 0)
+    document = None if prefers_wait(request) else resource.fold_submitted(first_event)
+    return Submission(first_event.stream, position, new_secrets, document)
 
-    If it was deleted during the wait, `fold` makes the document from the first event.
+
+async def find_earlier_submission(
+    request: Request, resource: Resource, resource_id: str, idempotency_key: IdempotencyKey | None
+) -> Submission | None:
+    """Return the submission of an earlier request with the same key.
+
+    Raises:
+        ApiError: 422, the earlier request had another body.
     """
+    if idempotency_key is None:
+        return None
+    events = await get_api_context(request).event_store.read_stream(resource_id, limit=1)
+    first_event = idempotency_key.find_in(events)
+    return None if first_event is None else build_submission(request, resource, first_event)
+
+
+async def load_submitted(request: Request, resource: Resource, submission: Submission) -> Document:
+    """Return the submitted resource. If the caller prefers to wait, wait for its completion first."""
     if submission.document is not None:
         return submission.document
     ctx, stream_id = get_api_context(request), submission.stream_id
     await wait_for_completion(request, resource, stream_id)
     document = await resource.load(ctx.views, ctx.event_store, stream_id)
-    return document or fold((await ctx.event_store.read_stream(stream_id, limit=1))[0])
+    # The first event remains if the resource was deleted during the wait.
+    return document or resource.fold_submitted((await ctx.event_store.read_stream(stream_id, limit=1))[0])
 
 
 def accepted_response(

@@ -20,10 +20,18 @@ from jobledger.api.http.conditional import build_conditional_response
 from jobledger.api.http.errors import translate_damaged_events
 from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
 from jobledger.api.http.pagination import list_response
-from jobledger.api.http.preferences import prefers_wait
 from jobledger.api.job_documents import list_jobs_response
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.resources import BATCH, Submission, accepted_response, load_for_read, load_or_404, load_submitted
+from jobledger.api.resources import (
+    BATCH,
+    Submission,
+    accepted_response,
+    build_submission,
+    find_earlier_submission,
+    load_for_read,
+    load_or_404,
+    load_submitted,
+)
 from jobledger.api.schemas.batches import (
     BatchAcceptedResponse,
     BatchBody,
@@ -43,7 +51,6 @@ from jobledger.ledger.domain.events import (
     EventMetadata,
     JobLogged,
     JobProgressed,
-    RecordedEvent,
     StepCompleted,
 )
 from jobledger.ledger.mongo.connection import Document
@@ -93,7 +100,7 @@ _EVENTS_PER_YIELD: Final = 100
 async def submit_batch(request: Request) -> Response:
     """POST /api/events/batches"""
     submission = await _submit(request)
-    batch = await load_submitted(request, BATCH, submission, _fold_first)
+    batch = await load_submitted(request, BATCH, submission)
     rendered = redact_document(batch, BATCH_RULES, viewer_for(request, batch))
     content = {"job_ids": batch["job_ids"], "batch": rendered}
     return accepted_response(request, BATCH, submission, batch["position"], content)
@@ -109,7 +116,7 @@ async def _submit(request: Request) -> Submission:
     body, content = await read_json_body(request, BatchBody)
     idempotency_key = await run_off_loop(request, IdempotencyKey.from_request, request, content)
     batch_id = f"batch-{idempotency_key.derive_id()}" if idempotency_key else new_batch_id()
-    if (earlier := await _find_earlier_submission(request, batch_id, idempotency_key)) is not None:
+    if (earlier := await find_earlier_submission(request, BATCH, batch_id, idempotency_key)) is not None:
         return earlier
     check_disk_space(ctx)
     webhook, secrets = extract_webhook_secrets(body.webhook, ctx)
@@ -138,40 +145,13 @@ async def _submit(request: Request) -> Submission:
     try:
         recorded = await create_streams(ctx.event_store, commands, meta=meta)
     except VersionConflict:  # a concurrent request with the same key was faster
-        if (earlier := await _find_earlier_submission(request, batch_id, idempotency_key)) is None:
+        if (earlier := await find_earlier_submission(request, BATCH, batch_id, idempotency_key)) is None:
             raise
         return earlier
     except InvalidEvent:
         await run_off_loop(request, check_storable, jobs)
         raise
-    new_secrets = await reveal_new_secrets(ctx.db, endpoints)
-    document = None if prefers_wait(request) else _fold_first(recorded[0])
-    return Submission(batch_id, recorded[-1].position, new_secrets, document)
-
-
-async def _find_earlier_submission(
-    request: Request, batch_id: str, idempotency_key: IdempotencyKey | None
-) -> Submission | None:
-    """Return the submission of an earlier request with the same key.
-
-    Raises:
-        ApiError: 422, the earlier request had another body.
-    """
-    if idempotency_key is None:
-        return None
-    events = await get_api_context(request).event_store.read_stream(batch_id, limit=1)
-    if (submitted := idempotency_key.find_in(events)) is None:
-        return None
-    assert isinstance(submitted.event, BatchSubmitted)  # noqa: S101 - narrows the type; every batch begins with it
-    # One commit wrote the batch and its jobs, at the positions directly after the batch.
-    position = submitted.position + submitted.event.total_jobs
-    return Submission(batch_id, position, (), None if prefers_wait(request) else _fold_first(submitted))
-
-
-def _fold_first(event: RecordedEvent) -> Document:
-    batch = view.with_submitted_counts(view.fold(None, event))
-    assert batch is not None  # noqa: S101 - narrows the type; BatchSubmitted creates the document
-    return batch
+    return build_submission(request, BATCH, recorded[0], await reveal_new_secrets(ctx.db, endpoints))
 
 
 @Operation(summary="List batches", response=BatchListResponse, query=BatchListQuery, reads_views=True)

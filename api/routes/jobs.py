@@ -13,10 +13,17 @@ from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.conditional import build_conditional_response
 from jobledger.api.http.errors import translate_damaged_events
 from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
-from jobledger.api.http.preferences import prefers_wait
 from jobledger.api.job_documents import find_paused_batches, list_jobs_response, render_job, render_jobs
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.resources import JOB, Submission, accepted_response, load_for_read, load_submitted
+from jobledger.api.resources import (
+    JOB,
+    Submission,
+    accepted_response,
+    build_submission,
+    find_earlier_submission,
+    load_for_read,
+    load_submitted,
+)
 from jobledger.api.schemas.jobs import JobAcceptedResponse, JobBody, JobListQuery, JobListResponse, JobResponse
 from jobledger.api.schemas.request_models import AsOfQuery
 from jobledger.api.submission.builder import (
@@ -29,7 +36,7 @@ from jobledger.api.submission.builder import (
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain.commands import SubmitJob
 from jobledger.ledger.domain.errors import AlreadyExists
-from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
+from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, new_job_id
 from jobledger.ledger.store.endpoint_secrets import reveal_new_secrets
@@ -50,7 +57,7 @@ from jobledger.projections.views import jobs as view
 async def submit_job(request: Request) -> Response:
     """POST /api/events/jobs"""
     submission = await _submit(request)
-    job = await load_submitted(request, JOB, submission, _fold_first)
+    job = await load_submitted(request, JOB, submission)
     [rendered] = await render_jobs(request, [job])
     return accepted_response(request, JOB, submission, job["position"], {"job": rendered})
 
@@ -75,7 +82,7 @@ async def _submit(request: Request) -> Submission:
     model = ctx.job_types[body.job_type]
     await check_parameters(request, [ParameterCheck(body.job_type, model, body.parameters, ("parameters",))])
     job_id = f"job-{idempotency_key.derive_id()}" if idempotency_key else new_job_id()
-    if (earlier := await _find_earlier_submission(request, job_id, idempotency_key)) is not None:
+    if (earlier := await find_earlier_submission(request, JOB, job_id, idempotency_key)) is not None:
         return earlier
     check_disk_space(ctx)
     endpoints = collect_signing_endpoints(job)
@@ -86,35 +93,10 @@ async def _submit(request: Request) -> Submission:
             await handle_command(ctx.event_store, job_id, SubmitJob(job), meta=meta, stream_state=StreamState())
         ).events
     except AlreadyExists:  # a concurrent request with the same key was faster
-        if (earlier := await _find_earlier_submission(request, job_id, idempotency_key)) is None:
+        if (earlier := await find_earlier_submission(request, JOB, job_id, idempotency_key)) is None:
             raise
         return earlier
-    new_secrets = await reveal_new_secrets(ctx.db, endpoints)
-    return Submission(
-        job_id, submitted.position, new_secrets, None if prefers_wait(request) else _fold_first(submitted)
-    )
-
-
-async def _find_earlier_submission(
-    request: Request, job_id: str, idempotency_key: IdempotencyKey | None
-) -> Submission | None:
-    """Return the submission of an earlier request with the same key.
-
-    Raises:
-        ApiError: 422, the earlier request had another body.
-    """
-    if idempotency_key is None:
-        return None
-    events = await get_api_context(request).event_store.read_stream(job_id, limit=1)
-    if (submitted := idempotency_key.find_in(events)) is None:
-        return None
-    return Submission(job_id, submitted.position, (), None if prefers_wait(request) else _fold_first(submitted))
-
-
-def _fold_first(event: RecordedEvent) -> Document:
-    job = view.fold(None, event)
-    assert job is not None  # noqa: S101 - narrows the type; JobSubmitted creates the document
-    return job
+    return build_submission(request, JOB, submitted, await reveal_new_secrets(ctx.db, endpoints))
 
 
 @Operation(summary="List jobs", response=JobListResponse, query=JobListQuery, reads_views=True)
