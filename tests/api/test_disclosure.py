@@ -61,12 +61,12 @@ def test_every_field_of_every_event_has_a_rule() -> None:
         (BATCH_RULES, BatchResource, set()),
         (DELIVERY_RULES, DeliveryResource, set()),
         (ATTEMPT_RULES, DeliveryAttempt, set()),
-        (METADATA_RULES, EventMetadataResource, {"request", "traceparent"}),
+        (METADATA_RULES, EventMetadataResource, {"request_fingerprint", "traceparent"}),
     ],
 )
 def test_every_field_of_every_answer_has_a_rule(rules: dict[str, Any], model: Any, extra: set[str]) -> None:
     assert model.model_fields.keys() == rules.keys() | extra
-    assert set(EventMetadata.__dataclass_fields__) == METADATA_RULES.keys() | {"request", "traceparent"}
+    assert set(EventMetadata.__dataclass_fields__) == METADATA_RULES.keys() | {"request_fingerprint", "traceparent"}
 
 
 @pytest.mark.parametrize(
