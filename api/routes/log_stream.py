@@ -61,7 +61,7 @@ async def stream_events(request: Request) -> EventStreamResponse:
     head = await ctx.event_store.head_position()
     after = head if query.after is None else query.after
     if after > head:
-        raise ApiError(422, "invalid_content", f"after: must be at most {head}, the head of the log, got {after}.")
+        raise ApiError(422, "invalid_content", f"after: got {after}, but the log ends at position {head}.")
     if event_filter.stream_ids or not principal.is_admin:
         await wait_for_visibility(ctx.visibility, head)
     for stream_id in event_filter.stream_ids:

@@ -52,7 +52,9 @@ class EventMetadataResource(BaseModel):
     correlation_id: str = Field("", description="The batch of the event.")
     causation_id: str = ""
     traceparent: str = ""
-    request_fingerprint: str = Field("", description="Identifies the request with an Idempotency-Key that caused the event.")
+    request_fingerprint: str = Field(
+        "", description="Identifies the request with an Idempotency-Key that caused the event."
+    )
 
 
 class EventResource(BaseModel):

@@ -266,10 +266,11 @@ class Interrupted(EventStore):
     meanwhile: Command | None = None
     visibility: Visibility
 
-    async def read_in_parts(
-        self, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
+    async def iterate_stream_batches(
+        self, streams: Collection[str], *, exclude_types: Collection[str] = (), data_expression: Document | None = None
     ) -> AsyncGenerator[list[RecordedEvent], None]:
-        async for part in super().iterate_stream_batches(streams, exclude_types=without, data_expression=data):
+        parts = super().iterate_stream_batches(streams, exclude_types=exclude_types, data_expression=data_expression)
+        async for part in parts:
             yield part
         if (command := self.meanwhile) is not None:
             self.meanwhile = None

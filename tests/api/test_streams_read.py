@@ -51,9 +51,13 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     real = EventStore.iterate_stream_batches
 
     async def watched(
-        self: EventStore, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
+        self: EventStore,
+        streams: Collection[str],
+        *,
+        exclude_types: Collection[str] = (),
+        data_expression: Document | None = None,
     ) -> AsyncGenerator[Any, None]:
-        async for part in real(self, streams, exclude_types=without, data_expression=data):
+        async for part in real(self, streams, exclude_types=exclude_types, data_expression=data_expression):
             sizes.append(sum(len(bson.encode(event.document)) for event in part))
             yield part
 
