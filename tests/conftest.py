@@ -1,4 +1,4 @@
-"""tests: the MongoDB every test may use, and the rule that CI skips nothing for want of a tool."""
+"""The MongoDB of the tests, and the check that CI skips no test because of a missing tool."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import soak
 from tests.support.mongodb_provider import MongoDBUnavailable, provide_mongodb
 
 TMPFS = Path("/dev/shm")
-"""Where the data of the common server lies if it can: tests that kill a server have one of their own, on a disk."""
+"""Preferred data directory of the shared server. Tests that kill a server use another one on disk."""
 IN_CI = os.environ.get("CI", "").lower() == "true"
 # A skip for one of these reasons means that the machine lacks something; in CI that is a hole in the net.
 MISSING_TOOL_PHRASES = ("not installed", "not found", "missing", "could not import")
@@ -27,7 +27,7 @@ OPTIONAL_PHRASE = "optional lane:"
 
 @pytest.fixture(scope="session")
 def mongodb_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A replica set, started once for the run (once for each worker under pytest-xdist)."""
+    """A replica set that is started once per run, or once per worker of pytest-xdist."""
     try:
         with ExitStack() as stack:
             directory = tmp_path_factory.mktemp("mongod")
@@ -48,7 +48,7 @@ def mongodb_client(mongodb_uri: str) -> Iterator[MongoClient[dict[str, Any]]]:
 
 @pytest.fixture
 def db_name(mongodb_client: MongoClient[dict[str, Any]]) -> Iterator[str]:
-    """The name of a database of the test's own, dropped afterwards."""
+    """The name of a database for one test, dropped afterwards."""
     name = f"test_{uuid4().hex[:16]}"
     yield name
     mongodb_client.drop_database(name)
@@ -56,7 +56,7 @@ def db_name(mongodb_client: MongoClient[dict[str, Any]]) -> Iterator[str]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _check_scheduler_priority() -> Iterator[None]:
-    """Fail when a test has left real-time priority behind: all later tests would run against starved servers."""
+    """Fail if a test left real-time priority set, because it would starve the servers of later tests."""
     yield
     assert os.sched_getscheduler(0) == os.SCHED_OTHER, "a library has given this process real-time priority"
 

@@ -1,4 +1,4 @@
-"""tests: the API with all roles behind it, in the test's process, over real HTTP, on a database of the test's own."""
+"""The API with all roles in the test's process, over HTTP, on a separate database."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
 
 @dataclass(frozen=True)
 class Api:
-    """What a test of the API works with."""
+    """HTTP client, database and event store of a test."""
 
     http: httpx.AsyncClient
     db: Database
@@ -34,7 +34,7 @@ class Api:
     principal_headers: dict[str, str] = field(default_factory=dict)
 
     def as_user(self, user_id: str = "", groups: Collection[str] = (), roles: Collection[str] = ()) -> Api:
-        """Return the same, asked by somebody: needs the fixture `header_auth`."""
+        """Return a copy with another principal. Requires the fixture `header_auth`."""
         return replace(self, principal_headers=principal_header(user_id, groups, roles))
 
     async def post(self, path: str, content: Any = None, **headers: str) -> httpx.Response:
@@ -46,13 +46,13 @@ class Api:
         )
 
     async def submit(self, parameters: dict[str, Any] | None = None, **more: Any) -> str:
-        """Submit an echo job and return its id."""
+        """Submit an echo job and return its ID."""
         answer = await self.post("/api/events/jobs", {"job_type": "echo", "parameters": parameters or {}, **more})
         assert answer.status_code == 202, answer.text
         return str(answer.json()["job_id"])
 
     async def submit_batch(self, *parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """Submit a batch of echo jobs and return the answer."""
+        """Submit a batch of echo jobs and return the response."""
         jobs = [{"job_type": "echo", "parameters": given} for given in parameters]
         answer = await self.post("/api/events/batches", {"jobs": jobs, **more})
         assert answer.status_code == 202, answer.text
@@ -60,7 +60,7 @@ class Api:
         return content
 
     async def wait_for_event(self, stream: str, *types: str) -> dict[str, Any]:
-        """Wait for an event of a job or batch, and for the views to have it; return it."""
+        """Wait for an event of a job or batch and until the views contain it. Return the event."""
         key = "batch_id" if stream.startswith("batch-") else "job_id"
         async with asyncio.timeout(DEADLINE_SECONDS), aclosing(self.stream_events(after=0, **{key: stream})) as events:
             async for event in events:
@@ -70,14 +70,14 @@ class Api:
         raise AssertionError("the stream has ended")
 
     async def wait_until_finished(self, job_id: str) -> dict[str, Any]:
-        """Wait for the end of a job and return it."""
+        """Wait until a job finished and return it."""
         event = await self.wait_for_event(job_id, *TERMINAL_EVENT_TYPES)
         answer = await self.get(f"/api/events/jobs/{job_id}", event["position"])
         job: dict[str, Any] = answer.json()["job"]
         return job
 
     async def get(self, path: str, position: int | str | None = None, **headers: str) -> httpx.Response:
-        """Read, with the views at least at `position`."""
+        """Send a GET request that waits until the views reach `position`."""
         if position is not None:
             headers["Ledger-Position"] = str(position)
         return await self.http.get(path, headers=headers | self.principal_headers)
@@ -96,7 +96,7 @@ class Api:
                     yield {**orjson.loads(line.removeprefix("data:")), "sse_id": sse_id}
 
     async def take_events(self, number: int, **query: Any) -> list[dict[str, Any]]:
-        """Return the first so many events of the live stream."""
+        """Return the first `number` events of the live stream."""
         taken: list[dict[str, Any]] = []
         async with asyncio.timeout(DEADLINE_SECONDS), aclosing(self.stream_events(**query)) as events:
             async for event in events:
@@ -107,7 +107,7 @@ class Api:
 
 
 def make_settings(uri: str, db_name: str, directory: Path, **sections: dict[str, Any]) -> Any:
-    """Return settings for a test's own database and directory."""
+    """Return settings with the database and directory of a test."""
     own: dict[str, dict[str, Any]] = {
         "mongodb": {"uri": uri, "db_name": db_name},
         "api": {"port": 0, "max_streams_per_user": 0, "auth_failures_per_minute": 0},
@@ -123,7 +123,7 @@ def make_settings(uri: str, db_name: str, directory: Path, **sections: dict[str,
 async def run_api(
     uri: str, db_name: str, directory: Path, wanted: frozenset[Role] = ALL_ROLES, **sections: dict[str, Any]
 ) -> AsyncIterator[Api]:
-    """Run roles and yield the API; whatever role ends by itself fails the test."""
+    """Run roles and yield the API. A role that ends unexpectedly fails the test."""
     settings = make_settings(uri, db_name, directory, **sections)
     failures: list[BaseException] = []
     async with (
@@ -136,20 +136,20 @@ async def run_api(
 
 @pytest.fixture
 def header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have whoever asks be who the header `X-Test-Principal` says: ask for it before `api` or `api_without_worker`."""
+    """Authenticate by the header `X-Test-Principal`. Request this fixture before `api` or `api_without_worker`."""
     monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
 
 
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
-    """All roles."""
+    """An API with all roles."""
     async for running in run_api(mongodb_uri, db_name, tmp_path):
         yield running
 
 
 @pytest.fixture
 async def api_without_worker(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
-    """Without a worker: a job that was submitted waits for ever."""
+    """An API without a worker. Submitted jobs stay pending."""
     async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running
 
@@ -158,7 +158,7 @@ async def api_without_worker(mongodb_uri: str, db_name: str, tmp_path: Path) -> 
 async def header_auth_api(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Api]:
-    """Without a worker; a header says who asks (tests/support/header_auth.py)."""
+    """An API without a worker that authenticates by a header (tests/support/header_auth.py)."""
     monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda user_id: HeaderAuthBackend())
     async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running

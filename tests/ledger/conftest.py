@@ -1,4 +1,4 @@
-"""tests: a ledger for each test, on a database of its own."""
+"""An event store for each test, on a separate database."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def connection(mongodb_uri: str, db_name: str) -> Connection:
 
 @pytest.fixture
 async def ledger(connection: Connection) -> AsyncIterator[Ledger]:
-    """A log with a running change stream, and little patience with lost numbers."""
+    """An event store with a running change stream and a short gap timeout."""
     async with open_ledger(connection, FAST_GAP_LIMITS) as ledger:
         yield ledger
 
 
 @pytest.fixture
 async def unstreamed_ledger(connection: Connection) -> AsyncIterator[Ledger]:
-    """A log without a change stream: whoever reads it does so from the collection."""
+    """An event store without a change stream. Readers read from the collection."""
     async with open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False) as ledger:
         yield ledger

@@ -1,4 +1,4 @@
-"""tests: a server that knows its users: a replica set of one, whose clients must sign in."""
+"""A replica set with one node that requires authentication."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _libc = ctypes.CDLL(None)
 
 @dataclass(frozen=True, slots=True)
 class AuthenticatedServer:
-    """Where it listens, and the password of its administrator, who may do everything."""
+    """The address and the administrator's password of the server."""
 
     address: str
     password: str
@@ -41,7 +41,7 @@ class AuthenticatedServer:
 
     @property
     def uri(self) -> str:
-        """The administrator's."""
+        """URI of the administrator."""
         return self.uri_for(_ADMINISTRATOR, self.password, "admin")
 
     def uri_for(self, user: str, password: str, auth_source: str) -> str:
@@ -49,14 +49,14 @@ class AuthenticatedServer:
         return f"mongodb://{signed_in}@{self.address}/?replicaSet=rs0&directConnection=true&authSource={auth_source}"
 
     def authorization_failures(self, db_name: str) -> set[tuple[str, str]]:
-        """What the server has refused for want of rights, by its own log: commands and the collections they named."""
+        """Return the commands, and their collections, that the server rejected as unauthorized, from its log."""
         found = _REFUSAL.findall(self.log.read_text(errors="replace"))
         return {(command, collection) for db, command, collection in found if db == db_name}
 
 
 @contextmanager
 def start_authenticated_server(directory: Path) -> Iterator[AuthenticatedServer]:
-    """Start it on a directory of its own. In the main thread: the kernel ends it with the thread that started it."""
+    """Start the server in the main thread, because the kernel ends it with the thread that started it."""
     data, log = directory / "data", directory / "mongod.log"
     data.mkdir(parents=True)
     port, parent = _free_port(), os.getpid()
@@ -82,7 +82,7 @@ def start_authenticated_server(directory: Path) -> Iterator[AuthenticatedServer]
 
 
 def _key_file(directory: Path) -> Path:
-    """What members of a replica set know each other by. mongod refuses one that others may read."""
+    """Write the key file of the replica set. mongod rejects a file that others can read."""
     path = directory / "key"
     path.touch(mode=0o600)
     path.write_bytes(base64.b64encode(secrets.token_bytes(96)))
@@ -90,7 +90,7 @@ def _key_file(directory: Path) -> Path:
 
 
 def _is_primary(address: str) -> bool:
-    """One step nearer to a primary. As long as there are no users, whoever comes from this machine may initiate it."""
+    """Initiate the replica set and return whether it has a primary. Local clients need no authentication yet."""
     with _nobody(address) as client:
         try:
             hello = client.admin.command("hello")
@@ -103,7 +103,7 @@ def _is_primary(address: str) -> bool:
 
 
 def _make_administrator(server: AuthenticatedServer) -> None:
-    """The first user, and the last that can be made without signing in."""
+    """Create the first user. Further users require authentication."""
     with _nobody(server.address) as client:
         client.admin.command("createUser", _ADMINISTRATOR, pwd=server.password, roles=["root"])
 
@@ -113,7 +113,7 @@ def _nobody(address: str) -> MongoClient[Document]:
 
 
 def _die_with(parent: int) -> None:
-    """Between fork and exec: have the kernel kill us with our parent."""
+    """Run between fork and exec: let the kernel kill this process with its parent."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

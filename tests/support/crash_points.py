@@ -1,4 +1,4 @@
-"""tests: a worker that also sends webhooks, and is killed (SIGKILL) when it gets to a point for the n-th time.
+"""A worker and webhook sender that is killed (SIGKILL) when it reaches a crash point for the n-th time.
 
 python -m tests.support.crash_points URI DB_NAME STORE POINT TIMES
 """
@@ -26,40 +26,40 @@ CRASH_POINTS = (
     "before attempt is recorded",
     "after attempt is recorded",
 )
-_left = 0
+_remaining = 0
 
 
-def _pass(point: str, wanted: str) -> None:
-    global _left
-    if point == wanted:
-        _left -= 1
-        if _left == 0:
+def _reach(point: str, crash_point: str) -> None:
+    global _remaining
+    if point == crash_point:
+        _remaining -= 1
+        if _remaining == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def install_crash_point(wanted: str) -> None:
-    """Put the point where it belongs."""
+def install_crash_point(crash_point: str) -> None:
+    """Patch the method at the crash point."""
     append, send = EventStore.append, Sender.send
 
-    async def dying_append(self: EventStore, *appends: StreamAppend) -> Any:
-        kinds = {type(event).__name__ for it in appends for event in it.events}
-        what = "completion is appended" if "JobCompleted" in kinds else "attempt is recorded"
-        concerned = bool(kinds & {"JobCompleted", "DeliveryAttempted"})
-        if concerned:
-            _pass(f"before {what}", wanted)
+    async def append_or_crash(self: EventStore, *appends: StreamAppend) -> Any:
+        kinds = {type(event).__name__ for stream_append in appends for event in stream_append.events}
+        action = "completion is appended" if "JobCompleted" in kinds else "attempt is recorded"
+        has_crash_point = bool(kinds & {"JobCompleted", "DeliveryAttempted"})
+        if has_crash_point:
+            _reach(f"before {action}", crash_point)
         recorded = await append(self, *appends)
-        if concerned:
-            _pass(f"after {what}", wanted)
+        if has_crash_point:
+            _reach(f"after {action}", crash_point)
         return recorded
 
-    async def dying_send(self: Sender, webhook: WebhookRequest) -> WebhookResponse:
-        _pass("before request is sent", wanted)
-        answer = await send(self, webhook)
-        _pass("after request is sent", wanted)
-        return answer
+    async def send_or_crash(self: Sender, webhook: WebhookRequest) -> WebhookResponse:
+        _reach("before request is sent", crash_point)
+        response = await send(self, webhook)
+        _reach("after request is sent", crash_point)
+        return response
 
-    EventStore.append = dying_append  # type: ignore[method-assign]
-    Sender.send = dying_send  # type: ignore[method-assign]
+    EventStore.append = append_or_crash  # type: ignore[method-assign]
+    Sender.send = send_or_crash  # type: ignore[method-assign]
 
 
 async def main(uri: str, db_name: str, store: str) -> None:
@@ -75,6 +75,6 @@ async def main(uri: str, db_name: str, store: str) -> None:
 
 
 if __name__ == "__main__":
-    _left = int(sys.argv[5])
+    _remaining = int(sys.argv[5])
     install_crash_point(sys.argv[4])
     asyncio.run(main(*sys.argv[1:4]))

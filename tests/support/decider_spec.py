@@ -1,4 +1,4 @@
-"""tests: rules as sentences: `given(events).when(command).then(events)`. Pure, as the rules are."""
+"""Specifications of deciders: `given(events).when(command).then(events)`. Pure."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from jobledger.ledger.store.command_handler import Decider
 
 @dataclass(frozen=True)
 class When:
-    """A command that meets a history."""
+    """A command for a stream with a history."""
 
     decider: Decider
     state: Any
     command: Any
 
     def then(self, *events: Event) -> None:
-        """It causes exactly these events, which the rules can then fold."""
+        """Assert that the command causes exactly these events, and that the decider can evolve them."""
         decided = list(self.decider.decide(self.command, self.state))
         assert decided == list(events)
         state = self.state
@@ -30,18 +30,18 @@ class When:
             state = self.decider.evolve(state, event)
 
     def then_no_events(self) -> None:
-        """It is accepted, and there is nothing to do."""
+        """Assert that the command is accepted without events."""
         assert list(self.decider.decide(self.command, self.state)) == []
 
     def then_rejected(self, error: type[CommandRejected], match: str | None = None) -> None:
-        """The rules say no."""
+        """Assert that the decider rejects the command."""
         with pytest.raises(error, match=match):
             self.decider.decide(self.command, self.state)
 
 
 @dataclass(frozen=True)
 class Given:
-    """A history, and what it amounts to."""
+    """A history and the resulting state."""
 
     rules: Decider
     state: Any
@@ -51,7 +51,7 @@ class Given:
 
 
 def given_for(decider: Decider) -> Callable[..., Given]:
-    """Return the function `given(*events)` for one kind of stream."""
+    """Return the function `given(*events)` for a decider."""
 
     def given(*events: Event) -> Given:
         state = None

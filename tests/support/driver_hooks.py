@@ -1,4 +1,4 @@
-"""tests: moments in a process's talk with the database, at which it stops, dies, or takes a note.
+"""Hooks before and after driver commands that suspend or kill the process, or count commands.
 
 They are the driver's own announcements, so they say nothing of how the log works inside: "before insert" is when an
 insert is about to be sent, "after insert" when its answer has arrived and nobody has been told.
@@ -25,7 +25,7 @@ HookPoint = Literal[
 
 @dataclass(frozen=True, slots=True)
 class MonitoredConnection(Connection):
-    """A connection whose commands are announced to listeners."""
+    """A connection with command listeners."""
 
     listeners: tuple[CommandListener, ...] = ()
 
@@ -38,7 +38,7 @@ def monitor_connection(connection: Connection, *listeners: CommandListener) -> M
 
 
 class OneTimeHook(CommandListener):
-    """Does something the first time that a moment comes."""
+    """Calls a function the first time a hook point is reached."""
 
     def __init__(self, hook_point: HookPoint, action: Callable[[], None]) -> None:
         self._awaited: str | None = hook_point
@@ -56,11 +56,11 @@ class OneTimeHook(CommandListener):
         self._comes(f"after {event.command_name}")
 
     def failed(self, event: CommandFailedEvent) -> None:
-        """Is not what is waited for."""
+        """Ignore the event."""
 
 
 class CommandCounter(CommandListener):
-    """Counts what was asked for, by name, and what the server answered it with, by error code."""
+    """Counts commands by name and error responses by code."""
 
     def __init__(self) -> None:
         self.started_by_name: Counter[str] = Counter()
@@ -70,7 +70,7 @@ class CommandCounter(CommandListener):
         self.started_by_name[event.command_name] += 1
 
     def succeeded(self, event: CommandSucceededEvent) -> None:
-        """Is counted when it starts."""
+        """Ignore the event. Commands are counted at their start."""
 
     def failed(self, event: CommandFailedEvent) -> None:
         self.failed_by_code[event.failure.get("code", 0)] += 1

@@ -1,4 +1,4 @@
-"""tests: one fully filled example of every event. New fields are added here; what was recorded stays as it is."""
+"""One complete example of every event. Add new fields here. The golden events do not change."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ EVENT_EXAMPLES: tuple[Event, ...] = (
 
 
 def make_job_submitted(**changes: Any) -> JobSubmitted:
-    """A small, valid job."""
+    """Return a small, valid job."""
     return JobSubmitted(**{"job_type": "echo", "parameters": {"text": "hello"}, "user_id": "alice", **changes})
 
 

@@ -1,4 +1,4 @@
-"""tests: a module that ends the process that imports it."""
+"""A module that exits the process that imports it."""
 
 import os
 

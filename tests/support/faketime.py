@@ -1,4 +1,4 @@
-"""tests: processes whose clock is wrong, by libfaketime (Debian: `apt install faketime`)."""
+"""Processes with a skewed clock, using libfaketime (Debian: `apt install faketime`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ needs_faketime = pytest.mark.skipif(_LIBRARY is None, reason="needs libfaketime:
 
 
 class SkewedClock:
-    """The wall clock of processes with the environment `env`. Steady clocks stay right, as after a step of NTP."""
+    """A skewed wall clock for processes with the environment `env`. Monotonic clocks are not affected."""
 
     def __init__(self, directory: Path, seconds: int) -> None:
         self._file = directory / "clock"
@@ -26,7 +26,7 @@ class SkewedClock:
         }
 
     def set_offset(self, seconds: int) -> None:
-        """Let the clock be this many seconds ahead from now on."""
+        """Set the offset of the clock in seconds."""
         new = self._file.with_suffix(".new")
         new.write_text(f"{seconds:+d}\n")
         new.replace(self._file)

@@ -1,4 +1,4 @@
-"""tests: short commands without the second that Python takes to load them: forked from a process that has them loaded.
+"""Run short commands in processes forked from one with loaded modules, which saves a second per command.
 
 Each is a process of its own, with its own directory, environment, input and output, and ends with its own exit code.
 Commands that stay (`Installation.start`) and those whose start is itself under test are real.
@@ -21,7 +21,7 @@ from typing import Final
 _PROGRAM: Final = """
 import json, os, socket, sys, time
 import jobledger.cli.main
-# What commands import when they run:
+# Modules that commands import when they run:
 import jobledger.cli.api_key_admin, jobledger.cli.checks.database, jobledger.cli.checks.machine
 import jobledger.cli.composition, jobledger.cli.mongo_roles, jobledger.cli.runtime, jobledger.cli.view_maintenance
 
@@ -82,7 +82,7 @@ def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
 def run_command(
     arguments: Sequence[str], *, directory: Path, env: Mapping[str, str], stdin: bytes, seconds: float
 ) -> tuple[int, bytes, bytes]:
-    """Run `jobledger` with these arguments to its end; return its exit code and what it said.
+    """Run `jobledger` with these arguments. Return exit code, standard output and standard error.
 
     Raises:
         TimeoutError: it was still running, and was killed.

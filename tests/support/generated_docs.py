@@ -1,4 +1,4 @@
-"""tests: the parts of the reference that are made of the program: `make reference` writes them, a test compares."""
+"""Reference pages generated from the code. `make reference` writes them, and a test compares them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def render_commands() -> str:
-    """All commands with their options, from the command line's own definitions."""
+    """Return the reference of all commands and options."""
     command: Any = typer.main.get_command(main.app)
     context = typer.Context(command, info_name="jobledger")
     text = get_docs_for_click(obj=command, ctx=context, name="jobledger", title="Reference: the commands")
@@ -31,7 +31,7 @@ def render_commands() -> str:
 
 
 def render_events() -> str:
-    """All events with their fields, from their models."""
+    """Return the reference of all events and fields."""
     parts = [
         "# Reference: events",
         "An event is a document of the collection `events`. Its type determines the fields of `data`, listed\n"

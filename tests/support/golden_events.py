@@ -1,4 +1,4 @@
-"""tests: golden histories: stored events, one of every type, that every later version must still be able to read.
+"""Golden events: one stored event of every type that all later versions must be able to read.
 
 They are made once, by `python -m tests.support.golden_events`, which records the types that have none yet. What is
 recorded
@@ -39,14 +39,18 @@ def load_golden_events(directory: Path = GOLDEN_DIRECTORY) -> list[Document]:
 
 
 def write_golden_event(document: Document, path: Path) -> None:
-    """Keep a stored event for ever. Raises FileExistsError rather than overwrite one."""
+    """Write a golden event.
+
+    Raises:
+        FileExistsError: The golden event exists. It is never overwritten.
+    """
     text = json_util.dumps(document, json_options=json_util.CANONICAL_JSON_OPTIONS, indent=2, ensure_ascii=False)
     with path.open("x", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
 async def record_golden_events(uri: str, examples: Sequence[Event], directory: Path = GOLDEN_DIRECTORY) -> None:
-    """Append the examples to a log, and keep what the database holds then."""
+    """Append the examples to a log and record the stored documents."""
     async with open_ledger(Connection(uri, "golden"), with_change_stream=False) as ledger:
         for stream, members in (
             (new_job_id(), JOB_EVENTS),

@@ -1,4 +1,4 @@
-"""tests: who asks, said in a header: for tests of what different people may see and do."""
+"""Authentication by a test header, for tests of permissions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADER = "X-Test-Principal"
 
 
 class HeaderAuthBackend:
-    """Believes the header `X-Test-Principal: user;group,group;role,role`.
+    """Authenticates by the header `X-Test-Principal: user;group,group;role,role`.
 
     An empty one is somebody who has not said who they are; without one it is the admin `local`, as in the open mode.
     """
@@ -30,5 +30,5 @@ def _names(listed: str) -> frozenset[str]:
 
 
 def principal_header(user_id: str = "", groups: Collection[str] = (), roles: Collection[str] = ()) -> dict[str, str]:
-    """Return the header that says who asks."""
+    """Return the header for a principal."""
     return {HEADER: f"{user_id};{','.join(sorted(groups))};{','.join(sorted(roles))}" if user_id or groups else ""}

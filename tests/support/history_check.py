@@ -1,6 +1,6 @@
-"""tests: reads a whole log afterwards and finds what workers must never have done, whoever was killed when.
+"""Check a whole log for violations of the rules for jobs and attempts, such as after killed workers.
 
-In words of its own: it shares no code with `jobledger.ledger.domain.job`, so it does not share its mistakes.
+This module shares no code with `jobledger.ledger.domain.job`, so it does not share its errors.
 """
 
 from __future__ import annotations
@@ -34,46 +34,46 @@ from jobledger.ledger.mongo.connection import Document
 from tests.support.ledger_setup import check_log
 
 WORKER_EVENTS = (JobProgressed, JobLogged, StepCompleted, JobCompleted, JobAttemptFailed, JobFailed, JobReleased)
-"""What only the worker of the live attempt may say; but a lease that expires in the last attempt fails the job, too."""
+"""Events that only the worker of the running attempt may cause. JobFailed can also follow an expired lease."""
 TERMINAL_EVENTS = (JobCompleted, JobFailed, JobCancelled)
 ALWAYS_ALLOWED_EVENTS = (WorkerFenced, JobAccessChanged, JobArchived, JobUnarchived)
 
 
 def check_history(documents: Iterable[Document], *, all_finished: bool = False) -> None:
-    """Hold a complete log, the documents of `events` in order, against the promises about jobs and attempts.
+    """Check a complete log, the documents of `events` in order, against the rules for jobs and attempts.
 
     Raises:
-        AssertionError: one is broken; the message names the job and the position.
+        AssertionError: A rule is violated. The message has the job and the position.
     """
     documents = list(documents)
     check_log(documents)
-    stories: dict[str, _JobHistory] = {}
+    histories: dict[str, _JobHistory] = {}
     for event in map(RecordedEvent, documents):
         if event.stream.startswith("job-"):
-            stories.setdefault(event.stream, _JobHistory()).go_on(event)
-    for story in stories.values() if all_finished else ():
-        story.require(story.over, story.events[-1], "is the last event, and the job has not ended")
+            histories.setdefault(event.stream, _JobHistory()).apply(event)
+    for history in histories.values() if all_finished else ():
+        history.require(history.over, history.events[-1], "is the last event, and the job has not ended")
 
 
 @dataclass(slots=True)
 class _JobHistory:
-    """What has become of one job so far."""
+    """The state of one job."""
 
     events: list[RecordedEvent] = field(default_factory=list)
     max_attempts: int = 0
     counted: int = 0
     workers: list[str] = field(default_factory=list)
-    """Who has claimed the job: one worker an attempt."""
+    """The worker of each attempt."""
     live: int = 0
-    """The attempt that runs, 0 if none does."""
+    """The running attempt, or 0."""
     over: bool = False
     steps: dict[str, int] = field(default_factory=dict)
-    """By their keys, the finished steps that need not be done again, and the attempts that have finished them."""
+    """Attempt that completed each step, by the key of the step."""
 
     def require(self, holds: bool, event: RecordedEvent, wrong: str) -> None:
         assert holds, f"{event.stream}, position {event.position}: {event.type} {wrong}"
 
-    def go_on(self, event: RecordedEvent) -> None:
+    def apply(self, event: RecordedEvent) -> None:
         happened = event.event
         self.require(isinstance(happened, JobSubmitted) == (not self.events), event, "must be the first event, once")
         if self.over:
@@ -86,7 +86,7 @@ class _JobHistory:
             not self.events or not isinstance(self.events[-1].event, JobDeleted), event, "after the job was deleted"
         )
         if isinstance(happened, WORKER_EVENTS) and not self._fails_with_its_lease(event):
-            self._hear(event, happened.attempt)
+            self._check_worker_event(event, happened.attempt)
         match happened:
             case JobSubmitted():
                 self.max_attempts = happened.max_attempts
@@ -95,17 +95,17 @@ class _JobHistory:
             case StepCompleted():
                 self._finish_step(event, happened)
             case JobLeaseExpired():
-                self._is_live(event, happened.attempt)
-                self._is_worker(event, happened.worker_id)
+                self._require_running(event, happened.attempt)
+                self._require_worker(event, happened.worker_id)
                 self.live = 0
             case JobReleased():
-                self._is_worker(event, happened.worker_id)
+                self._require_worker(event, happened.worker_id)
                 self.live, self.counted = 0, self.counted - 1
             case JobAttemptFailed():
                 self.live = 0
             case JobCompleted() | JobFailed() | JobCancelled():
-                if self.live:  # a cancellation names no attempt
-                    self._is_speaker(event)
+                if self.live:  # JobCancelled has no attempt
+                    self._require_actor(event)
                 self.live, self.over = 0, True
             case JobRestarted():
                 self.require(self.over, event, "before the job has ended")
@@ -122,7 +122,7 @@ class _JobHistory:
         self.events.append(event)
 
     def _fails_with_its_lease(self, event: RecordedEvent) -> bool:
-        """Return whether the job's lease has expired for the last time: both is said in one transaction."""
+        """Return whether the job fails because of an expired lease. Both events are in one commit."""
         before = self.events[-1]
         return (
             isinstance(event.event, JobFailed)
@@ -132,20 +132,20 @@ class _JobHistory:
             and self.counted == self.max_attempts
         )
 
-    def _hear(self, event: RecordedEvent, attempt: int) -> None:
-        self._is_live(event, attempt)
-        self._is_speaker(event)
+    def _check_worker_event(self, event: RecordedEvent, attempt: int) -> None:
+        self._require_running(event, attempt)
+        self._require_actor(event)
 
-    def _is_speaker(self, event: RecordedEvent) -> None:
+    def _require_actor(self, event: RecordedEvent) -> None:
         role, _, name = event.meta.actor.partition(":")
-        if role == "worker":  # tests may speak in a worker's name
-            self._is_worker(event, name)
+        if role == "worker":  # tests may act as a worker
+            self._require_worker(event, name)
 
-    def _is_live(self, event: RecordedEvent, attempt: int) -> None:
+    def _require_running(self, event: RecordedEvent, attempt: int) -> None:
         now = f"{self.live} is live" if self.live else "none is live"
         self.require(attempt == self.live, event, f"of attempt {attempt} while {now}")
 
-    def _is_worker(self, event: RecordedEvent, name: str) -> None:
+    def _require_worker(self, event: RecordedEvent, name: str) -> None:
         self.require(name == self.workers[-1], event, f"of {name}, but the attempt is that of {self.workers[-1]}")
 
     def _claim(self, event: RecordedEvent, claimed: JobClaimed) -> None:

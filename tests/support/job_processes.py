@@ -1,4 +1,4 @@
-"""tests: the processes in which a worker's jobs run. Worker, fork server, supervisor, job process: each a child."""
+"""Find the processes of jobs: worker, fork server, supervisor and job process, each a child of the one before."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from tests.support.role_runner import RolesSubprocess
 
 
 def list_job_processes(worker: RolesSubprocess) -> list[int]:
-    """Return the processes in which a worker's jobs run."""
+    """Return all job processes."""
     return list_job_processes_of(worker.pid)
 
 
 def list_job_processes_of(worker: int) -> list[int]:
-    """Return the job processes of the worker with this process id."""
+    """Return the job processes of the worker with this process ID."""
     return [pid for pid in list_descendants(worker) if _ancestor(pid, 3) == worker]
 
 
 def list_own_job_processes() -> list[int]:
-    """Return the job processes of the worker that runs in the test's own process."""
+    """Return the job processes of the worker in the test's process."""
     return list_job_processes_of(os.getpid())
 
 
 def parent_pid(pid: int) -> int:
-    """Return the parent's process id, or 0 if there is no such process."""
+    """Return the process ID of the parent, or 0 without such a process."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return 0
 
 
 def has_exited(pid: int) -> bool:
-    """Return whether a process is dead, or only waits to be reaped."""
+    """Return whether the process exited, including zombies."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""tests: somebody who issues JSON Web Tokens, good ones and others, and serves the keys to verify them by."""
+"""An issuer of valid and invalid JSON Web Tokens that serves its public keys."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ EC_KEY = ec.generate_private_key(ec.SECP256R1())
 
 
 def make_token(key: Any = SECRET, algorithm: str = "HS256", kid: str | None = None, **claims: Any) -> str:
-    """Return a token for alice that is good for a minute, unless claims say otherwise; a claim of None is left out."""
+    """Return a token for alice that is valid for a minute. `claims` override this. A claim of None is omitted."""
     said = {"sub": "alice", "exp": int(time.time()) + 60, **claims}
     headers = {} if kid is None else {"kid": kid}
     return jwt.encode({name: it for name, it in said.items() if it is not None}, key, algorithm, headers)
 
 
 def public_key_pem(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
-    """Return the public half."""
+    """Return the public key in PEM format."""
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def public_key_jwk(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, kid: str | None, **more: Any) -> dict[str, Any]:
-    """Return the public half as a JSON Web Key."""
+    """Return the public key as a JSON Web Key."""
     algorithm: Any = jwt.algorithms.RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else jwt.algorithms.ECAlgorithm
     named = {} if kid is None else {"kid": kid}
     return {**algorithm.to_jwk(key.public_key(), as_dict=True), **named, **more}
 
 
 class JwksServer:
-    """Serves a JWK Set. `status` and `body` are what it answers; `asked` counts."""
+    """Serves a JWK Set. `status` and `body` define the response. `request_count` counts requests."""
 
     def __init__(self, *keys: dict[str, Any]) -> None:
         self.status = 200

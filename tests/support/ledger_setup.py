@@ -1,4 +1,4 @@
-"""tests: a ledger on a database of its own, as one process would have it, and waiting with a deadline."""
+"""Open an event store on the database of a test, and wait for events and conditions with a timeout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EVENT_METADATA = EventMetadata("user:alice")
 
 @dataclass(frozen=True)
 class Ledger:
-    """What one process has of a ledger."""
+    """The event store objects of one process."""
 
     db: Database
     event_store: EventStore
@@ -52,7 +52,7 @@ async def open_ledger(
     with_change_stream: bool = True,
     store_class: Callable[[Database, EventStoreLimits], EventStore] = EventStore,
 ) -> AsyncIterator[Ledger]:
-    """A log with a client of its own and, if `live`, a running change stream."""
+    """Open an event store with its own client and, by default, a running change stream."""
     async with connection.client() as client:
         db = client[connection.db_name]
         log, changes = store_class(db, limits or EventStoreLimits()), ChangeStream(db)
@@ -67,7 +67,7 @@ async def open_ledger(
 
 
 async def take_events(subscription: Subscription, count: int, seconds: float = DEADLINE_SECONDS) -> list[RecordedEvent]:
-    """The next `count` events."""
+    """Return the next `count` events."""
     taken: list[RecordedEvent] = []
     async with asyncio.timeout(seconds):
         while len(taken) < count:
@@ -76,20 +76,20 @@ async def take_events(subscription: Subscription, count: int, seconds: float = D
 
 
 async def read_first_events(log: EventStore, count: int, *, after: int = 0) -> list[RecordedEvent]:
-    """The first `count` events after a position, by a subscription."""
+    """Return the first `count` events after a position from a subscription."""
     async with log.subscribe(after=after) as events:
         return await take_events(events, count)
 
 
 async def poll_until(condition: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
-    """For conditions that nothing tells us of: look again and again, with a deadline."""
+    """Poll a condition that has no notification, with a timeout."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - for what no event tells
+        while not condition():  # noqa: ASYNC110 - no notification
             await asyncio.sleep(0.005)
 
 
 async def create_position_gap(db: Database, count: int = 1) -> int:
-    """Take numbers and die: return the first of them."""
+    """Allocate positions without appending events. Return the first position."""
     counter = await db.counters.find_one_and_update(
         {"_id": "events"}, {"$inc": {"next": count}}, upsert=True, return_document=True
     )
@@ -98,7 +98,7 @@ async def create_position_gap(db: Database, count: int = 1) -> int:
 
 
 async def read_all_events(log: EventStore) -> list[RecordedEvent]:
-    """Read the log to its end, filling whatever holes there are."""
+    """Read the log to its end and void all gaps."""
     events: list[RecordedEvent] = []
     while page := await log.read(after=len(events)):
         events += page
@@ -110,7 +110,7 @@ async def load_event_documents(db: Database, query: Document | None = None) -> l
 
 
 def check_log(documents: Iterable[Document]) -> None:
-    """The promises about a whole log: dense positions, dense versions in the order of positions, intact chains."""
+    """Check a whole log: no gaps in positions, no gaps in stream versions, intact hash chains."""
     documents = list(documents)
     assert [document["_id"] for document in documents] == list(range(1, len(documents) + 1))
     streams: defaultdict[str, list[Document]] = defaultdict(list)
@@ -137,7 +137,7 @@ def event_positions(events: Iterable[RecordedEvent]) -> list[int]:
 
 
 async def change_stream_operations(db: Database) -> list[dict[str, Any]]:
-    """The server's view of the change streams open on this database: running `getMore`s and idle cursors."""
+    """Return the open change streams of this database: running `getMore` commands and idle cursors."""
     namespaces = (f"{db.name}.$cmd", f"{db.name}.$cmd.aggregate")
     seen = await db.client.admin.aggregate([{"$currentOp": {"allUsers": True, "idleCursors": True}}])
     return [operation async for operation in seen if operation.get("cursor") and operation["ns"] in namespaces]

@@ -1,4 +1,4 @@
-"""tests: a wire to MongoDB on which single messages are lost: what was asked for, or what was answered.
+"""A proxy to MongoDB that drops single requests or responses.
 
     with Wire(uri) as wire:
         wire.lose_answer("insert")  # the next insert is done, and whoever asked for it is told that it failed
@@ -26,7 +26,7 @@ _INTERRUPTED = {"ok": 0.0, "code": 11601, "codeName": "Interrupted", "errmsg": "
 
 
 class MessageProxy:
-    """Forwards connections to a MongoDB, message by message. May be told to lose, or to hold, the next of a kind."""
+    """Forwards connections to MongoDB by message. It can drop or hold the next message of a command."""
 
     def __init__(self, uri: str) -> None:
         self._target = uri
@@ -54,7 +54,7 @@ class MessageProxy:
         self.close_connections()
 
     def close_connections(self) -> None:
-        """Break all connections; new ones may be made."""
+        """Close all connections. New connections are accepted."""
         with self._lock:
             sockets, self._sockets = self._sockets, []
         for wire in sockets:
@@ -63,17 +63,17 @@ class MessageProxy:
             wire.close()
 
     def drop_request(self, command: str, times: int = 1) -> None:
-        """The next of these commands never reaches the server, and whoever sent it hears of a failure."""
+        """Drop the next request with one of these commands. The client gets a connection error."""
         with self._lock:
             self._losing_requests[command] = times
 
     def drop_response(self, command: str, times: int = 1) -> None:
-        """The next of these commands is carried out, and whoever sent it hears of a failure."""
+        """Drop the response to the next of these commands. The client gets a connection error."""
         with self._lock:
             self._losing_answers[command] = times
 
     def hold_request(self, command: str) -> None:
-        """Keep the next of these commands back until `release`."""
+        """Hold the next request with one of these commands until `release_request`."""
         self.held.clear()
         self._go_on.clear()
         self._holding = command
@@ -135,7 +135,7 @@ def _messages(source: socket.socket) -> Iterator[bytes]:
 
 
 def _name(message: bytes) -> str:
-    """The name of a command is the first name in its document, behind the document's length and the value's type."""
+    """Return the name of the command: the first key of the document, after its length and the type of the value."""
     begin = _BODY + 5
     return message[begin : message.index(0, begin)].decode()
 

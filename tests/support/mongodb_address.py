@@ -1,4 +1,4 @@
-"""tests: where a MongoDB listens, by its URI: at a TCP port or a Unix socket."""
+"""The address of MongoDB by its URI: a TCP port or a Unix socket."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _URI: Final = re.compile(r"mongodb://(?P<login>[^@/]+@)?(?P<host>[^/,?]+)/?(?P<r
 
 
 def open_connection(uri: str) -> socket.socket:
-    """Open a connection to the server, as a driver would."""
+    """Open a connection to the server."""
     host = _parts(uri)["host"]
     if host.endswith(".sock"):
         connection = socket.socket(socket.AF_UNIX)
@@ -22,7 +22,7 @@ def open_connection(uri: str) -> socket.socket:
 
 
 def proxied_uri(uri: str, port: int) -> str:
-    """Return the URI that leads to the same server by a port on this machine, with the same credentials."""
+    """Return the URI with the same credentials that connects through a local port."""
     parts = _parts(uri)
     options = "directConnection=true" + ("&authSource=local" if "authSource=local" in parts["rest"] else "")
     return f"mongodb://{parts['login'] or ''}127.0.0.1:{port}/?{options}"

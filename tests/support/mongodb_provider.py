@@ -1,4 +1,4 @@
-"""tests: where the tests get their MongoDB from, in this order: the environment, a local mongod, a container."""
+"""Provide MongoDB for the tests: from the environment, a local mongod or a container, in this order."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ START_TIMEOUT_SECONDS = 60.0
 
 
 class MongoDBUnavailable(Exception):
-    """None of the three places has a server; the message says why, for each."""
+    """No MongoDB is available. The message has a reason for each source."""
 
 
 @contextmanager
 def provide_mongodb(directory: Path) -> Iterator[str]:
-    """The URI of a replica set the tests may fill and drop at will; data of a local mongod goes to `directory`."""
+    """Yield the URI of a replica set for tests. A local mongod stores its data in `directory`."""
     if given := os.environ.get("JOBLEDGER_TEST_MONGODB_URI"):
         yield given
         return
@@ -49,18 +49,18 @@ def _container(no_local_server: str) -> Iterator[str]:
         container = DockerContainer(CONTAINER_IMAGE, command="mongod --replSet rs0 --bind_ip_all")
         container.with_exposed_ports(27017).start()
     except DockerException as error:
-        raise MongoDBUnavailable(f"{no_local_server} Nor is there a container: {str(error).splitlines()[0]}") from error
+        raise MongoDBUnavailable(f"{no_local_server} No container: {str(error).splitlines()[0]}") from error
     try:
         address = f"{container.get_container_host_ip()}:{container.get_exposed_port(27017)}"
         if not wait_until(lambda: _initiated(address), START_TIMEOUT_SECONDS):
             raise MongoDBUnavailable(f"the {CONTAINER_IMAGE} container at {address} did not become a primary")
         yield f"mongodb://{address}/?replicaSet=rs0&directConnection=true"
     finally:
-        container.stop()  # not `with container`: entering it would start a second one
+        container.stop()  # `with container` would start a second one
 
 
 def _initiated(address: str) -> bool:
-    """One step nearer to a primary. Always a new client: one from before the initiation cannot start transactions."""
+    """Initiate the replica set and return whether it has a primary. A client from before cannot start transactions."""
     with MongoClient[dict[str, Any]](address, directConnection=True, serverSelectionTimeoutMS=1000) as client:
         try:
             hello = client.admin.command("hello")
@@ -79,5 +79,5 @@ def has_local_mongod() -> bool:
     return True
 
 
-# For tests of the embedded server itself, which a container cannot stand in for.
+# For tests of the embedded server, which need a local mongod.
 needs_local_mongod = pytest.mark.skipif(not has_local_mongod(), reason="mongod not found on this machine")

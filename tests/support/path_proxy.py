@@ -1,4 +1,4 @@
-"""tests: a reverse proxy that offers a server under a path of its own."""
+"""A reverse proxy that serves a server under a path prefix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 
 @asynccontextmanager
 async def run_path_proxy(port: int | list[int], prefix: str, *, strip_prefix: bool = True) -> AsyncIterator[int]:
-    """Forward requests below `prefix`, and answer 404 to all others. One request a connection. Yield the port.
+    """Forward requests below `prefix` and return 404 for others, one request per connection. Yield the port.
 
     Args:
         port: of the server; a list that is filled later, for a server that needs to know the proxy's port.

@@ -1,4 +1,4 @@
-"""tests: processors as other people install them: a module and its entry point, found by way of PYTHONPATH."""
+"""Install processors as plug-ins: a module and its entry point in PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ValidProcessor:
     async def run(self, job):
         return Results()
 """
-"""A whole processor `ValidProcessor`, to be changed by what follows it in a module."""
+"""A complete processor `ValidProcessor` that the code after it can modify."""
 
 
 def install_plugin(
@@ -36,7 +36,7 @@ def install_plugin(
     attribute: str = "ValidProcessor",
     template: str = MODULE_TEMPLATE,
 ) -> None:
-    """Install a processor into `directory`, which is to be in PYTHONPATH."""
+    """Install a processor to `directory`, which must be in PYTHONPATH."""
     module = f"plugin_{job_type.replace('-', '_')}"
     directory.mkdir(exist_ok=True)
     (directory / f"{module}.py").write_text(template.replace("JOB_TYPE", job_type) + dedent(code), encoding="utf-8")

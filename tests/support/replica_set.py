@@ -1,7 +1,7 @@
-"""tests: a replica set of three servers, each a process of its own that can be killed, frozen or left behind.
+"""A replica set of three server processes that can be killed, suspended or excluded from replication.
 
-Everything here blocks, for seconds if need be: call it by `asyncio.to_thread`. Only what starts a process belongs in
-the main thread, because the kernel ends a process started here with the thread that started it.
+All methods block, some for seconds: call them with `asyncio.to_thread`. Methods that start a process must run in the
+main thread, because the kernel ends such a process with the thread that started it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ ELECTION_TIMEOUT_MS: Final = 1500
 RESPONSE_TIMEOUT_MS: Final = 2000
 WAIT_TIMEOUT_SECONDS: Final = 30.0
 STEP_DOWN_SECONDS: Final = 20
-"""How long a primary that has stepped down does not stand for election, unless another is elected before."""
+"""How long a primary that stepped down is not electable unless another one is elected before."""
 
 SERVER_PARAMETERS: Final = (
     "enableTestCommands=1",  # for fail points
-    "oplogNetworkTimeoutBufferSeconds=1",  # a secondary turns away from a frozen node within two seconds, not ten
+    "oplogNetworkTimeoutBufferSeconds=1",  # a secondary leaves a suspended node after two seconds instead of ten
     "diagnosticDataCollectionEnabled=false",
 )
 SECONDARY: Final = 2  # replSetGetStatus
@@ -44,7 +44,7 @@ _libc = ctypes.CDLL(None)
 
 
 class Node:
-    """One server: a process that comes and goes, on a port and data that stay."""
+    """One server. Port and data directory stay the same when its process restarts."""
 
     def __init__(self, directory: Path, port: int) -> None:
         self.address = f"127.0.0.1:{port}"
@@ -63,7 +63,7 @@ class Node:
             retryWrites=False,
             w=1,
         )
-        """Speaks with this node only, and finds what it has, whether or not another has it."""
+        """Return an event store that reads from this node only, including data that is not replicated."""
 
     def __repr__(self) -> str:
         return self.address
@@ -92,26 +92,26 @@ class Node:
         self.is_suspended = False
 
     def remove(self) -> None:
-        """Leave nothing but the log."""
+        """Remove all files except the log."""
         self.kill()
         shutil.rmtree(self._data)
 
     def send_signal(self, signum: signal.Signals) -> None:
-        assert self._process is not None, f"{self} does not run"
+        assert self._process is not None, f"{self} is not running"
         self._process.send_signal(signum)
 
     def hello(self) -> Mapping[str, Any]:
-        """What the node says of itself; nothing if it does not answer."""
+        """Return the response to `hello`, or an empty document without one."""
         if self._process is None or self.is_suspended:
             return {}
-        assert self._process.poll() is None, f"{self} has ended by itself: {self._last_words()}"
+        assert self._process.poll() is None, f"{self} exited unexpectedly: {self._read_log_tail()}"
         try:
             return self.client.admin.command("hello")
         except PyMongoError:
             return {}
 
     def is_in_sync_with(self, primary: Node) -> bool:
-        """True if it is a secondary that has something this primary wrote: so it has rolled back what it had to."""
+        """Return whether the node is a secondary with a write of this primary, so its rollback is finished."""
         try:
             mine = self.client.admin.command("replSetGetStatus")
             term = primary.client.admin.command("replSetGetStatus")["term"]
@@ -120,19 +120,19 @@ class Node:
         return bool(mine["myState"] == SECONDARY and mine["optimes"]["appliedOpTime"]["t"] == term)
 
     def read_rolled_back_documents(self) -> list[Document]:
-        """The documents that this node had written, and took back to follow another primary."""
+        """Return the documents that this node rolled back."""
         documents: list[Document] = []
         for path in self._data.glob("rollback/*/removed.*.bson"):
             with path.open("rb") as file:
                 documents += bson.decode_file_iter(file)
         return documents
 
-    def _last_words(self) -> str:
+    def _read_log_tail(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-8:])
 
 
 class ReplicaSet:
-    """Three servers that elect one of them primary, within seconds."""
+    """Three servers that elect a primary within seconds."""
 
     def __init__(self, directory: Path) -> None:
         self.nodes = [Node(directory / f"node-{number}", free_port()) for number in range(NODES)]
@@ -148,20 +148,20 @@ class ReplicaSet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for node in self.nodes:  # at first, for a client says goodbye to its server, and waits for it
+        for node in self.nodes:  # first, because a closing client waits for its server
             node.client.close()
         for node in self.nodes:
             node.remove()
 
     @property
     def uri(self) -> str:
-        """The driver looks at the nodes every second, not every ten, and so learns in time that one is frozen."""
+        """The URI with a heartbeat interval of one second instead of ten, to detect a suspended node early."""
         return f"mongodb://{','.join(node.address for node in self.nodes)}/?replicaSet=rs0&heartbeatFrequencyMS=1000"
 
-    # Who is who ---------------------------------------------------------------------------------------------------
+    # Election ------------------------------------------------------------------------------------------------------
 
     def primary(self) -> Node | None:
-        """The node that says it is the primary; if two say so, the one elected last."""
+        """Return the primary. If two nodes claim to be primary, return the one elected last."""
         said = [(hello["electionId"], node) for node in self.nodes if _is_primary(hello := node.hello())]
         return max(said, key=lambda it: it[0])[1] if said else None
 
@@ -179,7 +179,7 @@ class ReplicaSet:
         return found[0]
 
     def wait_until_in_sync(self) -> Node:
-        """Wait until a primary is followed by all others; return it."""
+        """Wait until all other nodes replicate from a primary, and return it."""
 
         def whole() -> bool:
             primary = self.primary()
@@ -188,18 +188,18 @@ class ReplicaSet:
         _wait(whole, "a primary that all others follow")
         return self.wait_for_primary()
 
-    # What befalls them --------------------------------------------------------------------------------------------
+    # Faults --------------------------------------------------------------------------------------------------------
 
     def kill(self, node: Node) -> None:
-        """SIGKILL: what is not in the journal is gone."""
+        """Kill a node with SIGKILL. Writes that are not in its journal are lost."""
         node.kill()
 
     def restart_node(self, node: Node) -> None:
-        """Start a killed node on its data. In the main thread; does not wait."""
+        """Start a killed node with its data, without waiting. Call it in the main thread."""
         node.start()
 
     def suspend(self, node: Node) -> None:
-        """SIGSTOP: to the others it is cut off, while itself it knows nothing of that."""
+        """Suspend a node with SIGSTOP. The other nodes see it as unreachable."""
         node.send_signal(signal.SIGSTOP)
         node.is_suspended = True
 
@@ -208,7 +208,7 @@ class ReplicaSet:
         node.is_suspended = False
 
     def step_down(self, primary: Node, *, force: bool = False) -> Node:
-        """Have a primary give up, by force even if no other node has its newest writes; return the next one."""
+        """Make a primary step down and return the next one. With `force`, ignore unreplicated writes."""
         command = {
             "replSetStepDown": STEP_DOWN_SECONDS,
             "secondaryCatchUpPeriodSecs": 0 if force else 5,
@@ -216,19 +216,19 @@ class ReplicaSet:
         }
 
         def gave_up() -> bool:
-            with suppress(PyMongoError), pymongo.timeout(10):  # refused while no other node has caught up
+            with suppress(PyMongoError), pymongo.timeout(10):  # rejected while no other node is in sync
                 primary.client.admin.command(command)
             return self.primary() is not primary
 
         _wait(gave_up, f"{primary} to step down")
         successor = self.wait_for_primary(excluding=primary)
-        with suppress(PyMongoError):  # it may be busy undoing its writes, and stands for election a little later then
+        with suppress(PyMongoError):  # the node may still roll back
             primary.client.admin.command({"replSetFreeze": 0})
         return successor
 
     @contextmanager
     def replication_stopped(self, primary: Node) -> Iterator[None]:
-        """Whatever the primary writes in the block no other node gets. None minds, for heartbeats go on."""
+        """Stop replication of the primary's writes inside the block. Heartbeats continue."""
         others = self.other_nodes(primary)
         try:
             for node in others:
@@ -247,7 +247,7 @@ class ReplicaSet:
             "settings": {
                 "electionTimeoutMillis": ELECTION_TIMEOUT_MS,
                 "heartbeatIntervalMillis": 300,
-                # A new primary does not first fetch what only the old one has: so more is rolled back.
+                # A new primary does not fetch missing writes from the old one, so more writes are rolled back.
                 "catchUpTimeoutMillis": 0,
             },
         }
@@ -261,18 +261,18 @@ def _is_primary(hello: Mapping[str, Any]) -> bool:
 
 
 def _wait(condition: Callable[[], bool], what: str) -> None:
-    assert wait_until(condition, WAIT_TIMEOUT_SECONDS), f"waited {WAIT_TIMEOUT_SECONDS:.0f} s in vain for {what}"
+    assert wait_until(condition, WAIT_TIMEOUT_SECONDS), f"timeout after {WAIT_TIMEOUT_SECONDS:.0f} s: {what}"
 
 
 def exit_with_parent(parent: int) -> None:
-    """Between fork and exec: have the kernel kill us with our parent, even if we are frozen then."""
+    """Run between fork and exec: let the kernel kill this process with its parent, even while suspended."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def free_port() -> int:
-    """From below the range for outgoing connections: while its node is down, nobody must get the port by chance."""
+    """Return a port below the range of outgoing connections, so that it stays free while the node is down."""
     while True:
         with socket.socket() as server, suppress(OSError):
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,10 +1,10 @@
-"""tests: the roles of a process, run against a test's own database: in the test's process, or as real processes.
+"""Run the roles against the database of a test, in the test's process or as subprocesses.
 
-    async with process(connection, tmp_path, projector=True, worker=True) as here:
+    async with run_roles_in_process(connection, tmp_path, projector=True, worker=WorkerOptions()) as here:
         job_id = await here.submit({"text": "hello"})
-        job = await here.ended(job_id)
+        job = await here.wait_until_finished(job_id)
 
-`python -m tests.support.role_runner URI DB_NAME STORE ROLES [key=value …]` is the same as a process that can be killed.
+`python -m tests.support.role_runner URI DB_NAME STORE ROLES [key=value …]` runs the same in a process.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.containment import new_event_loop
 from jobledger.workers.executor import ExecutorSettings
 from jobledger.workers.scratch import ScratchDirectory
-from jobledger.workers.webhooks.deliverer import Deliverer
-from jobledger.workers.webhooks.deliverer import DeliverySettings as Webhooks
+from jobledger.workers.webhooks.deliverer import Deliverer, DeliverySettings
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
 
 WAIT_TIMEOUT_SECONDS = 20.0
@@ -47,7 +46,7 @@ TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """How a worker of a test works: impatiently."""
+    """Settings of a worker in a test, with short timeouts."""
 
     slots: int = 5
     slots_of_type: Mapping[str, int] | None = None
@@ -59,19 +58,19 @@ class WorkerOptions:
     scratch: Path | None = None
     confinement: ConfinementSettings = field(default_factory=ConfinementSettings)
     gridfs: bool = False
-    """Whether result files are kept in the database."""
+    """Whether result files are stored in the database."""
 
 
 STORE_ID = "5" * 32
-FAST_WEBHOOKS = Webhooks(
+FAST_WEBHOOKS = DeliverySettings(
     retry_delays=(0, 0.2, 0.2, 0.2, 0.2), jitter=0, timeout_seconds=1, allowed_private_hosts=["127.0.0.1"]
 )
-"""Webhooks of a test: to this machine, and again very soon."""
+"""Webhook settings for endpoints on this machine with short retry delays."""
 
 
 @dataclass(slots=True)
 class RunningRoles:
-    """What one process has: a client, a log, a change stream, and the roles it runs."""
+    """The objects of one process: client, event store, change stream and running roles."""
 
     connection: Connection
     db: Database
@@ -85,16 +84,16 @@ class RunningRoles:
     worker_task: asyncio.Task[None] | None = None
     webhooks_task: asyncio.Task[None] | None = None
 
-    # Asking for things --------------------------------------------------------------------------------------------
+    # Commands --------------------------------------------------------------------------------------------------
 
     async def submit(self, parameters: Mapping[str, Any] | None = None, **fields: Any) -> str:
-        """Submit an `echo` job, or what `fields` say; return its id."""
+        """Submit an `echo` job, with `fields` as overrides, and return its ID."""
         job_id = new_job_id()
         await self.handle_commands(job_id, SubmitJob(make_echo_job(parameters, **fields)))
         return job_id
 
     async def submit_batch(self, *parameters: Mapping[str, Any], **fields: Any) -> tuple[str, list[str]]:
-        """Submit a batch of `echo` jobs, one for each of the `parameters`; `fields` are said of each job."""
+        """Submit a batch with one `echo` job for each of the `parameters`. `fields` apply to every job."""
         batch_id, job_ids = new_batch_id(), [new_job_id() for _ in parameters]
         batch = BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id="user-1")
         commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
@@ -104,20 +103,20 @@ class RunningRoles:
         return batch_id, job_ids
 
     async def handle_commands(self, stream: str, *commands: Command) -> list[RecordedEvent]:
-        """Have commands decided, one after the other; return all the events they caused."""
+        """Handle commands one after the other and return all their events."""
         recorded = []
         for command in commands:
             recorded += (await handle_command(self.event_store, stream, command, meta=EventMetadata("test"))).events
         return recorded
 
     async def claim(self, job_id: str, worker_id: str = "worker-1") -> int:
-        """Claim a job in the name of a worker; return the number of the attempt."""
+        """Claim a job as a worker and return the attempt."""
         recorded = await self.handle_commands(job_id, ClaimJob(worker_id, datetime.now(UTC)))
         claimed = recorded[-1].event
         assert isinstance(claimed, JobClaimed)
         return claimed.attempt
 
-    # Waiting and looking ------------------------------------------------------------------------------------------
+    # Waiting and reading ---------------------------------------------------------------------------------------
 
     async def wait_for_event(
         self,
@@ -128,33 +127,33 @@ class RunningRoles:
         predicate: Callable[[Any], bool] = lambda event: True,
         seconds: float = WAIT_TIMEOUT_SECONDS,
     ) -> RecordedEvent:
-        """Return the first event of these types after a position, waiting for it if it has not happened yet."""
-        wanted = types if isinstance(types, tuple) else (types,)
-        async with asyncio.timeout(seconds), self.event_store.subscribe(after=after, types=wanted) as events:
+        """Wait for the first event of these types after a position and return it."""
+        event_types = types if isinstance(types, tuple) else (types,)
+        async with asyncio.timeout(seconds), self.event_store.subscribe(after=after, types=event_types) as events:
             async for event in events:
                 if stream in (None, event.stream) and predicate(event.event):
                     return event
-        raise AssertionError("a subscription never ends")
+        raise AssertionError("the subscription ended")
 
     async def wait_until_finished(self, *job_ids: str, seconds: float = WAIT_TIMEOUT_SECONDS) -> Document:
-        """Wait until the jobs have ended and the views say so; return the document of the first."""
-        waiting, position = set(job_ids), 0
+        """Wait until the jobs finished and the views contain this. Return the document of the first job."""
+        unfinished, position = set(job_ids), 0
         try:
             async with asyncio.timeout(seconds), self.event_store.subscribe(after=0) as events:
                 async for event in events:
                     position = event.position
                     if event.type in TERMINAL_EVENT_TYPES:
-                        waiting.discard(event.stream)
-                    if not waiting:
+                        unfinished.discard(event.stream)
+                    if not unfinished:
                         break
         except TimeoutError:
-            histories = [await self.describe_history(job_id) for job_id in sorted(waiting)[:5]]
-            raise AssertionError(f"{len(waiting)} jobs have not ended within {seconds} s: {histories}") from None
+            histories = [await self.describe_history(job_id) for job_id in sorted(unfinished)[:5]]
+            raise AssertionError(f"{len(unfinished)} jobs did not finish within {seconds} s: {histories}") from None
         await self.wait_for_views(position)
         return await self.load_job(job_ids[0])
 
     async def wait_for_views(self, position: int | None = None, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
-        """Wait until the views have reached a position, or what is now the head of the log."""
+        """Wait until the views reach a position. Default: the current head of the log."""
         async with asyncio.timeout(seconds):
             await self.checkpoint.wait_for_position(
                 await self.event_store.head_position() if position is None else position
@@ -162,27 +161,27 @@ class RunningRoles:
 
     async def load_job(self, job_id: str) -> Document:
         job = await jobs.get(self.checkpoint.views, self.event_store, job_id)
-        assert job is not None, f"{job_id} is in no view"
+        assert job is not None, f"{job_id} is not in the view"
         return job
 
     async def load_batch(self, batch_id: str) -> Document:
         batch = await batches.get(self.checkpoint.views, self.event_store, batch_id)
-        assert batch is not None, f"{batch_id} is in no view"
+        assert batch is not None, f"{batch_id} is not in the view"
         return batch
 
     async def read_event_types(self, stream: str) -> list[str]:
-        """Return the names of a stream's events, in order."""
+        """Return the event types of a stream in order."""
         return [event.type for event in await self.event_store.read_stream(stream)]
 
     async def describe_history(self, stream: str) -> list[str]:
-        """Return a stream's events for a failing test: their times, names and errors."""
+        """Return times, types and errors of a stream's events, for the message of a failing test."""
         return [
             f"{event.time:%M:%S.%f} {event.type} {event.data.get('error') or event.data.get('reason') or ''}"
             for event in await self.event_store.read_stream(stream)
         ]
 
     async def read_all_events(self) -> list[RecordedEvent]:
-        """Return the whole log."""
+        """Return all events of the log."""
         events: list[RecordedEvent] = []
         while page := await self.event_store.read(after=len(events)):
             events += page
@@ -190,7 +189,7 @@ class RunningRoles:
 
 
 def make_echo_job(parameters: Mapping[str, Any] | None = None, **fields: Any) -> JobSubmitted:
-    """Return what is asked for in a test that has no wishes of its own."""
+    """Return a valid `echo` job with `fields` as overrides."""
     return JobSubmitted(**{"job_type": "echo", "user_id": "user-1", "parameters": dict(parameters or {}), **fields})
 
 
@@ -201,16 +200,16 @@ async def run_roles_in_process(
     *,
     projector: bool = False,
     worker: WorkerOptions | None = None,
-    webhooks: Webhooks | None = None,
+    webhooks: DeliverySettings | None = None,
     projector_lease_seconds: float = 10.0,
     webhooks_lease_seconds: float = 10.0,
     worker_events_only: bool = False,
     store_class: type[EventStore] = EventStore,
     projector_class: type[Projector] = Projector,
 ) -> AsyncIterator[RunningRoles]:
-    """Run roles inside the block and stop them in good order behind it. A role that fails, fails the test.
+    """Run roles inside the block and stop them after it. A failing role fails the test.
 
-    `deaf`: hear only what a process hears that does nothing but work.
+    With `worker_events_only`, the process subscribes only to the events of a worker process.
     """
     async with AsyncExitStack() as stack:
         client = connection.client()
@@ -237,10 +236,10 @@ async def run_roles_in_process(
             if worker.gridfs:
                 await GridFSStore(db).prepare()
             here.worker = _worker(here, worker)
-        sends = None
+        deliverer = None
         if webhooks is not None:
             holder = f"test-{os.getpid()}"
-            sends = Deliverer(
+            deliverer = Deliverer(
                 db,
                 log,
                 here.store,
@@ -255,8 +254,8 @@ async def run_roles_in_process(
         if projector:
             here.projector_task = asyncio.create_task(leader.run(), name="projector")
             stack.push_async_callback(_stop, here.projector_task)
-        if sends is not None:
-            here.webhooks_task = asyncio.create_task(sends.run(), name="webhooks")
+        if deliverer is not None:
+            here.webhooks_task = asyncio.create_task(deliverer.run(), name="webhooks")
             stack.push_async_callback(_stop, here.webhooks_task)
         if here.worker is not None:
             here.worker_task = asyncio.create_task(here.worker.run(), name="worker")
@@ -298,15 +297,15 @@ async def _stop_worker(worker: Worker, task: asyncio.Task[None]) -> None:
         async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             await task
     except asyncio.CancelledError:
-        if not task.cancelled():  # a test may have killed it
+        if not task.cancelled():  # a test may have cancelled it
             raise
 
 
-# Real processes ---------------------------------------------------------------------------------------------------
+# Subprocesses -----------------------------------------------------------------------------------------------------
 
 
 class RolesSubprocess:
-    """Roles in a process of their own, leader of a process group, so that nothing of it is left behind."""
+    """Roles in a subprocess that leads its own process group, so that all its descendants can be killed."""
 
     def __init__(
         self, connection: Connection, store: Path, *roles: str, env: Mapping[str, str] | None = None, **options: Any
@@ -326,60 +325,60 @@ class RolesSubprocess:
         return self.process.pid
 
     async def wait_until_started(self) -> None:
-        """Wait until the roles run."""
+        """Wait until all roles run."""
         assert self.process.stdout is not None
         async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
-            said = await asyncio.to_thread(self.process.stdout.readline)
-        assert said == "running\n", "the process has died at start"
+            line = await asyncio.to_thread(self.process.stdout.readline)
+        assert line == "running\n", "the process exited during startup"
 
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
     async def wait_for_exit(self, seconds: float = WAIT_TIMEOUT_SECONDS) -> int:
-        """Wait until it has ended; return its exit code."""
+        """Wait for the exit and return the exit code."""
         return await asyncio.to_thread(self.process.wait, seconds)
 
 
 @contextmanager
 def run_roles_subprocess(connection: Connection, store: Path, *roles: str, **options: Any) -> Iterator[RolesSubprocess]:
-    """Run `projector` and `worker` roles as a real process; it and its descendants are killed behind the block."""
-    real = RolesSubprocess(connection, store, *roles, **options)
+    """Run roles in a subprocess. It and its descendants are killed after the block."""
+    running = RolesSubprocess(connection, store, *roles, **options)
     try:
-        yield real
+        yield running
     finally:
-        real.process.kill()
-        real.process.wait()
-        for pid in list_live_processes_in_session(real.pid):
+        running.process.kill()
+        running.process.wait()
+        for pid in list_live_processes_in_session(running.pid):
             os.kill(pid, signal.SIGKILL)
-        assert real.process.stdout is not None
-        real.process.stdout.close()
+        assert running.process.stdout is not None
+        running.process.stdout.close()
 
 
 def list_live_processes_in_session(leader: int) -> list[int]:
-    """Return the processes of a session that are alive; zombies, which wait for whoever reaps them, are not."""
-    found = []
+    """Return the running processes of a session, without zombies."""
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _parent, _group, session = stat.read_text().rpartition(")")[2].split()[:4]
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(session) == leader and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 async def poll_until(condition: Callable[[], bool], description: str, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
-    """Wait for what sends no signal: the end of another process, a line in a list."""
+    """Poll a condition that has no notification, such as the exit of another process."""
     try:
         async with asyncio.timeout(seconds):
-            while not condition():  # noqa: ASYNC110 - nobody tells us
+            while not condition():  # noqa: ASYNC110 - no notification
                 await asyncio.sleep(0.02)
     except TimeoutError:
-        raise AssertionError(f"not within {seconds} s: {description}") from None
+        raise AssertionError(f"timeout after {seconds} s: {description}") from None
 
 
-async def _main(uri: str, db_name: str, store: str, roles: str, *given: str) -> None:
-    options = {name: float(value) for name, _, value in (item.partition("=") for item in given)}
+async def _main(uri: str, db_name: str, store: str, roles: str, *arguments: str) -> None:
+    options = {name: float(value) for name, _, value in (item.partition("=") for item in arguments)}
     worker = WorkerOptions(
         slots=int(options.get("slots", 5)),
         lease_seconds=options.get("lease_seconds", 10.0),

@@ -1,4 +1,4 @@
-"""tests: a web site that takes its time, for jobs of the type `session`, which run in child processes."""
+"""A slow website for session jobs, which run in child processes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n
 
 
 class SlowSite:
-    """Answers every question with the same page once `pause`, which is told the path, has returned."""
+    """Returns the same page for every path after `pause(path)` returned."""
 
     def __init__(self, pause: Callable[[str], Awaitable[None]]) -> None:
         self._pause = pause
         self._answering: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self.requested_paths = asyncio.Queue[str]()
-        """The paths, in the order they came: whoever asks is a child at work."""
+        """The requested paths in order."""
         self.port = 0
 
     def job_parameters(self, path: str = "/talk") -> dict[str, Any]:
@@ -31,19 +31,19 @@ class SlowSite:
         }
 
     def handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Begin to answer a question."""
+        """Handle one connection."""
         task = asyncio.create_task(self._answer(reader, writer))
         self._answering[task] = writer
         task.add_done_callback(self._answering.pop)
 
     async def aclose(self) -> None:
-        """Hang up on everybody who still waits for an answer."""
+        """Close all connections that wait for a response."""
         for writer in self._answering.values():
             writer.close()
         await asyncio.gather(*self._answering)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):  # who asked was killed
+        with suppress(ConnectionError, asyncio.IncompleteReadError):  # the client was killed
             path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
             self.requested_paths.put_nowait(path)
             pause, gone = asyncio.ensure_future(self._pause(path)), asyncio.ensure_future(reader.read())
@@ -57,14 +57,14 @@ class SlowSite:
         writer.close()
 
     async def write_response(self, path: str, writer: asyncio.StreamWriter) -> None:
-        """Write the answer."""
+        """Write the response."""
         writer.write(HEAD + PAGE)
         await writer.drain()
 
 
 @asynccontextmanager
 async def serve_site(site: SlowSite) -> AsyncIterator[SlowSite]:
-    """Serve a site inside the block."""
+    """Serve the website inside the block."""
     server = await asyncio.start_server(site.handle_connection, "127.0.0.1", 0)
     site.port = server.sockets[0].getsockname()[1]
     try:

@@ -1,6 +1,6 @@
-"""tests: what `make soak` runs, in which order, and with which delays. `JOBLEDGER_SEED` repeats a run.
+"""Files, order and delays of `make soak`. `JOBLEDGER_SEED` repeats a run.
 
-python -m tests.support.soak    # print the files: those that docs/fault-matrix.md names, and those marked `rarely`
+python -m tests.support.soak    # print the files: those in docs/fault-matrix.md and those marked `soak_only`
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.soak_only import IS_SOAK_RUN
 
 ROOT: Final = Path(__file__).parents[2]
 SEED: Final = os.environ.setdefault("JOBLEDGER_SEED", str(random.randrange(10**9))) if IS_SOAK_RUN else ""
-"""Set in the environment, so that all processes of a run have the same."""
+"""From the environment, so that all processes of a run use the same seed."""
 DELAYED_METHODS: Final = ("bulk_write", "delete_many", "find_one", "find_one_and_update", "insert_many", "update_one")
 _LONGEST_DELAY_SECONDS: Final = 0.01
 _DELAYED_SHARE: Final = 0.1

@@ -1,4 +1,4 @@
-"""tests: those that take long for what they find in one run; `make soak` runs them, again and again."""
+"""Mark slow tests that only `make soak` runs."""
 
 from __future__ import annotations
 

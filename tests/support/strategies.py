@@ -1,4 +1,4 @@
-"""tests: hypothesis strategies for what can be in the log: JSON values, and events built from their own models."""
+"""Hypothesis strategies for JSON values and for events built from their models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.events import Event
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # lone surrogates are no Unicode text
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # no lone surrogates
 NAMES = TEXT.filter(lambda name: not name.startswith("$") and "\0" not in name)
 INTEGERS = st.integers(-MAX_SAFE_INTEGER, MAX_SAFE_INTEGER)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -22,11 +22,11 @@ JSON: st.SearchStrategy[Any] = st.recursive(
     max_leaves=10,
 )
 OBJECTS = st.dictionaries(NAMES, JSON, max_size=4)
-TIMESTAMPS = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - hypothesis wants it naive
+TIMESTAMPS = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - Hypothesis requires naive bounds
 
 
 def model_instances(model: type[BaseModel]) -> st.SearchStrategy[Any]:
-    """Instances of a model; fields with a default are sometimes left out."""
+    """Return instances of a model. Fields with a default are sometimes omitted."""
     needed = {name: values_of(info.annotation) for name, info in model.model_fields.items() if info.is_required()}
     optional = {name: values_of(info.annotation) for name, info in model.model_fields.items() if not info.is_required()}
     return st.fixed_dictionaries(needed, optional=optional).map(model.model_validate)
@@ -61,4 +61,4 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(NAMES, values_of(arguments[1]), max_size=3)
     if origin in (Union, types.UnionType):
         return st.one_of([values_of(argument) for argument in arguments])
-    raise TypeError(f"no strategy for {kind!r} yet: add one")
+    raise TypeError(f"no strategy for {kind!r}: add one")

@@ -1,4 +1,4 @@
-"""tests: events whose fields somebody has changed in the database to another BSON type, often with the same JSON."""
+"""Events with fields changed in the database to another BSON type, often with the same JSON."""
 
 from __future__ import annotations
 
@@ -81,4 +81,4 @@ TAMPERED_FIELDS: dict[str, tuple[str, Any, str]] = {
         )
     },
 }
-"""Place in the document of FORM, what stands there instead, and what `log verify` says of it."""
+"""Path in ORIGINAL_EVENT, the changed value, and the message of `log verify`."""

@@ -1,4 +1,4 @@
-"""tests: a wire to MongoDB that can be cut or go silent, for what happens when the network does."""
+"""A TCP proxy to MongoDB that simulates network failures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.mongodb_address import open_connection, proxied_uri
 
 
 class TcpProxy:
-    """Forwards TCP connections to a MongoDB. `freeze` stops the bytes and keeps the connections; `cut` closes them."""
+    """Forwards TCP connections to MongoDB. `suspend` stops the data but keeps the connections."""
 
     def __init__(self, uri: str) -> None:
         self._target = uri
@@ -30,7 +30,7 @@ class TcpProxy:
         self.resume()
 
     def close(self) -> None:
-        """Cut everything, and let nobody in again."""
+        """Close all connections and stop listening."""
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)  # a blocked accept would keep the port open
         self._server.close()

@@ -1,4 +1,4 @@
-"""The checker of histories: it finds every violation, and none in whatever the rules let happen."""
+"""The history check finds every violation and reports none for histories that the decider allows."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ LINE = LogEntry(timestamp=NOON, level="info", message="hello")
 
 
 class Log:
-    """A log that needs no database: what is said of a job gets the next position."""
+    """A log without a database. Each event gets the next position."""
 
     def __init__(self) -> None:
         self.documents: list[Document] = []
@@ -270,7 +270,7 @@ Action = tuple[str, str, int, str]
 
 @dataclass
 class Grant:
-    """What a worker believes: that it runs this attempt, and that these steps need not be done again."""
+    """The state of a worker: its attempt and the completed steps."""
 
     attempt: int
     finished: set[str]
@@ -278,17 +278,17 @@ class Grant:
 
 @dataclass
 class Scene:
-    """Workers, watchers of leases and people at a few jobs. Nobody tells a worker that its lease has run out."""
+    """Workers, lease reapers and users with a few jobs. A worker is not notified of its expired lease."""
 
     decide: Decide = job.decide
     evolve: Evolve = job.evolve
     log: Log = field(default_factory=Log)
     jobs: dict[str, Job] = field(default_factory=dict)
     grants: dict[tuple[str, str], Grant] = field(default_factory=dict)
-    """By worker and job; an attempt that is over stays here until its worker hears of that."""
+    """By worker and job. A finished attempt stays here until its worker is notified."""
 
     def act(self, action: str, job_id: str, choice: int, key: str) -> None:
-        """Let something happen, if there is somebody to do it."""
+        """Run one action if possible."""
         state = self.jobs.get(job_id)
         if state is None:
             self.do(job_id, "user:alice", SubmitJob(make_job_submitted(max_attempts=2 + int(job_id[-1]))))
@@ -381,21 +381,21 @@ def test_whatever_the_rules_let_happen_is_a_history_that_keeps_the_promises(
 
 
 def no_fence(command: JobCommand, state: Job | None) -> list[JobEvent]:
-    """Whoever speaks is believed."""
+    """Accepts events from any worker."""
     if state is not None and isinstance(command, (ReportProgress, CompleteStep, CompleteJob, ReleaseJob)):
         state = replace(state, status="processing", worker_id=command.worker_id, attempt=command.attempt)
     return job.decide(command, state)
 
 
 def no_lock(command: JobCommand, state: Job | None) -> list[JobEvent]:
-    """What runs can be claimed."""
+    """Allows a claim of a running job."""
     if state is not None and isinstance(command, ClaimJob) and state.status == "processing":
         state = replace(state, status="pending")
     return job.decide(command, state)
 
 
 def fences_the_living(command: JobCommand, state: Job | None) -> list[JobEvent]:
-    """Progress is refused by mistake when a worker has had the job twice."""
+    """Wrongly rejects progress when a worker has claimed the job twice."""
     decided = job.decide(command, state)
     if isinstance(command, ReportProgress) and command.attempt > 1:
         return [WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, rejected_event="JobProgressed")]
@@ -403,13 +403,13 @@ def fences_the_living(command: JobCommand, state: Job | None) -> list[JobEvent]:
 
 
 def uncounted(state: Job | None, event: JobEvent) -> Job:
-    """A lost lease costs no attempt."""
+    """Does not count an attempt with an expired lease."""
     after = job.evolve(state, event)
     return replace(after, counted_attempts=after.counted_attempts - 1) if isinstance(event, JobLeaseExpired) else after
 
 
 def forgetful(state: Job | None, event: JobEvent) -> Job:
-    """Finished steps are forgotten with the attempt that finished them."""
+    """Forgets completed steps after their attempt."""
     after = job.evolve(state, event)
     return replace(after, steps={}) if isinstance(event, JobClaimed) else after
 

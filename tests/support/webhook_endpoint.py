@@ -1,7 +1,7 @@
-"""tests: a receiver of webhooks that does as it is told.
+"""A webhook endpoint with scripted responses.
 
 async with receiver() as cms:
-    cms.answers("/hook", 500, 500, 200)      # in this order; the last one for ever
+    cms.answers("/hook", 500, 500, 200)      # in this order; the last one repeats
     …
     assert [it.status for it in cms.received] == [500, 500, 200]
 """
@@ -21,7 +21,7 @@ ScriptedResponse = int | tuple[int, dict[str, str]] | Literal["hang", "reset"]
 
 @dataclass(frozen=True, slots=True)
 class ReceivedRequest:
-    """What came, and how it was answered."""
+    """A request and its response."""
 
     path: str
     headers: dict[str, str]
@@ -42,7 +42,7 @@ class ReceivedRequest:
 
 @dataclass(slots=True)
 class WebhookEndpoint:
-    """Listens on a port of 127.0.0.1; answers 200 unless told otherwise."""
+    """Listens on 127.0.0.1. Returns 200 unless another response is scripted."""
 
     port: int = 0
     body: bytes = b"ok"
@@ -63,7 +63,7 @@ class WebhookEndpoint:
     async def wait_for_requests(
         self, number: int, path: str | None = None, *, seconds: float = 20.0
     ) -> list[ReceivedRequest]:
-        """Wait for so many requests; return all there are."""
+        """Wait for `number` requests and return all requests."""
         try:
             async with asyncio.timeout(seconds):
                 while len(self._those(path)) < number:
@@ -71,7 +71,7 @@ class WebhookEndpoint:
                     await self.request_received.wait()
         except TimeoutError:
             came = len(self._those(path))
-            raise AssertionError(f"{came} of {number} requests came within {seconds} s") from None
+            raise AssertionError(f"received {came} of {number} requests within {seconds} s") from None
         return self._those(path)
 
     def _those(self, path: str | None) -> list[ReceivedRequest]:
@@ -90,7 +90,7 @@ class WebhookEndpoint:
             self.requests.append(ReceivedRequest(path, headers, body, status, asyncio.get_running_loop().time(), raw))
             self.request_received.set()
             if answer == "hang":
-                await reader.read()  # until the other side has had enough
+                await reader.read()  # until the client disconnects
             elif answer == "reset":
                 writer.transport.abort()
                 return
@@ -107,7 +107,7 @@ class WebhookEndpoint:
         self.port = self.server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Go away; `listen` comes back at the same port."""
+        """Stop listening. `start` uses the same port again."""
         if self.server is not None:
             self.server.close()
             self.server = None
@@ -115,7 +115,7 @@ class WebhookEndpoint:
 
 @asynccontextmanager
 async def run_webhook_endpoint() -> AsyncIterator[WebhookEndpoint]:
-    """Run a receiver inside the block."""
+    """Run an endpoint inside the block."""
     found = WebhookEndpoint()
     await found.start()
     try:

@@ -1,4 +1,4 @@
-"""tests: processes that write to one log until they are killed, and keep a list of what was acknowledged."""
+"""Processes that append to one log until they are killed and record the acknowledged events."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import ACCESS, make_job_submitted
 from tests.support.ledger_setup import EVENT_METADATA, open_ledger
 
-# Forked from a process that has everything imported, so that a writer writes within milliseconds of its start.
+# Forked from a process with loaded modules, so that a writer starts within milliseconds.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.writers"])
-SINGLE_APPEND_TASKS = 12  # tasks that append one event after the other: what comes together goes together
+SINGLE_APPEND_TASKS = 12  # tasks that append single events, which the appender combines
 MAX_BATCH_JOBS = 20
 
 
 def start_writer(connection: Connection, shared: Sequence[str], acknowledged: Path) -> BaseProcess:
-    """Start a process that appends to streams of its own and to `shared` ones, and notes ids in `acknowledged`."""
+    """Start a process that appends to its own and to `shared` streams and writes event IDs to `acknowledged`."""
     process = _context.Process(target=_main, args=(connection, tuple(shared), acknowledged), daemon=True)
     process.start()
     return process
@@ -57,7 +57,7 @@ async def _write(connection: Connection, shared: Sequence[str], notes: int) -> N
 
 
 def _note(notes: int, events: Sequence[RecordedEvent]) -> None:
-    """One write call: it is in the kernel's hands, and complete, whoever is killed next."""
+    """Write with one system call, so that the line is complete even if the process is killed next."""
     os.write(notes, "".join(f"{event.event_id} {event.position}\n" for event in events).encode())
 
 
@@ -82,7 +82,7 @@ async def _batches(log: EventStore, notes: int) -> None:
 
 async def _contended(log: EventStore, stream: str, notes: int) -> None:
     while True:
-        with suppress(VersionConflict):  # with so many writers of one stream some lose every race
+        with suppress(VersionConflict):  # expected with many writers of one stream
             handled = await handle_command(
                 log, stream, ChangeAccess(f"user:{os.getpid()}", ACCESS), meta=EVENT_METADATA
             )

@@ -1,4 +1,4 @@
-"""tests: a real worker that is thawed after its lease has run out and goes on working before it hears of that.
+"""A worker process that resumes after its lease expired and continues before its next heartbeat.
 
 As a rule a thawed worker hears of it first, from its own heartbeat, and falls silent. This one is as if the kernel gave
 the heartbeat's thread its turn last: the first heartbeat that comes too late waits until the worker has been refused.
@@ -28,7 +28,7 @@ WAIT_TIMEOUT_SECONDS = 10.0
 
 
 class DelayedHeartbeat(monitoring.CommandListener):
-    """Holds the first heartbeat after the lease has run out until `WorkerFenced` is in the log."""
+    """Delays the first heartbeat after the lease expired until `WorkerFenced` is in the log."""
 
     def __init__(self, lease_seconds: float) -> None:
         self._lease_seconds = lease_seconds
@@ -50,11 +50,11 @@ class DelayedHeartbeat(monitoring.CommandListener):
             self._refused.set()
 
     def failed(self, event: monitoring.CommandFailedEvent) -> None:
-        """Is tried again."""
+        """Ignore the failed heartbeat. It is retried."""
 
 
 class ZombieWorkerProcess(RolesSubprocess):
-    """A `RealProcess` with a late heartbeat."""
+    """A `RolesSubprocess` with a delayed heartbeat."""
 
     def __init__(self, connection: Connection, store: Path, **options: Any) -> None:
         arguments = [connection.uri, connection.db_name, str(store), "worker"]
@@ -71,7 +71,7 @@ class ZombieWorkerProcess(RolesSubprocess):
 def run_zombie_worker(
     connection: Connection, store: Path, *, lease_seconds: float, **options: Any
 ) -> Iterator[RolesSubprocess]:
-    """Run a worker as `real_process` does. Nothing is odd about it unless it is frozen."""
+    """Run a worker like `run_roles_subprocess`. It behaves normally unless it is suspended."""
     real = ZombieWorkerProcess(connection, store, lease_seconds=lease_seconds, **options)
     try:
         yield real

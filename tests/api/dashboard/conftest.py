@@ -1,4 +1,4 @@
-"""tests: a real Chromium that looks at the dashboard. What its console says is an error of the test."""
+"""Chromium for tests of the dashboard. Console errors fail the test."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def context(browser: Browser) -> AsyncIterator[BrowserContext]:
 
 @pytest.fixture
 async def page(context: BrowserContext) -> AsyncIterator[Page]:
-    """A page whose every complaint is collected; none may be left at the end."""
+    """A page that collects console errors. Remaining errors fail the test."""
     made = await context.new_page()
     complaints: list[str] = []
     made.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
@@ -46,5 +46,5 @@ async def page(context: BrowserContext) -> AsyncIterator[Page]:
 
 
 def clear_console_errors(page: Any) -> None:
-    """What the browser has complained of until now was to be expected: an outage is an error to it."""
+    """Discard the expected console errors, such as those of an outage."""
     page.console_errors.clear()

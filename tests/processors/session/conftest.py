@@ -1,4 +1,4 @@
-"""tests: the local conference site."""
+"""The local conference website."""
 
 from __future__ import annotations
 
