@@ -1,12 +1,13 @@
-"""ledger: for other programs: follow the log, with nothing but access to its MongoDB.
+"""Client library for other programs: subscribe to the log. It needs only access to its MongoDB.
 
-    async with ledger_client("mongodb://…").subscription("cms-import", types=["JobCompleted"]) as events:
+    async with ledger_client("mongodb://…").subscribe("cms-import", types=["JobCompleted"]) as events:
         async for event in events:
             await publish(event.stream, event.data)
 
-A subscription with a name goes on where it was: its position is kept in the database. An event counts as done when the
-next one is asked for, and the position is written at most a second later; so after a crash the events of the last
-second come again, and none is left out. Whoever needs exactly once writes `event.position` with what it does.
+A named subscription continues where it stopped: the database stores its position. An event counts as processed when the
+next one is requested, and the position is saved at most a second later. So after a crash the events of the last second
+are delivered again, and none is skipped. For exactly-once processing, store `event.position` together with your
+results.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ _DB_NAME = re.compile("[A-Za-z0-9_-]{1,63}")
 
 
 class SubscriptionTakenOver(JobledgerError):
-    """Another process has begun to use the subscription of this name; only the newest may go on."""
+    """Another process has started to use this named subscription. Only the newest process may continue."""
 
 
 def ledger_client(uri: str, *, db_name: str = "event_processing", connect_timeout_ms: int = 5000) -> LedgerClient:
-    """Return a client for a ledger, for use in one event loop. Nothing is connected before a subscription is opened.
+    """Return a client for use in one event loop. It connects when the first subscription is opened.
 
     Raises:
-        ConfigurationError: no database can have this name.
+        ConfigurationError: The database name is not valid.
     """
     if not _DB_NAME.fullmatch(db_name):
         raise ConfigurationError(f"{db_name!r} is no name of a database: expected 1 to 63 letters, digits, - and _")
@@ -62,7 +63,9 @@ class _Opened:
 
 
 class LedgerClient:
-    """Opens subscriptions, any number, which share one connection and one change stream; both end with the last."""
+    """Opens any number of subscriptions that share one connection and one change stream, until the last one is
+    closed.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -79,16 +82,19 @@ class LedgerClient:
         after: int | None = None,
         types: Collection[type[Event] | str] | None = None,
     ) -> AsyncIterator[SubscriptionEvents]:
-        """Subscribe to every event behind a position, in order, none missing: history first, then live, for ever.
+        """Subscribe to every event after a position, in order and without gaps: history first, then live.
 
-        Without `name` it begins after `after` (0, the beginning of the log). With a name it goes on where the
-        subscription of that name was, and `after` only counts the first time. Only `types` are delivered.
+        Args:
+            name: The name under which the database stores the position. Without a name the position is not stored.
+            after: Start after this position; 0 is the beginning of the log. With a name, this counts only the first
+                time.
+            types: Deliver only events of these types. Default: all.
 
         Raises:
-            ValueError: a type that is none, a position that can be none, an empty name.
-            ConfigurationError: the URI is none, or the server cannot carry a ledger, or lets us not follow it.
-            LogTruncated: the log ends before the position that the subscription of that name had reached.
-            LedgerUnavailable: the database cannot be reached. Once inside, subscriptions outlive interruptions.
+            ValueError: A type, the position or the name is not valid.
+            ConfigurationError: The URI is not valid, the server is unsuitable, or this user may not read changes.
+            LogTruncated: The log ends before the position of the named subscription.
+            LedgerUnavailable: The database is unreachable. Open subscriptions survive interruptions.
         """
         wanted, begin = _types_of(types), _position_of(after)
         _check_name(name)
@@ -109,7 +115,7 @@ class LedgerClient:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[_Opened]:
-        """Share what is open already; the first opens it, the last closes it."""
+        """Share the connection. The first subscription opens it, the last one closes it."""
         async with self._opening:
             if self._opened is None:
                 self._opened = await self._stack.enter_async_context(_open(self._connection))
@@ -138,7 +144,7 @@ async def _open(connection: Connection) -> AsyncIterator[_Opened]:
 
 
 class SubscriptionCursor:
-    """How far a named subscription is, in the database. The newest holder owns it; others find out when they save."""
+    """The position of a named subscription in the database. The newest holder owns it; others fail when they save."""
 
     def __init__(self, db: Database, name: str) -> None:
         self._places = db.get_collection(SUBSCRIPTIONS, read_concern=MAJORITY)
@@ -146,7 +152,7 @@ class SubscriptionCursor:
         self._holder = uuid4().hex
 
     async def acquire(self, *, initial_position: int) -> ReadPosition:
-        """Make it ours, and return where to go on: at `first` if it is new."""
+        """Take over the subscription and return its position: `initial_position` if it is new."""
         with translate_errors(f"opening the subscription {self._name}"):
             place = await self._places.find_one_and_update(
                 {"_id": self._name},
@@ -157,10 +163,10 @@ class SubscriptionCursor:
         return ReadPosition.from_document(place) if place else ReadPosition(initial_position)
 
     async def save(self, done: ReadPosition) -> None:
-        """Write down that everything up to a position is done.
+        """Save the position up to which all events are processed.
 
         Raises:
-            SubscriptionTaken: it is somebody else's by now.
+            SubscriptionTakenOver: Another process has taken over the subscription.
         """
         moved = {"$gt": [done.position, "$position"]}
         changes = {
@@ -175,7 +181,9 @@ class SubscriptionCursor:
 
 
 class SubscriptionEvents:
-    """The events of a subscription: iterate. Leaving the block counts the last one as done, unless by an error."""
+    """The events of a subscription, for iteration. Leaving the block without an error marks the last event as
+    processed.
+    """
 
     def __init__(
         self,
@@ -199,17 +207,17 @@ class SubscriptionEvents:
 
     @property
     def position(self) -> int:
-        """Everything up to here is done, or was not wanted."""
+        """All events up to this position are processed, or of other types."""
         return self._done
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> RecordedEvent:
-        """Return the next event; the one before is done. Whoever gives up waiting may come back and misses nothing.
+        """Return the next event and mark the previous one as processed. A cancelled call misses no event.
 
         Raises:
-            SubscriptionTaken: another process goes on with the subscription of this name.
+            SubscriptionTakenOver: Another process has taken over the subscription.
         """
         if self._closed:
             raise RuntimeError("the block of this subscription has been left")
@@ -220,11 +228,11 @@ class SubscriptionEvents:
         return self._waiting.popleft()
 
     async def save(self) -> None:
-        """Write the position down now, instead of within a second.
+        """Save the position now instead of within a second.
 
         Raises:
-            SubscriptionTaken: another process goes on with the subscription of this name.
-            LedgerUnavailable: the database does not answer; a later save may succeed.
+            SubscriptionTakenOver: Another process has taken over the subscription.
+            LedgerUnavailable: The database does not respond. A later save may succeed.
         """
         async with self._saving:
             if self._place is not None and self._done > self._saved:
@@ -233,13 +241,13 @@ class SubscriptionEvents:
                 self._saved = done
 
     def _count_as_done(self) -> None:
-        """Whoever comes back for more is done with what was handed out."""
+        """Mark the events that were handed out as processed, because the caller requests the next one."""
         self._done = self._waiting[0].position - 1 if self._waiting else self._received
         if self._place is not None and self._done > self._saved and self._saver is None:
             self._saver = asyncio.create_task(self._save_soon(), name="save-subscription")
 
     async def _save_soon(self) -> None:
-        """Write down what is done in the meantime, once a second, until all of it is."""
+        """Save the position once a second until it is current."""
         while self._done > self._saved:
             await asyncio.sleep(_SAVE_SECONDS)
             try:
@@ -249,7 +257,7 @@ class SubscriptionEvents:
         self._saver = None
 
     async def _receive(self) -> None:
-        """Wait for events, or for what ends the subscription. The reading goes on when the caller gives up."""
+        """Wait for events, or for the end of the subscription. Reading continues if the caller is cancelled."""
         if self._reading is None:
             self._reading = asyncio.create_task(self._subscription.next_chunk(), name="read-subscription")
         watched = {self._reading, self._following} | ({self._saver} if self._saver is not None else set())
@@ -269,7 +277,7 @@ class SubscriptionEvents:
             self._waiting.extend(it for it in chunk if self._types is None or it.type in self._types)
 
     async def close(self, *, finished: bool) -> None:
-        """Write down how far it came; `finished` tells whether the last event handed out is done."""
+        """Save the position. `finished`: the last event handed out is processed."""
         self._closed = True
         if finished:
             self._count_as_done()

@@ -41,19 +41,19 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class DirectoryStore:
-    """A directory of files by digest, on a disk that all processes share.
+    """A directory of files named by digest, on a disk that all processes share.
 
-    A file is complete and on disk before it gets its name, so what a name leads to is whole, whoever dies when. What is
-    not `async` here blocks: call it from a thread when an event loop is waiting.
+    A file is complete and on disk before it gets its name. So a named file is complete, whichever process dies. Methods
+    without `async` block: call them from a thread.
     """
 
     def __init__(self, root: Path, *, durable: bool = True, marker: StoreMarker | None = None) -> None:
-        """Use a directory, which need not be there yet.
+        """Use a directory, which need not exist yet.
 
         Args:
-            root: the directory.
-            durable: whether a file survives a power cut once it has its name. An inbox needs no such promise.
-            marker: by which the directory is recognized. None: any directory will do, as for an inbox.
+            root: The directory.
+            durable: Whether a file must survive a power failure once it has its name. An inbox does not need this.
+            marker: Identifies the directory. None: any directory is accepted, as for an inbox.
         """
         self.root = root
         self.integrity = IntegrityChecker()
@@ -61,11 +61,11 @@ class DirectoryStore:
         self._marker = marker
 
     def prepare(self) -> None:
-        """See whether the directory can be written to, by this user alone. Create it if it is to be a new store.
+        """Check that this user can write to the directory. Create it if it is a new store.
 
         Raises:
-            ConfigurationError: it cannot be created or written to.
-            ResourceUnavailable: not now: it is missing, or its disk is full, read-only or away.
+            ConfigurationError: It cannot be created or written to.
+            ResourceUnavailable: It is missing, or its disk is full, read-only or not mounted. Transient.
         """
         try:
             self._create_if_new()
@@ -87,8 +87,8 @@ class DirectoryStore:
         """Check that the directory is the store: see `StoreMarker`. Takes microseconds. Blocks.
 
         Raises:
-            StoreUnavailable: it is missing, or another directory is in its place.
-            OSError: it cannot be read.
+            FileStoreUnavailable: It is missing, or another directory is in its place.
+            OSError: It cannot be read.
         """
         if self._marker is not None:
             self._marker.check_directory(self.root)
@@ -97,7 +97,8 @@ class DirectoryStore:
         """Write and remove a file.
 
         Raises:
-            OSError, StoreUnavailable: that failed.
+            OSError: That failed.
+            FileStoreUnavailable: That failed.
         """
         self._create_if_new()
         with tempfile.TemporaryFile(dir=self.root) as file:
@@ -108,12 +109,12 @@ class DirectoryStore:
     async def ingest(self, inbox: Path, sha256: str) -> int:
         """Copy a file from an inbox into the store, remove it there, and return its size in bytes.
 
-        It is copied even within one file system: the job that wrote it may still have it open, and could change the
+        It is copied even within one file system. The job that wrote it may still have it open, and could change the
         content after its digest was checked.
 
         Raises:
-            FileLost: there is no such file in the inbox, or it has another digest.
-            StoreUnavailable: the store cannot be written to.
+            FileLost: The file is missing from the inbox, or has another digest.
+            FileStoreUnavailable: The store is not writable.
         """
         return await run_cooperatively(self._take_over(inbox, sha256), file_store_executor)
 
@@ -153,7 +154,7 @@ class DirectoryStore:
         sync_directory(target.parent)
 
     async def remove_orphans(self) -> int:
-        """Remove temporary files a day old. All are in the root directory, which has few other entries."""
+        """Remove temporary files that are a day old. All are in the root directory, which has few other entries."""
         return await asyncio.to_thread(self._remove_orphans)
 
     def _remove_orphans(self) -> int:
@@ -180,12 +181,12 @@ class DirectoryStore:
             return self.put_file(path)
 
     def put_file(self, path: Path) -> StoredFile:
-        """Take a file over: it is moved into the store, or copied when it lies on another file system.
+        """Move a file into the store, or copy it if it is on another file system.
 
         Raises:
-            NoRegularFile: it is a directory, a pipe, a socket or a device.
-            FileTooLarge: it is larger than `FILE_BYTES`.
-            OSError: it cannot be read, or the store cannot be written to.
+            NotARegularFile: It is a directory, a pipe, a socket or a device.
+            FileTooLarge: It is larger than `limits.MAX_FILE_BYTES`.
+            OSError: It cannot be read, or the store cannot be written to.
         """
         path = Path(os.fspath(path))  # a class of its own might do anything
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -214,28 +215,28 @@ class DirectoryStore:
                 sync_directory(directory.parent)
 
     def path(self, sha256: str) -> Path:
-        """Return where a file lies or would lie."""
+        """Return the path of a file, whether or not it exists."""
         if not _SHA256.fullmatch(sha256):
             raise ValueError(f"{sha256!r} is not a SHA-256 in lower-case hex")
         return self.root / sha256[:2] / sha256
 
     async def open(self, sha256: str, size: int) -> OpenFile:
-        """Open a file for reading. A link, where a file should be, is followed nowhere.
+        """Open a file for reading. Symbolic links are not followed.
 
         Raises:
-            FileLost: there is no such file in this store.
-            FileDamaged: it has another content than it was stored with.
-            StoreUnavailable: the store cannot be read.
+            FileLost: The file is missing from this store.
+            FileDamaged: Its content has changed.
+            FileStoreUnavailable: The store is not readable.
         """
         return await self._checked(await asyncio.to_thread(self._open, sha256), sha256, size, self.integrity)
 
     async def verify(self, sha256: str, size: int) -> None:
-        """Read a file and compare its size and content with those on record.
+        """Read a file and compare its size and content with the record.
 
         Raises:
-            FileLost: there is no such file in this store.
-            FileDamaged: it has another content than it was stored with.
-            StoreUnavailable: the store cannot be read.
+            FileLost: The file is missing from this store.
+            FileDamaged: Its content has changed.
+            FileStoreUnavailable: The store is not readable.
         """
         file = await asyncio.to_thread(self._open, sha256)
         await (await self._checked(file, sha256, size, IntegrityChecker())).close()
@@ -250,10 +251,10 @@ class DirectoryStore:
         return file
 
     async def list_files(self) -> AsyncIterator[StoredFile]:
-        """Yield all files in the store by ascending digest; a directory at a time is in memory.
+        """Yield all files in the store by ascending digest. Holds one directory at a time in memory.
 
         Raises:
-            StoreUnavailable: the directory is not the store.
+            FileStoreUnavailable: The directory is not the store.
         """
         await asyncio.to_thread(self.check_marker)
         for number in range(256):
@@ -273,7 +274,7 @@ class DirectoryStore:
             return []
 
     async def begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
-        """Rename a file: see `FileStore.set_aside`."""
+        """Rename a file: see `FileStore.begin_removal`."""
         return await asyncio.to_thread(self._set_aside, sha256, removal_id)
 
     def _set_aside(self, sha256: str, token: str) -> datetime | None:
@@ -286,7 +287,7 @@ class DirectoryStore:
         return None
 
     async def cancel_removal(self, sha256: str, token: str) -> None:
-        """Rename a file back. Should its content have been saved again, either is as good as the other."""
+        """Rename a file back. If its content was saved again meanwhile, either copy is valid."""
         await asyncio.to_thread(self._put_back, sha256, token)
 
     def _put_back(self, sha256: str, token: str) -> None:
@@ -295,7 +296,7 @@ class DirectoryStore:
             self._aside(sha256, token).replace(self.path(sha256))
 
     async def finish_removal(self, sha256: str, token: str) -> None:
-        """Remove a file that was set aside."""
+        """Delete a file whose removal has begun."""
         await asyncio.to_thread(self._remove, sha256, token)
 
     def _remove(self, sha256: str, token: str) -> None:

@@ -20,96 +20,97 @@ file_store_executor = ThreadPoolExecutor(8, thread_name_prefix="store")
 
 
 class StoredFile(NamedTuple):
-    """A file in the store; `size` in bytes."""
+    """A file in the store. `size` is in bytes."""
 
     sha256: str
     size: int
 
 
 class OpenFile(Protocol):
-    """A file of a store, being read. Whoever has opened it closes it."""
+    """A file of a store, open for reading. The caller closes it."""
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
 
     def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
-        """Yield the bytes from `start` up to and without `end`, piece by piece.
+        """Yield the bytes from `start` to before `end`, in chunks.
 
         Raises:
-            FileLost: they are not all there.
-            LedgerUnavailable: the store cannot be reached.
+            FileLost: Not all of them exist.
+            LedgerUnavailable: The store is unreachable.
         """
 
     async def close(self) -> None:
-        """Give back what reading it holds."""
+        """Release the resources of the open file."""
 
 
 class FileStore(Protocol):
-    """Where result files are. A file is whole or not there; the same content is there once; nobody changes it.
+    """A store of result files. A file is complete or absent, each content is stored once, and files never change.
 
-    Job processes run foreign code on foreign input, so they get no access to the store: they put files into an inbox of
-    their attempt, as into a `DirectoryStore` that need not be durable, and the worker moves them into the store.
+    Job processes run untrusted code, so they have no access to the store. They put files into the inbox of their
+    attempt, which is a `DirectoryStore` that need not be durable. The worker moves them into the store.
     """
 
     def check_writable(self) -> None:
-        """Write and remove something the way `take_over` does. Blocks.
+        """Write and remove data in the way `ingest` does. Blocks.
 
         Raises:
-            OSError, StoreUnavailable: that failed.
+            OSError: That failed.
+            FileStoreUnavailable: That failed.
         """
 
     async def ingest(self, inbox: Path, sha256: str) -> int:
-        """Make durable what a job has put into its inbox, and return its size in bytes. Then an event may name it.
+        """Make a file of a job's inbox durable and return its size in bytes. Then an event may refer to it.
 
-        `inbox` lies in a directory that belongs to the job, as all in it does: see `jobledger.ledger.files.inbox`. A
-        digest alone is
-        no proof that the job knows the content, so the file in the inbox is read even if the store has it already.
+        `inbox` is in a directory that belongs to the job: see `jobledger.ledger.files.inbox`. A digest alone does not
+        prove that the job knows the content, so the file in the inbox is read even if the store has it already.
 
         Raises:
-            FileLost: there is no such file in the inbox, or it has another digest.
-            LedgerUnavailable: the store cannot be reached or written to. May be tried again.
+            FileLost: The file is missing from the inbox, or has another digest.
+            LedgerUnavailable: The store is unreachable or not writable. Transient.
         """
 
     @property
     def integrity(self) -> IntegrityChecker:
-        """What this process knows about the content of its files."""
+        """Integrity checks of this process."""
 
     async def open(self, sha256: str, size: int) -> OpenFile:
-        """Open a file for reading, after a check of its content: see `FileChecks`. `size` is the one on record.
+        """Open a file for reading, after an integrity check (`IntegrityChecker`). `size` is the recorded size.
 
         Raises:
-            FileLost: there is no such file in this store.
-            FileDamaged: it has another content than it was stored with.
-            LedgerUnavailable: the store cannot be reached.
+            FileLost: The file is missing from this store.
+            FileDamaged: Its content has changed.
+            LedgerUnavailable: The store is unreachable.
         """
 
     async def verify(self, sha256: str, size: int) -> None:
-        """Read a file and compare its size and content with those on record. Raises as `open`."""
+        """Read a file and compare its size and content with the record. Raises as `open`."""
 
     def list_files(self) -> AsyncIterator[StoredFile]:
         """Yield all files in the store by ascending digest.
 
         Raises:
-            LedgerUnavailable: the store cannot be reached.
+            LedgerUnavailable: The store is unreachable.
         """
 
     async def remove_orphans(self) -> int:
-        """Remove what writers that were killed left unfinished a day ago or earlier; return how many files.
+        """Remove incomplete files that killed writers left at least a day ago. Return how many.
 
         Raises:
-            LedgerUnavailable: the store cannot be reached.
+            LedgerUnavailable: The store is unreachable.
         """
 
     async def begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
-        """Take a file's name away, so that whoever saves its content writes it again. `token` is the caller's own.
+        """Take away a file's name, so that a process that saves its content writes it again. `removal_id` is the
+        caller's own.
 
-        Returns when the content was saved last, by the store's clock; None if there is no such file. A file that
-        another caller has set aside, and that has no name, is this caller's then.
+        Returns when the content was last saved, by the store's clock; None if there is no such file. A file without a
+        name whose removal another caller has begun passes to this caller.
         """
 
     async def cancel_removal(self, sha256: str, token: str) -> None:
-        """Give a file that was set aside its name again."""
+        """Restore the name of a file whose removal has begun."""
 
     async def finish_removal(self, sha256: str, token: str) -> None:
-        """Remove a file that was set aside, for good. Harmless if another caller has it by now."""
+        """Delete a file whose removal has begun. Harmless if another caller has taken it over."""

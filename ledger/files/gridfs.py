@@ -1,8 +1,8 @@
-"""ledger: result files in MongoDB (GridFS), for installations whose machines share no disk.
+"""A file store in MongoDB (GridFS), for installations whose machines share no disk.
 
-A file's chunks are written under an id of the writer's own; last, and at once, its entry in `fs.files`, which names its
-SHA-256 and of which a unique index allows one. So a file is whole or not there, the second of two writers gives up what
-it has written, and of a writer that died chunks are left that nobody reads.
+A writer stores a file's chunks under an ID of its own. Last, in one write, it inserts the entry in `fs.files` with the
+SHA-256, which a unique index allows once. So a file is complete or absent. The second of two writers removes its
+chunks. Chunks of a writer that died are orphans that no reader sees.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _REMOVED: Final = "metadata.removed"
 _TOKEN: Final = "metadata.removed_by"  # noqa: S105 - the name of a field
 _SAVED_AT: Final = "metadata.saved_at"
 _CHUNK_BYTES: Final = 255 * 1024
-"""As drivers have it: with its other fields, a chunk fits into a page of the database."""
+"""As drivers define it: with its other fields, a chunk fits into a page of the database."""
 _CHUNKS_AT_ONCE: Final = 16
 _CHUNKS_AT_A_TIME: Final = 4
 _LISTED_AT_ONCE: Final = 1000
@@ -44,7 +44,7 @@ _CHECKED_AGAIN_SECONDS: Final = 600
 
 
 class GridFSStore:
-    """Result files in the ledger's own database. What others keep in the same bucket is left alone."""
+    """Result files in the ledger's own database. Other files in the same bucket are ignored."""
 
     def __init__(self, db: Database) -> None:
         self._client = db.client
@@ -54,10 +54,10 @@ class GridFSStore:
         self.integrity = IntegrityChecker()
 
     async def prepare(self) -> None:
-        """Create the indexes, and see whether files may be written and removed.
+        """Create the indexes, and check that files can be written and removed.
 
         Raises:
-            LedgerUnavailable: the database cannot be reached, or does not let us.
+            LedgerUnavailable: The database is unreachable, or this user lacks privileges.
         """
         with translate_errors("preparing results.store: gridfs (the rights it needs: jobledger mongo-roles)"):
             await self._files.create_index([("filename", ASCENDING), ("uploadDate", ASCENDING)])
@@ -74,15 +74,15 @@ class GridFSStore:
             await self._chunks.delete_many({"files_id": trial})
 
     def check_writable(self) -> None:
-        """Nothing on this machine is needed but the scratch directory."""
+        """Do nothing: this store uses nothing on this machine but the scratch directory."""
 
     async def ingest(self, inbox: Path, sha256: str) -> int:
         """Upload a file, remove it from the inbox, and return its size in bytes.
 
         Raises:
-            FileLost: there is no such file, or it has another digest.
-            LedgerUnavailable: the database failed.
-            StoreUnavailable: this machine cannot open the file now.
+            FileLost: The file is missing, or has another digest.
+            LedgerUnavailable: The database failed.
+            FileStoreUnavailable: This machine cannot open the file now.
         """
         with await run_cooperatively(open_verified(DirectoryStore(inbox).path(sha256)), file_store_executor) as file:
             if not await self._is_stored(sha256):
@@ -91,10 +91,10 @@ class GridFSStore:
             return file.size
 
     async def remove_orphans(self) -> int:
-        """Remove chunks without an entry, written between a week and a day ago by the time in their id.
+        """Remove chunks without an entry that were written between a week and a day ago, by the time in their ID.
 
-        Both that time and the present are of the server's clock, whoever wrote the chunks. The bounds keep the cost
-        independent of the size of the store: both ends are looked up in an index.
+        Both that time and the current time are of the server's clock. The bounds keep the cost independent of the size
+        of the store, because an index finds both ends.
         """
         day = timedelta(seconds=ORPHAN_AGE_SECONDS)
         with translate_errors("reading the server's clock"):
@@ -134,10 +134,10 @@ class GridFSStore:
                         raise
 
     async def _write_chunks(self, upload_id: ObjectId, file: InboxFile) -> int:
-        """Write a file's content and return its size; it is hashed again, for the job may have changed it.
+        """Write a file's content and return its size. Hashes it again, because the job may have changed it.
 
         Raises:
-            FileLost: its content is not what the digest says.
+            FileLost: The content does not match the digest.
         """
         loop, written = asyncio.get_running_loop(), 0
         pieces = file.iterate_chunks(_CHUNK_BYTES * _CHUNKS_AT_ONCE)
@@ -149,17 +149,17 @@ class GridFSStore:
         return file.size
 
     async def _check_chunks(self, upload_id: ObjectId, sha256: str, size: int) -> None:
-        """Check that all chunks are still there.
+        """Check that all chunks still exist.
 
         Raises:
-            LedgerUnavailable: some are missing: the upload took days, so they were taken for orphans.
+            LedgerUnavailable: Some are missing: the upload took days, so they were removed as orphans.
         """
         there = await self._chunks.count_documents({"files_id": upload_id})
         if there != -(-size // _CHUNK_BYTES):
             raise LedgerUnavailable(f"Chunks of the file {sha256} were removed while it was stored.")
 
     async def _add_entry(self, upload_id: ObjectId, sha256: str, size: int) -> None:
-        """Make a file of what was written."""
+        """Insert the entry that turns the chunks into a file."""
         await self._files.insert_one(
             {
                 "_id": upload_id,
@@ -172,17 +172,17 @@ class GridFSStore:
         )
 
     async def _is_stored(self, sha256: str) -> bool:
-        """Return whether the content is there for good, and renew its time: by that `set_aside` sees that it is needed.
+        """Return whether the content is durable, and update its time. `begin_removal` thus sees that it is needed.
 
-        The update is acknowledged when a majority has all that happened before it. A mere look might see what another
-        writer has just written, and what a fail-over then takes back.
+        The update is acknowledged when a majority has everything that happened before it. A plain read might see an
+        entry that a failover then rolls back.
         """
         with translate_errors("looking for a file"):
             found = await self._files.update_one({_DIGEST: sha256}, {"$currentDate": {_SAVED_AT: True}})
         return found.matched_count == 1
 
     async def begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
-        """Take the digest out of a file's entry: see `FileStore.set_aside`."""
+        """Remove the digest from a file's entry: see `FileStore.begin_removal`."""
         change = {"$set": {_REMOVED: sha256, _TOKEN: removal_id}, "$unset": {_DIGEST: ""}}
         with translate_errors("setting a file aside"):
             for wanted in ({_DIGEST: sha256}, {_REMOVED: sha256}):
@@ -193,7 +193,7 @@ class GridFSStore:
         return None
 
     async def cancel_removal(self, sha256: str, token: str) -> None:
-        """Put the digest back. Should its content have been saved again, this copy is removed."""
+        """Restore the digest. If the content was saved again meanwhile, delete this copy."""
         change = {"$set": {_DIGEST: sha256}, "$unset": {_REMOVED: "", _TOKEN: ""}}
         with translate_errors("putting a file back"):
             try:
@@ -202,33 +202,33 @@ class GridFSStore:
                 await self.finish_removal(sha256, token)
 
     async def finish_removal(self, sha256: str, token: str) -> None:
-        """Remove a file that was set aside: its chunks first, so that none are left that nobody finds."""
+        """Delete a file whose removal has begun: the chunks first, so that none remain without an entry."""
         with translate_errors("removing a file"):
             async for entry in self._files.find({_REMOVED: sha256, _TOKEN: token}, {"_id": 1}):
                 await self._chunks.delete_many({"files_id": entry["_id"]})
                 await self._files.delete_one({"_id": entry["_id"]})
 
     async def open(self, sha256: str, size: int) -> OpenFile:
-        """Open a file for reading. `size` is the one on record.
+        """Open a file for reading. `size` is the recorded size.
 
         Raises:
-            FileLost: there is no such file.
-            FileDamaged: it has another content than it was stored with.
-            LedgerUnavailable: the database failed.
+            FileLost: The file is missing.
+            FileDamaged: Its content has changed.
+            LedgerUnavailable: The database failed.
         """
         file = await self._open(sha256)
         await self.integrity.check(file, sha256, size)
         return file
 
     async def verify(self, sha256: str, size: int) -> None:
-        """Read a file and compare its size and content with those on record. Raises as `open`."""
+        """Read a file and compare its size and content with the record. Raises as `open`."""
         await IntegrityChecker().check(await self._open(sha256), sha256, size)
 
     async def list_files(self) -> AsyncIterator[StoredFile]:
         """Yield all files in the store by ascending digest.
 
         Raises:
-            LedgerUnavailable: the database failed.
+            LedgerUnavailable: The database failed.
         """
         after = ""
         while True:  # no cursor stays open while the caller reads whole files: the server would end it
@@ -256,12 +256,12 @@ class GridFSStore:
 
 
 def _dated_id(moment: datetime) -> ObjectId:
-    """Return a new ID with a time of the server's clock in it, not of this machine's."""
+    """Return a new ID that contains a time of the server's clock, not of this machine's."""
     return ObjectId(ObjectId.from_datetime(moment).binary[:4] + ObjectId().binary[4:])
 
 
 class _OpenFile:
-    """A file in GridFS, read in chunks: the driver's own reader fetches 16 MB at a time, wanted or not."""
+    """A file in GridFS, read in chunks. The driver's own reader always fetches 16 MB at a time."""
 
     def __init__(self, chunks: Any, entry: Document) -> None:
         self._uploaded = entry.get("uploadDate")
@@ -278,7 +278,7 @@ class _OpenFile:
 
     @property
     def identity(self) -> Hashable:
-        """The database does not say when a chunk was changed: a file is read again every ten minutes at most."""
+        """A value that changes at least every ten minutes: the database does not record when a chunk was changed."""
         return str(self._id), self._size, self._uploaded, int(time.monotonic() // _CHECKED_AGAIN_SECONDS)
 
     async def sha256(self, turns: asyncio.Semaphore) -> str:
@@ -305,4 +305,4 @@ class _OpenFile:
             start = begin + len(data)
 
     async def close(self) -> None:
-        """Nothing is held between two reads."""
+        """Do nothing: reading holds no resources."""

@@ -1,8 +1,8 @@
-"""ledger: a file in the inbox of an attempt, as the worker takes it over.
+"""A file in the inbox of an attempt, read by the worker.
 
-The attempt's directory belongs to the job, which may do anything to it at any time. So names are followed one by one
-below it, never through links, and what is not a readable regular file with the expected content is lost by the job's
-own fault.
+The attempt's directory belongs to the job, which may change it at any time. So the worker opens each path component
+separately and never follows links. If a file is not a readable regular file with the expected content, it is lost, and
+the job is at fault.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from jobledger.ledger.domain.limits import MAX_FILE_BYTES
 from jobledger.ledger.system.cooperative_threads import CooperativeWork
 
 HASH_CHUNK_BYTES: Final = 4 << 20
-"""How much of a file is read before another file has its turn."""
+"""Bytes of a file that are read before another file gets its turn."""
 MISSING_FILE_ERRNOS: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
-"""Errors of `open` that say that there is no such file."""
+"""Errors of `open` that mean that the file does not exist."""
 _FAULT_OF_THE_JOB: Final = MISSING_FILE_ERRNOS | {errno.EACCES, errno.EPERM, errno.ENODEV, errno.EAGAIN}
-"""Errors that a job can cause below its directory: also by modes, devices and leases (EAGAIN). Others are transient."""
+"""Errors that a job can cause below its directory, also by modes, devices and leases (EAGAIN). Others are transient."""
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class InboxFile:
-    """An open file of an inbox, and the directory that it was found in. Its methods block, except `close`."""
+    """An open file of an inbox and its directory. All methods but `close` block."""
 
     def __init__(self, path: Path) -> None:
         """Open `<directory of the attempt>/<inbox>/<two digits>/<digest>`.
 
         Raises:
-            FileLost: there is no regular file that this process may read, or it is too large.
-            StoreUnavailable: this machine cannot open it now.
+            FileLost: There is no regular file that this process may read, or it is too large.
+            FileStoreUnavailable: This machine cannot open it now.
         """
         self._path = path
         self._directory = self._descriptor = -1
@@ -83,17 +83,17 @@ class InboxFile:
         self.close()  # opened in a thread for a caller that was cancelled meanwhile
 
     def close(self) -> None:
-        """Close it. Harmless if it is closed."""
+        """Close the file. May be called again."""
         for descriptor in (self._directory, self._descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
         self._directory = self._descriptor = -1
 
     def iterate_chunks(self, chunk_bytes: int = HASH_CHUNK_BYTES) -> Iterator[bytes]:
-        """Yield the content. A file that grows meanwhile is read no further than its size was.
+        """Yield the content up to the size at opening, even if the file grows.
 
         Raises:
-            FileLost: in the end, if the content has another digest than the name says.
+            FileLost: At the end, if the digest does not match the name.
         """
         digest = hashlib.sha256()
         for start in range(0, self.size, chunk_bytes):
@@ -109,20 +109,20 @@ class InboxFile:
         """Read the content and compare its digest with the name.
 
         Raises:
-            FileLost: it is another one.
+            FileLost: They differ.
         """
         for _ in self.iterate_chunks():
             if self.size > HASH_CHUNK_BYTES:
                 yield
 
     def remove(self) -> None:
-        """Remove the file, if the job lets us. Its directory is removed in any case when the attempt has ended."""
+        """Remove the file if possible. Its directory is removed in any case when the attempt has ended."""
         with suppress(OSError):
             os.unlink(self._path.name, dir_fd=self._directory)
 
 
 def open_verified(path: Path) -> CooperativeWork[InboxFile]:
-    """Open a file of an inbox, and compare its content with its name. Raises as `InboxFile` and `verify`."""
+    """Open a file of an inbox and compare its content with its name. Raises as `InboxFile` and `verify`."""
     file = InboxFile(path)
     yield from file.verify()
     return file

@@ -1,4 +1,4 @@
-"""ledger: whether a stored file still has the content that its name, a SHA-256, stands for."""
+"""Check that a stored file still has the content of its name, a SHA-256."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobledger.ledger.domain.errors import FileDamaged
 
 _REMEMBERED: Final = 20_000
 _AT_A_TIME: Final = 2
-"""Pieces of files that are hashed at the same time: more would only wait for the disk, and take threads from others."""
+"""Chunks of files that are hashed concurrently. More would only wait for the disk and occupy threads."""
 
 
 class VerifiableFile(Protocol):
@@ -20,21 +20,21 @@ class VerifiableFile(Protocol):
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
 
     @property
     def identity(self) -> Hashable:
-        """Of the content, as far as that can be told without reading it."""
+        """A value that identifies the content, as far as possible without reading it."""
 
     async def sha256(self, semaphore: asyncio.Semaphore) -> str:
-        """Read the whole content and return its digest. Takes a turn for each piece of at most a few MB."""
+        """Read the whole content and return its digest. Acquires the semaphore for each chunk of at most a few MB."""
 
 
 class IntegrityChecker:
-    """Checks files when they are opened for the first time, and again when their identity has changed.
+    """Checks files when they are first opened, and again when their identity has changed.
 
-    All files that are being hashed take turns, piece by piece, so a small file never waits for the end of a large one.
-    Who is cancelled hashes no further.
+    Files that are being hashed take turns chunk by chunk, so a small file never waits for the end of a large one. A
+    cancelled check stops hashing.
     """
 
     def __init__(self) -> None:
@@ -45,12 +45,12 @@ class IntegrityChecker:
         """Opened files that had another content than their name says, since this process began."""
 
     async def check(self, file: VerifiableFile, sha256: str, size: int) -> None:
-        """Make sure that a file has the size and the content that it was stored with.
+        """Check that a file has the size and the content that it was stored with.
 
         Raises:
-            FileDamaged: it has another one.
-            FileLost: it cannot be read.
-            LedgerUnavailable: the store cannot be reached.
+            FileDamaged: It has not.
+            FileLost: It cannot be read.
+            LedgerUnavailable: The store is unreachable.
         """
         if file.size != size:
             self.damaged_count += 1

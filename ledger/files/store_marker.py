@@ -1,7 +1,7 @@
-"""ledger: which directory is the ledger's result store. A marker file in it holds an ID that the database holds, too.
+"""Identify the directory of the result store. A marker file in it holds an ID that the database also holds.
 
-So a directory that is not the store is recognized and not written to: one that is missing, the empty mount point of a
-disk that is away, or the store of another ledger.
+So no process writes to a wrong directory: a missing one, the empty mount point of an unmounted disk, or the store of
+another ledger.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jobledger.ledger.system.private_files import FILE_MODE, make_private_direct
 
 COLLECTION: Final = "result_store"
 MARKER_FILE_NAME: Final = "store-id"
-"""The name of the marker file in the root of a store. Its first line is the ID."""
+"""The marker file in the root of a store. Its first line is the ID."""
 _DIRECTORY: Final = "directory"
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 _NOTE: Final = "This file identifies the result store of a Jobledger installation. Keep it with the files beside it.\n"
@@ -35,10 +35,10 @@ _ADVICE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class StoreMarker:
-    """What the marker file of a store must say.
+    """The expected content of a store's marker file.
 
-    An empty `store_id` is that of no directory: the ledger has files, and nothing says where they were stored.
-    `is_new`: a directory without a marker becomes the store.
+    An empty `store_id` matches no directory: the ledger has files, but their location is not recorded. `is_new`: a
+    directory without a marker becomes the store.
     """
 
     store_id: str
@@ -48,8 +48,8 @@ class StoreMarker:
         """Check that a directory is the store.
 
         Raises:
-            StoreUnavailable: it is missing, or is another directory.
-            OSError: it cannot be read.
+            FileStoreUnavailable: It is missing, or is another directory.
+            OSError: It cannot be read.
         """
         found = read_marker(root)
         if found == self.store_id:
@@ -65,10 +65,10 @@ class StoreMarker:
         raise FileStoreUnavailable(f"results.store: {problem}. {_ADVICE}")
 
     def write(self, root: Path) -> None:
-        """Create the directory and its marker, unless it has one. Safe to do several times at once.
+        """Create the directory and its marker, unless it has one. Several processes may call this at once.
 
         Raises:
-            OSError: that failed.
+            OSError: That failed.
         """
         make_private_directory(root)
         if read_marker(root) is not None:
@@ -89,7 +89,7 @@ def read_marker(root: Path) -> str | None:
     """Return the ID in a directory's marker file; None if there is no such file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: It cannot be read.
     """
     try:
         descriptor = os.open(root / MARKER_FILE_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -101,16 +101,18 @@ def read_marker(root: Path) -> str | None:
 
 
 async def find_marker(db: Database, root: Path, *, has_files: Callable[[], Awaitable[bool]]) -> StoreMarker:
-    """Return the marker that the store of a ledger has, or will get. Writes nothing.
+    """Return the marker that the store of a ledger has or will get. Writes nothing.
 
-    A ledger without files gets a new store. So does one whose files were stored before there were markers.
+    A ledger without files gets a new store. So does a ledger whose files were stored before markers existed.
 
     Args:
-        has_files: says whether the ledger has files on record.
+        db: The database.
+        root: The directory.
+        has_files: Returns whether the ledger has recorded files.
 
     Raises:
-        LedgerUnavailable: the database failed.
-        OSError: the directory cannot be read.
+        LedgerUnavailable: The database failed.
+        OSError: The directory cannot be read.
     """
     with translate_errors("looking for the ID of the result store"):
         recorded = await db[COLLECTION].find_one({"_id": _DIRECTORY})
@@ -124,10 +126,10 @@ async def find_marker(db: Database, root: Path, *, has_files: Callable[[], Await
 
 
 async def record_marker(db: Database, marker: StoreMarker, *, created: bool) -> StoreMarker:
-    """Record the ID of the store, unless there is one; return the marker with the one that counts.
+    """Record the ID of the store, unless one is recorded. Return the marker with the recorded ID.
 
     Raises:
-        LedgerUnavailable: the database failed.
+        LedgerUnavailable: The database failed.
     """
     change = {"$setOnInsert": {"store_id": marker.store_id}, "$max": {"created": created}}
     with translate_errors("recording the ID of the result store"):
@@ -140,11 +142,11 @@ async def record_marker(db: Database, marker: StoreMarker, *, created: bool) -> 
 
 
 async def accept_directory(db: Database, root: Path) -> str:
-    """Make a directory the ledger's store, whatever is in it; return its ID. It is created if it is missing.
+    """Make a directory the ledger's store, whatever it contains, and return its ID. Creates it if it is missing.
 
     Raises:
-        LedgerUnavailable: the database failed.
-        OSError: the directory cannot be written to.
+        LedgerUnavailable: The database failed.
+        OSError: The directory cannot be written to.
     """
     with translate_errors("looking for the ID of the result store"):
         known: Document | None = await db[COLLECTION].find_one({"_id": _DIRECTORY})

@@ -1,9 +1,9 @@
-"""ledger: the driver obeys when it is cancelled, under Python 3.11, too.
+"""Make the driver obey cancellation on Python 3.11.
 
-There, `asyncio.wait_for` swallows a cancellation that arrives when what it waits for has just ended
-(https://github.com/python/cpython/issues/86296, mended in 3.12), and the driver uses it to connect and for every
-message it sends: a role that was told to stop would now and then go on for ever, and a time limit be overlooked. So the
-driver, and nobody else, gets the one of Python 3.12.
+In Python 3.11, `asyncio.wait_for` swallows a cancellation that arrives when its awaitable has just finished
+(https://github.com/python/cpython/issues/86296, fixed in 3.12). The driver uses it to connect and for every message it
+sends. So a role would occasionally ignore a request to stop, or a time limit. This module gives the driver, and no
+other code, the `wait_for` of Python 3.12.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ T = TypeVar("T")
 
 
 async def wait_for(awaited: asyncio.Future[T] | Coroutine[Any, Any, T], timeout: float | None) -> T:  # noqa: ASYNC109 - as in asyncio
-    """Wait for something, for so many seconds at most. Whoever is cancelled meanwhile is cancelled.
+    """Wait for an awaitable with a timeout in seconds. Cancellation always propagates.
 
     Raises:
-        TimeoutError: it took longer, and was cancelled.
+        TimeoutError: It took longer, and was cancelled.
     """
     async with asyncio.timeout(timeout):
         return await awaited
 
 
 def patch_wait_for() -> None:
-    """Have the driver wait with `wait_for` as it is above. `jobledger.ledger.mongo.connection` does it; again
-    changes nothing."""
+    """Make the driver use `wait_for` of this module. `mongo.connection` calls this. Further calls have no effect."""
     if sys.version_info >= (3, 12):
         return
     own = ModuleType("asyncio")

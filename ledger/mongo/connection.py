@@ -1,4 +1,4 @@
-"""ledger: connecting to MongoDB, the checks at start, and the one place that knows the driver's exceptions."""
+"""Connect to MongoDB, check the server, and translate the driver's exceptions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Database = AsyncDatabase[Document]
 LENIENT_CODEC: CodecOptions[Document] = CodecOptions(
     tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
 )
-"""Decodes what was damaged, too, so that one such event does not keep others from being read."""
+"""Also decodes damaged documents, so that one damaged event does not prevent reading others."""
 
 MIN_SERVER_VERSION = (5, 0)  # field names with dots and dollars, and $$NOW in updates, as the ledger uses them
 DURABLE = WriteConcern(w="majority", j=True)
@@ -44,7 +44,7 @@ LOCAL = ReadConcern("local")
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """How to reach the database. Times in milliseconds, as in config.yaml."""
+    """How to reach the database. Times are in milliseconds, as in config.yaml."""
 
     uri: str
     db_name: str
@@ -65,7 +65,7 @@ class Connection:
         """Return a client for the event loop. Every write is journaled by a majority before it is acknowledged.
 
         Raises:
-            ConfigurationError: the URI is not one.
+            ConfigurationError: The URI is not valid.
         """
         with _readable_uri(self.uri):
             options = self._options()
@@ -76,7 +76,7 @@ class Connection:
         return client
 
     def blocking_client(self) -> MongoClient[Document]:
-        """Return a client for a thread of its own (heartbeats), which a busy event loop cannot starve."""
+        """Return a client for a separate thread (heartbeats), which a busy event loop cannot delay."""
         with _readable_uri(self.uri):
             return MongoClient(self.uri, w="majority", journal=True, **self._options())
 
@@ -97,7 +97,7 @@ def _readable_uri(uri: str) -> Iterator[None]:
 
 @contextmanager
 def translate_errors(operation: str) -> Iterator[None]:
-    """Turn what the driver raises into the ledger's errors; `doing` completes the sentence "… failed while …"."""
+    """Translate the driver's errors into ours. `operation` completes the message "… failed while …"."""
     try:
         yield
     except PyMongoError as error:
@@ -109,12 +109,12 @@ def translate_errors(operation: str) -> Iterator[None]:
 
 
 def server_error_code(error: BaseException) -> int | None:
-    """Return the server's code of what `driver_errors` has turned into one of ours, if the server refused something."""
+    """Return the server's error code behind an error of `translate_errors`; None if the server reported none."""
     return error.__cause__.code if isinstance(error.__cause__, OperationFailure) else None
 
 
 def summarize_error(error: PyMongoError) -> str:
-    """Return the first, human part of a driver error; the rest is a description of the topology."""
+    """Return the readable part of a driver error. The rest describes the topology."""
     text = str(error).split(", Timeout:")[0].split(", full error")[0].split(" to execute command")[0]
     # What the driver says when it gives up a connection whose server has stopped answering its heartbeat.
     return "the server does not answer" if text == "operation cancelled" else text
@@ -131,16 +131,18 @@ _PERMANENT_CODES = frozenset({UNAUTHORIZED, 18, 121})  # also AuthenticationFail
 
 
 def is_transient(error: PyMongoError) -> bool:
-    """Return whether trying again may help: after a fail-over, say, or a broken connection; but not without rights."""
+    """Return whether a retry may help, such as after a failover or a broken connection. Missing privileges are
+    permanent.
+    """
     return not (isinstance(error, OperationFailure) and error.code in _PERMANENT_CODES)
 
 
 async def check_server(db: Database, *, needs_write: bool = True) -> None:
-    """Make sure that the server can carry a ledger, and takes a write unless we only read.
+    """Check that the server meets the requirements, and accepts a write if `needs_write`.
 
     Raises:
-        LedgerUnavailable: it cannot be reached.
-        DatabaseUnsuitable: it is standalone, too old, or refuses us; the message says what to do.
+        LedgerUnavailable: It is unreachable.
+        DatabaseUnsuitable: It is standalone, too old, or rejects us. The message says how to fix it.
     """
     try:
         hello = await db.client.admin.command("hello")
@@ -179,7 +181,7 @@ async def check_server(db: Database, *, needs_write: bool = True) -> None:
 
 @dataclass(frozen=True, slots=True)
 class OplogWindow:
-    """How far the oplog reaches back. While it is not `full` yet, that says nothing."""
+    """How far the oplog reaches back. Before it `is_full`, the duration is not meaningful."""
 
     size_mb: float
     hours: float
@@ -187,7 +189,7 @@ class OplogWindow:
 
     @property
     def is_too_short(self) -> bool:
-        """Whether a member that is restarted or copied may find it rolled over."""
+        """Whether a member that restarts or resyncs may find that the oplog has rolled over."""
         return self.is_full and self.hours < 1
 
 
@@ -198,10 +200,10 @@ OPLOG_ADVICE = (
 
 
 async def read_oplog_window(db: Database) -> OplogWindow | None:
-    """Look at the oplog; None if this user may not.
+    """Read the size and duration of the oplog; None if this user lacks privileges.
 
     Raises:
-        LedgerUnavailable: the database cannot be reached.
+        LedgerUnavailable: The database is unreachable.
     """
     local = db.client["local"]
     with translate_errors("showing its oplog"):
@@ -219,10 +221,10 @@ async def read_oplog_window(db: Database) -> OplogWindow | None:
 
 
 async def read_transaction_limit_seconds(db: Database) -> int | None:
-    """Return after how long the server ends a transaction that was left open; None if this user may not know.
+    """Return after how many seconds the server aborts an open transaction; None if this user lacks privileges.
 
     Raises:
-        LedgerUnavailable: the database cannot be reached.
+        LedgerUnavailable: The database is unreachable.
     """
     with translate_errors("telling its parameters"):
         try:

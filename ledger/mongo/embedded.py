@@ -1,13 +1,12 @@
-"""ledger: the embedded MongoDB server, a one-node replica set of our own. Only processes and files.
+"""The embedded MongoDB server, a replica set of one node. Processes and files only.
 
     data_dir/lock          held by the one process that owns the directory
     data_dir/server.json   the address of its server with the secret, for other commands of the same user
-    data_dir/mongodb.sock  the socket the server listens on; mongodb.key is the secret that opens it
+    data_dir/mongodb.sock  the socket the server listens on; mongodb.key is its secret
     data_dir/mongodb/      the data; mongodb.log beside it
 
-All of it is for the user of this process alone (ledger/mongo/embedded_address.py). The server never outlives its
-owner: when
-that is killed, the kernel sends mongod a SIGTERM, and it shuts down cleanly.
+Only the user of this process may read them (`embedded_address`). The server never outlives its owner: when the owner is
+killed, the kernel sends mongod a SIGTERM, and it shuts down cleanly.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ PERMANENT_ERROR_PATTERNS = {
 }
 DISK_ERROR_PATTERN = re.compile(r"No space left|Disk quota|Read-only file system|Input/output error|Permission denied")
 MIN_FREE_BYTES = 128 * MIB
-"""Free space without which mongod is not started: its next journal file has 100 MiB, and it writes a checkpoint."""
+"""mongod is not started with less free space: its next journal file has 100 MiB, and it writes a checkpoint."""
 LIBRARY_PACKAGES = {"libcurl.so.4": "libcurl4", "libssl.so.3": "libssl3", "libcrypto.so.3": "libssl3"}
 OTHER_SERVER_HINT = "or set mongodb.uri to a MongoDB replica set."
 
@@ -92,7 +91,11 @@ libc = ctypes.CDLL(None)
 
 
 def find_mongod() -> Path:
-    """The server on PATH, else the one in the wheel of the `embedded` extra; DatabaseUnsuitable when there is none."""
+    """Return the server on PATH, or the one in the wheel of the `embedded` extra.
+
+    Raises:
+        DatabaseUnsuitable: There is none.
+    """
     if on_path := shutil.which("mongod"):
         return Path(on_path)
     try:
@@ -110,7 +113,7 @@ def find_mongod() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class ServerExit:
-    """Why mongod ended. `waits`: a start can only work once the disk is usable. `is_permanent`: no start can work."""
+    """Why mongod ended. `waits_for_disk`: a start needs a usable disk. `is_permanent`: no start can succeed."""
 
     reason: str
     waits_for_disk: bool = False
@@ -118,7 +121,7 @@ class ServerExit:
 
 
 class EmbeddedServer:
-    """A running mongod and the data directory it belongs to. Make one with `start`."""
+    """A running mongod and its data directory. Create one with `start`."""
 
     _socket: Path
     _key: str
@@ -141,11 +144,12 @@ class EmbeddedServer:
     def start(cls, data_dir: Path, *, oplog_mb: int | None = None) -> Self:
         """Start a server on `data_dir` and return when it is a writable primary, usually within a second.
 
-        Call it in the main thread: the kernel ties "mongod ends when its parent does" to the thread that started it.
-        `oplog_mb` counts only when the data is created.
+        Call it in the main thread: the kernel ends mongod with the thread that started it. `oplog_mb` counts only when
+        the data is created.
 
         Raises:
-            DatabaseUnsuitable, ResourceUnavailable: The server cannot run; the message says what to do.
+            DatabaseUnsuitable: The server cannot run. The message says how to fix it.
+            ResourceUnavailable: The server cannot run now.
         """
         try:
             server = cls(data_dir.absolute(), oplog_mb)
@@ -174,7 +178,7 @@ class EmbeddedServer:
 
     @property
     def uri(self) -> str:
-        """The address, with the secret in it."""
+        """The address, including the secret."""
         return build_uri(self._socket, self._key)
 
     @property
@@ -186,7 +190,7 @@ class EmbeddedServer:
         return self._process.poll() is None
 
     async def wait_exited(self) -> int:
-        """Wait until mongod has ended, for whatever reason, and return its exit code (negative: the signal)."""
+        """Wait until mongod has ended, and return its exit code (negative: the signal)."""
         process = self._process
         if process.poll() is None:
             ended = asyncio.Event()
@@ -201,7 +205,7 @@ class EmbeddedServer:
         return process.wait()
 
     async def restart(self) -> None:
-        """Start mongod again on the same address and data, after it ended. The event loop goes on meanwhile.
+        """Start mongod again on the same address and data after it has ended. Does not block the event loop.
 
         Call it in the main thread's loop, as `start`. It waits as long as mongod takes to recover its data.
 
@@ -225,7 +229,7 @@ class EmbeddedServer:
         write_server_info(self.data_dir, ServerInfo(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
 
     def diagnose_exit(self) -> ServerExit:
-        """Return why mongod, which has ended, ended and whether starting it again can help. Reads and writes files."""
+        """Return why mongod ended, and whether a restart can help. Reads and writes files."""
         code = self._process.returncode
         problem = find_write_problem(self.data_dir, MIN_FREE_BYTES) or find_write_problem(self._dbpath, MIN_FREE_BYTES)
         if problem is not None:
@@ -242,7 +246,7 @@ class EmbeddedServer:
         return ServerExit(f"it ended with exit code {code}. {EXIT_CODES.get(code or 0, '')}".rstrip())
 
     def stop(self) -> None:
-        """Shut mongod down cleanly and give the directory free. May be called again."""
+        """Shut mongod down cleanly and release the directory. May be called again."""
         remove_server_info(self.data_dir)
         self._end()
         self._lock.release()
@@ -260,7 +264,7 @@ class EmbeddedServer:
             raise
 
     def _wait_for_predecessor(self) -> None:
-        """A mongod whose owner was killed may still be writing its last checkpoint; wait for its lock file."""
+        """Wait for the lock file of a mongod whose owner was killed. It may still be writing its last checkpoint."""
         if not wait_until(lambda: self._predecessor() is None, STOP_SECONDS):
             raise DatabaseUnsuitable(
                 f"The data files in {self._dbpath} are in use by another mongod (process {self._predecessor()}). "
@@ -277,7 +281,7 @@ class EmbeddedServer:
             return None
 
     def _announce(self) -> None:
-        """Write the address for other commands, once the server is ready."""
+        """Write the address for other commands when the server is ready."""
         if not self.is_alive or not self._is_primary():
             raise DatabaseUnsuitable(self._why_it_failed())
         write_server_info(self.data_dir, ServerInfo(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
@@ -317,7 +321,7 @@ class EmbeddedServer:
                 ) from error
 
     def _is_primary(self) -> bool:
-        """Bring our mongod one step nearer to being a writable primary, and say whether it is one."""
+        """Return whether our mongod is a writable primary. Configures it if necessary."""
         if not is_listening(self._socket):
             return False
         with MongoClient[dict[str, Any]](_without_set_name(self.uri), serverSelectionTimeoutMS=2000) as client:
@@ -355,7 +359,7 @@ class EmbeddedServer:
 
 
 def find_running_server(data_dir: Path) -> str | None:
-    """The URI of the embedded server on `data_dir`, if its owner lives and it answers; a stale note is None."""
+    """Return the URI of the embedded server on `data_dir` if its owner lives and it responds, else None."""
     note = read_server_info(data_dir)
     if note is None or not is_owned(data_dir):
         return None
@@ -368,7 +372,9 @@ def find_running_server(data_dir: Path) -> str | None:
 
 @contextmanager
 def attach_or_start(data_dir: Path, *, oplog_mb: int | None = None) -> Iterator[str]:
-    """The URI of the server on `data_dir`: of the running one, else of one of our own that is stopped at the end."""
+    """Yield the URI of the server on `data_dir`: the running one, or one that is started here and stopped at the
+    end.
+    """
     uri, own = _attach(data_dir), None
     if uri is None:
         try:
@@ -386,13 +392,13 @@ def attach_or_start(data_dir: Path, *, oplog_mb: int | None = None) -> Iterator[
 
 
 def _attach(data_dir: Path) -> str | None:
-    """An owner without a server is just starting or stopping it: see what comes of it."""
+    """Return the URI of a running server. Waits if its owner is just starting or stopping it."""
     wait_until(lambda: not is_owned(data_dir) or find_running_server(data_dir) is not None, START_SECONDS)
     return find_running_server(data_dir)
 
 
 def _configure(client: MongoClient[dict[str, Any]], host: str) -> None:
-    """Make the server the only member of its replica set, under the address it has now."""
+    """Make the server the only member of its replica set, under its current address."""
     try:
         config = client.admin.command("replSetGetConfig")["config"]
     except OperationFailure as error:
@@ -408,7 +414,9 @@ def _configure(client: MongoClient[dict[str, Any]], host: str) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Between fork and exec: ask the kernel for a SIGTERM when the parent dies, unless it has died already."""
+    """Run between fork and exec: request a SIGTERM from the kernel when the parent dies. Exit if it has died
+    already.
+    """
     os.umask(0o077)
     if sys.platform == "linux":
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -422,5 +430,5 @@ def _cache_gb() -> float:
 
 
 def _without_set_name(uri: str) -> str:
-    """A client that asks for the replica set by name finds no server before the set is initiated."""
+    """Return the URI without the set name. A client that asks for it finds no server before the set is initiated."""
     return uri.replace("&replicaSet=rs0", "")

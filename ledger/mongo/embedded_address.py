@@ -1,9 +1,9 @@
-"""ledger: the address of the embedded MongoDB server, a Unix socket, and the secret that opens it. Only files.
+"""The address of the embedded MongoDB server, a Unix socket, and its secret. Pure file operations.
 
-The server does not listen on TCP. Its socket is in the data directory, or in a short directory of its own if the data
-directory's path is too long for a socket or its file system has no sockets. The secret is the server's key file: a
-client that knows it signs in as `__system`, the user by which members of a replica set know each other. So no user is
-stored in the database, and an existing data directory is protected from the next start on (docs/decisions/0054).
+The server does not listen on TCP. Its socket is in the data directory. If that path is too long for a socket, or its
+file system has no sockets, the socket is in a short directory of its own. The secret is the server's key file: a client
+that knows it authenticates as `__system`, the user of the members of a replica set. So the database stores no user, and
+an existing data directory is protected from the next start on (docs/decisions/0054).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KEY: Final = re.compile(r"[A-Za-z0-9+/]{64,1024}")
 
 
 def build_uri(socket_path: Path, key: str) -> str:
-    """Return the URI of the server; it contains the secret."""
+    """Return the URI of the server, which contains the secret."""
     return (
         f"mongodb://__system:{quote(key, safe='')}@{quote(str(socket_path), safe='')}/"
         "?authSource=local&replicaSet=rs0&directConnection=true"
@@ -39,9 +39,9 @@ def build_uri(socket_path: Path, key: str) -> str:
 
 
 def load_key(data_dir: Path) -> str:
-    """Return the server's secret; create it if there is none, or if others could have read it.
+    """Return the server's secret. Creates it if it is missing, or if other users could have read it.
 
-    Call it only while the server does not run: a new secret shuts out the clients that have the old one.
+    Call it only while the server is stopped: a new secret locks out clients with the old one.
 
     Raises:
         OSError: The file cannot be read or written.
@@ -68,7 +68,7 @@ def choose_socket_path(data_dir: Path) -> Path:
     """Return the path for the server's socket, in a directory that only this user may enter.
 
     Raises:
-        DatabaseUnsuitable: Somebody else has taken the place for it.
+        DatabaseUnsuitable: The directory belongs to another user.
         OSError: The directory cannot be written.
     """
     path = data_dir / SOCKET_NAME
@@ -83,7 +83,7 @@ def choose_socket_path(data_dir: Path) -> Path:
 
 
 def _make_own_directory(path: Path) -> None:
-    """Create a directory in a place where others may write, or make sure that an existing one is ours alone."""
+    """Create a directory in a shared place, or check that an existing one belongs to this user."""
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()
@@ -96,7 +96,7 @@ def _make_own_directory(path: Path) -> None:
 
 
 def _takes_sockets(directory: Path) -> bool:
-    """Try it: some file systems (of shared folders, for example) have no sockets."""
+    """Return whether a directory supports sockets. Some file systems, such as shared folders, do not."""
     trial = directory / f"{SOCKET_NAME}.{os.getpid()}"
     if not _SOCKET_PATH.fullmatch(str(trial)):
         return False

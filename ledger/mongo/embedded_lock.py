@@ -1,4 +1,4 @@
-"""ledger: what the files beside an embedded server say: who owns it, where it listens, what it logged. Only files."""
+"""The files beside an embedded server: its owner, its address and its log. Pure file operations."""
 
 from __future__ import annotations
 
@@ -30,13 +30,18 @@ class ServerInfo(BaseModel):
 
 
 class OwnerLock:
-    """The right to run a server on a data directory. The kernel takes it back when the process ends, however it ends.
+    """The right to run a server on a data directory. The kernel releases it when the process ends, in any way.
 
-    It is an flock: a child forked without exec inherits it, so start helpers by spawn or exec.
+    It is an flock, which a child forked without exec inherits. So start helpers by spawn or exec.
     """
 
     def __init__(self, data_dir: Path) -> None:
-        """Take the lock, or raise ServerInUse naming the process that has it; OSError if it cannot be opened."""
+        """Acquire the lock.
+
+        Raises:
+            ServerInUse: Another process has it. The message contains its ID.
+            OSError: The lock file cannot be opened.
+        """
         path = data_dir / "lock"
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         if not wait_until(lambda: try_lock(self._fd, fcntl.LOCK_EX), LOCK_TIMEOUT_SECONDS):
@@ -55,7 +60,7 @@ class OwnerLock:
 
 
 def is_owned(data_dir: Path) -> bool:
-    """Does a living process hold the directory?"""
+    """Return whether a running process owns the directory."""
     try:
         fd = os.open(data_dir / "lock", os.O_RDONLY)
     except OSError:
@@ -67,7 +72,7 @@ def is_owned(data_dir: Path) -> bool:
 
 
 def write_server_info(data_dir: Path, note: ServerInfo) -> None:
-    """Write the note so that a reader sees all of it or none."""
+    """Write the file atomically."""
     fresh = data_dir / "server.json.new"
     with open_private(fresh, "w") as file:
         file.write(note.model_dump_json() + "\n")
@@ -75,7 +80,7 @@ def write_server_info(data_dir: Path, note: ServerInfo) -> None:
 
 
 def read_server_info(data_dir: Path) -> ServerInfo | None:
-    """The note as it stands, true or stale; None without a readable one."""
+    """Return the content of the file, which may be stale; None if there is no readable one."""
     try:
         return ServerInfo.model_validate_json((data_dir / "server.json").read_bytes())
     except (OSError, ValidationError):
@@ -83,13 +88,13 @@ def read_server_info(data_dir: Path) -> ServerInfo | None:
 
 
 def remove_server_info(data_dir: Path) -> None:
-    """Remove the note of a server that ends. Where that is impossible it stays: no process answers by its ID."""
+    """Remove the file when the server ends. If that fails, it is stale: no process has its ID."""
     with suppress(OSError):
         (data_dir / "server.json").unlink()
 
 
 def read_int(path: Path) -> int | None:
-    """The number a file holds (a port, a pid), if it does."""
+    """Return the number in a file (a port, a PID), if there is one."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -97,7 +102,7 @@ def read_int(path: Path) -> int | None:
 
 
 def read_log_tail(path: Path, start: int, lines: int = 8) -> str:
-    """What mongod logged last, from byte `start` on: its errors, else its last words, as text for a person."""
+    """Return mongod's last log messages after byte `start` for people: its errors, or else its last messages."""
     with path.open("rb") as file:
         file.seek(start)
         entries = [_readable(line) for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -106,7 +111,7 @@ def read_log_tail(path: Path, start: int, lines: int = 8) -> str:
 
 
 def _readable(line: str) -> tuple[str, str]:
-    """A line of mongod's JSON log as (severity, text); what is not JSON comes from the loader or a crash: an error."""
+    """Return a line of mongod's JSON log as (severity, text). Other lines come from the loader or a crash: errors."""
     try:
         entry = json.loads(line)
         attributes = {k: v.get("msg", v) if isinstance(v, dict) else v for k, v in entry.get("attr", {}).items()}
@@ -117,7 +122,7 @@ def _readable(line: str) -> tuple[str, str]:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait for `condition`, at most so many seconds; say whether it came true."""
+    """Wait for a condition, at most so many seconds. Return whether it became true."""
     deadline = time.monotonic() + seconds
     while not (met := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -125,7 +130,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def try_lock(fd: int, kind: int) -> bool:
-    """Take an flock of a kind (fcntl.LOCK_EX, LOCK_SH) if nobody is in the way; never waits."""
+    """Acquire an flock (fcntl.LOCK_EX, LOCK_SH) if it is free. Never waits."""
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:

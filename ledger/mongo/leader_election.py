@@ -1,8 +1,8 @@
-"""ledger: one process does what only one should do; the others that could stand by and take over in time.
+"""Leader election: one process leads, and others stand by to take over.
 
-A leader's heartbeats, which extend its lease, come by the change stream. Who stands by takes over when there was none
-for the time of the lease by its own steady clock, whatever the server's clock says, or at once when the leader lets go.
-What a leader writes is fenced by `fencing_token`, which grows with every new one.
+The change stream delivers the leader's heartbeats, which extend its lease. A standby takes over when there was none for
+the duration of the lease by its own steady clock, whatever the server's clock says, or at once when the leader releases
+the lease. `fencing_token`, which grows with each leader, fences what a leader writes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _LONGEST_PAUSE_SECONDS: Final = 5.0
 
 
 class LeadershipLost(Exception):
-    """Somebody else leads by now."""
+    """Another process is the leader."""
 
 
 class LeaderElection:
-    """The lead in one matter. A listener of the process's change stream."""
+    """The election for one task, such as "projector". A listener of the process's change stream."""
 
     collection = "leaders"
 
@@ -48,12 +48,14 @@ class LeaderElection:
         return self._lease.fencing_token
 
     async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
-        """Stand by, lead, stand by …, until cancelled. `lead` is cancelled with the lease; it may raise Deposed."""
+        """Stand by and lead repeatedly, until cancelled. `lead` is cancelled with the lease; it may raise
+        LeadershipLost.
+        """
         while True:
             await self.run_once(lead)
 
     async def run_once(self, lead: Callable[[], Awaitable[None]]) -> None:
-        """Stand by, lead, stand by …, until `lead` has come to its end. What it raises ends this, too, but Deposed."""
+        """Stand by and lead until `lead` returns. Its exceptions propagate, except LeadershipLost."""
         pause, told = 0.1, False
         while True:
             try:
@@ -97,7 +99,7 @@ class LeaderElection:
             self._vacant.set()
 
     async def _wait_for_vacancy(self) -> None:
-        """Wait until the leader misses a heartbeat or lets go of its lease."""
+        """Wait until the leader misses a heartbeat or releases its lease."""
         while not self._vacant.is_set():
             self._heard.clear()
             try:
@@ -109,7 +111,7 @@ class LeaderElection:
                 return
 
     async def _lead(self, lead: Callable[[], Awaitable[None]]) -> bool:
-        """Return whether it has come to its end, and was not ended by the loss of the lead."""
+        """Return True if `lead` has returned, False if the leadership was lost."""
         leading = asyncio.ensure_future(lead())
         lost = asyncio.create_task(self._lease.wait_lost())
         try:

@@ -36,17 +36,16 @@ def _until(seconds: float) -> Document:
 
 
 EXPIRED_LEASE_FILTER: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
-"""Matches lease documents whose time is over, by the server's clock."""
+"""Matches leases that have expired by the server's clock."""
 EXPIRE_LEASE_UPDATE: Document = {"$inc": {"fencing_token": 1}}
 """Expires a lease. Combine it with a filter on the observed `heartbeat`. The holder's next extension then fails: it
 finds another fencing token."""
 _NEXT_BEAT: Document = {"$add": [{"$ifNull": ["$heartbeat", 0]}, 1]}
 _AGAIN_SECONDS = 0.5
 _RELEASE_SECONDS = 1.0
-"""How long releasing may take. A lease that the database was not told of in this time expires."""
+"""How long releasing may take. A lease that could not be released in this time expires."""
 _LOOKS = 3
-"""A lease is extended, and its holder's loop looked at, three times in its time. See
-`jobledger.ledger.system.loop_progress`."""
+"""A lease is extended, and its holder's event loop checked, three times per duration (`loop_progress`)."""
 _TICKS = 12
 MISSED_HEARTBEAT_SHARE = 0.6
 """A holder that has not extended its lease for this share of the duration has missed a heartbeat. Leases are extended
@@ -55,7 +54,7 @@ holder has then missed a heartbeat, too."""
 
 
 class LeaseObservation:
-    """What a process has seen of a lease that another one holds, on its own steady clock."""
+    """What a process has observed of another process's lease, on its own steady clock."""
 
     def __init__(self) -> None:
         self.heartbeat: int | None = None
@@ -105,14 +104,14 @@ class Lease:
         """On the steady clock: since when no heartbeat has been missed, and when the last one was sent."""
 
     async def acquire(self, attributes: Mapping[str, Any], *, observation: LeaseObservation | None = None) -> bool:
-        """Take the lease if nobody holds it; from then on it is extended until `release`. False if somebody holds it.
+        """Acquire the lease if it is free, and extend it until `release`. Return False if another process holds it.
 
         Args:
-            facts: More fields of the document.
-            seen: What this process has seen of the lease so far.
+            attributes: More fields of the document.
+            observation: What this process has observed of the lease.
 
         Raises:
-            LedgerUnavailable: the database cannot be reached.
+            LedgerUnavailable: The database is unreachable.
         """
         self._lost = lost = asyncio.Event()
         self._stop = stop = threading.Event()
@@ -143,12 +142,12 @@ class Lease:
         return True
 
     async def wait_lost(self) -> None:
-        """Return when the lease is lost: it ran out, and was taken or declared over."""
+        """Return when the lease is lost: it expired, and another process has acquired or expired it."""
         await self._lost.wait()
 
     @property
     def uninterrupted_seconds(self) -> float:
-        """Return for how long the lease has been extended without a missing heartbeat; 0 while one is missing."""
+        """For how long the lease was extended without a missing heartbeat; 0 while one is missing."""
         since, last = self._beats
         now = time.monotonic()
         return now - since if now - last <= MISSED_HEARTBEAT_SHARE * self._seconds else 0.0
@@ -158,7 +157,7 @@ class Lease:
         return self._thread is not None and not self._lost.is_set()
 
     async def release(self) -> None:
-        """Stop extending and let go at once, so that others need not wait."""
+        """Stop extending and release the lease, so that other processes need not wait."""
         if self._thread is None:
             return
         self._stop.set()
@@ -191,11 +190,11 @@ class Lease:
         _tell(loop, lost.set)
 
     def _take(self, leases: Collection[Document], facts: Document, seen: LeaseObservation) -> int | None:
-        """Take the lease in one step if it is free; return its fencing_token, None if somebody holds it.
+        """Acquire the lease in one write if it is free. Return its fencing token, None if another process holds it.
 
-        The server's clock counts only for a holder that was never seen to extend its lease: so a process that has just
-        been started need not wait for one that died long ago. It may be wrong then, after a fail-over; the lease moves
-        to another holder for nothing, and the fencing_token fences the old one.
+        The server's clock counts only for a holder that was never observed to extend its lease. So a process that has
+        just started need not wait for a holder that died long ago. After a failover the server's clock may be wrong.
+        Then the lease moves unnecessarily, and the fencing token fences the old holder.
         """
         acquisition_id = secrets.token_hex(8)
         mine: Document = {
@@ -230,9 +229,9 @@ class Lease:
         stop: threading.Event,
         progress: LoopProgress,
     ) -> bool:
-        """Extend the lease until told to stop, and give it back then. False if it was lost before.
+        """Extend the lease until `stop` is set, then release it. Return False if it was lost before.
 
-        No call lasts longer than the lease: over a silent network it would not return for minutes.
+        No call lasts longer than the lease. Over a silent network it would otherwise block for minutes.
         """
         mine = {"_id": self._id, "fencing_token": fencing_token}
         extend = {"heartbeat": _NEXT_BEAT, "lease_until": _until(self._seconds)}

@@ -1,12 +1,12 @@
-"""ledger: the time of the database server, which judges when something is due, whatever this machine's clock says.
+"""Estimate the time of the database server, which decides when something is due.
 
-The time is estimated as the last measurement plus the time that has passed since on a steady clock, which no correction
-of this machine's clock moves. A measurement is the server's time in the answer to `hello`. An estimate is
-ahead of the server by at most `TOLERANCE_SECONDS`, and behind it by at most the time that the answer took to arrive.
+The estimate is the last measurement plus the time that has passed on a steady clock, which corrections of this
+machine's clock do not move. A measurement is the server's time in the response to `hello`. An estimate is ahead of the
+server by at most `TOLERANCE_SECONDS`, and behind it by at most the time that the response took.
 
-The driver sends `hello` to each member every ten seconds anyway, and at once after a fail-over. So an idle process
-sends nothing for its clock. Only a heartbeat that contradicts the estimate in a way that a slow answer would also
-explain makes the process ask the server at once: the primary may be another one, or its clock was set back.
+The driver sends `hello` to each member every ten seconds anyway, and at once after a failover. So an idle process sends
+nothing for its clock. It asks the server only if a heartbeat contradicts the estimate in a way that a slow response
+would also explain. The primary may be another one, or its clock was set back.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from pymongo.monitoring import (
 )
 
 TOLERANCE_SECONDS: Final = 0.1
-"""A heartbeat may be this far behind the estimate: its answer was slow, or this process was busy."""
+"""A heartbeat may be this far behind the estimate, because its response was slow or this process was busy."""
 MAX_SLEEP_SECONDS: Final = 5.0
-"""Of a timer until a moment of the server's clock. The timers of an event loop do not count a suspension."""
+"""The longest timer until a time of the server's clock. An event loop's timers do not count a suspension."""
 _STEADY_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _TRIES: Final = 3
 
 
 def _steady() -> float:
-    """Return seconds of a clock that is never set, and that goes on while the machine is suspended."""
+    """Return the seconds of a clock that is never set and that continues while the machine is suspended."""
     return time.clock_gettime(_STEADY_CLOCK)
 
 
 class ServerClock(ServerHeartbeatListener):
-    """The clock of the primary, for the processes that use one client. A listener of the client's heartbeats."""
+    """The clock of the primary, for the users of one client. A listener of the client's heartbeats."""
 
     def __init__(self) -> None:
         self._offset: float | None = None
@@ -51,35 +51,35 @@ class ServerClock(ServerHeartbeatListener):
         self._measuring: asyncio.Task[None] | None = None
 
     def attach_client(self, client: AsyncMongoClient[Any]) -> None:
-        """Set the client with which the server is asked when a heartbeat has made the estimate uncertain."""
+        """Set the client that asks the server when a heartbeat has made the estimate uncertain."""
         self._client = client
 
     def estimate(self) -> datetime:
-        """Return the server's time as far as it is known without asking. Before the first answer: this machine's."""
+        """Return the estimated time of the server. Before the first response: this machine's time."""
         if self._offset is None:
             return datetime.now(UTC)
         return datetime.fromtimestamp(self._offset + _steady(), UTC)
 
     def seconds_until(self, moment: datetime) -> float:
-        """Return the seconds until a moment of the server's clock, 0 if it has come."""
+        """Return the seconds until a time of the server's clock, 0 if it has passed."""
         return max(0.0, (moment - self.estimate()).total_seconds())
 
     def sleep_seconds_until(self, moment: datetime) -> float:
-        """Return how long to sleep before `seconds_until` has to be asked again."""
+        """Return how long to sleep before `seconds_until` must be called again."""
         return min(self.seconds_until(moment), MAX_SLEEP_SECONDS)
 
     async def now(self, client: AsyncMongoClient[Any]) -> datetime:
         """Return the server's time. Asks the server if the estimate is uncertain.
 
         Raises:
-            PyMongoError: it had to be asked and did not answer.
+            PyMongoError: The server was asked and did not respond.
         """
         if self.is_uncertain or self._offset is None:
             await self._measure(client)
         return self.estimate()
 
     async def _measure(self, client: AsyncMongoClient[Any]) -> None:
-        """Ask the server. Of several answers the quickest counts: the best bound of what the server's clock says."""
+        """Ask the server. Of several responses the fastest counts: it bounds the server's clock best."""
         best: float | None = None
         for _ in range(_TRIES):
             asked = _steady()
@@ -94,23 +94,23 @@ class ServerClock(ServerHeartbeatListener):
     # Heartbeats of the driver -------------------------------------------------------------------------------------
 
     def started(self, event: ServerHeartbeatStartedEvent) -> None:
-        """Nothing is known yet."""
+        """Do nothing: a heartbeat without a response says nothing."""
 
     def succeeded(self, event: ServerHeartbeatSucceededEvent) -> None:
-        """Take in what a member says of its clock, if it is the primary."""
+        """Observe the clock of the member if it is the primary."""
         document = event.reply.document
         if document.get("isWritablePrimary") or document.get("ismaster"):  # `ismaster`: of a connection's first answer
             said = document["localTime"].replace(tzinfo=UTC).timestamp()
             self.observe(said, event.connection_id)
 
     def failed(self, event: ServerHeartbeatFailedEvent) -> None:
-        """The next primary that answers may have another clock; its heartbeat says so."""
+        """Do nothing: the next primary's heartbeat reports its clock."""
 
     def observe(self, said: float, primary: Any) -> None:
-        """Take in the server's time in seconds since 1970, as a primary sent it a moment ago.
+        """Observe the server's time, in seconds since 1970, that a primary has just sent.
 
-        The server's clock is at least there now. So an estimate that is behind is wrong and is replaced. One that is
-        ahead may be right, if the answer took long: the server has to be asked.
+        The server's clock is at least there now. So an estimate that is behind is wrong and is replaced. An estimate
+        that is ahead may be right if the response was slow, so the server must be asked.
         """
         offset = said - _steady()
         if self._offset is None or offset > self._offset:
@@ -124,7 +124,7 @@ class ServerClock(ServerHeartbeatListener):
             self._measuring = asyncio.create_task(self._measure_in_background(self._client), name="measure-clock")
 
     async def _measure_in_background(self, client: AsyncMongoClient[Any]) -> None:
-        """Ask the server for those who only call `estimate`. Without an answer, the next heartbeat asks again."""
+        """Ask the server for callers of `estimate`. Without a response, the next heartbeat asks again."""
         with suppress(PyMongoError):
             await self._measure(client)
 

@@ -1,9 +1,9 @@
-"""ledger: transactions that nobody leaves open who is told to stop.
+"""Run transactions that no cancelled task leaves open.
 
-A statement that was sent, and whose sender was cancelled then, may reach the server after the `abortTransaction` that
-was sent behind it, for that takes another connection. Then it begins the transaction again, which holds what it has
-written until the server's `transactionLifetimeLimitSeconds`: for so long nobody could take over. So who is cancelled
-within a transaction comes to its end first.
+If a task is cancelled after it has sent a statement, the statement may reach the server after the `abortTransaction`
+that follows it, which uses another connection. The statement then starts the transaction again. It holds its locks
+until the server's `transactionLifetimeLimitSeconds`, and no other process could take over until then. So a cancelled
+task first completes its transaction.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from jobledger.ledger.mongo.connection import DURABLE, Database
 
 T = TypeVar("T")
 CANCEL_TIMEOUT_SECONDS: Final = 5.0
-"""For so long, and once more for its undoing, who is cancelled waits for the end. It takes milliseconds, unless the
-server does not answer."""
+"""How long a cancelled task waits for the end of its transaction, and then again for its abort. It takes
+milliseconds, unless the server does not respond.
+"""
 
 
 async def run_transaction(db: Database, write: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
-    """Do what `write` does with its session all together or not at all, durably; again after a conflict.
+    """Run the writes of `write` in one durable transaction, and repeat it after a conflict.
 
-    Who is cancelled meanwhile learns of it when the transaction has ended, one way or the other.
+    A cancelled caller gets the cancellation when the transaction has ended, by commit or abort.
 
     Raises:
-        PyMongoError: the database failed. What `write` raises, nothing being written then.
+        PyMongoError: The database failed. An error of `write` is raised after the abort.
     """
     writing = asyncio.ensure_future(_transaction(db, write))
     try:
@@ -47,7 +48,7 @@ async def run_transaction(db: Database, write: Callable[[AsyncClientSession], Aw
 
 
 def _heard(writing: asyncio.Future[T]) -> None:
-    """Nobody else asks what became of it."""
+    """Retrieve the exception, which no other code does."""
     if not writing.cancelled():
         writing.exception()
 

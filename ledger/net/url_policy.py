@@ -1,6 +1,7 @@
-"""ledger: which network addresses may be called on behalf of a stranger. Pure.
+"""Decide which network addresses may be called on behalf of a user. Pure.
 
-The check is on the address connected to, never on the name alone: a name may answer differently the next time.
+The check applies to the address that is connected to, never to the host name alone, which may resolve differently the
+next time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PUBLIC_ONLY_MESSAGE = "only public addresses are called, and those that `webhook
 
 
 class AllowedHosts:
-    """The hosts and networks the operator allows although they are not public."""
+    """The non-public hosts and networks that the operator allows."""
 
     def __init__(self, entries: Iterable[str]) -> None:
         self._networks: list[IPv4Network | IPv6Network] = []
@@ -36,14 +37,14 @@ class AllowedHosts:
                 self._names.add(_plain_name(entry))
 
     def address_rejection_reason(self, host: str, address: str) -> str | None:
-        """Why `host` must not be called at `address`; None when it may."""
+        """Return why `host` must not be called at `address`; None if it may."""
         real = _unwrapped(ip_address(address.partition("%")[0]))
         if _plain_name(host) in self._names or any(real in network for network in self._networks):
             return None
         return _why_not_public(real)
 
     def contains_host(self, host: str) -> bool:
-        """Return whether the operator has named this host, or the network it is an address of."""
+        """Return whether the operator allows this host, or the network of this address."""
         if _plain_name(host) in self._names:
             return True
         with suppress(ValueError):
@@ -53,9 +54,9 @@ class AllowedHosts:
 
 
 def rejection_reason(url: str, allowed: AllowedHosts) -> str | None:
-    """Return why a webhook to an address can never be delivered, as far as the address itself tells; None if it may.
+    """Return why a webhook to a URL can never be delivered, judged by the URL alone; None if it may be.
 
-    Ports are those of the web and those that no system service has: nobody's mail server is to be talked to.
+    Allowed ports are those of the web and those above the system ports, so that no mail server, for example, is called.
     """
     try:
         parts = urlsplit(url)
@@ -87,23 +88,23 @@ USERINFO_MESSAGE: Final = (
 
 
 def has_userinfo(text: str) -> bool:
-    """Return whether a text is a URL with a user name (of the web or FTP), or with a password (of any scheme).
+    """Return whether a text is a URL with a user name (web or FTP), or with a password (any scheme).
 
-    As browsers read it (WHATWG URL): slashes may be missing or backslashes, and tabs and line breaks within are
-    passed over. And as HTTP clients read it: only a slash, `?` or `#` ends it, so that it may contain spaces. A text
-    that begins with a URL without a path and goes on with an e-mail address is none: `https://a.example, mail b@c.d`.
+    It reads the text as browsers do (WHATWG URL): slashes may be missing or backslashes, and tabs and line breaks are
+    ignored. It also reads it as HTTP clients do: only a slash, `?` or `#` ends the authority, which may contain spaces.
+    A URL without a path that is followed by an e-mail address has no user name: `https://a.example, mail b@c.d`.
     """
     return "@" in text and _cut_at_userinfo(text) is not None
 
 
 def strip_userinfo(url: str) -> str:
-    """Return a URL without user name and password; any other text as it is."""
+    """Return a URL without user name and password. Other texts stay unchanged."""
     cut = _cut_at_userinfo(url) if "@" in url else None
     return url if cut is None else "".join(cut)
 
 
 def _cut_at_userinfo(text: str) -> tuple[str, str] | None:
-    """Return what is before and what is behind the user name and password, None if there are none."""
+    """Return the text before and after the user name and password; None if there are none."""
     plain = _REMOVED_BY_BROWSERS.sub("", text.lstrip(_STRIPPED_BY_BROWSERS))
     begin = _BEGIN.match(plain)
     if begin is None:
@@ -123,7 +124,7 @@ def _cut_at_userinfo(text: str) -> tuple[str, str] | None:
 
 
 def _is_prose(userinfo: str) -> bool:
-    """Return whether a text between `//` and `@` is a host followed by prose, not a user name and password."""
+    """Return whether the text between `//` and `@` is a host followed by prose, not a user name and password."""
     first, space, _ = userinfo.partition(" ")
     if not space:
         return False
@@ -138,7 +139,7 @@ def _plain_name(host: str) -> str:
 
 
 def _unwrapped(address: Address) -> Address:
-    """The IPv4 address that an IPv6 one only carries."""
+    """Return the IPv4 address that an IPv6 address embeds, else the address."""
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped:
             return address.ipv4_mapped

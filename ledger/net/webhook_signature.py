@@ -1,7 +1,7 @@
-"""ledger: how webhooks are signed: Standard Webhooks 1.0 (standardwebhooks.com). Pure.
+"""Sign webhooks as Standard Webhooks 1.0 (standardwebhooks.com) specifies. Pure.
 
-The signature is HMAC-SHA256 over `id.timestamp.body`. With two secrets there are two signatures, and a receiver that
-knows either is content: so a secret is replaced without a moment in which webhooks are refused.
+The signature is HMAC-SHA256 over `id.timestamp.body`. With two secrets there are two signatures, and an endpoint that
+knows either accepts the message. So a secret can be rotated without rejected messages.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _LONGEST_BYTES: Final = 64
 
 
 def generate_secret() -> str:
-    """Return a secret that nobody can guess."""
+    """Return a random secret."""
     return _PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
 def decode_secret(secret: str) -> bytes:
-    """Return the key that a secret stands for.
+    """Return the key of a secret.
 
     Raises:
-        ValueError: it is none; says what would be right, without the secret.
+        ValueError: It is not a valid secret. The message describes the format without the secret.
     """
     problem = (
         f"expected a signing secret: {_PREFIX} and {_SHORTEST_BYTES} to {_LONGEST_BYTES} random bytes in Base64, "
@@ -46,10 +46,11 @@ def decode_secret(secret: str) -> bytes:
 
 
 def build_signature_headers(keys: Sequence[str], webhook_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """Return the headers that tell a webhook's id and time (in seconds since 1970), and who has sent it, if `keys` can.
+    """Return the headers with a message's ID, its time (in seconds since 1970), and its signatures if there are
+    `keys`.
 
     Raises:
-        ValueError: one of the secrets is none.
+        ValueError: One of the secrets is not valid.
     """
     headers = {"webhook-id": webhook_id, "webhook-timestamp": str(timestamp)}
     if keys:

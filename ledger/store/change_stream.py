@@ -1,15 +1,15 @@
-"""ledger: the one change stream of a process. It says *that* something happened; collections say what is true.
+"""The change stream of a process. It signals changes; the collections hold the data.
 
-A listener names a collection and is told of every change to it. Whenever the stream is opened, at first and after any
-trouble (fail-over, history lost from the oplog, a dropped connection), each listener is asked to `resync` from its
-collection. So nothing depends on resume tokens: a stream that cannot be continued is simply opened anew.
+A listener names a collection and receives every change to it. Whenever the stream is opened, at first and after any
+failure (failover, history lost from the oplog, a dropped connection), each listener `resync`s from its collection. So
+nothing depends on resume tokens: a stream that cannot be continued is opened again.
 
-The stream is also opened again when an event of the log was deleted. Jobledger deletes none, and what listeners have
-derived from it is no longer true.
+The stream is also reopened after an event of the log was deleted. Jobledger deletes none, so data that listeners have
+derived from it is no longer valid.
 
-Why nothing falls between: the stream is opened at a cluster time T read before, and `resync` reads with majority
-concern in a causally consistent session that has seen T. What was committed up to T the read sees; the rest streams.
-Much of what is read is heard as well: the changes at T, and those that came while the collection was read.
+Why no change is lost: the stream starts at a cluster time T that was read before, and `resync` reads with majority
+concern in a causally consistent session that has seen T. The read sees everything committed up to T; the stream
+delivers the rest. Many changes arrive twice: those at T, and those committed while the collection was read.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from jobledger.ledger.mongo.connection import LENIENT_CODEC, Database, is_transi
 _log = structlog.get_logger()
 _LONGEST_PAUSE_SECONDS = 2.0
 _PAUSE_AFTER_REMOVAL_SECONDS = 0.5
-"""Events are often deleted many at a time: the stream is not opened again for each."""
+"""Events are often deleted in bulk. The pause avoids reopening the stream for each."""
 _CHANGES_PER_TURN = 200  # then others on the event loop get a chance
 
 
 class ChangeListener(Protocol):
-    """Somebody who reacts to changes of one collection."""
+    """A component that reacts to changes of one collection."""
 
     @property
     def collection(self) -> str: ...
 
     @property
     def resync(self) -> Callable[[AsyncClientSession], Awaitable[None]]:
-        """The stream is open (again): take in what the collection says now, reading with `session`."""
+        """Called when the stream was opened. Load the current state of the collection, reading with `session`."""
 
     @property
     def on_change(self) -> Callable[[Mapping[str, Any]], None]:
-        """A document was inserted, updated, replaced or deleted (a change stream event). Must not block."""
+        """Called with a change stream event: a document was inserted, updated, replaced or deleted. Must not block."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallbackListener:
-    """A listener made of two functions."""
+    """A listener made of two callbacks."""
 
     collection: str
     on_change: Callable[[Mapping[str, Any]], None]
@@ -64,7 +64,7 @@ class CallbackListener:
 class ChangeStream:
     """The change stream of this process, shared by all its listeners.
 
-    `event_types` narrows what is heard of the `events` collection: a process that only works has no use for progress.
+    `event_types` filters the changes of the collection `events`: a worker, for example, does not need progress events.
     """
 
     def __init__(self, db: Database, *, event_types: Collection[str] | None = None) -> None:
@@ -76,18 +76,18 @@ class ChangeStream:
         """How often the stream had to be opened again."""
 
     def add_listener(self, listener: ChangeListener) -> None:
-        """Add a listener; only before `running`."""
+        """Add a listener. Call this before `running`."""
         self._listeners.append(listener)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[asyncio.Task[None]]:
-        """Keep the stream open inside the block; entered once every listener has resynced.
+        """Keep the stream open within the block. Enters when every listener has resynced.
 
-        Yields the task that does it: it ends only by a fault in our code or for want of rights, and whoever composes
-        a process watches it.
+        Yields the task that reads the stream. It ends only because of a bug or missing privileges, so the caller must
+        watch it.
 
         Raises:
-            DatabaseUnsuitable: this user may not hear of changes.
+            DatabaseUnsuitable: This user may not read changes.
         """
         task = asyncio.create_task(self._run(), name="changes")
         opened = asyncio.create_task(self._open.wait())
@@ -147,7 +147,7 @@ class ChangeStream:
         return [{"$match": {"operationType": {"$in": kinds}, "$or": [events, others]}}]
 
     async def _deliver(self, stream: AsyncChangeStream[dict[str, Any]], opened_at: Timestamp) -> None:
-        """Pass changes on until the stream ends, or an event was deleted since it was opened."""
+        """Deliver changes until the stream ends, or an event is deleted."""
         by_collection: dict[str, list[ChangeListener]] = {}
         for listener in self._listeners:
             by_collection.setdefault(listener.collection, []).append(listener)
@@ -172,5 +172,5 @@ class ChangeStream:
 
 
 def _removes_event(deletion: Mapping[str, Any], opened_at: Timestamp) -> bool:
-    """Return whether an event was deleted that a listener may have read. What is heard of `opened_at` came before."""
+    """Return whether an event was deleted that a listener may have read. Changes at `opened_at` came before."""
     return bool(deletion["ns"]["coll"] == "events" and deletion["clusterTime"] > opened_at)

@@ -1,4 +1,4 @@
-"""ledger: the one road. Whoever changes a job, batch or delivery (API, worker, watcher, command) comes through here."""
+"""Load a stream, decide on a command, and append the resulting events. All state changes use `handle_command`."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ _MAX_ATTEMPTS = 20  # a job has few writers at a time; who loses twenty races in
 
 
 def new_job_id() -> str:
-    """Return an id for a new job, which is also the name of its stream."""
+    """Return an ID for a new job, which is also the name of its stream."""
     return f"job-{ObjectId()}"
 
 
 def new_batch_id() -> str:
-    """Return an id for a new batch, which is also the name of its stream."""
+    """Return an ID for a new batch, which is also the name of its stream."""
     return f"batch-{ObjectId()}"
 
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """What is known of a stream: its state and how far that goes. May be behind; an append finds out."""
+    """The state of a stream and its head. May be stale; an append then fails with a version conflict."""
 
     state: State | None = None
     head: StreamHead = StreamHead()  # noqa: RUF009 - frozen
 
     def apply(self, events: Iterable[RecordedEvent]) -> StreamState:
-        """Return what is known when these events, the next of the same stream, are taken in.
+        """Return the state after these events, which are the next of the same stream.
 
         Raises:
-            UnreadableEvent: one of them is damaged or missing, or a later version of this program has written it.
+            UnreadableEvent: One of them is damaged or missing, or a later version of this program has written it.
         """
         known = self
         for event in events:
@@ -67,7 +67,7 @@ class StreamState:
 
 
 class CommandResult(NamedTuple):
-    """The events that a command caused (none if there was nothing to do), and the stream as it is now."""
+    """The events that a command caused, none if there was nothing to do, and the new state of the stream."""
 
     events: list[RecordedEvent]
     stream_state: StreamState
@@ -82,7 +82,7 @@ class Decider(Protocol):
 
 
 def decider_for(stream: str) -> Decider:
-    """Return the rules for a stream, told by the beginning of its name."""
+    """Return the decider of a stream, by the prefix of its name."""
     match stream.partition("-")[0]:
         case "job":
             return job
@@ -103,15 +103,23 @@ async def handle_command(
     stream_state: StreamState | None = None,
     check: Callable[[StreamState], None] = lambda known: None,
 ) -> CommandResult:
-    """Apply `command` and return the events it causes, with their positions.
+    """Handle a command: load the stream, decide, and append the resulting events, which are returned.
 
-    A lost race is decided again on what is true now, never blindly repeated. Whoever has followed the stream passes
-    what is `known` of it and saves the reading. `check` raises if the command is not to be given to this state: it is
-    asked of every state that is decided on.
+    After a version conflict it decides again on the current state. It never repeats a decision blindly.
+
+    Args:
+        log: The event store.
+        stream: The name of the stream.
+        command: The command.
+        meta: The metadata of the events.
+        stream_state: The state of the stream if the caller has it, which saves reading. May be stale.
+        check: Called with each state that is decided on. Raises to reject the command.
 
     Raises:
-        CommandRefused: the rules say no.
-        InvalidEvent, LedgerBusy, LedgerUnavailable: as `EventLog.append`.
+        CommandRejected: The state does not allow the command.
+        InvalidEvent: As `EventStore.append`.
+        LedgerBusy: As `EventStore.append`.
+        LedgerUnavailable: As `EventStore.append`.
     """
     rules = decider_for(stream)
     current = stream_state is None
@@ -149,9 +157,9 @@ async def handle_command(
 
 
 def _consequences(stream: str, known: StreamState, events: Sequence[Event], now: datetime) -> Iterable[StreamAppend]:
-    """Return what begins with an end: whoever asked for it is told, so the delivery is queued in the same transaction.
+    """Yield the deliveries of webhooks for ends of the job or batch. They are queued in the same transaction.
 
-    Each end has a delivery of its own, named after it: so there is one and never two, whoever dies when.
+    The ID of a delivery is derived from the event. So each end has exactly one delivery, whichever process dies.
     """
     if not isinstance(known.state, Job | Batch) or known.state.spec.webhook is None:
         return
@@ -163,7 +171,7 @@ def _consequences(stream: str, known: StreamState, events: Sequence[Event], now:
 
 
 async def _catch_up(log: EventStore, stream: str, known: StreamState) -> StreamState:
-    """Take in what follows in the stream, event by event: all of it together may be larger than memory."""
+    """Apply the later events of the stream one by one: all of them together may exceed the memory."""
     async with aclosing(log.iterate_stream(stream, after_version=known.head.version)) as events:
         async for event in events:
             known = known.apply([event])
@@ -171,7 +179,7 @@ async def _catch_up(log: EventStore, stream: str, known: StreamState) -> StreamS
 
 
 def _correlated(meta: EventMetadata, state: State | None) -> EventMetadata:
-    """Every event of a batch's job names the batch, whoever caused it: so a batch can be followed as one story."""
+    """Add the batch of a job as correlation ID, whoever caused the event. So all events of a batch can be found."""
     if meta.correlation_id is None and isinstance(state, Job | Delivery) and state.spec.batch_id is not None:
         return replace(meta, correlation_id=state.spec.batch_id)
     return meta
@@ -180,12 +188,13 @@ def _correlated(meta: EventMetadata, state: State | None) -> EventMetadata:
 async def find_outcome(
     log: EventStore, stream: str, command: Command, *, stream_state: StreamState
 ) -> CommandResult | None:
-    """Find out, after `LedgerUnavailable`, whether `command` took effect all the same: an append may land unheard.
+    """Find out, after `LedgerUnavailable`, whether a command took effect. Return None if it did not and may be
+    repeated.
 
-    `known` is what the command was decided on. None means that it did not, and may be given again.
+    `stream_state` is the state that the command was decided on.
 
     Raises:
-        LedgerUnavailable: the database still does not answer.
+        LedgerUnavailable: The database still does not respond.
     """
     expected = decider_for(stream).decide(command, stream_state.state)
     since = await log.read_stream(stream, after_version=stream_state.head.version)
@@ -234,11 +243,14 @@ async def handle_command_until_known(
 async def create_streams(
     log: EventStore, commands: Sequence[tuple[str, Command]], *, meta: EventMetadata
 ) -> list[RecordedEvent]:
-    """Apply commands that each begin a stream (a batch and its jobs): all of them happen, or none.
+    """Handle commands that each begin a stream, such as a batch and its jobs: all or none.
 
     Raises:
-        CommandRefused, VersionConflict: a stream exists already.
-        InvalidEvent, LedgerBusy, LedgerUnavailable: as `EventLog.append`.
+        CommandRejected: A stream exists already.
+        VersionConflict: A stream exists already.
+        InvalidEvent: As `EventStore.append`.
+        LedgerBusy: As `EventStore.append`.
+        LedgerUnavailable: As `EventStore.append`.
     """
     now = log.clock.estimate()
     appends = [
@@ -249,7 +261,7 @@ async def create_streams(
 
 
 async def load_stream_state(log: EventStore, stream: str) -> StreamState:
-    """Return what the log says of a stream now."""
+    """Load the current state of a stream."""
     return await _catch_up(log, stream, StreamState())
 
 
@@ -259,7 +271,7 @@ async def is_deleted(log: EventStore, stream: str) -> bool:
 
 
 async def load_stream_states(log: EventStore, streams: Collection[str]) -> dict[str, StreamState | UnreadableEvent]:
-    """Return what the log says of many streams now, or why one of them cannot be read."""
+    """Load the current states of many streams. A stream that cannot be read has the error as its value."""
     found: dict[str, StreamState | UnreadableEvent] = dict.fromkeys(streams, StreamState())
     async with aclosing(log.iterate_stream_batches(streams)) as parts:
         async for events in parts:

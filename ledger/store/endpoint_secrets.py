@@ -1,12 +1,11 @@
-"""ledger: signing secrets of webhook endpoints. An endpoint is a URL of one user (`receiver_of` in
-ledger/domain/delivery.py).
+"""Signing secrets of webhook endpoints. An endpoint is a URL of one user (`endpoint_id_for`).
 
-Each endpoint has a secret of its own, so what is sent for one user never validates at a receiver of another, also if
-both name the same URL. A secret is stored in the collection `endpoint_secrets` and nowhere else: in no event, log line
-or answer but the one that shows it.
+Each endpoint has its own secret. So a message for one user never validates at the endpoint of another, even if both use
+the same URL. Secrets are stored only in the collection `endpoint_secrets`. They are in no event, log entry or response
+but the one that reveals them.
 
-A secret is created when the endpoint is first used, and shown by the submission that marks it as shown. Both are
-single atomic writes: of several processes one creates it and one shows it.
+A secret is created on first use of its endpoint, and revealed by the submission that marks it as shown. Both are single
+atomic writes. So of several processes one creates it and one reveals it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _DUPLICATE_KEY: Final = 11000
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A URL to which webhooks of a user go."""
+    """A URL to which a user's webhooks are sent."""
 
     user_id: str
     url: str
@@ -43,7 +42,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class RevealedSecret:
-    """A secret in the only answer that shows it."""
+    """A secret in the only response that reveals it."""
 
     endpoint_id: str
     url: str
@@ -57,10 +56,10 @@ class RevealedSecret:
 
 
 async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
-    """Create the secrets of endpoints that have none yet.
+    """Create the secrets of endpoints that have none.
 
     Raises:
-        LedgerUnavailable: the database failed.
+        LedgerUnavailable: The database failed.
     """
     by_receiver = {it.endpoint_id: it for it in endpoints}
     if not by_receiver:
@@ -79,7 +78,7 @@ async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
 
 
 def _now(db: Database) -> datetime:
-    """Return the server's time: other processes judge what is stored here."""
+    """Return the server's time, because other processes compare with the times stored here."""
     return get_server_clock(db.client).estimate()
 
 
@@ -97,12 +96,12 @@ def _new(endpoint: Endpoint, now: datetime) -> Document:
 
 
 async def reveal_new_secrets(db: Database, endpoints: Collection[Endpoint]) -> list[RevealedSecret]:
-    """Return the secrets of these endpoints that were never shown, and mark them as shown.
+    """Return the secrets of these endpoints that were never revealed, and mark them as shown.
 
-    The mark is set by the same write that reads the secret, so two processes never show one twice.
+    The same write reads the secret and sets the mark, so no secret is revealed twice.
 
     Raises:
-        LedgerUnavailable: the database failed.
+        LedgerUnavailable: The database failed.
     """
     receivers = {it.endpoint_id for it in endpoints}
     if not receivers:
@@ -120,12 +119,12 @@ async def reveal_new_secrets(db: Database, endpoints: Collection[Endpoint]) -> l
 
 
 async def load_signing_secrets(db: Database, endpoint: Endpoint) -> list[str]:
-    """Return what to sign a message with: the secret of its endpoint, and old ones in their grace period.
+    """Return the secrets to sign a message with: the current one and previous ones in their grace period.
 
     An empty list means that the secret was revoked.
 
     Raises:
-        LedgerUnavailable: the database failed.
+        LedgerUnavailable: The database failed.
     """
     found = await _stored(db, endpoint)
     if found is None:  # such as after an import of the log into another database
@@ -143,10 +142,10 @@ async def _stored(db: Database, endpoint: Endpoint) -> Document | None:
 
 
 async def get_endpoint(db: Database, receiver: str) -> Document | None:
-    """Return an endpoint without its secrets; None if there is none.
+    """Return an endpoint without its secrets; None if it does not exist.
 
     Raises:
-        LedgerUnavailable: the database failed.
+        LedgerUnavailable: The database failed.
     """
     with translate_errors("reading an endpoint of webhooks"):
         found = await db[COLLECTION].find_one({"_id": receiver}, _WITHOUT_SECRETS)
@@ -167,7 +166,7 @@ async def list_endpoints(db: Database, *, user_id: str | None, limit: int, after
     """Return endpoints without their secrets, by ID: those of a user, or of all users.
 
     Raises:
-        LedgerUnavailable: the database failed.
+        LedgerUnavailable: The database failed.
     """
     wanted: Document = {"_id": {"$gt": after}} | ({} if user_id is None else {"user_id": user_id})
     with translate_errors("listing the endpoints of webhooks"):
@@ -189,13 +188,13 @@ def _described(found: Document, now: datetime) -> Document:
 
 
 async def rotate_secret(db: Database, receiver: str, grace: timedelta) -> RevealedSecret | None:
-    """Give an endpoint a new secret and return it; None if there is no such endpoint.
+    """Give an endpoint a new secret and return it; None if the endpoint does not exist.
 
-    The old one signs beside it for the grace period. All is one write: of two rotations at the same moment the later
-    one finds the earlier one's secret and keeps it as an old one.
+    The previous secret also signs during the grace period. This is one write, so of two concurrent rotations the later
+    one keeps the secret of the earlier one as a previous secret.
 
     Raises:
-        LedgerUnavailable: the database failed.
+        LedgerUnavailable: The database failed.
     """
     now, secret = _now(db), generate_secret()
     replaced = {"$cond": [{"$eq": ["$secret", None]}, [], [{"secret": "$secret", "expires_at": now + grace}]]}
@@ -213,10 +212,10 @@ async def rotate_secret(db: Database, receiver: str, grace: timedelta) -> Reveal
 
 
 async def revoke_secrets(db: Database, receiver: str) -> bool:
-    """Remove the secrets of an endpoint; return whether there is such an endpoint. Nothing is sent until `rotate`.
+    """Remove the secrets of an endpoint. Return whether it exists. Nothing is sent until `rotate_secret` is called.
 
     Raises:
-        LedgerUnavailable: the database failed.
+        LedgerUnavailable: The database failed.
     """
     with translate_errors("revoking the secret of a webhook"):
         changed = await db[COLLECTION].update_one({"_id": receiver}, {"$set": {"secret": None, "previous_secrets": []}})

@@ -1,4 +1,4 @@
-"""ledger: the envelope of an event: from an event to the document that is stored, with its place and hash."""
+"""The envelope of an event: build the document that is stored, with its position and hash."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from jobledger.ledger.store.storage_format import find_data_deviation
 
 VOID_STREAM: Final = "void"
 MAX_EVENT_BYTES: Final = 8 * 1024 * 1024
-"""Half of what the database takes in one document; a change stream wraps each event in another."""
+"""Half of the largest document, because a change stream wraps each event in another document."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamHead:
-    """How far a stream is known: its last event's version, position and hash."""
+    """The version, position and hash of a stream's last known event."""
 
     version: int = 0
     position: int = 0
@@ -37,7 +37,7 @@ class StreamHead:
 
 @dataclass(frozen=True, slots=True)
 class StreamAppend:
-    """Events to go to the end of a stream that is still at `head`. `time` is when they were decided."""
+    """Events to append to a stream whose head is `head`. `time` is when they were decided."""
 
     stream: str
     head: StreamHead
@@ -47,19 +47,20 @@ class StreamAppend:
 
 
 def build_documents(append: StreamAppend, documents: list[Document], max_bytes: int = sys.maxsize) -> int:
-    """Add an append's documents, chained to the stream's head, to a list; their positions (`_id`) are still to come.
+    """Append the documents of an append to a list, chained to the stream's head. Positions (`_id`) are assigned
+    later.
 
     Args:
         append: The events.
-        into: The list.
-        most: How many bytes the caller has time for, in each event.
+        documents: The list.
+        max_bytes: The largest event that the caller has time for.
 
     Returns:
         Their size in bytes of canonical JSON.
 
     Raises:
-        InvalidEvent: an event cannot be hashed, is too large, or holds more than ledger/domain/limits.py allows.
-        LongText: an event is larger than `most`, or may take as long; nothing was added.
+        InvalidEvent: An event cannot be hashed, is too large, or exceeds a limit of `domain.limits`.
+        TextTooLong: An event is larger than `max_bytes`, or may be. Nothing was added.
     """
     at, meta = truncate_to_milliseconds(append.time), append.meta.to_document()
     version, previous, size, begin = append.head.version, append.head.hash, 0, len(documents)
@@ -102,10 +103,10 @@ def _refuse_too_large(document: Document) -> None:
 
 
 def encode_bson(document: Document) -> bytes:
-    """Return a document in BSON, as the database takes it.
+    """Return a document in BSON.
 
     Raises:
-        InvalidEvent: BSON has no form for it.
+        InvalidEvent: BSON cannot express it.
     """
     try:
         return bson.encode(document)
@@ -114,7 +115,7 @@ def encode_bson(document: Document) -> bytes:
 
 
 def build_void_document(position: int) -> Document:
-    """A voided position is a stream of its own kind: its version is its position, and it begins no chain."""
+    """Build the event of a voided position. Its version in the stream `void` is its position, and it has no chain."""
     documents: list[Document] = []
     at = StreamHead(version=position - 1)
     build_documents(StreamAppend(VOID_STREAM, at, [PositionVoided()], EventMetadata(), datetime.now(UTC)), documents)

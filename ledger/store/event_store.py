@@ -1,6 +1,6 @@
-"""ledger: the log. Append, read, subscribe: the only door to the `events` collection.
+"""The event store: append events, read them and subscribe to them.
 
-How positions come about, and what fills a hole: ledger/store/appender.py.
+Only this package accesses the collection `events`. `appender` describes how positions are assigned and gaps are filled.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ StoredDocument = tuple[Document, bytes]
 EVENTS_COLLECTION: Final = "events"
 MAX_POSITION = 2**63 - 1  # what the database can count to
 _MAX_VOIDED_AT_ONCE = 10_000
-"""Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
+"""Missing positions that are voided at once. More than a few occur only if the counter was changed by hand."""
 _ENCODE_CHUNK_BYTES = 64 * 1024
-"""After that many bytes of an append, other tasks run. A larger event is encoded in a thread."""
+"""After this many bytes of an append, other tasks may run. A larger event is encoded in a thread."""
 _HEAD_READ_ATTEMPTS = 8
 _READERS: Sequence[tuple[str, Document, str]] = (
     ("checkpoints", {"_id": "views"}, "the views"),
     ("subscriptions", {}, "the subscription {0!r}"),
 )
-"""Who keeps in the database how far it has read: collection, query, and what to call it."""
+"""Readers that store their position in the database: collection, query, and name for messages."""
 _WITHOUT_METADATA = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
 _LOCATION_FIELDS = dict.fromkeys(("stream", "version", "type", "schema", "time"), 1)
 _BATCH_EVENTS = 1000
@@ -64,14 +64,14 @@ _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 
 
 class ReadPosition(NamedTuple):
-    """How far a reader has read: the position of the last event and its hash, if that is known."""
+    """The position of the last event that a reader has read, and its hash if known."""
 
     position: int
     hash: bytes | None = None
 
     @classmethod
     def from_document(cls, stored: Mapping[str, Any]) -> ReadPosition:
-        """Return what a document with the fields `position` and `hash` says."""
+        """Return the position in a document with the fields `position` and `hash`."""
         return cls(int(stored["position"]), stored.get("hash"))
 
 
@@ -100,11 +100,11 @@ class EventStore:
         self._gap_tasks: set[asyncio.Task[None]] = set()
 
     async def prepare(self) -> None:
-        """Make sure of the index that makes versions unique: create it, or find it where we may not.
+        """Create the index that makes versions unique. If this user may not create it, check that it exists.
 
         Raises:
-            DatabaseUnsuitable: it is not there and cannot be created; the message says why and what to do.
-            LedgerUnavailable: the database cannot be reached.
+            DatabaseUnsuitable: The index is missing and cannot be created. The message says how to fix it.
+            LedgerUnavailable: The database is unreachable.
         """
         with translate_errors("preparing the log"):
             try:
@@ -129,7 +129,7 @@ class EventStore:
                 ) from error
 
     async def server_time(self) -> datetime:
-        """Return the database server's time; the last estimate of it if the server does not answer."""
+        """Return the database server's time, or the last estimate if the server does not respond."""
         try:
             return await self.clock.now(self._db.client)
         except PyMongoError as error:
@@ -137,7 +137,7 @@ class EventStore:
             return self.clock.estimate()
 
     async def aclose(self) -> None:
-        """Stop what runs in the background; appends still waiting are finished first."""
+        """Stop background tasks after pending appends have finished."""
         await self._appender.wait_until_idle()
         for task in tuple(self._gap_tasks):  # whoever ends leaves the set
             task.cancel()
@@ -149,15 +149,15 @@ class EventStore:
     # Append -------------------------------------------------------------------------------------------------------
 
     async def append(self, *appends: StreamAppend) -> list[RecordedEvent]:
-        """Write events to the ends of their streams, all or none, and return them in the order given.
+        """Append events to their streams, all or none, and return them in the given order.
 
-        What it returns is journaled by a majority: it is there for good.
+        Returned events are durable: a majority has journaled them.
 
         Raises:
-            VersionConflict: a stream is not at the version it was thought to be; nothing was written.
-            InvalidEvent: an event cannot be stored.
-            LedgerBusy: too much is waiting already.
-            LedgerUnavailable: the database did not answer in time; whether anything was written is not known.
+            VersionConflict: A stream is not at the expected version. Nothing was written.
+            InvalidEvent: An event cannot be stored.
+            LedgerBusy: Too many events are waiting to be written.
+            LedgerUnavailable: The database did not respond in time. Whether the events were written is unknown.
         """
         if len(appends) > 1:
             _check_distinct_streams(appends)
@@ -194,9 +194,9 @@ class EventStore:
         types: Collection[type[Event]] | None = None,
         single_batch: bool = False,
     ) -> list[RecordedEvent]:
-        """Return the events of one job, batch or delivery, in order; at most `limit` of them, 0 for all.
+        """Return the events of one stream in order, at most `limit` of them; 0 means all.
 
-        With `one_batch`, there are fewer than `limit` if they are large: the server puts at most 16 MB in a batch.
+        With `single_batch` there are fewer if they are large: the server puts at most 16 MB into a batch.
         """
         with translate_errors(f"reading {stream}"):
             query: Document = {"stream": stream, "version": {"$gt": after_version}}
@@ -207,10 +207,10 @@ class EventStore:
             return [RecordedEvent(document) async for document in found]
 
     async def iterate_stream(self, stream: str, *, after_version: int = 0) -> AsyncGenerator[RecordedEvent, None]:
-        """Yield the events of one stream in order. At most 16 MB of them are in memory, which the server sends at once.
+        """Yield the events of one stream in order. At most 16 MB of them, one batch, are in memory.
 
         Raises:
-            LedgerUnavailable: the database failed.
+            LedgerUnavailable: The database failed.
         """
         with translate_errors(f"reading {stream}"):
             query: Document = {"stream": stream, "version": {"$gt": after_version}}
@@ -221,17 +221,18 @@ class EventStore:
     async def iterate_stream_batches(
         self, streams: Collection[str], *, exclude_types: Collection[str] = (), data_expression: Document | None = None
     ) -> AsyncGenerator[list[RecordedEvent], None]:
-        """Yield the events of many streams in parts of at most 16 MB, which the server sends at once.
+        """Yield the events of many streams in batches of at most 16 MB.
 
         The streams follow each other, and the events of each are in order.
 
         Args:
             streams: The names of the streams.
-            without: Types of events that are left out.
-            data: What the server sends as payload (`payload_with`), without IDs, hashes and meta. Default: everything.
+            exclude_types: Types of events to omit.
+            data_expression: The payload to load (`override_payload_fields`), without IDs, hashes and metadata. Default:
+                all fields.
 
         Raises:
-            LedgerUnavailable: the database failed.
+            LedgerUnavailable: The database failed.
         """
         query: Document = {"stream": {"$in": list(streams)}}
         if exclude_types:
@@ -244,25 +245,25 @@ class EventStore:
                     yield list(map(RecordedEvent, bson.decode_all(part, LENIENT_CODEC)))
 
     async def head_position(self, session: AsyncClientSession | None = None) -> int:
-        """Return the largest position in the log, 0 when it is empty; with `session`, as it has seen it."""
+        """Return the largest position in the log, 0 if it is empty. With `session`, as of the session's time."""
         with translate_errors("reading the head of the log"):
             return await self._appender.head_position(session)
 
     async def may_have_reached(self, position: int) -> bool:
-        """Return whether the log has a position, or a later one, also if a majority may not have it yet.
+        """Return whether the log has this position or a later one, even if a majority may not have it yet.
 
-        A majority read may lag for a moment after a fail-over. A local read at the primary has all that was durable.
+        A majority read may lag for a moment after a failover. A local read at the primary has everything that was
+        durable.
         """
         local = self._events.with_options(read_concern=LOCAL)
         with translate_errors("looking for a position of the log"):
             return await local.find_one({"_id": {"$gte": position}}, {"_id": 1}) is not None
 
     async def check_not_truncated(self, last_read: ReadPosition, reader: str) -> None:
-        """Make sure that the log still has the event that `reader` ("the views", for example) has read last.
+        """Check that the log still has the event that `reader` ("the views", for example) has read last.
 
-        What was read is there for good, so a log that ends before, or has another event there, has lost its end. Right
-        after a fail-over a majority read may lag for a moment: the log is looked at for several seconds before that is
-        said.
+        Events that were read are durable. So a log that ends before, or has another event there, has lost its end. A
+        majority read may lag for a moment after a failover, so the check repeats for several seconds before it fails.
 
         Raises:
             LogTruncated: The log ends before that position, or has another event or none there.
@@ -294,9 +295,9 @@ class EventStore:
         return None if found is None else found.get("hash")
 
     async def list_reader_positions(self) -> dict[str, ReadPosition]:
-        """Return how far known readers had read: the views and each named subscription, by name.
+        """Return the positions of the known readers by name: the views and each named subscription.
 
-        Those that this user may not read are left out.
+        Readers whose positions this user may not read are omitted.
         """
         found: dict[str, ReadPosition] = {}
         for collection, query, name in _READERS:
@@ -307,7 +308,7 @@ class EventStore:
         return found
 
     async def last_reserved_position(self) -> int:
-        """Return the largest position that was handed out to a writer; 0 if that is not known."""
+        """Return the largest position that an appender has reserved; 0 if unknown."""
         with suppress(LedgerUnavailable), translate_errors("reading the counter of positions"):
             counter = await self._db.counters.find_one({"_id": "events"})
             if counter is not None and isinstance(counter.get("next"), int):
@@ -321,7 +322,7 @@ class EventStore:
             return first["_id"] if first else 0
 
     async def version_at(self, stream: str, position: int) -> int:
-        """Return the version that a stream had at a position, 0 if it had not begun; looks at what came later."""
+        """Return the version that a stream had at a position, 0 if it had not begun. Reads the later events."""
         with translate_errors(f"looking for a place in {stream}"):
             query = {"stream": stream, "_id": {"$lte": position}}
             last = await self._events.find_one(query, {"version": 1}, sort=[("version", DESCENDING)], hint=_VERSIONS)
@@ -330,10 +331,10 @@ class EventStore:
     async def read(
         self, *, after: int = 0, limit: int | None = None, without_metadata: bool = False
     ) -> list[RecordedEvent]:
-        """Return up to `limit` events after a position, in order and with none missing.
+        """Return up to `limit` events after a position, in order and without gaps. Empty if there are none.
 
-        `bare` ones come without their ids, hashes and meta, which is enough to be folded. Empty means that nothing
-        later is there. A hole is waited for, then voided (see the head of this file).
+        Waits for slow appenders, then voids the gaps they left (see `appender`). With `without_metadata` the events
+        have no IDs, hashes and metadata, which projections do not need.
         """
         _check_position(after)
         with translate_errors("reading the log"):
@@ -354,9 +355,9 @@ class EventStore:
         events: AsyncCollection[Document] | None = None,
         fields: Mapping[str, int] | None = None,
     ) -> list[Document]:
-        """Return the next documents as they are stored; fewer than `limit` if they are large.
+        """Return the next documents as stored; fewer than `limit` if they are large.
 
-        A negative limit asks for one batch, and the server puts at most 16 MB in one.
+        A negative limit requests a single batch, and the server puts at most 16 MB into one.
         """
         query = {"_id": {"$gt": after}}
         events = self._events if events is None else events  # a collection has no truth value
@@ -367,11 +368,15 @@ class EventStore:
 
     @property
     def gap_timeout_seconds(self) -> float:
-        """How long a writer may take from its number to its event before readers void the number."""
+        """How long an appender may take from reserving a position to writing its event, before readers void the
+        position.
+        """
         return self._limits.gap_timeout_seconds
 
     async def read_documents(self, *, after: int, limit: int) -> list[StoredDocument]:
-        """Return documents behind a position as they are stored, holes and all, and damage that can be decoded."""
+        """Return documents after a position as they are stored, including damaged ones that can be decoded. May have
+        gaps.
+        """
         with translate_errors("reading the log"):
             found = self._events.find_raw_batches(
                 {"_id": {"$gt": after}}, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit
@@ -380,7 +385,7 @@ class EventStore:
             return [stored for batch in batches for stored in _split_batch(batch)]
 
     async def find_events_at(self, wanted: Mapping[str, int]) -> dict[str, Document]:
-        """Return position, version and hash of the event at one version of each stream, where there is one."""
+        """Return position, version and hash of the event at one version of each stream, if it exists."""
         found: dict[str, Document] = {}
         pairs = [{"stream": stream, "version": version} for stream, version in wanted.items()]
         with translate_errors("reading the log"):
@@ -390,14 +395,14 @@ class EventStore:
         return found
 
     async def find_invalid_position(self) -> Document | None:
-        """Return a document whose `_id` cannot be a position, if there is one."""
+        """Return a document whose `_id` is not a valid position, if there is one."""
         with translate_errors("reading the log"):
             return await self._events.find_one(
                 {"$or": [{"_id": {"$lt": 1}}, {"_id": {"$not": {"$type": ["int", "long"]}}}]}, {"_id": 1}
             )
 
     async def has_unique_version_index(self) -> bool:
-        """Return whether the index is there that makes (stream, version) unique."""
+        """Return whether the unique index on (stream, version) exists."""
         with translate_errors("reading the indexes of the log"):
             indexes = await self._events.index_information()
         return any(
@@ -406,10 +411,12 @@ class EventStore:
         )
 
     async def _wait_for_gaps(self, after: int, documents: Sequence[Document]) -> None:
-        """Give slow writers their second, unless what stands behind the hole is old; then void what is still missing.
+        """Wait for slow appenders, unless the events after the gaps are old. Then void the positions that are still
+        missing.
 
-        All holes of the page at once, or a hundred killed writers would be waited for in turn. Voiding early is always
-        safe (the writer takes another number), so a writer's clock may be trusted here.
+        All gaps of the page are waited for together, so a hundred killed writers delay a reader no longer than one.
+        Voiding too early is always safe, because the writer then reserves another position. So the writers' clocks can
+        be trusted here.
         """
         old = datetime.now(UTC) - timedelta(seconds=10 * self._limits.gap_timeout_seconds)
         evidence = [it["_id"] for it in takewhile(lambda document: RecordedEvent(document).time < old, documents)]
@@ -431,12 +438,12 @@ class EventStore:
     async def subscribe(
         self, *, after: int, types: Collection[type[Event]] | None = None, chunk_bytes: int | None = None
     ) -> AsyncIterator[Subscription]:
-        """Subscribe to every event after a position, history first, then live, for ever. Once entered, none is missed.
+        """Subscribe to every event after a position, first from history and then live. No event is missed.
 
-        Needs this process's change stream to be running. A slow subscriber costs nothing: it holds a cursor, no queue.
+        The process's change stream must be running. A slow subscriber needs no queue, only a cursor.
 
-        With `chunk_bytes`, a chunk is no larger (as JSON, about; at least one event), and nothing is fetched ahead: for
-        many subscribers that may be slow.
+        With `chunk_bytes`, chunks have at most this size (approximate JSON bytes, at least one event), and nothing is
+        read ahead. This suits many subscribers that may be slow.
         """
         _check_position(after)
         subscription = Subscription(self.read, self._tail, after, types, chunk_bytes)
@@ -458,14 +465,14 @@ class EventStore:
             self._tail.clear()
 
     def _schedule_gap_filling(self) -> None:
-        """Give what is missing its second from now on; all of it at once, however many holes there are."""
+        """Start the timeout for missing positions, one for all of them."""
         if self._gap_timer is None and (newest := self._tail.newest_out_of_order) is not None:
             self._gap_timer = asyncio.get_running_loop().call_later(
                 self._limits.gap_timeout_seconds, self._start_gap_filling, newest
             )
 
     def _start_gap_filling(self, evidence: int) -> None:
-        """Fill what is still missing below an event that has been here for long enough."""
+        """Fill the positions that are still missing before an event that arrived one timeout ago."""
         missing = self._tail.missing_below(evidence, _MAX_VOIDED_AT_ONCE)
         if not missing:
             self._gap_timer = None
@@ -476,7 +483,9 @@ class EventStore:
         task.add_done_callback(self._gap_tasks.discard)
 
     async def _fill_gaps(self, missing: Sequence[int]) -> None:
-        """Look for what the stream did not bring, void the rest. What is voided comes back through the stream."""
+        """Load events that the change stream did not deliver and void the other positions. The change stream
+        delivers those.
+        """
         try:
             present = [document async for document in self._find_at(missing)]
             seen = {document["_id"] for document in present}
@@ -491,7 +500,7 @@ class EventStore:
 
 
 def override_payload_fields(fields: Document) -> Document:
-    """Return an expression for payloads in which these fields are replaced. A damaged payload stays as it is."""
+    """Return an expression for payloads in which these fields are replaced. A damaged payload stays unchanged."""
     return {"$cond": [{"$eq": [{"$type": "$data"}, "object"]}, {"$mergeObjects": ["$data", fields]}, "$data"]}
 
 
@@ -504,13 +513,13 @@ def _split_batch(batch: bytes) -> Iterator[StoredDocument]:
 
 
 def _check_position(after: int) -> None:
-    """Before the first position there are no holes to be filled, nor behind the last that can be."""
+    """Reject positions before the first and after the last possible one, where gaps could not be filled."""
     if not 0 <= after <= MAX_POSITION:
         raise ValueError(f"{after} is no position, nor 0 for the beginning of the log")
 
 
 def _check_distinct_streams(appends: Iterable[StreamAppend]) -> None:
-    """Only one append can be at the end of a stream: written, two would be in each other's way for ever."""
+    """Reject two appends to one stream: they would always conflict with each other."""
     ends: dict[str, int] = {}
     for append in appends:
         if append.stream in ends:

@@ -1,4 +1,4 @@
-"""ledger: how often something took how long, counted in classes, as histograms are made of. Pure."""
+"""A histogram of durations, as Prometheus defines it. Pure."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ BUCKET_BOUNDS_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 
 
 class DurationHistogram:
-    """Counts durations in classes; `total_seconds` is all of them together."""
+    """Counts durations per bucket. `total_seconds` is their sum."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BUCKET_BOUNDS_SECONDS) + 1)
         self.total_seconds = 0.0
 
     def observe(self, seconds: float) -> None:
-        """Count one more."""
+        """Count a duration."""
         self._counts[bisect_left(BUCKET_BOUNDS_SECONDS, seconds)] += 1
         self.total_seconds += seconds
 
     def cumulative_counts(self) -> list[tuple[float, int]]:
-        """Return how many took at most so many seconds, for each bound and for infinity."""
+        """Return for each bucket bound, and for infinity, how many durations were at most that long."""
         found, sum_ = [], 0
         for bound, count in zip((*BUCKET_BOUNDS_SECONDS, float("inf")), self._counts, strict=True):
             sum_ += count

@@ -1,4 +1,4 @@
-"""ledger: the newest events of the log, in order, held once for all subscribers of a process."""
+"""The newest events of the log, shared by all subscribers of a process."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class _Sized(NamedTuple):
 
 
 class LiveTail:
-    """The newest events of the log in dense order, as the change stream brings them; older ones are in the collection.
+    """The newest events of the log, in order and without gaps, as the change stream delivers them.
 
-    Kept are as many as fit in `most_events` and `most_bytes` (of JSON, about), and at least one. Events that arrive
-    ahead of their turn are held back, up to the same bounds: beyond them the tail begins anew behind the last of them,
-    and who has to wait for what is missing waits for it at the collection.
+    Keeps as many as fit into `max_events` and `max_bytes` (approximate JSON bytes), and at least one. Older events are
+    in the collection. Events that arrive out of order are buffered up to the same limits. Beyond them the tail restarts
+    after the last buffered event, and subscribers read the missing events from the collection.
     """
 
     def __init__(self, max_events: int, max_bytes: int) -> None:
@@ -39,22 +39,22 @@ class LiveTail:
 
     @property
     def newest_out_of_order(self) -> int | None:
-        """The last position that came although an earlier one is awaited; None when all is in order."""
+        """The last position that arrived before an earlier one; None if all are in order."""
         return max(self._early) if self._early else None
 
     def missing_below(self, evidence: int, most: int) -> list[int]:
-        """The first positions that are awaited although `evidence`, a later one, is here."""
+        """Return the first missing positions below `evidence`, a later position that has arrived."""
         awaited = (position for position in range(self._high + 1, evidence) if position not in self._early)
         return list(islice(awaited, most))
 
     def reset_to(self, head: int) -> None:
-        """Start anew behind `head`: everything up to it is in the collection."""
+        """Restart after `head`. The collection has all events up to it."""
         self.clear()
         self._high = head
         self._notify()
 
     def clear(self) -> None:
-        """Drop all events, as the log may have others now. Subscribers read the collection."""
+        """Drop all events, because the log may have changed. Subscribers then read the collection."""
         self._kept.clear()
         self._bytes = 0
         self._early.clear()
@@ -88,7 +88,7 @@ class LiveTail:
             self._bytes -= self._kept.popleft().size
 
     def covers(self, position: int) -> bool:
-        """True if the event after `position` is kept, or will be the next to come."""
+        """Return whether the event after `position` is kept, or is the next to arrive."""
         return position >= self._high - len(self._kept)
 
     def read_after(self, position: int, limit: int) -> list[RecordedEvent]:

@@ -1,11 +1,11 @@
-"""ledger: whether a stored event has exactly the form in which the program writes events. Pure.
+"""Check that a stored event has exactly the format in which this program writes events. Pure.
 
-A hash covers the canonical JSON of an event. JSON knows fewer types than BSON: the text "dead", the bytes de ad and
-JavaScript code `dead` have the same JSON, and so have 1 and 1.0. So this module compares the BSON types of all fields,
-too: with the envelope, with the models of the events, and in values of any JSON type with the types that JSON has.
+A hash covers the canonical JSON of an event. JSON has fewer types than BSON: the text "dead", the bytes de ad and
+JavaScript code `dead` have the same JSON, and so have 1 and 1.0. So this module also compares the BSON types of all
+fields: with the envelope, with the models of the events, and in values of any JSON type with the types that JSON has.
 
-Two things are not compared, because they mean the same in JSON and the program writes either: 1 and 1.0 in a value of
-any JSON type, and the order of the names in an object.
+It ignores two differences, because the program writes both forms and they mean the same in JSON: 1 and 1.0 in a value
+of any JSON type, and the order of the names in an object.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ ENVELOPE_FIELDS: Final[Mapping[str, type]] = {
     "prev": bytes,
     "hash": bytes,
 }
-"""The fields of the envelope in the order in which they are written."""
+"""The fields of the envelope, in the order in which they are written."""
 _NAMES: Final = tuple(ENVELOPE_FIELDS)
 _KINDS: Final = tuple(ENVELOPE_FIELDS.values())
 _WHOLE: Final = "whole float"
 _TYPES: Final[Mapping[str, type]] = {"str": str, "bool": bool, "int": int, "NoneType": type(None), "datetime": datetime}
-"""Of which every value is of the kind. `float` is not among them: whole numbers are a kind of their own."""
+"""Types of which every value has the kind. `float` is not among them, because whole numbers are a kind of their own."""
 
 
 def are_canonical(page: Iterable[tuple[Mapping[str, Any], bytes]]) -> bool:
@@ -55,14 +55,13 @@ def are_canonical(page: Iterable[tuple[Mapping[str, Any], bytes]]) -> bool:
 
 
 def find_deviation(document: Mapping[str, Any], raw: bytes | None, data: bytes | None) -> str | None:
-    """Return the first field of a stored event that is not in the form in which the program writes it, and how.
+    """Return the first field of a stored event that deviates from the format, and how.
 
     Args:
-        document: The event as it was decoded.
-        raw: The bytes from which it was decoded. They show what decoding hides, for example a name that is there twice.
-            None if `are_exact` has compared them.
-        data: What `jobledger.ledger.store.hash_chain.plain_text` returns for its `data`: if it is plain, the hash
-        says all about it.
+        document: The decoded event.
+        raw: The bytes from which it was decoded. They show what decoding hides, such as a duplicate name. None if
+            `are_canonical` has compared them.
+        data: The result of `try_canonical_json` for its `data`. If there is one, the hash covers all of `data`.
     """
     what = find_envelope_deviation(document)
     if what is None and data is None:
@@ -75,7 +74,7 @@ def find_deviation(document: Mapping[str, Any], raw: bytes | None, data: bytes |
 
 
 def find_envelope_deviation(document: Mapping[str, Any]) -> str | None:
-    """Return which field of an envelope is missing, of another type, unknown or out of order."""
+    """Return which field of an envelope is missing, has another type, is unknown or out of order."""
     if tuple(document) == _NAMES and tuple(map(type, document.values())) == _KINDS:
         return None
     if more := document.keys() - ENVELOPE_FIELDS.keys():
@@ -102,14 +101,14 @@ def _misfit_in(name: str, value: Any, form: _Format) -> str | None:
 
 @dataclass(slots=True)
 class _Format:
-    """What a value may be: one of `kinds`, an object with these `fields` (or others: `rest`), a list of `item`."""
+    """The values allowed: one of `kinds`, an object with these `fields` (others: `rest`), or a list of `item`."""
 
     kinds: frozenset[str] = frozenset()
     fields: Mapping[Any, _Format] | None = None
     rest: _Format | None = None
     item: _Format | None = None
     types: frozenset[type] = field(init=False)
-    """Values of exactly these types have the form: most values need no closer look."""
+    """Values of exactly these types have the format. Most values need no closer check."""
 
     def __post_init__(self) -> None:
         floats = {float} if {"float", _WHOLE} <= self.kinds else set()
@@ -132,7 +131,7 @@ def _any_of(*kinds: str) -> _Format:
 
 _JSON: Final = _any_of("str", "bool", "int", "float", _WHOLE, "NoneType")
 _LENIENT: Final = _any_of("str", "bool", "int", "float", _WHOLE, "NoneType", "datetime")
-"""Of fields and events of later versions, whose models are not known here."""
+"""For fields and events of later versions, whose models are unknown."""
 _LEAVES: Final[Mapping[Any, _Format]] = {
     str: _Format(frozenset({"str"})),
     bool: _Format(frozenset({"bool"})),
@@ -180,7 +179,7 @@ def _form_of_annotation(annotation: Any) -> _Format:
 
 
 def _misfit(value: Any, form: _Format, path: str) -> tuple[str, str] | None:
-    """Return the place and the type of the first value that does not have its form."""
+    """Return the path and the type of the first value that deviates from the format."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(value, dict) and form.fields is not None:
         items, fields, rest = value.items(), form.fields, form.rest
@@ -198,7 +197,7 @@ def _misfit(value: Any, form: _Format, path: str) -> tuple[str, str] | None:
 
 
 def _kind(value: Any) -> str:
-    """Return the name of a value's type as the program writes it; types of JSON may be subclasses when it does."""
+    """Return the name of a value's type as the program writes it. Subclasses of JSON types count as those."""
     if isinstance(value, bool) or value is None:
         return type(value).__name__
     if isinstance(value, str) and not isinstance(value, Code):

@@ -21,7 +21,7 @@ class _ReadEvents(Protocol):
 
 
 class Subscription:
-    """A place in the log that moves on: iterate for single events, or take what is there with `chunk`."""
+    """A position in the log that advances. Iterate for single events, or call `next_chunk`."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class Subscription:
         """Whether the last chunk was read from the collection: there may be more."""
 
     async def next_chunk(self, limit: int = 1000) -> list[RecordedEvent]:
-        """Wait for events and return those that are there, in order, at most `limit`.
+        """Wait for events and return those that are available, in order, at most `limit`.
 
         Raises:
-            LedgerUnavailable: the database failed while history was read; calling again continues where it was.
+            LedgerUnavailable: The database failed while history was read. The next call continues at the same position.
         """
         while True:
             self.is_catching_up = not self._tail.covers(self.position)
@@ -73,7 +73,7 @@ class Subscription:
                 return selected
 
     def _limit_bytes(self, events: list[RecordedEvent], max_bytes: int) -> list[RecordedEvent]:
-        """Return the first events that are no larger together; read as many next time, or more."""
+        """Return the first events up to `max_bytes`, and adapt the size of the next page."""
         size = 0
         for number, event in enumerate(events):
             size += json_bytes(event.data)
@@ -84,7 +84,7 @@ class Subscription:
         return events
 
     async def _read_history(self, limit: int) -> list[RecordedEvent]:
-        """Return events from the collection: those that were fetched ahead, if there are any."""
+        """Return events from the collection, or the page that was read ahead."""
         if self._ahead is not None and self._ahead[0] == self.position:
             (_, ahead), self._ahead = self._ahead, None
             return (await ahead)[:limit]
@@ -92,17 +92,17 @@ class Subscription:
         return await self._read(after=self.position, limit=limit)
 
     async def _fetch_ahead(self, after: int, limit: int) -> None:
-        """Have the next page fetched while the caller is at work on this one."""
+        """Start reading the next page while the caller processes this one."""
         self._ahead = after, asyncio.create_task(self._read(after=after, limit=limit), name="read-ahead")
         await asyncio.sleep(0)  # now the database has been asked
 
     def rewind(self, position: int) -> None:
-        """Take the events after a position again."""
+        """Continue after an earlier position."""
         self.close()
         self.position = position
 
     def close(self) -> None:
-        """Forget what is being fetched ahead."""
+        """Cancel reading ahead."""
         if self._ahead is not None:
             (_, ahead), self._ahead = self._ahead, None
             if not ahead.cancel() and not ahead.cancelled():

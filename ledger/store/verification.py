@@ -1,17 +1,16 @@
-"""ledger: does the log still say what was written? A check from event to event, in bounded memory.
+"""Verify the log event by event, in bounded memory.
 
-Looked at are: the positions (dense), each stream's versions (dense, in the order of positions), each event's hash and
-its link to the one before, and the form in which it is stored (`ledger/store/storage_format.py`). Nothing is written: a
-hole
-that a reader would fill is reported as one.
+It checks that positions are dense, that each stream's versions are dense and in the order of positions, each event's
+hash and link to the previous event, and the storage format (`storage_format`). It writes nothing: it reports a gap that
+a reader would fill.
 
-A log whose end was removed is found by its readers: the views and named subscriptions note how far they have read, and
-the hash of the last event. So it is also found when others were appended afterwards.
+The views and named subscriptions store their position and the hash of the last event they have read. With these,
+verification finds a log whose end was removed, even if other events were appended afterwards.
 
-Not every falsification can be seen in the database alone. Who can write to it can make a whole stream anew, hashes
-and all, swap events of different streams, or take the end of the log away with the notes of its readers. Against that
-helps a digest of the whole log up to a position, noted elsewhere: each check of the whole log yields one, and `noted`
-holds a later one against it.
+The database alone cannot reveal every manipulation. An attacker with write access can rewrite a whole stream with its
+hashes, swap events of different streams, or remove the end of the log together with the readers' positions. A digest of
+the log that is kept elsewhere reveals these. Each verification of the whole log returns one, and `expected_digest`
+compares with it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _LOOKS_AT_A_HOLE = 5
 
 @dataclass(frozen=True, slots=True)
 class IntegrityProblem:
-    """The first thing that is wrong: at which position, and what. Stream and version are None where there is none."""
+    """The first problem: its position and description. Stream and version are None if unknown."""
 
     position: int
     description: str
@@ -56,10 +55,10 @@ class IntegrityProblem:
 
 @dataclass(frozen=True, slots=True)
 class VerificationResult:
-    """How many events were looked at, how many of them void, how far that went, and what is wrong, if anything.
+    """The number of verified events, how many of them are voided positions, and the problem, if any.
 
-    `position` is that of the last event that was found right. `digest` stands for all events up to there and their
-    order, if the check began at the beginning: noted elsewhere, it proves later that they are the same.
+    `position` is that of the last correct event. `digest` covers all events up to there in their order, if verification
+    began at the first. Kept elsewhere, it later proves that they are unchanged.
     """
 
     events: int
@@ -68,7 +67,7 @@ class VerificationResult:
     digest: bytes | None
     problem: IntegrityProblem | None
     last_reserved_position: int = 0
-    """The largest position handed out to a writer, if the log ends before it: writers died, or its end was removed."""
+    """The largest reserved position, if the log ends before it: writers died, or the end of the log was removed."""
 
 
 async def verify_log(
@@ -79,14 +78,18 @@ async def verify_log(
     expected_digest: tuple[int, bytes] | None = None,
     on_progress: Callable[[int, int], None] = lambda position, upto: None,
 ) -> VerificationResult:
-    """Check the events behind `after` up to `upto`, or to what is the end now. Stops at the first that is wrong.
+    """Verify the events after `after`, up to `up_to` or the current end. Stops at the first problem.
 
-    `noted` is position and digest of an earlier check. `looked_at` is told after each page how far the check has come,
-    and how far it will go.
+    Args:
+        log: The event store.
+        after: Verify events after this position.
+        up_to: The last position. Default: the current end.
+        expected_digest: The position and digest of an earlier verification.
+        on_progress: Called after each page with the current and the last position.
 
     Raises:
-        ValueError: `noted` needs all events from the first to that position, and the range leaves some out.
-        LedgerUnavailable: the database failed.
+        ValueError: `expected_digest` needs all events up to its position, and the range excludes some.
+        LedgerUnavailable: The database failed.
     """
     if expected_digest is not None and (after > 0 or (up_to is not None and up_to < expected_digest[0])):
         raise ValueError(
@@ -133,7 +136,7 @@ async def verify_log(
 
 
 async def _removed_end(log: EventStore, readers: Mapping[str, ReadPosition]) -> IntegrityProblem | None:
-    """Look for evidence of removed events: readers that had got further, or had read others than are there."""
+    """Look for evidence of removed events: readers that were further, or that had read other events."""
     for reader, read in sorted(readers.items(), key=lambda it: it[1].position, reverse=True):
         try:
             await log.check_not_truncated(read, reader)
@@ -146,7 +149,7 @@ async def _removed_end(log: EventStore, readers: Mapping[str, ReadPosition]) -> 
 
 
 async def _beyond_positions(log: EventStore, after: int) -> IntegrityProblem | None:
-    """Look for what a walk from position to position does not meet."""
+    """Look for problems that a walk through the positions does not find."""
     if (stray := await log.find_invalid_position()) is not None:
         return IntegrityProblem(after, f"there is an event at {stray['_id']!r}, which is no position")
     if (
@@ -161,9 +164,9 @@ async def _beyond_positions(log: EventStore, after: int) -> IntegrityProblem | N
 async def _pages(
     log: EventStore, after: int, end: int
 ) -> AsyncGenerator[Sequence[StoredDocument] | IntegrityProblem, None]:
-    """Yield dense pages. A hole that does not close is what is wrong: a writer may be slow, but not for ever.
+    """Yield pages without gaps, or the problem if a gap stays open. A writer may be slow, but not for ever.
 
-    The next page is fetched while the caller checks this one.
+    The next page is read while the caller checks this one.
     """
     looks, fetching = 0, asyncio.ensure_future(log.read_documents(after=after, limit=1000))
     try:
@@ -199,14 +202,14 @@ async def _abandon(task: asyncio.Future[Any]) -> None:
 
 
 class _Check:
-    """What has to be remembered: the ends of the streams met last. Others are looked up when they go on."""
+    """The heads of the most recent streams. Heads of other streams are loaded when they continue."""
 
     def __init__(self, log: EventStore) -> None:
         self._log = log
         self._heads: OrderedDict[str, StreamHead] = OrderedDict()
 
     async def prepare(self, page: Sequence[StoredDocument]) -> None:
-        """Forget what is too much, and look up the ends of streams that go on in this page and are not remembered."""
+        """Load the heads of streams that continue in this page and are not in memory. Evict the oldest heads."""
         while len(self._heads) > _REMEMBERED_STREAMS:
             self._heads.popitem(last=False)
         wanted: dict[str, int] = {}
@@ -222,7 +225,7 @@ class _Check:
                 self._heads[stream] = StreamHead(there["version"], there["_id"], there.get("hash", b""))
 
     def event(self, document: Document, raw: bytes | None) -> IntegrityProblem | None:
-        """Return what is wrong with the next event, and remember it as the end of its stream."""
+        """Return the problem of the next event, if any, and keep it as the head of its stream."""
         data = try_canonical_json(document.get("data"))
         if (what := find_deviation(document, raw, data)) is not None:
             return _wrong(document, what)

@@ -1,4 +1,4 @@
-"""ledger: run long blocking work in threads piece by piece, so that short work never waits for the end of long work."""
+"""Run long blocking work in threads chunk by chunk, so that short work never waits for the end of long work."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 CooperativeWork = Generator[None, None, T]
-"""Blocking work that yields after each piece, and returns its result."""
+"""Blocking work that yields after each chunk and returns its result."""
 
 
 async def run_cooperatively(work: CooperativeWork[T], threads: ThreadPoolExecutor) -> T:
-    """Do the work piece by piece. After each piece its thread is free for others.
+    """Run work chunk by chunk. After each chunk its thread is free for other work.
 
-    If the caller is cancelled, the work ends behind the current piece and is closed. The caller does not wait for that.
+    If the caller is cancelled, the work stops after the current chunk and is closed. The caller does not wait for that.
     """
     while True:
         turn = threads.submit(_next_piece, work)
@@ -30,14 +30,14 @@ async def run_cooperatively(work: CooperativeWork[T], threads: ThreadPoolExecuto
 
 
 def run_to_completion(work: CooperativeWork[T]) -> T:
-    """Do the work in this thread, without a break."""
+    """Run work in this thread without interruption."""
     while (result := _next_piece(work)) is None:
         pass
     return result[0]
 
 
 def _next_piece(work: CooperativeWork[T]) -> tuple[T] | None:
-    """Do the next piece; return the result in a tuple if it was the last one."""
+    """Run the next chunk. Return the result in a tuple if it was the last one."""
     try:
         next(work)
     except StopIteration as end:

@@ -1,6 +1,6 @@
-"""ledger: whether a directory can be written, how much space is left there, and why not. Only files.
+"""Check whether a directory is writable and how much space it has. Pure file operations.
 
-`StorageWatch` looks at the disks of a process now and then, so that new work is refused before a disk is full.
+`DiskSpaceMonitor` checks the disks of a process regularly, so that new work is rejected before a disk is full.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import structlog
 MIB: Final = 2**20
 CHECK_INTERVAL_SECONDS: Final = 2.0
 _RESUME_FACTOR: Final = 1.25
-"""Work is accepted again only with this much more than the reserve: a disk at its edge would alternate otherwise."""
+"""Work is accepted again only with this much more than the reserve. Otherwise a disk at the limit would alternate."""
 _REASONS: Final = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
@@ -34,7 +34,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DiskProblem:
-    """Why a directory cannot be used. `reason` is for people; `lacks_space` says that freeing space helps."""
+    """Why a directory is unusable. `reason` is for people; `is_out_of_space`: freeing space helps."""
 
     directory: Path
     reason: str
@@ -45,10 +45,10 @@ class DiskProblem:
 
 
 def free_bytes(directory: Path) -> int:
-    """Return the space that this user can fill. 0 also when the file system has no inodes left.
+    """Return the space that this user can fill. 0 if the file system has no inodes left.
 
     Raises:
-        OSError: The directory cannot be looked at.
+        OSError: The directory cannot be read.
     """
     found = os.statvfs(directory)
     if found.f_files and not found.f_ffree:
@@ -57,7 +57,7 @@ def free_bytes(directory: Path) -> int:
 
 
 def nearest_existing_directory(path: Path) -> Path:
-    """Return the directory, or the nearest one above it that exists: it will be on the same disk."""
+    """Return the directory, or its nearest existing parent, which is on the same disk."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -97,23 +97,23 @@ def _problem(directory: Path, error: OSError) -> DiskProblem:
 
 
 class DiskSpaceMonitor:
-    """Watches the disks that a process's work fills. While one is nearly full, new work should be refused."""
+    """Checks the disks that a process fills. While one is nearly full, new work must be rejected."""
 
     def __init__(self, directories: Mapping[str, Path], reserve_bytes: int) -> None:
-        """Watch directories by name ("results", "data"). With a reserve of 0 bytes nothing is ever refused."""
+        """Monitor directories by name ("results", "data"). A reserve of 0 bytes disables the check."""
         self._directories = directories
         self._reserve = reserve_bytes
         self.problem: str | None = None
         """Why new work should be refused now, for people anywhere: it names no path."""
 
     async def run(self) -> None:
-        """Look at the disks until cancelled. In a thread: a network share that hangs must not stop the event loop."""
+        """Check the disks until cancelled. Uses a thread, because a network share may hang."""
         while self._reserve and self._directories:
             await self.check()
             await asyncio.sleep(CHECK_INTERVAL_SECONDS)
 
     async def check(self) -> None:
-        """Look at the disks once, and log when something has changed."""
+        """Check the disks once, and log changes."""
         problems = await asyncio.to_thread(self._problems)
         if bool(problems) == (self.problem is not None):
             return

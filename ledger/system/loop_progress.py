@@ -1,7 +1,8 @@
-"""ledger: whether an event loop makes progress, judged from another thread.
+"""Detect a blocked event loop from another thread.
 
-A callback of the loop ticks; the other thread looks at regular intervals whether it has ticked. Looks are counted, and
-no clock is read: a machine that was suspended, or a process that was stopped, has missed many seconds but one look.
+A timer of the loop ticks. The other thread checks at regular intervals whether it has ticked. Checks are counted
+instead of time: a machine that was suspended, or a process that was stopped, has missed many seconds but only one
+check.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import traceback
 
 
 class LoopProgress:
-    """Ticks on an event loop. Create and stop it on the loop; call `missed` and `stack` from another thread."""
+    """Ticks on an event loop. Create and stop it on the loop; call the other methods from another thread."""
 
     def __init__(self, seconds: float) -> None:
-        """Tick every `seconds`, which is shorter than the interval between two looks."""
+        """Tick every `seconds`, which must be less than the interval between two checks."""
         self._loop = asyncio.get_running_loop()
         self._thread_id = threading.get_ident()
         self._seconds = seconds
@@ -33,13 +34,13 @@ class LoopProgress:
         self._timer = self._loop.call_later(self._seconds, self._tick)
 
     def count_missed(self) -> int:
-        """Return how many looks in a row, this one included, have found no tick since the look before."""
+        """Return the number of consecutive checks, including this one, that found no tick since the check before."""
         self._missed = self._missed + 1 if self._ticks == self._seen else 0
         self._seen = self._ticks
         return self._missed
 
     def format_stack(self) -> str:
-        """Return what the loop's thread is doing: the name of its task, and its stack."""
+        """Return the name of the loop's current task and the stack of its thread."""
         task = asyncio.current_task(self._loop)
         frame = sys._current_frames().get(self._thread_id)
         lines = "".join(traceback.format_stack(frame)[-12:]) if frame is not None else "no stack"

@@ -1,7 +1,7 @@
-"""ledger: directories and files that only the user of this process may read. Only files.
+"""Create directories and files that only the user of this process may read.
 
-Directories get mode 0700 and files 0600. What an earlier version or an administrator created with a wider mode is
-narrowed when it is opened.
+Directories get mode 0700 and files 0600. A wider mode, set by an earlier version or an administrator, is narrowed when
+the file is opened.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _log = structlog.get_logger(__name__)
 def make_private_directory(path: Path) -> None:
     """Create a directory with mode 0700, or narrow the mode of an existing one.
 
-    A directory with the sticky bit (such as /tmp) belongs to everybody and keeps its mode. So does a directory whose
-    owner is somebody else. The files inside are private in both cases.
+    A directory with the sticky bit (such as /tmp) is shared and keeps its mode. So does a directory of another owner.
+    The files inside are private in both cases.
 
     Raises:
         OSError: The directory cannot be created.
