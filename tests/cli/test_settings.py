@@ -434,12 +434,12 @@ def test_lists_in_the_environment_are_json(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS", text)
         message = complaint(tmp_path, "")
         assert message.startswith("environment variable JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS: ")
-        assert "a valid list, written as JSON" in message
+        assert "a valid list in JSON, for example" in message
     monkeypatch.delenv("JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS")
 
     monkeypatch.setenv("JOBLEDGER_AUTH__ADMINS", "ann")
     message = complaint(tmp_path, "")
-    assert message.startswith("environment variables JOBLEDGER_AUTH__…: lists and sections are written as JSON")
+    assert message.startswith("environment variables JOBLEDGER_AUTH__…: lists and sections must be JSON")
 
 
 def test_paths_of_processors_are_where_the_file_lies(tmp_path: Path) -> None:
