@@ -119,9 +119,9 @@ async def test_the_access_log_says_who_asked_for_what_and_no_secrets(run: Any) -
         "log_level": "info",
         "method": "GET",
         "path": f"{JOBS}/job-n%0aone",
-        "user": "local",
+        "user_id": "local",
         "status": 422,
-        "bytes": len(answer.content),
+        "response_bytes": len(answer.content),
         "request_id": "mine-1",
         "trace_id": "0af7651916cd43dd8448eb211c80319c",
     }

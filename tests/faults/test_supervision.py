@@ -90,7 +90,7 @@ async def test_damaged_data_files_are_given_up_with_the_reason(tmp_path: Path, s
 async def test_other_crashes_are_repeated_with_pauses(
     tmp_path: Path, stop: Shutdown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervision, "_LONGEST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(supervision, "_MAX_RESTART_DELAY_SECONDS", 0.1)
     with EmbeddedServer.start(tmp_path) as server, capture_logs() as logged:
         running = asyncio.create_task(supervise_until_shutdown(server, stop))
         with monkeypatch.context() as patch:
