@@ -11,6 +11,7 @@ from axe_playwright_python.async_playwright import Axe  # type: ignore[import-un
 from playwright.async_api import Browser, BrowserContext, Page, expect
 
 from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken, store_key
+from jobledger.api.dashboard.translations import SUPPORTED_LANGUAGES
 from tests.api.conftest import Api, run_api
 from tests.api.dashboard.conftest import clear_console_errors, needs_browser
 from tests.api.dashboard.test_live import at, live
@@ -96,6 +97,14 @@ async def test_german_is_spoken_to_who_prefers_it(api_without_worker: Api, brows
     await expect(page.locator("html")).to_have_attribute("lang", "de")
     await expect(page.locator("#count-pending").locator("..")).to_contain_text("Wartend")
     await context.close()
+
+
+@pytest.mark.parametrize("language", SUPPORTED_LANGUAGES)
+async def test_every_page_renders_in_each_language(language: str, api: Api) -> None:
+    for path in await pages_of(api):
+        answer = await api.http.get(at(api, path), headers={"Accept-Language": language})
+        assert answer.status_code == (404 if path.endswith("/job-000000000000000000000000") else 200), path
+        assert f'<html lang="{language}"' in answer.text
 
 
 async def key_of(api: Api, user_id: str, *roles: Any) -> str:

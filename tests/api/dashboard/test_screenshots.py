@@ -68,3 +68,32 @@ async def test_every_page_is_pictured_in_light_and_dark(api: Api, browser: Brows
             picture = await page.screenshot(path=KEPT / f"{name}-{scheme}.png")
             assert len(picture) > 10_000, name
         await context.close()
+
+
+@pytest.mark.parametrize("language", ["en", "de"])
+async def test_every_page_is_pictured_in_each_language(language: str, api: Api, browser: Browser) -> None:
+    """Full pages for proofreading, in build/screenshots."""
+    folder = Path("build") / "screenshots" / language
+    folder.mkdir(parents=True, exist_ok=True)
+    retrying = await api.submit({"fail": "not yet", "transient": True, "session": "A retry"}, max_attempts=5)
+    await api.wait_for_event(retrying, "JobAttemptFailed")
+    paths = {**await a_conference(api), "sign-in": "/sign-in", "not-found": "/jobs/job-000000000000000000000000"}
+    paths["retrying-job"] = f"/jobs/{retrying}"
+    context = await browser.new_context(
+        locale=language, timezone_id="Europe/Berlin", viewport={"width": 1200, "height": 750}
+    )
+    page = await context.new_page()
+    for name, path in paths.items():
+        await page.goto(at(api, path))
+        await expect(page.locator("h1").first).to_be_visible()
+        if name in ("overview", "jobs", "job", "batches", "batch", "log"):
+            await expect(page.locator("#live-status.connected")).to_be_visible()
+        await page.screenshot(path=folder / f"{name}.png", full_page=True)
+    await page.goto(at(api, paths["batch"]))
+    await page.locator("[data-select-all]").check()
+    await page.locator('[data-bulk-action="cancel"]').click()
+    await page.screenshot(path=folder / "dialog-bulk.png")
+    await page.locator('dialog button[value="dismiss"]').click()
+    await page.locator("#actions button.danger").click()
+    await page.screenshot(path=folder / "dialog.png")
+    await context.close()
