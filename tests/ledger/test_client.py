@@ -42,7 +42,7 @@ import asyncio, sys
 from jobledger.ledger.subscriber import ledger_client
 
 async def main(uri, db_name):
-    async with ledger_client(uri, db_name=db_name).subscription("mine") as events:
+    async with ledger_client(uri, db_name=db_name).subscribe("mine") as events:
         async for event in events:
             print(event.position, flush=True)
 
