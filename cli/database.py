@@ -26,7 +26,7 @@ from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.files.store_marker import StoreMarker
 from jobledger.ledger.mongo.connection import OPLOG_ADVICE, Connection, Database, check_server, read_oplog_window
 from jobledger.ledger.mongo.embedded import EmbeddedServer, find_running_server
-from jobledger.projections.engine import rebuild
+from jobledger.projections.engine.checkpoint import load_checkpoint
 from jobledger.projections.slots import Views
 from jobledger.projections.views.files import has_any_file
 
@@ -125,7 +125,7 @@ async def find_store_marker(root: Path, db: Database) -> StoreMarker:
         ConfigurationError, ResourceUnavailable: the directory cannot be read.
         LedgerUnavailable: the database failed.
     """
-    checkpoint = await rebuild.load_checkpoint(db)
+    checkpoint = await load_checkpoint(db)
     try:
         has_files = partial(has_any_file, Views(db, checkpoint.get("slots")))
         return await store_marker.find_marker(db, root, has_files=has_files)

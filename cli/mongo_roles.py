@@ -17,7 +17,7 @@ from jobledger.ledger.files.gridfs import COLLECTIONS as GRIDFS
 from jobledger.ledger.files.store_marker import COLLECTION as RESULT_STORE
 from jobledger.ledger.store.endpoint_secrets import COLLECTION as ENDPOINTS
 from jobledger.ledger.subscriber import SUBSCRIPTIONS
-from jobledger.projections.engine.rebuild import VIEW_NAMES
+from jobledger.projections.engine.registry import VIEW_NAMES
 from jobledger.projections.slots import SLOTS, collection_name
 from jobledger.workers.cleanup import FILE_REMOVALS
 from jobledger.workers.path_reservations import COLLECTION as RESULT_PATHS

@@ -133,7 +133,7 @@ async def compare_views(
 
 async def compare_views_if_built(connection: Connection, *, on_progress: ProgressCallback) -> ViewComparison | None:
     """Compare all views. Return None, and write nothing, if no projector has built views yet."""
-    from jobledger.projections.engine.rebuild import load_checkpoint
+    from jobledger.projections.engine.checkpoint import load_checkpoint
 
     async with connection.client() as client:
         if not (await load_checkpoint(client[connection.db_name]))["position"]:
@@ -171,7 +171,7 @@ async def clear_shadow_views(connection: Connection) -> None:
 
 
 def _view_names(names: Collection[str] | None) -> Collection[str]:
-    from jobledger.projections.engine.rebuild import VIEW_NAMES
+    from jobledger.projections.engine.registry import VIEW_NAMES
 
     for name in names or ():
         if name not in VIEW_NAMES:
@@ -210,8 +210,8 @@ async def verify_result_files(
         ConfigurationError: the store cannot be opened.
         LedgerUnavailable: the database failed.
     """
+    from jobledger.projections.engine.checkpoint import load_checkpoint
     from jobledger.projections.engine.file_verification import verify_files
-    from jobledger.projections.engine.rebuild import load_checkpoint
     from jobledger.projections.slots import Views
 
     async with connection.client() as client:

@@ -57,8 +57,9 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import Command, create_streams, new_batch_id, new_job_id
 from jobledger.ledger.store.endpoint_secrets import reveal_new_secrets
 from jobledger.ledger.store.event_store import override_payload_fields
+from jobledger.projections.engine.chunk import Chunk
+from jobledger.projections.engine.registry import FOLDED_VIEWS
 from jobledger.projections.engine.stream_fold import as_of_filter
-from jobledger.projections.engine.writer import FOLDED_VIEWS, Chunk
 from jobledger.projections.views import batches as view
 from jobledger.projections.views import statistics
 from jobledger.projections.views.paging import MAX_COUNT

@@ -1,7 +1,7 @@
-"""projections: the whole queue as it was: what waited, who worked on what, how the batches stood. Reads the log only.
+"""Compute the state of all jobs and batches as of an earlier position or time, from the log only.
 
-In memory are the jobs that had not ended, and a few numbers for each batch. What ended is counted and forgotten; the
-few jobs to which something happens afterwards are read again from their own streams.
+Memory holds the jobs that were not finished and a few numbers per batch. Finished jobs are counted and dropped. The few
+jobs with later events are read again from their streams.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from jobledger.ledger.store.event_store import EventStore
 _IGNORED_EVENTS: Final = frozenset(
     event.__name__ for event in (JobProgressed, JobLogged, StepCompleted, JobArchived, JobUnarchived)
 )
+_PAGE_EVENTS: Final = 5000
+_EVENTS_PER_REPORT: Final = 1000
 PointInTime = int | datetime
-"""A position of the log, or a moment."""
+"""A position of the log, or a time."""
 
 
 @dataclass(slots=True)
 class BatchState:
-    """How a batch stood."""
+    """State of a batch."""
 
     submission: BatchSubmitted
     status: str = "processing"
@@ -45,7 +47,7 @@ class BatchState:
     job_counts: Counter[str] = field(default_factory=Counter)
 
     def to_dict(self, batch_id: str) -> dict[str, Any]:
-        """Return it for programs."""
+        """Return the state for JSON output."""
         return {
             "batch_id": batch_id,
             "batch_name": self.submission.batch_name,
@@ -58,7 +60,13 @@ class BatchState:
 
 @dataclass(slots=True)
 class OpenJob:
-    """A job that had not ended: what the rules know of it, when it was submitted, and since when it is as it is."""
+    """A job that is not finished.
+
+    Attributes:
+        job: The decider's state.
+        submitted_at: Time of its submission.
+        status_since: Time of its last change of status, or of its last claim.
+    """
 
     job: Job
     submitted_at: datetime
@@ -66,7 +74,16 @@ class OpenJob:
 
 
 class HistoricalState:
-    """Takes in the log, event by event, and says how everything stands then."""
+    """The state of all jobs and batches after the applied events.
+
+    Attributes:
+        position, time: Position and time of the last applied event.
+        open_jobs: The jobs that are not finished, by ID.
+        job_counts: Number of jobs by status.
+        batches: The batches by ID.
+        status_changes: Previous and current status of the jobs whose status changed since `track_changes`. None: the
+            job does not exist.
+    """
 
     def __init__(self, log: EventStore) -> None:
         self._log = log
@@ -76,65 +93,64 @@ class HistoricalState:
         self.job_counts: Counter[str] = Counter()
         self.batches: dict[str, BatchState] = {}
         self.status_changes: dict[str, list[str | None]] = {}
-        """Status before and now of the jobs that got another since `watch_changes`; None is: not there."""
-        self._watching = False
+        self._tracks_changes = False
 
     def track_changes(self) -> None:
-        """From now on, keep which jobs change their status."""
-        self._watching = True
+        """Record status changes from now on."""
+        self._tracks_changes = True
 
     async def apply(self, event: RecordedEvent) -> None:
-        """Take in the next event.
+        """Apply the next event.
 
         Raises:
-            LedgerUnavailable: the database failed.
-            UnreadableEvent: a later version of this program has written the event.
+            LedgerUnavailable: The database failed.
+            UnreadableEvent: The event is damaged, or a later version of the program wrote it.
         """
         self.position, self.time = event.position, event.time
         kind = event.stream.partition("-")[0]
         if kind == "batch":
-            self._batch(event)
+            self._apply_to_batch(event)
         elif kind == "job" and event.type not in _IGNORED_EVENTS:
-            await self._job(event)
+            await self._apply_to_job(event)
 
-    def _batch(self, event: RecordedEvent) -> None:
-        happened: Any = event.event
-        if isinstance(happened, BatchSubmitted):
-            self.batches[event.stream] = BatchState(happened)
+    def _apply_to_batch(self, event: RecordedEvent) -> None:
+        payload: Any = event.event
+        if isinstance(payload, BatchSubmitted):
+            self.batches[event.stream] = BatchState(payload)
             return
-        known = self.batches.get(event.stream)
-        if known is None:
+        state = self.batches.get(event.stream)
+        if state is None:
             return
-        rules = batch_rules.Batch(known.submission, known.status, known.paused)  # type: ignore[arg-type]  # as it was read
-        after = batch_rules.evolve(rules, happened)
-        known.status, known.paused = after.status, after.paused
+        before = batch_rules.Batch(state.submission, state.status, state.paused)  # type: ignore[arg-type]  # a status from the log
+        after = batch_rules.evolve(before, payload)
+        state.status, state.paused = after.status, after.paused
         if after.deleted:
             del self.batches[event.stream]
 
-    async def _job(self, event: RecordedEvent) -> None:
-        happened: Any = event.event
-        known = self.open_jobs.get(event.stream)
-        before = known.job if known is not None else await self._load_finished_job(event)
-        after = job_rules.evolve(before, happened)
-        was, status = _status(before), _status(after)
-        if was == status and not isinstance(happened, JobClaimed):
-            if known is not None:
-                known.job = after
+    async def _apply_to_job(self, event: RecordedEvent) -> None:
+        payload: Any = event.event
+        open_job = self.open_jobs.get(event.stream)
+        before = open_job.job if open_job is not None else await self._load_finished_job(event)
+        after = job_rules.evolve(before, payload)
+        old_status, new_status = _status(before), _status(after)
+        if old_status == new_status and not isinstance(payload, JobClaimed):
+            if open_job is not None:
+                open_job.job = after
             return
         batch = self.batches.get(after.spec.batch_id or "")
         for counter in (self.job_counts, batch.job_counts if batch is not None else Counter[str]()):
-            counter.subtract([was] if was else [])
-            counter.update([status] if status else [])
-        if status is None or status in TERMINAL_STATUSES:
+            counter.subtract([old_status] if old_status else [])
+            counter.update([new_status] if new_status else [])
+        if new_status is None or new_status in TERMINAL_STATUSES:
             self.open_jobs.pop(event.stream, None)
         else:
-            submitted = known.submitted_at if known is not None else event.time
-            self.open_jobs[event.stream] = OpenJob(after, submitted, event.time)
-        if self._watching and was != status:
-            self.status_changes.setdefault(event.stream, [was, None])[1] = status
+            submitted_at = open_job.submitted_at if open_job is not None else event.time
+            self.open_jobs[event.stream] = OpenJob(after, submitted_at, event.time)
+        if self._tracks_changes and old_status != new_status:
+            self.status_changes.setdefault(event.stream, [old_status, None])[1] = new_status
 
     async def _load_finished_job(self, event: RecordedEvent) -> Job | None:
-        """Return what the rules know of a job that is not open: read from its stream."""
+        """Return the state of a job that is not open before an event, from its stream."""
         job: Job | None = None
         if event.version > 1:
             for earlier in await self._log.read_stream(event.stream):
@@ -144,27 +160,30 @@ class HistoricalState:
         return job
 
     def to_dict(self) -> dict[str, Any]:
-        """Return how everything stands, for programs."""
-        waiting = [it for it in self.open_jobs.values() if it.job.status == "pending"]
-        running = {job_id: it for job_id, it in self.open_jobs.items() if it.job.status == "processing"}
+        """Return the state for JSON output."""
+        pending = [open_job for open_job in self.open_jobs.values() if open_job.job.status == "pending"]
+        running = [
+            (job_id, open_job) for job_id, open_job in self.open_jobs.items() if open_job.job.status == "processing"
+        ]
         return {
             "position": self.position,
             "time": self.time,
             "jobs": {
-                name: self.job_counts[name] for name in ("pending", "processing", "completed", "failed", "cancelled")
+                status: self.job_counts[status]
+                for status in ("pending", "processing", "completed", "failed", "cancelled")
             },
-            "oldest_pending_submitted_at": min((it.submitted_at for it in waiting), default=None),
+            "oldest_pending_submitted_at": min((open_job.submitted_at for open_job in pending), default=None),
             "running": [
                 {
                     "job_id": job_id,
-                    "job_type": it.job.spec.job_type,
-                    "job_name": it.job.spec.job_name,
-                    "batch_id": it.job.spec.batch_id,
-                    "worker_id": it.job.worker_id,
-                    "attempt": it.job.attempt,
-                    "claimed_at": it.status_since,
+                    "job_type": open_job.job.spec.job_type,
+                    "job_name": open_job.job.spec.job_name,
+                    "batch_id": open_job.job.spec.batch_id,
+                    "worker_id": open_job.job.worker_id,
+                    "attempt": open_job.job.attempt,
+                    "claimed_at": open_job.status_since,
                 }
-                for job_id, it in sorted(running.items(), key=lambda item: item[1].status_since)
+                for job_id, open_job in sorted(running, key=lambda item: item[1].status_since)
             ],
             "batches": [batch.to_dict(batch_id) for batch_id, batch in self.batches.items()],
         }
@@ -179,38 +198,47 @@ async def load_state_as_of(
     as_of: PointInTime,
     *,
     until: PointInTime | None = None,
-    on_progress: Callable[[int, int], None] = lambda position, upto: None,
+    on_progress: Callable[[int, int], None] = lambda position, head: None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, list[str | None]]]:
-    """Return how everything stood at one instant and, if asked for, at a later one, and which jobs changed between.
+    """Return the state of all jobs and batches as of an earlier point, and optionally the changes until a later one.
 
-    `told` is told how far the reading has got, and the position where it ends at the latest.
+    Args:
+        log: The event store.
+        as_of: The earlier point.
+        until: The later point.
+        on_progress: Called with the current position and the highest possible one.
+
+    Returns:
+        The state as of `as_of`; the state as of `until`, or None; and the previous and current status of each job whose
+        status differs between them.
 
     Raises:
-        LedgerUnavailable, UnreadableEvent: as `Lookback.take`.
+        LedgerUnavailable, UnreadableEvent: As `HistoricalState.apply`.
     """
-    seen = HistoricalState(log)
+    state = HistoricalState(log)
     head = await log.head_position()
-    async for event in _events(log, as_of, after=0):
-        await seen.apply(event)
-        if event.position % 1000 == 0:
-            on_progress(event.position, head)
-    first = seen.to_dict()
+
+    async def apply_until(end: PointInTime) -> dict[str, Any]:
+        async for event in _iter_events(log, end, after=state.position):
+            await state.apply(event)
+            if event.position % _EVENTS_PER_REPORT == 0:
+                on_progress(event.position, head)
+        return state.to_dict()
+
+    first = await apply_until(as_of)
     if until is None:
         return first, None, {}
-    seen.track_changes()
-    async for event in _events(log, until, after=seen.position):
-        await seen.apply(event)
-        if event.position % 1000 == 0:
-            on_progress(event.position, head)
-    changed = {job_id: change for job_id, change in seen.status_changes.items() if change[0] != change[1]}
-    return first, seen.to_dict(), changed
+    state.track_changes()
+    second = await apply_until(until)
+    changes = {job_id: statuses for job_id, statuses in state.status_changes.items() if statuses[0] != statuses[1]}
+    return first, second, changes
 
 
-async def _events(log: EventStore, then: PointInTime, *, after: int) -> AsyncIterator[RecordedEvent]:
-    """Yield the events up to a position, or before the first that is later than a moment by its writer's clock."""
-    while page := await log.read(after=after, limit=5000, without_metadata=True):
+async def _iter_events(log: EventStore, end: PointInTime, *, after: int) -> AsyncIterator[RecordedEvent]:
+    """Yield the events up to a position, or before the first event with a later time."""
+    while page := await log.read(after=after, limit=_PAGE_EVENTS, without_metadata=True):
         for event in page:
-            if (event.position if isinstance(then, int) else event.time) > then:  # type: ignore[operator]  # alike
+            if (event.position if isinstance(end, int) else event.time) > end:  # type: ignore[operator]  # alike
                 return
             yield event
         after = page[-1].position

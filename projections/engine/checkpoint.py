@@ -1,4 +1,7 @@
-"""projections: how far the views have got, and where they are, known without asking: by the change stream."""
+"""Follow the checkpoint of the active views by the change stream.
+
+The checkpoint document `views` contains the position, the version and the active slots of the views.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,31 @@ from typing import Any, Final
 
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from jobledger.ledger.mongo.connection import MAJORITY, Database
+from jobledger.ledger.mongo.connection import MAJORITY, Database, Document, translate_errors
+from jobledger.projections.engine.registry import PROJECTION_VERSION
 from jobledger.projections.slots import Views, ViewSlots
 
 VIEWS_CHECKPOINT_ID: Final = "views"
 
 
-class Checkpoint:
-    """The position that the views have reached. A listener of the process's change stream.
+async def load_checkpoint(db: Database, session: AsyncClientSession | None = None) -> Document:
+    """Read the checkpoint of the active views: `position`, `hash`, `slots` and `version`.
 
-    `views` are those that are live, whenever they are asked: both change in one moment, for a reader too.
+    Raises:
+        LedgerUnavailable: The database failed.
+    """
+    with translate_errors("reading the checkpoint of the views"):
+        document = await db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID}, session=session)
+    return document or {"position": 0, "version": PROJECTION_VERSION}
+
+
+class Checkpoint:
+    """The current checkpoint. Add it as a listener to the process's change stream.
+
+    Attributes:
+        position: The last position that the active views contain.
+        version: The version of the active views, 0 if they have none, or None before it is known.
+        views: The active views. A switch changes all their slots at once.
     """
 
     collection = "checkpoints"
@@ -31,35 +49,37 @@ class Checkpoint:
         self.views = Views(db)
 
     def add_listener(self, listener: Callable[[], None]) -> None:
-        """Have `watcher` called whenever the views have got further. It must not block."""
+        """Call `listener` after each change of the checkpoint. It must not block."""
         self._listeners.append(listener)
 
     async def wait_for_position(self, position: int) -> None:
-        """Return once the views contain every event up to `position`. Give up with `asyncio.timeout`."""
+        """Wait until the views contain all events up to a position. Use `asyncio.timeout` for a limit."""
         while self.position < position:
             await self._changed.wait()
 
     async def wait_for_version(self) -> int:
-        """Return which version of this program's folds made the live views, 0 if that was long ago."""
+        """Wait until the version of the active views is known, and return it."""
         while self.version is None:
             await self._changed.wait()
         return self.version
 
     async def wait_for_version_change(self, version: int) -> None:
-        """Return once the live views are of another version."""
+        """Wait until the active views have another version."""
         while self.version in (None, version):
             await self._changed.wait()
 
-    async def wait_for_slot_change(self, sides: ViewSlots) -> None:
-        """Return once others are live: somebody has made views anew."""
-        while self.views.slots == sides:
+    async def wait_for_slot_change(self, slots: ViewSlots) -> None:
+        """Wait until other slots are active, that is, until a rebuild has switched."""
+        while self.views.slots == slots:
             await self._changed.wait()
 
     async def resync(self, session: AsyncClientSession) -> None:
+        """Read the checkpoint when the change stream starts."""
         document = await self._checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID}, session=session)
         self._update({"position": 0, "version": 0, **(document or {})})
 
     def on_change(self, change: Mapping[str, Any]) -> None:
+        """Process a change of the collection."""
         if change["documentKey"]["_id"] != VIEWS_CHECKPOINT_ID:
             return
         document = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
@@ -73,5 +93,5 @@ class Checkpoint:
         self.position = document.get("position", self.position)
         self._changed.set()
         self._changed = asyncio.Event()
-        for watcher in self._listeners:
-            watcher()
+        for listener in self._listeners:
+            listener()

@@ -1,4 +1,4 @@
-"""projections: compare all files in the store with the digests on record, in bounded memory."""
+"""Compare all files in the file store with the digests of the view `files`. Memory is bounded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jobledger.ledger.domain.errors import FileDamaged, FileLost
 from jobledger.ledger.files.file_store import FileStore, StoredFile
 from jobledger.ledger.mongo.connection import translate_errors
 from jobledger.projections.slots import Views
-from jobledger.projections.views.files import NAME
+from jobledger.projections.views import files
 
-_SHOWN: Final = 100
-_ROWS_AT_ONCE: Final = 1000
+_MAX_PROBLEMS: Final = 100
+_ROWS_PER_PAGE: Final = 1000
 
 
 class FileProblem(NamedTuple):
-    """A result file that is missing or was changed: its path, digest and what is wrong."""
+    """A result file that is missing or changed."""
 
     path: str
     sha256: str
@@ -28,9 +28,15 @@ class FileProblem(NamedTuple):
 
 @dataclass(slots=True)
 class FileVerificationResult:
-    """Number of files on record and those with problems; the first hundred of these are in `problems`.
+    """Result of a file verification.
 
-    `orphans` are files in the store that no result names: of jobs that were deleted, are running, or never ended.
+    Attributes:
+        files: Number of distinct files in the view.
+        missing: Number of files that the store does not contain.
+        changed: Number of files with another content than recorded.
+        orphans, orphan_bytes: Number and size of stored files that no result names. They belong to jobs that were
+            deleted, that are running, or that never finished.
+        problems: The first hundred missing or changed files.
     """
 
     files: int = 0
@@ -42,76 +48,83 @@ class FileVerificationResult:
 
     @property
     def is_ok(self) -> bool:
-        """Whether every file on record is there as it was stored."""
+        """Whether the store contains every recorded file with its recorded content."""
         return not self.missing and not self.changed
 
 
 async def verify_files(
-    views: Views, store: FileStore, *, on_progress: Callable[[int, int], None] = lambda done, whole: None
+    views: Views, store: FileStore, *, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> FileVerificationResult:
-    """Read every file that the view `files` names and compare its content with the digest on record.
+    """Read every file that the view `files` names, and compare its content with the recorded digest.
 
-    Both sides come sorted by digest and are merged, so that neither has to be in memory.
+    The view and the store are both read in the order of digests and merged, so memory need not hold either of them.
+
+    Args:
+        views: The collections of the views.
+        store: The file store.
+        on_progress: Called with the numbers of verified and of all files.
 
     Raises:
         LedgerUnavailable: The database failed.
     """
-    verdict = FileVerificationResult()
+    result = FileVerificationResult()
     with translate_errors("counting the files"):
-        whole = await views[NAME].estimated_document_count()
-    stored = store.list_files()
-    present = await anext(stored, None)
-    async for path, sha256, size in _on_record(views):
-        while present is not None and present.sha256 < sha256:
-            _count_orphan(verdict, present)
-            present = await anext(stored, None)
-        verdict.files += 1
-        await _verify_one(verdict, store, path, sha256, size)
-        if present is not None and present.sha256 == sha256:
-            present = await anext(stored, None)
-        on_progress(verdict.files, max(whole, verdict.files))
-    while present is not None:
-        _count_orphan(verdict, present)
-        present = await anext(stored, None)
-    return verdict
+        total = await views[files.NAME].estimated_document_count()
+    stored_files = store.list_files()
+    stored = await anext(stored_files, None)
+    async for path, sha256, size in _iter_recorded_files(views):
+        while stored is not None and stored.sha256 < sha256:
+            _count_orphan(result, stored)
+            stored = await anext(stored_files, None)
+        result.files += 1
+        await _verify_file(result, store, path, sha256, size)
+        if stored is not None and stored.sha256 == sha256:
+            stored = await anext(stored_files, None)
+        on_progress(result.files, max(total, result.files))
+    while stored is not None:
+        _count_orphan(result, stored)
+        stored = await anext(stored_files, None)
+    return result
 
 
-async def _on_record(views: Views) -> AsyncIterator[tuple[str, str, int]]:
-    """Yield each digest on record once, with one of its paths and its size, in order.
+async def _iter_recorded_files(views: Views) -> AsyncIterator[tuple[str, str, int]]:
+    """Yield each recorded digest once and in order, with one of its paths and its size.
 
-    Rows are read in pages, because a cursor that stays open while whole files are hashed is ended by the server.
+    Rows are read in pages. The server would close a cursor that stays open while whole files are hashed.
     """
     after = ""
     while True:
-        with translate_errors("reading the files on record"):
-            query = {"sha256": {"$gt": after}}
-            found = views[NAME].find(
-                query, {"sha256": 1, "path": 1, "size": 1}, sort=[("sha256", ASCENDING)], limit=_ROWS_AT_ONCE
+        with translate_errors("reading the recorded files"):
+            cursor = views[files.NAME].find(
+                {"sha256": {"$gt": after}},
+                {"sha256": 1, "path": 1, "size": 1},
+                sort=[("sha256", ASCENDING)],
+                limit=_ROWS_PER_PAGE,
             )
-            rows = await found.to_list()
+            rows = await cursor.to_list()
         for row in rows:
             if row["sha256"] != after:
                 after = row["sha256"]
                 yield str(row["path"]), str(after), row["size"]
-        if len(rows) < _ROWS_AT_ONCE:
+        if len(rows) < _ROWS_PER_PAGE:
             return
 
 
-async def _verify_one(verdict: FileVerificationResult, store: FileStore, path: str, sha256: str, size: int) -> None:
+async def _verify_file(result: FileVerificationResult, store: FileStore, path: str, sha256: str, size: int) -> None:
     try:
         await store.verify(sha256, size)
     except FileDamaged as error:
-        verdict.changed += 1
-        what = str(error)
+        result.changed += 1
+        message = str(error)
     except (FileLost, ValueError) as error:
-        verdict.missing += 1
-        what = str(error)
+        result.missing += 1
+        message = str(error)
     else:
         return
-    if len(verdict.problems) < _SHOWN:
-        verdict.problems.append(FileProblem(path, sha256, what))
+    if len(result.problems) < _MAX_PROBLEMS:
+        result.problems.append(FileProblem(path, sha256, message))
 
 
-def _count_orphan(verdict: FileVerificationResult, stored: StoredFile) -> None:
-    verdict.orphans += 1
-    verdict.orphan_bytes += stored.size
+def _count_orphan(result: FileVerificationResult, stored: StoredFile) -> None:
+    result.orphans += 1
+    result.orphan_bytes += stored.size

@@ -1,4 +1,4 @@
-"""projections: whether the views are kept up to date, and if they are not, why."""
+"""Detect whether the views are kept up to date, and explain why not."""
 
 from __future__ import annotations
 
@@ -13,61 +13,59 @@ from jobledger.ledger.domain.limits import truncate_text
 from jobledger.ledger.mongo.connection import Database, translate_errors
 from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
 from jobledger.ledger.store.event_store import EVENTS_COLLECTION, EventStore
-from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, Checkpoint
-from jobledger.projections.engine.writer import PROJECTION_VERSION
+from jobledger.projections.engine.checkpoint import Checkpoint, load_checkpoint
+from jobledger.projections.engine.registry import PROJECTION_VERSION
 
 STALL_SECONDS: Final = 30.0
-"""Longer than a fail-over of the projector takes (its lease, 10 s), and longer than a chunk may take to be written."""
-_NOTE: Final = "projector_stall"
-"""The document of `checkpoints` that says why a projector stands still."""
-_REASON_CHARACTERS: Final = 1000
-
-
+"""Longer than a failover of the projector (its lease, 10 s) and longer than the write of a chunk may take."""
 VIEWS_AHEAD_REASON: Final = (
-    "Events at the end of the log were removed, or an older copy was restored: `jobledger log verify`."
+    "The views are ahead of the log: events at its end were removed, or an older copy was restored. "
+    "Run `jobledger log verify`."
 )
-"""Why views are ahead of the log."""
+_STALL_ID: Final = "projector_stall"
+"""The document of `checkpoints` with the reason of the projector's last stall."""
+_MAX_REASON_CHARACTERS: Final = 1000
 
 
 async def record_stall(db: Database, reason: str) -> None:
-    """Put on record why the projector stands still.
+    """Store the reason why the projector has stopped at the current position.
 
     Raises:
-        LedgerUnavailable: the database failed.
+        LedgerUnavailable: The database failed.
     """
-    with translate_errors("noting why the projector stands still"):
-        found = await db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID}) or {}
-        text = truncate_text(reason, _REASON_CHARACTERS)
-        said = {"reason": text, "position": found.get("position", 0), "recorded_at": datetime.now(UTC)}
-        await db.checkpoints.update_one({"_id": _NOTE}, {"$set": said}, upsert=True)
+    position = (await load_checkpoint(db))["position"]
+    with translate_errors("recording a stall of the projector"):
+        text = truncate_text(reason, _MAX_REASON_CHARACTERS)
+        stall = {"reason": text, "position": position, "recorded_at": datetime.now(UTC)}
+        await db.checkpoints.update_one({"_id": _STALL_ID}, {"$set": stall}, upsert=True)
 
 
 async def stall_reason(db: Database, position: int, head: int) -> str:
-    """Return why the views do not get beyond a position although the log is at `head`, as far as that is known.
+    """Return why the views stay at a position while the log is at `head`, as far as it is known.
 
     Raises:
-        LedgerUnavailable: the database failed.
+        LedgerUnavailable: The database failed.
     """
-    with translate_errors("looking for why the views stand still"):
-        said = await db.checkpoints.find_one({"_id": _NOTE})
-        if said is not None and said.get("position") == position:
-            return str(said["reason"])
+    with translate_errors("reading why the views are stalled"):
+        stall = await db.checkpoints.find_one({"_id": _STALL_ID})
+        if stall is not None and stall.get("position") == position:
+            return str(stall["reason"])
         if position > head:
             return VIEWS_AHEAD_REASON
-        leads = await db.leaders.find_one(
+        leader = await db.leaders.find_one(
             {"_id": "projector", "released": False, "$nor": [EXPIRED_LEASE_FILTER]}, {"_id": 1}
         )
-    if leads is None:
+    if leader is None:
         return "No projector is running: start one (`jobledger projector`, or `jobledger up`)."
-    return "A projector is running, but does not get on: its log says why."
+    return "A projector is running, but makes no progress. Its log contains the reason."
 
 
 class StallDetector:
-    """Notices that the views do not get on although the log does, or are ahead of it. A listener of the change stream.
+    """Detects that the views make no progress although the log does, or that they are ahead of the log.
 
-    Nothing is polled: the log's events and the checkpoint's moves are heard. The time counts from the last move, or
-    from the event with which the log got ahead. So neither an idle ledger nor a busy one is taken for stalled. Views
-    are ahead of a log whose end was removed, or that was restored from an older copy.
+    Add it as a listener to the process's change stream. It does not poll: it receives the events of the log and the
+    changes of the checkpoint. Time counts from the last change of the checkpoint, or from the first event after it. So
+    neither an idle nor a busy ledger counts as stalled.
     """
 
     collection: Final = EVENTS_COLLECTION
@@ -81,9 +79,9 @@ class StallDetector:
         checkpoint.add_listener(self._on_checkpoint_change)
 
     def is_stalled(self, seconds: float = STALL_SECONDS) -> bool:
-        """Return whether the views have been at another position than the log, and not moved, for so many seconds.
+        """Return whether the views have stayed behind or ahead of the log for this time.
 
-        Views of another version are being rebuilt meanwhile: they are old, but this is no fault.
+        Views of another version are never stalled: they are outdated, and a rebuild is in progress.
         """
         if self._since is None or self._checkpoint.version != PROJECTION_VERSION:
             return False
@@ -91,13 +89,15 @@ class StallDetector:
 
     @property
     def head(self) -> int:
-        """The newest position of the log that was heard of."""
+        """The last known position of the log."""
         return self._head
 
     async def resync(self, session: AsyncClientSession) -> None:
+        """Read the head of the log when the change stream starts."""
         self._update_head(await self._log.head_position(session))
 
     def on_change(self, change: Mapping[str, Any]) -> None:
+        """Process a change of the log."""
         position = change["documentKey"]["_id"]
         if change["operationType"] == "insert" and isinstance(position, int) and position > self._head:
             self._update_head(position)
@@ -111,6 +111,6 @@ class StallDetector:
 
     def _on_checkpoint_change(self) -> None:
         if self._checkpoint.position == self._position:
-            return  # a new leader has taken over, and has done nothing yet
+            return  # a new leader has taken over, and has not made progress yet
         self._position = self._checkpoint.position
         self._since = time.monotonic() if self._head != self._position else None

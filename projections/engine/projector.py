@@ -1,8 +1,9 @@
-"""projections: the projector. Folds the log into the live views, in order, exactly once.
+"""Keep the active views up to date: apply the log to them in order, each event exactly once.
 
-Any number of processes may run one; they elect a leader by a lease, the rest stand by. What a leader writes is fenced
-(projections/engine/writer.py) by its fencing token and by the sides that were live when it began: a deposed leader, or
-one whose views have been replaced, writes nothing more. After any failure the checkpoint says where to go on.
+Any number of processes may run a projector. They elect a leader by a lease, and the others stand by. The writes of a
+leader are fenced (projections/engine/writer.py) by its fencing token and by the slots that were active when it began. A
+former leader, or one whose views were replaced by a rebuild, writes nothing more. After any failure, the checkpoint
+contains the position where to continue.
 """
 
 from __future__ import annotations
@@ -31,29 +32,41 @@ from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.store.subscription import Subscription
 from jobledger.projections.engine import health
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, Checkpoint
-from jobledger.projections.engine.rebuild import REBUILD_CHECKPOINT_ID, Rebuild
-from jobledger.projections.engine.writer import ALL_VIEWS, PROJECTION_VERSION, ProjectionWriter
+from jobledger.projections.engine.rebuild import Rebuild
+from jobledger.projections.engine.registry import ALL_VIEWS, PROJECTION_VERSION
+from jobledger.projections.engine.shadow import REBUILD_CHECKPOINT_ID
+from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.slots import Views
 from jobledger.projections.views import batches
 
 _log = structlog.get_logger()
 CHUNK_EVENTS: Final = 1000
 STALL_RETRY_SECONDS: Final = 10.0
-"""For so long a projector that cannot read an event leaves the lead to others, before it looks again."""
+"""After an event that it cannot read, a projector gives up the lead for this time before it tries again."""
 SHADOW_RETENTION_SECONDS: Final = 60.0
-"""For so long what was read before a rebuild is left alone: a request may still be at it."""
+"""Replaced views are kept for this time, because a request may still be reading them."""
 
 
 class ViewVersionMismatch(Exception):
-    """The live views were made by another version of this program."""
+    """Another version of this program built the active views."""
 
 
 async def _no_leader_task() -> None:
-    """Do nothing beside the projector."""
+    """Do nothing while the projector leads."""
 
 
 class Projector:
-    """Keeps the views up to date while it is the leader, and stands by while another is."""
+    """Updates the views while it is the leader, and stands by otherwise.
+
+    Args:
+        db: The database.
+        log: The event store.
+        connection: The connection settings.
+        checkpoint: The checkpoint of the active views.
+        holder: Name of this process in the lease.
+        lease_seconds: Duration of the lease.
+        leader_task: Runs while this process leads, for work that only one process should do.
+    """
 
     def __init__(
         self,
@@ -67,31 +80,34 @@ class Projector:
         leader_task: Callable[[], Coroutine[Any, Any, None]] = _no_leader_task,
     ) -> None:
         self._leader_task = leader_task
-        """Runs while this process leads: what only one process should do, and needs no lease of its own."""
         self._db = db
         self._log = log
         self._checkpoint = checkpoint
-        self._leadership = LeaderElection(connection, "projector", holder=holder, lease_seconds=lease_seconds)
+        self._leader_election = LeaderElection(connection, "projector", holder=holder, lease_seconds=lease_seconds)
         self._rebuild = Rebuild(db, log, connection, holder=holder, lease_seconds=lease_seconds)
 
     def register_listeners(self, change_stream: ChangeStream) -> None:
-        """Hear of what concerns the projector. Call before the change stream runs, if `run` is to be called."""
-        change_stream.add_listener(self._leadership)
+        """Add the listeners of the projector. Call this before the change stream runs, and before `run`."""
+        change_stream.add_listener(self._leader_election)
         change_stream.add_listener(self._rebuild.leader_election)
 
     async def prepare(self) -> None:
-        """Create the live views' indexes and the checkpoint. Harmless when they exist."""
+        """Create the checkpoint and the indexes of the active views, if they do not exist.
+
+        Raises:
+            LedgerUnavailable: The database failed.
+        """
         with translate_errors("preparing the views"):
-            made: Document = {"position": 0, "fencing_token": 0, "version": PROJECTION_VERSION, "slots": {}}
-            await self._db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$setOnInsert": made}, upsert=True)
-            found = await self._db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID})
-            views = Views(self._db, (found or made).get("slots"))
+            initial: Document = {"position": 0, "fencing_token": 0, "version": PROJECTION_VERSION, "slots": {}}
+            await self._db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$setOnInsert": initial}, upsert=True)
+            checkpoint = await self._db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID})
+            views = Views(self._db, (checkpoint or initial).get("slots"))
             for view in ALL_VIEWS:
                 if view.INDEXES:
                     await views[view.NAME].create_indexes(list(view.INDEXES))
 
     async def run(self) -> None:
-        """Stand by, lead, stand by …, until cancelled. Views of an older version are made anew behind the live ones."""
+        """Stand by and lead until cancelled. Views of an older version are rebuilt in their shadow slots first."""
         while True:
             version = await self._checkpoint.wait_for_version()
             if version > PROJECTION_VERSION:
@@ -111,119 +127,119 @@ class Projector:
                 await self._checkpoint.wait_for_version_change(version)
             else:
                 try:
-                    await self._leadership.run(self._run_as_leader)
+                    await self._leader_election.run(self._run_as_leader)
                 except ViewVersionMismatch:
                     await self._checkpoint.wait_for_version_change(version)
                 except (UnreadableEvent, LogTruncated) as error:
                     await self._wait_after_stall(error)
 
     async def _run_as_leader(self) -> None:
-        folder = await self._take_over()
+        writer = await self._take_over()
         self._log.may_have_lost_events = False
-        await self._log.check_not_truncated(folder.last_applied, "the views")
-        _log.info("projector elected leader", position=folder.position, fencing_token=self._leadership.fencing_token)
-        tidying = asyncio.create_task(self._clear_shadow_after_switch(), name="tidy")
-        beside = asyncio.create_task(self._leader_task(), name="beside-projector")
+        await self._log.check_not_truncated(writer.last_applied, "the views")
+        _log.info(
+            "projector elected leader", position=writer.position, fencing_token=self._leader_election.fencing_token
+        )
+        clearing = asyncio.create_task(self._clear_shadow_after_switch(), name="clear-shadow-views")
+        leader_task = asyncio.create_task(self._leader_task(), name="projector-leader-task")
         try:
-            async with self._log.subscribe(after=folder.position) as events:
-                due: dict[str, Document] = {}
+            async with self._log.subscribe(after=writer.position) as events:
+                changed_batches: dict[str, Document] = {}
                 head = await self._log.head_position()
-                while folder.position < head:
-                    await folder.apply(await self._read_chunk(events, folder))
-                await self._append_follow_ups(await batches.find_unsettled(folder.views))
+                while writer.position < head:
+                    await writer.apply(await self._read_chunk(events, writer))
+                await self._append_follow_ups(await batches.find_unsettled(writer.views))
                 while True:
-                    chunk = await self._read_chunk(events, folder)
-                    due |= {batch["_id"]: batch for batch in await folder.apply(chunk)}
-                    # While there is more, what the views say need not be so any more.
-                    if len(chunk) < CHUNK_EVENTS or await self._log.head_position() <= folder.position:
-                        await self._append_follow_ups(due.values())
-                        due.clear()
+                    chunk = await self._read_chunk(events, writer)
+                    changed_batches |= {batch["_id"]: batch for batch in await writer.apply(chunk)}
+                    # If the log contains more events, the documents are already outdated.
+                    if len(chunk) < CHUNK_EVENTS or await self._log.head_position() <= writer.position:
+                        await self._append_follow_ups(changed_batches.values())
+                        changed_batches.clear()
         finally:
-            for task in (tidying, beside):
+            for task in (clearing, leader_task):
                 task.cancel()
-            await asyncio.gather(tidying, beside, return_exceptions=True)
+            await asyncio.gather(clearing, leader_task, return_exceptions=True)
 
-    async def _read_chunk(self, events: Subscription, folder: ProjectionWriter) -> list[RecordedEvent]:
+    async def _take_over(self) -> ProjectionWriter:
+        """Store this leader's fencing token in the checkpoint, which fences earlier leaders, and return the writer.
+
+        Raises:
+            LeadershipLost: Another process leads by now.
+            ViewVersionMismatch: Another version of this program built the views.
+        """
+        token = self._leader_election.fencing_token
+        with translate_errors("taking over the views"):
+            checkpoint = await self._db.checkpoints.find_one_and_update(
+                {"_id": VIEWS_CHECKPOINT_ID, "fencing_token": {"$lt": token}}, {"$set": {"fencing_token": token}}
+            )
+        if checkpoint is None:
+            raise LeadershipLost
+        if checkpoint.get("version") != PROJECTION_VERSION:
+            raise ViewVersionMismatch
+        slots = checkpoint.get("slots")
+        return ProjectionWriter(
+            self._db,
+            Views(self._db, slots),
+            checkpoint=VIEWS_CHECKPOINT_ID,
+            fence={"fencing_token": token, "slots": slots},
+            last_applied=ReadPosition.from_document(checkpoint),
+        )
+
+    async def _read_chunk(self, events: Subscription, writer: ProjectionWriter) -> list[RecordedEvent]:
         """Return the next events.
 
         Raises:
-            LogTruncated: Events that the views contain were removed meanwhile.
+            LogTruncated: Events that the views contain were removed from the log.
         """
         while True:
             chunk = await events.next_chunk(CHUNK_EVENTS)
             if not self._log.may_have_lost_events:
                 return chunk
             self._log.may_have_lost_events = False
-            await self._log.check_not_truncated(folder.last_applied, "the views")
-            events.rewind(folder.position)  # the chunk may have been read before its events were removed
+            await self._log.check_not_truncated(writer.last_applied, "the views")
+            events.rewind(writer.position)  # the chunk may have been read before its events were removed
+
+    async def _append_follow_ups(self, changed_batches: Iterable[Document]) -> None:
+        """Append the events that the counts of batches require: a batch is finished, or is reopened."""
+        for batch in changed_batches:
+            batch_id = batch["batch_id"]
+            try:
+                if (command := batches.follow_up_command(batch)) is None:
+                    continue
+                await handle_command(self._log, batch_id, command, meta=EventMetadata("system", batch_id))
+            except CommandRejected as rejected:
+                _log.info("batch not finished: command rejected", batch_id=batch_id, reason=str(rejected))
+            except (LedgerUnavailable, LedgerBusy):
+                raise
+            except (JobledgerError, LookupError, TypeError, ValueError) as error:
+                # One batch must not stop the projector. The next leader tries again, perhaps with a fixed program.
+                _log.error("batch finish not recorded", batch_id=batch_id, error=repr(error))
 
     async def _wait_after_stall(self, error: UnreadableEvent | LogTruncated) -> None:
-        """Leave the lead to a projector of a later version, if there is one, and say why this one does not go on.
+        """Record why this projector stops, and leave the lead to a projector of a later version, if there is one.
 
-        An event of a later version must not be guessed at, nor be isolated: the next version folds it. Views that are
-        ahead of a log whose end was removed wait for `jobledger views rebuild`.
+        An event of a later version must not be isolated, because the later version can apply it. Views that are ahead
+        of a truncated log wait for `jobledger views rebuild`.
         """
         _log.error("projector stalled", reason=str(error))
         with suppress(LedgerUnavailable):
             await health.record_stall(self._db, str(error))
         await asyncio.sleep(STALL_RETRY_SECONDS)
 
-    async def _take_over(self) -> ProjectionWriter:
-        """Put this leader's fencing token on the checkpoint and return the writer that continues from there.
-
-        Raises:
-            Deposed: somebody else leads by now.
-            OtherVersion: these views are not ours to fold.
-        """
-        fencing_token = self._leadership.fencing_token
-        with translate_errors("taking over the views"):
-            found = await self._db.checkpoints.find_one_and_update(
-                {"_id": VIEWS_CHECKPOINT_ID, "fencing_token": {"$lt": fencing_token}},
-                {"$set": {"fencing_token": fencing_token}},
-            )
-        if found is None:
-            raise LeadershipLost
-        if found.get("version") != PROJECTION_VERSION:
-            raise ViewVersionMismatch
-        sides = found.get("slots")
-        fence = {"fencing_token": fencing_token, "slots": sides}
-        return ProjectionWriter(
-            self._db,
-            Views(self._db, sides),
-            checkpoint=VIEWS_CHECKPOINT_ID,
-            fence=fence,
-            read=ReadPosition.from_document(found),
-        )
-
     async def _clear_shadow_after_switch(self) -> None:
-        """Empty what was read before a rebuild, when nobody reads it any more; after the next one, again."""
+        """After each rebuild, empty the replaced views once no request reads them any more."""
         while True:
-            sides = self._checkpoint.views.slots
+            slots = self._checkpoint.views.slots
             try:
-                with translate_errors("looking for what a rebuild has left"):
-                    note = await self._db.checkpoints.find_one({"_id": REBUILD_CHECKPOINT_ID}) or {}
-                if (switched_at := note.get("switched_at")) is not None:
-                    waited = (self._log.clock.estimate() - switched_at).total_seconds()
-                    await asyncio.sleep(max(0.0, SHADOW_RETENTION_SECONDS - waited))
+                with translate_errors("reading the checkpoint of the rebuild"):
+                    checkpoint = await self._db.checkpoints.find_one({"_id": REBUILD_CHECKPOINT_ID}) or {}
+                if (switched_at := checkpoint.get("switched_at")) is not None:
+                    age_seconds = (self._log.clock.estimate() - switched_at).total_seconds()
+                    await asyncio.sleep(max(0.0, SHADOW_RETENTION_SECONDS - age_seconds))
                     await self._rebuild.clear_shadow(switched_at)
             except LedgerUnavailable as error:
                 _log.warning("shadow views not cleared, retrying", error=str(error))
                 await asyncio.sleep(SHADOW_RETENTION_SECONDS)
                 continue
-            await self._checkpoint.wait_for_slot_change(sides)
-
-    async def _append_follow_ups(self, changed: Iterable[Document]) -> None:
-        """Record what the counts say about batches: that one has ended, or goes on again."""
-        for batch in changed:
-            batch_id = batch["batch_id"]
-            try:
-                if (command := batches.follow_up_command(batch)) is None:
-                    continue
-                await handle_command(self._log, batch_id, command, meta=EventMetadata("system", batch_id))
-            except CommandRejected as refused:
-                _log.info("batch not finished: command rejected", batch_id=batch_id, reason=str(refused))
-            except (LedgerUnavailable, LedgerBusy):
-                raise
-            except (JobledgerError, LookupError, TypeError, ValueError) as error:
-                # One batch must not stop the projector; when the program has been mended, the next leader tries again.
-                _log.error("batch finish not recorded", batch_id=batch_id, error=repr(error))
+            await self._checkpoint.wait_for_slot_change(slots)

@@ -1,10 +1,10 @@
-"""projections: the views made anew from the log, beside those that are read, and put in their place by one write.
+"""Rebuild views from the log in their shadow slots, and switch to them with one write.
 
-Why nothing can go wrong, whoever dies or stands still: every chunk, and the switch, is a transaction that demands the
-note of this rebuild as this process left it, with its fencing token. Who has been replaced finds
-another, and writes nothing.
-The switch also demands that the live views are not ahead, and changes their sides: a projector that folds at the same
-moment conflicts with it, and one that comes later finds other sides than it began with, and begins again on the new.
+Every chunk and the switch are transactions that require the checkpoint of this rebuild with the fencing token of its
+process (projections/engine/shadow.py). A process that was replaced finds another token and writes nothing. The switch
+also requires that the active views are not ahead, and changes their slots. A projector that writes at the same time
+conflicts with the switch. A projector that writes later finds other slots than it began with, and starts again on the
+new views.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.asynchronous.collection import AsyncCollection
 
 from jobledger.ledger.domain.errors import (
     DatabaseUnsuitable,
@@ -36,417 +35,343 @@ from jobledger.ledger.mongo.connection import (
     server_error_code,
     translate_errors,
 )
-from jobledger.ledger.mongo.leader_election import LeaderElection, LeadershipLost
+from jobledger.ledger.mongo.leader_election import LeaderElection
 from jobledger.ledger.mongo.transactions import run_transaction
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.store.subscription import Subscription
-from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
+from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, load_checkpoint
+from jobledger.projections.engine.chunk import ChunkTooLarge
 from jobledger.projections.engine.comparison import Difference, find_differences
-from jobledger.projections.engine.writer import ALL_VIEWS, PROJECTION_VERSION, ChunkTooLarge, ProjectionWriter
-from jobledger.projections.slots import Views, ViewSlots, other_slot
+from jobledger.projections.engine.registry import ALL_VIEWS, PROJECTION_VERSION, VIEW_NAMES
+from jobledger.projections.engine.shadow import REBUILD_CHECKPOINT_ID, ShadowViews
+from jobledger.projections.engine.writer import ProjectionWriter
+from jobledger.projections.slots import Views, ViewSlots
 
 _log = structlog.get_logger()
-REBUILD_CHECKPOINT_ID: Final = "rebuild"
-"""The note about the rebuild that is under way, or about what is left of the last: a document of `checkpoints`."""
-VIEW_NAMES: Final = tuple(view.NAME for view in ALL_VIEWS)
 CHUNK_EVENTS: Final = 5000
-_DELETE_CHUNK_SIZE: Final = 5000
 _CHUNK_SECONDS: Final = 30.0
-"""Events that are there arrive sooner; after so long it is asked whether they are there."""
+"""Existing events arrive sooner. After this time, the comparison checks whether they still exist."""
 ProgressCallback = Callable[[int, int], None]
-"""Is told how far the new views have got, and how far they have to go: two positions."""
+"""Called with the position of the shadow views and the position that they have to reach."""
+OnDifference = Callable[[Difference], None]
 SwitchFunction = Callable[[AsyncClientSession, int], Awaitable[bool]]
+"""Switches to the shadow views at a position; returns False if the active views are ahead."""
 
 
 class NotComparable(JobledgerError):
-    """The live views cannot be held against the log now; the message says why and what to do."""
+    """The active views cannot be compared with the log now. The message contains the reason and the remedy."""
 
 
 class Rebuild:
-    """Makes views anew, one process at a time; what was interrupted is continued by the next."""
+    """Rebuilds views in one process at a time. Another process continues an interrupted rebuild."""
 
     def __init__(
         self, db: Database, log: EventStore, connection: Connection, *, holder: str, lease_seconds: float = 10.0
     ) -> None:
         self._db = db
         self._log = log
-        self._leadership = LeaderElection(connection, REBUILD_CHECKPOINT_ID, holder=holder, lease_seconds=lease_seconds)
-
-    @property
-    def leader_election(self) -> LeaderElection:
-        """Who rebuilds: has to hear of changes."""
-        return self._leadership
+        self.leader_election = LeaderElection(
+            connection, REBUILD_CHECKPOINT_ID, holder=holder, lease_seconds=lease_seconds
+        )
+        """Elects the process that rebuilds. Add it as a listener to the change stream."""
+        self._shadow = ShadowViews(db, self.leader_election)
 
     async def run(
         self,
         names: Collection[str] = VIEW_NAMES,
         *,
-        on_progress: ProgressCallback = lambda position, upto: None,
+        on_progress: ProgressCallback = lambda position, total: None,
         only_if_outdated: bool = False,
     ) -> int:
-        """Make the views anew and put those that are named in the place of the live ones; return at which position.
+        """Rebuild all views and switch to the named ones.
 
-        All are made, for they are folded from each other. If only some are named, these are put in their place when the
-        live ones have reached the same position: in a moment's rest. With `only_older`, nothing is done if by now the
-        live ones are of this version.
+        All views are rebuilt because they depend on each other. To switch to only some of them, the active views must
+        have reached the same position, so the switch waits until they are idle.
+
+        Args:
+            names: Views to switch to.
+            on_progress: Called with the progress.
+            only_if_outdated: Do nothing if the active views have the current version by now.
+
+        Returns:
+            The position of the switch, or 0 if nothing was done.
 
         Raises:
-            DatabaseUnsuitable: the live views are of another version, so that all of them have to be replaced.
+            DatabaseUnsuitable: The active views have another version or are ahead of the log, so all of them must be
+                replaced.
+            LedgerUnavailable: The database failed.
         """
-        reached = 0
+        switched_position = 0
 
         async def lead() -> None:
-            nonlocal reached
+            nonlocal switched_position
             if only_if_outdated and (await load_checkpoint(self._db)).get("version", 0) >= PROJECTION_VERSION:
                 return
-            lost = await self._position_ahead_of_log()
-            folder, beside = await self._begin(most=None if lost is None else 0)
-            _log.info("view rebuild started", after=folder.position)
-            switch = self._switch_function(beside, names, lost=lost)
-            await self._apply_history(folder, await self._log.head_position(), on_progress)
-            with translate_errors("making the indexes of the views"):  # much faster than with every document
+            ahead_position = await self._position_ahead_of_log()
+            writer, slots = await self._shadow.open(max_position=None if ahead_position is None else 0)
+            _log.info("view rebuild started", after=writer.position)
+            switch = self._switch_function(slots, names, ahead_position=ahead_position)
+            await self._apply_history(writer, await self._log.head_position(), on_progress)
+            # Much faster than maintaining the indexes with each document of the history.
+            with translate_errors("creating the indexes of the views"):
                 for view in ALL_VIEWS:
                     if view.INDEXES:
-                        await folder.views[view.NAME].create_indexes(list(view.INDEXES))
-            async with self._log.subscribe(after=folder.position) as events:
-                switched = False
-                while not switched:
+                        await writer.views[view.NAME].create_indexes(list(view.INDEXES))
+            async with self._log.subscribe(after=writer.position) as events:
+                is_switched = False
+                while not is_switched:
                     head = await self._log.head_position()
-                    on_progress(folder.position, head)
-                    if folder.position == head:
-                        switched = await self._switch_when_idle(head, switch)
+                    on_progress(writer.position, head)
+                    if writer.position == head:
+                        is_switched = await self._switch_when_idle(head, switch)
                     else:
                         chunk = await events.next_chunk(CHUNK_EVENTS)
-                        switched = await self._apply(folder, chunk, switch if chunk[-1].position >= head else None)
-            reached = folder.position
-            on_progress(reached, reached)
-            _log.info("view rebuild finished, switched over", position=reached, views=sorted(names))
+                        is_last = chunk[-1].position >= head
+                        is_switched = await self._apply(writer, chunk, switch if is_last else None)
+            switched_position = writer.position
+            on_progress(switched_position, switched_position)
+            _log.info("view rebuild finished, switched over", position=switched_position, views=sorted(names))
 
-        await self._leadership.run_once(lead)
-        return reached
+        await self.leader_election.run_once(lead)
+        return switched_position
 
     async def compare(
         self,
         names: Collection[str] = VIEW_NAMES,
         *,
-        on_progress: ProgressCallback = lambda position, upto: None,
-        on_difference: Callable[[Difference], None],
+        on_progress: ProgressCallback = lambda position, total: None,
+        on_difference: OnDifference,
     ) -> int:
-        """Make the views anew and hold the live ones against them; `found` is told every difference.
+        """Rebuild the views, compare the active views with them, and empty them again. Nothing is replaced.
 
-        Returns the position at which they were compared. Nothing is replaced, and what was made is removed again.
+        Args:
+            names: Views to compare.
+            on_progress: Called with the progress.
+            on_difference: Called with each difference.
+
+        Returns:
+            The position at which the views were compared.
 
         Raises:
-            NotComparable: they are of another version, or it took longer than the database keeps the past.
+            NotComparable: The views have another version, the log lacks events, or the comparison took longer than the
+                database keeps its history.
+            LedgerUnavailable: The database failed.
         """
-        reached = 0
+        compared_position = 0
 
         async def lead() -> None:
-            nonlocal reached
+            nonlocal compared_position
             await self._require_events(ReadPosition.from_document(await load_checkpoint(self._db)))
-            folder, _ = await self._begin(most=(await load_checkpoint(self._db))["position"])
-            await self._apply_history(folder, (await load_checkpoint(self._db))["position"], on_progress)
-            async with self._log.subscribe(after=folder.position) as events:
-                reached = await self._compare_or_explain(folder, events, names, on_difference)
-            with translate_errors("removing what was made"):
-                await self._reset_shadow()
+            writer, _ = await self._shadow.open(max_position=(await load_checkpoint(self._db))["position"])
+            await self._apply_history(writer, (await load_checkpoint(self._db))["position"], on_progress)
+            async with self._log.subscribe(after=writer.position) as events:
+                compared_position = await self._compare_or_explain(writer, events, names, on_difference)
+            with translate_errors("emptying the shadow views"):
+                await self._shadow.reset()
 
-        await self._leadership.run_once(lead)
-        return reached
+        await self.leader_election.run_once(lead)
+        return compared_position
 
     async def clear_shadow(self, switched_at: datetime | None = None) -> None:
-        """Empty what the last rebuild has left behind; with `switched_at`, if it is the one that was done then."""
-        await self._leadership.run_once(partial(self._clear_shadow, switched_at))
+        """Empty the views that the last switch replaced; with `switched_at`, only if it was at this time."""
+        await self.leader_election.run_once(partial(self._shadow.clear, switched_at))
 
-    # Beginning and ending -----------------------------------------------------------------------------------------
+    # Applying events ------------------------------------------------------------------------------------------------
 
-    async def _begin(self, *, most: int | None = None) -> tuple[ProjectionWriter, ViewSlots]:
-        """Continue what was interrupted, unless it is beyond `most`, or begin; return who folds, and into which sides.
+    async def _apply_history(self, writer: ProjectionWriter, end: int, on_progress: ProgressCallback) -> None:
+        """Apply events until less than a chunk is left before `end`, and never beyond it.
 
-        Raises:
-            Deposed: somebody else rebuilds by now.
-        """
-        with translate_errors("beginning to make the views anew"):
-            note = await self._take_over()
-            beside = _shadow_slots(await load_checkpoint(self._db))
-            views = Views(self._db, beside)
-            goes_on = (
-                note.get("shadow_empty") and note.get("version") == PROJECTION_VERSION and note.get("slots") == beside
-            )
-            if not goes_on or note.get("switched_at") or (most is not None and note["position"] > most):
-                await self._delete_documents(views)
-                begun = {
-                    "shadow_empty": True,
-                    "version": PROJECTION_VERSION,
-                    "slots": beside,
-                    "position": 0,
-                    "switched_at": None,
-                }
-                await self._update_checkpoint({"$set": begun})
-                note = {**note, **begun}
-        fence = {"fencing_token": self._leadership.fencing_token, "shadow_empty": True}
-        return ProjectionWriter(
-            self._db, views, checkpoint=REBUILD_CHECKPOINT_ID, fence=fence, read=ReadPosition.from_document(note)
-        ), beside
-
-    async def _take_over(self) -> Document:
-        """Put our fencing token on the note, which fences those before us, and return it; make it if there is none."""
-        await self._db.checkpoints.update_one(
-            {"_id": REBUILD_CHECKPOINT_ID}, {"$setOnInsert": {"fencing_token": 0}}, upsert=True
-        )
-        note = await self._db.checkpoints.find_one_and_update(
-            {"_id": REBUILD_CHECKPOINT_ID, "fencing_token": {"$lt": self._leadership.fencing_token}},
-            {"$set": {"fencing_token": self._leadership.fencing_token}},
-        )
-        if note is None:
-            raise LeadershipLost
-        return note
-
-    async def _update_checkpoint(
-        self, change: Document, session: AsyncClientSession | None = None, **wanted: Any
-    ) -> None:
-        """Change our note.
-
-        Raises:
-            Deposed: it is not ours any more.
-        """
-        ours = {"_id": REBUILD_CHECKPOINT_ID, "fencing_token": self._leadership.fencing_token, **wanted}
-        if not (await self._db.checkpoints.update_one(ours, change, session=session)).matched_count:
-            raise LeadershipLost
-
-    async def _delete_documents(self, views: Views) -> None:
-        """Delete everything from views that are not live. Not by dropping them: that cannot be fenced."""
-        await self._update_checkpoint({"$set": {"shadow_empty": False}})
-        for name in VIEW_NAMES:
-            while some := await views[name].find({}, {"_id": 1}, sort=[("_id", 1)], limit=_DELETE_CHUNK_SIZE).to_list():
-                await run_transaction(self._db, partial(self._delete, views[name], some))
-
-    async def _delete(
-        self, view: AsyncCollection[Document], documents: Sequence[Document], session: AsyncClientSession
-    ) -> None:
-        await self._update_checkpoint({"$inc": {"deleted": len(documents)}}, session)
-        await view.delete_many({"_id": {"$lte": documents[-1]["_id"]}}, session=session)
-
-    async def _clear_shadow(self, wanted: datetime | None) -> None:
-        with translate_errors("removing what a rebuild has left"):
-            switched_at = (await self._take_over()).get("switched_at")
-            if switched_at is not None and wanted in (None, switched_at):
-                await self._reset_shadow()
-
-    async def _reset_shadow(self) -> None:
-        beside = _shadow_slots(await load_checkpoint(self._db))
-        await self._delete_documents(Views(self._db, beside))
-        await self._update_checkpoint(
-            {"$set": {"shadow_empty": True, "slots": beside, "position": 0, "switched_at": None}}
-        )
-
-    # Switching ----------------------------------------------------------------------------------------------------
-
-    async def _apply_history(self, folder: ProjectionWriter, upto: int, told: ProgressCallback) -> None:
-        """Fold events up to less than a chunk before a position, never beyond it.
-
-        Each chunk is folded while the one before is being written and the one behind it is being read.
+        While a chunk is applied in memory, the previous one is written and the next one is read.
         """
 
-        def read(after: int) -> asyncio.Task[list[RecordedEvent]]:
+        def start_reading(after: int) -> asyncio.Task[list[RecordedEvent]]:
             return asyncio.create_task(
                 self._log.read(after=after, limit=CHUNK_EVENTS, without_metadata=True), name="read-ahead"
             )
 
         reading: asyncio.Task[list[RecordedEvent]] | None = None
         writing: asyncio.Task[None] | None = None
-        position = folder.position
+        position = writer.position
         try:
-            while position + CHUNK_EVENTS <= upto:
-                chunk = await (reading or read(position))
+            while position + CHUNK_EVENTS <= end:
+                chunk = await (reading or start_reading(position))
                 if not chunk:
                     break
                 position = chunk[-1].position
-                reading = read(position)
+                reading = start_reading(position)
                 try:
-                    prepared = await folder.prepare(chunk)
+                    prepared = await writer.prepare(chunk)
                     if writing is not None:
                         await writing
-                        told(folder.position, upto)
+                        on_progress(writer.position, end)
                 except (ChunkTooLarge, UnsupportedEvent):
-                    await self._apply_rest(folder, writing, position)
+                    await self._apply_rest(writer, writing, position)
                     writing = None
                     continue
-                writing = asyncio.create_task(folder.write(prepared), name="write-views")
+                writing = asyncio.create_task(writer.write(prepared), name="write-views")
                 await asyncio.sleep(0)
-            await self._apply_rest(folder, writing, position)
+            await self._apply_rest(writer, writing, position)
         finally:
             for task in (reading, writing):
                 if task is not None:
                     task.cancel()
             await asyncio.gather(*filter(None, (reading, writing)), return_exceptions=True)
 
-    async def _apply_rest(self, folder: ProjectionWriter, writing: asyncio.Task[None] | None, upto: int) -> None:
-        """Fold what is missing up to a position: in parts, of events with their hashes, and nothing at the same time.
+    async def _apply_rest(self, writer: ProjectionWriter, writing: asyncio.Task[None] | None, end: int) -> None:
+        """Apply the remaining events up to a position in smaller parts, without concurrency.
+
+        Events are read with their metadata, so the checkpoint contains the hash of the last one.
 
         Raises:
-            NewerEvent: a later version of this program has written one of the events.
+            UnsupportedEvent: A later version of the program wrote one of the events.
         """
         if writing is not None:
             with suppress(ChunkTooLarge):
                 await writing
-        if folder.position < upto:
-            folder.discard_unwritten()
-        while folder.position < upto:
-            await folder.apply(
-                await self._log.read(after=folder.position, limit=min(CHUNK_EVENTS, upto - folder.position))
-            )
+        if writer.position < end:
+            writer.discard_unwritten()
+        while writer.position < end:
+            limit = min(CHUNK_EVENTS, end - writer.position)
+            await writer.apply(await self._log.read(after=writer.position, limit=limit))
 
     async def _apply(
-        self, folder: ProjectionWriter, events: Sequence[RecordedEvent], switch: SwitchFunction | None
+        self, writer: ProjectionWriter, events: Sequence[RecordedEvent], switch: SwitchFunction | None
     ) -> bool:
-        """Fold a chunk and, in the same transaction, switch if the live views are not ahead; return if that was done.
+        """Apply a chunk, try to switch in the same transaction, and return whether it switched.
 
-        In the same: while we tried behind it, the live views would always have got further.
+        In a later transaction, the active views would already be ahead again.
         """
-        switched = False
+        is_switched = False
 
-        async def first(session: AsyncClientSession) -> None:
-            nonlocal switched
-            switched = switch is not None and await switch(session, events[-1].position)
+        async def before_write(session: AsyncClientSession) -> None:
+            nonlocal is_switched
+            is_switched = switch is not None and await switch(session, events[-1].position)
 
-        await folder.apply(events, before_write=first)
-        return switched
+        await writer.apply(events, before_write=before_write)
+        return is_switched
+
+    # Switching ------------------------------------------------------------------------------------------------------
 
     async def _switch_when_idle(self, position: int, switch: SwitchFunction) -> bool:
-        """Switch, if the live views are not ahead, when there is nothing to be folded."""
+        """Switch while there are no events to apply, and return whether it switched."""
 
-        async def demand(session: AsyncClientSession) -> bool:
-            await self._update_checkpoint({"$set": {"position": position}}, session, position=position)
+        async def try_switch(session: AsyncClientSession) -> bool:
+            await self._shadow.update({"$set": {"position": position}}, session, position=position)
             return await switch(session, position)
 
-        with translate_errors("putting the new views in their place"):
-            return await run_transaction(self._db, demand)
+        with translate_errors("switching to the rebuilt views"):
+            return await run_transaction(self._db, try_switch)
 
     async def _position_ahead_of_log(self) -> int | None:
-        """Return the position of the live views if the log does not have what they have read, else None."""
-        read = ReadPosition.from_document(await load_checkpoint(self._db))
+        """Return the position of the active views if they contain events that the log lacks, else None."""
+        last_applied = ReadPosition.from_document(await load_checkpoint(self._db))
         try:
-            await self._log.check_not_truncated(read, "the views")
+            await self._log.check_not_truncated(last_applied, "the views")
         except LogTruncated as truncated:
             _log.warning("log truncated, rebuilding views from remaining events", error=str(truncated))
-            return read.position
+            return last_applied.position
         return None
 
-    def _switch_function(self, beside: ViewSlots, names: Collection[str], lost: int | None = None) -> SwitchFunction:
-        """Return what puts the new views in the place of the live ones, in a transaction that demands our note.
+    def _switch_function(
+        self, slots: ViewSlots, names: Collection[str], ahead_position: int | None = None
+    ) -> SwitchFunction:
+        """Return the function that switches to views in the shadow slots.
 
-        `lost` is the position of live views ahead of the log. They cannot be caught up with: all are replaced.
+        Args:
+            slots: The shadow slots.
+            names: Views to switch to.
+            ahead_position: Position of active views that are ahead of the log. All of them must be replaced, because
+                the log never reaches their position.
 
         Raises:
-            DatabaseUnsuitable: only some are to be replaced, and the live ones are ahead of the log.
+            DatabaseUnsuitable: Only some views are named, and the active views are ahead of the log.
         """
-        whole = set(names) == set(VIEW_NAMES)
-        if lost is not None and not whole:
-            raise DatabaseUnsuitable("The views are ahead of the log: all of them have to be made anew together.")
+        all_views = set(names) == set(VIEW_NAMES)
+        if ahead_position is not None and not all_views:
+            raise DatabaseUnsuitable("The views are ahead of the log. Rebuild all of them together, without --view.")
 
         async def switch(session: AsyncClientSession, position: int) -> bool:
-            # First of all a write: a projector that folds meanwhile waits for us then, and not we for it.
+            # The first operation is a write, so a projector that writes at the same time waits for this transaction.
             now = self._log.clock.estimate()
-            wanted: Document = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$lte": position} if whole else position}
-            if lost is not None:
-                wanted = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$in": [lost, position]}}
-            read = {"position": position, "hash": await self._log.hash_at(position)}
-            live = await self._db.checkpoints.find_one_and_update(
-                wanted, {"$set": {**read, "switched_at": now}}, session=session
-            )
-            if live is None:
+            required: Document = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$lte": position} if all_views else position}
+            if ahead_position is not None:
+                required = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$in": [ahead_position, position]}}
+            update = {"position": position, "hash": await self._log.hash_at(position), "switched_at": now}
+            active = await self._db.checkpoints.find_one_and_update(required, {"$set": update}, session=session)
+            if active is None:
                 return False
-            if not whole and live.get("version") != PROJECTION_VERSION:
-                raise DatabaseUnsuitable("The views are of another version: all of them have to be made anew together.")
-            sides = {**live.get("slots", {}), **{name: beside[name] for name in names}}
-            new = {"slots": sides, "version": PROJECTION_VERSION}
-            await self._db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$set": new}, session=session)
-            await self._update_checkpoint({"$set": {"switched_at": now}}, session)
+            if not all_views and active.get("version") != PROJECTION_VERSION:
+                raise DatabaseUnsuitable(
+                    "The views have another version. Rebuild all of them together, without --view."
+                )
+            new_slots = {**active.get("slots", {}), **{name: slots[name] for name in names}}
+            await self._db.checkpoints.update_one(
+                {"_id": VIEWS_CHECKPOINT_ID},
+                {"$set": {"slots": new_slots, "version": PROJECTION_VERSION}},
+                session=session,
+            )
+            await self._shadow.update({"$set": {"switched_at": now}}, session)
             return True
 
         return switch
 
-    # Comparing ----------------------------------------------------------------------------------------------------
+    # Comparing ------------------------------------------------------------------------------------------------------
 
     async def _compare_or_explain(
-        self,
-        folder: ProjectionWriter,
-        events: Subscription,
-        names: Collection[str],
-        found: Callable[[Difference], None],
+        self, writer: ProjectionWriter, events: Subscription, names: Collection[str], on_difference: OnDifference
     ) -> int:
-        """Compare with what the live views were at one instant, which the database remembers for some minutes."""
+        """Compare with a snapshot of the active views, which the database keeps for some minutes."""
         try:
             with translate_errors("comparing the views"):
-                return await self._compare_in_snapshot(folder, events, names, found)
+                return await self._compare_in_snapshot(writer, events, names, on_difference)
         except LedgerUnavailable as error:
             if server_error_code(error) == SNAPSHOT_TOO_OLD:
                 raise NotComparable(
-                    "Comparing took longer than the database remembers how the views were. An administrator can make "
-                    "it remember more: db.adminCommand({setParameter: 1, minSnapshotHistoryWindowInSeconds: 3600})"
+                    "The comparison took longer than the database keeps its history. An administrator can extend it: "
+                    "db.adminCommand({setParameter: 1, minSnapshotHistoryWindowInSeconds: 3600})"
                 ) from error
             raise
 
-    async def _require_events(self, read: ReadPosition) -> None:
-        """Make sure that the log has what the live views have read.
+    async def _compare_in_snapshot(
+        self, writer: ProjectionWriter, events: Subscription, names: Collection[str], on_difference: OnDifference
+    ) -> int:
+        async with self._db.client.start_session(snapshot=True) as session:
+            active = await load_checkpoint(self._db, session)
+            if active.get("version") != PROJECTION_VERSION:
+                raise NotComparable(
+                    "The views were built by another version of this program, so they differ. Rebuild them: "
+                    "`jobledger views rebuild`."
+                )
+            while writer.position < active["position"]:
+                await writer.apply(await self._read_chunk(events, active["position"] - writer.position))
+            active_views = Views(self._db, active.get("slots"))
+            for name in names:
+                async for difference in find_differences(name, active_views[name], writer.views[name], session):
+                    on_difference(difference)
+        return int(active["position"])
+
+    async def _require_events(self, last_applied: ReadPosition) -> None:
+        """Check that the log contains the events of the active views.
 
         Raises:
-            NotComparable: It does not.
+            NotComparable: Events are missing.
         """
         try:
-            await self._log.check_not_truncated(read, "the views")
+            await self._log.check_not_truncated(last_applied, "the views")
         except LogTruncated as truncated:
             raise NotComparable(
-                f"{truncated} `jobledger views rebuild` makes the views of what is left."
+                f"{truncated} To rebuild the views from the remaining events: `jobledger views rebuild`."
             ) from truncated
 
-    async def _next(self, events: Subscription, most: int) -> Sequence[RecordedEvent]:
-        """Return the next events of the log, of which the live views have read `most` more at least.
+    async def _read_chunk(self, events: Subscription, missing: int) -> Sequence[RecordedEvent]:
+        """Return the next events. The active views contain at least `missing` more events of the log.
 
         Raises:
-            NotComparable: They are not there any more.
+            NotComparable: These events do not exist any more.
         """
         while True:
             try:
                 async with asyncio.timeout(_CHUNK_SECONDS):
-                    return await events.next_chunk(min(CHUNK_EVENTS, most))
+                    return await events.next_chunk(min(CHUNK_EVENTS, missing))
             except TimeoutError:
-                await self._require_events(ReadPosition(events.position + most))
-
-    async def _compare_in_snapshot(
-        self,
-        folder: ProjectionWriter,
-        events: Subscription,
-        names: Collection[str],
-        found: Callable[[Difference], None],
-    ) -> int:
-        async with self._db.client.start_session(snapshot=True) as session:
-            live = await load_checkpoint(self._db, session)
-            if live.get("version") != PROJECTION_VERSION:
-                raise NotComparable(
-                    "The views were made by another version of this program: they differ. `jobledger views rebuild` "
-                    "makes them anew."
-                )
-            while folder.position < live["position"]:
-                await folder.apply(await self._next(events, live["position"] - folder.position))
-            fresh, old = folder.views, Views(self._db, live.get("slots"))
-            for name in names:
-                async for difference in find_differences(name, old[name], fresh[name], session):
-                    found(difference)
-        return int(live["position"])
-
-
-async def load_checkpoint(db: Database, session: AsyncClientSession | None = None) -> Document:
-    """Return what the checkpoint says of the live views: `position`, `sides`, `version`.
-
-    Raises:
-        LedgerUnavailable: the database failed.
-    """
-    with translate_errors("reading how far the views have got"):
-        found = await db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID}, session=session)
-    return found or {"position": 0, "version": PROJECTION_VERSION}
-
-
-def _shadow_slots(live: Document) -> ViewSlots:
-    return {name: other_slot(live.get("slots", {}).get(name, "a")) for name in VIEW_NAMES}
+                await self._require_events(ReadPosition(events.position + missing))

@@ -24,7 +24,7 @@ from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.hash_chain import GENESIS_HASH
-from jobledger.projections.engine.writer import PROJECTION_VERSION
+from jobledger.projections.engine.registry import PROJECTION_VERSION
 from tests.support.event_examples import NOON
 from tests.support.installation import CommandOutcome, Installation, assert_one_line_error, has_exited
 from tests.support.ledger_setup import (

@@ -40,8 +40,8 @@ from jobledger.ledger.domain.events import (
 )
 from jobledger.ledger.mongo.connection import Database, Document
 from jobledger.ledger.store.command_handler import Command
-from jobledger.projections import slots as views
-from jobledger.projections.engine.rebuild import load_checkpoint
+from jobledger.projections import slots
+from jobledger.projections.engine.checkpoint import load_checkpoint
 from jobledger.projections.views import batches, files, jobs, queue, statistics, steps
 from tests.support.role_runner import RunningRoles
 
@@ -98,7 +98,7 @@ def _counters(counted: Counter[tuple[str, str]]) -> list[Document]:
 
 async def load_views(db: Database, *, zeros: bool = True) -> Views:
     """Return what the views say now; without `zeros`, a counter that has gone back to zero is as one that never was."""
-    live = views.Views(db, (await load_checkpoint(db)).get("slots"))
+    live = slots.Views(db, (await load_checkpoint(db)).get("slots"))
     found = {
         view.NAME: [document async for document in live[view.NAME].find()]
         for view in (jobs, batches, queue, files, statistics, steps)

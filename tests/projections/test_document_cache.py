@@ -12,8 +12,8 @@ import pytest
 from jobledger.ledger.domain.commands import UpdateJob
 from jobledger.ledger.domain.events import AccessControl
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.projections.engine import document_cache, rebuild
-from jobledger.projections.engine import writer as folding
+from jobledger.projections.engine import chunk_loader, document_cache, rebuild, writer
+from jobledger.projections.engine.chunk import Chunk
 from jobledger.projections.engine.document_cache import MAX_CACHED_BYTES, DocumentCache, estimate_memory
 from jobledger.projections.views import jobs, list_index
 from tests.projections.test_rebuild import compared
@@ -85,20 +85,20 @@ async def test_chunks_that_concern_too_many_bytes_are_folded_in_parts(
     async with run_roles_in_process(connection, store, projector=True) as here:
         large = [await here.submit({"text": "x" * 70_000}) for _ in range(10)]
         await here.wait_for_views()
-    monkeypatch.setattr(folding, "MAX_LOADED_BYTES", 200_000)
-    monkeypatch.setattr(folding, "MAX_LIST_INDEX_BYTES", 1_000_000)
+    monkeypatch.setattr(chunk_loader, "MAX_LOADED_BYTES", 200_000)
+    monkeypatch.setattr(writer, "MAX_LIST_INDEX_BYTES", 1_000_000)
     loaded: list[int] = []
     listed: list[int] = []
-    write = folding.ProjectionWriter.write
+    write = writer.ProjectionWriter.write
 
-    async def noted(self: folding.ProjectionWriter, chunk: folding.Chunk, **given: Any) -> None:
+    async def noted(self: writer.ProjectionWriter, chunk: Chunk, **given: Any) -> None:
         loaded.append(sum("large_fields" in job for job in chunk.loaded[jobs.NAME].values()))
         listed.append(
             sum(list_index.estimate_list_index_memory(job) for job in chunk.current[jobs.NAME].values() if job)
         )
         await write(self, chunk, **given)
 
-    monkeypatch.setattr(folding.ProjectionWriter, "write", noted)
+    monkeypatch.setattr(writer.ProjectionWriter, "write", noted)
     async with run_roles_in_process(connection, store) as here:
         for job_id in large:
             await here.handle_commands(job_id, UpdateJob("user:a", priority=2))

@@ -45,8 +45,9 @@ from jobledger.ledger.mongo.transactions import run_transaction
 from jobledger.ledger.store import envelope
 from jobledger.ledger.store.command_handler import StreamState, load_stream_states
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
-from jobledger.projections.engine import projector, rebuild
-from jobledger.projections.engine import writer as folding
+from jobledger.projections.engine import projector, rebuild, writer
+from jobledger.projections.engine.chunk import Chunk, ChunkTooLarge
+from jobledger.projections.engine.registry import FOLDED_VIEWS
 from jobledger.projections.views import job_list, jobs, projection_errors
 from tests.projections.expected_views import load_views
 from tests.projections.test_rebuild import compared, rebuilding
@@ -374,15 +375,15 @@ async def test_a_chunk_that_takes_too_long_is_written_in_parts(
 ) -> None:
     """The server ends a transaction after a while: a chunk must not be tried for ever as it is."""
     written: list[int] = []
-    write = folding.ProjectionWriter._write
+    write = writer.ProjectionWriter._write
 
-    async def limited(self: folding.ProjectionWriter, chunk: folding.Chunk, first: Any, writes: Any) -> None:
+    async def limited(self: writer.ProjectionWriter, chunk: Chunk, first: Any, writes: Any) -> None:
         if len(chunk.current["jobs"]) > 3:
-            raise folding.ChunkTooLarge("as if")
+            raise ChunkTooLarge("as if")
         written.append(len(chunk.current["jobs"]))
         await write(self, chunk, first, writes)
 
-    monkeypatch.setattr(folding.ProjectionWriter, "_write", limited)
+    monkeypatch.setattr(writer.ProjectionWriter, "_write", limited)
     async with run_roles_in_process(connection, store) as here:
         job_ids = [await here.submit() for _ in range(20)]
     async with run_roles_in_process(connection, store, projector=True) as here:
@@ -512,7 +513,7 @@ async def test_writes_of_one_event_are_bounded_by_the_document(connection: Conne
         done = JobResults(files=files, metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
         await here.handle_commands(job_id, CompleteJob("worker-1", 1, done))
         events = await here.event_store.read_stream(job_id)
-    chunk = folding.Chunk({view: {} for view in folding.FOLDED_VIEWS})
+    chunk = Chunk({view: {} for view in FOLDED_VIEWS})
     for event in events:
         chunk.apply(event)
     rows = chunk.changed_rows()["files"].values()
@@ -548,7 +549,7 @@ async def test_a_transaction_that_is_too_large_for_the_server_is_written_in_part
             raise OperationFailure("TransactionTooLargeForCache", 388)
         return await run_transaction(db, write)
 
-    monkeypatch.setattr(folding, "run_transaction", limited)
+    monkeypatch.setattr(writer, "run_transaction", limited)
     async with run_roles_in_process(connection, store) as here:
         job_ids = [await here.submit() for _ in range(4)]
     async with run_roles_in_process(connection, store, projector=True) as here:

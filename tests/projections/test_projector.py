@@ -26,8 +26,10 @@ from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.projections.engine import health, projector, writer
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
+from jobledger.projections.engine.chunk import Chunk
 from jobledger.projections.engine.projector import Projector
-from jobledger.projections.engine.writer import FOLDED_VIEWS, PROJECTION_VERSION, Chunk, ProjectionWriter
+from jobledger.projections.engine.registry import FOLDED_VIEWS, PROJECTION_VERSION
+from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.views import batches, files, jobs, queue, statistics, steps
 from tests.projections.expected_views import (
     assert_views_match_log,
@@ -163,7 +165,7 @@ async def test_what_a_chunk_amounts_to_does_not_depend_on_where_it_ends(connecti
             if isinstance(write, InsertOne):
                 assert write._doc["_id"] not in rows[queue.NAME]
             elif isinstance(write, ReplaceOne):
-                assert write._filter["_id"] in rows[queue.NAME], "what is not there is inserted: see folding.py"
+                assert write._filter["_id"] in rows[queue.NAME], "what is not there is inserted: see chunk.py"
         for view, changed in chunk.changed_rows().items():
             rows[view] = {key: row for key, row in {**rows[view], **changed}.items() if row is not None}
         for view, documents in chunk.current.items():
@@ -231,7 +233,7 @@ class HeldFolder(ProjectionWriter):
 
     async def apply(self, events: Sequence[RecordedEvent], **given: Any) -> list[Document]:
         self.about_to_fold = events
-        await self._load_chunk(events)
+        await self._loader.load(events, unwritten=None, position=self.position)
         Held.reached.set()
         return await asyncio.Future()
 
@@ -243,7 +245,7 @@ class Held(Projector):
     async def _take_over(self) -> ProjectionWriter:
         found = await super()._take_over()
         self.folder = HeldFolder(
-            self._db, found.views, checkpoint=found._checkpoint, fence=found._fence, read=found.last_applied
+            self._db, found.views, checkpoint=found._checkpoint, fence=found._fence, last_applied=found.last_applied
         )
         return self.folder
 
@@ -282,7 +284,7 @@ async def test_of_two_leaders_in_one_epoch_only_one_folds_a_position(connection:
             views,
             checkpoint=VIEWS_CHECKPOINT_ID,
             fence={"fencing_token": 1, "slots": views.slots},
-            read=ReadPosition(0),
+            last_applied=ReadPosition(0),
         )
         with pytest.raises(LeadershipLost):
             await again.apply(await here.read_all_events())
@@ -313,14 +315,14 @@ async def test_a_standby_that_was_just_refused_does_not_miss_that_the_leader_sto
             standby = Projector(
                 second.db, second.event_store, connection, second.checkpoint, holder="standby", lease_seconds=30
             )
-            second_try = standby._leadership._lease.acquire
+            second_try = standby._leader_election._lease.acquire
 
             async def acquire(facts: Any) -> bool:
                 taken = await second_try(facts)
                 if not leader.done():  # between the refusal and the waiting
                     leader.cancel()
                     await asyncio.gather(leader, return_exceptions=True)
-                    standby._leadership.on_change(
+                    standby._leader_election.on_change(
                         {
                             "documentKey": {"_id": "projector"},
                             "updateDescription": {"updatedFields": {"released": True}},
@@ -328,7 +330,7 @@ async def test_a_standby_that_was_just_refused_does_not_miss_that_the_leader_sto
                     )
                 return taken
 
-            monkeypatch.setattr(standby._leadership._lease, "acquire", acquire)
+            monkeypatch.setattr(standby._leader_election._lease, "acquire", acquire)
             standing_by = asyncio.create_task(standby.run())
             await second.submit()
             await second.wait_for_views(2, seconds=SOON_SECONDS)

@@ -20,11 +20,13 @@ from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.mongo.leader_election import LeadershipLost
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine import projector, rebuild
-from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
+from jobledger.projections.engine import projector, rebuild, shadow
+from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, load_checkpoint
+from jobledger.projections.engine.chunk import Chunk
 from jobledger.projections.engine.comparison import Difference
-from jobledger.projections.engine.rebuild import VIEW_NAMES, Rebuild, load_checkpoint
-from jobledger.projections.engine.writer import PROJECTION_VERSION, Chunk, ProjectionWriter
+from jobledger.projections.engine.rebuild import Rebuild
+from jobledger.projections.engine.registry import PROJECTION_VERSION, VIEW_NAMES
+from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.slots import SLOTS, Slot, Views, collection_name, other_slot
 from tests.projections.expected_views import assert_views_match_log, load_views
 from tests.projections.test_projector import a_history
@@ -250,7 +252,7 @@ async def test_what_another_version_has_begun_is_begun_again(
             "position": 5,
             "fencing_token": 0,
         }
-        await here.db.checkpoints.insert_one({"_id": rebuild.REBUILD_CHECKPOINT_ID, **note})
+        await here.db.checkpoints.insert_one({"_id": shadow.REBUILD_CHECKPOINT_ID, **note})
         async with rebuilding(connection) as auditor:
             await auditor.run()
         assert await load_views(here.db) == before
@@ -266,13 +268,13 @@ async def test_who_was_replaced_while_making_views_anew_writes_nothing(connectio
             reached, go_on = asyncio.Event(), asyncio.Event()
 
             async def stand_still() -> None:
-                folder, beside = await slow._begin()
+                writer, slots = await slow._shadow.open()
                 reached.set()
                 await go_on.wait()
                 for attempt in (
-                    folder.apply(await here.read_all_events()),
-                    slow._delete_documents(folder.views),
-                    slow._switch_when_idle(0, slow._switch_function(beside, VIEW_NAMES)),
+                    writer.apply(await here.read_all_events()),
+                    slow._shadow.delete_documents(writer.views),
+                    slow._switch_when_idle(0, slow._switch_function(slots, VIEW_NAMES)),
                 ):
                     with pytest.raises(LeadershipLost):
                         await attempt
@@ -280,7 +282,7 @@ async def test_who_was_replaced_while_making_views_anew_writes_nothing(connectio
             standing = asyncio.create_task(slow.leader_election.run_once(stand_still))
             await reached.wait()
             await here.db.leaders.update_one(
-                {"_id": rebuild.REBUILD_CHECKPOINT_ID}, [{"$set": {"lease_until": "$$NOW"}}]
+                {"_id": shadow.REBUILD_CHECKPOINT_ID}, [{"$set": {"lease_until": "$$NOW"}}]
             )
             slow.leader_election._lease._lost = asyncio.Event()  # it does not notice
             await quick.run()
@@ -312,7 +314,7 @@ async def test_of_two_at_once_the_second_says_that_it_waits_and_then_does_it_onc
                 assert not running.done()
                 assert said[0] == {
                     "event": "another process is leader, standing by",
-                    "role": rebuild.REBUILD_CHECKPOINT_ID,
+                    "role": shadow.REBUILD_CHECKPOINT_ID,
                     "log_level": "info",
                 }
                 go_on.set()

@@ -159,8 +159,7 @@ async def test_cleanup_digests_in_step_output_are_not_files(connection: Connecti
 async def test_cleanup_waits_while_files_are_unknown_and_doctor_names_the_job(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (jobs, step_files):
-        monkeypatch.setattr(module, "MAX_STEP_FILES", 10)
+    monkeypatch.setattr(step_files, "MAX_STEP_FILES", 10)
     async with run_roles_in_process(connection, store, projector=True) as here:
         other = await here.submit()
         await here.claim(other)

@@ -1,0 +1,158 @@
+"""Load the documents that a chunk of events may change."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any, Final
+
+import bson
+
+from jobledger.ledger.domain.errors import UnreadableEvent, UnsupportedEvent
+from jobledger.ledger.domain.events import (
+    BatchDeleted,
+    BatchPaused,
+    BatchResumed,
+    BatchSubmitted,
+    DeliveryQueued,
+    Event,
+    JobSubmitted,
+    RecordedEvent,
+)
+from jobledger.ledger.mongo.connection import LENIENT_CODEC, Database, Document
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.projections.engine.chunk import Chunk, ChunkTooLarge
+from jobledger.projections.engine.document_cache import DocumentCache, DocumentKey
+from jobledger.projections.engine.registry import FOLDED_VIEWS
+from jobledger.projections.slots import Views
+from jobledger.projections.views import batches, deliveries, endpoints, jobs, projection_errors, statistics
+
+MAX_LOADED_BYTES: Final = 64 * 1024 * 1024
+"""Maximum BSON size of the documents of one view that are read for one chunk."""
+QUEUE_CHANGING_EVENTS: Final = frozenset({BatchPaused.__name__, BatchResumed.__name__, BatchDeleted.__name__})
+"""Events that may change whether the pending jobs of a batch are in the queue."""
+_FIRST_EVENTS: Final = frozenset({JobSubmitted.__name__, BatchSubmitted.__name__, DeliveryQueued.__name__})
+"""The first events of streams. Their documents do not exist yet."""
+
+
+class ChunkLoader:
+    """Reads documents from the chunk that is being written, from a cache, or from the views.
+
+    Attributes:
+        reduced: Documents that the views contain only in reduced form.
+    """
+
+    def __init__(self, db: Database, views: Views) -> None:
+        self._db = db
+        self._views = views
+        self._cache = DocumentCache()
+        self.reduced: set[DocumentKey] = set()
+
+    async def load(self, events: Sequence[RecordedEvent], *, unwritten: Chunk | None, position: int) -> Chunk:
+        """Return an empty chunk with all documents that the events may change.
+
+        Args:
+            events: The events to be applied.
+            unwritten: The previous chunk, if the database does not contain it yet.
+            position: The last position that the views contain.
+
+        Raises:
+            ChunkTooLarge: The documents of several events exceed the memory limit.
+        """
+        max_bytes = MAX_LOADED_BYTES if len(events) > 1 else None
+
+        async def read(view: str, keys: set[str], max_bytes: int | None = None) -> dict[str, Document]:
+            return await self._load_documents(view, keys, max_bytes, unwritten, position)
+
+        first_events = [event for event in events if event.version == 1 and event.type in _FIRST_EVENTS]
+        new_streams = {event.stream for event in first_events}
+        streams = {event.stream for event in events} - new_streams
+        loaded = {jobs.NAME: await read(jobs.NAME, _of_kind("job", streams), max_bytes)}
+        batch_ids = {job["batch_id"] for job in loaded[jobs.NAME].values()}
+        batch_ids |= {
+            getattr(_read_payload(event), "batch_id", None) for event in first_events if event.stream.startswith("job-")
+        }
+        batch_ids |= _of_kind("batch", streams)
+        loaded[batches.NAME] = await read(batches.NAME, batch_ids - new_streams - {None}, max_bytes)
+        loaded[deliveries.NAME] = await read(deliveries.NAME, _of_kind("delivery", streams), max_bytes)
+        queued = [_read_payload(event) for event in events if event.type == DeliveryQueued.__name__]
+        endpoint_ids = {endpoints.endpoint_id(payload) for payload in queued if isinstance(payload, DeliveryQueued)}
+        loaded[endpoints.NAME] = await read(endpoints.NAME, endpoint_ids)
+        loaded[statistics.NAME] = await read(statistics.NAME, {statistics.FINISHED_BY_MINUTE})
+        changed_queues = {event.stream for event in events if event.type in QUEUE_CHANGING_EVENTS}
+        changed_queues &= loaded[batches.NAME].keys()
+        job_ids = [
+            job_id for batch_id in sorted(changed_queues) for job_id in loaded[batches.NAME][batch_id]["job_ids"]
+        ]
+        return Chunk(loaded, await jobs.find_pending_jobs(self._views, job_ids) if job_ids else ())
+
+    def cache_documents(self, chunk: Chunk) -> None:
+        """Keep the changed documents of a chunk for the next chunks, except large ones."""
+        for view, documents in chunk.current.items():
+            for key, document in documents.items():
+                is_cached = document is not None and "large_fields" not in document
+                self._cache.put((view, key), document if is_cached else None)
+        self._cache.evict()
+
+    def clear_cache(self) -> None:
+        """Remove all documents from the cache."""
+        self._cache.clear()
+
+    async def _load_documents(
+        self, view: str, keys: set[str], max_bytes: int | None, unwritten: Chunk | None, position: int
+    ) -> dict[str, Document]:
+        """Return documents by key.
+
+        Raises:
+            ChunkTooLarge: The database returned more than `max_bytes`.
+        """
+        being_written = unwritten.current[view] if unwritten is not None else {}
+        loaded = {key: document for key in keys if (document := self._cache.get((view, key))) is not None}
+        # The database does not contain this chunk yet, and the cache does not contain its large documents.
+        loaded |= {key: document for key in being_written.keys() & keys if (document := being_written[key]) is not None}
+        if missing := keys - loaded.keys() - being_written.keys():
+            async for document in self._read_documents(view, missing, max_bytes):
+                if projection_errors.REDUCED_FIELD in document:
+                    self.reduced.add((view, document["_id"]))
+                    if view == jobs.NAME:
+                        last = unwritten.position if unwritten is not None else position
+                        document = await self._refold_job(document["_id"], last)
+                loaded[document["_id"]] = document
+        return loaded
+
+    async def _read_documents(self, view: str, keys: Collection[str], max_bytes: int | None) -> AsyncIterator[Document]:
+        size = 0
+        raw_batches: Any = self._views[view].find_raw_batches({"_id": {"$in": sorted(keys)}})
+        async for batch in raw_batches:
+            size += len(batch)
+            if max_bytes is not None and size > max_bytes:
+                raise ChunkTooLarge(f"its documents in the view {view} have more than {max_bytes} bytes")
+            for document in bson.decode_all(batch, LENIENT_CODEC):
+                yield document
+
+    async def _refold_job(self, job_id: str, position: int) -> Document:
+        """Return the complete document of a job that is stored reduced, from its events up to a position."""
+        chunk = Chunk({view: {} for view in FOLDED_VIEWS})
+        for event in await EventStore(self._db).read_stream(job_id):
+            if event.position <= position:
+                chunk.apply(event)
+        job = chunk.get(jobs.NAME, job_id)
+        assert job is not None  # noqa: S101 - the view contains the job, so it is not deleted
+        return job
+
+
+def _of_kind(kind: str, streams: set[str]) -> set[str]:
+    return {stream for stream in streams if stream.startswith(f"{kind}-")}
+
+
+def _read_payload(event: RecordedEvent) -> Event | None:
+    """Return the payload of an event, or None if it is damaged.
+
+    Raises:
+        UnsupportedEvent: A later version of the program wrote the event.
+    """
+    try:
+        return event.event
+    except UnsupportedEvent:
+        raise
+    except UnreadableEvent:
+        return None
