@@ -1,9 +1,10 @@
-"""benchmarks: every claim about speed, measured against the plain driver in the same run: `make bench`.
+"""Measure each performance claim against the plain driver in the same run: `make bench`.
 
     python -m benchmarks [append] [subscribe] [jobs] [http] [http-scale] [maintenance]
                          [--events 20000] [--rounds 7] [--strict]
 
-On a mongod of its own, or on the replica set that JOBLEDGER_TEST_MONGODB_URI names (a database that is dropped again).
+The benchmarks start their own mongod. If JOBLEDGER_TEST_MONGODB_URI names a replica set, they use a database of it and
+drop the database afterwards.
 """
 
 from __future__ import annotations
@@ -39,42 +40,44 @@ DATABASE = f"jobledger-bench-{os.getpid()}"
 
 
 def main() -> int:
-    """Measure, print the table, and say with the exit code whether all aims were reached (with --strict)."""
-    options = argparse.ArgumentParser(prog="python -m benchmarks", description="Jobledger against the plain driver.")
-    options.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(BENCHMARKS)} (all)")
-    options.add_argument("--events", type=int, default=20_000, help="a round")
-    options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--strict", action="store_true", help="fail if an aim was missed")
-    asked = options.parse_args()
-    if unknown := set(asked.parts) - BENCHMARKS.keys():
-        options.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    """Run the benchmarks and print the results. With --strict, return 1 if a target was missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Compare Jobledger with the plain MongoDB driver."
+    )
+    parser.add_argument("names", nargs="*", metavar="benchmark", help=f"{', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--events", type=int, default=20_000, help="events per round (default: 20000)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds per comparison (default: 7)")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a target was missed")
+    options = parser.parse_args()
+    if unknown := set(options.names) - BENCHMARKS.keys():
+        parser.error(f"unknown benchmark: {', '.join(sorted(unknown))} (choose from {', '.join(BENCHMARKS)})")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    with _server() as uri:
+    with _run_server() as uri:
         results = asyncio.run(
-            _measure(Connection(uri, DATABASE), asked.parts or list(BENCHMARKS), asked.events, asked.rounds)
+            _measure(Connection(uri, DATABASE), options.names or list(BENCHMARKS), options.events, options.rounds)
         )
     print_results(results)
-    return 1 if asked.strict and not all(result.is_met for result in results) else 0
+    return 1 if options.strict and not all(result.is_met for result in results) else 0
 
 
-async def _measure(connection: Connection, parts: list[str], events: int, rounds: int) -> list[Result]:
+async def _measure(connection: Connection, names: list[str], events: int, rounds: int) -> list[Result]:
     tune_garbage_collector()
     results: list[Result] = []
-    for name in parts:
+    for name in names:
         sys.stderr.write(f"measuring: {name}\n")
         results += await BENCHMARKS[name](connection, events=events, rounds=rounds)
     return results
 
 
 @contextmanager
-def _server() -> Iterator[str]:
+def _run_server() -> Iterator[str]:
     if uri := os.environ.get("JOBLEDGER_TEST_MONGODB_URI"):
         with MongoClient[dict[str, object]](uri) as client:
             client.drop_database(DATABASE)
             yield uri
             client.drop_database(DATABASE)
         return
-    with tempfile.TemporaryDirectory() as data, EmbeddedServer.start(Path(data)) as server:
+    with tempfile.TemporaryDirectory() as data_dir, EmbeddedServer.start(Path(data_dir)) as server:
         yield server.uri
 
 

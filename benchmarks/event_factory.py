@@ -1,4 +1,4 @@
-"""benchmarks: what is written: events as workers report them, ready to append or as the documents they become."""
+"""Create events such as workers report, as appends or as documents."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_documents
 
 _META = EventMetadata("worker:bench-1", correlation_id="batch-674272d0c1a5e8b3f2a90b11")
-_numbers = count(1)
+_positions = count(1)
 
 
 def make_appends(number: int) -> list[StreamAppend]:
-    """Return single events for streams of their own."""
+    """Return appends of one event each, to different streams."""
     now = datetime.now(UTC)
     return [
         StreamAppend(
@@ -30,10 +30,15 @@ def make_appends(number: int) -> list[StreamAppend]:
 
 
 def make_documents(number: int, *, first: int | None = None) -> list[Document]:
-    """Return the documents that such events become; numbered from `first`, else with numbers not used before here."""
-    made: list[Document] = []
+    """Return the documents of such events.
+
+    Args:
+        number: Number of documents.
+        first: Position of the first document. By default, positions continue those of the previous call.
+    """
+    documents: list[Document] = []
     for append in make_appends(number):
-        build_documents(append, made)
-    for offset, document in enumerate(made):
-        document["_id"] = next(_numbers) if first is None else first + offset
-    return made
+        build_documents(append, documents)
+    for offset, document in enumerate(documents):
+        document["_id"] = next(_positions) if first is None else first + offset
+    return documents

@@ -1,8 +1,8 @@
-"""benchmarks: what auditors do with a long log, against a plain cursor that decodes the same events to dicts.
+"""Compare verification, export and view rebuild of a long log with a plain cursor that decodes the same events.
 
-The log is one of conference sessions: each job is submitted in a batch of a hundred, claimed, gets on, says something,
-finishes three steps, and is completed, twenty at a time: 31 events each, of which 24 tell of progress. That is little
-for a job that takes minutes and may say how far it is twice a second.
+The log contains conference sessions in batches of a hundred jobs, of which twenty are interleaved. Each job has 31
+events: it is submitted, claimed, logs a line, finishes three steps and is completed, and 24 events report progress.
+This is few for a job that takes minutes and may report progress twice per second.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from jobledger.ledger.store.export import export_log
 from jobledger.ledger.store.verification import verify_log
 
 _EVENTS_PER_REQUESTED_EVENT = 50
-"""A log has to be long to be measured: with the default of 20,000 events a round it has a million."""
+"""The log has a million events with the default of 20,000 events per round."""
 _INTERLEAVED_JOBS, _JOBS_PER_BATCH = 20, 100
 _START_TIME = datetime(2026, 11, 20, 9, tzinfo=UTC)
 
 
 async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
-    """Measure verifying, exporting and folding a log of `events` times fifty events."""
+    """Measure verification, export and view rebuild with a log of fifty times `events` events."""
     number = events * _EVENTS_PER_REQUESTED_EVENT
     rounds = max(1, rounds // 3)
     async with connection.client() as client:
@@ -54,73 +54,73 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
         log = EventStore(db)
         await log.prepare()
         await _fill(db, number)
-        plain = _rate(number, lambda: _cursor(db))
+        baseline = _measure_rate(number, lambda: _read_cursor(db))
         return [
             await compare_rates(
                 "log verify: hashes, links, versions, positions",
-                plain,
-                _rate(number, lambda: _verified(log)),
+                baseline,
+                _measure_rate(number, lambda: _verify(log)),
                 rounds=rounds,
                 min_ratio=0.15,
             ),
             await compare_rates(
-                "log export", plain, _rate(number, lambda: _exported(log)), rounds=rounds, min_ratio=0.3
+                "log export", baseline, _measure_rate(number, lambda: _export(log)), rounds=rounds, min_ratio=0.3
             ),
             await compare_rates(
                 "log export, compressed",
-                plain,
-                _rate(number, lambda: _exported(log, "log.ndjson.zst")),
+                baseline,
+                _measure_rate(number, lambda: _export(log, "log.ndjson.zst")),
                 rounds=rounds,
                 min_ratio=0.3,
             ),
             await compare_rates(
-                "replay: all views made anew, and switched",
-                plain,
-                _folded(connection, number),
+                "views rebuild: all views, with the switch",
+                baseline,
+                _measure_rebuild(connection, number),
                 rounds=rounds,
                 min_ratio=0.25,
                 notes=(
-                    f"{number:,} events; the most memory this process has had: "
+                    f"{number:,} events; peak memory of this process: "
                     f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB",
                 ),
             ),
         ]
 
 
-def _rate(number: int, work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[float]]:
-    async def measured() -> float:
+def _measure_rate(number: int, work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[float]]:
+    async def measure() -> float:
         with Stopwatch() as watch:
             await work()
         return watch.rate(number)
 
-    return measured
+    return measure
 
 
-async def _cursor(db: Database) -> None:
+async def _read_cursor(db: Database) -> None:
     seen = 0
     async for _ in db.events.find({"_id": {"$gt": 0}}, sort=[("_id", 1)]):
         seen += 1
 
 
-async def _verified(log: EventStore) -> None:
-    verdict = await verify_log(log)
-    if verdict.problem is not None:
-        raise ValueError(f"the benchmark's log is wrong: {verdict.problem}")
+async def _verify(log: EventStore) -> None:
+    result = await verify_log(log)
+    if result.problem is not None:
+        raise ValueError(f"the log of the benchmark is invalid: {result.problem}")
 
 
-async def _exported(log: EventStore, name: str = "log.ndjson") -> None:
+async def _export(log: EventStore, name: str = "log.ndjson") -> None:
     with TemporaryDirectory() as directory:
         await export_log(log, Path(directory) / name)
 
 
-def _folded(connection: Connection, number: int) -> Callable[[], Awaitable[float]]:
-    async def measured() -> float:
+def _measure_rebuild(connection: Connection, number: int) -> Callable[[], Awaitable[float]]:
+    async def measure() -> float:
         with Stopwatch() as watch:
-            await rebuild_views(connection, on_progress=lambda position, upto: None)
-        await clear_shadow_views(connection)  # as a projector does after a while: not part of it
+            await rebuild_views(connection, on_progress=lambda position, total: None)
+        await clear_shadow_views(connection)  # the projector does this later, so it is not measured
         return watch.rate(number)
 
-    return measured
+    return measure
 
 
 # The log --------------------------------------------------------------------------------------------------------------
@@ -128,21 +128,21 @@ def _folded(connection: Connection, number: int) -> Callable[[], Awaitable[float
 
 async def _fill(db: Database, number: int) -> None:
     page: list[Document] = []
-    for position, document in enumerate(_documents(), 1):
+    for position, document in enumerate(_generate_documents(), 1):
         document["_id"] = position
         page.append(document)
         if len(page) == 5000 or position == number:
             await db.events.insert_many(page, ordered=False)
             page = []
             if position % 100_000 == 0:
-                sys.stderr.write(f"  written: {position:,} of {number:,} events\n")
+                sys.stderr.write(f"  {position:,} of {number:,} events written\n")
         if position == number:
             break
     await db.counters.update_one({"_id": "events"}, {"$set": {"next": number}}, upsert=True)
 
 
-def _documents() -> Iterator[Document]:
-    """Yield events without end: batch after batch, twenty of its jobs at a time, event by event in turns."""
+def _generate_documents() -> Iterator[Document]:
+    """Yield the documents of batch after batch without end. The events of twenty jobs at a time are interleaved."""
     time = _START_TIME
     while True:
         batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(_JOBS_PER_BATCH)]
@@ -154,28 +154,27 @@ def _documents() -> Iterator[Document]:
             user_id="bench",
             parameters={"event": "Conf"},
         )
-        yield from _documents_of(batch_id, [batch], meta, time)
+        yield from _build_stream(batch_id, [batch], meta, time)
         for begin in range(0, _JOBS_PER_BATCH, _INTERLEAVED_JOBS):
-            stories = [_job_events(job_id, batch_id, time) for job_id in job_ids[begin : begin + _INTERLEAVED_JOBS]]
-            made = [
-                _documents_of(job_id, story, meta, time)
-                for job_id, story in zip(job_ids[begin:], stories, strict=False)
+            streams = [
+                _build_stream(job_id, _job_events(job_id, batch_id, time), meta, time)
+                for job_id in job_ids[begin : begin + _INTERLEAVED_JOBS]
             ]
-            for at_once in zip(*made, strict=True):
-                yield from at_once
+            for documents in zip(*streams, strict=True):
+                yield from documents
             time += timedelta(minutes=7)
 
 
-def _documents_of(stream: str, events: list[Event], meta: EventMetadata, time: datetime) -> list[Document]:
-    made: list[Document] = []
-    build_documents(StreamAppend(stream, StreamHead(), events, meta, time), made)
-    return made
+def _build_stream(stream: str, events: list[Event], meta: EventMetadata, time: datetime) -> list[Document]:
+    documents: list[Document] = []
+    build_documents(StreamAppend(stream, StreamHead(), events, meta, time), documents)
+    return documents
 
 
 def _job_events(job_id: str, batch_id: str, time: datetime) -> list[Event]:
-    words = "Wie aus einem Vortrag ein Text wird, den man lesen mag"
+    title = "Wie aus einem Vortrag ein Text wird, den man lesen mag"
     parameters = {
-        "session": f"{words} {job_id[-4:]}",
+        "session": f"{title} {job_id[-4:]}",
         "event": "Conf",
         "track": f"Track {int(job_id[-2:], 16) % 8}",
         "day": "2026-11-20",
@@ -194,13 +193,13 @@ def _job_events(job_id: str, batch_id: str, time: datetime) -> list[Event]:
         metadata=ResultMetadata(processed_at=time, duration=420.5, tokens_used=9000),
     )
 
-    def progressed(percent: int, step: str) -> list[JobProgressed]:
+    def report_progress(percent: int, step: str) -> list[JobProgressed]:
         return [
             JobProgressed(attempt=1, step=step, percent=percent + part, message=f"{step}: part {part} of 8")
             for part in range(8)
         ]
 
-    def finished(step: str, seconds: float) -> StepCompleted:
+    def finish_step(step: str, seconds: float) -> StepCompleted:
         return StepCompleted(
             attempt=1, step=step, key=f"{step}-{job_id}" * 2, output={"sha256": "2" * 64}, duration_s=seconds
         )
@@ -208,12 +207,12 @@ def _job_events(job_id: str, batch_id: str, time: datetime) -> list[Event]:
     return [
         JobSubmitted(job_type="session", parameters=parameters, user_id="bench", batch_id=batch_id),
         JobClaimed(worker_id="worker-bench-1", attempt=1),
-        *progressed(5, "page"),
-        finished("page", 2.5),
-        *progressed(30, "slides"),
-        finished("slides", 61.0),
+        *report_progress(5, "page"),
+        finish_step("page", 2.5),
+        *report_progress(30, "slides"),
+        finish_step("slides", 61.0),
         JobLogged(attempt=1, entries=[LogEntry(timestamp=time, level="info", message="9 slides, 44 minutes of sound")]),
-        *progressed(80, "transcript"),
-        finished("transcript", 310.0),
+        *report_progress(80, "transcript"),
+        finish_step("transcript", 310.0),
         JobCompleted(attempt=1, results=results),
     ]

@@ -1,7 +1,7 @@
-"""benchmarks: how things are measured: side by side, in turns, in one run; and the table that comes out.
+"""Compare measurements in alternating order within one run, and print the results.
 
-The machine may be busy with other things, and gets faster or slower: only ratios are worth something. So what is
-compared takes turns, each round gives one ratio, and the median of the rounds is quoted.
+The speed of the machine varies, so only ratios are meaningful. Baseline and Jobledger alternate, each round yields one
+ratio, and the result is the median of all rounds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ from rich.console import Console
 from rich.table import Table
 
 RateFunction = Callable[[], Awaitable[float]]
+"""Runs one measurement and returns operations per second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One claim and what came out. `aim` says on which side of which number.
+    """Result of one benchmark.
 
-    `ratio` is ours to the plain driver's, None where the plain driver has nothing of the kind.
+    Attributes:
+        name: What is measured.
+        baseline: Value of the plain driver.
+        jobledger: Value of Jobledger.
+        ratio: Jobledger divided by baseline, or None without a baseline.
+        spread: Lowest and highest ratio of the rounds.
+        target: The condition, such as "≥ 0.7".
+        is_met: Whether the condition is met.
+        notes: Remarks to print below the table.
     """
 
     name: str
@@ -43,14 +52,14 @@ async def compare_rates(
     min_ratio: float,
     notes: Sequence[str] = (),
 ) -> Result:
-    """Compare two rates (a second), where more is better. One round more is run first, and forgotten."""
-    pairs = await _in_turns(baseline, jobledger, rounds)
-    ratios = sorted(mine / theirs for theirs, mine in pairs)
+    """Compare two rates (per second), higher is better. A warm-up round is not counted."""
+    pairs = await _alternate(baseline, jobledger, rounds)
+    ratios = sorted(jobledger_rate / baseline_rate for baseline_rate, jobledger_rate in pairs)
     ratio = statistics.median(ratios)
     return Result(
         name,
-        f"{statistics.median(theirs for theirs, _ in pairs):,.0f}/s",
-        f"{statistics.median(mine for _, mine in pairs):,.0f}/s",
+        f"{statistics.median(baseline_rate for baseline_rate, _ in pairs):,.0f}/s",
+        f"{statistics.median(jobledger_rate for _, jobledger_rate in pairs):,.0f}/s",
         ratio,
         (ratios[0], ratios[-1]),
         f"≥ {min_ratio}",
@@ -60,7 +69,7 @@ async def compare_rates(
 
 
 def compare_latencies(name: str, baseline: Sequence[float], jobledger: Sequence[float], *, max_ratio: float) -> Result:
-    """Compare two sets of delays in seconds, taken in turns, where less is better, by their medians."""
+    """Compare the medians of two sets of latencies in seconds, lower is better."""
     ratio = statistics.median(jobledger) / statistics.median(baseline)
     tail = percentile(jobledger, 99) / percentile(baseline, 99)
     return Result(
@@ -71,20 +80,21 @@ def compare_latencies(name: str, baseline: Sequence[float], jobledger: Sequence[
         (ratio, tail),
         f"≤ {max_ratio}",
         ratio <= max_ratio,
-        (f"the second number of the spread is the ratio of the 99th percentiles ({len(jobledger)} each)",),
+        (f"the second number of the spread is the ratio of the 99th percentiles ({len(jobledger)} samples each)",),
     )
 
 
-async def _in_turns(plain: RateFunction, ours: RateFunction, rounds: int) -> list[tuple[float, float]]:
-    await plain()
-    await ours()
+async def _alternate(baseline: RateFunction, jobledger: RateFunction, rounds: int) -> list[tuple[float, float]]:
+    """Return the two rates of each round. The order changes with each round."""
+    await baseline()
+    await jobledger()
     pairs = []
     for number in range(rounds):
         if number % 2:
-            mine = await ours()
-            pairs.append((await plain(), mine))
+            jobledger_rate = await jobledger()
+            pairs.append((await baseline(), jobledger_rate))
         else:
-            pairs.append((await plain(), await ours()))
+            pairs.append((await baseline(), await jobledger()))
     return pairs
 
 
@@ -99,7 +109,7 @@ def _milliseconds(seconds: Sequence[float]) -> str:
 
 
 class Stopwatch:
-    """`with Stopwatch() as watch: …` then `watch.rate(count)` per second."""
+    """Measure the duration of a block: `with Stopwatch() as watch: …`, then `watch.rate(count)`."""
 
     def __enter__(self) -> Stopwatch:
         self._begin = time.perf_counter()
@@ -109,19 +119,20 @@ class Stopwatch:
         self.seconds = time.perf_counter() - self._begin
 
     def rate(self, count: int) -> float:
+        """Return the rate per second."""
         return count / self.seconds
 
 
 def print_results(results: Sequence[Result]) -> None:
-    """Print the table."""
-    table = Table("claim", "plain driver", "Jobledger", "ratio", "spread", "aim", "")
-    for it in results:
-        ratio = "" if it.ratio is None else f"{it.ratio:.2f}"
-        spread = "" if it.spread is None else f"{it.spread[0]:.2f} – {it.spread[1]:.2f}"
-        verdict = "reached" if it.is_met else "[bold]missed[/bold]"
-        table.add_row(it.name, it.baseline, it.jobledger, ratio, spread, it.target, verdict)
+    """Print the results as a table, then their notes."""
+    table = Table("benchmark", "plain driver", "Jobledger", "ratio", "spread", "target", "")
+    for result in results:
+        ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
+        spread = "" if result.spread is None else f"{result.spread[0]:.2f} – {result.spread[1]:.2f}"
+        verdict = "met" if result.is_met else "[bold]missed[/bold]"
+        table.add_row(result.name, result.baseline, result.jobledger, ratio, spread, result.target, verdict)
     console = Console(width=160)
     console.print(table)
-    for it in results:
-        for note in it.notes:
-            console.print(f"{it.name}: {note}")
+    for result in results:
+        for note in result.notes:
+            console.print(f"{result.name}: {note}")

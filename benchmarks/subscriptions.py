@@ -1,4 +1,4 @@
-"""benchmarks: history and live events, against a plain cursor and a plain change-stream loop over the same."""
+"""Compare subscriptions with a plain cursor and a plain change stream over the same documents."""
 
 from __future__ import annotations
 
@@ -24,108 +24,109 @@ _spawn = multiprocessing.get_context("spawn")
 
 
 async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
-    """Measure subscriptions, reading of history, and the delay between an append and its subscriber."""
+    """Measure live events, reading the history, and the latency between an append and its subscriber."""
     async with connection.client() as client:
         db = client[connection.db_name]
         log = EventStore(db)
         await prepare_collections(db, log)
         live = await compare_rates(
-            "subscribe: events as another process writes them; plain change-stream loop",
-            lambda: _plain_stream(connection, db, events),
-            lambda: _subscription(connection, db, log, events),
+            "subscribe: live events of another process; driver: change stream",
+            lambda: _read_change_stream(connection, db, events),
+            lambda: _read_subscription(connection, db, log, events),
             rounds=rounds,
             min_ratio=0.7,
         )
         await db.baseline.delete_many({})
         await db.baseline.insert_many([document async for document in db.events.find()])
-        forgetful, changes = EventStore(db, EventStoreLimits(max_tail_events=1)), ChangeStream(db)
-        changes.add_listener(forgetful)
+        log_without_tail, changes = EventStore(db, EventStoreLimits(max_tail_events=1)), ChangeStream(db)
+        changes.add_listener(log_without_tail)
         async with changes.running():
             history = await compare_rates(
-                "history: read from the beginning; plain cursor, sorted",
-                lambda: _cursor(db),
-                lambda: _history(forgetful),
+                "subscribe: history from the beginning; driver: sorted cursor",
+                lambda: _read_cursor(db),
+                lambda: _read_history(log_without_tail),
                 rounds=rounds,
                 min_ratio=0.6,
             )
-        delay = await _delay(db, log, rounds * 40)
+        latency = await _measure_latency(db, log, rounds * 40)
         await log.aclose()
-    return [live, history, delay]
+    return [live, history, latency]
 
 
 # Live -------------------------------------------------------------------------------------------------------------
 
 
-async def _plain_stream(connection: Connection, db: Database, events: int) -> float:
+async def _read_change_stream(connection: Connection, db: Database, events: int) -> float:
     first = time.time_ns() // 1000
     async with await db.watch(_PIPELINE, batch_size=1000) as stream:
         await stream.try_next()
-        with await _writer(connection, "baseline", first, events) as go, Stopwatch() as watch:
-            go()
+        with await _start_writer(connection, "baseline", first, events) as start, Stopwatch() as watch:
+            start()
             seen = 0
             while seen < events:
                 seen += await stream.try_next() is not None
     return watch.rate(events)
 
 
-async def _subscription(connection: Connection, db: Database, log: EventStore, events: int) -> float:
+async def _read_subscription(connection: Connection, db: Database, log: EventStore, events: int) -> float:
     head = await log.head_position()
     changes = ChangeStream(db)
     changes.add_listener(log)
-    with await _writer(connection, "events", head + 1, events) as go:
+    with await _start_writer(connection, "events", head + 1, events) as start:
         async with changes.running(), log.subscribe(after=head) as subscription:
             with Stopwatch() as watch:
-                go()
+                start()
                 seen = 0
                 while seen < events:
-                    seen += _payloads_read(await subscription.next_chunk())
+                    seen += _count_payloads(await subscription.next_chunk())
     await db.counters.update_one({"_id": "events"}, {"$max": {"next": head + events}}, upsert=True)
     return watch.rate(events)
 
 
 class _Writer:
-    """Another process that writes documents with the plain driver, faster than anybody can read them."""
+    """A process that writes documents with the plain driver, faster than they can be read."""
 
     def __init__(self, connection: Connection, collection: str, first: int, number: int) -> None:
-        self._ready, self._go = _spawn.Event(), _spawn.Event()
+        self._ready, self._start = _spawn.Event(), _spawn.Event()
         self._process = _spawn.Process(
-            target=_write, args=(connection, collection, first, number, self._ready, self._go), daemon=True
+            target=_write, args=(connection, collection, first, number, self._ready, self._start), daemon=True
         )
         self._process.start()
 
-    def ready(self) -> None:
+    def wait_until_ready(self) -> None:
+        """Block until the process is ready to write."""
         self._ready.wait()
 
     def __enter__(self) -> Callable[[], None]:
-        return self._go.set
+        return self._start.set
 
     def __exit__(self, *_: object) -> None:
         self._process.join()
 
 
-async def _writer(connection: Connection, collection: str, first: int, number: int) -> _Writer:
+async def _start_writer(connection: Connection, collection: str, first: int, number: int) -> _Writer:
     writer = _Writer(connection, collection, first, number)
-    await asyncio.to_thread(writer.ready)
+    await asyncio.to_thread(writer.wait_until_ready)
     return writer
 
 
 def _write(
-    connection: Connection, collection: str, first: int, number: int, ready: synchronize.Event, go: synchronize.Event
+    connection: Connection, collection: str, first: int, number: int, ready: synchronize.Event, start: synchronize.Event
 ) -> None:
-    made = make_documents(number, first=first)
+    documents = make_documents(number, first=first)
     with MongoClient[Document](connection.uri) as client:
         target = client[connection.db_name].get_collection(collection, write_concern=DURABLE)
         client.admin.command("ping")
         ready.set()
-        go.wait()
+        start.wait()
         for begin in range(0, number, 500):
-            target.insert_many(made[begin : begin + 500], ordered=False)
+            target.insert_many(documents[begin : begin + 500], ordered=False)
 
 
 # History ----------------------------------------------------------------------------------------------------------
 
 
-async def _cursor(db: Database) -> float:
+async def _read_cursor(db: Database) -> float:
     with Stopwatch() as watch:
         seen = 0
         async for _ in db.baseline.find({"_id": {"$gt": 0}}, sort=[("_id", 1)]):
@@ -133,28 +134,31 @@ async def _cursor(db: Database) -> float:
     return watch.rate(seen)
 
 
-async def _history(log: EventStore) -> float:
+async def _read_history(log: EventStore) -> float:
     head = await log.head_position()
     with Stopwatch() as watch:
         seen = 0
         async with log.subscribe(after=0) as subscription:
             while subscription.position < head:
-                seen += _payloads_read(await subscription.next_chunk())
+                seen += _count_payloads(await subscription.next_chunk())
     return watch.rate(seen)
 
 
-def _payloads_read(events: Sequence[RecordedEvent]) -> int:
-    """Count events whose payload is what it should be: that takes reading and validating it."""
+def _count_payloads(events: Sequence[RecordedEvent]) -> int:
+    """Count the events with a valid payload, which reads and validates each payload."""
     return sum(isinstance(recorded.event, Event) for recorded in events)
 
 
-# Delay ------------------------------------------------------------------------------------------------------------
+# Latency ----------------------------------------------------------------------------------------------------------
 
 
-async def _delay(db: Database, log: EventStore, number: int) -> Result:
-    """From the call of append to the subscriber having the event, against insert_one and a plain change stream."""
-    theirs, ours = [], []
-    plain = db.get_collection("baseline", write_concern=DURABLE)
+async def _measure_latency(db: Database, log: EventStore, number: int) -> Result:
+    """Measure the time from the call of append until the subscriber has the event.
+
+    The baseline is insert_one with a plain change stream.
+    """
+    baseline_seconds, jobledger_seconds = [], []
+    baseline = db.get_collection("baseline", write_concern=DURABLE)
     changes = ChangeStream(db)
     changes.add_listener(log)
     async with (
@@ -167,16 +171,19 @@ async def _delay(db: Database, log: EventStore, number: int) -> Result:
             make_documents(number, first=time.time_ns() // 1000), make_appends(number), strict=True
         ):
             begin = time.perf_counter()
-            inserting = asyncio.create_task(plain.insert_one(document))
+            inserting = asyncio.create_task(baseline.insert_one(document))
             while await stream.try_next() is None:
                 pass
-            theirs.append(time.perf_counter() - begin)
+            baseline_seconds.append(time.perf_counter() - begin)
             await inserting
             begin = time.perf_counter()
             appending = asyncio.create_task(log.append(append))
             await subscription.next_chunk()
-            ours.append(time.perf_counter() - begin)
+            jobledger_seconds.append(time.perf_counter() - begin)
             await appending
     return compare_latencies(
-        "delay: append until a subscriber has it; plain insert_one and change stream", theirs, ours, max_ratio=3.0
+        "subscribe: latency from append to subscriber; driver: insert_one, change stream",
+        baseline_seconds,
+        jobledger_seconds,
+        max_ratio=3.0,
     )

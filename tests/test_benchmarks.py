@@ -38,4 +38,4 @@ def test_every_question_is_measured_at_scale(mongodb_uri: str) -> None:
 def test_a_part_that_does_not_exist_is_refused(mongodb_uri: str) -> None:
     refused = run("apend", mongodb_uri=mongodb_uri)
     assert refused.returncode == 2
-    assert "there are append, subscribe, jobs, http, http-scale, maintenance" in refused.stderr
+    assert "choose from append, subscribe, jobs, http, http-scale, maintenance" in refused.stderr
