@@ -219,7 +219,7 @@ async def test_verify_files_keeps_no_cursor_open_while_files_are_hashed(
     store: FileStore, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small pages that are read at once: their ends fall between files, and between rows of one file."""
-    monkeypatch.setattr("jobledger.projections.engine.file_verification._ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("jobledger.projections.engine.file_verification._ROWS_PER_PAGE", 2)
     monkeypatch.setattr("jobledger.ledger.files.gridfs._LISTED_AT_ONCE", 2)
     digests = [await put(store, tmp_path, b"%d" % number) for number in range(5)]
     rows = [
