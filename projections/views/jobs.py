@@ -1,7 +1,6 @@
 """View `jobs`: the job document of konzept.md, section "Event-Job Collection".
 
-This module contains the fold, the indexes and the queries that concern single jobs or the workers. Lists are in
-projections/views/job_list.py.
+Lists of jobs are in projections/views/job_list.py.
 
 Fields in addition to konzept.md:
     attempt: Number of the last attempt.
@@ -184,7 +183,6 @@ def _build_changes(job: Document, payload: JobEvent, event: RecordedEvent) -> Do
             return {
                 "status": "completed",
                 "completed_at": event.time,
-                "worker_id": job["worker_id"],
                 "results": {"markdown_file": None, "markdown_url": None, **payload.results.model_dump()},
                 "error": None,
                 "progress": {"step": "completed", "percent": 100.0, "message": "Done"},
@@ -253,10 +251,8 @@ def _build_changes(job: Document, payload: JobEvent, event: RecordedEvent) -> Do
             return {name: value for name, value in updates.items() if value is not None}
         case JobAccessChanged():
             return {"access_control": payload.access_control.model_dump()}
-        case JobArchived():
-            return {"archived": True}
-        case JobUnarchived():
-            return {"archived": False}
+        case JobArchived() | JobUnarchived():
+            return {"archived": isinstance(payload, JobArchived)}
         case JobDeleted():
             return None
         case _:
@@ -398,10 +394,8 @@ def _is_small(value: Any) -> bool:
 
 # The few running jobs are searched for the jobs of a worker. An index by worker would add an eighth to the cost of each
 # write of a job (docs/decisions/0018).
-_RUNNING: Final[Document] = {
-    "list_keys": list_index.unrestricted_list_key(list_index.NO_FACET),
-    "status": "processing",
-}
+_ALL_JOBS: Final = list_index.unrestricted_list_key(list_index.NO_FACET)
+_RUNNING: Final[Document] = {"list_keys": _ALL_JOBS, "status": "processing"}
 
 
 async def get(views: Views, log: EventStore, job_id: str) -> Document | None:
@@ -426,7 +420,7 @@ async def find_pending_jobs(views: Views, job_ids: Sequence[str]) -> list[Docume
 
 async def oldest_pending_created_at(views: Views) -> datetime | None:
     """Return the submission time of the oldest pending job in the view, or None."""
-    query = {"list_keys": list_index.unrestricted_list_key(list_index.NO_FACET), "status": "pending"}
+    query = {"list_keys": _ALL_JOBS, "status": "pending"}
     page, _ = await paging.find_page(views, NAME, query, limit=1, newest_first=False, projection={"created_at": 1})
     return page[0]["created_at"] if page else None
 
