@@ -565,7 +565,7 @@ async def test_a_save_that_arrives_late_does_not_take_the_position_back(
         async with ledger_client(wire.uri, db_name=unstreamed_ledger.db.name).subscribe("mine") as events:
             wire.hold_request("update")
             await some(events, 2)
-            await asyncio.to_thread(wire.held.wait, DEADLINE_SECONDS)  # the first is done, and is being saved
+            await asyncio.to_thread(wire.message_held.wait, DEADLINE_SECONDS)  # the first is done, and is being saved
             await some(events, 3)
             asyncio.get_running_loop().call_later(
                 0.3, wire.release_request

@@ -338,7 +338,7 @@ class Story(RuleBasedStateMachine):
             append = await self.append_to(name, length)
             self.slow.wire.hold_request(command)
             self.held = Held([append], asyncio.create_task(self.slow.ledger.event_store.append(append)))
-            assert await asyncio.to_thread(self.slow.wire.held.wait, PATIENCE_SECONDS)
+            assert await asyncio.to_thread(self.slow.wire.message_held.wait, PATIENCE_SECONDS)
 
         self.happens(happen())
 

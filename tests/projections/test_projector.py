@@ -355,7 +355,7 @@ async def stopped_within_a_transaction(
             await here.wait_for_views(1)
             wire.hold_request("update")
             await here.submit()
-            assert await asyncio.to_thread(wire.held.wait, WAIT_TIMEOUT_SECONDS)
+            assert await asyncio.to_thread(wire.message_held.wait, WAIT_TIMEOUT_SECONDS)
             assert leader.projector_task is not None
             leader.projector_task.cancel()
             if wait_seconds is not None:

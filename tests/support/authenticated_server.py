@@ -50,8 +50,8 @@ class AuthenticatedServer:
 
     def authorization_failures(self, db_name: str) -> set[tuple[str, str]]:
         """Return the commands, and their collections, that the server rejected as unauthorized, from its log."""
-        found = _REFUSAL.findall(self.log.read_text(errors="replace"))
-        return {(command, collection) for db, command, collection in found if db == db_name}
+        rejections = _REFUSAL.findall(self.log.read_text(errors="replace"))
+        return {(command, collection) for db, command, collection in rejections if db == db_name}
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def _key_file(directory: Path) -> Path:
 
 def _is_primary(address: str) -> bool:
     """Initiate the replica set and return whether it has a primary. Local clients need no authentication yet."""
-    with _nobody(address) as client:
+    with _anonymous_client(address) as client:
         try:
             hello = client.admin.command("hello")
             if "setName" not in hello:
@@ -104,11 +104,11 @@ def _is_primary(address: str) -> bool:
 
 def _make_administrator(server: AuthenticatedServer) -> None:
     """Create the first user. Further users require authentication."""
-    with _nobody(server.address) as client:
+    with _anonymous_client(server.address) as client:
         client.admin.command("createUser", _ADMINISTRATOR, pwd=server.password, roles=["root"])
 
 
-def _nobody(address: str) -> MongoClient[Document]:
+def _anonymous_client(address: str) -> MongoClient[Document]:
     return MongoClient(address, directConnection=True, serverSelectionTimeoutMS=1000)
 
 

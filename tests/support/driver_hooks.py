@@ -1,7 +1,7 @@
 """Hooks before and after driver commands that suspend or kill the process, or count commands.
 
-They are the driver's own announcements, so they say nothing of how the log works inside: "before insert" is when an
-insert is about to be sent, "after insert" when its answer has arrived and nobody has been told.
+They use the command monitoring of the driver, so they are independent of the event store. "before insert" is before an
+insert is sent. "after insert" is when its response arrived, before the caller continues.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class OneTimeHook(CommandListener):
     """Calls a function the first time a hook point is reached."""
 
     def __init__(self, hook_point: HookPoint, action: Callable[[], None]) -> None:
-        self._awaited: str | None = hook_point
+        self._hook_point: str | None = hook_point
         self._act = action
 
-    def _comes(self, moment: str) -> None:
-        if moment == self._awaited:
-            self._awaited = None
+    def _reach(self, hook_point: str) -> None:
+        if hook_point == self._hook_point:
+            self._hook_point = None
             self._act()
 
     def started(self, event: CommandStartedEvent) -> None:
-        self._comes(f"before {event.command_name}")
+        self._reach(f"before {event.command_name}")
 
     def succeeded(self, event: CommandSucceededEvent) -> None:
-        self._comes(f"after {event.command_name}")
+        self._reach(f"after {event.command_name}")
 
     def failed(self, event: CommandFailedEvent) -> None:
         """Ignore the event."""

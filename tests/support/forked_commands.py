@@ -27,10 +27,10 @@ import jobledger.cli.composition, jobledger.cli.mongo_roles, jobledger.cli.runti
 
 server = socket.socket(fileno=int(sys.argv[1]))
 while True:
-    said, descriptors, _, _ = socket.recv_fds(server, 1 << 20, 3)
-    if not said:
+    message, descriptors, _, _ = socket.recv_fds(server, 1 << 20, 3)
+    if not message:
         break
-    asked = json.loads(said)
+    request = json.loads(message)
     pid = os.fork()
     if pid:
         for descriptor in descriptors:
@@ -43,11 +43,11 @@ while True:
     os.setsid()
     for place, descriptor in enumerate(descriptors):
         os.dup2(descriptor, place)
-    os.chdir(asked["directory"])
+    os.chdir(request["directory"])
     os.environ.clear()
-    os.environ.update(asked["env"])
+    os.environ.update(request["env"])
     time.tzset()
-    sys.argv = ["jobledger", *asked["arguments"]]
+    sys.argv = ["jobledger", *request["arguments"]]
     code = 1
     try:
         jobledger.cli.main.main()
@@ -91,9 +91,9 @@ def run_command(
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         given.write(stdin)
         given.seek(0)
-        asked = {"arguments": list(arguments), "directory": str(directory), "env": dict(env)}
+        request = {"arguments": list(arguments), "directory": str(directory), "env": dict(env)}
         server.settimeout(30)
-        socket.send_fds(server, [json.dumps(asked).encode()], [given.fileno(), out.fileno(), err.fileno()])
+        socket.send_fds(server, [json.dumps(request).encode()], [given.fileno(), out.fileno(), err.fileno()])
         pid = int(json.loads(server.recv(100)))
         server.settimeout(seconds)
         try:

@@ -66,9 +66,9 @@ async def record_golden_events(uri: str, examples: Sequence[Event], directory: P
                 StreamAppend("job-behind-the-hole", StreamHead(), EVENT_EXAMPLES[:1], EVENT_METADATA, NOON)
             )
             await ledger.event_store.read(after=after)
-        wanted = {type(example).__name__: golden_path(type(example), directory) for example in examples}
+        paths = {type(example).__name__: golden_path(type(example), directory) for example in examples}
         for document in await load_event_documents(ledger.db, {"stream": {"$ne": "job-behind-the-hole"}}):
-            write_golden_event(document, wanted[document["type"]])
+            write_golden_event(document, paths[document["type"]])
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ HEADER = "X-Test-Principal"
 class HeaderAuthBackend:
     """Authenticates by the header `X-Test-Principal: user;group,group;role,role`.
 
-    An empty one is somebody who has not said who they are; without one it is the admin `local`, as in the open mode.
+    An empty header is an anonymous request. Without the header the principal is the admin `local`, as in open mode.
     """
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
-        said = connection.headers.get(HEADER)
-        if said is None:
+        value = connection.headers.get(HEADER)
+        if value is None:
             return Principal("local", roles=frozenset({"admin"}))
-        user_id, groups, roles = [*said.split(";"), "", ""][:3]
+        user_id, groups, roles = [*value.split(";"), "", ""][:3]
         return Principal(user_id or None, _names(groups), _names(roles))
 
 

@@ -21,9 +21,9 @@ EC_KEY = ec.generate_private_key(ec.SECP256R1())
 
 def make_token(key: Any = SECRET, algorithm: str = "HS256", kid: str | None = None, **claims: Any) -> str:
     """Return a token for alice that is valid for a minute. `claims` override this. A claim of None is omitted."""
-    said = {"sub": "alice", "exp": int(time.time()) + 60, **claims}
+    payload = {"sub": "alice", "exp": int(time.time()) + 60, **claims}
     headers = {} if kid is None else {"kid": kid}
-    return jwt.encode({name: it for name, it in said.items() if it is not None}, key, algorithm, headers)
+    return jwt.encode({name: value for name, value in payload.items() if value is not None}, key, algorithm, headers)
 
 
 def public_key_pem(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:

@@ -1,9 +1,9 @@
 """A proxy to MongoDB that drops single requests or responses.
 
-    with Wire(uri) as wire:
-        wire.lose_answer("insert")  # the next insert is done, and whoever asked for it is told that it failed
+    with MessageProxy(uri) as proxy:
+        proxy.drop_response("insert")  # the next insert succeeds, but the client gets a connection error
 
-Only what the ledger speaks is understood (OP_MSG with one document); whatever else there is goes through as it is.
+It parses OP_MSG with one document, which is what Jobledger uses. Other messages are forwarded unchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MessageProxy:
         self._losing_answers: dict[str, int] = {}
         self._holding: str | None = None
         self._go_on = threading.Event()
-        self.held = threading.Event()
+        self.message_held = threading.Event()
         """Set while a message is held."""
         self.dropped_count = 0
         self._sockets: list[socket.socket] = []
@@ -74,12 +74,12 @@ class MessageProxy:
 
     def hold_request(self, command: str) -> None:
         """Hold the next request with one of these commands until `release_request`."""
-        self.held.clear()
+        self.message_held.clear()
         self._go_on.clear()
         self._holding = command
 
     def release_request(self) -> None:
-        self.held.clear()
+        self.message_held.clear()
         self._go_on.set()
 
     def _accept(self) -> None:
@@ -107,7 +107,7 @@ class MessageProxy:
                     lost.add(number)
                 if command and command == self._holding:
                     self._holding = None
-                    self.held.set()
+                    self.message_held.set()
                     self._go_on.wait()
                 server.sendall(message)
             server.shutdown(socket.SHUT_WR)
@@ -115,8 +115,8 @@ class MessageProxy:
     def _answer(self, server: socket.socket, client: socket.socket, lost: set[int]) -> None:
         with suppress(OSError):
             for message in _messages(server):
-                asked = _HEADER.unpack_from(message)[2]
-                client.sendall(_failure(asked) if asked in lost else message)
+                request_id = _HEADER.unpack_from(message)[2]
+                client.sendall(_failure(request_id) if request_id in lost else message)
             client.shutdown(socket.SHUT_WR)
 
     def _takes(self, losing: dict[str, int], command: str) -> bool:
@@ -140,6 +140,6 @@ def _name(message: bytes) -> str:
     return message[begin : message.index(0, begin)].decode()
 
 
-def _failure(asked: int) -> bytes:
+def _failure(request_id: int) -> bytes:
     body = bson.encode(_INTERRUPTED)
-    return _HEADER.pack(_BODY + len(body), 0, asked, _OP_MSG) + bytes(5) + body
+    return _HEADER.pack(_BODY + len(body), 0, request_id, _OP_MSG) + bytes(5) + body

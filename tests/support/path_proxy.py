@@ -12,9 +12,9 @@ async def run_path_proxy(port: int | list[int], prefix: str, *, strip_prefix: bo
     """Forward requests below `prefix` and return 404 for others, one request per connection. Yield the port.
 
     Args:
-        port: of the server; a list that is filled later, for a server that needs to know the proxy's port.
-        prefix: the path, such as `/tools/jobs`.
-        strips: whether the server gets the path without the prefix.
+        port: Port of the server. A list that is filled later, for a server that needs the proxy's port.
+        prefix: The path, such as `/tools/jobs`.
+        strip_prefix: Whether the server gets the path without the prefix.
     """
     start = prefix.encode()
 
@@ -26,7 +26,7 @@ async def run_path_proxy(port: int | list[int], prefix: str, *, strip_prefix: bo
                 writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             else:
                 there, back = await asyncio.open_connection("127.0.0.1", port if isinstance(port, int) else port[0])
-                kept = [it for it in rest.split(b"\r\n") if not it.lower().startswith(b"connection:") and it]
+                kept = [line for line in rest.split(b"\r\n") if not line.lower().startswith(b"connection:") and line]
                 passed_on = target.removeprefix(start) if strip_prefix else target
                 head = [b" ".join((method, passed_on, version)), *kept, b"Connection: close"]
                 back.write(b"\r\n".join(head) + b"\r\n\r\n")

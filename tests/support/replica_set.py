@@ -162,21 +162,21 @@ class ReplicaSet:
 
     def primary(self) -> Node | None:
         """Return the primary. If two nodes claim to be primary, return the one elected last."""
-        said = [(hello["electionId"], node) for node in self.nodes if _is_primary(hello := node.hello())]
-        return max(said, key=lambda it: it[0])[1] if said else None
+        primaries = [(hello["electionId"], node) for node in self.nodes if _is_primary(hello := node.hello())]
+        return max(primaries, key=lambda primary: primary[0])[1] if primaries else None
 
     def other_nodes(self, node: Node) -> list[Node]:
         return [other for other in self.nodes if other is not node]
 
     def wait_for_primary(self, excluding: Node | None = None) -> Node:
-        found: list[Node] = []
+        candidates: list[Node] = []
 
         def elected() -> bool:
-            found[:] = [node] if (node := self.primary()) is not None and node is not excluding else []
-            return bool(found)
+            candidates[:] = [node] if (node := self.primary()) is not None and node is not excluding else []
+            return bool(candidates)
 
         _wait(elected, f"a primary other than {excluding}")
-        return found[0]
+        return candidates[0]
 
     def wait_until_in_sync(self) -> Node:
         """Wait until all other nodes replicate from a primary, and return it."""
@@ -229,13 +229,13 @@ class ReplicaSet:
     @contextmanager
     def replication_stopped(self, primary: Node) -> Iterator[None]:
         """Stop replication of the primary's writes inside the block. Heartbeats continue."""
-        others = self.other_nodes(primary)
+        secondaries = self.other_nodes(primary)
         try:
-            for node in others:
+            for node in secondaries:
                 node.client.admin.command({"configureFailPoint": "stopReplProducer", "mode": "alwaysOn"})
             yield
         finally:
-            for node in others:
+            for node in secondaries:
                 node.client.admin.command({"configureFailPoint": "stopReplProducer", "mode": "off"})
 
     def _initiate(self) -> None:

@@ -26,14 +26,14 @@ DELAYED_METHODS: Final = ("bulk_write", "delete_many", "find_one", "find_one_and
 _LONGEST_DELAY_SECONDS: Final = 0.01
 _DELAYED_SHARE: Final = 0.1
 _NAMED: Final = re.compile(r"`(tests/[\w/]+\.py)`")
-_MARKED: Final = re.compile(r"^@rarely|marks=rarely", re.MULTILINE)
+_MARKED: Final = re.compile(r"^@soak_only|marks=soak_only", re.MULTILINE)
 
 
 def list_soak_files() -> list[str]:
     """Return the test files that `make soak` runs."""
     named = _NAMED.findall((ROOT / "docs/fault-matrix.md").read_text(encoding="utf-8"))
-    found = (ROOT / "tests").rglob("test_*.py")
-    marked = [str(it.relative_to(ROOT)) for it in found if _MARKED.search(it.read_text(encoding="utf-8"))]
+    files = (ROOT / "tests").rglob("test_*.py")
+    marked = [str(file.relative_to(ROOT)) for file in files if _MARKED.search(file.read_text(encoding="utf-8"))]
     return sorted({*named, *marked})
 
 

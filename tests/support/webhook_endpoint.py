@@ -1,9 +1,9 @@
 """A webhook endpoint with scripted responses.
 
-async with receiver() as cms:
-    cms.answers("/hook", 500, 500, 200)      # in this order; the last one repeats
+async with run_webhook_endpoint() as endpoint:
+    endpoint.script_responses("/hook", 500, 500, 200)  # in this order; the last one repeats
     …
-    assert [it.status for it in cms.received] == [500, 500, 200]
+    assert [request.status for request in endpoint.requests] == [500, 500, 200]
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ReceivedRequest:
 
     @property
     def json_body(self) -> dict[str, Any]:
-        found: dict[str, Any] = orjson.loads(self.body)
-        return found
+        content: dict[str, Any] = orjson.loads(self.body)
+        return content
 
     @property
     def webhook_id(self) -> str:
@@ -58,7 +58,7 @@ class WebhookEndpoint:
         self.scripted_responses[path] = list(script)
 
     def requests_to(self, path: str) -> list[ReceivedRequest]:
-        return [it for it in self.requests if it.path == path]
+        return [request for request in self.requests if request.path == path]
 
     async def wait_for_requests(
         self, number: int, path: str | None = None, *, seconds: float = 20.0
@@ -81,7 +81,9 @@ class WebhookEndpoint:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
-            raw = {name.lower(): value.removeprefix(" ") for name, _, value in (it.partition(":") for it in head[1:-2])}
+            raw = {
+                name.lower(): value.removeprefix(" ") for name, _, value in (line.partition(":") for line in head[1:-2])
+            }
             body = await reader.readexactly(int(headers.get("content-length", 0)))
             path = head[0].split(" ")[1]
             script = self.scripted_responses.get(path, [200])
@@ -116,9 +118,9 @@ class WebhookEndpoint:
 @asynccontextmanager
 async def run_webhook_endpoint() -> AsyncIterator[WebhookEndpoint]:
     """Run an endpoint inside the block."""
-    found = WebhookEndpoint()
-    await found.start()
+    endpoint = WebhookEndpoint()
+    await endpoint.start()
     try:
-        yield found
+        yield endpoint
     finally:
-        await found.stop()
+        await endpoint.stop()

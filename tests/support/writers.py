@@ -40,51 +40,51 @@ def start_writer(connection: Connection, shared: Sequence[str], acknowledged: Pa
 
 def _main(connection: Connection, shared: Sequence[str], acknowledged: Path) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    with acknowledged.open("ab", buffering=0) as notes:
-        asyncio.run(_write(connection, shared, notes.fileno()))
+    with acknowledged.open("ab", buffering=0) as acknowledgements:
+        asyncio.run(_write(connection, shared, acknowledgements.fileno()))
 
 
-async def _write(connection: Connection, shared: Sequence[str], notes: int) -> None:
+async def _write(connection: Connection, shared: Sequence[str], descriptor: int) -> None:
     async with (
         open_ledger(connection, EventStoreLimits(), with_change_stream=False) as ledger,
         asyncio.TaskGroup() as writing,
     ):
         for _ in range(SINGLE_APPEND_TASKS):
-            writing.create_task(_singles(ledger.event_store, notes))
-        writing.create_task(_batches(ledger.event_store, notes))
+            writing.create_task(_append_single_events(ledger.event_store, descriptor))
+        writing.create_task(_submit_batches(ledger.event_store, descriptor))
         for stream in shared:
-            writing.create_task(_contended(ledger.event_store, stream, notes))
+            writing.create_task(_append_to_shared_stream(ledger.event_store, stream, descriptor))
 
 
-def _note(notes: int, events: Sequence[RecordedEvent]) -> None:
+def _record(descriptor: int, events: Sequence[RecordedEvent]) -> None:
     """Write with one system call, so that the line is complete even if the process is killed next."""
-    os.write(notes, "".join(f"{event.event_id} {event.position}\n" for event in events).encode())
+    os.write(descriptor, "".join(f"{event.event_id} {event.position}\n" for event in events).encode())
 
 
-async def _singles(log: EventStore, notes: int) -> None:
+async def _append_single_events(log: EventStore, descriptor: int) -> None:
     while True:
         job_id = new_job_id()
         submitted = await handle_command(log, job_id, SubmitJob(make_job_submitted()), meta=EVENT_METADATA)
-        _note(notes, submitted.events)
+        _record(descriptor, submitted.events)
         changed = await handle_command(
             log, job_id, ChangeAccess("alice", ACCESS), meta=EVENT_METADATA, stream_state=submitted.stream_state
         )
-        _note(notes, changed.events)
+        _record(descriptor, changed.events)
 
 
-async def _batches(log: EventStore, notes: int) -> None:
+async def _submit_batches(log: EventStore, descriptor: int) -> None:
     while True:
         batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(random.randint(1, MAX_BATCH_JOBS))]
         batch = SubmitBatch(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id="alice"))
         jobs = [(job_id, SubmitJob(make_job_submitted(batch_id=batch_id))) for job_id in job_ids]
-        _note(notes, await create_streams(log, [(batch_id, batch), *jobs], meta=EVENT_METADATA))
+        _record(descriptor, await create_streams(log, [(batch_id, batch), *jobs], meta=EVENT_METADATA))
 
 
-async def _contended(log: EventStore, stream: str, notes: int) -> None:
+async def _append_to_shared_stream(log: EventStore, stream: str, descriptor: int) -> None:
     while True:
         with suppress(VersionConflict):  # expected with many writers of one stream
             handled = await handle_command(
                 log, stream, ChangeAccess(f"user:{os.getpid()}", ACCESS), meta=EVENT_METADATA
             )
-            _note(notes, handled.events)
+            _record(descriptor, handled.events)
         await asyncio.sleep(random.uniform(0, 0.02))

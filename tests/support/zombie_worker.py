@@ -1,7 +1,7 @@
 """A worker process that resumes after its lease expired and continues before its next heartbeat.
 
-As a rule a thawed worker hears of it first, from its own heartbeat, and falls silent. This one is as if the kernel gave
-the heartbeat's thread its turn last: the first heartbeat that comes too late waits until the worker has been refused.
+Usually a resumed worker stops after its next heartbeat. Here the first heartbeat after the lease expired waits until an
+append of the worker was rejected, as if the kernel scheduled the heartbeat thread last.
 """
 
 from __future__ import annotations
