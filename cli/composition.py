@@ -59,7 +59,7 @@ class RunningProcess:
     """A process whose roles run. `url` is the URL of its API, or None."""
 
     db: Database
-    log: EventStore
+    event_store: EventStore
     url: str | None
 
 
@@ -99,34 +99,36 @@ async def start_roles(
         )
         db = await stack.enter_async_context(open_database(connection))
         store = await open_file_store(settings, db)
-        log = EventStore(db)
+        event_store = EventStore(db)
         checkpoint = Checkpoint(db)
-        changes = ChangeStream(db, event_types=None if selected & _READS_ALL_EVENTS else SUBSCRIBED_EVENT_TYPES)
-        changes.add_listener(checkpoint)
-        await log.prepare()
-        stack.push_async_callback(lambda: close_with_timeout(log.aclose()))
+        change_stream = ChangeStream(db, event_types=None if selected & _READS_ALL_EVENTS else SUBSCRIBED_EVENT_TYPES)
+        change_stream.add_listener(checkpoint)
+        await event_store.prepare()
+        stack.push_async_callback(lambda: close_with_timeout(event_store.aclose()))
         holder = f"{socket.gethostname()}-{os.getpid()}"
-        cleanup = Cleanup(db, log, store, checkpoint, holder=holder)
-        projector = Projector(db, log, connection, checkpoint, holder=holder, leader_task=cleanup.run)
+        cleanup = Cleanup(db, event_store, store, checkpoint, holder=holder)
+        projector = Projector(db, event_store, connection, checkpoint, holder=holder, leader_task=cleanup.run)
         await projector.prepare()
         if selected & _READS_ALL_EVENTS:
-            changes.add_listener(log)
+            change_stream.add_listener(event_store)
         if "projector" in selected:
-            projector.register_listeners(changes)
-        context = build_context(settings, db, log, checkpoint, changes, store) if "api" in selected else None
+            projector.register_listeners(change_stream)
+        context = (
+            build_context(settings, db, event_store, checkpoint, change_stream, store) if "api" in selected else None
+        )
         if context is not None and context.browser_sessions is not None:
             await browser_sessions.create_indexes(db)
         if context is not None and context.webhook_options.echo_enabled:
             await webhook_echo.create_indexes(db)
         worker = None
         if "worker" in selected:
-            worker = _make_worker(settings, db, log, checkpoint, changes, connection, store)
+            worker = _make_worker(settings, db, event_store, checkpoint, change_stream, connection, store)
         sender = None
         if "webhook-sender" in selected:
-            sender = _make_deliverer(settings, db, log, store, checkpoint, changes, connection, holder)
+            sender = _make_deliverer(settings, db, event_store, store, checkpoint, change_stream, connection, holder)
         if settings.metrics.port is not None and "api" not in selected:
-            stack.enter_context(serve_metrics(settings.metrics, log, changes))
-        stream = await stack.enter_async_context(changes.running())
+            stack.enter_context(serve_metrics(settings.metrics, event_store, change_stream))
+        stream = await stack.enter_async_context(change_stream.running())
         stream.add_done_callback(failure_callback(on_failure))
         if "projector" in selected:
             await stack.enter_async_context(run_in_background(projector.run(), on_failure))
@@ -140,7 +142,7 @@ async def start_roles(
             await stack.enter_async_context(run_in_background(context.disk_monitor.run(), on_failure))
             url = await stack.enter_async_context(serve_api(listener, settings.api, context, on_failure))
         try:
-            yield RunningProcess(db, log, url)
+            yield RunningProcess(db, event_store, url)
         finally:
             if worker is not None:  # first, so that its grace period runs while the other roles stop
                 worker.stop()
@@ -149,9 +151,9 @@ async def start_roles(
 def _make_worker(
     settings: Settings,
     db: Database,
-    log: EventStore,
+    event_store: EventStore,
     checkpoint: Checkpoint,
-    changes: ChangeStream,
+    change_stream: ChangeStream,
     connection: Connection,
     store: FileStore,
 ) -> Worker:
@@ -159,9 +161,9 @@ def _make_worker(
     confinement.check_confinement(section.confinement)
     return Worker(
         db,
-        log,
+        event_store,
         checkpoint,
-        changes,
+        change_stream,
         connection,
         settings=executor.ExecutorSettings(
             store,
@@ -188,20 +190,20 @@ def _make_worker(
 def _make_deliverer(
     settings: Settings,
     db: Database,
-    log: EventStore,
+    event_store: EventStore,
     store: FileStore,
     checkpoint: Checkpoint,
-    changes: ChangeStream,
+    change_stream: ChangeStream,
     connection: Connection,
     holder: str,
 ) -> Deliverer:
     section = settings.webhooks
     return Deliverer(
         db,
-        log,
+        event_store,
         store,
         checkpoint,
-        changes,
+        change_stream,
         connection,
         settings=deliverer.DeliverySettings(
             retry_delays=section.retry_delays_seconds,

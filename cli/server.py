@@ -82,7 +82,12 @@ def open_listener(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def build_context(
-    settings: Settings, db: Database, log: EventStore, checkpoint: Checkpoint, changes: ChangeStream, store: FileStore
+    settings: Settings,
+    db: Database,
+    event_store: EventStore,
+    checkpoint: Checkpoint,
+    change_stream: ChangeStream,
+    store: FileStore,
 ) -> ApiContext:
     """Return the context of the routes. Call it before the change stream runs, because it adds listeners.
 
@@ -90,18 +95,18 @@ def build_context(
         ConfigurationError: the public key for tokens cannot be used.
     """
     completion_waiter = CompletionWaiter()
-    changes.add_listener(completion_waiter)
-    stall_detector = StallDetector(log, checkpoint)
-    changes.add_listener(stall_detector)
+    change_stream.add_listener(completion_waiter)
+    stall_detector = StallDetector(event_store, checkpoint)
+    change_stream.add_listener(stall_detector)
     public_host = urlsplit(settings.api.public_url).hostname if settings.api.public_url else None
     hosts = ("localhost", "127.0.0.1", "[::1]", settings.api.host, public_host)
     revocations = RevocationNotifier()
-    backend = _make_auth_backend(settings.auth, db, changes, revocations)
+    backend = _make_auth_backend(settings.auth, db, change_stream, revocations)
     return ApiContext(
         db=db,
-        event_store=log,
+        event_store=event_store,
         checkpoint=checkpoint,
-        change_stream=changes,
+        change_stream=change_stream,
         file_store=store,
         job_types={name: processor.Parameters for name, processor in load_processors().items()},
         parameter_validator=ParameterValidator(),
@@ -111,12 +116,12 @@ def build_context(
         max_body_bytes=settings.api.max_body_bytes,
         allowed_hosts=tuple(dict.fromkeys(name for name in hosts if name)),
         auth_backend=backend,
-        browser_sessions=_make_browser_sessions(settings.auth, backend, db, changes, revocations),
+        browser_sessions=_make_browser_sessions(settings.auth, backend, db, change_stream, revocations),
         revocation_notifier=revocations,
         public_origin=settings.api.public_url,
         get_groups=backend.get_groups if isinstance(backend, ApiKeyBackend) else lambda _user_id: frozenset[str](),
         completion_waiter=completion_waiter,
-        visibility=Visibility(log, checkpoint),
+        visibility=Visibility(event_store, checkpoint),
         stall_detector=stall_detector,
         live_streams=LiveStreams(),
         signed_links=SignedLinks(db, settings.api.public_url),
@@ -152,14 +157,14 @@ def _make_http_options(settings: Settings) -> HttpOptions:
 
 
 def _make_browser_sessions(
-    auth: AuthSettings, backend: AuthBackend, db: Database, changes: ChangeStream, revocations: RevocationNotifier
+    auth: AuthSettings, backend: AuthBackend, db: Database, change_stream: ChangeStream, revocations: RevocationNotifier
 ) -> BrowserSessions | None:
     """Return the sessions of the dashboard, or None in modes without its sign-in page."""
     if auth.mode not in ("keys", "jwt"):
         return None
     get_key_holder = backend.get_key_holder if isinstance(backend, ApiKeyBackend) else None
     sessions = BrowserSessions(db, revocations, policy=_policy_digest(auth), get_key_holder=get_key_holder)
-    changes.add_listener(sessions)
+    change_stream.add_listener(sessions)
     return sessions
 
 
@@ -170,7 +175,7 @@ def _policy_digest(auth: AuthSettings) -> str:
 
 
 def _make_auth_backend(
-    auth: AuthSettings, db: Database, changes: ChangeStream, revocations: RevocationNotifier
+    auth: AuthSettings, db: Database, change_stream: ChangeStream, revocations: RevocationNotifier
 ) -> AuthBackend:
     """Return the backend of the configured mode.
 
@@ -183,7 +188,7 @@ def _make_auth_backend(
             return SingleUserBackend("local")
         case "keys":
             cache = ApiKeyCache(db, revocations)
-            changes.add_listener(cache)
+            change_stream.add_listener(cache)
             return ApiKeyBackend(cache, now=get_server_clock(db.client).estimate, anonymous_read=auth.anonymous_read)
         case "jwt":
             options = JwtOptions(

@@ -188,17 +188,17 @@ async def _open_rebuild(connection: Connection) -> AsyncIterator[Rebuild]:
     tune_garbage_collector()
     async with connection.client() as client:
         db = client[connection.db_name]
-        log, changes, holder = EventStore(db), ChangeStream(db), f"{socket.gethostname()}-{os.getpid()}"
-        rebuild = Rebuild(db, log, connection, holder=holder)
-        await log.prepare()
-        await Projector(db, log, connection, Checkpoint(db), holder=holder).prepare()
-        changes.add_listener(log)
-        changes.add_listener(rebuild.leader_election)
-        async with changes.running():
+        event_store, change_stream, holder = EventStore(db), ChangeStream(db), f"{socket.gethostname()}-{os.getpid()}"
+        rebuild = Rebuild(db, event_store, connection, holder=holder)
+        await event_store.prepare()
+        await Projector(db, event_store, connection, Checkpoint(db), holder=holder).prepare()
+        change_stream.add_listener(event_store)
+        change_stream.add_listener(rebuild.leader_election)
+        async with change_stream.running():
             try:
                 yield rebuild
             finally:
-                await log.aclose()
+                await event_store.aclose()
 
 
 async def verify_result_files(

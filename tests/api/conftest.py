@@ -130,7 +130,7 @@ async def run_api(
         start_roles(settings, settings.mongodb.make_connection(uri), wanted, on_failure=failures.append) as running,
         httpx.AsyncClient(base_url=running.url or "", timeout=DEADLINE_SECONDS, trust_env=False) as client,
     ):
-        yield Api(client, running.db, running.log, directory / "results")
+        yield Api(client, running.db, running.event_store, directory / "results")
     assert not failures
 
 
