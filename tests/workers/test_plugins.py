@@ -58,7 +58,7 @@ SHARING = {
 LIST = """
 import json, jobledger.workers.registry as registry
 registry.LOAD_SECONDS = 1
-print(json.dumps([sorted(registry.processors()), registry.unusable_types()]))
+print(json.dumps([sorted(registry.load_processors()), registry.unusable_job_types()]))
 """
 
 
