@@ -190,7 +190,7 @@ async def test_check_that_hangs_is_trouble_and_is_not_started_twice(monkeypatch:
 
     worker = WorkerHealth([hang])
     for _ in range(3):
-        assert "did not end" in str(await worker.run_checks())
+        assert "did not return" in str(await worker.run_checks())
     assert started == 1
     answered.set()
     await poll_until(lambda: not any(it.name == "health-check" for it in threading.enumerate()), "the thread has ended")
@@ -271,7 +271,7 @@ async def test_quick_check_that_hangs_is_trouble(monkeypatch: pytest.MonkeyPatch
     await worker.run_quick_checks()
     answered.set()
     assert not worker.can_claim()
-    assert "did not end" in worker.document_fields()["problem"]
+    assert "did not return" in worker.document_fields()["problem"]
 
 
 async def test_sick_worker_of_three_costs_no_job_an_attempt_and_recovers(

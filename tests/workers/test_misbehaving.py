@@ -11,7 +11,7 @@ import pytest
 from jobledger.ledger.domain.commands import AddLogEntries, CancelJob
 from jobledger.ledger.domain.events import JobLogged, StepCompleted
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.command_handler import CommandResult, handle_command
+from jobledger.ledger.store.command_handler import CommandResult, handle_command_until_known
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers import attempt_recorder as recorder
 from jobledger.workers import attempt_timeout as time_limit
@@ -262,10 +262,10 @@ async def test_log_lines_are_kept_when_the_request_that_writes_them_is_cancelled
         if isinstance(command, AddLogEntries):
             writing.set()
             await asyncio.sleep(0.2)
-        return await handle_command(log, stream, command, **options)
+        return await handle_command_until_known(log, stream, command, **options)
 
     writing = asyncio.Event()
-    monkeypatch.setattr(recorder, "handle_command", slow)
+    monkeypatch.setattr(recorder, "handle_command_until_known", slow)
     if end == "timeout":
         monkeypatch.setattr(time_limit, "PAUSE_AFTER_SECONDS", 60.0)
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:

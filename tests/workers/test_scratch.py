@@ -21,10 +21,10 @@ from jobledger.workers.scratch import ScratchDirectory
 HOLD = """
 import sys, time
 from pathlib import Path
-from jobledger.workers.scratch import Scratch
-scratch = Scratch(Path(sys.argv[1]))
+from jobledger.workers.scratch import ScratchDirectory
+scratch = ScratchDirectory(Path(sys.argv[1]))
 scratch.prepare()
-place = scratch.for_attempt("job-1", 1)
+place = scratch.new_attempt_path("job-1", 1)
 place.mkdir()
 (place / "video").write_bytes(bytes(1000))
 print(scratch.directory, flush=True)
@@ -254,7 +254,7 @@ def test_end_of_a_worker_does_not_wait_for_its_directories(tmp_path: Path, monke
     assert not left.exists()
 
 
-@pytest.mark.parametrize("check", ["create", "check_quickly", "check"])
+@pytest.mark.parametrize("check", ["create_directories", "check_quickly", "check"])
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_scratch_whose_mode_was_changed_gets_it_back(tmp_path: Path, level: int, check: str) -> None:
     scratch = ScratchDirectory(tmp_path / "root")

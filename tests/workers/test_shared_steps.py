@@ -69,7 +69,7 @@ async def test_shared_step_of_same_owner_type_and_version_is_reused(here: Runnin
     assert isinstance(step, StepCompleted)
     assert (step.reused_from, step.output) == (first["job_id"], {"found": "TALK"})
     assert [it["reused_from"] for it in (*first["steps"], *second["steps"])] == [None, first["job_id"]]
-    assert f"was finished by {first['job_id']}" in second["logs"][0]["message"]
+    assert f"is reused from {first['job_id']}" in second["logs"][0]["message"]
     assert (await ask(here, "it"))["steps"][0]["reused_from"] == first["job_id"], "a reused step must not be lent on"
 
 

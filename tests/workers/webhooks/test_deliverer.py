@@ -178,7 +178,7 @@ async def test_header_values_and_signatures_come_from_where_secrets_are(
 ) -> None:
     old, new = generate_secret(), generate_secret()
     async with run_roles_in_process(connection, store, projector=True, webhooks=FAST_WEBHOOKS) as here:
-        kept = {"_id": "headers-1", "headers": {"Authorization": "Bearer s3cret"}, "secrets": [new, old]}
+        kept = {"_id": "secrets-1", "headers": {"Authorization": "Bearer s3cret"}, "secrets": [new, old]}
         await here.db.webhook_secrets.insert_one(kept)
         own = Webhook(
             url=cms.url("/own"), header_names=["Authorization"], secrets_ref="secrets-1", has_own_secrets=True

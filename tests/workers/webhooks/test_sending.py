@@ -93,7 +93,7 @@ def status(code: int, *lines: str, body: bytes = b"said") -> bytes:
 async def send(
     url: str, *, headers: dict[str, str] | None = None, resolve: Resolver | None = None, allow: tuple[str, ...] = ()
 ) -> WebhookResponse:
-    options = {} if resolve is None else {"resolve": resolve}
+    options = {} if resolve is None else {"resolver": resolve}
     sender = Sender(allowed_private_hosts=allow, timeout_seconds=TIMEOUT, **options)  # type: ignore[arg-type]
     begun = time.monotonic()
     try:

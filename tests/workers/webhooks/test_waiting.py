@@ -43,7 +43,7 @@ def test_nothing_is_tried_before_its_time_and_the_next_moment_is_known() -> None
 
 
 def test_one_host_has_only_so_many_at_a_time_and_others_go_past_it() -> None:
-    them = waiting(*(due(f"a{n}", host="a:1") for n in range(10)), due("b", 1, host="b:1"), per_host=2)
+    them = waiting(*(due(f"a{n}", host="a:1") for n in range(10)), due("b", 1, host="b:1"), max_concurrent_per_host=2)
     tried, _ = them.take_due(at(1))
     assert sorted(names(tried)) == ["a0", "a1", "b"]
     them.record_result(tried[0], is_responsive=True, now=at(2))
@@ -51,7 +51,9 @@ def test_one_host_has_only_so_many_at_a_time_and_others_go_past_it() -> None:
 
 
 def test_hosts_take_turns_when_all_together_are_too_many() -> None:
-    them = waiting(*(due(f"{h}{n}", host=h) for h in "abc" for n in range(9)), at_a_time=3, per_host=9)
+    them = waiting(
+        *(due(f"{h}{n}", host=h) for h in "abc" for n in range(9)), max_concurrent=3, max_concurrent_per_host=9
+    )
     tried, _ = them.take_due(START)
     assert sorted(it.host for it in tried) == ["a", "b", "c"]
     order = []
@@ -73,7 +75,7 @@ def test_a_newer_state_replaces_the_older_and_what_was_dropped_is_not_tried() ->
 
 
 def test_a_silent_host_rests_then_one_is_tried_and_the_rest_doubles() -> None:
-    them = waiting(*(due(f"d{n}") for n in range(9)), circuit_breaker_failures=3, per_host=3)
+    them = waiting(*(due(f"d{n}") for n in range(9)), circuit_breaker_failures=3, max_concurrent_per_host=3)
     tried, _ = them.take_due(START)
     for entry in tried:
         them.record_result(entry, is_responsive=False, now=START)
@@ -90,7 +92,7 @@ def test_a_silent_host_rests_then_one_is_tried_and_the_rest_doubles() -> None:
 
 
 def test_a_rest_is_never_longer_than_ten_minutes() -> None:
-    them, now, rest = waiting(circuit_breaker_failures=1, per_host=1), START, timedelta()
+    them, now, rest = waiting(circuit_breaker_failures=1, max_concurrent_per_host=1), START, timedelta()
     for number in range(12):
         them.add(due(f"d{number}"))
         [tried] = them.take_due(now)[0]
@@ -147,8 +149,8 @@ def test_whatever_hosts_do_each_is_tried_once_within_the_limits(
 ) -> None:
     them = waiting(
         *(due(f"d{n}", seconds, host) for n, (host, seconds) in enumerate(entries)),
-        per_host=per_host,
-        at_a_time=5,
+        max_concurrent_per_host=per_host,
+        max_concurrent=5,
         circuit_breaker_failures=2,
     )
     flying: list[ScheduledDelivery] = []
