@@ -163,8 +163,8 @@ def build_document(routes: Iterable[Route], job_types: Mapping[str, type[BaseMod
                 "bearer": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "An API key (`auth.mode: keys`) or a JSON Web Token (`jwt`). In the modes `open` "
-                    "and `proxy`, and for what is public where `auth.anonymous_read` is on, nothing has to be sent.",
+                    "description": "An API key (`auth.mode: keys`) or a JSON Web Token (`jwt`). The modes `open` and "
+                    "`proxy`, and public resources with `auth.anonymous_read`, need no credentials.",
                 }
             },
         },
