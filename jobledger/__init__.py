@@ -1,7 +1,6 @@
 """Jobledger: an event-sourced job ledger on MongoDB change streams.
 
-These names are the public interface for programs that use the package. They are loaded when they are first used, so
-`import jobledger` is cheap.
+The names in `__all__` are the public API. Each is imported on first use, so `import jobledger` is fast.
 """
 
 from __future__ import annotations

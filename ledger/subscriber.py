@@ -51,7 +51,7 @@ def ledger_client(uri: str, *, db_name: str = "event_processing", connect_timeou
         ConfigurationError: The database name is not valid.
     """
     if not _DB_NAME.fullmatch(db_name):
-        raise ConfigurationError(f"{db_name!r} is no name of a database: expected 1 to 63 letters, digits, - and _")
+        raise ConfigurationError(f"{db_name!r} is not a database name: expected 1 to 63 letters, digits, - and _")
     return LedgerClient(Connection(uri, db_name, connect_timeout_ms=connect_timeout_ms))
 
 
@@ -59,7 +59,7 @@ def ledger_client(uri: str, *, db_name: str = "event_processing", connect_timeou
 class _Opened:
     db: Database
     log: EventStore
-    following: asyncio.Task[None]
+    change_stream_task: asyncio.Task[None]
 
 
 class LedgerClient:
@@ -105,7 +105,7 @@ class LedgerClient:
                 await opened.log.check_not_truncated(read, f"the subscription {name!r}")
                 begin = read.position
             async with opened.log.subscribe(after=begin) as subscription:
-                events = SubscriptionEvents(opened.log, subscription, wanted, place, opened.following)
+                events = SubscriptionEvents(opened.log, subscription, wanted, place, opened.change_stream_task)
                 finished = False
                 try:
                     yield events
@@ -138,8 +138,8 @@ async def _open(connection: Connection) -> AsyncIterator[_Opened]:
         await check_server(db, needs_write=False)
         log, changes = EventStore(db), ChangeStream(db)
         changes.add_listener(log)
-        async with changes.running() as following:
-            yield _Opened(db, log, following)
+        async with changes.running() as change_stream_task:
+            yield _Opened(db, log, change_stream_task)
             await log.aclose()
 
 
@@ -147,14 +147,14 @@ class SubscriptionCursor:
     """The position of a named subscription in the database. The newest holder owns it; others fail when they save."""
 
     def __init__(self, db: Database, name: str) -> None:
-        self._places = db.get_collection(SUBSCRIPTIONS, read_concern=MAJORITY)
+        self._cursors = db.get_collection(SUBSCRIPTIONS, read_concern=MAJORITY)
         self._name = name
         self._holder = uuid4().hex
 
     async def acquire(self, *, initial_position: int) -> ReadPosition:
         """Take over the subscription and return its position: `initial_position` if it is new."""
         with translate_errors(f"opening the subscription {self._name}"):
-            place = await self._places.find_one_and_update(
+            place = await self._cursors.find_one_and_update(
                 {"_id": self._name},
                 [{"$set": {"holder": self._holder, "position": {"$ifNull": ["$position", initial_position]}}}],
                 upsert=True,
@@ -175,7 +175,7 @@ class SubscriptionCursor:
             "saved_at": "$$NOW",
         }
         with translate_errors(f"saving the position of the subscription {self._name}"):
-            saved = await self._places.update_one({"_id": self._name, "holder": self._holder}, [{"$set": changes}])
+            saved = await self._cursors.update_one({"_id": self._name, "holder": self._holder}, [{"$set": changes}])
         if not saved.matched_count:
             raise SubscriptionTakenOver(f"The subscription {self._name!r} was taken over by another process.")
 
@@ -191,13 +191,13 @@ class SubscriptionEvents:
         subscription: Subscription,
         types: frozenset[str] | None,
         place: SubscriptionCursor | None,
-        following: asyncio.Task[None],
+        change_stream_task: asyncio.Task[None],
     ) -> None:
         self._log = log
         self._subscription = subscription
         self._types = types
         self._place = place
-        self._following = following
+        self._change_stream_task = change_stream_task
         self._reading: asyncio.Task[list[RecordedEvent]] | None = None
         self._waiting: deque[RecordedEvent] = deque()
         self._received = self._done = self._saved = subscription.position
@@ -220,7 +220,7 @@ class SubscriptionEvents:
             SubscriptionTakenOver: Another process has taken over the subscription.
         """
         if self._closed:
-            raise RuntimeError("the block of this subscription has been left")
+            raise RuntimeError("this subscription is closed")
         self._count_as_done()
         while not self._waiting:
             await self._receive()
@@ -260,9 +260,9 @@ class SubscriptionEvents:
         """Wait for events, or for the end of the subscription. Reading continues if the caller is cancelled."""
         if self._reading is None:
             self._reading = asyncio.create_task(self._subscription.next_chunk(), name="read-subscription")
-        watched = {self._reading, self._following} | ({self._saver} if self._saver is not None else set())
+        watched = {self._reading, self._change_stream_task} | ({self._saver} if self._saver is not None else set())
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-        for task in (self._following, self._saver):
+        for task in (self._change_stream_task, self._saver):
             if task is not None and task.done():
                 task.result()
         if self._reading.done():
@@ -296,7 +296,7 @@ def _types_of(wanted: Collection[type[Event] | str] | None) -> frozenset[str] | 
     if wanted is None:
         return None
     if isinstance(wanted, str) or not wanted:
-        raise ValueError(f"types is a list of the types that are wanted, or None for all, not {wanted!r}")
+        raise ValueError(f"types must be a list of event types, or None for all, got {wanted!r}")
     return frozenset(_type_of(it) for it in wanted)
 
 
@@ -311,12 +311,12 @@ def _type_of(wanted: type[Event] | str) -> str:
 
 def _check_name(name: Any) -> None:
     if name is not None and not (isinstance(name, str) and name):
-        raise ValueError(f"the name of a subscription is a text that is not empty, not {name!r}")
+        raise ValueError(f"the name of a subscription must be a non-empty string, got {name!r}")
 
 
 def _position_of(after: Any) -> int:
     if after is None:
         return 0
     if not isinstance(after, int) or isinstance(after, bool) or not 0 <= after <= MAX_POSITION:
-        raise ValueError(f"after is a position, from 0 for the beginning of the log, not {after!r}")
+        raise ValueError(f"after must be a position, 0 for the beginning of the log, got {after!r}")
     return after

@@ -87,9 +87,9 @@ def _readable_uri(uri: str) -> Iterator[None]:
         yield
     except (InvalidURI, DriverConfigurationError, ValueError) as error:
         # The driver quotes what it takes for a host or a name, and that may be a piece of the password.
-        why = "what is wrong is not shown, for it may hold the password" if "@" in uri else str(error)
+        why = "details are omitted because they may contain the password" if "@" in uri else str(error)
         raise ConfigurationError(
-            f"mongodb.uri is not usable: {why}. Expected something like "
+            f"mongodb.uri is not valid: {why}. Expected, for example, "
             "mongodb://user:password@host1,host2/?replicaSet=rs0 (with :, / and @ in user and password written as "
             "%3A, %2F and %40), or the word embedded."
         ) from error
@@ -174,9 +174,11 @@ async def check_server(db: Database, *, needs_write: bool = True) -> None:
     except OperationFailure as error:
         if error.code in _TRANSIENT_CODES:
             raise LedgerUnavailable(f"MongoDB cannot be used now: {summarize_error(error)}") from error
-        raise DatabaseUnsuitable(f"MongoDB refuses what the ledger needs: {summarize_error(error)}") from error
+        raise DatabaseUnsuitable(
+            f"MongoDB rejects an operation that the ledger needs: {summarize_error(error)}"
+        ) from error
     except PyMongoError as error:
-        raise LedgerUnavailable(f"The database failed while it was being checked: {summarize_error(error)}") from error
+        raise LedgerUnavailable(f"The database failed during the check at startup: {summarize_error(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,7 @@ async def read_oplog_window(db: Database) -> OplogWindow | None:
         LedgerUnavailable: The database is unreachable.
     """
     local = db.client["local"]
-    with translate_errors("showing its oplog"):
+    with translate_errors("reading the oplog"):
         try:
             first = await local["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", 1)])
             last = await local["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", -1)])
@@ -226,7 +228,7 @@ async def read_transaction_limit_seconds(db: Database) -> int | None:
     Raises:
         LedgerUnavailable: The database is unreachable.
     """
-    with translate_errors("telling its parameters"):
+    with translate_errors("reading its parameters"):
         try:
             answer = await db.client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
         except OperationFailure as error:

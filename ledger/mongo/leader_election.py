@@ -20,7 +20,7 @@ from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.lease import Lease, LeaseObservation
 
 _log = structlog.get_logger()
-_LONGEST_PAUSE_SECONDS: Final = 5.0
+_MAX_PAUSE_SECONDS: Final = 5.0
 
 
 class LeadershipLost(Exception):
@@ -33,13 +33,13 @@ class LeaderElection:
     collection = "leaders"
 
     def __init__(self, connection: Connection, name: str, *, holder: str, lease_seconds: float) -> None:
-        self._matter = name
+        self._name = name
         self._holder = holder
         self._lease_seconds = lease_seconds
         self._lease = Lease(connection, self.collection, name, seconds=lease_seconds)
-        self._seen = LeaseObservation()
+        self._observation = LeaseObservation()
         """Of the leader, while another process leads."""
-        self._heard = asyncio.Event()
+        self._changed = asyncio.Event()
         self._vacant = asyncio.Event()
 
     @property
@@ -56,57 +56,57 @@ class LeaderElection:
 
     async def run_once(self, lead: Callable[[], Awaitable[None]]) -> None:
         """Stand by and lead until `lead` returns. Its exceptions propagate, except LeadershipLost."""
-        pause, told = 0.1, False
+        pause, is_logged = 0.1, False
         while True:
             try:
-                self._vacant.clear()  # before we ask: the leader may let go while the refusal is on its way to us
-                if await self._lease.acquire({"holder": self._holder}, observation=self._seen):
-                    self._seen = LeaseObservation()
-                    begun, told = time.monotonic(), False
+                self._vacant.clear()  # first, because the leader may release the lease before our response arrives
+                if await self._lease.acquire({"holder": self._holder}, observation=self._observation):
+                    self._observation = LeaseObservation()
+                    begun, is_logged = time.monotonic(), False
                     try:
                         if await self._lead(lead):
                             return
                     finally:
                         await self._lease.release()
                         if time.monotonic() - begun > self._lease_seconds:
-                            pause = 0.1  # it went well for a while: what comes now is a new trouble
+                            pause = 0.1  # it was stable for a while, so this is a new failure
                     await asyncio.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                    pause = min(2 * pause, _MAX_PAUSE_SECONDS)
                 else:
-                    self._seen.record(
+                    self._observation.record(
                         self._lease.current_lease.get("heartbeat"), self._lease.current_lease.get("seconds")
                     )
-                    if not told:
-                        _log.info("another process is leader, standing by", role=self._matter)
-                        told = True
+                    if not is_logged:
+                        _log.info("another process is leader, standing by", role=self._name)
+                        is_logged = True
                     await self._wait_for_vacancy()
             except (LedgerUnavailable, LedgerBusy) as error:
-                _log.warning("leadership interrupted, retrying", role=self._matter, error=str(error))
+                _log.warning("leadership interrupted, retrying", role=self._name, error=str(error))
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                pause = min(2 * pause, _MAX_PAUSE_SECONDS)
 
     async def resync(self, session: AsyncClientSession) -> None:
-        self._heard.set()
+        self._changed.set()
 
     def on_change(self, change: Mapping[str, Any]) -> None:
-        if change["documentKey"]["_id"] != self._matter:
+        if change["documentKey"]["_id"] != self._name:
             return
         fields = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
         if "heartbeat" in fields:
-            self._seen.record(fields["heartbeat"])
-        self._heard.set()
+            self._observation.record(fields["heartbeat"])
+        self._changed.set()
         if fields.get("released"):
             self._vacant.set()
 
     async def _wait_for_vacancy(self) -> None:
         """Wait until the leader misses a heartbeat or releases its lease."""
         while not self._vacant.is_set():
-            self._heard.clear()
+            self._changed.clear()
             try:
                 missing = self._lease_seconds / 3 + 1
-                left = self._lease_seconds - self._seen.seconds_since_heartbeat
+                left = self._lease_seconds - self._observation.seconds_since_heartbeat
                 async with asyncio.timeout(min(missing, left) if left > 0 else missing):
-                    await self._heard.wait()
+                    await self._changed.wait()
             except TimeoutError:
                 return
 
@@ -119,9 +119,9 @@ class LeaderElection:
             if leading.done():
                 leading.result()
                 return True
-            _log.warning("leadership lease lost, standing by", role=self._matter)
+            _log.warning("leadership lease lost, standing by", role=self._name)
         except LeadershipLost:
-            _log.warning("replaced by another leader, standing by", role=self._matter)
+            _log.warning("replaced by another leader, standing by", role=self._name)
         finally:
             for task in (leading, lost):
                 task.cancel()

@@ -31,7 +31,7 @@ from jobledger.ledger.system.loop_progress import LoopProgress
 _log = structlog.get_logger()
 
 
-def _until(seconds: float) -> Document:
+def _expiry_after(seconds: float) -> Document:
     return {"$add": ["$$NOW", int(seconds * 1000)]}
 
 
@@ -40,13 +40,13 @@ EXPIRED_LEASE_FILTER: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
 EXPIRE_LEASE_UPDATE: Document = {"$inc": {"fencing_token": 1}}
 """Expires a lease. Combine it with a filter on the observed `heartbeat`. The holder's next extension then fails: it
 finds another fencing token."""
-_NEXT_BEAT: Document = {"$add": [{"$ifNull": ["$heartbeat", 0]}, 1]}
-_AGAIN_SECONDS = 0.5
+_NEXT_HEARTBEAT: Document = {"$add": [{"$ifNull": ["$heartbeat", 0]}, 1]}
+_RETRY_SECONDS = 0.5
 _RELEASE_SECONDS = 1.0
 """How long releasing may take. A lease that could not be released in this time expires."""
-_LOOKS = 3
+_CHECKS_PER_LEASE = 3
 """A lease is extended, and its holder's event loop checked, three times per duration (`loop_progress`)."""
-_TICKS = 12
+_TICKS_PER_LEASE = 12
 MISSED_HEARTBEAT_SHARE = 0.6
 """A holder that has not extended its lease for this share of the duration has missed a heartbeat. Leases are extended
 after each third of their duration, so an outage that expires a lease lasts at least two thirds of it. Every other
@@ -116,9 +116,9 @@ class Lease:
         self._lost = lost = asyncio.Event()
         self._stop = stop = threading.Event()
         loop = asyncio.get_running_loop()
-        progress = LoopProgress(min(self._seconds / _TICKS, 1.0))
+        progress = LoopProgress(min(self._seconds / _TICKS_PER_LEASE, 1.0))
         acquired: asyncio.Future[int | None] = loop.create_future()
-        # The thread keeps its own events: after a cancelled `acquire` the next one makes new ones while it still runs.
+        # Each thread has events of its own: it may still run when the next `acquire` begins.
         thread = threading.Thread(
             target=self._keep,
             args=(loop, acquired, dict(attributes), observation or LeaseObservation(), stop, lost, progress),
@@ -131,7 +131,7 @@ class Lease:
             with translate_errors("taking a lease"):
                 fencing_token = await acquired
         except asyncio.CancelledError:
-            stop.set()  # else the thread would go on holding what nobody uses
+            stop.set()  # otherwise the thread would keep an unused lease
             raise
         finally:
             if fencing_token is None:
@@ -182,12 +182,12 @@ class Lease:
                 begun = time.monotonic()
                 fencing_token = self._take(leases, facts, seen)
                 self._beats = (begun, begun)
-                _tell(loop, _resolve, acquired, fencing_token)
+                _call_on_loop(loop, _resolve, acquired, fencing_token)
                 if fencing_token is None or self._beat(leases, fencing_token, begun + self._seconds, stop, progress):
                     return
-        except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it, or would wait for ever
-            _tell(loop, _resolve, acquired, error)
-        _tell(loop, lost.set)
+        except Exception as error:  # noqa: BLE001 - the waiting caller must get the error
+            _call_on_loop(loop, _resolve, acquired, error)
+        _call_on_loop(loop, lost.set)
 
     def _take(self, leases: Collection[Document], facts: Document, seen: LeaseObservation) -> int | None:
         """Acquire the lease in one write if it is free. Return its fencing token, None if another process holds it.
@@ -203,8 +203,8 @@ class Lease:
             "seconds": self._seconds,
             "released": False,
             "acquisition_id": acquisition_id,
-            "heartbeat": _NEXT_BEAT,
-            "lease_until": _until(self._seconds),
+            "heartbeat": _NEXT_HEARTBEAT,
+            "lease_until": _expiry_after(self._seconds),
         }
         free: list[Any] = [{"$eq": [{"$ifNull": ["$fencing_token", 0]}, 0]}, {"$eq": ["$released", True]}]
         if not seen.was_extended:
@@ -234,11 +234,11 @@ class Lease:
         No call lasts longer than the lease. Over a silent network it would otherwise block for minutes.
         """
         mine = {"_id": self._id, "fencing_token": fencing_token}
-        extend = {"heartbeat": _NEXT_BEAT, "lease_until": _until(self._seconds)}
+        extend = {"heartbeat": _NEXT_HEARTBEAT, "lease_until": _expiry_after(self._seconds)}
         pause, away = self._seconds / 3, False
         while not stop.wait(pause):
-            if (missed := progress.count_missed()) >= _LOOKS:
-                if missed == _LOOKS:
+            if (missed := progress.count_missed()) >= _CHECKS_PER_LEASE:
+                if missed == _CHECKS_PER_LEASE:
                     _log.error("event loop blocked, lease not renewed", lease_id=self._id)
                 continue
             begun = time.monotonic()
@@ -251,14 +251,14 @@ class Lease:
                 since, last = self._beats
                 self._beats = (since if begun - last <= MISSED_HEARTBEAT_SHARE * self._seconds else begun, begun)
             except PyMongoError as error:
-                if not away:  # once: it may last
+                if not away:  # log once per outage
                     _log.warning("lease renewal failed, retrying", lease_id=self._id, error=summarize_error(error))
-                pause, away = min(_AGAIN_SECONDS, self._seconds / 3), True
+                pause, away = min(_RETRY_SECONDS, self._seconds / 3), True
         try:
             with timeout(max(good_until - time.monotonic(), 0.1)):
                 leases.update_one(
                     {"_id": self._id, "fencing_token": fencing_token},
-                    [{"$set": {"heartbeat": _NEXT_BEAT, "lease_until": "$$NOW", "released": True}}],
+                    [{"$set": {"heartbeat": _NEXT_HEARTBEAT, "lease_until": "$$NOW", "released": True}}],
                 )
         except PyMongoError as error:
             _log.warning("lease not released, it will expire", lease_id=self._id, error=summarize_error(error))
@@ -274,6 +274,6 @@ def _resolve(future: asyncio.Future[int | None], answer: int | Exception | None)
         future.set_result(answer)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, call: Any, *args: Any) -> None:
+def _call_on_loop(loop: asyncio.AbstractEventLoop, call: Any, *args: Any) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(call, *args)

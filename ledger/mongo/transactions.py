@@ -35,7 +35,7 @@ async def run_transaction(db: Database, write: Callable[[AsyncClientSession], Aw
     try:
         return await asyncio.shield(writing)
     except asyncio.CancelledError:
-        writing.add_done_callback(_heard)
+        writing.add_done_callback(_retrieve_exception)
         try:
             await asyncio.wait({writing}, timeout=CANCEL_TIMEOUT_SECONDS)
         finally:
@@ -47,7 +47,7 @@ async def run_transaction(db: Database, write: Callable[[AsyncClientSession], Aw
         raise
 
 
-def _heard(writing: asyncio.Future[T]) -> None:
+def _retrieve_exception(writing: asyncio.Future[T]) -> None:
     """Retrieve the exception, which no other code does."""
     if not writing.cancelled():
         writing.exception()

@@ -31,10 +31,10 @@ from jobledger.ledger.domain.errors import DatabaseUnsuitable, LedgerUnavailable
 from jobledger.ledger.mongo.connection import LENIENT_CODEC, Database, is_transient, summarize_error
 
 _log = structlog.get_logger()
-_LONGEST_PAUSE_SECONDS = 2.0
+_MAX_PAUSE_SECONDS = 2.0
 _PAUSE_AFTER_REMOVAL_SECONDS = 0.5
 """Events are often deleted in bulk. The pause avoids reopening the stream for each."""
-_CHANGES_PER_TURN = 200  # then others on the event loop get a chance
+_CHANGES_PER_TURN = 200  # then other tasks may run
 
 
 class ChangeListener(Protocol):
@@ -112,14 +112,14 @@ class ChangeStream:
                     pause = _PAUSE_AFTER_REMOVAL_SECONDS
             except PyMongoError as error:
                 if not is_transient(error):
-                    raise DatabaseUnsuitable(f"MongoDB refuses to tell of changes: {summarize_error(error)}") from error
+                    raise DatabaseUnsuitable(f"MongoDB rejects the change stream: {summarize_error(error)}") from error
                 _log.warning("change stream interrupted, reopening", error=summarize_error(error))
             except LedgerUnavailable as error:  # from a listener's own reading
                 _log.warning("change stream interrupted, reopening", error=str(error))
             self.restart_count += 1
-            # Full jitter, so that a hundred processes do not come back in the same instant after a fail-over.
+            # Full jitter, so that not all processes reconnect at the same time after a failover.
             await asyncio.sleep(random.uniform(0, pause))  # noqa: S311 - spreads load, guards no secret
-            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+            pause = min(pause * 2, _MAX_PAUSE_SECONDS)
 
     @asynccontextmanager
     async def _stream(self) -> AsyncIterator[tuple[AsyncChangeStream[dict[str, Any]], Timestamp]]:

@@ -30,7 +30,7 @@ from jobledger.ledger.store.event_store import EventStore
 
 Command = JobCommand | BatchCommand | DeliveryCommand
 State = Job | Batch | Delivery
-_MAX_ATTEMPTS = 20  # a job has few writers at a time; who loses twenty races in a row is in a loop with itself
+_MAX_ATTEMPTS = 20  # a job has few writers at a time, so twenty conflicts in a row mean a loop
 
 
 def new_job_id() -> str:
@@ -56,14 +56,14 @@ class StreamState:
         Raises:
             UnreadableEvent: One of them is damaged or missing, or a later version of this program has written it.
         """
-        known = self
+        stream_state = self
         for event in events:
-            version, digest = known.head.version + 1, event.hash
+            version, digest = stream_state.head.version + 1, event.hash
             if event.version != version or not digest:
                 raise UnreadableEvent(f"Version {version} of {event.stream} is damaged or missing.")
-            state = decider_for(event.stream).evolve(known.state, event.event)
-            known = StreamState(state, StreamHead(version, event.position, digest))
-        return known
+            state = decider_for(event.stream).evolve(stream_state.state, event.event)
+            stream_state = StreamState(state, StreamHead(version, event.position, digest))
+        return stream_state
 
 
 class CommandResult(NamedTuple):
@@ -91,7 +91,7 @@ def decider_for(stream: str) -> Decider:
         case "delivery":
             return delivery
         case _:
-            raise LookupError(f"{stream!r} names no kind of stream")
+            raise LookupError(f"{stream!r} is not the name of a stream: expected job-…, batch-… or delivery-…")
 
 
 async def handle_command(
@@ -101,7 +101,7 @@ async def handle_command(
     *,
     meta: EventMetadata,
     stream_state: StreamState | None = None,
-    check: Callable[[StreamState], None] = lambda known: None,
+    check: Callable[[StreamState], None] = lambda stream_state: None,
 ) -> CommandResult:
     """Handle a command: load the stream, decide, and append the resulting events, which are returned.
 
@@ -121,23 +121,23 @@ async def handle_command(
         LedgerBusy: As `EventStore.append`.
         LedgerUnavailable: As `EventStore.append`.
     """
-    rules = decider_for(stream)
-    current = stream_state is None
+    decider = decider_for(stream)
+    is_current = stream_state is None
     if stream_state is None:
         stream_state = await load_stream_state(log, stream)
-    tries = 0
+    attempts = 0
     while True:
-        tries += 1
+        attempts += 1
         now = log.clock.estimate()
         check(stream_state)
         try:
-            events = rules.decide(command, stream_state.state)
+            events = decider.decide(command, stream_state.state)
         except CommandRejected:
-            if current:
+            if is_current:
                 raise
             events = []
-        if not events and not current:  # only an append finds out that `known` is behind; without one we have to look
-            stream_state, current = await _catch_up(log, stream, stream_state), True
+        if not events and not is_current:  # only an append detects a stale state; without one we read
+            stream_state, is_current = await _catch_up(log, stream, stream_state), True
             continue
         try:
             correlated = _correlated(meta, stream_state.state)
@@ -147,35 +147,37 @@ async def handle_command(
             ]
             recorded = (await log.append(*appends))[: len(events)] if events else []
         except VersionConflict:
-            if tries == _MAX_ATTEMPTS:
+            if attempts == _MAX_ATTEMPTS:
                 raise
-            if tries > 1:  # many want this stream: not all of them again in the same instant
-                await asyncio.sleep(random.uniform(0, 0.002 * tries))  # noqa: S311 - spreads load, guards no secret
-            stream_state, current = await _catch_up(log, stream, stream_state), True
+            if attempts > 1:  # many writers of this stream: spread their retries
+                await asyncio.sleep(random.uniform(0, 0.002 * attempts))  # noqa: S311 - spreads load, guards no secret
+            stream_state, is_current = await _catch_up(log, stream, stream_state), True
         else:
             return CommandResult(recorded, stream_state.apply(recorded))
 
 
-def _consequences(stream: str, known: StreamState, events: Sequence[Event], now: datetime) -> Iterable[StreamAppend]:
+def _consequences(
+    stream: str, stream_state: StreamState, events: Sequence[Event], now: datetime
+) -> Iterable[StreamAppend]:
     """Yield the deliveries of webhooks for ends of the job or batch. They are queued in the same transaction.
 
     The ID of a delivery is derived from the event. So each end has exactly one delivery, whichever process dies.
     """
-    if not isinstance(known.state, Job | Batch) or known.state.spec.webhook is None:
+    if not isinstance(stream_state.state, Job | Batch) or stream_state.state.spec.webhook is None:
         return
-    for version, event in enumerate(events, known.head.version + 1):
-        queued = delivery.delivery_for_event(stream, known.state, event, version)
+    for version, event in enumerate(events, stream_state.head.version + 1):
+        queued = delivery.delivery_for_event(stream, stream_state.state, event, version)
         if queued is not None:
             meta = EventMetadata("system", queued.batch_id or stream)
             yield StreamAppend(delivery.delivery_id_for(stream, version), StreamHead(), [queued], meta, now)
 
 
-async def _catch_up(log: EventStore, stream: str, known: StreamState) -> StreamState:
+async def _catch_up(log: EventStore, stream: str, stream_state: StreamState) -> StreamState:
     """Apply the later events of the stream one by one: all of them together may exceed the memory."""
-    async with aclosing(log.iterate_stream(stream, after_version=known.head.version)) as events:
+    async with aclosing(log.iterate_stream(stream, after_version=stream_state.head.version)) as events:
         async for event in events:
-            known = known.apply([event])
-    return known
+            stream_state = stream_state.apply([event])
+    return stream_state
 
 
 def _correlated(meta: EventMetadata, state: State | None) -> EventMetadata:
@@ -197,10 +199,10 @@ async def find_outcome(
         LedgerUnavailable: The database still does not respond.
     """
     expected = decider_for(stream).decide(command, stream_state.state)
-    since = await log.read_stream(stream, after_version=stream_state.head.version)
-    mine = since[: len(expected)]
-    if expected and [it.event for it in mine] == list(expected):
-        return CommandResult(mine, stream_state.apply(since))
+    later_events = await log.read_stream(stream, after_version=stream_state.head.version)
+    own_events = later_events[: len(expected)]
+    if expected and [it.event for it in own_events] == list(expected):
+        return CommandResult(own_events, stream_state.apply(later_events))
     return None
 
 
@@ -276,15 +278,15 @@ async def load_stream_states(log: EventStore, streams: Collection[str]) -> dict[
     async with aclosing(log.iterate_stream_batches(streams)) as parts:
         async for events in parts:
             for event in events:
-                known = found[event.stream]
-                if isinstance(known, StreamState):
-                    found[event.stream] = _after(known, event)
+                stream_state = found[event.stream]
+                if isinstance(stream_state, StreamState):
+                    found[event.stream] = _apply_event(stream_state, event)
     return found
 
 
-def _after(known: StreamState, event: RecordedEvent) -> StreamState | UnreadableEvent:
+def _apply_event(stream_state: StreamState, event: RecordedEvent) -> StreamState | UnreadableEvent:
     try:
-        return known.apply((event,))
+        return stream_state.apply((event,))
     except UnreadableEvent as error:
         return error
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other streams

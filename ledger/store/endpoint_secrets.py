@@ -52,7 +52,7 @@ class RevealedSecret:
         return {"endpoint_id": self.endpoint_id, "url": self.url, "secret": self.secret}
 
     def __repr__(self) -> str:
-        return f"ShownSecret({self.endpoint_id}, …)"
+        return f"RevealedSecret({self.endpoint_id}, …)"
 
 
 async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
@@ -61,12 +61,12 @@ async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
     Raises:
         LedgerUnavailable: The database failed.
     """
-    by_receiver = {it.endpoint_id: it for it in endpoints}
-    if not by_receiver:
+    by_id = {it.endpoint_id: it for it in endpoints}
+    if not by_id:
         return
     with translate_errors("reading the endpoints of webhooks"):
-        found = {it["_id"] async for it in db[COLLECTION].find({"_id": {"$in": list(by_receiver)}}, {"_id": 1})}
-        missing = [_new(it, _now(db)) for receiver, it in by_receiver.items() if receiver not in found]
+        found = {it["_id"] async for it in db[COLLECTION].find({"_id": {"$in": list(by_id)}}, {"_id": 1})}
+        missing = [_new(it, _now(db)) for endpoint_id, it in by_id.items() if endpoint_id not in found]
         if not missing:
             return
         try:
@@ -103,18 +103,18 @@ async def reveal_new_secrets(db: Database, endpoints: Collection[Endpoint]) -> l
     Raises:
         LedgerUnavailable: The database failed.
     """
-    receivers = {it.endpoint_id for it in endpoints}
-    if not receivers:
+    endpoint_ids = {it.endpoint_id for it in endpoints}
+    if not endpoint_ids:
         return []
     shown = []
     with translate_errors("reading the secrets of webhooks"):
-        wanted = {"_id": {"$in": list(receivers)}, "shown": False}
-        for receiver in [it["_id"] async for it in db[COLLECTION].find(wanted, {"_id": 1})]:
+        wanted = {"_id": {"$in": list(endpoint_ids)}, "shown": False}
+        for endpoint_id in [it["_id"] async for it in db[COLLECTION].find(wanted, {"_id": 1})]:
             found = await db[COLLECTION].find_one_and_update(
-                {"_id": receiver, "shown": False, "secret": {"$ne": None}}, {"$set": {"shown": True}}
+                {"_id": endpoint_id, "shown": False, "secret": {"$ne": None}}, {"$set": {"shown": True}}
             )
             if found is not None:
-                shown.append(RevealedSecret(receiver, found["url"], found["secret"]))
+                shown.append(RevealedSecret(endpoint_id, found["url"], found["secret"]))
     return shown
 
 
@@ -126,30 +126,30 @@ async def load_signing_secrets(db: Database, endpoint: Endpoint) -> list[str]:
     Raises:
         LedgerUnavailable: The database failed.
     """
-    found = await _stored(db, endpoint)
+    found = await _load(db, endpoint)
     if found is None:  # such as after an import of the log into another database
         await ensure_secrets(db, [endpoint])
-        found = await _stored(db, endpoint)
+        found = await _load(db, endpoint)
     if found is None or found["secret"] is None:
         return []
     now = _now(db)
     return [found["secret"], *(it["secret"] for it in found["previous_secrets"] if it["expires_at"] > now)]
 
 
-async def _stored(db: Database, endpoint: Endpoint) -> Document | None:
+async def _load(db: Database, endpoint: Endpoint) -> Document | None:
     with translate_errors("reading the secrets of a webhook"):
         return await db[COLLECTION].find_one({"_id": endpoint.endpoint_id})
 
 
-async def get_endpoint(db: Database, receiver: str) -> Document | None:
+async def get_endpoint(db: Database, endpoint_id: str) -> Document | None:
     """Return an endpoint without its secrets; None if it does not exist.
 
     Raises:
         LedgerUnavailable: The database failed.
     """
     with translate_errors("reading an endpoint of webhooks"):
-        found = await db[COLLECTION].find_one({"_id": receiver}, _WITHOUT_SECRETS)
-    return None if found is None else _described(found, _now(db))
+        found = await db[COLLECTION].find_one({"_id": endpoint_id}, _WITHOUT_SECRETS)
+    return None if found is None else _to_summary(found, _now(db))
 
 
 _WITHOUT_SECRETS: Final = {
@@ -171,10 +171,10 @@ async def list_endpoints(db: Database, *, user_id: str | None, limit: int, after
     wanted: Document = {"_id": {"$gt": after}} | ({} if user_id is None else {"user_id": user_id})
     with translate_errors("listing the endpoints of webhooks"):
         found = db[COLLECTION].find(wanted, _WITHOUT_SECRETS, sort=[("_id", 1)], limit=limit)
-        return [_described(it, _now(db)) async for it in found]
+        return [_to_summary(it, _now(db)) async for it in found]
 
 
-def _described(found: Document, now: datetime) -> Document:
+def _to_summary(found: Document, now: datetime) -> Document:
     ends = [it["expires_at"] for it in found["previous_secrets"] if it["expires_at"] > now]
     return {
         "endpoint_id": found["_id"],
@@ -187,7 +187,7 @@ def _described(found: Document, now: datetime) -> Document:
     }
 
 
-async def rotate_secret(db: Database, receiver: str, grace: timedelta) -> RevealedSecret | None:
+async def rotate_secret(db: Database, endpoint_id: str, grace: timedelta) -> RevealedSecret | None:
     """Give an endpoint a new secret and return it; None if the endpoint does not exist.
 
     The previous secret also signs during the grace period. This is one write, so of two concurrent rotations the later
@@ -206,17 +206,19 @@ async def rotate_secret(db: Database, receiver: str, grace: timedelta) -> Reveal
     ]
     with translate_errors("rotating the secret of a webhook"):
         found = await db[COLLECTION].find_one_and_update(
-            {"_id": receiver}, changes, return_document=ReturnDocument.AFTER
+            {"_id": endpoint_id}, changes, return_document=ReturnDocument.AFTER
         )
-    return None if found is None else RevealedSecret(receiver, found["url"], secret)
+    return None if found is None else RevealedSecret(endpoint_id, found["url"], secret)
 
 
-async def revoke_secrets(db: Database, receiver: str) -> bool:
+async def revoke_secrets(db: Database, endpoint_id: str) -> bool:
     """Remove the secrets of an endpoint. Return whether it exists. Nothing is sent until `rotate_secret` is called.
 
     Raises:
         LedgerUnavailable: The database failed.
     """
     with translate_errors("revoking the secret of a webhook"):
-        changed = await db[COLLECTION].update_one({"_id": receiver}, {"$set": {"secret": None, "previous_secrets": []}})
+        changed = await db[COLLECTION].update_one(
+            {"_id": endpoint_id}, {"$set": {"secret": None, "previous_secrets": []}}
+        )
     return changed.matched_count == 1

@@ -111,7 +111,7 @@ class EventStore:
                 await self._events.create_index(_VERSIONS, unique=True)
             except DuplicateKeyError as error:
                 raise DatabaseUnsuitable(
-                    f"Two events stand at the same version of a stream: {summarize_error(error)}"
+                    f"Two events have the same version of a stream: {summarize_error(error)}"
                 ) from error
             except OperationFailure as error:
                 if error.code not in {*INDEX_CONFLICTS, UNAUTHORIZED}:
@@ -120,7 +120,7 @@ class EventStore:
                     return
                 if error.code in INDEX_CONFLICTS:
                     raise DatabaseUnsuitable(
-                        "The index of `events` on (stream, version) is not unique: drop it, and it is made anew."
+                        "The index of `events` on (stream, version) is not unique: drop it, and Jobledger recreates it."
                     ) from error
                 create = f"db.getSiblingDB({self._db.name!r}).events.createIndex"
                 raise DatabaseUnsuitable(
@@ -515,7 +515,7 @@ def _split_batch(batch: bytes) -> Iterator[StoredDocument]:
 def _check_position(after: int) -> None:
     """Reject positions before the first and after the last possible one, where gaps could not be filled."""
     if not 0 <= after <= MAX_POSITION:
-        raise ValueError(f"{after} is no position, nor 0 for the beginning of the log")
+        raise ValueError(f"{after} is not a position: expected 0 (the beginning of the log) to {MAX_POSITION}")
 
 
 def _check_distinct_streams(appends: Iterable[StreamAppend]) -> None:

@@ -89,7 +89,7 @@ async def test_leader_is_replaced_in_time_and_not_before_it_is_dead(
             ) as standby:
                 assert standby.projector is not None
                 leadership = standby.projector._leader_election
-                await poll_until(lambda: leadership._seen.was_extended, "it has heard two heartbeats")
+                await poll_until(lambda: leadership._observation.was_extended, "it has heard two heartbeats")
                 async with clock_ahead(here.db, "leaders"):
                     await asyncio.sleep(1.5 * LEASE)
                 found = await leaders.find_one({"_id": "projector"})
