@@ -11,14 +11,20 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 import orjson
-from jinja2 import ChainableUndefined, Environment, PackageLoader
+from jinja2 import ChainableUndefined, Environment, PackageLoader, pass_context
+from jinja2.runtime import Context
 from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.auth.permissions import get_principal
 from jobledger.api.dashboard.html_budget import HtmlBudget
 from jobledger.api.dashboard.session_cookie import uses_session_cookie
-from jobledger.api.dashboard.translations import negotiate_language, script_messages, translator_for
+from jobledger.api.dashboard.translations import (
+    format_number,
+    negotiate_language,
+    script_messages,
+    translator_for,
+)
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.events import EVENT_TYPES
 
@@ -131,6 +137,7 @@ def _environment() -> Environment:
         "format_bytes": format_bytes,
         "format_duration": format_duration,
         "format_json": format_json,
+        "format_rounded": format_rounded,
         "job_label": job_label,
         "limit_rows": _limit_rows,
     }
@@ -163,20 +170,29 @@ def job_label(job: Mapping[str, Any]) -> str:
     return str(name)[:_MAX_LABEL_CHARACTERS]
 
 
-def format_bytes(size_bytes: int) -> str:
+@pass_context
+def format_rounded(context: Context, number: float) -> str:
+    """Return a number with three significant digits, as it is written in the language of the page."""
+    return format_number(float(f"{number:.3g}"), context["language"])
+
+
+@pass_context
+def format_bytes(context: Context, size_bytes: int) -> str:
     """Return a size with its unit: `1.5 MB`."""
     for unit, scale in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
         if size_bytes >= scale:
-            return f"{size_bytes / scale:.1f} {unit}"
+            return f"{format_number(round(size_bytes / scale, 1), context['language'])} {unit}"
     return f"{size_bytes} B"
 
 
-def format_duration(seconds: float | None) -> str:
+@pass_context
+def format_duration(context: Context, seconds: float | None) -> str:
     """Return a duration with its unit: `0.42 s`, `75 s`, `12:30 min`, `3:05:00 h`."""
     if seconds is None:
         return ""
     if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+        rounded = float(f"{seconds:.2g}") if seconds < 10 else round(seconds)
+        return f"{format_number(rounded, context['language'])} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Final
 
 from babel.messages.pofile import read_po
+from babel.numbers import format_decimal
 from markupsafe import Markup, escape
 
 SUPPORTED_LANGUAGES: Final = ("en", "de")
@@ -45,11 +46,17 @@ def translator_for(language: str) -> Callable[..., str]:
     def translate(key: str, *args: object) -> str:
         forms = messages[key]
         text = forms[0 if args and args[0] == 1 else -1]
-        if any(isinstance(arg, Markup) for arg in args):
-            return escape(text).format(*args)
-        return text.format(*args)
+        values = [format_number(arg, language) if isinstance(arg, (int, float)) else arg for arg in args]
+        if any(isinstance(value, Markup) for value in values):
+            return escape(text).format(*values)
+        return text.format(*values)
 
     return translate
+
+
+def format_number(number: float, language: str) -> str:
+    """Return a number as it is written in a language, with at most three decimal places: `1,234.5` or `1.234,5`."""
+    return format_decimal(number, locale=language)
 
 
 def script_messages(language: str) -> dict[str, tuple[str, ...]]:

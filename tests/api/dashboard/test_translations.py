@@ -101,6 +101,13 @@ def test_translator_selects_plural_form_by_first_argument() -> None:
     ]
 
 
+def test_translator_writes_numbers_as_in_its_language() -> None:
+    assert translator_for("de")("throughput_summary", 5.0, 0.0834) == (
+        "Letzte Minute: 5, Durchschnitt der letzten Stunde: 0,083"
+    )
+    assert translator_for("en")("event_count", 1234) == "1,234 events"
+
+
 def test_translator_escapes_text_beside_markup() -> None:
     t = translator_for("en")
     assert t("throughput_summary", Markup("<b>1</b>"), "<i>") == Markup(
