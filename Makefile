@@ -35,7 +35,7 @@ fuzz: .venv/.ready ## fuzz the HTTP API by its OpenAPI document; REQUESTS=10000 
 screenshots: .venv/.ready ## write screenshots of the dashboard to docs/images
 	JOBLEDGER_SCREENSHOTS=1 $(BIN)/pytest -q tests/api/dashboard/test_screenshots.py
 
-reference: .venv/.ready ## generate docs/commands.md and docs/events.md
+reference: .venv/.ready ## generate docs/reference/commands.md and docs/reference/events.md
 	@$(BIN)/python -m tests.support.generated_docs
 
 lint: .venv/.ready ## check style and formatting (ruff)

@@ -45,7 +45,7 @@ def parse_event_types(text: str | None) -> frozenset[str]:
     """
     names = text.split(",") if text else []
     if unknown := [name for name in names if name not in EVENT_TYPES]:
-        message = f"types: unknown event type {unknown[0][:100]!r}. docs/events.md lists the event types."
+        message = f"types: unknown event type {unknown[0][:100]!r}. docs/reference/events.md lists the event types."
         raise ApiError(422, "unknown_event_type", message)
     return frozenset(names)
 

@@ -103,7 +103,7 @@ async def test_the_program_that_follows_the_log_does_so_and_goes_on_where_it_was
                 assert first in line or second in line  # of the last second before it was killed
 
 
-SIGN_IN = DOCS / "how-to" / "sign-in.md"
+SIGN_IN = DOCS / "how-to" / "authentication.md"
 KEYS, PROVIDER, SHARED_SECRET, PROXY = (yaml.safe_load(block) for block in blocks(SIGN_IN, "yaml"))
 MAKE_KEY, USE_KEY, REVOKE_KEY, END_SESSIONS, MAKE_SECRET, USE_PROXY = blocks(SIGN_IN, "sh")
 ASK = USE_KEY.splitlines()[0]
@@ -181,7 +181,7 @@ def test_work_is_looked_at_stopped_and_gone_on_with_as_the_how_to_says(
     mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
     """On two sessions that fail, and one that waits and is cancelled."""
-    looking, showing, stopping, going_on, many = blocks(DOCS / "how-to" / "operating.md", "sh")
+    looking, showing, stopping, going_on, many = blocks(DOCS / "how-to" / "manage-jobs.md", "sh")
     failing = {"job_type": "echo", "job_name": "Opening", "parameters": {"fail": "no luck"}}
     batch = {"jobs": [failing, failing, {**failing, "not_before": "2099-01-01T00:00:00Z"}]}
     with reader(mongodb_uri, db_name, tmp_path, {}) as installation:

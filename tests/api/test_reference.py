@@ -12,7 +12,7 @@ import pytest
 from jobledger.api.app import ROUTES
 from tests.api.conftest import Api
 
-REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "http-api.md"
 
 
 def described() -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Who may do what: the table of `docs/reference.md`, row by row."""
+"""Who may do what: the table of `docs/reference/http-api.md`, row by row."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _default(field: FieldInfo) -> str:
     return f"`{value!r}`" if isinstance(value, str | int | float | bool | list | dict | None) else "model default"
 
 
-GENERATED_FILES = {DOCS / "commands.md": render_commands, DOCS / "events.md": render_events}
+GENERATED_FILES = {DOCS / "reference" / "commands.md": render_commands, DOCS / "reference" / "events.md": render_events}
 
 if __name__ == "__main__":
     for path, make in GENERATED_FILES.items():
