@@ -27,7 +27,7 @@ scratch.prepare()
 place = scratch.new_attempt_path("job-1", 1)
 place.mkdir()
 (place / "video").write_bytes(bytes(1000))
-print(scratch.directory, flush=True)
+print(scratch.path, flush=True)
 time.sleep(1000)
 """
 

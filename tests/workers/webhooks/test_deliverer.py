@@ -274,7 +274,7 @@ async def test_dead_receivers_hold_up_nobody(connection: Connection, store: Path
 async def test_while_a_receiver_is_away_deliveries_wait_and_go_when_it_is_back(
     connection: Connection, store: Path
 ) -> None:
-    limits = DeliveryLimits(circuit_breaker_failures=3, circuit_breaker_cooldown=timedelta(seconds=0.5))
+    limits = DeliveryLimits(circuit_breaker_failures=3, circuit_breaker_cooldown=timedelta(seconds=2))
     patient = replace(FAST_WEBHOOKS, retry_delays=(0, *[60] * 9), limits=limits)
     async with (
         run_webhook_endpoint() as cms,
