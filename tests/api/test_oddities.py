@@ -139,7 +139,7 @@ async def test_sign_in_form_with_repeated_field_is_refused(api_without_worker: A
         "/monitoring/events/sign-in", content="credential=a&credential=b", headers=form
     )
     assert answer.status_code == 400
-    assert "send each field once" in answer.text
+    assert "Send each field once" in answer.text
 
 
 async def test_compressed_body_is_refused_and_the_answer_says_what_is_accepted(api_without_worker: Api) -> None:
