@@ -194,7 +194,7 @@ def test_work_is_looked_at_stopped_and_gone_on_with_as_the_how_to_says(
         ids = f"BATCH={batch_id} JOB={waiting}"
         said = typed(installation, ids, looking, showing)
         assert said.count("ECHO_FAILED: no luck") == 2 + 2, "in the list of what failed, and of what is called so"
-        assert "There are none." in said
+        assert "No jobs match these filters." in said
         assert "not before 2099" in said
         said = typed(installation, ids, stopping, going_on)
         assert f"{batch_id} is processing, paused\n" in said
