@@ -99,11 +99,11 @@ def test_up_on_a_full_disk_waits_and_ctrl_c_ends_it_at_once(tmp_path: Path, disk
     filler = fill(disk)
     with Installation(tmp_path / "here", mongodb={"data_dir": str(disk / "data")}) as installation:
         role = installation.start("up")
-        assert wait_until(lambda: "waits for space" in role.stderr, 60)
+        assert wait_until(lambda: "waiting for disk space" in role.stderr, 60)
         role.process.send_signal(signal.SIGINT)
         assert role.process.wait(20) == 130
         waiting = installation.start("up")
-        assert wait_until(lambda: "waits for space" in waiting.stderr, 60)
+        assert wait_until(lambda: "waiting for disk space" in waiting.stderr, 60)
         filler.unlink()
         waiting.wait_until_ready().stop()
 

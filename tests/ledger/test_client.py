@@ -547,8 +547,8 @@ async def test_a_wait_given_up_in_the_moment_of_delivery_loses_no_event(
 ) -> None:
     async with client.subscribe("mine") as events:
         waiting = asyncio.create_task(some(events, 1))
-        await poll_until(lambda: any("Subscription.chunk" in repr(task) for task in asyncio.all_tasks()))
-        [reading] = [task for task in asyncio.all_tasks() if "Subscription.chunk" in repr(task)]
+        await poll_until(lambda: any("Subscription.next_chunk" in repr(task) for task in asyncio.all_tasks()))
+        [reading] = [task for task in asyncio.all_tasks() if "Subscription.next_chunk" in repr(task)]
         reading.add_done_callback(lambda _: waiting.cancel())  # as the deadline of an asyncio.timeout would
         await unstreamed_ledger.submit_job()
         await asyncio.wait({waiting})
