@@ -170,8 +170,8 @@ class ProjectionWriter:
             _log.error("document isolated after projection failure", document=key, **problem)
         reduced = self._loader.reduced
         if reduced or chunk.unstorable:
-            reduced -= {(view, key) for view, documents in chunk.current.items() for key in documents}
-            reduced |= chunk.unstorable.keys()
+            reduced.difference_update((view, key) for view, documents in chunk.current.items() for key in documents)
+            reduced.update(chunk.unstorable)
         self.position, self._hash = chunk.position, chunk.hash
         self._unwritten = None
 
