@@ -224,8 +224,8 @@ async def test_types_are_named_by_class_or_by_name(unstreamed_ledger: Ledger, cl
         (["xyz"], "there are BatchAccessChanged, .*JobSubmitted"),
         ([Connection], "no event type 'Connection'"),
         ([5], "no event type '5'"),
-        ("JobCompleted", "a list of the types"),
-        ([], "a list of the types"),
+        ("JobCompleted", "must be a list of event types"),
+        ([], "must be a list of event types"),
     ],
 )
 async def test_a_misspelt_type_is_refused_with_a_suggestion_before_anything_is_connected(types: Any, hint: str) -> None:
