@@ -68,7 +68,7 @@ class SessionCookieBackend:
             message = "Cannot check the session: the database does not respond. Try again later."
             raise ApiError(503, "database_unavailable", message, retry_after_seconds=2) from error
         if principal is None:
-            raise ApiError(401, "bad_credentials", "The session has ended. Sign in again.")
+            raise ApiError(401, "invalid_credentials", "The session has ended. Sign in again.")
         connection.scope[_SCOPE_KEY] = True
         return principal
 
