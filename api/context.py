@@ -1,4 +1,4 @@
-"""api: what the routes work with, handed in by the composition root, and the small things that all of them do."""
+"""The dependencies of the routes, and functions that most routes use."""
 
 from __future__ import annotations
 
@@ -33,14 +33,18 @@ from jobledger.projections.engine.health import StallDetector
 from jobledger.projections.slots import Views
 
 _SHORT_WAIT_SECONDS: Final = 1.0
-"""For how long a request waits for the views without being counted as held."""
+"""How long a request waits for the views before it counts as a waiting request."""
 _VIEW_WAIT_SECONDS: Final = 9.0
 
 
 @dataclass(frozen=True, slots=True)
 class WebhookOptions:
-    """What the API has to do with webhooks. `sink`: it takes some itself, for trial; `allowed_private_hosts`: as in
-    config."""
+    """Webhook settings of the API.
+
+    Attributes:
+        echo_enabled: Whether the API has an endpoint that receives webhooks for tests.
+        allowed_private_hosts: Private hosts that webhooks may be sent to.
+    """
 
     echo_enabled: bool = False
     allowed_private_hosts: tuple[str, ...] = ()
@@ -48,8 +52,15 @@ class WebhookOptions:
 
 @dataclass(frozen=True, slots=True)
 class ApiContext:
-    """The rooms below, as the API sees them. `job_types` maps a job type to the model of its parameters,
-    `unusable_types` one whose processor is installed but cannot be used to the reason."""
+    """The dependencies of the routes. The composition root creates them.
+
+    Attributes:
+        job_types: Maps a job type to the model of its parameters.
+        unavailable_job_types: Maps a job type whose processor is installed but cannot be used to the reason.
+        get_groups: Returns the groups of a user, as far as they are ctx.
+        public_origin: The origin of `api.public_url`; None without it.
+        browser_sessions: None in authentication modes without sessions.
+    """
 
     db: Database
     event_store: EventStore
@@ -79,27 +90,27 @@ class ApiContext:
 
     @property
     def views(self) -> Views:
-        """The views that are live now."""
+        """The views in the active slot."""
         return self.checkpoint.views
 
 
 def get_api_context(request: Request) -> ApiContext:
-    """Return what was handed to the application."""
-    found: ApiContext = request.app.state.context
-    return found
+    """Return the dependencies that create_app() was called with."""
+    ctx: ApiContext = request.app.state.context
+    return ctx
 
 
 def parse_query(request: Request, model: type[Model]) -> Model:
-    """Return the query parameters as a model.
+    """Validate the query parameters.
 
     Raises:
-        ApiError: 422, naming each wrong parameter.
+        ApiError: 422; the details list each wrong parameter.
     """
     return validate_content(model, dict(request.query_params))
 
 
 def check_disk_space(ctx: ApiContext) -> None:
-    """Make sure that the disks have space for new work.
+    """Check that the disks have space for new jobs.
 
     Raises:
         ApiError: 507, a disk is nearly full.
@@ -109,41 +120,44 @@ def check_disk_space(ctx: ApiContext) -> None:
 
 
 async def wait_for_requested_position(request: Request) -> None:
-    """Wait for the views if the request names a `Ledger-Position` (or `min_position`) that it wants to see.
+    """Wait until the views have reached the `Ledger-Position` (or `min_position`) of the request, if it has one.
 
     Raises:
-        ApiError: 400 when it is no number, 422 when the log ends before, 503 when the views are too far behind.
+        ApiError: 400, the position is malformed; 422, it is after the end of the log; 503, the views did not reach it
+            in time.
     """
     checkpoint = get_api_context(request).checkpoint
-    wanted = request.headers.get("ledger-position", request.query_params.get("min_position"))
-    if wanted is not None:
-        if not wanted.isascii() or not wanted.isdecimal() or len(wanted) > 18:
-            raise ApiError(400, "malformed_position", f"{wanted[:40]!r} is not a position: expected a whole number.")
-        if not await _views_reach(request, int(wanted)):
-            message = f"The views have reached position {checkpoint.position}, not yet {wanted}."
+    requested = request.headers.get("ledger-position", request.query_params.get("min_position"))
+    if requested is not None:
+        if not requested.isascii() or not requested.isdecimal() or len(requested) > 18:
+            raise ApiError(
+                400, "malformed_position", f"Ledger-Position must be a whole number, got {requested[:40]!r}."
+            )
+        if not await _wait_for_position(request, int(requested)):
+            message = f"The views have reached position {checkpoint.position}, not {requested}. Retry in a moment."
             raise ApiError(503, "projection_lagging", message, retry_after_seconds=2)
     request.scope["ledger_position"] = checkpoint.position
 
 
-async def _views_reach(request: Request, position: int) -> bool:
-    """Wait until the views have reached a position of the log; return whether they have in time.
+async def _wait_for_position(request: Request, position: int) -> bool:
+    """Wait until the views have reached a position. Return whether they reached it in time.
 
     Raises:
-        ApiError: 422, when the log ends before.
+        ApiError: 422, the position is after the end of the log.
     """
-    known = get_api_context(request)
-    if known.checkpoint.position >= position:
+    ctx = get_api_context(request)
+    if ctx.checkpoint.position >= position:
         return True
-    if not await known.event_store.may_have_reached(position):
-        message = f"Ledger-Position: the log ends before position {position}. Send one that was answered."
+    if not await ctx.event_store.may_have_reached(position):
+        message = f"Ledger-Position: the log ends before position {position}. Send the value of an earlier response."
         raise ApiError(422, "invalid_content", message)
-    if await _reached(known.checkpoint, position, _SHORT_WAIT_SECONDS):
+    if await _wait_for_checkpoint(ctx.checkpoint, position, _SHORT_WAIT_SECONDS):
         return True
-    with track_waiting_request(request.scope) as allowed:
-        return allowed and await _reached(known.checkpoint, position, _VIEW_WAIT_SECONDS)
+    with track_waiting_request(request.scope) as is_allowed:
+        return is_allowed and await _wait_for_checkpoint(ctx.checkpoint, position, _VIEW_WAIT_SECONDS)
 
 
-async def _reached(checkpoint: Checkpoint, position: int, seconds: float) -> bool:
+async def _wait_for_checkpoint(checkpoint: Checkpoint, position: int, seconds: float) -> bool:
     try:
         async with asyncio.timeout(seconds):
             await checkpoint.wait_for_position(position)
@@ -153,10 +167,10 @@ async def _reached(checkpoint: Checkpoint, position: int, seconds: float) -> boo
 
 
 async def wait_for_views(request: Request, position: int) -> None:
-    """Wait until the views have reached a position, as long as the caller waits.
+    """Wait until the views have reached a position. The caller sets the timeout.
 
     Raises:
-        TimeoutError: the caller's time is over.
+        TimeoutError: the caller's timeout has elapsed.
     """
     checkpoint = get_api_context(request).checkpoint
     await checkpoint.wait_for_position(position)

@@ -1,6 +1,6 @@
-"""api: how somebody proves who they are: by an API key, a JSON Web Token, or the word of a proxy that we trust.
+"""Authentication backends: API keys, JSON Web Tokens, and headers of a trusted proxy.
 
-Wrong credentials are always 401, in the same words whatever is wrong with them; what it was is in the log.
+Wrong credentials always get the same 401 response. The log has the reason.
 """
 
 from __future__ import annotations
@@ -24,110 +24,118 @@ _log = structlog.get_logger()
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _ROLES: Final = frozenset({"admin", "monitor"})
 _PROXY_TRUST: Final = timedelta(seconds=70)
-"""How long a live stream may go on before the proxy has to say again who it is: it reports no sign-out. Longer than the
-longest `Prefer: wait`, which would otherwise end as unauthorized."""
+"""How long a live stream continues before the client must authenticate at the proxy again, because the proxy reports no
+sign-out. Longer than the maximum of `Prefer: wait`, which would otherwise end with status 401."""
 
 
 class _InvalidCredentials(Exception):
-    """These credentials prove nothing; the message is for our log, and never holds them."""
+    """The credentials are not valid. The message is for the log and never holds them."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoleGrants:
-    """Users and groups (with their prefix) that have a role, whatever their credentials say of it."""
+    """Users and groups (with their prefix) that have a role by configuration."""
 
     admins: frozenset[str] = frozenset()
     monitors: frozenset[str] = frozenset()
 
     def build_principal(self, user_id: str, groups: Iterable[str], roles: Iterable[str]) -> Principal:
-        """Return who that is. Blank groups and roles that mean nothing here are passed over.
+        """Return the principal. Blank groups and unknown roles are ignored.
 
         Raises:
-            ValueError: a name that cannot be one.
+            ValueError: a name is invalid.
         """
-        known = Principal(
+        principal = Principal(
             parse_user_name(user_id), frozenset(parse_group_name(group) for group in groups if group.strip())
         )
-        granted = {"admin": self.admins, "monitor": self.monitors}
-        held = {role for role, names in granted.items() if not names.isdisjoint(known.identities)}
-        return Principal(known.user_id, known.groups, frozenset(held | (_ROLES & set(roles))))
+        names_by_role = {"admin": self.admins, "monitor": self.monitors}
+        granted_roles = {role for role, names in names_by_role.items() if not names.isdisjoint(principal.identities)}
+        return Principal(principal.user_id, principal.groups, frozenset(granted_roles | (_ROLES & set(roles))))
 
 
-def _anonymous_or_401(connection: HTTPConnection, *, anonymous_read: bool, how: str) -> Principal:
-    """Return who comes without credentials: somebody who may read what is public, if that is allowed.
+def _anonymous_or_401(connection: HTTPConnection, *, anonymous_read: bool, instruction: str) -> Principal:
+    """Return the anonymous principal if the request reads and `auth.anonymous_read` is on.
 
     Raises:
         ApiError: 401.
     """
     if anonymous_read and connection.scope.get("method") in ("GET", "HEAD"):
         return Principal(None)
-    raise ApiError(401, "authentication_required", f"Say who you are: {how}.")
+    raise ApiError(401, "authentication_required", f"Authentication required: {instruction}.")
 
 
-def _refusal(why: object) -> ApiError:
-    _log.info("authentication failed", reason=str(why))
-    return ApiError(401, "invalid_credentials", "These credentials are not valid, or not any more.")
+def _invalid_credentials_error(reason: object) -> ApiError:
+    _log.info("authentication failed", reason=str(reason))
+    return ApiError(401, "invalid_credentials", "The credentials are invalid, expired or revoked.")
 
 
-def _bearer(connection: HTTPConnection) -> str | None:
-    """Return what is sent as `Authorization: Bearer`; None if there is no such header.
+def _read_bearer_token(connection: HTTPConnection) -> str | None:
+    """Return the token of `Authorization: Bearer`; None without the header.
 
     Raises:
-        _Wrong: it is something else.
+        _InvalidCredentials: the header has another form.
     """
-    sent = connection.headers.getlist("authorization")
-    if not sent:
+    values = connection.headers.getlist("authorization")
+    if not values:
         return None
-    scheme, _, token = sent[0].partition(" ")
-    if len(sent) > 1 or scheme.lower() != "bearer":
+    scheme, _, token = values[0].partition(" ")
+    if len(values) > 1 or scheme.lower() != "bearer":
         raise _InvalidCredentials("expected one header Authorization: Bearer")
     return token.strip()
 
 
 class ApiKeyBackend:
-    """By an API key that `jobledger keys create` has made. `now` is the time of day."""
+    """Authenticates by API keys, which `jobledger keys create` creates.
+
+    Args:
+        keys: The stored keys.
+        now: Returns the current time.
+        anonymous_read: Whether anonymous requests may read public jobs.
+    """
 
     def __init__(self, keys: ApiKeyCache, *, now: Callable[[], datetime], anonymous_read: bool) -> None:
-        self._ring = keys
+        self._keys = keys
         self._now = now
-        self._anonymous_public = anonymous_read
+        self._anonymous_read = anonymous_read
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
         try:
-            sent = _bearer(connection)
-            if sent is not None:
-                return self._holder(sent)
-        except _InvalidCredentials as wrong:
-            raise _refusal(wrong) from None
-        how = "send an API key in the header Authorization: Bearer"
-        return _anonymous_or_401(connection, anonymous_read=self._anonymous_public, how=how)
+            token = _read_bearer_token(connection)
+            if token is not None:
+                return self._authenticate(token)
+        except _InvalidCredentials as error:
+            raise _invalid_credentials_error(error) from None
+        instruction = "send an API key in the header Authorization: Bearer"
+        return _anonymous_or_401(connection, anonymous_read=self._anonymous_read, instruction=instruction)
 
-    def _holder(self, sent: str) -> Principal:
-        text = ApiKeyToken.parse(sent)
-        if text is None:
-            raise _InvalidCredentials("it does not look like an API key")
-        key = self._ring.authenticate(text, self._now())
+    def _authenticate(self, token: str) -> Principal:
+        key_token = ApiKeyToken.parse(token)
+        if key_token is None:
+            raise _InvalidCredentials("the token is not an API key")
+        key = self._keys.authenticate(key_token, self._now())
         if key is None:
-            raise _InvalidCredentials(f"API key {text.key_id} is unknown, revoked, expired, or its secret is wrong")
-        return _holder(key)
+            raise _InvalidCredentials(
+                f"API key {key_token.key_id} is unknown, revoked, expired, or its secret is wrong"
+            )
+        return _build_key_holder(key)
 
     def get_key_holder(self, key_id: str) -> Principal | None:
-        """Return the holder of a key by the key's ID; None if it is revoked or has expired."""
-        key = self._ring.get_valid(key_id, self._now())
-        return None if key is None else _holder(key)
+        """Return the holder of an API key by its ID; None if the key is revoked or expired."""
+        key = self._keys.get_valid(key_id, self._now())
+        return None if key is None else _build_key_holder(key)
 
     def get_groups(self, user_id: str) -> frozenset[str]:
-        """Return the groups that a user is in, by their keys."""
-        return self._ring.get_groups(user_id, self._now())
+        """Return the groups of all valid keys of a user."""
+        return self._keys.get_groups(user_id, self._now())
 
 
-def _holder(key: ApiKey) -> Principal:
+def _build_key_holder(key: ApiKey) -> Principal:
     return Principal(key.user_id, frozenset(key.groups), frozenset(key.roles), key.expires_at)
 
 
 @dataclass(frozen=True, slots=True)
 class JwtOptions:
-    """What a token must say, and where it says who somebody is. A claim within others: `realm_access.roles`."""
+    """Requirements for tokens, and the claims that are read. Dots select nested claims, as in `realm_access.roles`."""
 
     issuer: str | None
     audience: str | None
@@ -138,77 +146,77 @@ class JwtOptions:
 
 
 class JwtBackend:
-    """By a JSON Web Token (RFC 7519) that somebody else has issued."""
+    """Authenticates by JSON Web Tokens (RFC 7519) of an external issuer."""
 
     def __init__(self, keys: KeySource, options: JwtOptions, grants: RoleGrants, *, anonymous_read: bool) -> None:
         self._keys = keys
-        self._rules = options
+        self._options = options
         self._grants = grants
-        self._anonymous_public = anonymous_read
+        self._anonymous_read = anonymous_read
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
         try:
-            sent = _bearer(connection)
-            if sent is not None:
-                return self._subject(await self._claims(sent))
-        except (_InvalidCredentials, jwt.PyJWTError, ValueError) as wrong:
-            raise _refusal(wrong) from None
-        how = "send a token in the header Authorization: Bearer"
-        return _anonymous_or_401(connection, anonymous_read=self._anonymous_public, how=how)
+            token = _read_bearer_token(connection)
+            if token is not None:
+                return self._build_principal(await self._decode_claims(token))
+        except (_InvalidCredentials, jwt.PyJWTError, ValueError) as error:
+            raise _invalid_credentials_error(error) from None
+        instruction = "send a token in the header Authorization: Bearer"
+        return _anonymous_or_401(connection, anonymous_read=self._anonymous_read, instruction=instruction)
 
-    async def _claims(self, token: str) -> Mapping[str, Any]:
+    async def _decode_claims(self, token: str) -> Mapping[str, Any]:
         key = await self._keys.get_key(jwt.get_unverified_header(token).get("kid"))
         if key is None:
-            raise _InvalidCredentials("nobody knows the key that the token was signed with")
+            raise _InvalidCredentials("the signing key of the token is unknown")
         claims: dict[str, Any] = jwt.decode(
             token,
             key.key,
             algorithms=[key.algorithm],
-            audience=self._rules.audience,
-            issuer=self._rules.issuer,
-            leeway=self._rules.leeway_seconds,
+            audience=self._options.audience,
+            issuer=self._options.issuer,
+            leeway=self._options.leeway_seconds,
             options={"require": ["exp"]},
         )
         return claims
 
-    def _subject(self, claims: Mapping[str, Any]) -> Principal:
-        rules = self._rules
-        user_id = _claim(claims, rules.user_claim)
+    def _build_principal(self, claims: Mapping[str, Any]) -> Principal:
+        options = self._options
+        user_id = _read_claim(claims, options.user_claim)
         if not isinstance(user_id, str):
-            raise _InvalidCredentials(f"the claim {rules.user_claim} is missing, or no text")
-        known = self._grants.build_principal(
-            user_id, _names(claims, rules.groups_claim), _names(claims, rules.roles_claim)
+            raise _InvalidCredentials(f"the claim {options.user_claim} is missing or not a string")
+        principal = self._grants.build_principal(
+            user_id, _read_names(claims, options.groups_claim), _read_names(claims, options.roles_claim)
         )
         try:
-            until = datetime.fromtimestamp(float(claims["exp"]) + rules.leeway_seconds, UTC)
+            valid_until = datetime.fromtimestamp(float(claims["exp"]) + options.leeway_seconds, UTC)
         except (OverflowError, ValueError, OSError):
-            until = None  # beyond the calendar
-        return replace(known, valid_until=until)
+            valid_until = None  # beyond the range of datetime
+        return replace(principal, valid_until=valid_until)
 
 
-def _claim(claims: Mapping[str, Any], name: str) -> Any:
-    if name in claims:  # names of claims are often addresses, with dots in them
+def _read_claim(claims: Mapping[str, Any], name: str) -> Any:
+    if name in claims:  # claim names are often URLs, which contain dots
         return claims[name]
-    found: Any = claims
+    value: Any = claims
     for part in name.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
-def _names(claims: Mapping[str, Any], name: str) -> list[str]:
-    """Return a list of names; one alone may also be written as text."""
-    found = _claim(claims, name)
-    if found is None:
+def _read_names(claims: Mapping[str, Any], name: str) -> list[str]:
+    """Return a claim as a list of names. A single name may be a string."""
+    value = _read_claim(claims, name)
+    if value is None:
         return []
-    names = [found] if isinstance(found, str) else found
-    if not isinstance(names, list) or not all(isinstance(it, str) for it in names):
-        raise _InvalidCredentials(f"the claim {name} is no list of names")
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+        raise _InvalidCredentials(f"the claim {name} is not a list of strings")
     return names
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyHeaders:
-    """Where a proxy says who it is; groups and roles are separated by commas. None: it does not say that."""
+    """Names of the headers with the user, groups and roles. Groups and roles are comma-separated. None: not sent."""
 
     user: str
     groups: str | None
@@ -216,7 +224,7 @@ class ProxyHeaders:
 
 
 class ProxyBackend:
-    """By the word of a proxy that has signed somebody in. Only what comes from a trusted address is believed."""
+    """Authenticates by headers of a proxy that has authenticated the user. Only trusted addresses may send them."""
 
     def __init__(
         self, trusted: Collection[Network], headers: ProxyHeaders, grants: RoleGrants, *, anonymous_read: bool
@@ -224,42 +232,40 @@ class ProxyBackend:
         self._trusted = tuple(trusted)
         self._headers = headers
         self._grants = grants
-        self._anonymous_public = anonymous_read
+        self._anonymous_read = anonymous_read
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
         try:
-            if not self._trusts(connection):
-                raise _InvalidCredentials("the connection comes from no address in auth.proxy.trusted")
-            user_id = _header(connection, self._headers.user)
-            groups = _header(connection, self._headers.groups) or ""
-            roles = _header(connection, self._headers.roles) or ""
+            if not self._is_trusted(connection):
+                raise _InvalidCredentials("the connection does not come from an address in auth.proxy.trusted")
+            user_id = _read_header(connection, self._headers.user)
+            groups = _read_header(connection, self._headers.groups) or ""
+            roles = _read_header(connection, self._headers.roles) or ""
             if user_id is not None:
-                known = self._grants.build_principal(
+                principal = self._grants.build_principal(
                     user_id, map(str.strip, groups.split(",")), map(str.strip, roles.split(","))
                 )
-                return replace(known, valid_until=datetime.now(UTC) + _PROXY_TRUST)
-        except (_InvalidCredentials, ValueError) as wrong:
-            raise _refusal(wrong) from None
-        return _anonymous_or_401(
-            connection, anonymous_read=self._anonymous_public, how="sign in where you came through"
-        )
+                return replace(principal, valid_until=datetime.now(UTC) + _PROXY_TRUST)
+        except (_InvalidCredentials, ValueError) as error:
+            raise _invalid_credentials_error(error) from None
+        return _anonymous_or_401(connection, anonymous_read=self._anonymous_read, instruction="sign in at the proxy")
 
-    def _trusts(self, connection: HTTPConnection) -> bool:
+    def _is_trusted(self, connection: HTTPConnection) -> bool:
         if connection.client is None:
             return False
         address = ipaddress.ip_address(connection.client.host)
-        mapped = getattr(address, "ipv4_mapped", None)  # how IPv4 looks to who listens on IPv6
+        mapped = getattr(address, "ipv4_mapped", None)  # IPv4 clients of an IPv6 listener
         return any((mapped or address) in network for network in self._trusted)
 
 
-def _header(connection: HTTPConnection, name: str | None) -> str | None:
-    """Return a header's value. One that is there twice was perhaps sent by the client, and only added to by the proxy.
+def _read_header(connection: HTTPConnection, name: str | None) -> str | None:
+    """Return a header's value. If there are two, the client may have sent one and the proxy may have added the other.
 
     Raises:
-        _Wrong: it is there twice.
-        ValueError: it is not UTF-8.
+        _InvalidCredentials: the header was sent several times.
+        ValueError: the value is not UTF-8.
     """
-    sent = [] if name is None else connection.headers.getlist(name)
-    if len(sent) > 1:
-        raise _InvalidCredentials(f"the header {name} is there more than once")
-    return sent[0].encode("latin-1").decode() if sent else None
+    values = [] if name is None else connection.headers.getlist(name)
+    if len(values) > 1:
+        raise _InvalidCredentials(f"the header {name} was sent {len(values)} times")
+    return values[0].encode("latin-1").decode() if values else None

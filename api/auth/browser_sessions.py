@@ -1,11 +1,11 @@
-"""api: sessions of the dashboard. A browser holds a random ID; what it stands for is stored here.
+"""Browser sessions of the dashboard. The browser holds a random ID, the database holds the session.
 
-The database holds a digest of the ID, so reading the collection opens no session. A session never outlives the
-credential that began it: one of an API key ends with its key, one of a token at the token's `exp`.
+The database stores only a digest of the ID, so the collection gives no access to sessions. A session does not outlive
+the credential that created it: it ends with its API key, or at the `exp` of its token.
 
-All sessions are in memory, as the API keys are, and follow the process's change stream. A session that this process has
-not heard of yet is read from the database, because another process may just have begun it. Such a read is not kept:
-the change stream could already have reported the end of the session, and would not report it again.
+All sessions are in memory and follow the process's change stream. A session that is not in memory is read from the
+database, because another process may have just created it. Such a session is not kept in memory: the change stream may
+have reported its end already, and would not report it again.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _log = structlog.get_logger()
 COLLECTION: Final = "browser_sessions"
 SESSION_LIFETIME: Final = timedelta(hours=12)
 MAX_SESSIONS_PER_OWNER: Final = 20
-"""Sessions of one API key, or of one user with tokens. A new one ends the oldest."""
+"""Sessions of one API key, or of one user with tokens. A new session beyond the limit ends the oldest."""
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
 
 
 class BrowserSession(BaseModel):
-    """A session as it is stored. `policy` identifies the sign-in settings that it was begun under."""
+    """A session as stored. `policy` identifies the authentication settings that it was created under."""
 
     model_config = ConfigDict(frozen=True, populate_by_name=True)
 
@@ -54,7 +54,7 @@ async def create_indexes(db: Database) -> None:
     """Create the indexes. The server removes expired sessions.
 
     Raises:
-        LedgerUnavailable: the database failed, or does not answer.
+        LedgerUnavailable: the database failed or does not respond.
     """
     with translate_errors("preparing the sessions"):
         await db[COLLECTION].create_indexes(
@@ -66,15 +66,15 @@ async def create_indexes(db: Database) -> None:
 
 
 def get_session_owner(*, key_id: str | None = None, user_id: str = "") -> str:
-    """Return whose sessions are counted and ended together: those of one key, or of one user with tokens."""
+    """Return the owner of sessions that are counted and ended together: an API key, or a user with tokens."""
     return f"user:{user_id}" if key_id is None else f"key:{key_id}"
 
 
 async def end_sessions(db: Database, owner: str) -> int:
-    """End all sessions of an owner; return how many there were.
+    """End all sessions of an owner. Return their number.
 
     Raises:
-        LedgerUnavailable: the database failed, or does not answer.
+        LedgerUnavailable: the database failed or does not respond.
     """
     with translate_errors("ending sessions"):
         return (await db[COLLECTION].delete_many({"owner": owner})).deleted_count
@@ -84,22 +84,24 @@ async def count_sessions(db: Database) -> dict[str, int]:
     """Return the number of sessions that have not expired, by owner.
 
     Raises:
-        LedgerUnavailable: the database failed, or does not answer.
+        LedgerUnavailable: the database failed or does not respond.
     """
     with translate_errors("counting sessions"):
         stages: list[Document] = [
             {"$match": {"expires_at": {"$gt": datetime.now(UTC)}}},
             {"$group": {"_id": "$owner", "number": {"$sum": 1}}},
         ]
-        return {it["_id"]: it["number"] async for it in await db[COLLECTION].aggregate(stages)}
+        return {row["_id"]: row["number"] async for row in await db[COLLECTION].aggregate(stages)}
 
 
 class BrowserSessions:
-    """The sessions that a serving process accepts. A listener of the process's change stream.
+    """The sessions that a serving process accepts. It is a listener of the process's change stream.
 
     Args:
-        policy: Identifies the sign-in settings. A session that was begun under others is refused.
-        holder_of: Returns the holder of a valid API key by the key's ID, for `auth.mode` `keys`; None for other modes.
+        db: The database.
+        revocation_notifier: Is notified when a session ends.
+        policy: Identifies the authentication settings. Sessions that were created under others are rejected.
+        get_key_holder: Returns the holder of a valid API key by the key's ID. None unless `auth.mode` is `keys`.
     """
 
     collection = COLLECTION
@@ -114,22 +116,22 @@ class BrowserSessions:
     ) -> None:
         self._db = db
         self._stored = db.get_collection(COLLECTION, read_concern=MAJORITY)
-        self._revocations = revocation_notifier
+        self._revocation_notifier = revocation_notifier
         self._policy = policy
-        self._holder_of = get_key_holder
-        self._known: dict[str, BrowserSession] = {}
+        self._get_key_holder = get_key_holder
+        self._sessions: dict[str, BrowserSession] = {}
         self._ended: set[str] = set()
-        """Ended by this process. Their insertion may still be reported after that, and must not revive them."""
+        """Digests of sessions that this process has ended. A late report of their insertion must not restore them."""
 
     async def create(self, principal: Principal, key_id: str | None) -> str:
-        """Store a new session and return its ID, which nobody else knows.
+        """Store a new session and return its secret ID.
 
         Raises:
-            LedgerUnavailable: the database failed, or does not answer.
+            LedgerUnavailable: the database failed or does not respond.
         """
         session_id, now = secrets.token_urlsafe(32), datetime.now(UTC)
         user_id = principal.user_id or ""
-        key_id = key_id if self._holder_of is not None else None
+        key_id = key_id if self._get_key_holder is not None else None
         session = BrowserSession(
             digest=_digest(session_id),
             owner=get_session_owner(key_id=key_id, user_id=user_id),
@@ -141,35 +143,39 @@ class BrowserSessions:
             created_at=now,
             expires_at=min(now + SESSION_LIFETIME, principal.valid_until or now + SESSION_LIFETIME),
         )
-        with translate_errors("beginning a session"):
+        with translate_errors("creating a session"):
             await self._db[COLLECTION].insert_one(session.model_dump(by_alias=True))
-            # Two sign-ins at once may both delete the same ones; neither leaves more than the limit behind.
+            # Concurrent sign-ins may delete the same sessions. Each leaves no more than the limit.
             newest = self._stored.find({"owner": session.owner}, {"_id": 1}, sort=[("created_at", -1)])
-            surplus = [it["_id"] async for it in newest.skip(MAX_SESSIONS_PER_OWNER)]
+            surplus = [row["_id"] async for row in newest.skip(MAX_SESSIONS_PER_OWNER)]
             if surplus:
                 await self._db[COLLECTION].delete_many({"_id": {"$in": surplus}})
         return session_id
 
     async def load_principal(self, session_id: str) -> Principal | None:
-        """Return who a session belongs to; None if it does not exist, has expired, or its key has.
+        """Return the principal of a session; None if the session or its API key is unknown, expired or revoked.
 
         Raises:
-            LedgerUnavailable: the database failed, or does not answer.
+            LedgerUnavailable: the database failed or does not respond.
         """
         if not _ID.fullmatch(session_id):
             return None
         digest = _digest(session_id)
         if digest in self._ended:
             return None
-        session = self._known.get(digest)
+        session = self._sessions.get(digest)
         if session is None:
             with translate_errors("reading a session"):
-                session = _readable(await self._stored.find_one({"_id": digest}))
+                session = _parse_session(await self._stored.find_one({"_id": digest}))
         if session is None or session.policy != self._policy or session.expires_at <= datetime.now(UTC):
             return None
-        if (session.key_id is None) != (self._holder_of is None):
+        if (session.key_id is None) != (self._get_key_holder is None):
             return None
-        if session.key_id is not None and self._holder_of is not None and self._holder_of(session.key_id) is None:
+        if (
+            session.key_id is not None
+            and self._get_key_holder is not None
+            and self._get_key_holder(session.key_id) is None
+        ):
             return None
         return Principal(session.user_id, frozenset(session.groups), frozenset(session.roles), session.expires_at)
 
@@ -177,44 +183,44 @@ class BrowserSessions:
         """End a session.
 
         Raises:
-            LedgerUnavailable: the database failed, or does not answer.
+            LedgerUnavailable: the database failed or does not respond.
         """
         if not _ID.fullmatch(session_id):
             return
         digest = _digest(session_id)
-        if self._known.pop(digest, None) is not None:
+        if self._sessions.pop(digest, None) is not None:
             self._ended.add(digest)
         with translate_errors("ending a session"):
             removed = await self._db[COLLECTION].delete_one({"_id": digest})
         if removed.deleted_count:
             self._ended.add(digest)
-        self._revocations.notify()
+        self._revocation_notifier.notify()
 
     async def resync(self, session: AsyncClientSession) -> None:
         with translate_errors("reading the sessions"):
-            found = [_readable(it) async for it in self._stored.find(session=session)]
-        known = {it.digest: it for it in found if it is not None}
-        self._ended &= known.keys()
-        self._known = {digest: it for digest, it in known.items() if digest not in self._ended}
-        self._revocations.notify()
+            parsed = [_parse_session(row) async for row in self._stored.find(session=session)]
+        stored = {entry.digest: entry for entry in parsed if entry is not None}
+        self._ended &= stored.keys()
+        self._sessions = {digest: entry for digest, entry in stored.items() if digest not in self._ended}
+        self._revocation_notifier.notify()
 
     def on_change(self, change: Mapping[str, Any]) -> None:
         digest = change["documentKey"]["_id"]
-        if change["operationType"] == "insert" and (found := _readable(change["fullDocument"])) is not None:
+        if change["operationType"] == "insert" and (inserted := _parse_session(change["fullDocument"])) is not None:
             if digest not in self._ended:
-                self._known[digest] = found
+                self._sessions[digest] = inserted
             return
-        # Sessions are inserted and deleted. One that was changed by hand is not trusted.
-        self._known.pop(digest, None)
+        # Sessions are inserted and deleted, never updated. A session that was updated by hand is not trusted.
+        self._sessions.pop(digest, None)
         self._ended.discard(digest)
-        self._revocations.notify()
+        self._revocation_notifier.notify()
 
 
 def _digest(session_id: str) -> str:
     return sha256(session_id.encode()).hexdigest()
 
 
-def _readable(document: Document | None) -> BrowserSession | None:
+def _parse_session(document: Document | None) -> BrowserSession | None:
     try:
         return None if document is None else BrowserSession.model_validate(document)
     except ValidationError:

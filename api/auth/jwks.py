@@ -1,4 +1,4 @@
-"""api: the public keys of whoever issues our JSON Web Tokens: one that is known from the start, or those at a URL."""
+"""Public keys that verify JSON Web Tokens: one configured key, or the JWK Set at a URL."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from jobledger.api.http.errors import ApiError
 
 _log = structlog.get_logger()
 MIN_SECRET_BYTES: Final = 32
-"""RFC 7518, 3.2: a secret for HS256 is at least as long as what SHA-256 yields."""
-_SHORTEST_RSA_BITS: Final = 2048
-_FETCH_SECONDS: Final = 5.0
-_LARGEST_SET_BYTES: Final = 1_000_000
-_FRESH_SECONDS: Final = 3600.0  # then the set is fetched again, for keys that its owner has withdrawn
-_PAUSE_SECONDS: Final = 60.0  # between two fetches, however many unknown keys are named
-_PAUSE_WITHOUT_KEYS_SECONDS: Final = 5.0
+"""RFC 7518, 3.2: a secret for HS256 must be at least as long as the output of SHA-256."""
+_MIN_RSA_BITS: Final = 2048
+_TIMEOUT_SECONDS: Final = 5.0
+_MAX_SET_BYTES: Final = 1_000_000
+_MAX_AGE_SECONDS: Final = 3600.0  # then the set is fetched again, because its owner may have revoked keys
+_MIN_INTERVAL_SECONDS: Final = 60.0  # between two fetches, regardless of how many tokens name unknown keys
+_MIN_INTERVAL_WITHOUT_KEYS_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyingKey:
-    """A key, and the one algorithm it is good for: a token does not choose how it is verified (RFC 8725, 3.1)."""
+    """A key and its only algorithm. A token must not choose the algorithm that verifies it (RFC 8725, 3.1)."""
 
     key: Any = field(repr=False)
     algorithm: str
 
 
 class KeySource(Protocol):
-    """Knows the keys by which tokens are verified."""
+    """Provides the keys that verify tokens."""
 
     async def get_key(self, kid: str | None) -> VerifyingKey | None:
-        """Return the key with this id; None if there is none.
+        """Return the key with this ID; None if it does not exist.
 
         Raises:
-            ApiError: 503, it cannot be known now.
+            ApiError: 503, the keys cannot be loaded now.
         """
 
 
 class StaticKeySource:
-    """A key that is known from the start. Whatever id a token gives it, there is no other."""
+    """One configured key, for tokens with any key ID."""
 
     def __init__(self, key: VerifyingKey) -> None:
         self._key = key
@@ -60,31 +60,35 @@ class StaticKeySource:
 
 
 def create_hs256_key(secret: str) -> VerifyingKey:
-    """Return the key for HS256."""
+    """Return a shared secret as a key for HS256."""
     return VerifyingKey(secret.encode(), "HS256")
 
 
 def load_public_key(pem: bytes) -> VerifyingKey:
-    """Return the key in a PEM file, for RS256 or ES256, whichever it is made for.
+    """Return the key in a PEM file, for RS256 or ES256 depending on its type.
 
     Raises:
-        ValueError: it is none of these; says what would be right.
+        ValueError: the file has no such key. The message names what is expected.
     """
     try:
-        found = load_pem_public_key(pem)
+        key = load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm):
         raise ValueError("expected a public key in PEM form (-----BEGIN PUBLIC KEY-----)") from None
-    if isinstance(found, RSAPublicKey) and found.key_size >= _SHORTEST_RSA_BITS:
-        return VerifyingKey(found, "RS256")
-    if isinstance(found, EllipticCurvePublicKey) and isinstance(found.curve, SECP256R1):
-        return VerifyingKey(found, "ES256")
-    raise ValueError(f"expected an RSA key of {_SHORTEST_RSA_BITS} bits or more, or an elliptic one on the curve P-256")
+    if isinstance(key, RSAPublicKey) and key.key_size >= _MIN_RSA_BITS:
+        return VerifyingKey(key, "RS256")
+    if isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1):
+        return VerifyingKey(key, "ES256")
+    raise ValueError(f"expected an RSA key of {_MIN_RSA_BITS} bits or more, or an elliptic curve key on P-256")
 
 
 class JwksKeySource:
-    """The keys at a URL (a JWK Set, RFC 7517), fetched when one is needed and kept.
+    """The JWK Set (RFC 7517) at a URL, fetched when a key is needed and then cached.
 
-    Keys that were fetched stay good while the URL does not answer. `clock` counts seconds.
+    Cached keys remain valid while the URL does not respond.
+
+    Args:
+        url: The URL of the JWK Set.
+        clock: Returns monotonic time in seconds.
     """
 
     def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -92,41 +96,46 @@ class JwksKeySource:
         self._clock = clock
         self._keys: dict[str | None, VerifyingKey] = {}
         self._fetching: asyncio.Task[None] | None = None
-        self._asked_at = self._fetched_at = float("-inf")
+        self._requested_at = self._fetched_at = float("-inf")
 
     async def get_key(self, kid: str | None) -> VerifyingKey | None:
-        found = self._known(kid)
-        if found is None:
-            if (fetching := self._fetch_again()) is not None:
-                await asyncio.shield(fetching)  # others wait for the same fetch: who gives up must not end it
-            found = self._known(kid)
-            if found is None and self._fetched_at < self._asked_at:
-                message = "Who has issued this token cannot be asked for their keys now."
-                raise ApiError(503, "jwks_unavailable", message, retry_after_seconds=int(_PAUSE_WITHOUT_KEYS_SECONDS))
-        elif self._clock() - self._fetched_at > _FRESH_SECONDS:
-            self._fetch_again()  # nobody has to wait for it
-        return found
+        key = self._find_key(kid)
+        if key is None:
+            if (fetching := self._start_fetch()) is not None:
+                await asyncio.shield(fetching)  # shared with other requests: cancellation must not end it
+            key = self._find_key(kid)
+            if key is None and self._fetched_at < self._requested_at:
+                message = "The token cannot be verified: auth.jwt.jwks_url does not respond. Retry in a moment."
+                raise ApiError(
+                    503, "jwks_unavailable", message, retry_after_seconds=int(_MIN_INTERVAL_WITHOUT_KEYS_SECONDS)
+                )
+        elif self._clock() - self._fetched_at > _MAX_AGE_SECONDS:
+            self._start_fetch()  # in the background
+        return key
 
-    def _known(self, kid: str | None) -> VerifyingKey | None:
-        """A token that names no key means the only one there is."""
+    def _find_key(self, kid: str | None) -> VerifyingKey | None:
+        """Return a cached key. A token without a key ID means the only key, if there is just one."""
         if kid is None and len(self._keys) == 1:
             return next(iter(self._keys.values()))
         return self._keys.get(kid)
 
-    def _fetch_again(self) -> asyncio.Task[None] | None:
+    def _start_fetch(self) -> asyncio.Task[None] | None:
         if self._fetching is not None and not self._fetching.done():
             return self._fetching
-        pause = _PAUSE_SECONDS if self._keys else _PAUSE_WITHOUT_KEYS_SECONDS
-        if self._clock() - self._asked_at < pause:
+        interval = _MIN_INTERVAL_SECONDS if self._keys else _MIN_INTERVAL_WITHOUT_KEYS_SECONDS
+        if self._clock() - self._requested_at < interval:
             return None
-        self._asked_at = self._clock()
+        self._requested_at = self._clock()
         self._fetching = asyncio.create_task(self._fetch(), name="jwks")
         return self._fetching
 
     async def _fetch(self) -> None:
         try:
-            async with asyncio.timeout(_FETCH_SECONDS), httpx.AsyncClient(timeout=_FETCH_SECONDS) as client:
-                keys = _usable(await _read(client, self._url))
+            async with (
+                asyncio.timeout(_TIMEOUT_SECONDS),
+                httpx.AsyncClient(timeout=_TIMEOUT_SECONDS) as client,
+            ):
+                keys = _parse_usable_keys(await _read_limited(client, self._url))
         except (httpx.HTTPError, TimeoutError, OSError, ValueError) as error:
             _log.warning(
                 "JWKS not loaded from auth.jwt.jwks_url", url=self._url, error=f"{type(error).__name__}: {error}"
@@ -136,36 +145,36 @@ class JwksKeySource:
             self._fetched_at = self._clock()
 
 
-async def _read(client: httpx.AsyncClient, url: str) -> bytes:
+async def _read_limited(client: httpx.AsyncClient, url: str) -> bytes:
     body = bytearray()
-    async with client.stream("GET", url) as answer:
-        answer.raise_for_status()
-        async for part in answer.aiter_bytes():
-            body += part
-            if len(body) > _LARGEST_SET_BYTES:
-                raise ValueError(f"the answer is larger than {_LARGEST_SET_BYTES} bytes")
+    async with client.stream("GET", url) as response:
+        response.raise_for_status()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > _MAX_SET_BYTES:
+                raise ValueError(f"the response is larger than {_MAX_SET_BYTES} bytes")
     return bytes(body)
 
 
-def _usable(body: bytes) -> dict[str | None, VerifyingKey]:
-    """Return the keys for signatures by RS256 and ES256; never a secret, by which a token could be made as well."""
+def _parse_usable_keys(body: bytes) -> dict[str | None, VerifyingKey]:
+    """Return the keys for RS256 and ES256, never a shared secret: with it a token could also be created."""
     content = orjson.loads(body)
     if not isinstance(content, dict) or not isinstance(content.get("keys"), list):
         raise ValueError('expected a JWK Set: {"keys": […]}')  # noqa: TRY004 - it is the content that is wrong
-    found = [key for entry in content["keys"] if (key := _key_in(entry)) is not None]
-    keys = {key.key_id: VerifyingKey(key.key, key.algorithm_name) for key in found}
+    parsed = [key for entry in content["keys"] if (key := _parse_key(entry)) is not None]
+    keys = {key.key_id: VerifyingKey(key.key, key.algorithm_name) for key in parsed}
     if not keys:
-        raise ValueError("there is no key for RS256 or ES256 among them")
+        raise ValueError("the set has no key for RS256 or ES256")
     return keys
 
 
-def _key_in(entry: Any) -> jwt.PyJWK | None:
+def _parse_key(entry: Any) -> jwt.PyJWK | None:
     if not isinstance(entry, dict) or entry.get("kty") not in ("RSA", "EC") or entry.get("use", "sig") != "sig":
         return None
     try:
-        found = jwt.PyJWK(entry)
+        key = jwt.PyJWK(entry)
     except (jwt.PyJWTError, ValueError, TypeError, KeyError):
-        return None  # one that cannot be used takes nothing from the others
-    weak = isinstance(found.key, RSAPublicKey) and found.key.key_size < _SHORTEST_RSA_BITS
-    private = not isinstance(found.key, RSAPublicKey | EllipticCurvePublicKey)
-    return None if weak or private or found.algorithm_name not in ("RS256", "ES256") else found
+        return None  # an unusable key must not disable the others
+    is_weak = isinstance(key.key, RSAPublicKey) and key.key.key_size < _MIN_RSA_BITS
+    is_private = not isinstance(key.key, RSAPublicKey | EllipticCurvePublicKey)
+    return None if is_weak or is_private or key.algorithm_name not in ("RS256", "ES256") else key

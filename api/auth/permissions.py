@@ -1,6 +1,7 @@
-"""api: who asks, and whether they may. Every route that shows or changes a job or batch asks here.
+"""Authentication of requests, and authorization for jobs and batches.
 
-Unknown and forbidden look alike to who may not read: 404. Who may read but not do that gets 403.
+A caller without read access gets 404, as for a resource that does not exist. A caller who may read, but not perform the
+action, gets 403.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ from jobledger.ledger.store.command_handler import StreamState
 
 _SIGN_IN_PAGES = ("/monitoring/events/sign-in", "/monitoring/events/sign-out")
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/api/openapi.json", "/api/docs", *_SIGN_IN_PAGES})
-"""Addresses that say nothing about anybody's jobs."""
+"""Paths that need no authentication: they show nothing of any job."""
 _PUBLIC_PREFIX = "/monitoring/events/static/"
 _RECHECK_SECONDS: Final = 30.0
-"""How often a credential in use is checked again although nothing was reported, such as a clock that was set."""
+"""Interval after which the credential of an open request is checked again without a notification, for example because
+the clock was changed."""
 
 
 class AuthBackend(Protocol):
-    """Finds out who asks."""
+    """Authenticates requests."""
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
-        """Return who it is.
+        """Return the caller of a request.
 
         Raises:
-            ApiError: 401, when they do not say, or what they say is wrong.
+            ApiError: 401, the credentials are missing or wrong; 503, they cannot be checked now.
         """
 
 
 class SingleUserBackend:
-    """One person on one machine: whoever reaches us is that person, and may do everything."""
+    """Treats each caller as one user with the role admin. For a single user on one machine."""
 
     def __init__(self, user_id: str) -> None:
         self._principal = Principal(user_id, roles=frozenset({"admin"}))
@@ -52,30 +54,36 @@ class SingleUserBackend:
 
 
 class RevocationNotifier:
-    """Announces that credentials were revoked, or may have been."""
+    """Notifies open requests that credentials may have been revoked."""
 
     def __init__(self) -> None:
         self._next = asyncio.Event()
 
     @property
     def next_event(self) -> asyncio.Event:
-        """The event that the next announcement sets."""
+        """The event that the next call of notify() sets."""
         return self._next
 
     def notify(self) -> None:
-        """Have everything that is still open check its credential."""
+        """Make all open requests check their credentials again."""
         self._next.set()
         self._next = asyncio.Event()
 
 
-def _as_error(scope: Scope, error: ApiError) -> ASGIApp:
+def _default_error_response(scope: Scope, error: ApiError) -> ASGIApp:
     return error_response(error)
 
 
 class AuthenticationMiddleware:
-    """Middleware: no request gets to a route before it is known who asks.
+    """Authenticates each request before it reaches a route, except for public paths.
 
-    `refused` makes the answer for who cannot be let in: for a program an error, for a person at a page the sign-in.
+    Args:
+        app: The application.
+        auth_backend: Returns the principal of a request.
+        revocation_notifier: Notifies when credentials may have been revoked.
+        on_error: Returns the response for a failed authentication: an error, or a redirect to the sign-in page.
+
+    Decision 70 gives the reasons why this is not Starlette's class.
     """
 
     def __init__(
@@ -83,178 +91,186 @@ class AuthenticationMiddleware:
         app: ASGIApp,
         auth_backend: AuthBackend,
         revocation_notifier: RevocationNotifier,
-        on_error: Callable[[Scope, ApiError], ASGIApp] = _as_error,
+        on_error: Callable[[Scope, ApiError], ASGIApp] = _default_error_response,
     ) -> None:
         self._app = app
-        self._sign_in = auth_backend
-        self._revocations = revocation_notifier
-        self._refused = on_error
+        self._auth_backend = auth_backend
+        self._revocation_notifier = revocation_notifier
+        self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if scope["path"] not in PUBLIC_PATHS and not scope["path"].startswith(_PUBLIC_PREFIX):
-                principal = scope["principal"] = await self._sign_in(HTTPConnection(scope))
+                principal = scope["principal"] = await self._auth_backend(HTTPConnection(scope))
                 scope["authentication"] = self
-                if principal.user_id is not None and (accepted := scope.get("on_credentials_accepted")) is not None:
-                    accepted()  # now, and not with the answer: that may take a minute
+                if principal.user_id is not None and (on_accepted := scope.get("on_credentials_accepted")) is not None:
+                    on_accepted()  # before the response, which may take a minute
         except ApiError as error:
-            scope["are_credentials_rejected"] = error.status == 401  # the answer may be a redirect to the sign-in
-            await self._refused(scope, error)(scope, receive, send)
+            scope["are_credentials_rejected"] = error.status == 401  # the response may be a redirect
+            await self._on_error(scope, error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
     async def wait_until_invalid(self, scope: Scope, *, allow_renewal: bool) -> None:
-        """Return once the credential of a request is revoked or has expired.
+        """Return when the credential of a request is revoked or has expired.
 
-        Without `renewable`, also at `valid_until`: a proxy has to say again who asks, in another request.
+        The loop takes the event of the next notification before it checks the credential, so that it misses no
+        notification after the check.
 
-        The next announcement is taken before the credential is checked: one that comes after the check ends the wait.
+        Args:
+            scope: The request's scope.
+            allow_renewal: Whether the request may continue after `valid_until` while its credential is accepted.
+                Otherwise the client has to authenticate again with another request.
         """
         principal: Principal = scope["principal"]
         while True:
-            revoked = self._revocations.next_event
+            notification = self._revocation_notifier.next_event
             if not await self._is_valid(scope, principal):
                 return
             seconds = _RECHECK_SECONDS
             if principal.valid_until is not None:
-                left = (principal.valid_until - datetime.now(UTC)).total_seconds()
-                if left > 0:
-                    seconds = min(seconds, left)
+                remaining = (principal.valid_until - datetime.now(UTC)).total_seconds()
+                if remaining > 0:
+                    seconds = min(seconds, remaining)
                 elif not allow_renewal:
                     return
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    await revoked.wait()
+                    await notification.wait()
 
     async def _is_valid(self, scope: Scope, principal: Principal) -> bool:
         try:
-            return await self._sign_in(HTTPConnection(dict(scope))) == principal
+            return await self._auth_backend(HTTPConnection(dict(scope))) == principal
         except ApiError as error:
-            return error.status != 401  # a check that is not possible now proves nothing
+            return error.status != 401  # a check that fails does not prove that the credential is invalid
 
 
 async def wait_until_signed_out(scope: Scope, *, allow_renewal: bool = False) -> None:
-    """Return once the caller's credential is revoked or has expired; never for what is open to all.
+    """Return when the caller's credential is revoked or has expired; never return for public paths.
 
-    `renewable`: what the caller has open cannot be continued by another request, so a proxy's word is good for all of
-    it.
+    Args:
+        scope: The request's scope.
+        allow_renewal: Whether the response may continue after `valid_until`, because the client cannot resume it with
+            another request.
     """
-    signed_in_: AuthenticationMiddleware | None = scope.get("authentication")
-    if signed_in_ is None:
+    authentication: AuthenticationMiddleware | None = scope.get("authentication")
+    if authentication is None:
         await asyncio.Event().wait()
     else:
-        await signed_in_.wait_until_invalid(scope, allow_renewal=allow_renewal)
+        await authentication.wait_until_invalid(scope, allow_renewal=allow_renewal)
 
 
 @asynccontextmanager
 async def timeout_while_authenticated(request: HTTPConnection, seconds: float) -> AsyncIterator[None]:
-    """Give the block this many seconds, as asyncio.timeout does, and end it with the caller's credential.
+    """Limit the duration of the block like asyncio.timeout(), and end it when the caller's credential becomes invalid.
 
     Raises:
-        TimeoutError: the time is over.
-        ApiError: 401, the credential is revoked or has expired.
+        TimeoutError: the time has elapsed.
+        ApiError: 401, the credential was revoked or has expired.
     """
-    invalid = False
+    is_invalid = False
 
     async def watch(limit: asyncio.Timeout) -> None:
-        nonlocal invalid
+        nonlocal is_invalid
         await wait_until_signed_out(request.scope)
-        invalid = True  # in one step with what follows: the block cannot have ended in between
+        is_invalid = True  # no await before the next line, so the block cannot end in between
         limit.reschedule(asyncio.get_running_loop().time())
 
     try:
         async with asyncio.timeout(seconds) as limit:
-            watching = asyncio.create_task(watch(limit), name="sign-in-watch")
+            watching = asyncio.create_task(watch(limit), name="credential-watch")
             try:
                 yield
             finally:
                 watching.cancel()
     except TimeoutError:
-        if invalid:
-            raise ApiError(401, "invalid_credentials", "The credentials became invalid during the request.") from None
+        if is_invalid:
+            raise ApiError(
+                401, "invalid_credentials", "The credentials were revoked or expired during the request."
+            ) from None
         raise
 
 
 def get_principal(request: Request) -> Principal:
-    """Return who asks; perhaps somebody who has not said who they are, if that is allowed at all."""
-    found: Principal = request.scope["principal"]
-    return found
+    """Return the caller. It has no user ID for anonymous requests."""
+    principal: Principal = request.scope["principal"]
+    return principal
 
 
 def require_user_id(request: Request) -> str:
-    """Return the id of the user who asks.
+    """Return the caller's user ID.
 
     Raises:
-        ApiError: 401, when they have not said who they are.
+        ApiError: 401, the caller is anonymous.
     """
     user_id = get_principal(request).user_id
     if user_id is None:
-        raise ApiError(401, "authentication_required", "Say who you are: this needs more than what everybody may see.")
+        raise ApiError(401, "authentication_required", "Authentication required.")
     return user_id
 
 
 def get_actor(request: Request) -> str:
-    """Return who asks, as events name it.
+    """Return the caller in the format of the events' `actor`.
 
     Raises:
-        ApiError: 401.
+        ApiError: 401, the caller is anonymous.
     """
     return f"user:{require_user_id(request)}"
 
 
 def resolve_owner(request: Request, requested_user_id: str | None) -> str:
-    """Return whose a new job or batch is: the caller's own, or, for an admin, that of whom the body names.
+    """Return the owner of a new job or batch: the caller, or the user that an admin names in the body.
 
     Raises:
-        ApiError: 401, 403, or 422 when nobody can be called that.
+        ApiError: 401, the caller is anonymous; 403, the caller is no admin; 422, the user ID is invalid.
     """
-    mine = require_user_id(request)
-    if requested_user_id is not None and requested_user_id != mine and not get_principal(request).is_admin:
-        raise ApiError(403, "forbidden", "`user_id` can only be your own: to submit for others is for admins.")
+    own_user_id = require_user_id(request)
+    if requested_user_id is not None and requested_user_id != own_user_id and not get_principal(request).is_admin:
+        raise ApiError(403, "forbidden", "Forbidden: only admins may submit for another `user_id`.")
     try:
-        return parse_user_name(requested_user_id or mine)
+        return parse_user_name(requested_user_id or own_user_id)
     except ValueError as error:
         raise ApiError(422, "invalid_content", f"user_id: {error}") from error
 
 
 def resolve_teams(request: Request, user_id: str, get_groups: Callable[[str], Collection[str]]) -> Collection[str]:
-    """Return the groups of the user that something is submitted for, as far as they are known.
+    """Return the groups of the user that a job or batch is submitted for, as far as they are known.
 
-    An admin who submits for somebody else gives it none of their own: its team may read it.
+    Teams may read a job. An admin who submits for another user therefore does not add their own groups.
     """
     principal = get_principal(request)
     return principal.groups if user_id == principal.user_id else get_groups(user_id)
 
 
 def can_read(request: Request, document: Document) -> bool:
-    """Return whether who asks may see what a view's document belongs to: `user_id`, `access_control`, `teams`."""
-    return _right(get_principal(request), document) >= AccessLevel.READ
+    """Return whether the caller may read a job or batch. The document has `user_id`, `access_control`, `teams`."""
+    return _get_document_right(get_principal(request), document) >= AccessLevel.READ
 
 
 def viewer_for(request: Request, document: Document) -> Viewer:
-    """Return who asks, with their right to what a view's document belongs to."""
+    """Return the caller with their right to the job or batch that a document belongs to."""
     principal = get_principal(request)
-    return Viewer(principal, _right(principal, document))
+    return Viewer(principal, _get_document_right(principal, document))
 
 
-def _right(principal: Principal, document: Document) -> AccessLevel:
+def _get_document_right(principal: Principal, document: Document) -> AccessLevel:
     return get_access_level(
         principal, owner=document["user_id"], access=document["access_control"], teams=document["teams"]
     )
 
 
 def get_state_right(principal: Principal, state: Job | Batch) -> AccessLevel:
-    """Return what a principal may do with a job or batch, as the log has it."""
-    asked = state.spec
-    access = asked.access_control.model_dump()
-    return get_access_level(principal, owner=asked.user_id, access=access, teams=asked.teams)
+    """Return a principal's right to a job or batch in its current state in the log."""
+    spec = state.spec
+    access = spec.access_control.model_dump()
+    return get_access_level(principal, owner=spec.user_id, access=access, teams=spec.teams)
 
 
 def require_right(request: Request, right: AccessLevel, *, not_found_error: ApiError) -> Callable[[StreamState], None]:
-    """Return the check of a command: the job or batch is there, and who asks has this right to it.
+    """Return a check for a command: the job or batch exists, and the caller has this right to it.
 
-    The check raises `missing` when they may not even see it, and 403 (401, if they have not said who they are) when
-    they may.
+    The returned check raises `not_found_error` if the caller may not read it. If the caller may read it but lacks the
+    right, it raises ApiError 403, or 401 for an anonymous caller.
     """
     principal = get_principal(request)
 
@@ -262,17 +278,17 @@ def require_right(request: Request, right: AccessLevel, *, not_found_error: ApiE
         state = stream_state.state
         if not isinstance(state, Job | Batch) or state.deleted:
             raise not_found_error
-        has = get_state_right(principal, state)
-        if has < AccessLevel.READ:
+        granted = get_state_right(principal, state)
+        if granted < AccessLevel.READ:
             raise not_found_error
-        if has < right:
+        if granted < right:
             require_user_id(request)
-            raise ApiError(403, "forbidden", f"You may see this, but not do that: it needs the right {_NAMES[right]}.")
+            raise ApiError(403, "forbidden", f"Forbidden: this action requires {_RIGHT_NAMES[right]}.")
 
     return check
 
 
-_NAMES = {AccessLevel.READ: "read_access", AccessLevel.WRITE: "write_access", AccessLevel.ADMIN: "admin_access"}
+_RIGHT_NAMES = {AccessLevel.READ: "read_access", AccessLevel.WRITE: "write_access", AccessLevel.ADMIN: "admin_access"}
 
 
 def require_monitor_role(request: Request) -> None:

@@ -1,7 +1,7 @@
-"""api: signed links, which open one file without sign-in until they expire.
+"""Signed links, which give access to one file without authentication until they expire.
 
-What is signed names the path, the content, the job and the end: a link leads to just this file, and to nothing once the
-file is deleted or another has taken its place. Nothing is recorded of a link; whoever has it may pass it on.
+The signature covers the path, the content, the job and the expiry. A link is therefore invalid after the file is
+deleted or replaced. Links are not stored. Anyone with a link can use it.
 """
 
 from __future__ import annotations
@@ -28,86 +28,90 @@ _KEY_BYTES: Final = 32
 
 
 class SignedLinks:
-    """Makes links and checks them, with a key that all processes share: it is made once, and kept in the database.
+    """Creates and verifies links with a key that all processes share. The first use stores the key in the database.
 
-    Whoever removes the key (`secrets`, `_id: links`) and starts the API anew has made all links void.
+    To revoke all links, delete the key (collection `secrets`, `_id: links`) and restart the API.
     """
 
     def __init__(self, db: Database, public_url: str | None) -> None:
         self._db = db
         self._public_url = (public_url or "").rstrip("/")
         self.path_prefix = urlsplit(self._public_url).path
-        """The path under which a proxy offers the API: empty, or such as `/tools/jobs`."""
+        """The path of `api.public_url`, such as `/tools/jobs`; may be empty."""
         self._key: bytes | None = None
 
     @property
     def base_url(self) -> str:
-        """The address of the API as an OpenAPI document names it."""
+        """The server URL of the OpenAPI document."""
         return self._public_url or "/"
 
     async def create(self, file: Document, expires_at: datetime) -> str:
-        """Return a link to a row of the view `files`, good `until` then (in whole seconds).
+        """Return a link to a file that is valid until `expires_at`, rounded down to seconds.
 
-        It is a whole address if `api.public_url` is set, else one on this server.
+        The link is an absolute URL if `api.public_url` is set, otherwise a path.
+
+        Args:
+            file: A document of the view `files`.
+            expires_at: When the link expires.
 
         Raises:
             LedgerUnavailable: the database failed.
         """
         expires = str(int(expires_at.timestamp()))
-        signature = await self._signature(file, expires)
+        signature = await self._compute_signature(file, expires)
         path = FILES_URL + quote(file["path"], safe="/&,+;=@!$~")
         return f"{self._public_url}{path}?expires={expires}&signature={signature}"
 
     async def verify(self, file: Document | None, *, expires: str, signature: str, now: datetime) -> None:
-        """Make sure that a link opens this file; None if nothing is under its path.
+        """Check that a link is valid for a file. The file is None if none has the path.
 
         Raises:
-            ApiError: 403, when it has expired or is not one that was made here.
+            ApiError: 403, the link has expired or its signature is wrong.
             LedgerUnavailable: the database failed.
         """
-        right = await self._signature(file, expires) if file is not None else secrets.token_hex(_KEY_BYTES)
-        genuine = hmac.compare_digest(right.encode(), signature.encode())
+        expected = await self._compute_signature(file, expires) if file is not None else secrets.token_hex(_KEY_BYTES)
+        is_genuine = hmac.compare_digest(expected.encode(), signature.encode())
         if not expires.isascii() or not expires.isdecimal() or len(expires) > 15:
-            raise _altered()
+            raise _invalid_link_error()
         if int(expires) <= now.timestamp():
-            raise ApiError(403, "link_expired", "This link has expired: ask for a new one.")
-        if not genuine:
-            raise _altered()
+            raise ApiError(403, "link_expired", "The link has expired. Request a new one.")
+        if not is_genuine:
+            raise _invalid_link_error()
 
-    async def _signature(self, file: Document, expires: str) -> str:
-        # The path comes last: only it may hold a line break.
-        signed = f"{expires}\n{file['job_id']}\n{file['sha256']}\n{file['path']}"
-        return hmac.new(await self._shared_key(), signed.encode(), hashlib.sha256).hexdigest()
+    async def _compute_signature(self, file: Document, expires: str) -> str:
+        # The path is last, because only it may contain a line break.
+        content = f"{expires}\n{file['job_id']}\n{file['sha256']}\n{file['path']}"
+        return hmac.new(await self._load_key(), content.encode(), hashlib.sha256).hexdigest()
 
-    async def _shared_key(self) -> bytes:
+    async def _load_key(self) -> bytes:
         if self._key is None:
             with translate_errors("reading the key of signed links"):
-                kept = await self._db[COLLECTION].find_one_and_update(
+                document = await self._db[COLLECTION].find_one_and_update(
                     {"_id": "links"},
                     {"$setOnInsert": {"key": secrets.token_bytes(_KEY_BYTES)}},
                     upsert=True,
                     return_document=ReturnDocument.AFTER,
                 )
-            assert kept is not None  # noqa: S101 - narrows the type; it has been inserted if it was not there
-            self._key = bytes(kept["key"])
+            assert document is not None  # noqa: S101 - narrows the type: an upsert returns a document
+            self._key = bytes(document["key"])
         return self._key
 
 
-def _altered() -> ApiError:
-    return ApiError(403, "link_invalid", "This link has been altered, or what it led to is no longer there.")
+def _invalid_link_error() -> ApiError:
+    return ApiError(403, "link_invalid", "The link is invalid: it was altered, or its file no longer exists.")
 
 
 def is_signed_link_request(connection: HTTPConnection) -> bool:
-    """Return whether a request comes by a signed link: whether it is a good one is for the route to check."""
-    reads = connection.scope["method"] in ("GET", "HEAD") and connection.scope["path"].startswith(FILES_URL)
-    return reads and "signature" in connection.query_params
+    """Return whether a request uses a signed link. The route verifies the link."""
+    is_file_read = connection.scope["method"] in ("GET", "HEAD") and connection.scope["path"].startswith(FILES_URL)
+    return is_file_read and "signature" in connection.query_params
 
 
 class SignedLinkBackend:
-    """Nobody has to say who they are when they come by a signed link; all others do."""
+    """Treats requests with a signed link as anonymous, and passes all others to the next backend."""
 
     def __init__(self, auth_backend: AuthBackend) -> None:
-        self._sign_in = auth_backend
+        self._auth_backend = auth_backend
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
-        return Principal(None) if is_signed_link_request(connection) else await self._sign_in(connection)
+        return Principal(None) if is_signed_link_request(connection) else await self._auth_backend(connection)

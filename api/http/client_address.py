@@ -1,4 +1,4 @@
-"""api: the address that a request comes from, also behind a proxy."""
+"""The address of the client of a request, also behind proxies."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ Network = IPv4Network | IPv6Network
 
 
 @lru_cache(4096)
-def _read(address: str) -> IPv4Address | IPv6Address | None:
+def _parse_address(address: str) -> IPv4Address | IPv6Address | None:
     try:
-        found = ip_address(address.strip().strip("[]"))
+        parsed = ip_address(address.strip().strip("[]"))
     except ValueError:
         return None
-    return getattr(found, "ipv4_mapped", None) or found  # how IPv4 looks to a listener on IPv6
+    return getattr(parsed, "ipv4_mapped", None) or parsed  # IPv4 clients of an IPv6 listener
 
 
 def is_in_networks(address: str, networks: Collection[Network]) -> bool:
     """Return whether an address belongs to one of the networks."""
-    if not networks or (found := _read(address)) is None:
+    if not networks or (parsed := _parse_address(address)) is None:
         return False
-    return any(found in network for network in networks)
+    return any(parsed in network for network in networks)
 
 
 def client_address(scope: Scope, trusted: Collection[Network]) -> str:
-    """Return the address of the client: of a connection from a trusted proxy, what that says in X-Forwarded-For.
+    """Return the address of the client. If a trusted proxy is connected, use its X-Forwarded-For.
 
-    The header is read from its end. Each proxy adds the address that it was called from, so the first entry from
-    there that is no trusted proxy is the last one that a client cannot have made up.
+    The header is read from the end. Each proxy appends the address of its own client, so the first entry from the end
+    that is not a trusted proxy is one that the client cannot forge.
     """
     client = scope.get("client")
     address = str(client[0]) if client else ""
     if not is_in_networks(address, trusted):
         return address
-    for said in reversed(",".join(Headers(scope=scope).getlist("x-forwarded-for")).split(",")):
-        if _read(said) is None:
+    for entry in reversed(",".join(Headers(scope=scope).getlist("x-forwarded-for")).split(",")):
+        if _parse_address(entry) is None:
             break
-        address = said.strip()
+        address = entry.strip()
         if not is_in_networks(address, trusted):
             break
     return address
 
 
 def get_rate_limit_key(address: str) -> str:
-    """Return what an address is counted by: an IPv6 address by its /64 network, which one client has whole.
+    """Return the key that rate limits count an address by: for IPv6 its /64 network.
 
-    With a new address for each request, a client would otherwise never reach a limit.
+    A client usually has a whole /64 network, and could otherwise evade limits with a new address for each request.
     """
-    found = _read(address.partition("%")[0])
-    return str(IPv6Network((found, 64), strict=False)) if isinstance(found, IPv6Address) else str(found or address)
+    parsed = _parse_address(address.partition("%")[0])
+    return str(IPv6Network((parsed, 64), strict=False)) if isinstance(parsed, IPv6Address) else str(parsed or address)

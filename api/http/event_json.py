@@ -1,4 +1,4 @@
-"""api: an event as JSON. Of one that was damaged in the database a stub is answered, so that others are still read."""
+"""Encode events as JSON. A damaged event becomes a stub, so that the other events can still be read."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def encode_event(event: RecordedEvent, viewer: Viewer) -> bytes:
-    """Return an event as the viewer sees it, or what can be said of it and why it cannot be shown."""
-    if (broken := _broken_field(event)) is not None:
-        return _stub(event, f"its {broken} is missing or damaged")
+    """Return an event as the viewer sees it. For a damaged event, return a stub with the reason."""
+    if (field := _find_damaged_field(event)) is not None:
+        return _build_stub(event, f"its {field} is missing or damaged")
     try:
         return orjson.dumps(redact_event(event, viewer), option=_OPTIONS)
     except (TypeError, ValueError, LookupError, AttributeError):
-        return _stub(event, find_data_deviation(event.document) or "its content is damaged")
+        return _build_stub(event, find_data_deviation(event.document) or "its content is damaged")
 
 
-def _broken_field(event: RecordedEvent) -> str | None:
+def _find_damaged_field(event: RecordedEvent) -> str | None:
     document = event.document
     for name, kind in ENVELOPE_FIELDS.items():
         if not isinstance(document.get(name), kind):
@@ -33,22 +33,22 @@ def _broken_field(event: RecordedEvent) -> str | None:
     return None
 
 
-def _stub(event: RecordedEvent, why: str) -> bytes:
-    def of(name: str, kind: type, otherwise: Any) -> Any:
+def _build_stub(event: RecordedEvent, reason: str) -> bytes:
+    def get_field(name: str, kind: type, default: Any) -> Any:
         value = event.document.get(name)
-        return value if isinstance(value, kind) else otherwise
+        return value if isinstance(value, kind) else default
 
     stub = {
         "position": event.position,
-        "event_id": of("event_id", str, ""),
-        "stream": of("stream", str, ""),
-        "version": of("version", int, 0),
-        "type": of("type", str, ""),
-        "time": of("time", datetime, EPOCH),
-        "schema": of("schema", int, 0),
+        "event_id": get_field("event_id", str, ""),
+        "stream": get_field("stream", str, ""),
+        "version": get_field("version", int, 0),
+        "type": get_field("type", str, ""),
+        "time": get_field("time", datetime, EPOCH),
+        "schema": get_field("schema", int, 0),
         "data": {},
         "meta": {"actor": ""},
         "hash": None,
-        "unreadable": f"This event was changed in the database: {why}. `jobledger log verify` says more.",
+        "unreadable": f"This event was changed in the database: {reason}. Run `jobledger log verify`.",
     }
     return orjson.dumps(stub, option=_OPTIONS)

@@ -1,4 +1,4 @@
-"""api: an answer of Server-Sent Events that does not end by itself, and all of them that are open in this process."""
+"""Responses with Server-Sent Events, and the registry of open streams of this process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from starlette.types import Message, Receive, Scope, Send
 from jobledger.api.auth.permissions import wait_until_signed_out
 
 SEND_TIMEOUT_SECONDS: Final = 10.0
-"""How long a client may take none of what it is sent."""
+"""How long a client may read nothing before the stream is aborted."""
 HIDDEN_EVENTS_PER_SECOND: Final = 20_000
-"""Events of the past that all streams together may pass over because their clients may not see or did not want them."""
+"""Rate of past events that all streams together may skip because the clients may not read or did not request them."""
 MAX_PAUSE_SECONDS: Final = 10.0
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -25,21 +25,21 @@ _END: Final[Message] = {"type": "http.response.body", "body": b"", "more_body": 
 
 
 class Throttle:
-    """Spreads work of many streams over time: all together do at most `per_second`, in the order in which they ask."""
+    """Limits the work of all streams together to `per_second`, in the order of their calls."""
 
     def __init__(self, per_second: float) -> None:
         self._per_second = per_second
         self._free_at = 0.0
 
     async def wait(self, amount: int) -> None:
-        """Wait until what was done before, and this, is within the rate."""
+        """Wait until the work so far plus this amount is within the rate."""
         now = asyncio.get_running_loop().time()
         self._free_at = max(self._free_at, now) + amount / self._per_second
         await asyncio.sleep(min(self._free_at - now, MAX_PAUSE_SECONDS))
 
 
 class LiveStreams:
-    """The streams of this process that are open."""
+    """The open streams of this process."""
 
     def __init__(self) -> None:
         self.history_throttle = Throttle(HIDDEN_EVENTS_PER_SECOND)
@@ -49,28 +49,28 @@ class LiveStreams:
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, writing: asyncio.Task[None]) -> None:
-        """Have a stream ended with the others, or at once if that is over."""
-        self._open.add(writing)
-        writing.add_done_callback(self._open.discard)
+    def add(self, writer: asyncio.Task[None]) -> None:
+        """Register a stream. If close() was called already, end it immediately."""
+        self._open.add(writer)
+        writer.add_done_callback(self._open.discard)
         if self._closed:
-            writing.cancel()
+            writer.cancel()
 
     def close(self) -> None:
-        """End them all, because the process ends: they never would by themselves."""
+        """End all streams, because the process is shutting down."""
         self._closed = True
-        for writing in self._open:
-            writing.cancel()
+        for writer in self._open:
+            writer.cancel()
 
 
 class _ClientNotReading(Exception):
-    """The client takes nothing of what it is sent."""
+    """The client does not read."""
 
 
 class EventStreamResponse:
-    """An answer that does not end. A client that goes away ends it, and one that does not read is cut.
+    """A response that continues until the client disconnects, or its credential is revoked or expires.
 
-    It also ends when the client's credential is revoked or expires.
+    If the client does not read, the connection is aborted.
     """
 
     def __init__(self, blocks: AsyncGenerator[bytes, None], streams: LiveStreams) -> None:
@@ -83,25 +83,25 @@ class EventStreamResponse:
             await self._blocks.aclose()
             await send(_END)
             return
-        writing = asyncio.create_task(self._write(send), name="live")
-        self._streams.add(writing)
-        gone = asyncio.create_task(_gone(receive), name="live-gone")
+        writer = asyncio.create_task(self._write(send), name="live")
+        self._streams.add(writer)
+        disconnected = asyncio.create_task(_wait_for_disconnect(receive), name="live-disconnect")
         signed_out = asyncio.create_task(wait_until_signed_out(scope), name="live-signed-out")
         try:
-            await asyncio.wait({writing, gone, signed_out}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done() and not writing.cancelled() and isinstance(writing.exception(), _ClientNotReading):
-                # An ordinary close would wait for the client to take what it does not read.
+            await asyncio.wait({writer, disconnected, signed_out}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done() and not writer.cancelled() and isinstance(writer.exception(), _ClientNotReading):
+                # An ordinary close would wait for the client to read the pending data.
                 abort: Callable[[], None] = scope["state"]["abort"]
                 abort()
-                await gone
+                await disconnected
                 return
         finally:
-            writing.cancel()
-            gone.cancel()
+            writer.cancel()
+            disconnected.cancel()
             signed_out.cancel()
-            await asyncio.gather(writing, gone, signed_out, return_exceptions=True)
-        if not writing.cancelled():
-            writing.result()
+            await asyncio.gather(writer, disconnected, signed_out, return_exceptions=True)
+        if not writer.cancelled():
+            writer.result()
         await send(_END)
 
     async def _write(self, send: Send) -> None:
@@ -114,6 +114,6 @@ class EventStreamResponse:
                     raise _ClientNotReading from None
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""api: sending what is too large to hold in memory, and the headers that say what it is and what it is called."""
+"""Streaming responses, and the headers Content-Type and Content-Disposition."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
 
 _log = structlog.get_logger()
 _MEDIA_TYPE: Final = re.compile(r"""[\w!#$&^.+-]+/[\w!#$&^.+-]+(\s*;\s*[\w.-]+=([\w.+-]+|"[\w .+/-]*"))*""", re.ASCII)
-_NOT_PLAIN: Final = re.compile(r"[^A-Za-z0-9 ._()+,=@-]")
+_NOT_ASCII_NAME: Final = re.compile(r"[^A-Za-z0-9 ._()+,=@-]")
 
 
-async def _nothing() -> None:
-    """Nothing has to be given back."""
+async def _do_nothing() -> None:
+    """Release nothing."""
 
 
 class CloseableStreamingResponse(StreamingResponse):
-    """Content that is made while it is sent, no faster than the client takes it.
+    """A response whose content is generated while it is sent, no faster than the client reads.
 
-    When the client goes away no more of it is made. When it cannot be made to its end, the connection is closed before
-    the end, so that the client knows. So it is when the client's credential is revoked or expires. `close` is called in
+    Generation stops when the client disconnects. If the content cannot be completed, or the client's credential is
+    revoked or expires, the connection is closed before the end, so that the client detects it. `on_close` is called in
     every case.
     """
 
@@ -39,23 +39,23 @@ class CloseableStreamingResponse(StreamingResponse):
         status: int,
         headers: Mapping[str, str],
         *,
-        on_close: Callable[[], Awaitable[None]] = _nothing,
+        on_close: Callable[[], Awaitable[None]] = _do_nothing,
     ) -> None:
         super().__init__(content, status, headers)
         self._content = content
-        self._close = on_close
+        self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._send_while_signed_in(scope, receive, send)
+            await self._send_while_authenticated(scope, receive, send)
         except* (FileLost, LedgerUnavailable) as errors:
-            # The answer has begun and an envelope is of no use; the server cuts off what was not brought to its end.
+            # The headers were sent, so no error response is possible. The server aborts incomplete responses.
             _log.error("response aborted", path=scope["path"], error=str(errors.exceptions[0]))
         finally:
             await self._content.aclose()
-            await self._close()
+            await self._on_close()
 
-    async def _send_while_signed_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_while_authenticated(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(super().__call__(scope, receive, send), name="download")
         signed_out = asyncio.create_task(wait_until_signed_out(scope, allow_renewal=True), name="download-signed-out")
         try:
@@ -63,7 +63,7 @@ class CloseableStreamingResponse(StreamingResponse):
             if sending.done():
                 return sending.result()
             abort: Callable[[], None] = scope["state"]["abort"]
-            abort()  # an ordinary close would wait for the client to take what it was sent
+            abort()  # an ordinary close would wait for the client to read the pending data
         finally:
             sending.cancel()
             signed_out.cancel()
@@ -71,7 +71,7 @@ class CloseableStreamingResponse(StreamingResponse):
 
 
 def content_type(media_type: str) -> str:
-    """Return a media type as a header: text with its charset, and what is no media type as mere bytes."""
+    """Return the Content-Type of a media type: with a charset for text, application/octet-stream if malformed."""
     if not _MEDIA_TYPE.fullmatch(media_type):
         return "application/octet-stream"
     if media_type.lower().startswith("text/") and "charset=" not in media_type.lower():
@@ -80,13 +80,13 @@ def content_type(media_type: str) -> str:
 
 
 def content_disposition(name: str, *, attachment: bool) -> str:
-    """Return the header for a file of this name, whatever is in it (RFC 6266).
+    """Return the header for a file name with any characters (RFC 6266).
 
-    Clients that know no `filename*` get a name in plain letters.
+    Clients without support of `filename*` get an ASCII name.
     """
-    kind = "attachment" if attachment else "inline"
-    letters = "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
-    plain = _NOT_PLAIN.sub("_", letters)
-    if plain == name:
-        return f'{kind}; filename="{plain}"'
-    return f"{kind}; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
+    disposition = "attachment" if attachment else "inline"
+    without_accents = "".join(char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
+    ascii_name = _NOT_ASCII_NAME.sub("_", without_accents)
+    if ascii_name == name:
+        return f'{disposition}; filename="{ascii_name}"'
+    return f"{disposition}; filename=\"{ascii_name}\"; filename*=UTF-8''{quote(name, safe='')}"

@@ -1,4 +1,4 @@
-"""api: validate content with a model, with a bounded number of errors."""
+"""Validate content with a model and report a limited number of errors."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from pydantic import BaseModel, ValidationError
 
 from jobledger.api.http.errors import build_validation_error
 
-_SHOWN_ENTRIES: Final = 100
+_MAX_ENTRIES: Final = 100
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate_content(model: type[Model], content: Any, *, within: tuple[str | int, ...] = ()) -> Model:
-    """Return the content as a model. Of content with many errors, only the first are looked for.
+    """Validate content. In large content, only the first errors are searched.
+
+    Args:
+        model: The model.
+        content: The parsed JSON.
+        within: Location of the content in the body, for error messages.
 
     Raises:
-        ApiError: 422, naming the first hundred wrong fields.
+        ApiError: 422; the details list the first hundred wrong fields.
     """
-    few = _shortened(content)
+    beginning = _truncate(content)
     try:
-        if few is not content:
-            _refuse_first_errors(model, few, content, within)
+        if beginning is not content:
+            _check_beginning(model, beginning, content, within)
         return model.model_validate(content)
     except ValidationError as error:
         raise build_validation_error(
@@ -33,41 +38,41 @@ def validate_content(model: type[Model], content: Any, *, within: tuple[str | in
         ) from error
 
 
-def _shortened(content: Any) -> Any:
-    """Return content with the first hundred entries of each object and array, the same object where nothing is cut."""
+def _truncate(content: Any) -> Any:
+    """Return content with the first hundred entries of each object and array; the same object if nothing is removed."""
     if isinstance(content, dict):
-        shorter = {key: _shortened(value) for key, value in islice(content.items(), _SHOWN_ENTRIES)}
-        same = len(shorter) == len(content) and all(map(operator.is_, shorter.values(), content.values()))
-        return content if same else shorter
+        shortened = {key: _truncate(value) for key, value in islice(content.items(), _MAX_ENTRIES)}
+        is_same = len(shortened) == len(content) and all(map(operator.is_, shortened.values(), content.values()))
+        return content if is_same else shortened
     if isinstance(content, list):
-        entries = [_shortened(value) for value in islice(content, _SHOWN_ENTRIES)]
+        entries = [_truncate(value) for value in islice(content, _MAX_ENTRIES)]
         return content if len(entries) == len(content) and all(map(operator.is_, entries, content)) else entries
     return content
 
 
-def _refuse_first_errors(model: type[BaseModel], few: Any, content: Any, within: tuple[str | int, ...]) -> None:
-    """Refuse content for the errors that its beginning has. pydantic has no limit: it would collect all errors.
+def _check_beginning(model: type[BaseModel], beginning: Any, content: Any, within: tuple[str | int, ...]) -> None:
+    """Reject content if its beginning has errors. pydantic itself has no limit and would collect all errors.
 
-    An error of the beginning is one of the whole content if it is about a value that was not cut. A missing field
-    is in neither, so it does not count.
+    An error in the beginning is an error of the whole content if its value was not truncated. Missing fields are
+    ignored, because truncation may have removed them.
 
     Raises:
-        ApiError: 422, as `validated`.
+        ApiError: 422, as validate_content().
     """
     try:
-        model.model_validate(few)
+        model.model_validate(beginning)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        if certain := [it for it in found if _is_same(few, content, it["loc"])]:
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        if certain := [entry for entry in errors if _is_same(beginning, content, entry["loc"])]:
             raise build_validation_error(certain, within, may_be_incomplete=True) from error
 
 
-def _is_same(few: Any, content: Any, location: Sequence[str | int]) -> bool:
-    if location[-1:] == ("[key]",):  # an error about the name of the entry before
+def _is_same(beginning: Any, content: Any, location: Sequence[str | int]) -> bool:
+    if location[-1:] == ("[key]",):  # an error of the key before
         location = location[:-1]
     try:
         for part in location:
-            few, content = few[part], content[part]
+            beginning, content = beginning[part], content[part]
     except (LookupError, TypeError):
         return False
-    return few is content
+    return beginning is content

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pydantic_core import from_json
 from pymongo import MongoClient
 
-from jobledger.api.http.bodies import MAX_CONTAINERS, MAX_VALUES, _refuse_repeated_names, estimate_value_count
+from jobledger.api.http.bodies import MAX_CONTAINERS, MAX_VALUES, _check_duplicate_names, estimate_value_count
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.memory_budget import MemoryBudget, MemoryReservation
 from jobledger.api.http.validation import validate_content
@@ -333,7 +333,7 @@ def test_names_repeated_in_any_object_are_refused_and_no_others(value: object, s
     with ExitStack() as stack:
         if repeats(value):
             stack.enter_context(pytest.raises(ApiError, match=r"An object has the name .+ [23] times"))
-        _refuse_repeated_names(body, from_json(body), MemoryReservation(MemoryBudget(10_000)))
+        _check_duplicate_names(body, from_json(body), MemoryReservation(MemoryBudget(10_000)))
 
 
 def test_errors_of_a_beginning_are_told_only_if_they_are_errors_of_the_whole() -> None:

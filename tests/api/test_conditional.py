@@ -170,7 +170,7 @@ async def test_static_files_have_a_url_for_each_version_instead_of_a_validator(a
 def respond(content: Any, **headers: str) -> Any:
     """Return the response of a document to a request with these headers."""
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    return content.answer(Request({"type": "http", "method": "GET", "headers": raw}))
+    return content.build_response(Request({"type": "http", "method": "GET", "headers": raw}))
 
 
 def changed_documents(document: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
