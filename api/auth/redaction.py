@@ -1,14 +1,14 @@
-"""api: what each role is shown of jobs, batches, deliveries and events. The only place where that is decided.
+"""Field visibility of jobs, batches, deliveries and events for each role. All rules are in this module.
 
-Every field is named here with a rule. A field that is not named is shown to nobody (documents) or only to those with
-admin access (events), so a new field stays hidden until somebody decides. tests/api/test_disclosure.py compares the
+Each field has a rule. A field without a rule is hidden from everyone (documents) or shown only with admin access
+(events), so a new field stays hidden until a rule is added. tests/api/test_disclosure.py compares the
 tables with the documents and event types.
 
 | Viewer | Sees |
 |---|---|
-| read or write access, the public | The work: parameters, status, progress, logs, steps, results, code and message of errors. Of a webhook its host and whether it arrived. Of the access lists and teams only their own names. A pseudonym of each worker. |
-| admin access: the owner, `admin_access`, system admins | Everything but secrets, which are in no event. |
-| monitor | The statistics, with the host names of workers; of jobs no more than anybody. |
+| read or write access, the public | Parameters, status, progress, logs, steps, results, code and message of errors. Of a webhook its host and whether it was delivered. Of the access lists and teams only their own names. A pseudonym of each worker. |
+| admin access: the owner, `admin_access`, system admins | Everything except secrets, which are not in events. |
+| monitor | The statistics, with the host names of workers. No additional access to jobs. |
 """  # noqa: E501 - a table
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from jobledger.ledger.mongo.connection import Document
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Somebody who looks at a job, batch or delivery, and their right to it."""
+    """A principal and their right to a job, batch or delivery."""
 
     principal: Principal
     right: AccessLevel
 
     @property
     def has_full_access(self) -> bool:
-        """Return whether everything but secrets is shown."""
+        """Whether everything except secrets is shown."""
         return self.right >= AccessLevel.ADMIN
 
 
 FieldRule = Callable[[Any, Viewer], Any]
-"""Returns what is shown of a field's value to a viewer without admin access."""
+"""Returns what a viewer without admin access sees of a value."""
 
 
 def _keep(value: Any, _viewer: Viewer) -> Any:
@@ -50,11 +50,11 @@ def _hide(_value: Any, _viewer: Viewer) -> None:
 
 
 def _keep_own_names(names: Any, viewer: Viewer) -> list[str]:
-    mine = viewer.principal.identities
-    return [name for name in names or () if name in mine]
+    own_names = viewer.principal.identities
+    return [name for name in names or () if name in own_names]
 
 
-def _own_lists(access: Mapping[str, Any] | None, viewer: Viewer) -> Document | None:
+def _redact_access_lists(access: Mapping[str, Any] | None, viewer: Viewer) -> Document | None:
     if access is None:
         return None
     lists = ("read_access", "write_access", "admin_access")
@@ -64,7 +64,7 @@ def _own_lists(access: Mapping[str, Any] | None, viewer: Viewer) -> Document | N
     }
 
 
-def _host_of(url: Any, _viewer: Viewer) -> str:
+def _redact_url(url: Any, _viewer: Viewer) -> str:
     """Return scheme, host and port of a URL: path and query may hold a token."""
     try:
         parts = urlsplit(str(url))
@@ -75,45 +75,45 @@ def _host_of(url: Any, _viewer: Viewer) -> str:
     return f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
 
 
-def _webhook(webhook: Mapping[str, Any] | None, viewer: Viewer) -> Document | None:
-    """Return a webhook, as a document has it or as an event does."""
+def _redact_webhook(webhook: Mapping[str, Any] | None, viewer: Viewer) -> Document | None:
+    """Return a webhook of a document or of an event without what is private."""
     if webhook is None:
         return None
-    shown: Document = {"url": _host_of(webhook["url"], viewer)}
+    redacted: Document = {"url": _redact_url(webhook["url"], viewer)}
     if "headers" in webhook:
-        shown["headers"] = {}
+        redacted["headers"] = {}
     kept = ("include_markdown", "include_metadata", "has_own_secrets")
-    return shown | {name: webhook[name] for name in kept if name in webhook}
+    return redacted | {name: webhook[name] for name in kept if name in webhook}
 
 
-def _error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | None:
+def _redact_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | None:
     return None if error is None else {"code": error["code"], "message": error["message"], "details": {}}
 
 
-def _call_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | None:
-    """Return an error of a webhook: its message may name addresses of the receiver's network."""
+def _redact_delivery_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | None:
+    """Return a delivery error without its message, which may name addresses of the endpoint's network."""
     if error is None:
         return None
-    return {"code": error["code"], "message": f"The receiver was not told ({error['code']}).", "details": {}}
+    return {"code": error["code"], "message": f"The delivery failed ({error['code']}).", "details": {}}
 
 
-def _attempts(attempts: Any, viewer: Viewer) -> list[Document]:
-    return [_filtered(attempt, ATTEMPT_RULES, viewer) for attempt in attempts]
+def _redact_attempts(attempts: Any, viewer: Viewer) -> list[Document]:
+    return [_apply_rules(attempt, ATTEMPT_RULES, viewer) for attempt in attempts]
 
 
 def pseudonymize_worker(worker_id: Any, _viewer: Viewer | None = None) -> str | None:
-    """Return a stable name of a worker that does not reveal its host.
+    """Return a stable pseudonym of a worker that does not reveal its host.
 
-    A worker's ID holds its host name and about 40 bits that nobody knows. Of 32 bits of digest, every guess of a
-    host name explains as many as any other, so that trying them all confirms none.
+    A worker ID has the host name and about 40 random bits. The digest has 32 bits, so each guessed host name matches
+    the pseudonym for some random bits. Trying host names therefore confirms none of them.
     """
     if worker_id is None:
         return None
     return f"worker-{blake2b(str(worker_id).encode(errors='surrogatepass'), digest_size=4).hexdigest()}"
 
 
-def _actor(actor: Any, viewer: Viewer) -> str:
-    """Return who did something: a worker by its pseudonym, others than the viewer only by their kind."""
+def _redact_actor(actor: Any, viewer: Viewer) -> str:
+    """Return an actor: a worker as its pseudonym, a user other than the viewer only as `user`."""
     kind, _, name = str(actor).partition(":")
     if kind == "worker":
         return f"worker:{pseudonymize_worker(name)}"
@@ -122,15 +122,17 @@ def _actor(actor: Any, viewer: Viewer) -> str:
     return kind
 
 
-def _projection_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | None:
-    """Return which event could not be projected, without the message: it may quote what the event holds."""
-    return None if error is None else {**error, "message": "This does not show everything that has happened."}
+def _redact_projection_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | None:
+    """Return which event could not be projected, without the message, which may quote the event."""
+    return (
+        None if error is None else {**error, "message": "This document is incomplete: an event could not be projected."}
+    )
 
 
-_CUT: Final[Mapping[str, FieldRule]] = {
+_PARTIAL_FIELDS: Final[Mapping[str, FieldRule]] = {
     "truncated": _keep,
     "omitted": _keep,
-    "projection_error": _projection_error,
+    "projection_error": _redact_projection_error,
 }
 JOB_RULES: Final[Mapping[str, FieldRule]] = {
     "job_id": _keep,
@@ -142,11 +144,11 @@ JOB_RULES: Final[Mapping[str, FieldRule]] = {
     "started_at": _keep,
     "completed_at": _keep,
     "parameters": _keep,
-    "webhook": _webhook,
+    "webhook": _redact_webhook,
     "batch_id": _keep,
     "progress": _keep,
     "results": _keep,
-    "error": _error,
+    "error": _redact_error,
     "logs": _keep,
     "worker_id": pseudonymize_worker,
     "attempt": _keep,
@@ -156,14 +158,14 @@ JOB_RULES: Final[Mapping[str, FieldRule]] = {
     "priority": _keep,
     "due_at": _keep,
     "user_id": _keep,
-    "access_control": _own_lists,
+    "access_control": _redact_access_lists,
     "teams": _keep_own_names,
     "cancel_requested": _keep,
     "archived": _keep,
     "steps": _keep,
     "version": _keep,
     "position": _keep,
-    **_CUT,
+    **_PARTIAL_FIELDS,
 }
 BATCH_RULES: Final[Mapping[str, FieldRule]] = {
     "batch_id": _keep,
@@ -179,17 +181,17 @@ BATCH_RULES: Final[Mapping[str, FieldRule]] = {
     "completed_jobs": _keep,
     "failed_jobs": _keep,
     "cancelled_jobs": _keep,
-    "webhook": _webhook,
+    "webhook": _redact_webhook,
     "parameters": _keep,
     "summary": _keep,
     "user_id": _keep,
-    "access_control": _own_lists,
+    "access_control": _redact_access_lists,
     "teams": _keep_own_names,
     "paused": _keep,
     "archived": _keep,
     "version": _keep,
     "position": _keep,
-    **_CUT,
+    **_PARTIAL_FIELDS,
 }
 DELIVERY_RULES: Final[Mapping[str, FieldRule]] = {
     "delivery_id": _keep,
@@ -198,9 +200,9 @@ DELIVERY_RULES: Final[Mapping[str, FieldRule]] = {
     "job_id": _keep,
     "batch_id": _keep,
     "source_version": _keep,
-    "url": _host_of,
+    "url": _redact_url,
     "host": _keep,
-    "endpoint_id": _hide,  # a digest of the URL, against which guesses of its token could be tried
+    "endpoint_id": _hide,  # a digest of the URL, with which guesses of a token in the URL could be checked
     "sequence": _hide,
     "user_id": _keep,
     "created_at": _keep,
@@ -210,10 +212,10 @@ DELIVERY_RULES: Final[Mapping[str, FieldRule]] = {
     "delivered_at": _keep,
     "reason": _hide,
     "attempt": _keep,
-    "attempts": _attempts,
+    "attempts": _redact_attempts,
     "version": _keep,
     "position": _keep,
-    **_CUT,
+    **_PARTIAL_FIELDS,
 }
 
 
@@ -225,36 +227,36 @@ ATTEMPT_RULES: Final[Mapping[str, FieldRule]] = {
     "attempt": _keep,
     "attempted_at": _keep,
     "status_code": _keep,
-    "error": _call_error,
+    "error": _redact_delivery_error,
     "response": _blank,
     "duration_s": _keep,
     "body_sha256": _hide,
     "next_attempt_at": _keep,
 }
 METADATA_RULES: Final[Mapping[str, FieldRule]] = {
-    "actor": _actor,
+    "actor": _redact_actor,
     "correlation_id": _keep,
     "causation_id": _keep,
 }
-"""`request` and `traceparent` are not named: digests of requests, and of other systems."""
+"""`request` and `traceparent` have no rule: they are digests of requests, and IDs of other systems."""
 
-_SUBMISSION: Final[Mapping[str, FieldRule]] = {
+_SUBMISSION_FIELDS: Final[Mapping[str, FieldRule]] = {
     "user_id": _keep,
-    "access_control": _own_lists,
+    "access_control": _redact_access_lists,
     "teams": _keep_own_names,
-    "webhook": _webhook,
+    "webhook": _redact_webhook,
     "parameters": _keep,
 }
-_OF_WORKER: Final[Mapping[str, FieldRule]] = {"worker_id": pseudonymize_worker, "attempt": _keep}
-_BY: Final[Mapping[str, FieldRule]] = {"by": _actor, "reason": _keep}
-_ACCESS: Final[Mapping[str, FieldRule]] = {"by": _actor, "access_control": _own_lists}
+_WORKER_FIELDS: Final[Mapping[str, FieldRule]] = {"worker_id": pseudonymize_worker, "attempt": _keep}
+_ACTION_FIELDS: Final[Mapping[str, FieldRule]] = {"by": _redact_actor, "reason": _keep}
+_ACCESS_FIELDS: Final[Mapping[str, FieldRule]] = {"by": _redact_actor, "access_control": _redact_access_lists}
 EVENT_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     "JobSubmitted": {
-        **_SUBMISSION,
+        **_SUBMISSION_FIELDS,
         **dict.fromkeys(("job_type", "batch_id", "job_name", "priority", "not_before", "max_attempts"), _keep),
         **dict.fromkeys(("timeout_s", "template"), _keep),
     },
-    "JobClaimed": _OF_WORKER,
+    "JobClaimed": _WORKER_FIELDS,
     "JobProgressed": dict.fromkeys(("attempt", "step", "percent", "message"), _keep),
     "JobLogged": dict.fromkeys(("attempt", "entries"), _keep),
     "StepCompleted": dict.fromkeys(
@@ -262,41 +264,41 @@ EVENT_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
         _keep,
     ),
     "JobCompleted": dict.fromkeys(("attempt", "results"), _keep),
-    "JobAttemptFailed": {"attempt": _keep, "error": _error, "retry_at": _keep},
-    "JobFailed": {"attempt": _keep, "error": _error},
-    "JobLeaseExpired": _OF_WORKER,
-    "JobReleased": {**_OF_WORKER, "reason": _blank, "is_machine_failure": _keep},
-    "JobCancelRequested": _BY,
-    "JobCancelled": _BY,
-    "JobRestarted": {**_BY, "reuse_steps": _keep},
-    "JobUpdated": {"by": _actor, **dict.fromkeys(("parameters", "priority", "not_before"), _keep)},
-    "JobAccessChanged": _ACCESS,
-    "JobArchived": _BY,
-    "JobUnarchived": _BY,
-    "JobDeleted": _BY,
-    "WorkerFenced": {**_OF_WORKER, "rejected_event": _keep},
-    "BatchSubmitted": {**_SUBMISSION, **dict.fromkeys(("batch_name", "total_jobs", "job_ids"), _keep)},
-    "BatchPaused": _BY,
-    "BatchResumed": _BY,
+    "JobAttemptFailed": {"attempt": _keep, "error": _redact_error, "retry_at": _keep},
+    "JobFailed": {"attempt": _keep, "error": _redact_error},
+    "JobLeaseExpired": _WORKER_FIELDS,
+    "JobReleased": {**_WORKER_FIELDS, "reason": _blank, "is_machine_failure": _keep},
+    "JobCancelRequested": _ACTION_FIELDS,
+    "JobCancelled": _ACTION_FIELDS,
+    "JobRestarted": {**_ACTION_FIELDS, "reuse_steps": _keep},
+    "JobUpdated": {"by": _redact_actor, **dict.fromkeys(("parameters", "priority", "not_before"), _keep)},
+    "JobAccessChanged": _ACCESS_FIELDS,
+    "JobArchived": _ACTION_FIELDS,
+    "JobUnarchived": _ACTION_FIELDS,
+    "JobDeleted": _ACTION_FIELDS,
+    "WorkerFenced": {**_WORKER_FIELDS, "rejected_event": _keep},
+    "BatchSubmitted": {**_SUBMISSION_FIELDS, **dict.fromkeys(("batch_name", "total_jobs", "job_ids"), _keep)},
+    "BatchPaused": _ACTION_FIELDS,
+    "BatchResumed": _ACTION_FIELDS,
     "BatchFinished": dict.fromkeys(("status", "counts", "summary"), _keep),
     "BatchReopened": {},
-    "BatchAccessChanged": _ACCESS,
-    "BatchArchived": _BY,
-    "BatchUnarchived": _BY,
-    "BatchDeleted": _BY,
+    "BatchAccessChanged": _ACCESS_FIELDS,
+    "BatchArchived": _ACTION_FIELDS,
+    "BatchUnarchived": _ACTION_FIELDS,
+    "BatchDeleted": _ACTION_FIELDS,
     "DeliveryQueued": {
         **dict.fromkeys(("source", "source_version", "event_type", "user_id", "batch_id"), _keep),
-        "webhook": _webhook,
+        "webhook": _redact_webhook,
     },
     "DeliveryAttempted": {name: rule for name, rule in ATTEMPT_RULES.items() if name != "attempted_at"},
     "DeliverySucceeded": {"attempt": _keep},
     "DeliveryAbandoned": {"reason": _blank},
-    "DeliveryRequeued": _BY,
+    "DeliveryRequeued": _ACTION_FIELDS,
     "PositionVoided": {},
 }
 
 
-def _filtered(document: Mapping[str, Any], rules: Mapping[str, FieldRule], viewer: Viewer) -> Document:
+def _apply_rules(document: Mapping[str, Any], rules: Mapping[str, FieldRule], viewer: Viewer) -> Document:
     return {name: rules[name](value, viewer) for name, value in document.items() if name in rules}
 
 
@@ -305,25 +307,25 @@ FILTER_FIELDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("created_after", "created_before", "cursor", "sort"), "created_at"),
     **dict.fromkeys(("track", "event", "day", "language"), "parameters"),
 }
-"""Which field a filter compares, where it has another name."""
+"""Maps a filter to the field that it compares, if the names differ."""
 
 
 def find_hidden_filters(names: Iterable[str], rules: Mapping[str, FieldRule]) -> list[str]:
-    """Return the filters that compare a field which is not shown without admin access: their matches would tell it."""
+    """Return the filters on fields that are hidden without admin access: their matches would reveal the values."""
     return [name for name in names if rules.get(FILTER_FIELDS.get(name, name), _keep) is not _keep]
 
 
 def redact_document(document: Document, rules: Mapping[str, FieldRule], viewer: Viewer) -> Document:
-    """Return a document of a view as the viewer sees it; `rules` is JOB, BATCH or DELIVERY."""
+    """Return a document as the viewer sees it. The rules are JOB_RULES, BATCH_RULES or DELIVERY_RULES."""
     if viewer.has_full_access:
         return {name: value for name, value in document.items() if name in rules}
-    return _filtered(document, rules, viewer)
+    return _apply_rules(document, rules, viewer)
 
 
 def redact_event(event: RecordedEvent, viewer: Viewer) -> Document:
-    """Return an event as the viewer sees it. Its hash covers what is hidden, so it is hidden, too."""
+    """Return an event as the viewer sees it. The hash covers hidden fields, so it is hidden with them."""
     data, meta, digest = event.data, event.meta.to_document(), event.hash.hex()
-    hidden = not viewer.has_full_access
+    is_redacted = not viewer.has_full_access
     return {
         "position": event.position,
         "event_id": event.event_id,
@@ -332,7 +334,7 @@ def redact_event(event: RecordedEvent, viewer: Viewer) -> Document:
         "type": event.type,
         "time": event.time,
         "schema": event.schema,
-        "data": _filtered(event.payload, EVENT_RULES.get(event.type, {}), viewer) if hidden else data,
-        "meta": _filtered(meta, METADATA_RULES, viewer) if hidden else meta,
-        "hash": None if hidden else digest,
+        "data": _apply_rules(event.payload, EVENT_RULES.get(event.type, {}), viewer) if is_redacted else data,
+        "meta": _apply_rules(meta, METADATA_RULES, viewer) if is_redacted else meta,
+        "hash": None if is_redacted else digest,
     }

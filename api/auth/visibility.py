@@ -1,11 +1,14 @@
-"""api: who may see which events, by what the log says now. Used by live streams and pages of the log.
+"""Access rights to events, by the current state of the log. Live streams and log pages use them.
 
-Why a revocation is never overlooked: `Visibility` follows the whole log itself, in dense order, and corrects what it
-knows of a job or batch at each event that changes access to it. Before it answers for an event it has passed the
-event's position, so it knows all changes that came before. What it does not know yet it reads from the log, and a
-change that passes while it reads has it read again. Whoever asks for old events has it reach the head of the log first
-(`reached`): so what was changed before they asked counts, too, even if it came long after those events. It begins where
-the views are: up to there no position is missing, so nobody can still write one that it would never pass.
+No revocation is missed, for these reasons:
+
+- `Visibility` subscribes to the whole log without gaps. It updates the rights to a job or batch at each event that
+  changes them.
+- It has processed the position of an event before it returns the rights to that event, so it has all earlier changes.
+- It reads unknown rights from the log. If a change arrives during the read, it reads again.
+- A request for old events waits until it has processed the head of the log (`wait_for_position`). Changes that came
+  after those events, but before the request, therefore apply.
+- It starts at the position of the views. There are no gaps up to there, so no event can be added that it would miss.
 """
 
 from __future__ import annotations
@@ -36,23 +39,26 @@ from jobledger.ledger.store.event_store import EventStore, override_payload_fiel
 from jobledger.projections.engine.checkpoint import Checkpoint
 
 _log = structlog.get_logger()
-_KNOWN_STREAMS: Final = 20_000
-_KINDS: Final = ("job-", "batch-")
+_MAX_STREAMS: Final = 20_000
+_STREAM_PREFIXES: Final = ("job-", "batch-")
 _DELETED: Final = (JobDeleted, BatchDeleted)
-_TELLS_OF_DELETION: Final = frozenset(event.__name__ for event in _DELETED)
-_HARMLESS: Final = frozenset(
+_DELETION_EVENT_TYPES: Final = frozenset(event.__name__ for event in _DELETED)
+_IRRELEVANT_EVENT_TYPES: Final = frozenset(
     name
     for name, event in EVENT_TYPES.items()
-    if "access_control" not in event.model_fields and name not in _TELLS_OF_DELETION
+    if "access_control" not in event.model_fields and name not in _DELETION_EVENT_TYPES
 )
-"""The types that change nothing about access. What is not among them may, as one of a later version of this program."""
-_ACCESS_ONLY: Final = override_payload_fields({"parameters": {}, "job_ids": []})
-"""Payloads without what may be large and says nothing about access."""
+"""Types that do not change access rights. Unknown types of later versions may change them."""
+_WITHOUT_LARGE_FIELDS: Final = override_payload_fields({"parameters": {}, "job_ids": []})
+"""Payloads without fields that may be large and do not affect access rights."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamAccess:
-    """Who may see a job or batch, as of a version of its stream. `unreadable`: only a later program knows."""
+    """Access rights to a job or batch as of a stream version.
+
+    `unreadable`: an event of a later version of jobledger may have changed the rights, so nobody has access.
+    """
 
     version: int
     owner: str = ""
@@ -62,113 +68,112 @@ class StreamAccess:
     unreadable: bool = False
 
     def get_right(self, principal: Principal) -> AccessLevel:
-        """Return somebody's right to it, or the one they had before it was deleted."""
+        """Return a principal's right; after deletion, the right before it."""
         if self.unreadable:
             return AccessLevel.NONE
         return get_access_level(principal, owner=self.owner, access=self.access_control, teams=self.teams)
 
     def allows(self, principal: Principal) -> bool:
-        """Return whether somebody may read it, or might before it was deleted."""
+        """Return whether a principal may read it; after deletion, whether they could before."""
         return self.get_right(principal) >= AccessLevel.READ
 
 
-def _access_after(access: StreamAccess | None, event: RecordedEvent) -> StreamAccess | None:
-    """Return who may see a job or batch after one more of its events; None if it has not begun."""
+def _apply_event(access: StreamAccess | None, event: RecordedEvent) -> StreamAccess | None:
+    """Return the access rights after another event; None before the first event."""
     version = event.version
-    if event.type in _HARMLESS or (access is not None and version <= access.version):
+    if event.type in _IRRELEVANT_EVENT_TYPES or (access is not None and version <= access.version):
         return access
     try:
-        happened: Event = event.event
+        payload: Event = event.event
     except UnreadableEvent:
         return StreamAccess(version, unreadable=True)
-    if isinstance(happened, JobSubmitted | BatchSubmitted):
-        return StreamAccess(version, happened.user_id, happened.access_control.model_dump(), tuple(happened.teams))
+    if isinstance(payload, JobSubmitted | BatchSubmitted):
+        return StreamAccess(version, payload.user_id, payload.access_control.model_dump(), tuple(payload.teams))
     if access is None or access.unreadable:
         return access
-    if isinstance(happened, _DELETED):
+    if isinstance(payload, _DELETED):
         return replace(access, version=version, deleted=True)
-    given = getattr(happened, "access_control", None)
-    return access if given is None else replace(access, version=version, access_control=given.model_dump())
+    changed = getattr(payload, "access_control", None)
+    return access if changed is None else replace(access, version=version, access_control=changed.model_dump())
 
 
 class Visibility:
-    """Knows who may see the jobs and batches that are asked about, the latest of them; one for each process."""
+    """Cache of the access rights to jobs and batches, most recently used first. One for each process."""
 
-    def __init__(self, log: EventStore, checkpoint: Checkpoint) -> None:
-        self._log = log
+    def __init__(self, event_store: EventStore, checkpoint: Checkpoint) -> None:
+        self._event_store = event_store
         self._checkpoint = checkpoint
-        self._known: OrderedDict[str, StreamAccess | None] = OrderedDict()
+        self._access: OrderedDict[str, StreamAccess | None] = OrderedDict()
         self._position = -1
-        self._moved = asyncio.Event()
-        self._reading = asyncio.Lock()
-        self._passed: set[str] = set()
-        """Streams whose access has changed while others are being read."""
+        self._position_changed = asyncio.Event()
+        self._load_lock = asyncio.Lock()
+        self._changed_during_load: set[str] = set()
+        """Streams whose access rights changed while rights are being loaded."""
 
     async def run(self) -> None:
-        """Follow the log until cancelled. Needs the process's change stream."""
+        """Process the events of the log until cancelled. Needs the process's change stream."""
         while True:
             try:
-                await self._follow()
+                await self._process_events()
             except LedgerUnavailable as error:
                 _log.warning("visibility updates interrupted, retrying", error=str(error))
                 await asyncio.sleep(0.5)
 
-    async def _follow(self) -> None:
+    async def _process_events(self) -> None:
         after = self._position if self._position >= 0 else self._checkpoint.position
-        async with self._log.subscribe(after=after) as events:
-            self._reach(after)
+        async with self._event_store.subscribe(after=after) as events:
+            self._set_position(after)
             while True:
                 for event in await events.next_chunk():
-                    self._pass(event)
-                self._reach(events.position)
+                    self._process_event(event)
+                self._set_position(events.position)
 
-    def _reach(self, position: int) -> None:
+    def _set_position(self, position: int) -> None:
         self._position = position
-        self._moved.set()
-        self._moved = asyncio.Event()
+        self._position_changed.set()
+        self._position_changed = asyncio.Event()
 
-    def _pass(self, event: RecordedEvent) -> None:
-        if event.type in _HARMLESS or not event.stream.startswith(_KINDS):
+    def _process_event(self, event: RecordedEvent) -> None:
+        if event.type in _IRRELEVANT_EVENT_TYPES or not event.stream.startswith(_STREAM_PREFIXES):
             return
-        if self._reading.locked():
-            self._passed.add(event.stream)
-        if event.version == 1 or event.stream in self._known:
-            self._keep(event.stream, _access_after(self._known.get(event.stream), event))
+        if self._load_lock.locked():
+            self._changed_during_load.add(event.stream)
+        if event.version == 1 or event.stream in self._access:
+            self._store(event.stream, _apply_event(self._access.get(event.stream), event))
 
-    def _keep(self, stream: str, access: StreamAccess | None) -> None:
-        self._known[stream] = access
-        self._known.move_to_end(stream)
-        while len(self._known) > _KNOWN_STREAMS:
-            self._known.popitem(last=False)
+    def _store(self, stream: str, access: StreamAccess | None) -> None:
+        self._access[stream] = access
+        self._access.move_to_end(stream)
+        while len(self._access) > _MAX_STREAMS:
+            self._access.popitem(last=False)
 
     async def wait_for_position(self, position: int) -> None:
-        """Return once every change of access up to a position is known."""
+        """Return when all events up to a position have been processed."""
         while self._position < position:
-            await self._moved.wait()
+            await self._position_changed.wait()
 
     async def get_viewer(self, principal: Principal, event: RecordedEvent) -> Viewer | None:
-        """Return somebody with their right to an event: that is, now, to the job or batch that it belongs to.
+        """Return the principal with their current right to the job or batch of an event.
 
-        None if they may not see it.
-
-        Of what was deleted, those who could see it still see that it was, and nothing else.
+        None if the principal may not see the event. Of a deleted job or batch, only the deletion event remains visible
+        to principals who had access.
 
         Raises:
-            LedgerUnavailable: the log cannot be asked.
+            LedgerUnavailable: the log cannot be read.
         """
         if principal.is_admin:
             return Viewer(principal, AccessLevel.ADMIN)
         access = await self.get_access(event.stream, at=event.position)
-        if access is None or (access.deleted and event.type not in _TELLS_OF_DELETION):
+        if access is None or (access.deleted and event.type not in _DELETION_EVENT_TYPES):
             return None
         right = access.get_right(principal)
         return Viewer(principal, right) if right >= AccessLevel.READ else None
 
     async def can_follow(self, principal: Principal, stream: str) -> bool:
-        """Return whether somebody may see a job or batch now. Who sees everything may follow the log of any stream.
+        """Return whether a principal may read a job or batch now. Admins may read each stream.
 
         Raises:
-            LedgerUnavailable: the log cannot be asked.
+            LedgerUnavailable: the log cannot be read.
         """
         if principal.is_admin:
             return True
@@ -176,40 +181,44 @@ class Visibility:
         return access is not None and not access.deleted and access.allows(principal)
 
     async def get_access(self, stream: str, *, at: int = 0) -> StreamAccess | None:
-        """Return who may see a stream, with every change up to position `at`; None for everything that nobody owns."""
+        """Return the access rights to a stream, with all changes up to position `at`; None without an owner."""
         if self._position < at:
             await self.wait_for_position(at)
-        stream = _subject(stream)
-        if not stream.startswith(_KINDS):
+        stream = _get_source(stream)
+        if not stream.startswith(_STREAM_PREFIXES):
             return None
-        while stream not in self._known:
+        while stream not in self._access:
             await self.load_access([stream])
-        self._known.move_to_end(stream)
-        return self._known[stream]
+        self._access.move_to_end(stream)
+        return self._access[stream]
 
     async def load_access(self, streams: Iterable[str]) -> None:
-        """Read in one go who may see these streams, as far as that is not known."""
-        async with self._reading:  # one at a time: the others then find what this one has read
-            wanted = {it for it in map(_subject, streams) if it.startswith(_KINDS)} - self._known.keys()
-            while wanted:
-                self._passed.clear()
-                found = await self._read(wanted)
-                # What has changed meanwhile may be missing in what was read: again.
-                for stream in wanted - self._passed:
-                    self._keep(stream, found[stream])
-                wanted = (wanted & self._passed) - self._known.keys()
+        """Load the access rights to streams that are not in the cache, in one read."""
+        async with self._load_lock:  # one load at a time: later callers find its results in the cache
+            missing = {
+                stream for stream in map(_get_source, streams) if stream.startswith(_STREAM_PREFIXES)
+            } - self._access.keys()
+            while missing:
+                self._changed_during_load.clear()
+                loaded = await self._read(missing)
+                # The result may lack changes that arrived during the read: read those streams again.
+                for stream in missing - self._changed_during_load:
+                    self._store(stream, loaded[stream])
+                missing = (missing & self._changed_during_load) - self._access.keys()
 
     async def _read(self, streams: Collection[str]) -> dict[str, StreamAccess | None]:
-        found: dict[str, StreamAccess | None] = dict.fromkeys(streams)
+        access: dict[str, StreamAccess | None] = dict.fromkeys(streams)
         async with aclosing(
-            self._log.iterate_stream_batches(streams, exclude_types=_HARMLESS, data_expression=_ACCESS_ONLY)
-        ) as parts:
-            async for events in parts:
+            self._event_store.iterate_stream_batches(
+                streams, exclude_types=_IRRELEVANT_EVENT_TYPES, data_expression=_WITHOUT_LARGE_FIELDS
+            )
+        ) as chunks:
+            async for events in chunks:
                 for event in events:
-                    found[event.stream] = _access_after(found[event.stream], event)
-        return found
+                    access[event.stream] = _apply_event(access[event.stream], event)
+        return access
 
 
-def _subject(stream: str) -> str:
-    """Return whose access counts: a delivery is seen by who may see the job or batch that it tells of."""
+def _get_source(stream: str) -> str:
+    """Return the stream whose access rights apply: for a delivery its job or batch."""
     return parse_source(stream) if stream.startswith("delivery-") else stream

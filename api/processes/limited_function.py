@@ -1,7 +1,7 @@
-"""api: call a function in a process of its own, with limits on time and memory.
+"""Call a function in a separate process with limits on time and memory.
 
-For code whose cost depends on foreign input or that is foreign itself. It may run for ever (a regular expression holds
-the interpreter lock meanwhile), use all memory or end the process. A thread would not help against any of these.
+For plug-in code, and for code whose cost depends on user input. Such code may never return (a regular expression holds
+the interpreter lock), use all memory, or exit the process. A thread does not protect against these.
 """
 
 from __future__ import annotations
@@ -19,31 +19,37 @@ from pydantic_core import from_json
 from jobledger.api.processes.limited_process import encode_frame
 
 _log = structlog.get_logger()
-_START_SECONDS: Final = 30.0
-_EXIT_SECONDS: Final = 1.0
-_LARGEST_RESULT_BYTES: Final = 4 * 1024 * 1024
-_INHERITED: Final = ("PATH", "LANG", "LC_ALL", "TZ", "HOME")
-"""Nothing else of the environment, which has secrets."""
+_START_TIMEOUT_SECONDS: Final = 30.0
+_EXIT_TIMEOUT_SECONDS: Final = 1.0
+_MAX_RESULT_BYTES: Final = 4 * 1024 * 1024
+_INHERITED_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "TZ", "HOME")
+"""No other variables are passed: they may hold secrets."""
 
 
 class CallFailed(Exception):
-    """The call has no result. The message says why."""
+    """The call has no result. The message has the reason."""
 
 
 class ProcessPoolBusy(CallFailed):
-    """Other calls occupied all processes for the time that a call waits, or no process could be started."""
+    """All processes were in use for the whole queue time, or no process could be started."""
 
 
 class CallTimeout(CallFailed):
-    """The call took too long, and its process was ended."""
+    """The call exceeded its timeout, and its process was killed."""
 
 
 class ProcessEnded(CallFailed):
-    """The process of the call has ended, for want of memory or by what the function did."""
+    """The process of the call exited, for example because it ran out of memory."""
 
 
 class LimitedFunction:
-    """A function of one JSON value, called in at most `processes` processes. They are started when first needed."""
+    """A function of one JSON value that is called in separate processes.
+
+    Args:
+        name: The function, as `module:function`.
+        processes: Maximum number of processes. They are started when they are first needed.
+        queue_seconds: How long a call waits for a free process.
+    """
 
     def __init__(self, name: str, *, processes: int, queue_seconds: float) -> None:
         self._name = name
@@ -52,25 +58,29 @@ class LimitedFunction:
         self._idle: list[Process] = []
 
     async def call(self, argument: bytes, seconds: float) -> Any:
-        """Return what the function returns for an argument, given as JSON, within `seconds`.
+        """Call the function and return its result.
+
+        Args:
+            argument: The argument as JSON.
+            seconds: Timeout of the call.
 
         Raises:
-            CallFailed: TooBusy, CallTimeout or ProcessEnded.
+            CallFailed: ProcessPoolBusy, CallTimeout or ProcessEnded.
         """
         try:
             async with asyncio.timeout(self._queue_seconds):
                 await self._free.acquire()
         except TimeoutError:
-            raise ProcessPoolBusy(f"Other calls of {self._name} occupy all processes.") from None
+            raise ProcessPoolBusy(f"All processes for {self._name} are in use.") from None
         try:
             return await self._call(argument, seconds)
         finally:
             self._free.release()
 
     async def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         while self._idle:
-            await _end(self._idle.pop())
+            await _kill(self._idle.pop())
 
     async def _call(self, argument: bytes, seconds: float) -> Any:
         process = self._idle.pop() if self._idle else await self._start()
@@ -79,33 +89,33 @@ class LimitedFunction:
                 await _send(process, argument)
                 result = await _receive(process)
         except TimeoutError:
-            await _end(process)
+            await _kill(process)
             raise CallTimeout(f"took longer than {seconds:g} s") from None
         except (OSError, EOFError, ValueError):
-            with suppress(TimeoutError):  # ending a process that is just ending loses its exit code
-                async with asyncio.timeout(_EXIT_SECONDS):
+            with suppress(TimeoutError):  # killing a process that is exiting loses its exit code
+                async with asyncio.timeout(_EXIT_TIMEOUT_SECONDS):
                     await process.wait()
-            await _end(process)
+            await _kill(process)
             _log.warning("child process exited", function=self._name, exit_code=process.returncode)
             raise ProcessEnded(f"ended its process (exit code {process.returncode})") from None
-        except BaseException:  # the caller is gone, and the result would be taken for that of the next call
-            await _end(process)
+        except BaseException:  # the next call would receive the result of this one
+            await _kill(process)
             raise
         self._idle.append(process)
         return result
 
     async def _start(self) -> Process:
-        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(it for it in sys.path if it)
+        environment = {name: os.environ[name] for name in _INHERITED_VARIABLES if name in os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         command = (sys.executable, "-m", "jobledger.api.processes.limited_process", self._name)
         process = await asyncio.create_subprocess_exec(
             *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment
         )
         try:
-            async with asyncio.timeout(_START_SECONDS):
+            async with asyncio.timeout(_START_TIMEOUT_SECONDS):
                 await _receive(process)
         except BaseException as error:
-            await _end(process)
+            await _kill(process)
             if isinstance(error, TimeoutError | OSError | EOFError | ValueError):
                 raise ProcessPoolBusy(f"The process for {self._name} did not start.") from error
             raise
@@ -121,13 +131,13 @@ async def _send(process: Process, argument: bytes) -> None:
 async def _receive(process: Process) -> Any:
     assert process.stdout is not None  # noqa: S101 - narrows the type
     length = int.from_bytes(await process.stdout.readexactly(8), "big")
-    if length > _LARGEST_RESULT_BYTES:
+    if length > _MAX_RESULT_BYTES:
         raise ValueError(f"the result has {length} bytes")
     return from_json(await process.stdout.readexactly(length))
 
 
-async def _end(process: Process) -> None:
-    """End a process, although it may write more than is read, or its children may have its pipes."""
+async def _kill(process: Process) -> None:
+    """Kill a process, even if it has unread output or its children hold its pipes."""
     # kill() would leave the pipes open, and wait() waits until they are closed.
     process._transport.close()  # type: ignore[attr-defined]  # there is no public way to close the pipes
     await process.wait()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobledger.api.auth.visibility import _HARMLESS, Visibility
+from jobledger.api.auth.visibility import _IRRELEVANT_EVENT_TYPES, Visibility
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.commands import CancelJob, ChangeAccess, Delete, SubmitJob
 from jobledger.ledger.domain.events import EVENT_TYPES, AccessControl, EventMetadata, RecordedEvent
@@ -307,7 +307,7 @@ async def submitted(log: EventStore, **fields: Any) -> RecordedEvent:
 async def test_a_change_that_comes_while_it_is_read_who_may_see_a_job_is_not_lost(
     mongodb_uri: str, db_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.auth.visibility._KNOWN_STREAMS", 1)
+    monkeypatch.setattr("jobledger.api.auth.visibility._MAX_STREAMS", 1)
     async with (
         asyncio.timeout(DEADLINE_SECONDS),
         open_ledger(Connection(mongodb_uri, db_name), store_class=Interrupted) as ledger,
@@ -331,9 +331,9 @@ async def test_what_is_heard_late_does_not_undo_what_was_read_from_the_log(mongo
             )
         await visibility.wait_for_position(event.position + 2)
         _, public, _ = await ledger.event_store.read_stream(event.stream)
-        visibility._known.clear()
+        visibility._access.clear()
         assert not await visibility.get_viewer(Principal("bob"), event)
-        visibility._pass(public)
+        visibility._process_event(public)
         assert not await visibility.get_viewer(Principal("bob"), event)
 
 
@@ -360,13 +360,13 @@ async def test_what_a_later_version_may_have_said_about_access_hides_a_job_from_
         await ledger.db.events.insert_one(later)
         await visibility.wait_for_position(2)
         assert not await visibility.get_viewer(Principal("bob"), event)
-        visibility._known.clear()
+        visibility._access.clear()
         assert not await visibility.get_viewer(Principal("bob"), event)
         assert await visibility.get_viewer(Principal("root", roles=frozenset({"admin"})), event)
 
 
 def test_every_event_that_can_change_access_is_known_as_one() -> None:
-    assert set(EVENT_TYPES) - _HARMLESS == {
+    assert set(EVENT_TYPES) - _IRRELEVANT_EVENT_TYPES == {
         "JobSubmitted",
         "JobAccessChanged",
         "JobDeleted",

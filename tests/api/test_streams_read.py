@@ -85,7 +85,7 @@ async def test_visibility_reads_little_of_large_jobs_and_finds_the_same_access(
     visibility = Visibility(api_without_worker.event_store, Checkpoint(api_without_worker.db))
     await visibility.load_access([batch_id, *job_ids])
     assert 0 < sum(read_bytes) < 10_000
-    found = [visibility._known[stream] for stream in (batch_id, *job_ids)]
+    found = [visibility._access[stream] for stream in (batch_id, *job_ids)]
     for access in found:
         assert access is not None
         assert not access.unreadable
