@@ -41,7 +41,7 @@ PATIENCE_SECONDS = 30.0
 LATE = "job-late"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.faults.test_writer_frozen"])
+_context.set_forkserver_preload(["tests.faults.test_suspended_writer"])
 
 Place = tuple[int, str, str]  # position, event_id, stream
 

@@ -51,7 +51,7 @@ NOTHING_UNDONE = "the old primary had nothing to undo: the fault was too weak to
 
 # Forked from a process that has everything imported, so that a writer writes within milliseconds of its start.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.faults.test_replica_set"])
+_context.set_forkserver_preload(["tests.faults.test_replica_set_failover"])
 
 Note = Callable[[Sequence[RecordedEvent]], None]
 

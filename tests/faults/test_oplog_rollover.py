@@ -45,7 +45,7 @@ HISTORY_LOST = {286, 136}  # ChangeStreamHistoryLost; CappedPositionLost, where 
 REOPENED = "change stream interrupted, reopening"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.faults.test_oplog_rolled"])
+_context.set_forkserver_preload(["tests.faults.test_oplog_rollover"])
 
 
 @pytest.fixture(scope="module")
