@@ -16,7 +16,7 @@ from jobledger.ledger.store.command_handler import handle_command, new_job_id
 from jobledger.projections.engine import health
 from jobledger.projections.views import jobs
 from tests.api.conftest import Api, run_api
-from tests.api.test_refusals import refused
+from tests.api.test_invalid_requests import refused
 from tests.support.role_runner import make_echo_job
 
 NAMES = [f"reader-{number}" for number in range(8000)]

@@ -17,7 +17,7 @@ from jobledger.api.dashboard.attempt_timeline import build_attempt_timeline
 from jobledger.api.dashboard.markdown import MAX_HTML_BYTES
 from jobledger.api.dashboard.markdown_preview import MAX_MARKDOWN_BYTES, MarkdownPreviewer
 from tests.api.conftest import Api
-from tests.api.dashboard.test_live import at
+from tests.api.dashboard.test_pages import at
 
 LARGEST_PAGE_BYTES = 2_000_000
 TEMPLATES = Path(rendering.__file__).parent / "templates"

@@ -12,8 +12,8 @@ from playwright.async_api import BrowserContext, Page, expect
 from jobledger.api.auth.api_keys import ApiKeyToken, revoke_key
 from tests.api.conftest import Api, run_api
 from tests.api.dashboard.conftest import clear_console_errors, needs_browser
-from tests.api.dashboard.test_live import at
-from tests.api.dashboard.test_safe import key_of
+from tests.api.dashboard.test_accessibility import key_of
+from tests.api.dashboard.test_pages import at
 
 pytestmark = needs_browser
 

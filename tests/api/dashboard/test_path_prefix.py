@@ -6,7 +6,7 @@ from playwright.async_api import Page, expect
 
 from tests.api.conftest import Api
 from tests.api.dashboard.conftest import needs_browser
-from tests.api.dashboard.test_live import SOON_MS, confirm
+from tests.api.dashboard.test_pages import SOON_MS, confirm
 from tests.support.path_proxy import run_path_proxy
 
 pytestmark = needs_browser

@@ -10,7 +10,7 @@ from playwright.async_api import Browser, expect
 
 from tests.api.conftest import Api
 from tests.api.dashboard.conftest import needs_browser
-from tests.api.dashboard.test_live import at
+from tests.api.dashboard.test_pages import at
 from tests.api.dashboard.test_translations import TEMPLATES
 
 CLOCK = re.compile(r"\d{1,2}:\d{2}:\d{2}")

@@ -14,7 +14,7 @@ from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken, store_key
 from jobledger.api.dashboard.translations import SUPPORTED_LANGUAGES
 from tests.api.conftest import Api, run_api
 from tests.api.dashboard.conftest import clear_console_errors, needs_browser
-from tests.api.dashboard.test_live import at, live
+from tests.api.dashboard.test_pages import at, live
 
 pytestmark = needs_browser
 
