@@ -43,13 +43,13 @@ from tests.support.replica_set import exit_with_parent, free_port
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def blocks(document: Path, language: str) -> list[str]:
+def read_code_blocks(document: Path, language: str) -> list[str]:
     """The code blocks of one language in a document."""
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 @contextmanager
-def program(text: str, path: Path, *arguments: str) -> Iterator[Queue[str]]:
+def run_program(text: str, path: Path, *arguments: str) -> Iterator[Queue[str]]:
     """Run a program from the documentation; its lines come in the queue. Killed at the end, as by a power cut."""
     path.write_text(text, encoding="utf-8")
     process = subprocess.Popen([sys.executable, path, *arguments], stdout=subprocess.PIPE, text=True, env=os.environ)
@@ -70,11 +70,11 @@ def program(text: str, path: Path, *arguments: str) -> Iterator[Queue[str]]:
         reader.join()
 
 
-async def next_of(lines: Queue[str]) -> str:
+async def read_line(lines: Queue[str]) -> str:
     return await asyncio.to_thread(lines.get, timeout=20)
 
 
-async def finish_a_job(ledger: Ledger) -> str:
+async def complete_job(ledger: Ledger) -> str:
     submitted = await ledger.submit_job()
     stream = submitted.events[0].stream
     claimed = await handle_command(
@@ -85,39 +85,41 @@ async def finish_a_job(ledger: Ledger) -> str:
     return stream
 
 
-async def test_the_program_that_follows_the_log_does_so_and_goes_on_where_it_was(
+async def test_follow_the_log_program_after_kill_continues_at_its_position(
     mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
     connection = Connection(mongodb_uri, db_name)
-    [text] = blocks(DOCS / "how-to" / "follow-the-log.md", "python")
+    [text] = read_code_blocks(DOCS / "how-to" / "follow-the-log.md", "python")
     text = text.replace("ledger_client(uri)", f"ledger_client(uri, db_name={connection.db_name!r})")
     async with open_ledger(connection, with_change_stream=False) as ledger:
-        first = await finish_a_job(ledger)
-        with program(text, tmp_path / "follow.py", connection.uri) as lines:
-            assert first in await next_of(lines)
-            second = await finish_a_job(ledger)
-            assert second in await next_of(lines)
-        third = await finish_a_job(ledger)
-        with program(text, tmp_path / "follow.py", connection.uri) as lines:
-            while third not in (line := await next_of(lines)):
+        first = await complete_job(ledger)
+        with run_program(text, tmp_path / "follow.py", connection.uri) as lines:
+            assert first in await read_line(lines)
+            second = await complete_job(ledger)
+            assert second in await read_line(lines)
+        third = await complete_job(ledger)
+        with run_program(text, tmp_path / "follow.py", connection.uri) as lines:
+            while third not in (line := await read_line(lines)):
                 assert first in line or second in line  # of the last second before it was killed
 
 
 SIGN_IN = DOCS / "how-to" / "authentication.md"
-KEYS, PROVIDER, SHARED_SECRET, PROXY = (yaml.safe_load(block) for block in blocks(SIGN_IN, "yaml"))
-MAKE_KEY, USE_KEY, REVOKE_KEY, END_SESSIONS, MAKE_SECRET, USE_PROXY = blocks(SIGN_IN, "sh")
+KEYS, PROVIDER, SHARED_SECRET, PROXY = (yaml.safe_load(block) for block in read_code_blocks(SIGN_IN, "yaml"))
+MAKE_KEY, USE_KEY, REVOKE_KEY, END_SESSIONS, MAKE_SECRET, USE_PROXY = read_code_blocks(SIGN_IN, "sh")
 ASK = USE_KEY.splitlines()[0]
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 
 @contextmanager
-def reader(mongodb_uri: str, db_name: str, directory: Path, settings: dict[str, Any]) -> Iterator[Installation]:
+def create_installation(
+    mongodb_uri: str, db_name: str, directory: Path, settings: dict[str, Any]
+) -> Iterator[Installation]:
     """A directory in which somebody does what a document says, with the settings that it shows."""
     with Installation(directory, mongodb={"uri": mongodb_uri, "db_name": db_name}, **settings) as installation:
         yield installation
 
 
-def typed(installation: Installation, *texts: str) -> str:
+def run_shell(installation: Installation, *texts: str) -> str:
     """Have a shell carry out what a document shows; what answers at 5001 there, answers at another port here."""
     url = installation.commands[-1].url if installation.commands else "http://127.0.0.1:1"
     ended = subprocess.run(
@@ -134,13 +136,15 @@ def typed(installation: Installation, *texts: str) -> str:
 
 
 @needs_curl
-def test_an_api_key_is_made_used_and_revoked_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    with reader(mongodb_uri, db_name, tmp_path, KEYS) as installation:
+def test_authentication_how_to_api_key_is_created_used_and_revoked(
+    mongodb_uri: str, db_name: str, tmp_path: Path
+) -> None:
+    with create_installation(mongodb_uri, db_name, tmp_path, KEYS) as installation:
         for role in ("projector", "worker", "api"):
             installation.start(role).wait_until_ready()
         # The API hears of keys by the change stream: at once, but perhaps not before the very next request.
         heard, gone = f"until {ASK} > /dev/null; do :; done", f"while {ASK}; do :; done"
-        said = typed(installation, MAKE_KEY, heard, USE_KEY, END_SESSIONS, REVOKE_KEY, gone)
+        said = run_shell(installation, MAKE_KEY, heard, USE_KEY, END_SESSIONS, REVOKE_KEY, gone)
     assert '"total":0' in said
     assert "1 jobs accepted" in said
     assert "completed" in said
@@ -150,61 +154,59 @@ def test_an_api_key_is_made_used_and_revoked_as_the_how_to_says(mongodb_uri: str
 
 
 @needs_curl
-def test_a_token_is_issued_and_accepted_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    [issue] = blocks(SIGN_IN, "python")
+def test_authentication_how_to_issued_token_is_accepted(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    [issue] = read_code_blocks(SIGN_IN, "python")
     (tmp_path / "issue.py").write_text(issue)
-    with reader(mongodb_uri, db_name, tmp_path, SHARED_SECRET) as installation:
-        typed(installation, MAKE_SECRET)
+    with create_installation(mongodb_uri, db_name, tmp_path, SHARED_SECRET) as installation:
+        run_shell(installation, MAKE_SECRET)
         installation.start("api").wait_until_ready()
-        said = typed(installation, f"JOBLEDGER_KEY=$({sys.executable} issue.py)", ASK)
+        said = run_shell(installation, f"JOBLEDGER_KEY=$({sys.executable} issue.py)", ASK)
     assert '"total":0' in said
 
 
 @needs_curl
-def test_a_proxys_word_is_taken_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    with reader(mongodb_uri, db_name, tmp_path, PROXY) as installation:
+def test_authentication_how_to_proxy_headers_are_accepted(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    with create_installation(mongodb_uri, db_name, tmp_path, PROXY) as installation:
         installation.start("api").wait_until_ready()
-        assert '"total":0' in typed(installation, USE_PROXY)
-    [nginx] = blocks(SIGN_IN, "nginx")
+        assert '"total":0' in run_shell(installation, USE_PROXY)
+    [nginx] = read_code_blocks(SIGN_IN, "nginx")
     for header in ("user_header", "groups_header"):
         assert f"proxy_set_header {PROXY['auth']['proxy'][header]} $" in nginx
 
 
-def test_the_settings_for_an_identity_provider_are_as_the_how_to_says(tmp_path: Path) -> None:
+def test_authentication_how_to_identity_provider_settings_are_valid(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(PROVIDER))
     settings, _ = read_settings(tmp_path / "config.yaml")
     assert settings.auth.jwt.roles_claim == "realm_access.roles"
     assert settings.auth.admins == ["team-operators"]
 
 
-def test_work_is_looked_at_stopped_and_gone_on_with_as_the_how_to_says(
-    mongodb_uri: str, db_name: str, tmp_path: Path
-) -> None:
+def test_manage_jobs_how_to_commands_list_stop_and_restart_jobs(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     """On two sessions that fail, and one that waits and is cancelled."""
-    looking, showing, stopping, going_on, many = blocks(DOCS / "how-to" / "manage-jobs.md", "sh")
+    looking, showing, stopping, going_on, many = read_code_blocks(DOCS / "how-to" / "manage-jobs.md", "sh")
     failing = {"job_type": "echo", "job_name": "Opening", "parameters": {"fail": "no luck"}}
     batch = {"jobs": [failing, failing, {**failing, "not_before": "2099-01-01T00:00:00Z"}]}
-    with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
+    with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "worker", "api"):
             installation.start(role).wait_until_ready()
         url = installation.commands[-1].url
         batch_id = installation.run("submit", "-", stdin=json.dumps(batch), JOBLEDGER_URL=url).out.split(":")[0]
-        assert wait_until(lambda: "2 failed" in typed(installation, f"jobledger batches show {batch_id}"), 20)
-        [waiting] = typed(installation, "jobledger jobs list --status pending --ids").split()
+        assert wait_until(lambda: "2 failed" in run_shell(installation, f"jobledger batches show {batch_id}"), 20)
+        [waiting] = run_shell(installation, "jobledger jobs list --status pending --ids").split()
         ids = f"BATCH={batch_id} JOB={waiting}"
-        said = typed(installation, ids, looking, showing)
+        said = run_shell(installation, ids, looking, showing)
         assert said.count("ECHO_FAILED: no luck") == 2 + 2, "in the list of what failed, and of what is called so"
         assert "No jobs match these filters." in said
         assert "not before 2099" in said
-        said = typed(installation, ids, stopping, going_on)
+        said = run_shell(installation, ids, stopping, going_on)
         assert f"{batch_id} is processing, paused\n" in said
         assert f"{waiting} is cancelled\n" in said
         assert f"{waiting} is pending\n" in said
         assert re.search(rf"{batch_id}: [23] of 3 jobs changed\n", said), "the third may have failed again by now"
         assert wait_until(
-            lambda: typed(installation, "jobledger jobs list --status failed --ids").count("job-") == 3, 20
+            lambda: run_shell(installation, "jobledger jobs list --status failed --ids").count("job-") == 3, 20
         )
-        said = typed(installation, many.replace("FETCH_FAILED", "ECHO_FAILED"))
+        said = run_shell(installation, many.replace("FETCH_FAILED", "ECHO_FAILED"))
         assert len(re.findall(r"job-\w+ is pending", said)) == 3
 
 
@@ -212,48 +214,46 @@ WEBHOOKS = DOCS / "how-to" / "webhooks.md"
 
 
 @needs_curl
-def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
-    mongodb_uri: str, db_name: str, tmp_path: Path
-) -> None:
-    submit, missed, secrets, again = blocks(WEBHOOKS, "sh")
-    (example, created), [allow] = blocks(WEBHOOKS, "json"), blocks(WEBHOOKS, "yaml")
+def test_webhooks_how_to_commands_send_list_and_redeliver(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    submit, missed, secrets, again = read_code_blocks(WEBHOOKS, "sh")
+    (example, created), [allow] = read_code_blocks(WEBHOOKS, "json"), read_code_blocks(WEBHOOKS, "yaml")
     settings = yaml.safe_load(allow)
     settings["webhooks"] |= {"allowed_private_hosts": ["127.0.0.1"], "echo_enabled": True, "retry_delays_seconds": [0]}
-    with reader(mongodb_uri, db_name, tmp_path, settings) as installation:
+    with create_installation(mongodb_uri, db_name, tmp_path, settings) as installation:
         for role in ("projector", "worker", "webhook-sender", "api"):
             installation.start(role).wait_until_ready()
         sink = f"{installation.commands[-1].url}/api/events/test-webhook-callback"
-        answer = json.loads(typed(installation, submit.replace("https://cms.example.org/hooks/jobledger", sink)))
+        answer = json.loads(run_shell(installation, submit.replace("https://cms.example.org/hooks/jobledger", sink)))
         assert json.loads(created).keys() <= answer.keys()
         [endpoint] = answer["webhook_secrets"]
         assert endpoint.keys() == json.loads(created)["webhook_secrets"][0].keys()
         delivered: list[Any] = []
 
         def told() -> bool:
-            shown = typed(installation, "jobledger webhooks list --status delivered --json")
+            shown = run_shell(installation, "jobledger webhooks list --status delivered --json")
             delivered[:] = json.loads(shown)
             return bool(delivered)
 
         wait_until(told, 30)
         [delivery] = delivered
-        received = json.loads(typed(installation, f"curl -s {sink}"))["received"][0]
+        received = json.loads(run_shell(installation, f"curl -s {sink}"))["received"][0]
         body = json.loads(received["body"])
         listed, one, many = again.splitlines()
-        shown = typed(
+        shown = run_shell(
             installation, listed, one.replace("delivery-job-679f3d0c8f1b2a0001000000-9", delivery["delivery_id"])
         )
         assert shown == "No webhook deliveries match these filters.\nScheduled 1 webhooks for redelivery.\n"
-        assert typed(installation, many) == "Scheduled 0 webhooks for redelivery.\n"
-        gap = typed(installation, missed.replace("0f6c1a", delivery["endpoint_id"]).replace("=11", "=0"))
+        assert run_shell(installation, many) == "Scheduled 0 webhooks for redelivery.\n"
+        gap = run_shell(installation, missed.replace("0f6c1a", delivery["endpoint_id"]).replace("=11", "=0"))
         assert json.loads(gap)["deliveries"][0]["delivery_id"] == delivery["delivery_id"]
-        tried = typed(installation, f"jobledger webhooks test {sink} --header 'X-Key: 1'")
+        tried = run_shell(installation, f"jobledger webhooks test {sink} --header 'X-Key: 1'")
         assert tried.startswith("200 delivered (")
         in_vain = installation.run("webhooks", "test", "http://127.0.0.1:1/")
         assert (in_vain.exit_code, "refused the connection" in in_vain.out) == (1, True)
         which = installation.run("webhooks", "redeliver")
         assert (which.exit_code, "--status abandoned" in which.err) == (2, True)
-        assert typed(installation, "jobledger webhooks generate-secret").startswith("whsec_")
-        said = typed(installation, secrets.replace("0f6c1a2b3c4d5e6f70818283", endpoint["endpoint_id"]))
+        assert run_shell(installation, "jobledger webhooks generate-secret").startswith("whsec_")
+        said = run_shell(installation, secrets.replace("0f6c1a2b3c4d5e6f70818283", endpoint["endpoint_id"]))
         assert sink in said
         assert "whsec_" in said.replace(endpoint["secret"], ""), "the rotation shows a new secret"
     assert body["job"]["parameters"] == {"text": "hello", "extra": {"node": 17}}
@@ -264,9 +264,9 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
     assert shown_keys["metadata"].keys() <= body["metadata"].keys()
 
 
-def test_a_job_type_of_ones_own_is_made_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+def test_job_types_how_to_example_plugin_processes_job(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     how_to = DOCS / "how-to" / "job-types.md"
-    [processor], [project], [commands] = (blocks(how_to, language) for language in ("python", "toml", "sh"))
+    [processor], [project], [commands] = (read_code_blocks(how_to, language) for language in ("python", "toml", "sh"))
     package, home = tmp_path / "package", tmp_path / "home"
     package.mkdir()
     (package / "wordcount.py").write_text(processor)
@@ -287,19 +287,19 @@ def test_a_job_type_of_ones_own_is_made_as_the_how_to_says(mongodb_uri: str, db_
         check=True,
         capture_output=True,
     )
-    with serve_site() as site, reader(mongodb_uri, db_name, home, {}) as installation:
+    with serve_site() as site, create_installation(mongodb_uri, db_name, home, {}) as installation:
         site.put("/", html("<p>Four words and more</p>"))
         path = {"PYTHONPATH": str(tmp_path / "installed")}
         for role in ("projector", "worker", "api"):
             installation.start(role, **path).wait_until_ready()
-        said = typed(installation, submit.replace("http://127.0.0.1:8000/", site.url("/")))
+        said = run_shell(installation, submit.replace("http://127.0.0.1:8000/", site.url("/")))
         assert "completed" in said
         wrong = installation.run(
             *("submit", "-", "--type", "wordcount"), stdin='{"uri": 1}', JOBLEDGER_URL=installation.commands[-1].url
         )
         assert wrong.exit_code != 0
         assert "url" in wrong.err
-        listed = typed(installation, "curl -s 'http://127.0.0.1:5001/api/events/jobs?job_type=wordcount'")
+        listed = run_shell(installation, "curl -s 'http://127.0.0.1:5001/api/events/jobs?job_type=wordcount'")
     [job] = json.loads(listed)["jobs"]
     assert (job["status"], job["results"]["metadata"]["words"]) == ("completed", 4)
 
@@ -307,15 +307,15 @@ def test_a_job_type_of_ones_own_is_made_as_the_how_to_says(mongodb_uri: str, db_
 SESSIONS = DOCS / "how-to" / "sessions.md"
 
 
-def test_the_settings_of_sessions_are_as_the_how_to_says(tmp_path: Path) -> None:
-    for number, block in enumerate(blocks(SESSIONS, "yaml")):
+def test_sessions_how_to_settings_are_valid(tmp_path: Path) -> None:
+    for number, block in enumerate(read_code_blocks(SESSIONS, "yaml")):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block)
         settings, _ = read_settings(path)
         assert settings.processors["session"]
 
 
-def test_a_template_has_everything_that_the_how_to_names() -> None:
+def test_sessions_how_to_template_names_are_defined() -> None:
     named = re.findall(r"^\| `([a-z_]+)` \|", SESSIONS.read_text(encoding="utf-8"), re.MULTILINE)
     names = [name for name in named if name not in ("enrich", "markdown")]  # those are steps
     assert {"front_matter", "session", "labels", "warnings"} <= set(names)
@@ -332,34 +332,32 @@ def test_a_template_has_everything_that_the_how_to_names() -> None:
 # Looking into the log, and keeping it ---------------------------------------------------------------------------------
 
 
-def test_the_log_is_followed_told_proved_and_replayed_as_the_how_to_says(
-    mongodb_uri: str, db_name: str, tmp_path: Path
-) -> None:
-    follow, show, verify, verify_files, replay, back = blocks(DOCS / "how-to" / "audit.md", "sh")
-    with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
+def test_audit_how_to_commands_follow_verify_and_rebuild(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    follow, show, verify, verify_files, replay, back = read_code_blocks(DOCS / "how-to" / "audit.md", "sh")
+    with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "worker", "api"):
             installation.start(role).wait_until_ready()
         sessions = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}] * 3)
         url = installation.commands[-1].url
         assert installation.run("submit", "-", "--wait", "--url", url, stdin=sessions).exit_code == 0
-        listed = json.loads(typed(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
+        listed = json.loads(run_shell(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
         job = f"JOB={listed['jobs'][0]['job_id']}"
-        assert "JobCompleted" in typed(installation, follow)
-        assert "status processing → completed" in typed(installation, job, show)
-        said = typed(installation, verify)
+        assert "JobCompleted" in run_shell(installation, follow)
+        assert "status processing → completed" in run_shell(installation, job, show)
+        said = run_shell(installation, verify)
         assert "are intact" in said
         assert "The views match the log" in said
-        assert "checked: all are intact" in typed(installation, verify_files)
-        said = typed(installation, replay)
+        assert "checked: all are intact" in run_shell(installation, verify_files)
+        said = run_shell(installation, replay)
         assert "The views match the log" in said
         assert "all views" in said
         assert "Rebuilt statistics" in said
-        assert '"changes"' in typed(installation, back)
+        assert '"changes"' in run_shell(installation, back)
 
 
-def test_the_log_is_exported_and_imported_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    whole, increment, restore, *_ = blocks(DOCS / "how-to" / "backup.md", "sh")
-    with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
+def test_backup_how_to_export_is_imported(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    whole, increment, restore, *_ = read_code_blocks(DOCS / "how-to" / "backup.md", "sh")
+    with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "worker", "api"):
             installation.start(role).wait_until_ready()
         url = installation.commands[-1].url
@@ -368,9 +366,9 @@ def test_the_log_is_exported_and_imported_as_the_how_to_says(mongodb_uri: str, d
         for part in (whole, increment):
             assert installation.run("submit", "-", "--wait", "--url", url, stdin=sessions).exit_code == 0
             command = part.rstrip().replace("1043", str(made["to"] + 1))
-            made = json.loads(typed(installation, f"{command} --json"))
+            made = json.loads(run_shell(installation, f"{command} --json"))
         try:
-            said = typed(installation, restore.replace("DB_NAME=restored", f"DB_NAME={db_name}-r"))
+            said = run_shell(installation, restore.replace("DB_NAME=restored", f"DB_NAME={db_name}-r"))
         finally:
             with MongoClient[dict[str, Any]](mongodb_uri) as client:
                 client.drop_database(f"{db_name}-r")
@@ -378,37 +376,37 @@ def test_the_log_is_exported_and_imported_as_the_how_to_says(mongodb_uri: str, d
     assert "The views match the log" in said
 
 
-def test_a_copied_directory_is_a_complete_installation_as_the_how_to_says(tmp_path: Path) -> None:
-    copy = blocks(DOCS / "how-to" / "backup.md", "sh")[-1]
+def test_backup_how_to_copied_directory_is_complete_installation(tmp_path: Path) -> None:
+    copy = read_code_blocks(DOCS / "how-to" / "backup.md", "sh")[-1]
     with Installation(tmp_path) as installation:
         up = installation.start_up_command()
         job = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}])
         assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
         assert up.stop().exit_code == 0
-        typed(installation, copy)
+        run_shell(installation, copy)
         again = installation.start("up", JOBLEDGER_MONGODB__DATA_DIR="backup-of-data").wait_until_ready()
-        listed = json.loads(typed(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
+        listed = json.loads(run_shell(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
         assert [job["status"] for job in listed["jobs"]] == ["completed"]
         assert again.stop().exit_code == 0
 
 
 @needs_curl
-def test_a_session_is_submitted_as_the_readme_shows(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+def test_readme_commands_submit_session(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     """The first two blocks are what CI runs and what `test_demo` does, the third is `jobledger up`."""
-    demo, tests, up, submit = blocks(DOCS.parent / "README.md", "sh")
+    demo, tests, up, submit = read_code_blocks(DOCS.parent / "README.md", "sh")
     assert (demo, tests, up) == ("make demo\n", "make test\n", ".venv/bin/jobledger up\n")
-    with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
+    with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "api"):
             installation.start(role).wait_until_ready()
-        answer = json.loads(typed(installation, submit.replace("curl ", "curl -s ", 1)))
-        job = json.loads(typed(installation, f"curl -s $JOBLEDGER_URL/api/events/jobs/{answer['job_id']}"))["job"]
+        answer = json.loads(run_shell(installation, submit.replace("curl ", "curl -s ", 1)))
+        job = json.loads(run_shell(installation, f"curl -s $JOBLEDGER_URL/api/events/jobs/{answer['job_id']}"))["job"]
     assert job["parameters"]["session"] == "Welcome"
 
 
 DOCUMENTS = sorted([DOCS.parent / "README.md", DOCS.parent / "config.yaml", *DOCS.rglob("*.md")])
 
 
-def commands_in(text: str) -> list[list[str]]:
+def extract_commands(text: str) -> list[list[str]]:
     """The `jobledger …` commands in code blocks and in between, as a shell would take them apart."""
     quoted = [found for found in re.findall(r"`(jobledger [^`]*)`", text) if "…" not in found]
     shown = [
@@ -425,8 +423,8 @@ def commands_in(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_command_in_a_document_is_one_and_has_the_options_that_it_is_shown_with(document: Path) -> None:
-    for words in commands_in(document.read_text(encoding="utf-8")):
+def test_document_commands_and_options_exist(document: Path) -> None:
+    for words in extract_commands(document.read_text(encoding="utf-8")):
         command: Any = typer.main.get_command(main.app)
         while words and hasattr(command, "commands"):
             name = words[0].rstrip(",")
@@ -440,7 +438,7 @@ def test_every_command_in_a_document_is_one_and_has_the_options_that_it_is_shown
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_link_in_a_document_leads_somewhere(document: Path) -> None:
+def test_document_links_have_targets(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in target or target.startswith("mailto:"):
@@ -454,8 +452,11 @@ def test_every_link_in_a_document_leads_somewhere(document: Path) -> None:
             assert anchor in slugs, f"{document.name}: {target}"
 
 
-def test_the_settings_in_the_how_tos_for_operators_are_settings(tmp_path: Path) -> None:
-    shown = [*blocks(DOCS / "how-to" / "monitoring.md", "yaml"), *blocks(DOCS / "how-to" / "replica-set.md", "yaml")]
+def test_operator_how_to_settings_are_valid(tmp_path: Path) -> None:
+    shown = [
+        *read_code_blocks(DOCS / "how-to" / "monitoring.md", "yaml"),
+        *read_code_blocks(DOCS / "how-to" / "replica-set.md", "yaml"),
+    ]
     ours = [block for block in shown if block.startswith(("metrics:", "mongodb:"))]
     assert len(ours) == 2
     for block in ours:
@@ -466,9 +467,9 @@ def test_the_settings_in_the_how_tos_for_operators_are_settings(tmp_path: Path) 
 @needs_local_mongod
 @pytest.mark.skipif(shutil.which("mongosh") is None, reason="mongosh is not installed")
 @pytest.mark.timeout(120)
-def test_three_servers_become_a_replica_set_whose_rights_are_given_as_the_how_tos_say(tmp_path: Path) -> None:
-    conf, _ = blocks(DOCS / "how-to" / "replica-set.md", "yaml")
-    [initiate] = blocks(DOCS / "how-to" / "replica-set.md", "js")
+def test_replica_set_how_to_sets_up_three_servers_and_roles(tmp_path: Path) -> None:
+    conf, _ = read_code_blocks(DOCS / "how-to" / "replica-set.md", "yaml")
+    [initiate] = read_code_blocks(DOCS / "how-to" / "replica-set.md", "js")
     (tmp_path / "mongod.conf").write_text(conf, encoding="utf-8")
     ports, parent = [free_port() for _ in range(3)], os.getpid()
     servers = []
@@ -484,7 +485,7 @@ def test_three_servers_become_a_replica_set_whose_rights_are_given_as_the_how_to
         assert "example.org" not in initiate
         with MongoClient[Document](f"127.0.0.1:{ports[0]}", directConnection=True) as first:
             first.admin.command("ping")  # it answers
-            mongosh(ports[0], initiate)
+            run_in_mongosh(ports[0], initiate)
             assert wait_until(lambda: first.admin.command("hello").get("isWritablePrimary", False), 30)
             uri = f"mongodb://127.0.0.1:{ports[0]}/?replicaSet=rs0"
             config = tmp_path / "config.yaml"
@@ -494,7 +495,7 @@ def test_three_servers_become_a_replica_set_whose_rights_are_given_as_the_how_to
             assert "transactionLifetimeLimitSeconds" not in said.stdout, "the how-to has it set"
             role = subprocess.run([COMMAND, "mongo-roles", "--config", config], capture_output=True, check=True)
             pasted = role.stdout.decode().replace("passwordPrompt()", '"secret"')
-            mongosh(ports[0], pasted)
+            run_in_mongosh(ports[0], pasted)
             created = first["event_processing"].command("usersInfo", "jobledger")["users"]
         assert [[it["role"] for it in user["roles"]] for user in created] == [["jobledger"]]
     finally:
@@ -503,7 +504,7 @@ def test_three_servers_become_a_replica_set_whose_rights_are_given_as_the_how_to
             server.wait()
 
 
-def mongosh(port: int, script: str) -> None:
+def run_in_mongosh(port: int, script: str) -> None:
     """Have a script executed as if it was pasted; what fails raises."""
     command = ["mongosh", "--quiet", "--norc", f"127.0.0.1:{port}", "--eval", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
@@ -511,8 +512,10 @@ def mongosh(port: int, script: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus is not installed (promtool)")
-def test_prometheus_takes_the_settings_and_the_alert_rules_of_the_how_to(tmp_path: Path) -> None:
-    [shown] = [it for it in blocks(DOCS / "how-to" / "monitoring.md", "yaml") if it.startswith("scrape_configs:")]
+def test_monitoring_how_to_settings_and_alert_rules_pass_promtool(tmp_path: Path) -> None:
+    [shown] = [
+        it for it in read_code_blocks(DOCS / "how-to" / "monitoring.md", "yaml") if it.startswith("scrape_configs:")
+    ]
     key = "/etc/prometheus/jobledger.key"
     assert key in shown
     (tmp_path / "jobledger.key").write_text("jl_key", encoding="utf-8")
@@ -532,15 +535,15 @@ def test_prometheus_takes_the_settings_and_the_alert_rules_of_the_how_to(tmp_pat
 
 
 @pytest.mark.parametrize("document", generated_docs.GENERATED_FILES, ids=lambda path: path.name)
-def test_the_reference_is_what_the_program_says(document: Path) -> None:
+def test_reference_matches_generated_text(document: Path) -> None:
     assert document.read_text(encoding="utf-8") == generated_docs.GENERATED_FILES[document](), "make reference"
 
 
 @needs_curl
 @needs_local_mongod
-def test_the_tutorial_is_what_happens(tmp_path: Path) -> None:
+def test_tutorial_commands_succeed(tmp_path: Path) -> None:
     """As a reader does it, but at a port of its own."""
-    parts = blocks(DOCS / "tutorial.md", "sh")
+    parts = read_code_blocks(DOCS / "tutorial.md", "sh")
     with Installation(tmp_path, api={"port": 0}) as installation, socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     installation.write_config(api={"port": port})
