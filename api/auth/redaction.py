@@ -1,7 +1,7 @@
 """Field visibility of jobs, batches, deliveries and events for each role. All rules are in this module.
 
 Each field has a rule. A field without a rule is hidden from everyone (documents) or shown only with admin access
-(events), so a new field stays hidden until a rule is added. tests/api/test_disclosure.py compares the
+(events), so a new field stays hidden until a rule is added. tests/api/test_redaction.py compares the
 tables with the documents and event types.
 
 | Viewer | Sees |

@@ -1,7 +1,7 @@
 """Response models that several topics share.
 
 Routes send the documents of the views without passing them through the response models, because that would cost more
-than the rest of the response. tests/api/test_answers.py checks that documents and models agree.
+than the rest of the response. tests/api/test_response_models.py checks that documents and models agree.
 """
 
 from __future__ import annotations

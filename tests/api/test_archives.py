@@ -36,7 +36,7 @@ from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import Api
 from tests.api.test_files import LARGE, memory, reads
-from tests.api.test_links import guarded  # noqa: F401  a fixture
+from tests.api.test_signed_links import guarded  # noqa: F401  a fixture
 from tests.support.role_runner import poll_until
 
 TYPES = {".md": "text/markdown", ".jpg": "image/jpeg"}
