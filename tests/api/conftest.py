@@ -47,16 +47,16 @@ class Api:
 
     async def submit(self, parameters: dict[str, Any] | None = None, **more: Any) -> str:
         """Submit an echo job and return its ID."""
-        answer = await self.post("/api/events/jobs", {"job_type": "echo", "parameters": parameters or {}, **more})
-        assert answer.status_code == 202, answer.text
-        return str(answer.json()["job_id"])
+        response = await self.post("/api/events/jobs", {"job_type": "echo", "parameters": parameters or {}, **more})
+        assert response.status_code == 202, response.text
+        return str(response.json()["job_id"])
 
     async def submit_batch(self, *parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Submit a batch of echo jobs and return the response."""
         jobs = [{"job_type": "echo", "parameters": given} for given in parameters]
-        answer = await self.post("/api/events/batches", {"jobs": jobs, **more})
-        assert answer.status_code == 202, answer.text
-        content: dict[str, Any] = answer.json()
+        response = await self.post("/api/events/batches", {"jobs": jobs, **more})
+        assert response.status_code == 202, response.text
+        content: dict[str, Any] = response.json()
         return content
 
     async def wait_for_event(self, stream: str, *types: str) -> dict[str, Any]:
@@ -72,8 +72,8 @@ class Api:
     async def wait_until_finished(self, job_id: str) -> dict[str, Any]:
         """Wait until a job finished and return it."""
         event = await self.wait_for_event(job_id, *TERMINAL_EVENT_TYPES)
-        answer = await self.get(f"/api/events/jobs/{job_id}", event["position"])
-        job: dict[str, Any] = answer.json()["job"]
+        response = await self.get(f"/api/events/jobs/{job_id}", event["position"])
+        job: dict[str, Any] = response.json()["job"]
         return job
 
     async def get(self, path: str, position: int | str | None = None, **headers: str) -> httpx.Response:
@@ -86,10 +86,10 @@ class Api:
         """Yield the events of the live stream; each has its `id:` in `sse_id`."""
         headers = {"Last-Event-ID": str(query.pop("last_event_id"))} if "last_event_id" in query else {}
         headers |= self.principal_headers
-        async with self.http.stream("GET", "/api/ledger/stream", params=query, headers=headers) as answer:
-            assert answer.status_code == 200, await answer.aread()
+        async with self.http.stream("GET", "/api/ledger/stream", params=query, headers=headers) as response:
+            assert response.status_code == 200, await response.aread()
             sse_id = None
-            async for line in answer.aiter_lines():
+            async for line in response.aiter_lines():
                 if line.startswith("id:"):
                     sse_id = line.removeprefix("id:").strip()
                 if line.startswith("data:"):

@@ -87,18 +87,16 @@ async def add_batch(api: Api, batch_id: str, job_ids: Sequence[str]) -> None:
 
 async def archive(api: Api, where: str, **headers: str) -> dict[str, bytes]:
     """Fetch an archive of a job or batch and read what is in it."""
-    answer = await api.get(f"/api/events/{where}/download-archive", **headers)
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == "application/zip"
-    assert answer.headers["content-disposition"] == f'attachment; filename="{where.partition("/")[2]}.zip"'
-    with ZipFile(BytesIO(answer.content)) as read:
+    response = await api.get(f"/api/events/{where}/download-archive", **headers)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/zip"
+    assert response.headers["content-disposition"] == f'attachment; filename="{where.partition("/")[2]}.zip"'
+    with ZipFile(BytesIO(response.content)) as read:
         assert read.testzip() is None
         return {name: read.read(name) for name in read.namelist()}
 
 
-async def test_the_archive_of_a_job_has_its_files_and_the_links_in_its_markdown_work(
-    api_without_worker: Api, tmp_path: Path
-) -> None:
+async def test_job_archive_contains_files_and_keeps_markdown_links(api_without_worker: Api, tmp_path: Path) -> None:
     job_id = await add_job(api_without_worker, TALK)
     found = await archive(api_without_worker, f"jobs/{job_id}")
 
@@ -107,23 +105,23 @@ async def test_the_archive_of_a_job_has_its_files_and_the_links_in_its_markdown_
         assert link in found
 
 
-async def test_files_beside_the_markdowns_directory_keep_their_place_towards_it(api_without_worker: Api) -> None:
+async def test_job_archive_keeps_paths_relative_to_the_markdown(api_without_worker: Api) -> None:
     job_id = await add_job(
         api_without_worker, {"e/t/s/talk.md": b"[](../shared/a.jpg)", "e/t/shared/a.jpg": b"picture"}
     )
     assert set(await archive(api_without_worker, f"jobs/{job_id}")) == {"s/talk.md", "shared/a.jpg"}
 
 
-async def test_the_archive_of_a_real_job_can_be_unpacked(api: Api, tmp_path: Path) -> None:
+async def test_archive_of_processed_job_can_be_extracted(api: Api, tmp_path: Path) -> None:
     job = await api.wait_until_finished(await api.submit({"text": "ä"}))
-    answer = await api.get(f"/api/events/jobs/{job['job_id']}/download-archive")
-    (tmp_path / "a.zip").write_bytes(answer.content)
+    response = await api.get(f"/api/events/jobs/{job['job_id']}/download-archive")
+    (tmp_path / "a.zip").write_bytes(response.content)
     unpack = [sys.executable, "-m", "zipfile", "-e", "a.zip", "."]
     await asyncio.to_thread(subprocess.run, unpack, cwd=tmp_path, check=True)
     assert "ä" in (tmp_path / "echo.md").read_text(encoding="utf-8")
 
 
-async def test_the_same_results_make_the_same_archive(api_without_worker: Api) -> None:
+async def test_archive_of_same_results_is_identical(api_without_worker: Api) -> None:
     at = datetime(2025, 2, 1, 12, 30, 7, tzinfo=UTC)
     job_id = await add_job(api_without_worker, dict(reversed(TALK.items())), at=at)
     first = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
@@ -137,35 +135,35 @@ async def test_the_same_results_make_the_same_archive(api_without_worker: Api) -
     assert [entry.compress_type for entry in entries] == [ZIP_DEFLATED, ZIP_STORED]
 
 
-async def test_while_there_are_no_results_the_archive_is_refused(api_without_worker: Api) -> None:
+async def test_archive_without_results_is_rejected(api_without_worker: Api) -> None:
     for job_id in (await add_job(api_without_worker, {}, done=False), await add_job(api_without_worker, {})):
-        answer = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
-        assert (answer.status_code, answer.json()["code"]) == (409, "no_results")
+        response = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
+        assert (response.status_code, response.json()["code"]) == (409, "no_results")
     batch_id = new_batch_id()
     await add_batch(
         api_without_worker, batch_id, [await add_job(api_without_worker, {}, batch_id=batch_id, done=False)]
     )
-    answer = await api_without_worker.get(f"/api/events/batches/{batch_id}/download-archive")
-    assert (answer.status_code, answer.json()["code"]) == (409, "no_results")
+    response = await api_without_worker.get(f"/api/events/batches/{batch_id}/download-archive")
+    assert (response.status_code, response.json()["code"]) == (409, "no_results")
 
 
 @pytest.mark.parametrize("path", ["jobs/job-x", "jobs/x", "batches/batch-x", "batches/x"])
-async def test_what_is_not_there_has_no_archive(api_without_worker: Api, path: str) -> None:
-    answer = await api_without_worker.get(f"/api/events/{path}/download-archive")
-    assert answer.status_code == 404
-    assert answer.json()["code"] in ("job_not_found", "batch_not_found")
+async def test_archive_of_missing_job_or_batch_is_not_found(api_without_worker: Api, path: str) -> None:
+    response = await api_without_worker.get(f"/api/events/{path}/download-archive")
+    assert response.status_code == 404
+    assert response.json()["code"] in ("job_not_found", "batch_not_found")
 
 
-async def test_a_deleted_job_has_no_archive(api_without_worker: Api) -> None:
+async def test_archive_of_deleted_job_is_not_found(api_without_worker: Api) -> None:
     job_id = await add_job(api_without_worker, TALK)
     deleted = await api_without_worker.http.delete(f"/api/events/jobs/{job_id}")
-    answer = await api_without_worker.get(
+    response = await api_without_worker.get(
         f"/api/events/jobs/{job_id}/download-archive", deleted.headers["ledger-position"]
     )
-    assert answer.status_code == 404
+    assert response.status_code == 404
 
 
-async def test_the_archive_of_a_batch_has_the_files_of_all_its_finished_jobs(api_without_worker: Api) -> None:
+async def test_batch_archive_contains_files_of_all_finished_jobs(api_without_worker: Api) -> None:
     batch_id = new_batch_id()
     jobs = [{f"e/t/talk-{number}/talk.md": f"{number}".encode()} for number in range(150)]
     job_ids = [await add_job(api_without_worker, contents, batch_id=batch_id) for contents in jobs[:3]]
@@ -174,7 +172,7 @@ async def test_the_archive_of_a_batch_has_the_files_of_all_its_finished_jobs(api
     assert await archive(api_without_worker, f"batches/{batch_id}") == jobs[0] | jobs[1] | jobs[2]
 
 
-async def test_the_archive_of_a_batch_has_only_what_the_caller_may_see(guarded: Api) -> None:  # noqa: F811  the fixture
+async def test_batch_archive_contains_only_readable_jobs(guarded: Api) -> None:  # noqa: F811  the fixture
     batch_id = new_batch_id()
     mine = await add_job(guarded, {"mine.md": b"1"}, batch_id=batch_id)
     other = await add_job(guarded, {"other.md": b"2"}, batch_id=batch_id, user_id="other")
@@ -188,10 +186,10 @@ async def test_the_archive_of_a_batch_has_only_what_the_caller_may_see(guarded: 
     assert (await guarded.get(f"/api/events/batches/{hidden}/download-archive")).status_code == 409
 
 
-async def test_a_head_request_makes_no_archive(api_without_worker: Api) -> None:
+async def test_archive_head_request_has_no_body(api_without_worker: Api) -> None:
     job_id = await add_job(api_without_worker, TALK)
-    answer = await api_without_worker.http.head(f"/api/events/jobs/{job_id}/download-archive")
-    assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, "application/zip", b"")
+    response = await api_without_worker.http.head(f"/api/events/jobs/{job_id}/download-archive")
+    assert (response.status_code, response.headers["content-type"], response.content) == (200, "application/zip", b"")
 
 
 @pytest.fixture
@@ -214,13 +212,13 @@ async def add_large_job(api: Api) -> tuple[str, Path]:
 
 
 async def pieces(api: Api, job_id: str) -> AsyncIterator[int]:
-    async with api.http.stream("GET", f"/api/events/jobs/{job_id}/download-archive") as answer:
-        async for piece in answer.aiter_raw():
+    async with api.http.stream("GET", f"/api/events/jobs/{job_id}/download-archive") as response:
+        async for piece in response.aiter_raw():
             yield len(piece)
 
 
 @pytest.mark.usefixtures("unchecked")
-async def test_a_large_archive_is_never_held_in_memory(api_without_worker: Api) -> None:
+async def test_large_archive_is_streamed_with_bounded_memory(api_without_worker: Api) -> None:
     job_id, _ = await add_large_job(api_without_worker)
     before, most, received = memory(), 0, 0
     async for size in pieces(api_without_worker, job_id):
@@ -233,17 +231,17 @@ async def test_a_large_archive_is_never_held_in_memory(api_without_worker: Api) 
 
 
 @pytest.mark.usefixtures("unchecked")
-async def test_when_the_client_goes_away_no_more_of_the_archive_is_made(api_without_worker: Api) -> None:
+async def test_archive_client_disconnect_closes_the_file(api_without_worker: Api) -> None:
     job_id, stored = await add_large_job(api_without_worker)
-    async with api_without_worker.http.stream("GET", f"/api/events/jobs/{job_id}/download-archive") as answer:
-        async for _ in answer.aiter_raw():
+    async with api_without_worker.http.stream("GET", f"/api/events/jobs/{job_id}/download-archive") as response:
+        async for _ in response.aiter_raw():
             break
         assert reads(stored)
     await poll_until(lambda: not reads(stored), "the file is closed", seconds=5)
 
 
 @pytest.mark.usefixtures("unchecked")
-async def test_an_archive_that_cannot_be_finished_does_not_look_finished(api_without_worker: Api) -> None:
+async def test_archive_with_missing_later_file_breaks_the_connection(api_without_worker: Api) -> None:
     job_id, _ = await add_large_job(api_without_worker)
     row = await api_without_worker.db.files.find_one({"path": "z.md"})
     assert row is not None
@@ -253,14 +251,14 @@ async def test_an_archive_that_cannot_be_finished_does_not_look_finished(api_wit
 
 
 @pytest.mark.usefixtures("unchecked")
-async def test_a_store_that_is_not_the_right_one_is_told_at_once(api_without_worker: Api) -> None:
+async def test_archive_with_missing_first_file_responds_with_error(api_without_worker: Api) -> None:
     job_id, stored = await add_large_job(api_without_worker)
     stored.unlink()
-    answer = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
-    assert (answer.status_code, answer.json()["code"]) == (500, "file_missing")
+    response = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
+    assert (response.status_code, response.json()["code"]) == (500, "file_missing")
 
 
-async def test_names_that_become_alike_are_kept_apart(api_without_worker: Api) -> None:
+async def test_archive_entries_with_colliding_names_stay_distinct(api_without_worker: Api) -> None:
     job_id = await add_job(
         api_without_worker, {"t/a:b.md": b"1", "t/a?b.md": b"2", "t/A_B.md": b"3", "t/../../etc/passwd": b"4"}
     )
@@ -287,12 +285,12 @@ async def test_names_that_become_alike_are_kept_apart(api_without_worker: Api) -
         ("..", "file"),
     ],
 )
-def test_a_path_in_an_archive_can_be_unpacked_anywhere(path: str, safe: str) -> None:
+def test_sanitize_path_returns_portable_path(path: str, safe: str) -> None:
     assert sanitize_path(path) == safe
 
 
 @given(st.text(max_size=300))
-def test_no_path_leads_out_of_where_it_is_unpacked(path: str) -> None:
+def test_sanitize_path_never_leaves_the_target_directory(path: str) -> None:
     safe = sanitize_path(path.encode(errors="replace").decode())
     parts = safe.split("/")
     assert not {"", ".", ".."} & set(parts)
@@ -306,7 +304,7 @@ PATHS = st.lists(st.lists(PARTS, min_size=1, max_size=4).map("/".join), max_size
 
 
 @given(PATHS)
-def test_archive_names_of_any_paths_are_never_in_each_others_way(paths: list[str]) -> None:
+def test_entry_names_of_any_paths_never_conflict(paths: list[str]) -> None:
     names = _EntryNames()
     found = [names.add(sanitize_path(path)) for path in paths]
     files = [_comparison_key(name) for name in found]
@@ -316,7 +314,7 @@ def test_archive_names_of_any_paths_are_never_in_each_others_way(paths: list[str
 
 
 @given(st.lists(st.sampled_from(["a/talk.md", "a/b/slide.jpg", "c.md", "a/c.md"]), unique=True))
-def test_archive_names_of_paths_that_fit_together_are_the_paths(paths: list[str]) -> None:
+def test_entry_names_without_conflict_equal_the_paths(paths: list[str]) -> None:
     names = _EntryNames()
     assert [names.add(path) for path in paths] == paths
 
@@ -332,7 +330,7 @@ CLASHES = [
 
 @pytest.mark.parametrize("kind", ["jobs", "batches"])
 @pytest.mark.parametrize("paths", CLASHES, ids=" ".join)
-async def test_archive_with_files_and_directories_of_one_name_can_be_unpacked(
+async def test_archive_with_conflicting_paths_can_be_extracted(
     api_without_worker: Api, tmp_path: Path, paths: list[str], kind: str
 ) -> None:
     contents = {f"evil/{path}": f"{number} {paths}".encode() for number, path in enumerate(paths)}
@@ -343,8 +341,8 @@ async def test_archive_with_files_and_directories_of_one_name_can_be_unpacked(
         job_ids = [await add_job(api_without_worker, {path: it}, batch_id=batch_id) for path, it in contents.items()]
         await add_batch(api_without_worker, batch_id, job_ids)
         where = f"batches/{batch_id}"
-    answer = await api_without_worker.get(f"/api/events/{where}/download-archive")
-    (tmp_path / "a.zip").write_bytes(answer.content)
+    response = await api_without_worker.get(f"/api/events/{where}/download-archive")
+    (tmp_path / "a.zip").write_bytes(response.content)
     commands = [[sys.executable, "-m", "zipfile", "-e", "a.zip", "python"]]
     if unzip := shutil.which("unzip"):
         commands.append([unzip, "-q", "a.zip", "-d", "unzip"])

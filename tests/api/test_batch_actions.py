@@ -25,12 +25,12 @@ def counted(total: int, *, changed: int = 0, refused: int = 0) -> dict[str, int]
 
 
 async def act(api: Api, batch_id: str, action: str, body: Any = None) -> tuple[dict[str, Any], int]:
-    """Act on a batch; return the answer and the position at which the views show all of it."""
-    answer = await api.post(f"{BATCHES}/{batch_id}/{action}", body)
-    assert answer.status_code == 200, answer.text
-    content: dict[str, Any] = answer.json()
+    """Act on a batch; return the response and the position at which the views show all of it."""
+    response = await api.post(f"{BATCHES}/{batch_id}/{action}", body)
+    assert response.status_code == 200, response.text
+    content: dict[str, Any] = response.json()
     assert (content["status"], content["batch_id"]) == ("success", batch_id)
-    return content, int(answer.headers["ledger-position"])
+    return content, int(response.headers["ledger-position"])
 
 
 async def do(api: Api, job_id: str, *commands: Any) -> None:
@@ -66,7 +66,7 @@ async def statuses(api: Api, batch_id: str, job_ids: list[str], position: int) -
 # Pausing --------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_paused_batch_and_its_waiting_jobs_say_so_until_it_is_resumed(api_without_worker: Api) -> None:
+async def test_pause_marks_batch_and_pending_jobs_until_resumed(api_without_worker: Api) -> None:
     alone = await api_without_worker.submit()
     batch_id, job_ids = await in_every_state(api_without_worker)
     waiting = job_ids[0]
@@ -91,7 +91,7 @@ async def test_a_paused_batch_and_its_waiting_jobs_say_so_until_it_is_resumed(ap
     assert paused.meta == resumed.meta == EventMetadata("user:local", batch_id)
 
 
-async def test_pausing_twice_and_resuming_what_is_not_paused_is_no_event(api_without_worker: Api) -> None:
+async def test_repeated_pause_and_needless_resume_append_no_event(api_without_worker: Api) -> None:
     batch_id = (await api_without_worker.submit_batch({}))["batch_id"]
     _, nothing = await act(api_without_worker, batch_id, "resume")
     _, once = await act(api_without_worker, batch_id, "pause")
@@ -100,25 +100,25 @@ async def test_pausing_twice_and_resuming_what_is_not_paused_is_no_event(api_wit
     assert await api_without_worker.event_store.head_position() == 3
 
 
-async def test_a_batch_that_was_just_submitted_can_be_paused_before_the_views_know_it(api_without_worker: Api) -> None:
+async def test_pause_directly_after_submission_succeeds(api_without_worker: Api) -> None:
     for _ in range(10):
         batch = await api_without_worker.submit_batch({})
         _, position = await act(api_without_worker, batch["batch_id"], "pause")
         assert (await seen(api_without_worker, batch["batch_id"], position))[batch["job_ids"][0]]["paused"] is True
 
 
-async def test_the_answer_to_a_restart_says_that_the_job_waits_in_a_paused_batch(api_without_worker: Api) -> None:
+async def test_restart_of_job_in_paused_batch_responds_with_paused(api_without_worker: Api) -> None:
     batch_id, (*_, cancelled) = await in_every_state(api_without_worker)
     _, position = await act(api_without_worker, batch_id, "pause")
     await api_without_worker.get("/api/events/jobs", position)
-    answer = await api_without_worker.post(f"/api/events/jobs/{cancelled}/restart")
-    assert (answer.json()["job"]["status"], answer.json()["job"]["paused"]) == ("pending", True)
+    response = await api_without_worker.post(f"/api/events/jobs/{cancelled}/restart")
+    assert (response.json()["job"]["status"], response.json()["job"]["paused"]) == ("pending", True)
 
 
 # Cancelling -----------------------------------------------------------------------------------------------------------
 
 
-async def test_cancelling_a_batch_cancels_what_has_not_ended(api_without_worker: Api) -> None:
+async def test_cancel_batch_cancels_unfinished_jobs_only(api_without_worker: Api) -> None:
     batch_id, job_ids = await in_every_state(api_without_worker)
     content, position = await act(api_without_worker, batch_id, "cancel", {"reason": "wrong conference"})
 
@@ -138,7 +138,7 @@ async def test_cancelling_a_batch_cancels_what_has_not_ended(api_without_worker:
     assert (again["events"], same) == ({}, position)
 
 
-async def test_a_cancelled_batch_ends_and_its_running_jobs_are_stopped(api: Api) -> None:
+async def test_cancel_batch_stops_running_jobs_and_finishes_batch(api: Api) -> None:
     batch = await api.submit_batch(*[{"seconds": 3600}] * 12)
     await api.wait_for_event(batch["job_ids"][0], "JobClaimed")
     content, _ = await act(api, batch["batch_id"], "cancel")
@@ -161,7 +161,7 @@ async def test_a_cancelled_batch_ends_and_its_running_jobs_are_stopped(api: Api)
     ],
     ids=str,
 )
-async def test_restarting_a_batch_restarts_the_jobs_that_have_ended_so(
+async def test_restart_batch_restarts_jobs_with_the_selected_status(
     api_without_worker: Api, body: Any, restarted: list[int]
 ) -> None:
     batch_id, job_ids = await in_every_state(api_without_worker)
@@ -174,7 +174,7 @@ async def test_restarting_a_batch_restarts_the_jobs_that_have_ended_so(
     assert await statuses(api_without_worker, batch_id, job_ids, position) == expected
 
 
-async def test_a_restart_says_why_and_whether_steps_are_kept(api_without_worker: Api) -> None:
+async def test_restart_batch_records_reason_and_reuse_of_steps(api_without_worker: Api) -> None:
     batch_id, job_ids = await in_every_state(api_without_worker)
     await act(api_without_worker, batch_id, "restart", {"reuse_steps": False, "reason": "new template"})
     await act(api_without_worker, batch_id, "restart", {"only": "all"})
@@ -185,7 +185,7 @@ async def test_a_restart_says_why_and_whether_steps_are_kept(api_without_worker:
         assert event.data == {"by": "user:local", "reuse_steps": True, **data}
 
 
-async def test_a_batch_whose_failed_jobs_are_restarted_goes_on_and_ends_again(api: Api) -> None:
+async def test_restart_of_failed_jobs_reopens_and_finishes_batch(api: Api) -> None:
     batch = await api.submit_batch({}, {"fail": "no luck"}, {"fail": "no luck either"})
     first = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     content, _ = await act(api, batch["batch_id"], "restart")
@@ -206,7 +206,7 @@ async def _of_batch(api: Api, batch_id: str, *, after: int) -> Any:
 # Archiving and deleting -----------------------------------------------------------------------------------------------
 
 
-async def test_a_batch_is_archived_and_brought_back_with_all_its_jobs(api_without_worker: Api) -> None:
+async def test_archive_and_unarchive_batch_include_all_jobs(api_without_worker: Api) -> None:
     batch_id, job_ids = await in_every_state(api_without_worker)
     for action, archived, event in (("archive", True, "JobArchived"), ("unarchive", False, "JobUnarchived")):
         content, position = await act(api_without_worker, batch_id, action, {"reason": "tidying up"})
@@ -224,7 +224,7 @@ async def test_a_batch_is_archived_and_brought_back_with_all_its_jobs(api_withou
         assert (again["jobs"], again["events"], same) == (counted(5), {}, position)
 
 
-async def test_what_is_left_to_archive_is_archived_though_the_batch_is_already(api_without_worker: Api) -> None:
+async def test_archive_of_archived_batch_archives_remaining_jobs(api_without_worker: Api) -> None:
     """So whoever was interrupted does it once more."""
     batch_id, job_ids = await in_every_state(api_without_worker)
     await act(api_without_worker, batch_id, "archive")
@@ -233,17 +233,17 @@ async def test_what_is_left_to_archive_is_archived_though_the_batch_is_already(a
     assert content["jobs"] == counted(5, changed=1)
 
 
-async def test_a_deleted_batch_is_gone_with_its_jobs_and_their_files(api: Api) -> None:
+async def test_delete_batch_removes_jobs_and_files(api: Api) -> None:
     batch = await api.submit_batch({"text": "a"}, {"text": "b"})
     path, job_id = f"{BATCHES}/{batch['batch_id']}", batch["job_ids"][0]
     finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     job = (await api.get(f"/api/events/jobs/{job_id}", finished["position"])).json()["job"]
     assert (await api.get(job["results"]["markdown_url"])).status_code == 200
 
-    answer = await api.http.delete(path)
-    assert answer.status_code == 200, answer.text
-    assert (answer.json()["batch"], answer.json()["jobs"]) == (None, counted(2, changed=2))
-    position = answer.headers["ledger-position"]
+    response = await api.http.delete(path)
+    assert response.status_code == 200, response.text
+    assert (response.json()["batch"], response.json()["jobs"]) == (None, counted(2, changed=2))
+    position = response.headers["ledger-position"]
     for gone in (path, f"/api/events/jobs/{job_id}", job["results"]["markdown_url"]):
         assert (await api.get(gone, position)).status_code == 404
     assert (await api.get("/api/events/jobs")).json()["total"] == (await api.get(BATCHES)).json()["total"] == 0
@@ -251,16 +251,16 @@ async def test_a_deleted_batch_is_gone_with_its_jobs_and_their_files(api: Api) -
     assert (await api.post(f"{path}/restart")).json()["code"] == "batch_not_found"
 
 
-async def test_a_batch_at_work_is_not_deleted_and_neither_is_any_of_its_jobs(api_without_worker: Api) -> None:
+async def test_delete_of_unfinished_batch_is_rejected_without_event(api_without_worker: Api) -> None:
     batch_id, _ = await in_every_state(api_without_worker)
     head = await api_without_worker.event_store.head_position()
-    answer = await api_without_worker.http.delete(f"{BATCHES}/{batch_id}")
-    assert (answer.status_code, answer.json()["code"]) == (409, "invalid_state")
-    assert "cancel it first" in answer.json()["message"]
+    response = await api_without_worker.http.delete(f"{BATCHES}/{batch_id}")
+    assert (response.status_code, response.json()["code"]) == (409, "invalid_state")
+    assert "cancel it first" in response.json()["message"]
     assert await api_without_worker.event_store.head_position() == head
 
 
-async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
+async def test_delete_batch_with_job_restarted_meanwhile_is_rejected(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = await api_without_worker.submit_batch({}, {})
@@ -275,9 +275,9 @@ async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
             yield part
 
     monkeypatch.setattr(api_without_worker.event_store, "iterate_stream_batches", overtaken)
-    answer = await api_without_worker.http.delete(path)
-    assert (answer.status_code, answer.json()["code"]) == (409, "invalid_state")
-    details = answer.json()["details"]
+    response = await api_without_worker.http.delete(path)
+    assert (response.status_code, response.json()["code"]) == (409, "invalid_state")
+    details = response.json()["details"]
     assert details["jobs"] == counted(2, changed=1, refused=1)
     assert [(it["job_id"], it["code"]) for it in details["rejections"]] == [(two, "invalid_state")]
     head = await api_without_worker.event_store.head_position()
@@ -289,9 +289,9 @@ async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
 
 
 @soak_only
-async def test_ten_thousand_jobs_are_acted_on_within_seconds(api_without_worker: Api) -> None:
-    answer = await api_without_worker.post(BATCHES, {"jobs": [{"job_type": "echo", "parameters": {}}] * 10_000})
-    batch_id = answer.json()["batch_id"]
+async def test_actions_on_ten_thousand_jobs_take_seconds(api_without_worker: Api) -> None:
+    response = await api_without_worker.post(BATCHES, {"jobs": [{"job_type": "echo", "parameters": {}}] * 10_000})
+    batch_id = response.json()["batch_id"]
     for action, event in (("cancel", "JobCancelled"), ("restart", "JobRestarted"), ("archive", "JobArchived")):
         began = time.monotonic()
         content, _ = await act(
@@ -304,15 +304,15 @@ async def test_ten_thousand_jobs_are_acted_on_within_seconds(api_without_worker:
 
 
 @pytest.mark.parametrize("batch_id", ["batch-000000000000000000000000", "job-000000000000000000000000", "nonsense"])
-async def test_nothing_can_be_done_with_a_batch_that_does_not_exist(api_without_worker: Api, batch_id: str) -> None:
-    answers = [await api_without_worker.post(f"{BATCHES}/{batch_id}/{action}") for action in ACTIONS]
-    answers.append(await api_without_worker.http.delete(f"{BATCHES}/{batch_id}"))
-    assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(404, "batch_not_found")}
+async def test_action_on_missing_batch_is_not_found(api_without_worker: Api, batch_id: str) -> None:
+    responses = [await api_without_worker.post(f"{BATCHES}/{batch_id}/{action}") for action in ACTIONS]
+    responses.append(await api_without_worker.http.delete(f"{BATCHES}/{batch_id}"))
+    assert {(response.status_code, response.json()["code"]) for response in responses} == {(404, "batch_not_found")}
     assert await api_without_worker.event_store.head_position() == 0
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(api_without_worker: Api, action: str) -> None:
+async def test_action_with_invalid_body_is_rejected_without_event(api_without_worker: Api, action: str) -> None:
     batch_id, _ = await in_every_state(api_without_worker)
     head, path = await api_without_worker.event_store.head_position(), f"{BATCHES}/{batch_id}/{action}"
     wrong: list[tuple[Any, str]] = [
@@ -323,9 +323,9 @@ async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(api_wit
         ({"only": "some"} if action == "restart" else {"only": "failed"}, "only"),
     ]
     for body, where in wrong:
-        answer = await api_without_worker.post(path, body)
-        assert answer.status_code == 422, f"{body}: {answer.text}"
-        assert answer.json()["details"]["errors"][0]["path"] == where
+        response = await api_without_worker.post(path, body)
+        assert response.status_code == 422, f"{body}: {response.text}"
+        assert response.json()["details"]["errors"][0]["path"] == where
     assert (
         await api_without_worker.http.post(path, content=b"x=1", headers={"Content-Type": "text/plain"})
     ).status_code == 415
@@ -335,7 +335,7 @@ async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(api_wit
     assert await api_without_worker.event_store.head_position() == head
 
 
-async def test_access_lists_that_multiply_the_list_index_are_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_access_lists_over_list_index_limit_are_rejected(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """The body is far below its limit, and so are the events."""
     monkeypatch.setattr(limits, "MAX_BATCH_LIST_INDEX_BYTES", 5_000_000)
     access = {"read_access": [f"{index:03}" + "x" * 197 for index in range(200)]}
@@ -343,19 +343,19 @@ async def test_access_lists_that_multiply_the_list_index_are_refused(api: Api, m
     inherited = {"jobs": many, "access_control": access}
     own = {"jobs": [{**job, "access_control": access} for job in many]}
     for body in (inherited, own):
-        answer = await api.http.post(BATCHES, json=body)
-        assert (answer.status_code, answer.json()["code"]) == (413, "content_too_large"), answer.text[:300]
-        assert "access_control" in answer.json()["message"]
+        response = await api.http.post(BATCHES, json=body)
+        assert (response.status_code, response.json()["code"]) == (413, "content_too_large"), response.text[:300]
+        assert "access_control" in response.json()["message"]
     assert (await api.http.post(BATCHES, json={"jobs": few, "access_control": access})).status_code == 202
     batch = await api.submit_batch(*[{}] * 10)
-    answer = await api.http.put(f"{BATCHES}/{batch['batch_id']}", json={"access_control": access})
-    assert (answer.status_code, answer.json()["code"]) == (413, "content_too_large"), answer.text[:300]
+    response = await api.http.put(f"{BATCHES}/{batch['batch_id']}", json={"access_control": access})
+    assert (response.status_code, response.json()["code"]) == (413, "content_too_large"), response.text[:300]
 
 
-async def test_update_whose_access_lists_multiply_is_refused_before_anything_is_written(api: Api) -> None:
+async def test_update_over_list_index_limit_appends_no_event(api: Api) -> None:
     batch = await api.submit_batch(*[{}] * 900)
     names = [f"{index:03}" + "x" * 197 for index in range(200)]
-    answer = await api.http.put(f"{BATCHES}/{batch['batch_id']}", json={"access_control": {"read_access": names}})
-    assert (answer.status_code, answer.json()["code"]) == (413, "content_too_large"), answer.text[:300]
-    assert "access_control" in answer.json()["message"]
+    response = await api.http.put(f"{BATCHES}/{batch['batch_id']}", json={"access_control": {"read_access": names}})
+    assert (response.status_code, response.json()["code"]) == (413, "content_too_large"), response.text[:300]
+    assert "access_control" in response.json()["message"]
     assert not [it for it in await api.event_store.read_stream(batch["batch_id"]) if it.type == "BatchAccessChanged"]

@@ -12,8 +12,8 @@ from tests.api.conftest import Api
 GOOD: dict[str, Any] = {"job_type": "echo", "parameters": {}}
 
 
-async def test_a_batch_is_accepted_with_all_its_jobs(api_without_worker: Api) -> None:
-    answer = await api_without_worker.post(
+async def test_submit_batch_creates_all_jobs_with_merged_parameters(api_without_worker: Api) -> None:
+    response = await api_without_worker.post(
         "/api/events/batches",
         {
             "batch_name": "Saturday",
@@ -22,21 +22,21 @@ async def test_a_batch_is_accepted_with_all_its_jobs(api_without_worker: Api) ->
             "jobs": [GOOD, {"job_type": "echo", "parameters": {"colour": "red"}, "user_id": "bob"}],
         },
     )
-    content, position = answer.json(), answer.headers["ledger-position"]
+    content, position = response.json(), response.headers["ledger-position"]
     jobs = [
         (await api_without_worker.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
         for job_id in content["job_ids"]
     ]
 
-    assert answer.status_code == 202
-    assert answer.headers["location"] == f"/api/events/batches/{content['batch_id']}"
+    assert response.status_code == 202
+    assert response.headers["location"] == f"/api/events/batches/{content['batch_id']}"
     assert content["batch"]["total_jobs"] == content["batch"]["pending_jobs"] == 2
     assert [job["parameters"] for job in jobs] == [{"track": "A", "colour": "blue"}, {"track": "A", "colour": "red"}]
     assert [job["user_id"] for job in jobs] == ["ada", "bob"]
     assert {job["batch_id"] for job in jobs} == {content["batch_id"]}
 
 
-async def test_a_batch_answers_at_once_under_its_location(api_without_worker: Api) -> None:
+async def test_submitted_batch_is_readable_at_once(api_without_worker: Api) -> None:
     for _ in range(10):
         batch = await api_without_worker.submit_batch({}, {}, {})
         found = (await api_without_worker.get(f"/api/events/batches/{batch['batch_id']}")).json()["batch"]
@@ -44,7 +44,7 @@ async def test_a_batch_answers_at_once_under_its_location(api_without_worker: Ap
         assert found["job_ids"] == batch["job_ids"]
 
 
-async def test_a_batch_that_has_ended_has_counted_its_jobs(api: Api) -> None:
+async def test_finished_batch_has_job_counts_by_status(api: Api) -> None:
     batch = await api.submit_batch({}, {"fail": "on purpose"}, {})
     finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     found = (await api.get(f"/api/events/batches/{batch['batch_id']}", finished["position"])).json()["batch"]
@@ -55,7 +55,7 @@ async def test_a_batch_that_has_ended_has_counted_its_jobs(api: Api) -> None:
     assert found["completed_at"] is not None
 
 
-async def test_batches_are_listed_by_status_and_owner_newest_first(api: Api) -> None:
+async def test_batch_list_filters_by_status_and_owner_newest_first(api: Api) -> None:
     done = await api.submit_batch({})
     finished = await api.wait_for_event(done["batch_id"], "BatchFinished")
     busy = await api.submit_batch({"seconds": 3600}, user_id="ada")
@@ -90,41 +90,41 @@ async def test_batches_are_listed_by_status_and_owner_newest_first(api: Api) -> 
     ],
     ids=str,
 )
-async def test_one_invalid_job_refuses_the_whole_batch_and_is_named_by_its_index(
+async def test_submit_batch_with_invalid_job_is_rejected_with_its_index(
     api_without_worker: Api, invalid: Any, path: str
 ) -> None:
     webhook = {"url": "https://example.org/", "headers": {"A": "b"}}
-    answer = await api_without_worker.post(
+    response = await api_without_worker.post(
         "/api/events/batches", {"jobs": [GOOD, GOOD, invalid, GOOD], "webhook": webhook}
     )
 
-    content = answer.json()
-    assert answer.status_code == 422
+    content = response.json()
+    assert response.status_code == 422
     assert path in [problem["path"] for problem in content["details"]["errors"]], content
     assert content["message"].startswith("jobs[2]")
     assert await api_without_worker.event_store.head_position() == 0
 
 
 @pytest.mark.parametrize("jobs", [[], {}, "x", None, 3], ids=str)
-async def test_a_batch_without_jobs_is_refused(api_without_worker: Api, jobs: Any) -> None:
-    answer = await api_without_worker.post("/api/events/batches", {"jobs": jobs})
+async def test_submit_batch_without_jobs_is_rejected(api_without_worker: Api, jobs: Any) -> None:
+    response = await api_without_worker.post("/api/events/batches", {"jobs": jobs})
 
-    assert answer.status_code == 422
-    assert answer.json()["details"]["errors"][0]["path"] == "jobs"
+    assert response.status_code == 422
+    assert response.json()["details"]["errors"][0]["path"] == "jobs"
 
 
-async def test_ten_thousand_jobs_are_one_batch_and_one_more_is_refused(api_without_worker: Api) -> None:
+async def test_submit_batch_accepts_ten_thousand_jobs_but_not_one_more(api_without_worker: Api) -> None:
     refused = await api_without_worker.post("/api/events/batches", {"jobs": [GOOD] * 10_001})
     assert refused.status_code == 422
     assert "10000" in refused.json()["message"]
     assert await api_without_worker.event_store.head_position() == 0
 
     began = time.monotonic()
-    answer = await api_without_worker.post("/api/events/batches", {"jobs": [GOOD] * 10_000})
-    assert answer.status_code == 202, answer.text[:500]
+    response = await api_without_worker.post("/api/events/batches", {"jobs": [GOOD] * 10_000})
+    assert response.status_code == 202, response.text[:500]
     assert time.monotonic() - began < 30
-    assert len(set(answer.json()["job_ids"])) == 10_000
-    position = answer.headers["ledger-position"]
+    assert len(set(response.json()["job_ids"])) == 10_000
+    position = response.headers["ledger-position"]
     assert position == "10001"
     stats = await _once_the_views_have(api_without_worker, position)
     assert stats["jobs"]["pending"] == 10_000
@@ -136,11 +136,11 @@ async def _once_the_views_have(api: Api, position: str) -> dict[str, Any]:
     """Ask as a client should: again, when told so by a 503 with Retry-After."""
     deadline = time.monotonic() + 60
     while True:
-        answer = await api.get("/api/monitoring/events/stats", position)
-        if answer.status_code == 200:
-            stats: dict[str, Any] = answer.json()["stats"]
+        response = await api.get("/api/monitoring/events/stats", position)
+        if response.status_code == 200:
+            stats: dict[str, Any] = response.json()["stats"]
             return stats
-        assert answer.status_code == 503
-        assert answer.json()["code"] == "projection_lagging"
-        assert "retry-after" in answer.headers
+        assert response.status_code == 503
+        assert response.json()["code"] == "projection_lagging"
+        assert "retry-after" in response.headers
         assert time.monotonic() < deadline, "the views do not get there"

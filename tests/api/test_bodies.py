@@ -180,7 +180,7 @@ def cpu_seconds(role: RunningCommand) -> float:
 
 @contextmanager
 def longest_stall(role: RunningCommand) -> Iterator[list[float]]:
-    """Ask for /healthz all the time; yield the seconds that the answers took."""
+    """Ask for /healthz all the time; yield the seconds that the responses took."""
     seconds, stop = [0.0], False
 
     def ask() -> None:
@@ -221,24 +221,24 @@ def test_body_costs_bounded_time_and_memory(role: RunningCommand, client: httpx.
     before, used = memory_mb(role, "VmRSS"), cpu_seconds(role)
 
     with longest_stall(role) as stalls:
-        answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        response = client.post(path, content=body, headers={"Content-Type": "application/json"})
 
-    assert answer.status_code == status, answer.text[:300]
-    assert len(answer.content) < 40_000
-    assert len(answer.json()["details"].get("errors", ())) <= 100
+    assert response.status_code == status, response.text[:300]
+    assert len(response.content) < 40_000
+    assert len(response.json()["details"].get("errors", ())) <= 100
     assert cpu_seconds(role) - used < MOST_CPU_SECONDS
     assert memory_mb(role, "VmRSS") - before < MOST_MEMORY_MB
     assert max(stalls) < LONGEST_STALL_SECONDS
 
 
-def test_batch_of_ten_thousand_sessions_is_accepted_and_holds_up_nobody(
+def test_batch_of_ten_thousand_sessions_does_not_block_other_requests(
     role: RunningCommand, client: httpx.Client
 ) -> None:
     fields = {"speakers": ["Ada Lovelace", "Grace Hopper"], "day": "Sunday", "extra": {"room": "H.1302, first floor"}}
     jobs = [session(**fields, starttime="09:30", endtime="10:00") for _ in range(10_000)]
     with longest_stall(role) as stalls:
-        answer = client.post(BATCHES, json={"jobs": jobs})
-    assert answer.status_code == 202, answer.text[:300]
+        response = client.post(BATCHES, json={"jobs": jobs})
+    assert response.status_code == 202, response.text[:300]
     assert max(stalls) < LONGEST_STALL_SECONDS
 
 
@@ -260,24 +260,24 @@ def test_batch_of_ten_thousand_sessions_is_accepted_and_holds_up_nobody(
         ("die", 422, "ended its process (exit code 7)"),
     ],
 )
-def test_validator_of_a_plugin_affects_only_its_request(
-    client: httpx.Client, deed: str, status: int, words: str
-) -> None:
-    answer = client.post(JOBS, json={"job_type": "odd", "parameters": {"do": deed}})
-    assert answer.status_code == status, answer.text
-    assert words in answer.text
+def test_plugin_validator_affects_only_its_request(client: httpx.Client, deed: str, status: int, words: str) -> None:
+    response = client.post(JOBS, json={"job_type": "odd", "parameters": {"do": deed}})
+    assert response.status_code == status, response.text
+    assert words in response.text
     if status == 422:
-        assert answer.json()["details"]["errors"][0]["path"].startswith("parameters")
+        assert response.json()["details"]["errors"][0]["path"].startswith("parameters")
     assert client.post(JOBS, json={"job_type": "odd", "parameters": {"do": "fine"}}).status_code == 202
 
 
-def test_validator_that_never_ends_holds_up_nobody_and_is_ended(role: RunningCommand, client: httpx.Client) -> None:
+def test_endless_plugin_validator_is_stopped_without_blocking_others(
+    role: RunningCommand, client: httpx.Client
+) -> None:
     endless = {"job_type": "odd", "parameters": {"do": "regex"}}
     with longest_stall(role) as stalls:
-        answer = client.post(BATCHES, json={"jobs": [endless, endless]})
-    assert (answer.status_code, answer.json()["code"]) == (503, "validation_timeout")
-    assert "odd" in answer.json()["message"]
-    assert "Retry-After" in answer.headers
+        response = client.post(BATCHES, json={"jobs": [endless, endless]})
+    assert (response.status_code, response.json()["code"]) == (503, "validation_timeout")
+    assert "odd" in response.json()["message"]
+    assert "Retry-After" in response.headers
     assert max(stalls) < LONGEST_STALL_SECONDS
     assert client.post(JOBS, json={"job_type": "odd", "parameters": {"do": "fine"}}).status_code == 202
 
@@ -286,7 +286,7 @@ def test_validator_that_never_ends_holds_up_nobody_and_is_ended(role: RunningCom
 
 
 @pytest.mark.parametrize("text", [r"a\\", r"\"[{,", "[,{" * 400_000, '\\\\"' * 300_000])
-def test_counting_values_leaves_out_strings(text: str) -> None:
+def test_estimate_value_count_ignores_content_of_strings(text: str) -> None:
     body = json.dumps({"a": [text, 1, {"b": []}], text: text}).encode()
     values, containers = estimate_value_count(bytearray(body))
     if values + containers > 20:  # few enough not to be looked at closely
@@ -296,7 +296,7 @@ def test_counting_values_leaves_out_strings(text: str) -> None:
         assert (values, containers) == (8, 4)
 
 
-def test_counting_values_of_a_text_that_stands_often_leaves_out_strings() -> None:
+def test_estimate_value_count_above_limit_ignores_content_of_strings() -> None:
     body = bytearray(json.dumps({"prompt": "[,{" * 400}).encode())
     assert estimate_value_count(body)[0] > 1000
     assert estimate_value_count(body, 1000) == (2, 1)
@@ -328,7 +328,7 @@ def repeats(value: object) -> bool:
 
 
 @given(_JSON, st.booleans())
-def test_names_repeated_in_any_object_are_refused_and_no_others(value: object, spelled: bool) -> None:
+def test_check_duplicate_names_rejects_only_repeated_names(value: object, spelled: bool) -> None:
     body = bytearray(text_of(value, repeat(spelled)).encode())
     with ExitStack() as stack:
         if repeats(value):
@@ -336,7 +336,7 @@ def test_names_repeated_in_any_object_are_refused_and_no_others(value: object, s
         _check_duplicate_names(body, from_json(body), MemoryReservation(MemoryBudget(10_000)))
 
 
-def test_errors_of_a_beginning_are_told_only_if_they_are_errors_of_the_whole() -> None:
+def test_validate_content_reports_only_errors_of_the_whole_content() -> None:
     fields = {f"a{index}": 1 for index in range(150)} | session()["parameters"]
     with pytest.raises(ApiError) as refused:
         validate_content(SessionParameters, fields)
@@ -345,7 +345,7 @@ def test_errors_of_a_beginning_are_told_only_if_they_are_errors_of_the_whole() -
     assert named <= {f"a{index}" for index in range(100)}  # and not the fields behind those, as missing
 
 
-def test_memory_is_reserved_and_given_back() -> None:
+def test_memory_reservation_is_limited_and_released() -> None:
     budget = MemoryBudget(100)
     with ExitStack() as stack:
         one, other = MemoryReservation(budget), MemoryReservation(budget)

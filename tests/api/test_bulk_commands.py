@@ -70,7 +70,7 @@ async def submitted(log: EventStore, count: int) -> list[str]:
     return job_ids
 
 
-async def test_a_job_that_has_ended_meanwhile_is_named_and_the_others_are_changed(ledger: Ledger) -> None:
+async def test_bulk_cancel_reports_job_that_finished_meanwhile(ledger: Ledger) -> None:
     job_ids = await submitted(ledger.event_store, 4)
     overtake(ledger, job_ids[1], CancelJob("user:bob"))
     outcome = await cancel_each(ledger.event_store, job_ids)
@@ -82,7 +82,7 @@ async def test_a_job_that_has_ended_meanwhile_is_named_and_the_others_are_change
     assert outcome.position == await ledger.event_store.head_position()
 
 
-async def test_a_job_that_was_started_meanwhile_is_decided_on_anew(ledger: Ledger) -> None:
+async def test_bulk_cancel_decides_again_for_job_claimed_meanwhile(ledger: Ledger) -> None:
     job_ids = await submitted(ledger.event_store, 2)
     overtake(ledger, job_ids[0], ClaimJob("w", datetime.now(UTC)))
     outcome = await cancel_each(ledger.event_store, job_ids)
@@ -90,7 +90,7 @@ async def test_a_job_that_was_started_meanwhile_is_decided_on_anew(ledger: Ledge
     assert outcome.rejections == []
 
 
-async def test_a_job_that_was_deleted_before_or_meanwhile_is_passed_over(ledger: Ledger) -> None:
+async def test_bulk_cancel_skips_deleted_jobs(ledger: Ledger) -> None:
     job_ids = await submitted(ledger.event_store, 3)
     await handle_command(ledger.event_store, job_ids[0], Delete("user:bob"), meta=EVENT_METADATA)
     overtake(ledger, job_ids[1], Delete("user:bob"))
@@ -98,7 +98,7 @@ async def test_a_job_that_was_deleted_before_or_meanwhile_is_passed_over(ledger:
     assert (outcome.total, outcome.changed, outcome.rejections) == (1, 1, [])
 
 
-async def test_of_many_refusals_the_first_are_told_and_all_are_counted(
+async def test_bulk_delete_lists_first_rejections_and_counts_all(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bulk, "MAX_REJECTIONS_LISTED", 2)
@@ -113,7 +113,7 @@ async def test_of_many_refusals_the_first_are_told_and_all_are_counted(
     assert [refused["job_id"] for refused in shown["rejections"]] == job_ids[:2]
 
 
-async def test_a_job_that_a_later_version_has_changed_is_left_to_that_version(ledger: Ledger) -> None:
+async def test_bulk_cancel_rejects_job_with_unknown_event_type(ledger: Ledger) -> None:
     job_ids = await submitted(ledger.event_store, 2)
     repainted: type[Event] = create_model("JobRepainted", __base__=Event)
     head = (await load_stream_state(ledger.event_store, job_ids[0])).head
@@ -125,7 +125,7 @@ async def test_a_job_that_a_later_version_has_changed_is_left_to_that_version(le
     ]
 
 
-async def test_what_cannot_be_stored_for_any_job_is_an_error_of_the_whole(ledger: Ledger) -> None:
+async def test_bulk_cancel_with_invalid_event_raises_and_appends_nothing(ledger: Ledger) -> None:
     job_ids = await submitted(ledger.event_store, 3)
     head = await ledger.event_store.head_position()
     with pytest.raises(InvalidEvent):
@@ -135,9 +135,7 @@ async def test_what_cannot_be_stored_for_any_job_is_an_error_of_the_whole(ledger
     assert await ledger.event_store.head_position() == head
 
 
-async def test_a_log_that_is_too_busy_is_an_error_of_the_whole_and_it_can_be_done_again(
-    mongodb_uri: str, db_name: str
-) -> None:
+async def test_bulk_cancel_on_busy_ledger_raises_and_can_be_repeated(mongodb_uri: str, db_name: str) -> None:
     limits = EventStoreLimits(max_pending_events=10)
     async with open_ledger(Connection(mongodb_uri, db_name), limits, with_change_stream=False) as ledger:
         job_ids = await submitted(ledger.event_store, 100)
@@ -152,7 +150,7 @@ async def test_a_log_that_is_too_busy_is_an_error_of_the_whole_and_it_can_be_don
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 1000])
-async def test_bulk_reads_part_after_part_and_acts_on_each_job_once(
+async def test_bulk_cancel_handles_each_job_once_for_any_chunk_size(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     """Wherever the database ends a part: in a stream, or between two."""

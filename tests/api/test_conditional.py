@@ -90,8 +90,8 @@ async def test_etag_changes_with_the_batch_of_a_pending_job(api_without_worker: 
     position = await api_without_worker.event_store.head_position()
     known = (await api_without_worker.get(path, position)).headers["etag"]
     for action, is_paused in (("pause", True), ("resume", False)):
-        answer = await api_without_worker.post(f"/api/events/batches/{batch['batch_id']}/{action}")
-        response = await api_without_worker.get(path, answer.headers["ledger-position"], **{"If-None-Match": known})
+        response = await api_without_worker.post(f"/api/events/batches/{batch['batch_id']}/{action}")
+        response = await api_without_worker.get(path, response.headers["ledger-position"], **{"If-None-Match": known})
         assert response.status_code == 200
         assert response.json()["job"]["paused"] is is_paused
         known = response.headers["etag"]
@@ -143,7 +143,7 @@ def test_etag_changes_with_each_part_of_the_openapi_document() -> None:
         assert len(etags) == number, field
 
 
-async def test_docs_are_sent_once_to_a_client_that_keeps_them(api_without_worker: Api) -> None:
+async def test_docs_with_matching_etag_are_not_modified(api_without_worker: Api) -> None:
     for path in ("/api/openapi.json", "/api/docs"):
         known = (await api_without_worker.get(path)).headers["etag"]
         for tags, status in (
@@ -158,7 +158,7 @@ async def test_docs_are_sent_once_to_a_client_that_keeps_them(api_without_worker
         assert (await api_without_worker.get(path, **{"If-Match": '"other"'})).status_code == 412
 
 
-async def test_static_files_have_a_url_for_each_version_instead_of_a_validator(api_without_worker: Api) -> None:
+async def test_static_files_have_versioned_url_and_no_validator(api_without_worker: Api) -> None:
     page = await api_without_worker.get("/monitoring/events")
     [path, *_] = [word for word in page.text.split('"') if "/static/" in word]
     response = await api_without_worker.http.get(str(httpx.URL("/monitoring/events").join(path)))

@@ -23,7 +23,7 @@ async def submitted(api: Api, *more: Any) -> list[Document]:
     return [dict(event.document) for event in events]
 
 
-async def test_a_damaged_event_keeps_no_other_from_its_readers(api_without_worker: Api) -> None:
+async def test_damaged_event_does_not_hide_other_events(api_without_worker: Api) -> None:
     [first] = await submitted(api_without_worker)
     damaged, archived = await submitted(api_without_worker, JobArchived(by="user:local"))
     [last] = await submitted(api_without_worker)
@@ -33,9 +33,9 @@ async def test_a_damaged_event_keeps_no_other_from_its_readers(api_without_worke
         if place in ("stream", "version"):  # then it is found in no stream, or at another version
             continue
         await api_without_worker.db.events.update_one({"_id": damaged["_id"]}, {"$set": {place: value}})
-        answer = await api_without_worker.get("/api/ledger/events?limit=1000")
-        assert answer.status_code == 200, (place, value, answer.text)
-        assert [event["position"] for event in answer.json()["events"]] == positions
+        response = await api_without_worker.get("/api/ledger/events?limit=1000")
+        assert response.status_code == 200, (place, value, response.text)
+        assert [event["position"] for event in response.json()["events"]] == positions
         for path in (
             f"/api/ledger/events?stream={job}",
             f"/api/events/jobs/{job}/history",
@@ -46,17 +46,17 @@ async def test_a_damaged_event_keeps_no_other_from_its_readers(api_without_worke
             "/monitoring/events/log",
             f"/monitoring/events/jobs/{job}",
         ):
-            answer = await api_without_worker.get(path)
-            assert answer.status_code == 200, (place, value, path, answer.text)
+            response = await api_without_worker.get(path)
+            assert response.status_code == 200, (place, value, path, response.text)
         for then in (archived["_id"], "2030-01-01T00:00:00Z"):
-            answer = await api_without_worker.get(f"/api/events/jobs/{job}?as_of={then}")
-            assert answer.status_code in (200, 404, 409), (place, value, answer.text)
+            response = await api_without_worker.get(f"/api/events/jobs/{job}?as_of={then}")
+            assert response.status_code in (200, 404, 409), (place, value, response.text)
         async with asyncio.timeout(DEADLINE_SECONDS), aclosing(api_without_worker.stream_events(after=0)) as events:
             assert [(await anext(events))["position"] for _ in positions] == positions
         await api_without_worker.db.events.replace_one({"_id": damaged["_id"]}, damaged)
 
 
-async def test_a_stub_says_which_field_is_damaged(api_without_worker: Api) -> None:
+async def test_stub_of_damaged_event_names_the_field(api_without_worker: Api) -> None:
     [damaged] = await submitted(api_without_worker)
     await api_without_worker.db.events.update_one(
         {"_id": damaged["_id"]}, {"$set": {"data.parameters.text": b"\xde\xad\xbe\xef"}}

@@ -50,29 +50,29 @@ async def refused_in_time(api: Api, method: str, path: str, seconds: float = ANS
     """Check that a request is refused with 503, in the envelope, within so many seconds."""
     began = time.monotonic()
     content = {"job_type": "echo", "parameters": {}} if method == "POST" else None
-    answer = await api.http.request(method, path, json=content, timeout=seconds)
-    assert answer.status_code == 503, f"{path}: {answer.text}"
-    assert answer.json()["code"] == "database_unavailable"
-    assert int(answer.headers["retry-after"]) > 0
-    assert "Traceback" not in answer.text
+    response = await api.http.request(method, path, json=content, timeout=seconds)
+    assert response.status_code == 503, f"{path}: {response.text}"
+    assert response.json()["code"] == "database_unavailable"
+    assert int(response.headers["retry-after"]) > 0
+    assert "Traceback" not in response.text
     assert time.monotonic() - began < seconds
 
 
 async def is_behind(api: Api) -> bool:
-    async with api.http.stream("GET", "/api/ledger/stream", headers=api.principal_headers) as answer:
-        return answer.status_code == 503
+    async with api.http.stream("GET", "/api/ledger/stream", headers=api.principal_headers) as response:
+        return response.status_code == 503
 
 
 async def accepted_again(api: Api) -> None:
     """Submit as a client should, again and again, until it is accepted; then the job is done."""
     deadline = time.monotonic() + BACK_SECONDS
     while True:
-        answer = await api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})
-        if answer.status_code == 202:
+        response = await api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})
+        if response.status_code == 202:
             break
-        assert answer.status_code == 503, answer.text
+        assert response.status_code == 503, response.text
         assert time.monotonic() < deadline, "the API does not find the database again"
-    job_id = answer.json()["job_id"]
+    job_id = response.json()["job_id"]
     while await is_behind(
         api
     ):  # who may see what is known from the change stream, which is opened again a little later
@@ -83,7 +83,7 @@ async def accepted_again(api: Api) -> None:
     assert (await api.get("/readyz")).status_code == 200
 
 
-async def test_a_killed_database_is_a_503_and_its_return_is_enough(api: Api, server: EmbeddedServer) -> None:
+async def test_killed_database_gives_503_until_it_returns(api: Api, server: EmbeddedServer) -> None:
     before = await api.submit()
     await api.wait_until_finished(before)
     os.kill(server.pid, signal.SIGKILL)
@@ -99,9 +99,7 @@ async def test_a_killed_database_is_a_503_and_its_return_is_enough(api: Api, ser
     assert (await api.get(f"/api/events/jobs/{before}")).json()["job"]["status"] == "completed"
 
 
-async def test_readyz_when_the_database_stops_answering_is_a_503_within_seconds(
-    api: Api, server: EmbeddedServer
-) -> None:
+async def test_readyz_with_frozen_database_gives_503_within_seconds(api: Api, server: EmbeddedServer) -> None:
     assert (await api.get("/readyz")).status_code == 200
     os.kill(server.pid, signal.SIGSTOP)
     try:
@@ -111,7 +109,7 @@ async def test_readyz_when_the_database_stops_answering_is_a_503_within_seconds(
 
 
 @soak_only
-async def test_a_database_that_stands_still_is_a_503_in_bounded_time(api: Api, server: EmbeddedServer) -> None:
+async def test_frozen_database_gives_503_in_bounded_time(api: Api, server: EmbeddedServer) -> None:
     before = await api.submit()
     await api.wait_until_finished(before)
     os.kill(server.pid, signal.SIGSTOP)
@@ -120,7 +118,7 @@ async def test_a_database_that_stands_still_is_a_503_in_bounded_time(api: Api, s
             await refused_in_time(api, "GET", path)
         assert (await api.get("/healthz")).status_code == 200
     except httpx.ReadTimeout:
-        pytest.fail(f"no answer within {ANSWER_SECONDS} s while the database stands still")
+        pytest.fail(f"no response within {ANSWER_SECONDS} s while the database stands still")
     finally:
         os.kill(server.pid, signal.SIGCONT)
     await accepted_again(api)

@@ -1,4 +1,4 @@
-"""An ETag covers everything that a job or batch is shown with: two different answers never have the same one."""
+"""An ETag covers everything that a job or batch is shown with: two different responses never have the same one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VIEWERS = {
 ACCESS = {"visibility": "public", "read_access": ["reader"], "write_access": ["writer"]}
 
 
-async def test_etag_of_different_bodies_of_one_address_differs(header_auth_api: Api) -> None:
+async def test_etag_differs_between_different_bodies_of_one_url(header_auth_api: Api) -> None:
     owner = header_auth_api.as_user("owner")
     batch = await owner.submit_batch({}, {}, access_control=ACCESS)
     batch_id, job_id = batch["batch_id"], batch["job_ids"][0]
@@ -34,10 +34,10 @@ async def test_etag_of_different_bodies_of_one_address_differs(header_auth_api: 
         ("POST", f"{job_url}/archive", None),
         ("POST", f"{batch_url}/cancel", None),
     ):
-        answer = await header_auth_api.http.request(method, path, json=content, headers=VIEWERS["owner"])
-        assert answer.status_code == 200, answer.text
+        response = await header_auth_api.http.request(method, path, json=content, headers=VIEWERS["owner"])
+        assert response.status_code == 200, response.text
         if method != "GET":
-            position = answer.headers["ledger-position"]
+            position = response.headers["ledger-position"]
         for url in (job_url, f"{job_url}?as_of={position}", batch_url, f"{batch_url}?as_of={position}"):
             for headers in VIEWERS.values():
                 found = await header_auth_api.get(url, position, **headers)
@@ -50,12 +50,12 @@ async def test_etag_of_different_bodies_of_one_address_differs(header_auth_api: 
     assert all(len(found) > 5 for url, found in bodies.items() if "?" not in url)
 
 
-async def test_job_as_it_was_is_paused_if_its_batch_was(api_without_worker: Api) -> None:
+async def test_job_as_of_position_is_paused_if_its_batch_was(api_without_worker: Api) -> None:
     batch = await api_without_worker.submit_batch({})
     url = f"/api/events/jobs/{batch['job_ids'][0]}"
     seen = [(await api_without_worker.event_store.head_position(), False)]
     for action, paused in (("pause", True), ("resume", False), ("pause", True)):
-        answer = await api_without_worker.post(f"/api/events/batches/{batch['batch_id']}/{action}")
-        seen.append((int(answer.headers["ledger-position"]), paused))
+        response = await api_without_worker.post(f"/api/events/batches/{batch['batch_id']}/{action}")
+        seen.append((int(response.headers["ledger-position"]), paused))
     for position, paused in seen:
         assert (await api_without_worker.get(f"{url}?as_of={position}")).json()["job"]["paused"] == paused, position

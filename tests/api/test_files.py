@@ -70,40 +70,40 @@ async def add_file(
         ("unknown", "application/octet-stream"),
     ],
 )
-async def test_a_file_is_served_as_what_it_is_and_can_never_run_a_script(
+async def test_file_has_its_media_type_and_cannot_run_scripts(
     api_without_worker: Api, name: str, media_type: str
 ) -> None:
     digest = await add_file(api_without_worker, f"c/t/{name}", media_type=media_type)
-    answer = await api_without_worker.get(f"{FILES}c/t/{name}")
+    response = await api_without_worker.get(f"{FILES}c/t/{name}")
 
-    assert answer.status_code == 200
-    assert answer.content == CONTENT
-    assert answer.headers["content-type"] == media_type
-    assert answer.headers["content-length"] == str(len(CONTENT))
-    assert answer.headers["etag"] == f'"{file_tag(digest, media_type)}"'
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    policy = [part.strip() for part in answer.headers["content-security-policy"].split(";")]
+    assert response.status_code == 200
+    assert response.content == CONTENT
+    assert response.headers["content-type"] == media_type
+    assert response.headers["content-length"] == str(len(CONTENT))
+    assert response.headers["etag"] == f'"{file_tag(digest, media_type)}"'
+    assert response.headers["x-content-type-options"] == "nosniff"
+    policy = [part.strip() for part in response.headers["content-security-policy"].split(";")]
     assert "default-src 'none'" in policy
     assert "sandbox" in policy
     assert not [part for part in policy if part.startswith("script-src") or "allow-scripts" in part]
 
 
-async def test_the_result_of_an_echo_job_has_a_media_type_that_browsers_read_as_text(api: Api) -> None:
+async def test_echo_result_is_markdown_with_charset(api: Api) -> None:
     job = await api.wait_until_finished(await api.submit({"text": "ä"}))
-    answer = await api.get(job["results"]["markdown_url"])
+    response = await api.get(job["results"]["markdown_url"])
 
-    assert answer.headers["content-type"] == "text/markdown; charset=utf-8"
-    assert "ä" in answer.text
+    assert response.headers["content-type"] == "text/markdown; charset=utf-8"
+    assert "ä" in response.text
 
 
 @pytest.mark.parametrize("given", ['"{}"', 'W/"{}"', '"other", "{}"'])
-async def test_a_file_that_the_client_has_already_is_not_sent_again(api_without_worker: Api, given: str) -> None:
+async def test_file_with_matching_etag_is_not_modified(api_without_worker: Api, given: str) -> None:
     digest = await add_file(api_without_worker, "a.bin")
-    answer = await api_without_worker.get(f"{FILES}a.bin", **{"If-None-Match": given.format(file_tag(digest))})
+    response = await api_without_worker.get(f"{FILES}a.bin", **{"If-None-Match": given.format(file_tag(digest))})
 
-    assert answer.status_code == 304
-    assert answer.content == b""
-    assert answer.headers["etag"] == f'"{file_tag(digest)}"'
+    assert response.status_code == 304
+    assert response.content == b""
+    assert response.headers["etag"] == f'"{file_tag(digest)}"'
     other = await api_without_worker.get(f"{FILES}a.bin", **{"If-None-Match": '"something else"'})
     assert other.status_code == 200
 
@@ -117,13 +117,15 @@ async def test_a_file_that_the_client_has_already_is_not_sent_again(api_without_
         ("bytes=10230-99999", 10230, 10240),
     ],
 )
-async def test_a_part_of_a_file_is_just_that_part(api_without_worker: Api, asked: str, start: int, end: int) -> None:
+async def test_range_request_returns_the_requested_bytes(
+    api_without_worker: Api, asked: str, start: int, end: int
+) -> None:
     await add_file(api_without_worker, "film.webm", media_type="video/webm")
-    answer = await api_without_worker.get(f"{FILES}film.webm", Range=asked)
+    response = await api_without_worker.get(f"{FILES}film.webm", Range=asked)
 
-    assert answer.status_code == 206
-    assert answer.content == CONTENT[start:end]
-    assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/{len(CONTENT)}"
+    assert response.status_code == 206
+    assert response.content == CONTENT[start:end]
+    assert response.headers["content-range"] == f"bytes {start}-{end - 1}/{len(CONTENT)}"
 
 
 @pytest.mark.parametrize(
@@ -143,23 +145,21 @@ async def test_a_part_of_a_file_is_just_that_part(api_without_worker: Api, asked
         "bytes=" + ",".join(f"{2 * part}-{2 * part}" for part in range(51)),
     ],
 )
-async def test_a_part_that_the_file_does_not_have_is_refused_in_the_envelope(
-    api_without_worker: Api, asked: str
-) -> None:
+async def test_invalid_range_is_rejected_with_error_body(api_without_worker: Api, asked: str) -> None:
     await add_file(api_without_worker, "film.webm", media_type="video/webm")
-    answer = await api_without_worker.get(f"{FILES}film.webm", Range=asked)
+    response = await api_without_worker.get(f"{FILES}film.webm", Range=asked)
 
-    assert answer.status_code == 416
-    assert answer.json()["code"] == "range_not_satisfiable"
-    assert answer.headers["content-range"] == f"bytes */{len(CONTENT)}"
+    assert response.status_code == 416
+    assert response.json()["code"] == "range_not_satisfiable"
+    assert response.headers["content-range"] == f"bytes */{len(CONTENT)}"
 
 
-async def test_a_range_of_another_version_of_the_file_is_answered_with_the_whole(api_without_worker: Api) -> None:
+async def test_range_with_outdated_if_range_returns_whole_file(api_without_worker: Api) -> None:
     await add_file(api_without_worker, "a.bin")
-    answer = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=0-9", "If-Range": '"an older digest"'})
+    response = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=0-9", "If-Range": '"an older digest"'})
 
-    assert answer.status_code == 200
-    assert answer.content == CONTENT
+    assert response.status_code == 200
+    assert response.content == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -173,26 +173,26 @@ async def test_a_range_of_another_version_of_the_file_is_answered_with_the_whole
         ("%0d%0aX: y", "_0d_0aX_ y"),
     ],
 )
-async def test_a_file_with_an_odd_name_is_served_and_its_name_cannot_break_a_header(
+async def test_file_name_with_special_characters_is_encoded_in_header(
     api_without_worker: Api, name: str, plain: str
 ) -> None:
     await add_file(api_without_worker, f"c/{name}")
-    answer = await api_without_worker.get(f"{FILES}c/{quote(name, safe='')}")
+    response = await api_without_worker.get(f"{FILES}c/{quote(name, safe='')}")
 
-    assert answer.status_code == 200
-    disposition = answer.headers["content-disposition"]
+    assert response.status_code == 200
+    disposition = response.headers["content-disposition"]
     assert disposition == f"inline; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
     assert disposition.isascii()
-    assert "x" not in answer.headers
+    assert "x" not in response.headers
 
 
-async def test_a_head_request_tells_the_size_and_sends_nothing(api_without_worker: Api) -> None:
+async def test_head_request_returns_size_without_body(api_without_worker: Api) -> None:
     await add_file(api_without_worker, "a.bin")
-    answer = await api_without_worker.http.head(f"{FILES}a.bin")
+    response = await api_without_worker.http.head(f"{FILES}a.bin")
 
-    assert answer.status_code == 200
-    assert answer.headers["content-length"] == str(len(CONTENT))
-    assert answer.content == b""
+    assert response.status_code == 200
+    assert response.headers["content-length"] == str(len(CONTENT))
+    assert response.content == b""
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ async def test_a_head_request_tells_the_size_and_sends_nothing(api_without_worke
         "%24where",
     ],
 )
-async def test_a_path_that_is_not_exactly_a_result_is_not_found(api_without_worker: Api, path: str) -> None:
+async def test_path_that_is_not_a_result_path_is_not_found(api_without_worker: Api, path: str) -> None:
     await add_file(api_without_worker, "c/talk.md")
     status, text = await raw_get(api_without_worker, f"{FILES}{path}")
 
@@ -237,7 +237,7 @@ async def test_a_path_that_is_not_exactly_a_result_is_not_found(api_without_work
     assert "root:" not in text
 
 
-async def test_the_digest_of_a_file_is_no_way_to_it(api_without_worker: Api) -> None:
+async def test_digest_as_path_is_not_found(api_without_worker: Api) -> None:
     digest = await add_file(api_without_worker, "c/talk.md")
     for path in (digest, f"{digest[:2]}/{digest}"):
         assert (await api_without_worker.get(f"{FILES}{path}")).status_code == 404
@@ -259,7 +259,7 @@ def moved_away(api: Api) -> Path:
 
 
 @pytest.mark.parametrize("mount_point", [False, True], ids=["missing", "empty mount point"])
-async def test_file_of_a_store_that_is_away_is_unavailable_until_it_is_back(
+async def test_file_of_missing_store_is_unavailable_until_store_returns(
     api_without_worker: Api, mount_point: bool
 ) -> None:
     await add_file(api_without_worker, "away.bin")
@@ -267,11 +267,11 @@ async def test_file_of_a_store_that_is_away_is_unavailable_until_it_is_back(
     try:
         if mount_point:
             api_without_worker.store.mkdir()
-        answer = await api_without_worker.get(f"{FILES}away.bin")
-        assert (answer.status_code, answer.json()["code"]) == (503, "file_store_unavailable")
-        assert "file store" in answer.json()["message"]
-        assert str(api_without_worker.store) not in answer.text
-        assert "retry-after" in answer.headers
+        response = await api_without_worker.get(f"{FILES}away.bin")
+        assert (response.status_code, response.json()["code"]) == (503, "file_store_unavailable")
+        assert "file store" in response.json()["message"]
+        assert str(api_without_worker.store) not in response.text
+        assert "retry-after" in response.headers
     finally:
         if mount_point:
             api_without_worker.store.rmdir()  # nothing was written there
@@ -279,27 +279,27 @@ async def test_file_of_a_store_that_is_away_is_unavailable_until_it_is_back(
     assert (await api_without_worker.get(f"{FILES}away.bin")).status_code == 200
 
 
-async def test_files_of_a_deleted_job_are_no_longer_served(api: Api) -> None:
+async def test_file_of_deleted_job_is_not_found(api: Api) -> None:
     job = await api.wait_until_finished(await api.submit())
     url = job["results"]["markdown_url"]
     assert (await api.get(url)).status_code == 200
     deleted = await api.http.delete(f"/api/events/jobs/{job['job_id']}")
 
-    answer = await api.get(url, deleted.headers["ledger-position"])
-    assert answer.status_code == 404
-    assert answer.json()["code"] == "file_not_found"
+    response = await api.get(url, deleted.headers["ledger-position"])
+    assert response.status_code == 404
+    assert response.json()["code"] == "file_not_found"
 
 
-async def test_a_file_whose_bytes_are_gone_is_a_fault_that_says_what_to_look_at(api_without_worker: Api) -> None:
+async def test_file_missing_in_store_responds_with_setting_to_check(api_without_worker: Api) -> None:
     digest = await add_file(api_without_worker, "a.bin")
     await asyncio.to_thread(DirectoryStore(api_without_worker.store).path(digest).unlink)
-    answer = await api_without_worker.get(f"{FILES}a.bin")
+    response = await api_without_worker.get(f"{FILES}a.bin")
 
-    content: dict[str, Any] = answer.json()
-    assert answer.status_code == 500
+    content: dict[str, Any] = response.json()
+    assert response.status_code == 500
     assert content["code"] == "file_missing"
     assert "results.store" in content["message"]
-    assert str(api_without_worker.store) not in answer.text
+    assert str(api_without_worker.store) not in response.text
 
 
 # Conditions -------------------------------------------------------------------------------------------------------
@@ -327,55 +327,57 @@ async def test_a_file_whose_bytes_are_gone_is_a_fault_that_says_what_to_look_at(
         ({"If-Unmodified-Since": "Wed, 01 Jan 2020 00:00:00 GMT", "If-Match": '"{}"'}, 200),
     ],
 )
-async def test_conditions_are_answered_as_the_rfc_wants(
+async def test_conditional_request_follows_rfc_9110(
     api_without_worker: Api, headers: dict[str, str], status: int
 ) -> None:
     digest = await add_file(api_without_worker, "a.bin")
     for method in ("GET", "HEAD"):
         asked = {name: value.format(file_tag(digest)) for name, value in headers.items()}
-        answer = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=asked)
-        assert answer.status_code == status
-    answer = await api_without_worker.get(
+        response = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=asked)
+        assert response.status_code == status
+    response = await api_without_worker.get(
         f"{FILES}a.bin", **{name: value.format(file_tag(digest)) for name, value in headers.items()}
     )
     if status == 412:
-        assert answer.json()["code"] == "precondition_failed"
-        assert answer.json()["details"] == {"etag": f'"{file_tag(digest)}"'}
+        assert response.json()["code"] == "precondition_failed"
+        assert response.json()["details"] == {"etag": f'"{file_tag(digest)}"'}
     if status == 304:
-        assert answer.content == b""
+        assert response.content == b""
 
 
-async def test_what_was_not_changed_since_it_was_fetched_is_not_sent_again(api_without_worker: Api) -> None:
+async def test_file_unchanged_since_last_modified_is_not_modified(api_without_worker: Api) -> None:
     await add_file(api_without_worker, "a.bin")
     fetched = (await api_without_worker.get(f"{FILES}a.bin")).headers["last-modified"]
-    answer = await api_without_worker.get(f"{FILES}a.bin", **{"If-Modified-Since": fetched})
-    assert (answer.status_code, answer.headers["last-modified"]) == (304, fetched)
+    response = await api_without_worker.get(f"{FILES}a.bin", **{"If-Modified-Since": fetched})
+    assert (response.status_code, response.headers["last-modified"]) == (304, fetched)
 
 
-async def test_a_download_that_broke_off_goes_on_if_the_file_is_still_the_same(api_without_worker: Api) -> None:
+async def test_range_with_if_range_continues_only_an_unchanged_file(api_without_worker: Api) -> None:
     digest = await add_file(api_without_worker, "a.bin")
     whole = await api_without_worker.get(f"{FILES}a.bin")
     for same in (f'"{file_tag(digest)}"', whole.headers["last-modified"]):
-        answer = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": same})
-        assert (answer.status_code, answer.content) == (206, CONTENT[10000:])
+        response = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": same})
+        assert (response.status_code, response.content) == (206, CONTENT[10000:])
     for other in (f'W/"{file_tag(digest)}"', "Wed, 01 Jan 2020 00:00:00 GMT"):
-        answer = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": other})
-        assert (answer.status_code, answer.content) == (200, CONTENT)
+        response = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": other})
+        assert (response.status_code, response.content) == (200, CONTENT)
 
 
-async def test_a_range_in_units_that_nobody_knows_is_answered_with_the_whole(api_without_worker: Api) -> None:
+async def test_range_in_unknown_unit_returns_whole_file(api_without_worker: Api) -> None:
     await add_file(api_without_worker, "a.bin")
-    answer = await api_without_worker.get(f"{FILES}a.bin", Range="lines=1-2")
-    assert (answer.status_code, answer.content) == (200, CONTENT)
+    response = await api_without_worker.get(f"{FILES}a.bin", Range="lines=1-2")
+    assert (response.status_code, response.content) == (200, CONTENT)
 
 
-async def test_several_parts_come_in_one_answer_each_saying_where_it_belongs(api_without_worker: Api) -> None:
+async def test_multiple_ranges_return_multipart_response(api_without_worker: Api) -> None:
     await add_file(api_without_worker, "a.bin", media_type="text/plain")
-    answer = await api_without_worker.get(f"{FILES}a.bin", Range="bytes=-5, 0-9, 5-12, 99999-, 100-100")
+    response = await api_without_worker.get(f"{FILES}a.bin", Range="bytes=-5, 0-9, 5-12, 99999-, 100-100")
 
-    assert answer.status_code == 206
-    assert answer.headers["content-length"] == str(len(answer.content))
-    message = message_from_bytes(b"Content-Type: " + answer.headers["content-type"].encode() + b"\n\n" + answer.content)
+    assert response.status_code == 206
+    assert response.headers["content-length"] == str(len(response.content))
+    message = message_from_bytes(
+        b"Content-Type: " + response.headers["content-type"].encode() + b"\n\n" + response.content
+    )
     parts = [part for part in message.walk() if not part.is_multipart()]
     places = [part["content-range"] for part in parts]
     assert places == [
@@ -385,17 +387,17 @@ async def test_several_parts_come_in_one_answer_each_saying_where_it_belongs(api
     ]
     assert {part["content-type"] for part in parts} == {"text/plain; charset=utf-8"}
     for expected in (CONTENT[:13], CONTENT[100:101], CONTENT[-5:]):
-        assert b"\r\n\r\n" + expected + b"\r\n--" in answer.content
+        assert b"\r\n\r\n" + expected + b"\r\n--" in response.content
 
 
-async def test_a_head_request_knows_no_ranges(api_without_worker: Api) -> None:
+async def test_head_request_ignores_range(api_without_worker: Api) -> None:
     await add_file(api_without_worker, "a.bin")
-    answer = await api_without_worker.http.head(f"{FILES}a.bin", headers={"Range": "bytes=0-9"})
-    assert (answer.status_code, answer.headers["content-length"]) == (200, str(len(CONTENT)))
-    assert answer.headers["accept-ranges"] == "bytes"
+    response = await api_without_worker.http.head(f"{FILES}a.bin", headers={"Range": "bytes=0-9"})
+    assert (response.status_code, response.headers["content-length"]) == (200, str(len(CONTENT)))
+    assert response.headers["accept-ranges"] == "bytes"
 
 
-async def test_an_empty_file_is_served_and_has_no_parts(api_without_worker: Api) -> None:
+async def test_empty_file_is_served_and_has_no_ranges(api_without_worker: Api) -> None:
     await add_file(api_without_worker, "empty.md", b"", "text/markdown")
     whole = await api_without_worker.get(f"{FILES}empty.md")
     part = await api_without_worker.get(f"{FILES}empty.md", Range="bytes=0-")
@@ -405,7 +407,7 @@ async def test_an_empty_file_is_served_and_has_no_parts(api_without_worker: Api)
 # What it is, and what it is called --------------------------------------------------------------------------------
 
 
-async def test_a_file_can_be_asked_for_as_a_download(api_without_worker: Api) -> None:
+async def test_download_parameter_sets_attachment_disposition(api_without_worker: Api) -> None:
     await add_file(api_without_worker, "c/talk.md", media_type="text/markdown")
     shown = await api_without_worker.get(f"{FILES}c/talk.md")
     saved = await api_without_worker.get(f"{FILES}c/talk.md?download=1")
@@ -416,7 +418,7 @@ async def test_a_file_can_be_asked_for_as_a_download(api_without_worker: Api) ->
 
 
 @pytest.mark.parametrize("name", ["a\r\nX: y", 'a"; x="', "a\\", "\x00\x7f", "‮gpj.exe", "日本", ""])
-def test_no_name_breaks_out_of_its_header(name: str) -> None:
+def test_content_disposition_escapes_any_name(name: str) -> None:
     header = content_disposition(name, attachment=True)
     kind, plain, *encoded = re.split(r"; (?=filename)", header)
     assert (kind, header.isascii(), header.isprintable()) == ("attachment", True, True)
@@ -437,7 +439,7 @@ def test_no_name_breaks_out_of_its_header(name: str) -> None:
         ("text/html, text/plain", "application/octet-stream"),
     ],
 )
-def test_a_media_type_is_sent_as_one_or_not_at_all(given: str, sent: str) -> None:
+def test_content_type_of_invalid_media_type_is_octet_stream(given: str, sent: str) -> None:
     assert content_type(given) == sent
 
 
@@ -469,14 +471,14 @@ def reads(path: Path) -> bool:
     return path in found
 
 
-async def test_a_large_file_is_never_held_in_memory_neither_for_a_slow_client_nor_for_a_fast_one(
+async def test_large_file_is_streamed_with_bounded_memory(
     api_without_worker: Api,
 ) -> None:
     await add_large_file(api_without_worker, "film.webm")
     before, most, received = memory(), 0, 0
-    async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as answer:
-        assert answer.headers["content-length"] == str(LARGE)
-        async for piece in answer.aiter_raw():
+    async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as response:
+        assert response.headers["content-length"] == str(LARGE)
+        async for piece in response.aiter_raw():
             if received == 0:
                 await asyncio.sleep(0.5)  # a slow client: whatever is read ahead meanwhile lies in memory
             received += len(piece)
@@ -485,18 +487,18 @@ async def test_a_large_file_is_never_held_in_memory_neither_for_a_slow_client_no
     assert most - before < 40 * 2**20
 
 
-async def test_when_the_client_goes_away_the_file_is_no_longer_read(api_without_worker: Api) -> None:
+async def test_client_disconnect_closes_the_file(api_without_worker: Api) -> None:
     digest = await add_large_file(api_without_worker, "film.webm")
     stored = DirectoryStore(api_without_worker.store).path(digest)
-    async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as answer:
-        async for _ in answer.aiter_raw():
+    async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as response:
+        async for _ in response.aiter_raw():
             break
         assert reads(stored)
     await poll_until(lambda: not reads(stored), "the file is closed", seconds=5)
 
 
 @pytest.mark.parametrize("asked", [{}, {"Range": "bytes=0-1"}, {"Range": "bytes=0-1,5-6"}, {"Range": "bytes=5-2"}])
-async def test_no_answer_leaves_a_file_open(api_without_worker: Api, asked: dict[str, str]) -> None:
+async def test_finished_response_leaves_no_file_open(api_without_worker: Api, asked: dict[str, str]) -> None:
     digest = await add_file(api_without_worker, "a.bin")
     for method in ("GET", "HEAD"):
         await api_without_worker.http.request(method, f"{FILES}a.bin", headers=asked)
@@ -505,14 +507,14 @@ async def test_no_answer_leaves_a_file_open(api_without_worker: Api, asked: dict
     )
 
 
-async def test_a_file_that_becomes_shorter_while_it_is_sent_ends_in_a_broken_connection(
+async def test_file_truncated_during_response_breaks_the_connection(
     api_without_worker: Api,
 ) -> None:
     digest = await add_large_file(api_without_worker, "film.webm")
 
     async def read() -> None:
-        async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as answer:
-            async for _ in answer.aiter_raw():
+        async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as response:
+            async for _ in response.aiter_raw():
                 os.truncate(DirectoryStore(api_without_worker.store).path(digest), 10)
 
     with pytest.raises(httpx.RemoteProtocolError):
@@ -520,7 +522,9 @@ async def test_a_file_that_becomes_shorter_while_it_is_sent_ends_in_a_broken_con
 
 
 @pytest.mark.parametrize("what", ["a link to a file", "a link to a directory", "a directory", "a pipe"])
-async def test_what_is_no_file_in_the_store_is_not_followed(api_without_worker: Api, tmp_path: Path, what: str) -> None:
+async def test_store_entry_that_is_no_regular_file_is_missing(
+    api_without_worker: Api, tmp_path: Path, what: str
+) -> None:
     digest = await add_file(api_without_worker, "a.bin")
     stored = DirectoryStore(api_without_worker.store).path(digest)
     stored.unlink()
@@ -536,13 +540,13 @@ async def test_what_is_no_file_in_the_store_is_not_followed(api_without_worker: 
     else:
         os.mkfifo(stored)
     async with asyncio.timeout(5):
-        answer = await api_without_worker.get(f"{FILES}a.bin")
-    assert (answer.status_code, answer.json()["code"]) == (500, "file_missing")
+        response = await api_without_worker.get(f"{FILES}a.bin")
+    assert (response.status_code, response.json()["code"]) == (500, "file_missing")
 
 
 @pytest.mark.parametrize("headers", [{}, {"Range": "bytes=0-3"}, {"Range": "bytes=0-1,3-4"}])
 @pytest.mark.parametrize("seen_before", [False, True])
-async def test_a_changed_file_is_never_served_with_the_recorded_digest(
+async def test_changed_file_is_reported_as_damaged(
     api_without_worker: Api, headers: dict[str, str], seen_before: bool
 ) -> None:
     digest = await add_file(api_without_worker, "a.bin")
@@ -552,26 +556,26 @@ async def test_a_changed_file_is_never_served_with_the_recorded_digest(
     content = stored.read_bytes()
     stored.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     for method in ("GET", "HEAD"):
-        answer = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=headers)
-        assert answer.status_code == 500
-        assert "etag" not in answer.headers
+        response = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=headers)
+        assert response.status_code == 500
+        assert "etag" not in response.headers
         if method == "GET":
-            assert answer.json()["code"] == "file_damaged"
-            assert str(api_without_worker.store) not in answer.text
+            assert response.json()["code"] == "file_damaged"
+            assert str(api_without_worker.store) not in response.text
 
 
-async def test_grown_files_do_not_keep_a_whole_one_waiting(api_without_worker: Api) -> None:
+async def test_grown_files_do_not_delay_an_intact_file(api_without_worker: Api) -> None:
     for number in range(3):
         digest = await add_file(api_without_worker, f"{number}.bin", b"%d" % number)
         if number:
             os.truncate(DirectoryStore(api_without_worker.store).path(digest), 2**40)
     async with asyncio.timeout(DEADLINE_SECONDS):
         grown = await asyncio.gather(*(api_without_worker.get(f"{FILES}{number}.bin") for number in (1, 2)))
-        assert [answer.json()["code"] for answer in grown] == ["file_damaged"] * 2
+        assert [response.json()["code"] for response in grown] == ["file_damaged"] * 2
         assert (await api_without_worker.get(f"{FILES}0.bin")).content == b"0"
 
 
-async def test_hashing_of_a_large_file_ends_when_the_client_goes_away(api_without_worker: Api) -> None:
+async def test_client_disconnect_stops_hashing_of_large_file(api_without_worker: Api) -> None:
     path = "large.bin"
     digest = await add_file(api_without_worker, path)
     await api_without_worker.db.files.update_many({"path": path}, {"$set": {"size": 2**40}})

@@ -1,4 +1,4 @@
-"""Whatever is sent, right or wrong: no fault, and no answer that the OpenAPI document does not describe.
+"""Whatever is sent, right or wrong: no fault, and no response that the OpenAPI document does not describe.
 
 `make test` tries the same few requests each time; `make fuzz` tries JOBLEDGER_FUZZ_REQUESTS others for each
 route.
@@ -82,33 +82,33 @@ def session() -> Iterator[requests.Session]:
 
 @schema.exclude(path=LIVE).parametrize()
 @EXAMPLES
-def test_every_request_is_answered_as_the_document_says(
+def test_generated_request_gets_a_documented_response(
     case: Case[Any], role: RunningCommand, http: httpx.Client, session: requests.Session
 ) -> None:
     leads_somewhere(case, http)
     waits_for_nothing(case)
-    answer = case.call(base_url=role.url, session=session, timeout=30)
+    response = case.call(base_url=role.url, session=session, timeout=30)
     left_out = (
-        [checks.unsupported_method] if answer.status_code == 414 else []
+        [checks.unsupported_method] if response.status_code == 414 else []
     )  # refused before the method is looked at
     if case.path.endswith("/link"):
         # Below …/files/ a GET of any path is right, that of a file named `link`, too: no document can say so.
         left_out.append(checks.allow_header_conformance)
-    case.validate_response(answer, checks=CHECKS, excluded_checks=left_out)
+    case.validate_response(response, checks=CHECKS, excluded_checks=left_out)
 
 
 @schema.include(path=LIVE).parametrize()
 @EXAMPLES
-def test_a_live_stream_begins_or_is_refused_as_the_document_says(
+def test_generated_stream_request_gets_a_documented_response(
     case: Case[Any], role: RunningCommand, session: requests.Session
 ) -> None:
     asked = case.as_transport_kwargs(base_url=role.url)
-    with session.request(**asked, stream=True, timeout=30) as answer:
+    with session.request(**asked, stream=True, timeout=30) as response:
         described = case.operation.definition.raw["responses"]
         if case.method.upper() == "GET":
-            assert str(answer.status_code) in described
-        media_type = answer.headers["content-type"].partition(";")[0]
-        assert media_type == ("text/event-stream" if answer.ok else "application/json")
+            assert str(response.status_code) in described
+        media_type = response.headers["content-type"].partition(";")[0]
+        assert media_type == ("text/event-stream" if response.ok else "application/json")
 
 
 def leads_somewhere(case: Case[Any], http: httpx.Client) -> None:
@@ -118,12 +118,14 @@ def leads_somewhere(case: Case[Any], http: httpx.Client) -> None:
         if name in given and zlib.crc32(str(given[name]).encode(errors="replace")) % 2:
             body = {"job_type": "echo", "parameters": {"track": "A"}}
             many = name == "batch_id"
-            answer = http.post(f"/api/events/{'batches' if many else 'jobs'}", json={"jobs": [body]} if many else body)
-            given[name] = answer.json()[found]
+            response = http.post(
+                f"/api/events/{'batches' if many else 'jobs'}", json={"jobs": [body]} if many else body
+            )
+            given[name] = response.json()[found]
 
 
 def waits_for_nothing(case: Case[Any]) -> None:
-    """Leave out what a right answer may take long for: a position that the views have not reached, an end."""
+    """Leave out what a right response may take long for: a position that the views have not reached, an end."""
     for name in [name for name in case.headers or () if name.lower() in ("ledger-position", "prefer")]:
         if case.headers[name].isdecimal() or "wait" in case.headers[name]:
             del case.headers[name]

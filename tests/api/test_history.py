@@ -41,9 +41,9 @@ async def pages(api: Api, path: str, name: str, limit: int) -> list[list[dict[st
     found: list[list[dict[str, Any]]] = []
     query: dict[str, int] | None = {"limit": limit}
     while query is not None:
-        answer = await api.http.get(path, params=query, headers=api.principal_headers)
-        assert answer.status_code == 200, answer.text
-        content = answer.json()
+        response = await api.http.get(path, params=query, headers=api.principal_headers)
+        assert response.status_code == 200, response.text
+        content = response.json()
         found.append(content[name])
         query = (
             {"limit": limit, "after_version": content["next_after_version"]}
@@ -53,7 +53,7 @@ async def pages(api: Api, path: str, name: str, limit: int) -> list[list[dict[st
     return found
 
 
-async def test_the_history_of_a_job_comes_in_pages(api_without_worker: Api) -> None:
+async def test_job_history_is_paged(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     reports = (ReportProgress("worker-1", 1, "page", percent, "on it") for percent in range(7))
     await do(api_without_worker, job_id, ClaimJob("worker-1", NOON), *reports)
@@ -67,7 +67,9 @@ async def test_the_history_of_a_job_comes_in_pages(api_without_worker: Api) -> N
     assert [len(page) for page in await pages(api_without_worker, path, "events", 3)] == [3, 3, 3]
 
 
-async def test_a_page_of_large_events_ends_early(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_history_page_of_large_events_ends_early(
+    api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("jobledger.api.http.pagination.MAX_PAGE_BYTES", 3000)
     job_id = await api_without_worker.submit()
     await do(api_without_worker, job_id, ClaimJob("worker-1", NOON), *(said("x" * 2000) for _ in range(4)))
@@ -75,7 +77,7 @@ async def test_a_page_of_large_events_ends_early(api_without_worker: Api, monkey
     assert [[event["version"] for event in page] for page in found] == [[1, 2, 3], [4, 5], [6]]
 
 
-async def test_the_history_of_a_batch_is_that_of_its_own_stream(api: Api) -> None:
+async def test_batch_history_contains_only_its_own_stream(api: Api) -> None:
     batch = await api.submit_batch({}, {})
     await api.wait_for_event(batch["batch_id"], "BatchFinished")
     path = f"/api/events/batches/{batch['batch_id']}/history"
@@ -83,7 +85,7 @@ async def test_the_history_of_a_batch_is_that_of_its_own_stream(api: Api) -> Non
     assert [[event["type"] for event in page] for page in found] == [["BatchSubmitted"], ["BatchFinished"]]
 
 
-async def test_all_lines_of_a_log_can_be_read_though_the_job_carries_the_newest_hundred(
+async def test_logs_contain_more_lines_than_the_job_document(
     api_without_worker: Api,
 ) -> None:
     job_id = await api_without_worker.submit()
@@ -105,7 +107,7 @@ async def test_all_lines_of_a_log_can_be_read_though_the_job_carries_the_newest_
     }
 
 
-async def test_the_log_of_a_job_says_what_became_of_its_attempts_as_the_job_itself_does(
+async def test_logs_contain_attempt_outcomes_like_the_job_document(
     api_without_worker: Api,
 ) -> None:
     job_id = await api_without_worker.submit(max_attempts=9)
@@ -135,18 +137,18 @@ async def test_the_log_of_a_job_says_what_became_of_its_attempts_as_the_job_itse
 
 @pytest.mark.parametrize("path", ["jobs/{}/history", "jobs/{}/logs", "batches/{}/history"])
 @pytest.mark.usefixtures("header_auth")
-async def test_history_and_logs_are_for_those_who_may_read_the_job(api_without_worker: Api, path: str) -> None:
+async def test_history_and_logs_require_read_access(api_without_worker: Api, path: str) -> None:
     alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     batch = await alice.submit_batch({})
     there = batch["batch_id"] if path.startswith("batches") else batch["job_ids"][0]
     missing = there[:-4] + "0000"
     assert (await alice.get(f"/api/events/{path.format(there)}")).status_code == 200
-    answers = [await bob.get(f"/api/events/{path.format(stream)}") for stream in (there, missing)]
-    assert [answer.status_code for answer in answers] == [404, 404]
-    assert answers[0].text.replace(there, "") == answers[1].text.replace(missing, "")
+    responses = [await bob.get(f"/api/events/{path.format(stream)}") for stream in (there, missing)]
+    assert [response.status_code for response in responses] == [404, 404]
+    assert responses[0].text.replace(there, "") == responses[1].text.replace(missing, "")
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "after_version=-1", "after_version=x", "skip=1"])
-async def test_a_wrong_query_is_refused(api_without_worker: Api, query: str) -> None:
-    answer = await api_without_worker.get(f"/api/events/jobs/{await api_without_worker.submit()}/logs?{query}")
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content")
+async def test_logs_with_invalid_query_are_rejected(api_without_worker: Api, query: str) -> None:
+    response = await api_without_worker.get(f"/api/events/jobs/{await api_without_worker.submit()}/logs?{query}")
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_content")

@@ -82,18 +82,18 @@ FRAMING = [
 ]
 
 
-async def test_ambiguous_framing_is_refused_and_the_connection_closed(api_without_worker: Api) -> None:
+async def test_ambiguous_framing_is_rejected_and_connection_closed(api_without_worker: Api) -> None:
     for sent, code in FRAMING:
         async with connected(api_without_worker) as (reader, writer):
             writer.write(sent.encode("latin-1"))
             writer.write(f"{GET}{HOST}\r\n".encode())  # what a smuggler wants to be answered
-            answer = await until_closed(reader)
-        assert answer.count(b"HTTP/1.1 ") == 1, (sent, answer)
-        assert answer.startswith(b"HTTP/1.1 400 "), (sent, answer)
-        assert f'"code":"{code}"'.encode() in answer, sent
+            response = await until_closed(reader)
+        assert response.count(b"HTTP/1.1 ") == 1, (sent, response)
+        assert response.startswith(b"HTTP/1.1 400 "), (sent, response)
+        assert f'"code":"{code}"'.encode() in response, sent
 
 
-async def test_valid_oddities_are_answered(api_without_worker: Api) -> None:
+async def test_unusual_valid_requests_get_responses(api_without_worker: Api) -> None:
     for sent, status in (
         (f"{GET}{HOST}\r\n" * 20, b"200"),
         (f"{POST}Content-Length: 2\r\nContent-Length: 2\r\n\r\n{{}}", b"422"),
@@ -109,11 +109,11 @@ async def test_valid_oddities_are_answered(api_without_worker: Api) -> None:
                     await reader.readuntil(b"}")
 
 
-async def test_header_with_one_value_is_refused_twice(api_without_worker: Api) -> None:
+async def test_repeated_single_value_header_is_rejected(api_without_worker: Api) -> None:
     for name in ("Idempotency-Key", "Range", "Ledger-Position", "Last-Event-ID", "Content-Type"):
-        answer = await api_without_worker.http.get(JOBS, headers=[(name, "1"), (name, "2")])
-        assert (answer.status_code, answer.json()["code"]) == (400, "duplicate_header")
-        assert name.lower() in answer.json()["message"].lower()
+        response = await api_without_worker.http.get(JOBS, headers=[(name, "1"), (name, "2")])
+        assert (response.status_code, response.json()["code"]) == (400, "duplicate_header")
+        assert name.lower() in response.json()["message"].lower()
 
 
 # Slow clients -----------------------------------------------------------------------------------------------------
@@ -146,15 +146,15 @@ SLOW = {
 }
 
 
-async def test_head_or_body_that_arrives_too_slowly_ends_the_connection(impatient_api: Api) -> None:
+async def test_slow_header_or_body_closes_the_connection(impatient_api: Api) -> None:
     for name, first in SLOW.items():
         async with connected(impatient_api) as (reader, writer):
             writer.write(first.encode())
             begun = time.monotonic()
             drip = asyncio.create_task(_drip(writer))
-            answer = await until_closed(reader)
+            response = await until_closed(reader)
             drip.cancel()
-        assert b"HTTP/1.1 408 " in answer, (name, answer)
+        assert b"HTTP/1.1 408 " in response, (name, response)
         assert time.monotonic() - begun < 5
     assert (await impatient_api.get("/healthz")).status_code == 200
 
@@ -166,7 +166,7 @@ async def _drip(writer: asyncio.StreamWriter) -> None:
             writer.write(b"x")
 
 
-async def test_body_that_arrives_steadily_and_an_idle_connection_are_left_alone(impatient_api: Api) -> None:
+async def test_steady_body_and_idle_connection_stay_open(impatient_api: Api) -> None:
     body = b'{"job_type": "echo", "parameters": {"a": "' + b"x" * 8000 + b'"}}'
     async with connected(impatient_api) as (reader, writer):
         for _ in range(2):
@@ -184,7 +184,7 @@ async def test_body_that_arrives_steadily_and_an_idle_connection_are_left_alone(
 
 @asynccontextmanager
 async def asking_for(api: Api, path: str, buffer: int) -> AsyncIterator[Callable[[int], Awaitable[bytes]]]:
-    """Send a request; yield the function that reads of the answer. `buffer` is what the system reads ahead."""
+    """Send a request; yield the function that reads of the response. `buffer` is what the system reads ahead."""
     loop = asyncio.get_running_loop()
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
@@ -194,7 +194,7 @@ async def asking_for(api: Api, path: str, buffer: int) -> AsyncIterator[Callable
         yield partial(loop.sock_recv, client)
 
 
-async def test_answer_that_is_not_read_ends_the_connection_and_one_read_steadily_does_not(impatient_api: Api) -> None:
+async def test_unread_response_closes_connection_unlike_steady_reader(impatient_api: Api) -> None:
     job_id = await impatient_api.submit({"text": "x" * 7_000_000})
     size = len((await impatient_api.get(f"{JOBS}/{job_id}")).content)
 
@@ -218,7 +218,7 @@ async def test_answer_that_is_not_read_ends_the_connection_and_one_read_steadily
 
 @asynccontextmanager
 async def downloading(limits: ConnectionLimits) -> AsyncIterator[tuple[Callable[[int], Awaitable[bytes]], ServerState]]:
-    """Serve an answer of pieces of 1 MB. Yield the function that reads of it, and the server's state."""
+    """Serve an response of pieces of 1 MB. Yield the function that reads of it, and the server's state."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -240,8 +240,8 @@ async def downloading(limits: ConnectionLimits) -> AsyncIterator[tuple[Callable[
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not say what it holds")
 @pytest.mark.parametrize("reads", [True, False])
-async def test_download_at_20_kb_a_second_is_not_cut_and_one_that_is_not_read_is(reads: bool) -> None:
-    """The system takes more of an answer only after much of what it holds was read: that is no measure."""
+async def test_download_is_aborted_only_if_it_is_not_read(reads: bool) -> None:
+    """The system takes more of an response only after much of what it holds was read: that is no measure."""
     limits = ConnectionLimits(read_interval_seconds=0.5, read_min_bytes=500)
     async with asyncio.timeout(10), downloading(limits) as (read, state):
         for _ in range(28):
@@ -251,7 +251,7 @@ async def test_download_at_20_kb_a_second_is_not_cut_and_one_that_is_not_read_is
         assert bool(state.connections) is reads
 
 
-async def test_large_answer_must_be_read_faster_than_a_small_one() -> None:
+async def test_large_response_must_be_read_faster_than_small_one() -> None:
     """The more is in memory, the more has to be read of it."""
     limits = ConnectionLimits(read_interval_seconds=0.2, read_min_bytes=1000, drain_timeout_seconds=1.0)
     cut = []
@@ -288,7 +288,7 @@ class _Transport:
         self.is_aborted = True
 
 
-async def test_answers_that_are_not_read_use_bounded_memory(
+async def test_unread_responses_use_bounded_memory(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.cli.server.MemoryBudget", lambda _size: MemoryBudget(18_000_000))
@@ -297,11 +297,11 @@ async def test_answers_that_are_not_read_use_bounded_memory(
         assert (await api.get(f"{JOBS}/{large}")).status_code == 200
         async with asking_for(api, f"{JOBS}/{large}", 4096) as one, asking_for(api, f"{JOBS}/{large}", 4096) as other:
             assert [await one(12), await other(12)] == [b"HTTP/1.1 200"] * 2
-            answer = await api.get(f"{JOBS}/{large}")
-            assert (answer.status_code, answer.json()["code"]) == (503, "server_busy")
-            assert answer.headers["Retry-After"] == "2"
+            response = await api.get(f"{JOBS}/{large}")
+            assert (response.status_code, response.json()["code"]) == (503, "server_busy")
+            assert response.headers["Retry-After"] == "2"
             assert (await api.get(f"{JOBS}/{small}")).status_code == 200
-            await api.submit({"text": "x" * 7_000_000})  # its answer is as large, but says what was done
+            await api.submit({"text": "x" * 7_000_000})  # its response is as large, but says what was done
         async with asyncio.timeout(10):
             while (await api.get(f"{JOBS}/{large}")).status_code == 503:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
@@ -322,17 +322,17 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("limit", [{"max_connections": 5}, {"max_connections_per_address": 5}])
-async def test_connections_beyond_the_limit_get_503_until_others_are_closed(run: Any, limit: dict[str, int]) -> None:
+async def test_connection_beyond_limit_gets_503_until_others_close(run: Any, limit: dict[str, int]) -> None:
     async with run(api=limit) as api:
         await api.http.aclose()
         held = [connected(api) for _ in range(5)]
         for one in held:
             await one.__aenter__()
         async with connected(api) as (reader, _):
-            answer = await until_closed(reader)
-        assert answer.startswith(b"HTTP/1.1 503 "), answer
-        assert b"too_many_connections" in answer
-        assert b"retry-after: 5" in answer.lower()
+            response = await until_closed(reader)
+        assert response.startswith(b"HTTP/1.1 503 "), response
+        assert b"too_many_connections" in response
+        assert b"retry-after: 5" in response.lower()
         for one in held:
             await one.__aexit__(None, None, None)
         await asyncio.sleep(0.1)
@@ -341,7 +341,7 @@ async def test_connections_beyond_the_limit_get_503_until_others_are_closed(run:
             assert (await reader.readuntil(b"\r\n")).split()[1] == b"200"
 
 
-async def test_live_streams_of_all_users_together_are_limited(header_auth: None, run: Any) -> None:
+async def test_live_streams_of_all_users_are_limited_together(header_auth: None, run: Any) -> None:
     async with run(api={"max_streams": 2}) as api:
         opened = [api.http.stream("GET", STREAM, headers=principal_header(user)) for user in ("alice", "bob")]
         for stream in opened:
@@ -352,7 +352,7 @@ async def test_live_streams_of_all_users_together_are_limited(header_auth: None,
     assert (refused.status_code, refused.json()["code"]) == (503, "stream_capacity_exceeded")
 
 
-async def test_wrong_credentials_are_limited_per_address_and_right_ones_that_were_accepted_are_not(run: Any) -> None:
+async def test_wrong_credentials_are_limited_per_address(run: Any) -> None:
     secret = "s" * 32
     jwt = pytest.importorskip("jwt")
     token = jwt.encode({"sub": "alice", "exp": time.time() + 600}, secret, "HS256")
@@ -371,12 +371,12 @@ async def test_wrong_credentials_are_limited_per_address_and_right_ones_that_wer
         assert await ask(late, "203.0.113.7") == 429
         assert await ask(late, "203.0.113.8") == 200
         assert await ask("wrong", "203.0.113.9") == 401
-        answer = await api.post(
+        response = await api.post(
             "/monitoring/events/sign-in",
             **{"X-Forwarded-For": "203.0.113.7", "Origin": str(api.http.base_url).rstrip("/")},
         )
-        assert answer.status_code == 429
-        assert int(answer.headers["retry-after"]) > 0
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) > 0
         assert (await api.get("/healthz", **{"X-Forwarded-For": "203.0.113.7"})).status_code == 200
         assert [await ask(f"other-{number}", f"2001:db8::{number}") for number in range(6)] == [401] * 5 + [429]
         assert await ask("other", "2001:db8:0:1::1") == 401
@@ -385,8 +385,8 @@ async def test_wrong_credentials_are_limited_per_address_and_right_ones_that_wer
 PAGES = ("/monitoring/events", "/monitoring/events/jobs/job-1")
 
 
-async def test_wrong_credentials_are_limited_whatever_answers_them(run: Any) -> None:
-    """A page answers with the way to the sign-in, and the form has its credential in the body: each guess counts."""
+async def test_wrong_credentials_are_limited_in_api_pages_and_sign_in(run: Any) -> None:
+    """A page responses with the way to the sign-in, and the form has its credential in the body: each guess counts."""
     settings = {"trusted_proxies": ["127.0.0.0/8"], "auth_failures_per_minute": 5}
     async with run(api=settings, auth={"mode": "keys"}) as api:
         ours = {"Origin": str(api.http.base_url).rstrip("/")}
@@ -422,7 +422,7 @@ async def _send(_message: Message) -> None:
     [(JOBS, 10), (SIGN_IN_PATH, 10), (JOBS, 30), (SIGN_IN_PATH, 30)],
     ids=["few", "form", "many", "forms"],
 )
-async def test_credentials_that_are_being_checked_are_limited(path: str, checked: int) -> None:
+async def test_credentials_checked_in_parallel_are_limited(path: str, checked: int) -> None:
     """However many are sent before the first is refused, no more are looked at than may be wrong."""
     looked_at = 0
     refused = asyncio.Event()
@@ -442,7 +442,7 @@ async def test_credentials_that_are_being_checked_are_limited(path: str, checked
 
 
 @pytest.mark.parametrize("end", ["accepted", "answered", "failed"])
-async def test_credentials_that_are_not_wrong_cost_nothing(end: str) -> None:
+async def test_credentials_that_are_not_rejected_use_no_token(end: str) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if end == "failed":
             raise ConnectionError
@@ -484,7 +484,7 @@ def scope_of(path: str, credential: str) -> dict[str, Any]:
     return {"type": "http", "method": method, "path": path, "headers": headers, "client": ("127.0.0.1", 1)}
 
 
-def test_clients_are_counted_by_ipv4_address_and_ipv6_network() -> None:
+def test_rate_limit_key_is_ipv4_address_or_ipv6_network() -> None:
     assert get_rate_limit_key("203.0.113.7") == get_rate_limit_key("::ffff:203.0.113.7") == "203.0.113.7"
     assert (
         get_rate_limit_key("2001:db8::1")
@@ -509,15 +509,13 @@ def test_clients_are_counted_by_ipv4_address_and_ipv6_network() -> None:
         ("198.51.100.1", ["203.0.113.7"], "198.51.100.1"),  # no proxy of ours
     ],
 )
-def test_client_behind_a_trusted_proxy_is_the_last_one_it_cannot_have_made_up(
-    peer: str, forwarded: list[str], found: str
-) -> None:
+def test_client_address_is_the_last_untrusted_address(peer: str, forwarded: list[str], found: str) -> None:
     headers = [(b"x-forwarded-for", it.encode()) for it in forwarded]
     scope = {"type": "http", "client": (peer, 1), "headers": headers}
     assert client_address(scope, [ip_network("10.0.0.0/8")]) == found
 
 
-async def test_only_hidden_events_of_the_past_are_throttled() -> None:
+async def test_log_stream_throttles_only_hidden_events_of_the_past() -> None:
     """Hidden events come live, then the stream falls behind, is live again, and falls behind again."""
     waited: list[int] = []
     chunks = [(False, 600), (True, 10), (True, 490), (True, 499), (False, 600), (True, 499)]
@@ -549,14 +547,14 @@ async def test_only_hidden_events_of_the_past_are_throttled() -> None:
     assert waited == [500]
 
 
-async def test_streams_share_the_rate_at_which_hidden_events_are_passed_over() -> None:
+async def test_throttle_rate_is_shared_by_all_streams() -> None:
     throttle, loop = Throttle(1000), asyncio.get_running_loop()
     begun = loop.time()
     await asyncio.gather(*(throttle.wait(50) for _ in range(8)))
     assert 0.3 < loop.time() - begun < 3
 
 
-async def test_connections_beyond_the_descriptors_are_closed_and_logged_once(
+async def test_connections_without_descriptors_are_closed_and_logged_once(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the process has none left: `accept` fails until a descriptor is free."""

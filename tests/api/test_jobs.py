@@ -19,16 +19,16 @@ SESSION = {
 SECRET = "Bearer s3cr3t-value"
 
 
-async def test_a_submitted_job_is_accepted_with_its_place_and_position(api_without_worker: Api) -> None:
-    answer = await api_without_worker.post(
+async def test_submit_job_returns_location_and_position(api_without_worker: Api) -> None:
+    response = await api_without_worker.post(
         "/api/events/jobs", {"job_type": "echo", "parameters": {"text": "hello"}, "job_name": "First", "priority": 7}
     )
 
-    content = answer.json()
-    assert answer.status_code == 202
+    content = response.json()
+    assert response.status_code == 202
     assert content["status"] == "success"
-    assert answer.headers["location"] == f"/api/events/jobs/{content['job_id']}"
-    assert int(answer.headers["ledger-position"]) == content["job"]["position"] == 1
+    assert response.headers["location"] == f"/api/events/jobs/{content['job_id']}"
+    assert int(response.headers["ledger-position"]) == content["job"]["position"] == 1
     assert (
         content["job"] | {"status": "pending", "priority": 7, "job_name": "First", "user_id": "local"} == content["job"]
     )
@@ -36,37 +36,37 @@ async def test_a_submitted_job_is_accepted_with_its_place_and_position(api_witho
     assert content["job"]["created_at"].endswith("Z")
 
 
-async def test_the_location_of_a_submitted_job_answers_at_once(api_without_worker: Api) -> None:
+async def test_submitted_job_is_readable_at_once(api_without_worker: Api) -> None:
     for number in range(20):
-        answer = await api_without_worker.post(
+        response = await api_without_worker.post(
             "/api/events/jobs", {"job_type": "echo", "parameters": {"number": number}}
         )
-        found = await api_without_worker.get(answer.headers["location"])
+        found = await api_without_worker.get(response.headers["location"])
         assert found.status_code == 200
         assert found.json()["job"]["parameters"] == {"number": number}
         assert found.headers["etag"].startswith('"1-')
 
 
-async def test_a_list_that_is_asked_for_with_the_position_of_a_write_contains_it(api_without_worker: Api) -> None:
+async def test_job_list_at_position_of_write_contains_it(api_without_worker: Api) -> None:
     for number in range(10):
-        answer = await api_without_worker.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})
-        position = answer.headers["ledger-position"]
+        response = await api_without_worker.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})
+        position = response.headers["ledger-position"]
         by_header = await api_without_worker.get("/api/events/jobs", position)
         by_query = await api_without_worker.get(f"/api/events/jobs?min_position={position}")
         for listed in (by_header, by_query):
-            assert listed.json()["jobs"][0]["job_id"] == answer.json()["job_id"]
+            assert listed.json()["jobs"][0]["job_id"] == response.json()["job_id"]
             assert listed.json()["total"] == number + 1
 
 
-async def test_a_bare_session_is_a_job_of_type_session(api_without_worker: Api) -> None:
-    answer = await api_without_worker.post("/api/events/jobs", SESSION)
+async def test_submit_bare_session_creates_job_of_type_session(api_without_worker: Api) -> None:
+    response = await api_without_worker.post("/api/events/jobs", SESSION)
 
-    assert answer.status_code == 202
-    assert answer.json()["job"]["job_type"] == "session"
-    assert answer.json()["job"]["parameters"] == SESSION
+    assert response.status_code == 202
+    assert response.json()["job"]["job_type"] == "session"
+    assert response.json()["job"]["parameters"] == SESSION
 
 
-async def test_an_echo_job_is_done_and_says_where_its_file_is(api: Api) -> None:
+async def test_completed_echo_job_links_to_its_file(api: Api) -> None:
     job = await api.wait_until_finished(await api.submit({"text": "héllo"}))
 
     assert job["status"] == "completed"
@@ -76,7 +76,7 @@ async def test_an_echo_job_is_done_and_says_where_its_file_is(api: Api) -> None:
     assert "héllo" in (await api.get(job["results"]["markdown_url"])).text
 
 
-async def test_a_job_that_fails_says_why(api: Api) -> None:
+async def test_failed_job_has_error_code_and_message(api: Api) -> None:
     job = await api.wait_until_finished(await api.submit({"fail": "no luck <b>today</b>"}))
 
     assert job["status"] == "failed"
@@ -85,7 +85,7 @@ async def test_a_job_that_fails_says_why(api: Api) -> None:
     assert job["results"] is None
 
 
-async def test_jobs_are_listed_by_every_filter_newest_first(api_without_worker: Api) -> None:
+async def test_job_list_supports_every_filter(api_without_worker: Api) -> None:
     began = datetime.now(UTC)
     first = await api_without_worker.submit({"track": "A"}, user_id="ada")
     batch = await api_without_worker.submit_batch({"track": "A"}, {"track": "B"})
@@ -95,9 +95,9 @@ async def test_jobs_are_listed_by_every_filter_newest_first(api_without_worker: 
     later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
 
     async def ids(**query: Any) -> set[str]:
-        answer = await api_without_worker.http.get("/api/events/jobs", params={**query, "min_position": position})
-        assert answer.status_code == 200, answer.text
-        content = answer.json()
+        response = await api_without_worker.http.get("/api/events/jobs", params={**query, "min_position": position})
+        assert response.status_code == 200, response.text
+        content = response.json()
         assert content["total"] == len(content["jobs"])
         assert "_id" not in (content["jobs"] or [{}])[0]
         return {job["job_id"] for job in content["jobs"]}
@@ -117,7 +117,7 @@ async def test_jobs_are_listed_by_every_filter_newest_first(api_without_worker: 
     assert await ids(created_before=later) == {first, second, third}
 
 
-async def test_pages_of_a_list_are_disjoint_and_complete(api_without_worker: Api) -> None:
+async def test_job_list_pages_are_disjoint_and_complete(api_without_worker: Api) -> None:
     batch = await api_without_worker.submit_batch(*({"number": number} for number in range(25)))
     position = int(batch["batch"]["position"]) + 25
     seen: list[str] = []
@@ -130,7 +130,7 @@ async def test_pages_of_a_list_are_disjoint_and_complete(api_without_worker: Api
     assert seen == sorted(batch["job_ids"], reverse=True)
 
 
-async def test_the_history_is_every_event_in_order(api: Api) -> None:
+async def test_job_history_has_every_event_in_order(api: Api) -> None:
     job_id = await api.submit({"seconds": 0.01})
     await api.wait_until_finished(job_id)
     history = (await api.get(f"/api/events/jobs/{job_id}/history")).json()["events"]
@@ -145,7 +145,7 @@ async def test_the_history_is_every_event_in_order(api: Api) -> None:
     assert positions == sorted(set(positions))
 
 
-async def test_a_waiting_job_can_be_cancelled_restarted_archived_and_deleted(api_without_worker: Api) -> None:
+async def test_pending_job_accepts_every_action(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     path = f"/api/events/jobs/{job_id}"
 
@@ -164,7 +164,7 @@ async def test_a_waiting_job_can_be_cancelled_restarted_archived_and_deleted(api
     assert (await api_without_worker.get("/api/events/jobs")).json()["total"] == 0
 
 
-async def test_archiving_twice_is_no_second_event(api_without_worker: Api) -> None:
+async def test_repeated_archive_appends_no_event(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     first = await api_without_worker.post(f"/api/events/jobs/{job_id}/archive")
     again = await api_without_worker.post(f"/api/events/jobs/{job_id}/archive")
@@ -174,17 +174,17 @@ async def test_archiving_twice_is_no_second_event(api_without_worker: Api) -> No
     assert again.json()["job"]["version"] == 2
 
 
-async def test_a_running_job_is_stopped_by_a_cancellation(api: Api) -> None:
+async def test_cancel_stops_running_job(api: Api) -> None:
     job_id = await api.submit({"seconds": 3600})
     await api.wait_for_event(job_id, "JobClaimed")
-    answer = await api.post(f"/api/events/jobs/{job_id}/cancel", {"reason": "too slow"})
+    response = await api.post(f"/api/events/jobs/{job_id}/cancel", {"reason": "too slow"})
     job = await api.wait_until_finished(job_id)
 
-    assert answer.status_code == 200
+    assert response.status_code == 200
     assert job["status"] == "cancelled"
 
 
-async def test_what_the_state_does_not_allow_is_a_conflict_and_changes_nothing(api: Api) -> None:
+async def test_action_in_wrong_state_is_rejected_without_event(api: Api) -> None:
     ended = await api.submit()
     await api.wait_until_finished(ended)
     running = await api.submit({"seconds": 3600})
@@ -192,14 +192,14 @@ async def test_what_the_state_does_not_allow_is_a_conflict_and_changes_nothing(a
     head = await api.event_store.head_position()
 
     for path in (f"{ended}/cancel", f"{running}/restart"):
-        answer = await api.post(f"/api/events/jobs/{path}")
-        assert answer.status_code == 409, f"{path}: {answer.text}"
-        assert answer.json()["code"] == "invalid_state"
-        assert answer.json()["message"].startswith("the job is ")
+        response = await api.post(f"/api/events/jobs/{path}")
+        assert response.status_code == 409, f"{path}: {response.text}"
+        assert response.json()["code"] == "invalid_state"
+        assert response.json()["message"].startswith("the job is ")
     assert [event.type for event in await api.event_store.read(after=head) if event.type != "JobProgressed"] == []
 
 
-async def test_a_running_job_is_cancelled_before_it_is_deleted(api: Api) -> None:
+async def test_delete_cancels_running_job_first(api: Api) -> None:
     running = await api.submit({"seconds": 3600})
     await api.wait_for_event(running, "JobClaimed")
 
@@ -212,14 +212,14 @@ async def test_a_running_job_is_cancelled_before_it_is_deleted(api: Api) -> None
 
 
 @pytest.mark.parametrize("action", ["cancel", "restart", "archive", "unarchive"])
-async def test_an_action_on_a_job_that_does_not_exist_is_not_found(api_without_worker: Api, action: str) -> None:
-    answer = await api_without_worker.post(f"/api/events/jobs/job-000000000000000000000000/{action}")
+async def test_action_on_missing_job_is_not_found(api_without_worker: Api, action: str) -> None:
+    response = await api_without_worker.post(f"/api/events/jobs/job-000000000000000000000000/{action}")
 
-    assert answer.status_code == 404
-    assert answer.json()["code"] == "job_not_found"
+    assert response.status_code == 404
+    assert response.json()["code"] == "job_not_found"
 
 
-async def test_an_action_on_a_deleted_job_is_not_found(api_without_worker: Api) -> None:
+async def test_action_on_deleted_job_is_not_found(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     deleted = await api_without_worker.http.delete(f"/api/events/jobs/{job_id}")
     gone = await api_without_worker.get(f"/api/events/jobs/{job_id}", deleted.headers["ledger-position"])
@@ -229,9 +229,9 @@ async def test_an_action_on_a_deleted_job_is_not_found(api_without_worker: Api) 
     assert (await api_without_worker.http.delete(f"/api/events/jobs/{job_id}")).status_code == 404
 
 
-async def test_header_values_of_webhooks_are_never_told_and_never_logged(api_without_worker: Api) -> None:
+async def test_webhook_header_values_are_never_returned_or_logged(api_without_worker: Api) -> None:
     webhook = {"url": "https://example.org/hook", "headers": {"Authorization": SECRET, "X.Odd$Name": SECRET}}
-    answer = await api_without_worker.post(
+    response = await api_without_worker.post(
         "/api/events/jobs", {"job_type": "echo", "parameters": {}, "webhook": webhook}
     )
     batch = await api_without_worker.post(
@@ -239,9 +239,9 @@ async def test_header_values_of_webhooks_are_never_told_and_never_logged(api_wit
         {"jobs": [{"job_type": "echo", "parameters": {}, "webhook": webhook}], "webhook": webhook},
     )
     position = int(batch.headers["ledger-position"])
-    job_id, batch_id = answer.json()["job_id"], batch.json()["batch_id"]
+    job_id, batch_id = response.json()["job_id"], batch.json()["batch_id"]
     told = [
-        answer.text,
+        response.text,
         batch.text,
         (await api_without_worker.get("/api/events/jobs", position)).text,
         (await api_without_worker.get(f"/api/events/jobs/{job_id}")).text,
@@ -256,7 +256,7 @@ async def test_header_values_of_webhooks_are_never_told_and_never_logged(api_wit
 
     assert all("Authorization" in text for text in told)
     assert not [text for text in told if "s3cr3t" in text]
-    assert answer.json()["job"]["webhook"]["headers"] == {"Authorization": "***", "X.Odd$Name": "***"}
+    assert response.json()["job"]["webhook"]["headers"] == {"Authorization": "***", "X.Odd$Name": "***"}
     kept = [document async for document in api_without_worker.db.webhook_secrets.find()]
     assert [document["headers"]["Authorization"] for document in kept] == [SECRET] * 3
 
@@ -274,21 +274,19 @@ async def test_header_values_of_webhooks_are_never_told_and_never_logged(api_wit
     ],
     ids=["a database reference", "half a reference", "a line break", "a NUL", "too long", "a blank", "no name"],
 )
-async def test_webhook_headers_that_nobody_can_send_or_store_are_refused(
-    api_without_worker: Api, headers: dict[str, str]
-) -> None:
+async def test_invalid_webhook_headers_are_rejected(api_without_worker: Api, headers: dict[str, str]) -> None:
     webhook = {"url": "https://example.org/hook", "headers": headers}
-    answer = await api_without_worker.post(
+    response = await api_without_worker.post(
         "/api/events/jobs", {"job_type": "echo", "parameters": {}, "webhook": webhook}
     )
 
-    assert answer.status_code == 422, answer.text
-    assert answer.json()["message"].startswith("webhook.headers.")
-    assert "Injected" not in answer.text
+    assert response.status_code == 422, response.text
+    assert response.json()["message"].startswith("webhook.headers.")
+    assert "Injected" not in response.text
     assert (await api_without_worker.get("/api/events/jobs")).json()["total"] == 0
 
 
-async def test_statistics_are_what_counting_says(api: Api) -> None:
+async def test_statistics_equal_counts_of_the_views(api: Api) -> None:
     job_ids = [await api.submit({"track": track}) for track in ("A", "A", "B")]
     job_ids += [await api.submit({"track": "A", "fail": "on purpose"})]
     batch = await api.submit_batch({"track": "B"}, {})
@@ -314,8 +312,8 @@ async def test_statistics_are_what_counting_says(api: Api) -> None:
     assert stats["log"]["head"] >= finished["position"]
 
 
-async def test_health_and_the_front_page_answer(api_without_worker: Api) -> None:
+async def test_health_and_root_paths_respond_with_success(api_without_worker: Api) -> None:
     for path in ("/healthz", "/readyz", "/"):
-        answer = await api_without_worker.get(path)
-        assert answer.status_code == 200
-        assert answer.json()["status"] == "success"
+        response = await api_without_worker.get(path)
+        assert response.status_code == 200
+        assert response.json()["status"] == "success"

@@ -1,4 +1,4 @@
-"""What a request may hold is limited, on every way; the answer names the field, the limit and what was found."""
+"""What a request may hold is limited, on every way; the response names the field, the limit and what was found."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ JOB: dict[str, Any] = {"job_type": "echo", "parameters": {}}
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
-async def test_job_that_is_too_large_is_refused_alone_and_in_a_batch(api_without_worker: Api, name: str) -> None:
+async def test_job_over_a_limit_is_rejected_alone_and_in_a_batch(api_without_worker: Api, name: str) -> None:
     content, said = TOO_LARGE[name]
     for path, body in (
         ("/api/events/jobs", JOB | content),
         ("/api/events/batches", {"jobs": [JOB, JOB | content]}),
     ):
-        answer = await api_without_worker.post(path, body)
-        assert answer.status_code == 422, answer.text[:500]
+        response = await api_without_worker.post(path, body)
+        assert response.status_code == 422, response.text[:500]
         for word in said:
-            assert word in answer.json()["message"], answer.json()["message"]
+            assert word in response.json()["message"], response.json()["message"]
     assert await api_without_worker.event_store.head_position() == 0
 
 
-async def test_changes_are_limited_as_submissions_are(api_without_worker: Api) -> None:
+async def test_updates_have_the_limits_of_submissions(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     batch = await api_without_worker.submit_batch({}, {})
     access = {"access_control": {"read_access": NAMES}}
@@ -63,20 +63,20 @@ async def test_changes_are_limited_as_submissions_are(api_without_worker: Api) -
         (f"/api/events/batches/{batch['batch_id']}", access),
     ):
         head = await api_without_worker.event_store.head_position()
-        answer = await api_without_worker.http.put(path, json=content)
-        refused(answer, 422, "invalid_content")
-        assert "at most" in answer.text
+        response = await api_without_worker.http.put(path, json=content)
+        refused(response, 422, "invalid_content")
+        assert "at most" in response.text
         assert await api_without_worker.event_store.head_position() == head
     jobs_of = {"jobs": [JOB] * 2}
     for content in ({"access_control": access["access_control"]}, {"parameters": LARGE}):
         refused(await api_without_worker.post("/api/events/batches", jobs_of | content), 422, "invalid_content")
 
 
-async def test_groups_of_who_asks_are_limited(header_auth_api: Api) -> None:
+async def test_groups_of_the_principal_are_limited(header_auth_api: Api) -> None:
     many = header_auth_api.as_user("anna", [f"team-{number}" for number in range(300)])
-    answer = await many.post("/api/events/jobs", JOB)
-    refused(answer, 422, "invalid_content")
-    assert "teams: 300 groups" in answer.json()["message"]
+    response = await many.post("/api/events/jobs", JOB)
+    refused(response, 422, "invalid_content")
+    assert "teams: 300 groups" in response.json()["message"]
     some = header_auth_api.as_user("anna", [f"team-{number}" for number in range(100)])
     assert (await some.post("/api/events/jobs", JOB)).status_code == 202
 
@@ -87,7 +87,7 @@ async def without_projector(mongodb_uri: str, db_name: str, tmp_path: Path) -> A
         yield running
 
 
-async def test_readyz_says_that_the_views_have_stopped_and_why(
+async def test_readyz_with_stalled_views_gives_the_reason(
     without_projector: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = without_projector
@@ -97,15 +97,15 @@ async def test_readyz_says_that_the_views_have_stopped_and_why(
     assert (await api.get("/readyz")).status_code == 200, "nothing is behind"
     await api.submit()
     await asyncio.sleep(0.5)
-    answer = await api.get("/readyz")
-    refused(answer, 503, "projection_stalled")
-    assert answer.json()["details"] == {"projection_position": 0, "head": 1}
-    assert "No projector is running" in answer.json()["message"]
+    response = await api.get("/readyz")
+    refused(response, 503, "projection_stalled")
+    assert response.json()["details"] == {"projection_position": 0, "head": 1}
+    assert "No projector is running" in response.json()["message"]
     await health.record_stall(api.db, "At position 1 of the log is a JobRepainted: upgrade.")
     assert "upgrade" in (await api.get("/readyz")).json()["message"]
 
 
-async def test_readyz_says_that_the_views_are_ahead_of_the_log(
+async def test_readyz_with_views_ahead_of_log_gives_503(
     without_projector: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = without_projector
@@ -113,16 +113,16 @@ async def test_readyz_says_that_the_views_are_ahead_of_the_log(
     await api.submit()
     await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 9}})
     await asyncio.sleep(0.6)
-    answer = await api.get("/readyz")
-    refused(answer, 503, "projection_stalled")
-    assert answer.json()["details"] == {"projection_position": 9, "head": 1}
-    assert "were removed" in answer.json()["message"]
+    response = await api.get("/readyz")
+    refused(response, 503, "projection_stalled")
+    assert response.json()["details"] == {"projection_position": 9, "head": 1}
+    assert "were removed" in response.json()["message"]
     await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 1}})
     await asyncio.sleep(0.6)
     assert (await api.get("/readyz")).status_code == 200
 
 
-async def test_readyz_says_that_the_end_of_the_log_was_removed_until_the_views_are_rebuilt(
+async def test_readyz_after_removal_of_log_end_gives_503_until_rebuild(
     without_projector: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = without_projector
@@ -134,17 +134,17 @@ async def test_readyz_says_that_the_end_of_the_log_was_removed_until_the_views_a
     assert (await api.get("/readyz")).status_code == 200
     await api.db.events.delete_many({"_id": {"$gte": 2}})
     async with asyncio.timeout(5):
-        while (answer := await api.get("/readyz")).status_code == 200:
+        while (response := await api.get("/readyz")).status_code == 200:
             pass
-    refused(answer, 503, "projection_stalled")
-    assert answer.json()["details"] == {"projection_position": 3, "head": 1}
-    assert "were removed" in answer.json()["message"]
+    refused(response, 503, "projection_stalled")
+    assert response.json()["details"] == {"projection_position": 3, "head": 1}
+    assert "were removed" in response.json()["message"]
     await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 1}})  # as a rebuild does
     await asyncio.sleep(0.5)
     assert (await api.get("/readyz")).status_code == 200
 
 
-async def test_readyz_does_not_flap_while_the_views_get_on(
+async def test_readyz_stays_ready_while_views_make_progress(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health.StallDetector.is_stalled, "__defaults__", (1.0,))
@@ -154,7 +154,7 @@ async def test_readyz_does_not_flap_while_the_views_get_on(
         assert (await api_without_worker.get("/readyz")).status_code == 200
 
 
-async def test_a_job_that_cannot_be_projected_is_shown_with_the_reason(
+async def test_job_with_projection_error_is_shown_with_the_reason(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fold = jobs.fold

@@ -21,9 +21,9 @@ TRACKS = ("Main", "Databases", "Web")
 
 async def listed(api: Api, position: int | str | None = None, **query: Any) -> Any:
     headers = {} if position is None else {"Ledger-Position": str(position)}
-    answer = await api.http.get("/api/events/jobs", params=query, headers=headers)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    response = await api.http.get("/api/events/jobs", params=query, headers=headers)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 async def some_jobs(api: Api) -> str:
@@ -51,7 +51,7 @@ async def some_jobs(api: Api) -> str:
     return str(await api.event_store.head_position())
 
 
-async def test_each_filter_finds_what_it_names_and_counts_it(header_auth_api: Api) -> None:
+async def test_job_list_filter_returns_matches_and_total(header_auth_api: Api) -> None:
     position = await some_jobs(header_auth_api)
     for query, number in [
         ({}, 30),
@@ -81,7 +81,7 @@ async def test_each_filter_finds_what_it_names_and_counts_it(header_auth_api: Ap
         assert (content["total"], len(content["jobs"])) == (number, number), query
 
 
-async def test_failed_jobs_are_found_by_their_error(api: Api) -> None:
+async def test_job_list_filters_by_error_code(api: Api) -> None:
     job_id = await api.submit({"fail": "permanent"})
     ended = await api.wait_until_finished(job_id)
     await api.submit()
@@ -92,7 +92,7 @@ async def test_failed_jobs_are_found_by_their_error(api: Api) -> None:
 
 
 @pytest.mark.parametrize("sort", ["-created_at", "created_at"])
-async def test_pages_follow_each_other_though_jobs_come_and_go_between_them(header_auth_api: Api, sort: str) -> None:
+async def test_job_list_pages_are_stable_while_jobs_change(header_auth_api: Api, sort: str) -> None:
     position = await some_jobs(header_auth_api)
     whole = [job["job_id"] for job in (await listed(header_auth_api, position, sort=sort))["jobs"]]
     seen: list[str] = []
@@ -114,12 +114,12 @@ async def test_pages_follow_each_other_though_jobs_come_and_go_between_them(head
 @pytest.mark.parametrize(
     "query", [{"cursor": "nonsense"}, {"cursor": "MTIz", "skip": 1}, {"limit": 0}, {"limit": 1001}, {"sort": "colour"}]
 )
-async def test_a_page_that_makes_no_sense_is_refused(api_without_worker: Api, query: dict[str, Any]) -> None:
-    answer = await api_without_worker.http.get("/api/events/jobs", params=query)
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content")
+async def test_job_list_with_invalid_paging_is_rejected(api_without_worker: Api, query: dict[str, Any]) -> None:
+    response = await api_without_worker.http.get("/api/events/jobs", params=query)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_content")
 
 
-async def test_the_jobs_of_a_batch_are_paged_with_their_counts(api_without_worker: Api) -> None:
+async def test_jobs_of_batch_are_paged_with_total(api_without_worker: Api) -> None:
     batch = await api_without_worker.submit_batch(*({"number": number} for number in range(12)))
     await api_without_worker.submit()
     position = await api_without_worker.event_store.head_position()
@@ -133,7 +133,7 @@ async def test_the_jobs_of_a_batch_are_paged_with_their_counts(api_without_worke
     assert (none.status_code, none.json()["code"]) == (404, "batch_not_found")
 
 
-async def test_batches_are_found_by_status_user_and_name(header_auth_api: Api) -> None:
+async def test_batch_list_filters_by_status_user_and_name(header_auth_api: Api) -> None:
     for user, name in (("alice", "FOSDEM main track"), ("bob", "FOSDEM other"), ("alice", "PyCon")):
         content = {"batch_name": name, "jobs": [{"job_type": "echo", "parameters": {}}]}
         await header_auth_api.post("/api/events/batches", content, **principal_header(user))
@@ -188,9 +188,7 @@ def a_job(number: int) -> Document:
 
 
 @pytest.mark.parametrize("principal", [ADMIN, ALICE, STRANGER], ids=["admin", "alice", "stranger"])
-async def test_every_list_is_read_from_an_index_and_looks_at_little_more_than_it_shows(
-    api_without_worker: Api, principal: Principal
-) -> None:
+async def test_every_job_list_query_examines_few_index_keys(api_without_worker: Api, principal: Principal) -> None:
     await api_without_worker.db.jobs.insert_many([a_job(number) for number in range(3000)])
     cursor = paging.PageCursor(datetime(2026, 1, 1, 0, 20, tzinfo=UTC), "job-1")
     for wanted in [

@@ -13,9 +13,9 @@ from tests.api.conftest import Api
 
 
 async def page(api: Api, **query: Any) -> dict[str, Any]:
-    answer = await api.http.get("/api/ledger/events", params=query, headers=api.principal_headers)
-    assert answer.status_code == 200, answer.text
-    content: dict[str, Any] = answer.json()
+    response = await api.http.get("/api/ledger/events", params=query, headers=api.principal_headers)
+    assert response.status_code == 200, response.text
+    content: dict[str, Any] = response.json()
     assert content["status"] == "success"
     return content
 
@@ -24,7 +24,7 @@ def positions(content: dict[str, Any]) -> list[int]:
     return [event["position"] for event in content["events"]]
 
 
-async def test_pages_follow_each_other_without_gap_or_double(api_without_worker: Api) -> None:
+async def test_log_pages_have_no_gaps_or_duplicates(api_without_worker: Api) -> None:
     job_ids = [await api_without_worker.submit({"number": number}) for number in range(7)]
     first = await page(api_without_worker, limit=3)
     assert (positions(first), first["last_position"], first["head"]) == ([1, 2, 3], 3, 7)
@@ -38,14 +38,14 @@ async def test_pages_follow_each_other_without_gap_or_double(api_without_worker:
         assert (end["events"], end["last_position"], end["head"]) == ([], after, 7)
 
 
-async def test_an_event_in_a_page_is_the_same_as_in_the_stream(api_without_worker: Api) -> None:
+async def test_log_page_event_equals_live_stream_event(api_without_worker: Api) -> None:
     await api_without_worker.submit({"text": "ä"})
     [live] = await api_without_worker.take_events(1, after=0)
     del live["sse_id"]
     assert (await page(api_without_worker))["events"] == [live]
 
 
-async def test_who_looks_for_few_types_moves_on_by_what_was_looked_at(
+async def test_log_page_filtered_by_type_advances_by_scanned_events(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.api.routes.log._MAX_EVENTS_SCANNED", 10)
@@ -61,7 +61,7 @@ async def test_who_looks_for_few_types_moves_on_by_what_was_looked_at(
     assert [positions(content) for content in found] == [[], [], [25]]
 
 
-async def test_a_page_of_very_large_events_ends_early(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_log_page_of_large_events_ends_early(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.api.http.pagination.MAX_PAGE_BYTES", 10_000)
     for _ in range(4):
         await api_without_worker.submit({"text": "x" * 6000})
@@ -69,7 +69,7 @@ async def test_a_page_of_very_large_events_ends_early(api_without_worker: Api, m
     assert (positions(content), content["last_position"]) == ([1, 2], 2)
 
 
-async def test_the_events_of_one_stream_come_in_pages_too(api_without_worker: Api) -> None:
+async def test_events_of_one_stream_are_paged(api_without_worker: Api) -> None:
     job_id, other = await api_without_worker.submit(), await api_without_worker.submit()
     for stream in (other, job_id):
         await handle_command(
@@ -82,11 +82,11 @@ async def test_the_events_of_one_stream_come_in_pages_too(api_without_worker: Ap
     assert positions(await page(api_without_worker, stream=job_id, types="JobCancelled")) == [4]
     end = await page(api_without_worker, stream=job_id, after=4)
     assert (end["events"], end["last_position"]) == ([], 4)
-    answer = await api_without_worker.get("/api/ledger/events?stream=job-nobody")
-    assert (answer.status_code, answer.json()["code"]) == (404, "stream_not_found")
+    response = await api_without_worker.get("/api/ledger/events?stream=job-nobody")
+    assert (response.status_code, response.json()["code"]) == (404, "stream_not_found")
 
 
-async def test_the_events_of_one_stream_are_found_by_their_index(api_without_worker: Api) -> None:
+async def test_events_of_one_stream_are_read_by_the_stream_index(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     for _ in range(50):
         await api_without_worker.submit()
@@ -121,12 +121,12 @@ async def test_the_events_of_one_stream_are_found_by_their_index(api_without_wor
         ("after=99999999999999999999", "invalid_content"),
     ],
 )
-async def test_a_wrong_query_is_refused(api_without_worker: Api, query: str, code: str) -> None:
-    answer = await api_without_worker.get(f"/api/ledger/events?{query}")
-    assert (answer.status_code, answer.json()["code"]) == (422, code)
+async def test_log_with_invalid_query_is_rejected(api_without_worker: Api, query: str, code: str) -> None:
+    response = await api_without_worker.get(f"/api/ledger/events?{query}")
+    assert (response.status_code, response.json()["code"]) == (422, code)
 
 
-async def test_the_head_says_how_far_the_log_and_the_views_are(api_without_worker: Api) -> None:
+async def test_head_returns_positions_of_log_and_views(api_without_worker: Api) -> None:
     empty = (await api_without_worker.get("/api/ledger/head")).json()
     assert (empty["head"], empty["oldest"]) == (0, 0)
     for _ in range(3):
@@ -141,7 +141,7 @@ async def test_the_head_says_how_far_the_log_and_the_views_are(api_without_worke
 
 
 @pytest.mark.usefixtures("header_auth")
-async def test_how_far_the_log_goes_is_told_to_anybody_who_is_signed_in(api_without_worker: Api) -> None:
+async def test_head_requires_authentication_only(api_without_worker: Api) -> None:
     assert (await api_without_worker.as_user("bob").get("/api/ledger/head")).status_code == 200
-    answer = await api_without_worker.as_user().get("/api/ledger/head")
-    assert (answer.status_code, answer.json()["code"]) == (401, "authentication_required")
+    response = await api_without_worker.as_user().get("/api/ledger/head")
+    assert (response.status_code, response.json()["code"]) == (401, "authentication_required")

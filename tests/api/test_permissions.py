@@ -124,20 +124,20 @@ async def thing(api: Api, visibility: str) -> Thing:
         "access_control": access,
         "jobs": [{"job_type": "echo", "job_name": "secretname", "parameters": {"text": "x"}, "webhook": HOOK}],
     }
-    answer = (await api.post("/api/events/batches", content, **OWNER)).json()
-    job = await api.wait_until_finished(answer["job_ids"][0])
-    await api.wait_for_event(answer["batch_id"], "BatchFinished")
+    response = (await api.post("/api/events/batches", content, **OWNER)).json()
+    job = await api.wait_until_finished(response["job_ids"][0])
+    await api.wait_for_event(response["batch_id"], "BatchFinished")
     delivery = f"delivery-{job['job_id']}-{job['version']}"
-    return Thing(answer["batch_id"], job["job_id"], job["results"]["files"][0]["path"], delivery)
+    return Thing(response["batch_id"], job["job_id"], job["results"]["files"][0]["path"], delivery)
 
 
 async def knock(api: Api, door: Door, what: Thing, who: Who) -> int:
     path = door.path.format(**what._asdict())
-    answer = await api.http.request(door.method, path, json=door.body, headers=who.headers)
-    if answer.status_code >= 400:
-        assert answer.json()["status"] == "error"
-        assert "secretname" not in answer.text
-    return answer.status_code
+    response = await api.http.request(door.method, path, json=door.body, headers=who.headers)
+    if response.status_code >= 400:
+        assert response.json()["status"] == "error"
+        assert "secretname" not in response.text
+    return response.status_code
 
 
 def expected(has: int, door: Door, who: Who) -> set[int]:
@@ -150,7 +150,7 @@ def expected(has: int, door: Door, who: Who) -> set[int]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("visibility", VISIBILITIES)
-async def test_every_door_lets_in_whom_it_should_and_nobody_else(api: Api, visibility: str) -> None:
+async def test_operation_is_allowed_only_with_sufficient_access(api: Api, visibility: str) -> None:
     wrong: list[str] = []
     what = await thing(api, visibility)
     owner, *others = PEOPLE
@@ -170,7 +170,7 @@ async def test_every_door_lets_in_whom_it_should_and_nobody_else(api: Api, visib
 
 
 @pytest.mark.timeout(300)
-async def test_who_has_the_right_can_use_it(api: Api) -> None:
+async def test_operation_with_sufficient_access_succeeds(api: Api) -> None:
     wrong: list[str] = []
     for who in PEOPLE:
         for door in CHANGING:
@@ -190,7 +190,7 @@ def what_was(who: Who) -> Thing:
 
 
 @pytest.mark.timeout(300)
-async def test_lists_totals_and_searches_show_each_what_they_may_see(api: Api) -> None:
+async def test_lists_and_totals_contain_only_readable_jobs_and_batches(api: Api) -> None:
     things = {visibility: await thing(api, visibility) for visibility in VISIBILITIES}
     position = str(await api.event_store.head_position())
     for who in PEOPLE:
@@ -207,7 +207,7 @@ async def test_lists_totals_and_searches_show_each_what_they_may_see(api: Api) -
 
 
 @pytest.mark.timeout(300)
-async def test_the_log_shows_each_only_the_events_of_what_they_may_see(api: Api) -> None:
+async def test_log_page_contains_only_events_of_readable_streams(api: Api) -> None:
     things = {visibility: await thing(api, visibility) for visibility in VISIBILITIES}
     for who in PEOPLE:
         content = (await api.http.get("/api/ledger/events?after=0&limit=1000", headers=who.headers)).json()
@@ -231,14 +231,14 @@ async def test_the_log_shows_each_only_the_events_of_what_they_may_see(api: Api)
         (principal_header(), 401),
     ],
 )
-async def test_statistics_of_everything_are_for_monitors_and_admins(
+async def test_statistics_require_the_role_monitor_or_admin(
     header_auth_api: Api, who: dict[str, str], status: int
 ) -> None:
     for path in ("/api/monitoring/events/stats", "/metrics"):
         assert (await header_auth_api.http.get(path, headers=who)).status_code == status, path
 
 
-async def test_one_submits_for_oneself_and_an_admin_for_others(header_auth_api: Api) -> None:
+async def test_submission_for_another_user_requires_admin(header_auth_api: Api) -> None:
     job = {"job_type": "echo", "parameters": {}}
     for path, content in (
         ("jobs", {**job, "user_id": "bob"}),
@@ -254,7 +254,7 @@ async def test_one_submits_for_oneself_and_an_admin_for_others(header_auth_api: 
             assert (await header_auth_api.post(f"/api/events/{path}", content, **who)).status_code == status
 
 
-async def test_a_batch_leads_nobody_to_jobs_that_they_may_not_see(header_auth_api: Api) -> None:
+async def test_batch_operation_skips_jobs_without_read_access(header_auth_api: Api) -> None:
     hidden = {"job_type": "echo", "parameters": {}, "access_control": {"visibility": "private"}}
     content = {"access_control": {"write_access": ["writer"]}, "jobs": [hidden, {"job_type": "echo", "parameters": {}}]}
     batch = (await header_auth_api.post("/api/events/batches", content, **OWNER)).json()

@@ -37,7 +37,7 @@ from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
 
 OWNER: Final = principal_header("owner", ["team-hidden-team"])
 HOST: Final = "hidden-host"
-MARKS: Final = ("hidden-path", "hidden-query", "hidden-header", "hidden-answer", "hidden-user", "hidden-team", HOST)
+MARKS: Final = ("hidden-path", "hidden-query", "hidden-header", "hidden-response", "hidden-user", "hidden-team", HOST)
 STRANGER: Final = Viewer(Principal("zoe"), AccessLevel.READ)
 VIEWERS: Final = {
     "reader": principal_header("reader"),
@@ -48,7 +48,7 @@ VIEWERS: Final = {
 }
 
 
-def test_every_field_of_every_event_has_a_rule() -> None:
+def test_every_event_field_has_a_redaction_rule() -> None:
     assert EVENT_RULES.keys() == EVENT_TYPES.keys()
     for name, event in EVENT_TYPES.items():
         assert EVENT_RULES[name].keys() == event.model_fields.keys(), name
@@ -64,7 +64,7 @@ def test_every_field_of_every_event_has_a_rule() -> None:
         (METADATA_RULES, EventMetadataResource, {"request_fingerprint", "traceparent"}),
     ],
 )
-def test_every_field_of_every_answer_has_a_rule(rules: dict[str, Any], model: Any, extra: set[str]) -> None:
+def test_every_response_field_has_a_redaction_rule(rules: dict[str, Any], model: Any, extra: set[str]) -> None:
     assert model.model_fields.keys() == rules.keys() | extra
     assert set(EventMetadata.__dataclass_fields__) == METADATA_RULES.keys() | {"request_fingerprint", "traceparent"}
 
@@ -77,13 +77,13 @@ def test_every_field_of_every_answer_has_a_rule(rules: dict[str, Any], model: An
         JobReleased(worker_id=f"{HOST}-1-abcdef", attempt=1, reason=f"{HOST} is full", is_machine_failure=True),
     ],
 )
-def test_log_lines_name_no_worker(event: Any) -> None:
+def test_log_lines_contain_no_worker_host(event: Any) -> None:
     document = {"type": type(event).__name__, "time": datetime.now(UTC)}
     [line] = log_lines_of_event(RecordedEvent(document, event))
     assert HOST not in line.message
 
 
-def test_pseudonym_is_stable_and_has_32_bits() -> None:
+def test_worker_pseudonym_is_stable_and_has_32_bits() -> None:
     first, second = pseudonymize_worker("host-1-abcdef"), pseudonymize_worker("host-2-abcdef")
     assert first == pseudonymize_worker("host-1-abcdef") != second
     assert first is not None
@@ -116,7 +116,7 @@ ACCESS: Final = {
 async def finished(api: Api, cms: WebhookEndpoint) -> dict[str, str]:
     """A finished batch of two jobs, one of which failed, each with a webhook that was told in vain."""
     cms.script_responses("/hidden-path?token=hidden-query", 500)
-    cms.body = b"hidden-answer"
+    cms.body = b"hidden-response"
     hook = {"url": cms.url("/hidden-path?token=hidden-query"), "headers": {"X-hidden-header": "1"}}
     content = {
         "access_control": ACCESS,
@@ -172,14 +172,14 @@ DOORS: Final = (
 )
 
 
-async def test_nothing_of_the_owners_is_shown_to_others_at_any_door(api: Api, cms: WebhookEndpoint) -> None:
+async def test_owner_only_values_are_hidden_in_every_response(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     wrong: list[str] = []
     for name, headers in VIEWERS.items():
         for door in DOORS:
-            answer = await api.http.get(door.format(**what), headers=headers)
-            assert answer.status_code == 200 or (name == "anonymous" and answer.status_code == 303), (name, door)
-            wrong += [f"{name} at {door} sees {mark}" for mark in MARKS if mark in answer.text]
+            response = await api.http.get(door.format(**what), headers=headers)
+            assert response.status_code == 200 or (name == "anonymous" and response.status_code == 303), (name, door)
+            wrong += [f"{name} at {door} sees {mark}" for mark in MARKS if mark in response.text]
         stream = ""
         async with api.http.stream("GET", "/api/ledger/stream?after=0", headers=headers) as live:
             async for text in live.aiter_text():
@@ -191,7 +191,7 @@ async def test_nothing_of_the_owners_is_shown_to_others_at_any_door(api: Api, cm
     assert wrong == []
 
 
-async def test_own_names_and_what_happened_are_shown_to_readers(api: Api, cms: WebhookEndpoint) -> None:
+async def test_reader_sees_own_name_and_outcome(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     job = (await api.http.get(f"/api/events/jobs/{what['job']}", headers=VIEWERS["reader"])).json()["job"]
     JobResource.model_validate(job, extra="forbid")
@@ -207,7 +207,7 @@ async def test_own_names_and_what_happened_are_shown_to_readers(api: Api, cms: W
     assert "on purpose" in (await api.http.get(f"/api/events/jobs/{what['failed']}", headers=principal_header())).text
 
 
-async def test_owner_keeper_and_admin_are_shown_everything(api: Api, cms: WebhookEndpoint) -> None:
+async def test_owner_and_admins_see_all_values(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     for headers in (OWNER, principal_header("keeper"), principal_header("ann", roles=["admin"])):
         text = ""
@@ -216,14 +216,14 @@ async def test_owner_keeper_and_admin_are_shown_everything(api: Api, cms: Webhoo
         assert [mark for mark in MARKS if mark not in text] == []
 
 
-async def test_validators_differ_between_roles_and_writers_can_still_use_theirs(api: Api, cms: WebhookEndpoint) -> None:
+async def test_etags_differ_by_access_and_writer_can_use_own_etag(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     for path in (f"/api/events/jobs/{what['job']}", f"/api/events/batches/{what['batch']}"):
         tags = {}
         for name, headers in {"owner": OWNER, **VIEWERS}.items():
-            answer = await api.http.get(path, headers=headers)
-            tags[name] = answer.headers["etag"]
-            assert "Cookie" in answer.headers["vary"]
+            response = await api.http.get(path, headers=headers)
+            tags[name] = response.headers["etag"]
+            assert "Cookie" in response.headers["vary"]
         assert tags["owner"] not in {tag for name, tag in tags.items() if name != "owner"}
         assert tags["reader"] != tags["writer"]
         for name, headers in {"owner": OWNER, **VIEWERS}.items():
@@ -236,22 +236,22 @@ async def test_validators_differ_between_roles_and_writers_can_still_use_theirs(
     assert changed.status_code == 200, changed.text
 
 
-async def test_job_as_it_was_is_shown_by_the_access_of_today(api: Api, cms: WebhookEndpoint) -> None:
+async def test_job_as_of_position_is_redacted_by_current_access(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     path = f"/api/events/jobs/{what['job']}"
     demoted = {"access_control": {"visibility": "public", "admin_access": []}}
     changed = await api.http.put(path, json=demoted, headers=OWNER)
     assert changed.status_code == 200
     headers = {**principal_header("keeper"), "Ledger-Position": changed.headers["ledger-position"]}
-    answer = await api.http.get(f"{path}?as_of={what['head']}", headers=headers)
-    assert answer.status_code == 200
-    assert "hidden" not in answer.text
+    response = await api.http.get(f"{path}?as_of={what['head']}", headers=headers)
+    assert response.status_code == 200
+    assert "hidden" not in response.text
 
 
 SHOWN_IN_PART: Final = {"error_code"}  # the code of an error is shown to all
 
 
-def test_every_filter_of_every_list_is_shown_or_refused() -> None:
+def test_every_list_filter_is_visible_or_rejected() -> None:
     for rules, model in ((JOB_RULES, JobListQuery), (BATCH_RULES, BatchListQuery), (DELIVERY_RULES, DeliveryFilter)):
         filters = model.model_fields.keys() - PageQuery.model_fields.keys() - {"q", "include"} - SHOWN_IN_PART
         fields = {name: FILTER_FIELDS.get(name, name) for name in filters}
@@ -265,7 +265,7 @@ def test_every_filter_of_every_list_is_shown_or_refused() -> None:
 
 
 @pytest.mark.parametrize("viewer", ["reader", "writer", "stranger"])
-async def test_filter_by_what_the_viewer_is_not_shown_is_refused(api: Api, cms: WebhookEndpoint, viewer: str) -> None:
+async def test_filter_by_hidden_field_is_rejected(api: Api, cms: WebhookEndpoint, viewer: str) -> None:
     what = await finished(api, cms)
     path, bulk = "/api/monitoring/events/webhooks", "/api/monitoring/events/redeliver"
     everything = (await api.http.get(f"{path}?job_id={what['job']}", headers=OWNER)).json()["deliveries"][0]
@@ -275,15 +275,15 @@ async def test_filter_by_what_the_viewer_is_not_shown_is_refused(api: Api, cms: 
         value = everything[field] if field != "sequence" else 0
         asked = {"job_id": what["job"], name: value}
         expected = 200 if field == "created_at" or mine[field] == everything[field] else 403
-        answer = await api.http.get(path, params=asked, headers=VIEWERS[viewer])
-        assert answer.status_code == expected, (name, answer.text)
+        response = await api.http.get(path, params=asked, headers=VIEWERS[viewer])
+        assert response.status_code == expected, (name, response.text)
         assert (await api.http.get(path, params=asked, headers=OWNER)).status_code == 200, name
         if viewer == "writer":
-            answer = await api.http.post(bulk, json=asked, headers=VIEWERS[viewer])
-            assert answer.status_code == (202 if expected == 200 else 403), (name, answer.text)
+            response = await api.http.post(bulk, json=asked, headers=VIEWERS[viewer])
+            assert response.status_code == (202 if expected == 200 else 403), (name, response.text)
 
 
-async def test_reader_cannot_try_guesses_of_the_address(api: Api, cms: WebhookEndpoint) -> None:
+async def test_filter_by_endpoint_is_rejected_for_non_owner(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     path = f"/api/monitoring/events/webhooks?job_id={what['job']}"
     known = (await api.http.get(path, headers=OWNER)).json()["deliveries"][0]["endpoint_id"]

@@ -1,4 +1,4 @@
-"""Real answers are what the models of api/schemas, and so the OpenAPI document, say: no field more or
+"""Real responses are what the models of api/schemas, and so the OpenAPI document, say: no field more or
 less."""
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ JOBS, BATCHES = "/api/events/jobs", "/api/events/batches"
 HOOK = {"url": "https://example.org/hook", "headers": {"X-Key": "hidden"}}
 
 
-def fits(answer: httpx.Response) -> Any:
-    """Hold an answer against the model that its route is described with; no unknown field passes."""
-    method, path = answer.request.method, answer.request.url.path
+def fits(response: httpx.Response) -> Any:
+    """Hold an response against the model that its route is described with; no unknown field passes."""
+    method, path = response.request.method, response.request.url.path
     door = next(
         OPERATIONS[route.endpoint]
         for route in ROUTES
         if method in (route.methods or ()) and route.path_regex.match(path) is not None
     )
-    assert answer.status_code == door.status, answer.text
+    assert response.status_code == door.status, response.text
     assert isinstance(door.response, type)
     assert issubclass(door.response, BaseModel)
-    door.response.model_validate_json(answer.content, extra="forbid", strict=True)
+    door.response.model_validate_json(response.content, extra="forbid", strict=True)
     for header in door.response_headers:
-        assert header in answer.headers
-    return answer.json()
+        assert header in response.headers
+    return response.json()
 
 
-async def test_jobs_and_their_stories(api: Api) -> None:
+async def test_job_responses_match_their_models(api: Api) -> None:
     submitted = fits(await api.post(JOBS, {"job_type": "echo", "parameters": {"track": "A"}, "webhook": HOOK}))
     job_id = submitted["job_id"]
     await api.wait_until_finished(job_id)
@@ -55,7 +55,7 @@ async def test_jobs_and_their_stories(api: Api) -> None:
     assert fits(await api.http.delete(f"{JOBS}/{failed}"))["job"] is None
 
 
-async def test_batches_and_their_stories(api: Api) -> None:
+async def test_batch_responses_match_their_models(api: Api) -> None:
     jobs = [{"job_type": "echo", "parameters": given} for given in ({}, {"fail": "on purpose"})]
     submitted = fits(await api.post(BATCHES, {"jobs": jobs, "batch_name": "two", "webhook": HOOK}))
     batch_id = submitted["batch_id"]
@@ -70,14 +70,14 @@ async def test_batches_and_their_stories(api: Api) -> None:
     await api.wait_for_event(batch_id, "BatchFinished")
 
 
-async def test_deleted_batches(api_without_worker: Api) -> None:
+async def test_batch_deletion_response_matches_its_model(api_without_worker: Api) -> None:
     batch_id = (await api_without_worker.submit_batch({}))["batch_id"]
     fits(await api_without_worker.post(f"{BATCHES}/{batch_id}/cancel"))
     await api_without_worker.wait_for_event(batch_id, "BatchFinished")
     assert fits(await api_without_worker.http.delete(f"{BATCHES}/{batch_id}"))["batch"] is None
 
 
-async def test_files_the_log_statistics_and_health(api: Api) -> None:
+async def test_file_log_and_monitoring_responses_match_their_models(api: Api) -> None:
     job = await api.wait_until_finished(await api.submit({"track": "A"}))
     fits(await api.post(f"/api/events/files/{job['results']['files'][0]['path']}/link"))
     for path in (
@@ -91,7 +91,7 @@ async def test_files_the_log_statistics_and_health(api: Api) -> None:
         fits(await api.get(path))
 
 
-async def test_the_live_stream_sends_events_as_described(api_without_worker: Api) -> None:
+async def test_live_stream_event_matches_its_model(api_without_worker: Api) -> None:
     await api_without_worker.submit()
     [event] = await api_without_worker.take_events(1, after=0)
     event.pop("sse_id")
@@ -99,9 +99,9 @@ async def test_the_live_stream_sends_events_as_described(api_without_worker: Api
 
 
 @pytest.mark.parametrize("path", [f"{JOBS}/job-none", f"{JOBS}?limit=x", "/nowhere", f"{JOBS}/job-none/cancel"])
-async def test_failures(api_without_worker: Api, path: str) -> None:
-    answer = await api_without_worker.get(path)
-    error = ErrorResponse.model_validate_json(answer.content, extra="forbid", strict=True)
+async def test_error_response_matches_its_model(api_without_worker: Api, path: str) -> None:
+    response = await api_without_worker.get(path)
+    error = ErrorResponse.model_validate_json(response.content, extra="forbid", strict=True)
     for problem in error.details.get("errors", ()):
         FieldError.model_validate(problem, extra="forbid")
     assert re.fullmatch(r"[a-z_]+", error.code)

@@ -49,9 +49,9 @@ async def guarded(
 
 
 async def link_to(api: Api, path: str, **body: Any) -> str:
-    answer = await api.post(f"{FILES}{quote(path)}/link", body)
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["url"])
+    response = await api.post(f"{FILES}{quote(path)}/link", body)
+    assert response.status_code == 200, response.text
+    return str(response.json()["url"])
 
 
 async def opened(api: Api, url: str, method: str = "GET", **headers: str) -> httpx.Response:
@@ -61,7 +61,7 @@ async def opened(api: Api, url: str, method: str = "GET", **headers: str) -> htt
 
 
 @pytest.mark.parametrize("name", ["talk.md", "Umläute & 日本?.md", "a+b #1%2F.md", "link"])
-async def test_a_link_opens_its_file_to_somebody_who_has_not_said_who_they_are(guarded: Api, name: str) -> None:
+async def test_signed_link_opens_file_without_authentication(guarded: Api, name: str) -> None:
     await add_file(guarded, f"c/{name}")
     url = await link_to(guarded, f"c/{name}")
 
@@ -74,34 +74,34 @@ async def test_a_link_opens_its_file_to_somebody_who_has_not_said_who_they_are(g
     assert part.headers["referrer-policy"] == "no-referrer"
 
 
-async def test_a_link_is_good_for_an_hour_or_as_long_as_was_asked_for(guarded: Api) -> None:
+async def test_signed_link_expires_after_an_hour_or_the_given_time(guarded: Api) -> None:
     await add_file(guarded, "a.bin")
     for body, seconds in ({}, 3600), ({"expires_in_s": 60}, 60), ({"expires_in_s": 30 * 86_400}, 30 * 86_400):
-        answer = (await guarded.post(f"{FILES}a.bin/link", body)).json()
-        expires = datetime.fromtimestamp(int(parse_qs(urlsplit(answer["url"]).query)["expires"][0]), UTC)
-        assert datetime.fromisoformat(answer["expires_at"]) == expires
+        response = (await guarded.post(f"{FILES}a.bin/link", body)).json()
+        expires = datetime.fromtimestamp(int(parse_qs(urlsplit(response["url"]).query)["expires"][0]), UTC)
+        assert datetime.fromisoformat(response["expires_at"]) == expires
         assert abs(expires - datetime.now(UTC) - timedelta(seconds=seconds)) < timedelta(seconds=10)
     assert (await guarded.post(f"{FILES}a.bin/link")).status_code == 200
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 30 * 86_400 + 1, "soon", 1e300, None])
-async def test_a_link_for_less_than_a_second_or_more_than_thirty_days_is_refused(guarded: Api, seconds: Any) -> None:
+async def test_signed_link_with_invalid_lifetime_is_rejected(guarded: Api, seconds: Any) -> None:
     await add_file(guarded, "a.bin")
-    answer = await guarded.post(f"{FILES}a.bin/link", {"expires_in_s": seconds})
-    assert answer.status_code == 422
-    assert answer.json()["details"]["errors"][0]["path"] == "expires_in_s"
+    response = await guarded.post(f"{FILES}a.bin/link", {"expires_in_s": seconds})
+    assert response.status_code == 422
+    assert response.json()["details"]["errors"][0]["path"] == "expires_in_s"
 
 
-async def test_an_expired_link_says_so(guarded: Api) -> None:
+async def test_expired_link_is_rejected(guarded: Api) -> None:
     await add_file(guarded, "a.bin")
     row = await view.get(Views(guarded.db), "a.bin")
     assert row is not None
     url = await SignedLinks(guarded.db, None).create(row, datetime.now(UTC) - timedelta(seconds=1))
-    answer = await opened(guarded, url)
-    assert (answer.status_code, answer.json()["code"]) == (403, "link_expired")
+    response = await opened(guarded, url)
+    assert (response.status_code, response.json()["code"]) == (403, "link_expired")
 
 
-async def test_a_link_that_was_altered_opens_nothing(guarded: Api) -> None:
+async def test_altered_link_is_rejected(guarded: Api) -> None:
     await add_file(guarded, "a.bin")
     await add_file(guarded, "b.bin", b"another")
     url = await link_to(guarded, "a.bin")
@@ -123,13 +123,13 @@ async def test_a_link_that_was_altered_opens_nothing(guarded: Api) -> None:
         ("a.bin", query["expires"], "0" * 64),
     ]:
         changed = httpx.URL(f"{FILES}{path}", params={"expires": expires, "signature": signed})
-        answer = await opened(guarded, str(changed))
-        assert (answer.status_code, answer.json()["code"]) == (403, "link_invalid"), changed
+        response = await opened(guarded, str(changed))
+        assert (response.status_code, response.json()["code"]) == (403, "link_invalid"), changed
     without = await opened(guarded, f"{FILES}a.bin?expires={query['expires']}")
     assert without.status_code == 401
 
 
-async def test_a_link_opens_no_other_door(guarded: Api) -> None:
+async def test_signed_link_gives_no_access_to_other_routes(guarded: Api) -> None:
     await add_file(guarded, "a.bin")
     url = await link_to(guarded, "a.bin")
     query = urlsplit(url).query
@@ -142,11 +142,11 @@ async def test_a_link_opens_no_other_door(guarded: Api) -> None:
         ("POST", f"{FILES}a.bin/link"),
         ("DELETE", f"{FILES}a.bin"),
     ]:
-        answer = await opened(guarded, f"{path}?{query}", method)
-        assert answer.status_code == 401, path
+        response = await opened(guarded, f"{path}?{query}", method)
+        assert response.status_code == 401, path
 
 
-async def test_a_link_ends_with_the_file_it_leads_to(guarded: Api) -> None:
+async def test_signed_link_of_deleted_file_is_rejected(guarded: Api) -> None:
     await add_file(guarded, "a.bin")
     url = await link_to(guarded, "a.bin")
     [row] = await guarded.db.files.find().to_list()
@@ -158,7 +158,7 @@ async def test_a_link_ends_with_the_file_it_leads_to(guarded: Api) -> None:
     assert (await opened(guarded, url)).status_code == 403
 
 
-async def test_only_who_may_read_a_file_and_says_who_they_are_gets_a_link(guarded: Api) -> None:
+async def test_link_creation_requires_authentication_and_read_access(guarded: Api) -> None:
     await add_file(guarded, "a.bin")
     stranger = await guarded.post(f"{FILES}a.bin/link", {}, **{"x-user": "stranger"})
     unknown = await guarded.post(f"{FILES}b.bin/link", {})
@@ -169,7 +169,7 @@ async def test_only_who_may_read_a_file_and_says_who_they_are_gets_a_link(guarde
     assert (nobody.status_code, nobody.json()["code"]) == (401, "authentication_required")
 
 
-async def test_all_processes_share_one_key_and_keep_it(
+async def test_signing_key_is_shared_by_all_processes(
     guarded: Api, mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
     await add_file(guarded, "a.bin")
@@ -181,7 +181,9 @@ async def test_all_processes_share_one_key_and_keep_it(
     assert await guarded.db.secrets.count_documents({}) == 1
 
 
-async def test_without_its_key_every_link_is_void(guarded: Api, mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+async def test_deleted_signing_key_invalidates_every_link(
+    guarded: Api, mongodb_uri: str, db_name: str, tmp_path: Path
+) -> None:
     await add_file(guarded, "a.bin")
     url = await link_to(guarded, "a.bin")
     await guarded.db.secrets.delete_many({})
@@ -189,7 +191,7 @@ async def test_without_its_key_every_link_is_void(guarded: Api, mongodb_uri: str
         assert (await opened(other, url)).status_code == 403
 
 
-async def test_a_link_begins_with_the_address_that_others_know(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+async def test_signed_link_starts_with_the_public_url(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     address = f"http://localhost:{port}"

@@ -15,19 +15,21 @@ async def put(api: Api, path: str, content: Any, **headers: str) -> httpx.Respon
     return await api.http.put(f"/api/events/{path}", json=content, headers=headers)
 
 
-async def test_a_waiting_job_is_changed_and_what_is_not_named_stays(api_without_worker: Api) -> None:
+async def test_update_of_pending_job_keeps_omitted_fields(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit({"text": "old"}, priority=3)
 
-    answer = await put(api_without_worker, f"jobs/{job_id}", {"parameters": {"text": "new"}})
+    response = await put(api_without_worker, f"jobs/{job_id}", {"parameters": {"text": "new"}})
 
-    assert answer.status_code == 200, answer.text
-    assert (answer.json()["job"]["parameters"], answer.json()["job"]["priority"]) == ({"text": "new"}, 3)
-    assert answer.headers["etag"].startswith('"2-')
-    seen = (await api_without_worker.get(f"/api/events/jobs/{job_id}", answer.headers["ledger-position"])).json()["job"]
-    assert seen == answer.json()["job"]
+    assert response.status_code == 200, response.text
+    assert (response.json()["job"]["parameters"], response.json()["job"]["priority"]) == ({"text": "new"}, 3)
+    assert response.headers["etag"].startswith('"2-')
+    seen = (await api_without_worker.get(f"/api/events/jobs/{job_id}", response.headers["ledger-position"])).json()[
+        "job"
+    ]
+    assert seen == response.json()["job"]
 
 
-async def test_access_and_priority_are_changed_together_or_not_at_all(api: Api) -> None:
+async def test_update_of_finished_job_is_applied_completely_or_not_at_all(api: Api) -> None:
     job_id = await api.submit()
     ended = await api.wait_until_finished(job_id)
     public = {"visibility": "public"}
@@ -51,39 +53,39 @@ async def test_access_and_priority_are_changed_together_or_not_at_all(api: Api) 
         ({"not_before": "soon"}, "not_before"),
     ],
 )
-async def test_a_change_that_makes_no_sense_is_refused(
+async def test_update_with_invalid_field_is_rejected(
     api_without_worker: Api, content: dict[str, Any], path: str
 ) -> None:
     job_id = await api_without_worker.submit()
 
-    answer = await put(api_without_worker, f"jobs/{job_id}", content)
+    response = await put(api_without_worker, f"jobs/{job_id}", content)
 
-    assert answer.status_code == 422
-    assert answer.json()["details"]["errors"][0]["path"] == path
+    assert response.status_code == 422
+    assert response.json()["details"]["errors"][0]["path"] == path
 
 
-async def test_new_parameters_have_to_fit_the_job_type(api_without_worker: Api) -> None:
+async def test_update_with_parameters_invalid_for_job_type_is_rejected(api_without_worker: Api) -> None:
     session = {"event": "E", "session": "S", "url": "https://example.org", "filename": "f", "track": "T"}
-    answer = await api_without_worker.post("/api/events/jobs", {"parameters": session})
+    response = await api_without_worker.post("/api/events/jobs", {"parameters": session})
 
     refused = await put(
-        api_without_worker, f"jobs/{answer.json()['job_id']}", {"parameters": {**session, "track": " "}}
+        api_without_worker, f"jobs/{response.json()['job_id']}", {"parameters": {**session, "track": " "}}
     )
 
     assert refused.status_code == 422
     assert refused.json()["details"]["errors"][0]["path"] == "parameters.track"
 
 
-async def test_a_job_that_is_put_off_waits_until_then(api_without_worker: Api) -> None:
+async def test_update_of_not_before_sets_due_time(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
 
-    answer = await put(api_without_worker, f"jobs/{job_id}", {"not_before": tomorrow})
+    response = await put(api_without_worker, f"jobs/{job_id}", {"not_before": tomorrow})
 
-    assert answer.json()["job"]["due_at"][:19] == tomorrow[:19]
+    assert response.json()["job"]["due_at"][:19] == tomorrow[:19]
 
 
-async def test_who_looked_at_an_older_version_changes_nothing(api_without_worker: Api) -> None:
+async def test_write_with_outdated_if_match_is_rejected(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     seen = (await api_without_worker.get(f"/api/events/jobs/{job_id}")).headers["etag"]
     first = await put(api_without_worker, f"jobs/{job_id}", {"priority": 5}, **{"If-Match": seen})
@@ -101,7 +103,7 @@ async def test_who_looked_at_an_older_version_changes_nothing(api_without_worker
     assert again.json()["job"]["priority"] == 6
 
 
-async def test_a_running_job_of_another_version_is_neither_cancelled_nor_deleted(api: Api) -> None:
+async def test_delete_of_running_job_with_other_version_is_rejected(api: Api) -> None:
     job_id = await api.submit({"seconds": 3600})
     await api.wait_for_event(job_id, "JobClaimed")
 
@@ -113,7 +115,7 @@ async def test_a_running_job_of_another_version_is_neither_cancelled_nor_deleted
     assert deleted.status_code == 200, deleted.text
 
 
-async def test_a_job_that_has_not_changed_is_not_sent_again(api_without_worker: Api) -> None:
+async def test_get_job_with_current_etag_is_not_modified(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     etag = (await api_without_worker.get(f"/api/events/jobs/{job_id}")).headers["etag"]
 
@@ -123,13 +125,15 @@ async def test_a_job_that_has_not_changed_is_not_sent_again(api_without_worker: 
     assert (same.status_code, same.content, other.status_code) == (304, b"", 200)
 
 
-async def test_who_may_see_a_batch_is_changed_for_its_jobs_too(api_without_worker: Api) -> None:
+async def test_update_of_batch_access_applies_to_its_jobs(api_without_worker: Api) -> None:
     batch = await api_without_worker.submit_batch({}, {})
 
-    answer = await put(api_without_worker, f"batches/{batch['batch_id']}", {"access_control": {"read_access": ["bob"]}})
+    response = await put(
+        api_without_worker, f"batches/{batch['batch_id']}", {"access_control": {"read_access": ["bob"]}}
+    )
 
-    assert answer.json()["jobs"] == {"total": 2, "changed": 2, "unchanged": 0, "rejected": 0}
-    position = answer.headers["ledger-position"]
+    assert response.json()["jobs"] == {"total": 2, "changed": 2, "unchanged": 0, "rejected": 0}
+    position = response.headers["ledger-position"]
     for path in (f"batches/{batch['batch_id']}", *(f"jobs/{job_id}" for job_id in batch["job_ids"])):
         content = (await api_without_worker.get(f"/api/events/{path}", position)).json()
         assert (content.get("job") or content["batch"])["access_control"]["read_access"] == ["bob"]
@@ -137,16 +141,16 @@ async def test_who_may_see_a_batch_is_changed_for_its_jobs_too(api_without_worke
     assert listed["access_control"]["read_access"] == ["bob"]
 
 
-async def test_a_job_is_shown_as_it_was(api: Api) -> None:
+async def test_job_as_of_position_or_time_has_past_status(api: Api) -> None:
     job_id = await api.submit({"text": "x"})
     ended = await api.wait_until_finished(job_id)
     events = await api.event_store.read_stream(job_id)
     claimed = next(event for event in events if event.type == "JobClaimed")
 
     async def status(as_of: object) -> str:
-        answer = await api.http.get(f"/api/events/jobs/{job_id}", params={"as_of": str(as_of)})
-        assert answer.status_code == 200, answer.text
-        return str(answer.json()["job"]["status"])
+        response = await api.http.get(f"/api/events/jobs/{job_id}", params={"as_of": str(as_of)})
+        assert response.status_code == 200, response.text
+        return str(response.json()["job"]["status"])
 
     assert await status(events[0].position) == "pending"
     assert await status(claimed.position) == "processing"
@@ -161,7 +165,7 @@ async def test_a_job_is_shown_as_it_was(api: Api) -> None:
         assert refused.status_code == 422, refused.text
 
 
-async def test_a_batch_is_shown_as_it_was_with_the_counts_of_then(api: Api) -> None:
+async def test_batch_as_of_position_or_time_has_past_counts(api: Api) -> None:
     batch = await api.submit_batch({}, {"fail": "permanent"}, {"seconds": 0.2})
     path = f"/api/events/batches/{batch['batch_id']}"
     finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")

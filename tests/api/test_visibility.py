@@ -84,11 +84,11 @@ async def page(api: Api, **query: Any) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     after, head = 0, 1
     while after < head:
-        answer = await api.http.get(
+        response = await api.http.get(
             "/api/ledger/events", params={"after": after, **query}, headers=api.principal_headers
         )
-        assert answer.status_code == 200, answer.text
-        content = answer.json()
+        assert response.status_code == 200, response.text
+        content = response.json()
         found += [(event["stream"], event["type"]) for event in content["events"]]
         assert content["last_position"] > after
         after, head = content["last_position"], content["head"]
@@ -98,7 +98,7 @@ async def page(api: Api, **query: Any) -> list[tuple[str, str]]:
 # Who sees what ----------------------------------------------------------------------------------------------------
 
 
-async def test_everybody_sees_the_events_of_jobs_that_they_may_read_and_of_no_others(api_without_worker: Api) -> None:
+async def test_principal_sees_only_events_of_readable_jobs(api_without_worker: Api) -> None:
     alice = api_without_worker.as_user("alice", ["team-a"])
     jobs = {
         name: await alice.submit(access_control=access)
@@ -128,11 +128,11 @@ async def test_everybody_sees_the_events_of_jobs_that_they_may_read_and_of_no_ot
         assert {stream for stream, _ in await page(asking)} == expected, who
         for name, job_id in jobs.items():
             status = 200 if name in visible else 404
-            answer = await asking.get(f"/api/ledger/events?stream={job_id}")
-            assert answer.status_code == status, (who, name, answer.text)
+            response = await asking.get(f"/api/ledger/events?stream={job_id}")
+            assert response.status_code == status, (who, name, response.text)
 
 
-async def test_what_one_may_not_read_and_what_is_not_there_look_alike(api_without_worker: Api) -> None:
+async def test_unreadable_and_missing_streams_get_the_same_response(api_without_worker: Api) -> None:
     alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     job_id = await alice.submit()
     batch_id = (await alice.submit_batch({}))["batch_id"]
@@ -143,23 +143,23 @@ async def test_what_one_may_not_read_and_what_is_not_there_look_alike(api_withou
         ("/api/ledger/events?stream=", batch_id, "batch-" + "0" * 24),
         ("/api/ledger/events?stream=", "positions", "position"),
     ):
-        answers = [await bob.get(path + stream) for stream in (there, missing)]
-        assert [answer.status_code for answer in answers] == [404, 404], path
+        responses = [await bob.get(path + stream) for stream in (there, missing)]
+        assert [response.status_code for response in responses] == [404, 404], path
         first, second = (
-            answer.text.replace(stream, "") for answer, stream in zip(answers, (there, missing), strict=True)
+            response.text.replace(stream, "") for response, stream in zip(responses, (there, missing), strict=True)
         )
         assert first == second
     assert (await api_without_worker.get(f"/api/ledger/stream?job_id={new_job_id()}")).status_code == 404
 
 
-async def test_a_batch_does_not_tell_of_its_jobs_to_whom_may_not_read_them(api_without_worker: Api) -> None:
+async def test_batch_stream_hides_events_of_unreadable_jobs(api_without_worker: Api) -> None:
     alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     jobs = [
         {"job_type": "echo", "parameters": {}, "access_control": {}},
         {"job_type": "echo", "parameters": {}, "access_control": FOR_BOB},
     ]
-    answer = await alice.post("/api/events/batches", {"jobs": jobs, "access_control": FOR_BOB})
-    batch_id, (hidden, shown) = answer.json()["batch_id"], answer.json()["job_ids"]
+    response = await alice.post("/api/events/batches", {"jobs": jobs, "access_control": FOR_BOB})
+    batch_id, (hidden, shown) = response.json()["batch_id"], response.json()["job_ids"]
     await do(api_without_worker, hidden, CancelJob("user:alice"))
     await do(api_without_worker, shown, CancelJob("user:alice"))
     async with watching(bob, batch_id=batch_id) as watcher:
@@ -168,7 +168,7 @@ async def test_a_batch_does_not_tell_of_its_jobs_to_whom_may_not_read_them(api_w
         assert [kind for stream, kind in watcher.kinds() if stream == shown] == ["JobSubmitted", "JobCancelled"]
 
 
-async def test_events_that_belong_to_no_job_are_for_who_sees_everything(api_without_worker: Api) -> None:
+async def test_events_without_job_are_visible_to_admins_only(api_without_worker: Api) -> None:
     # A writer reserves a position and dies, so the position is voided.
     await api_without_worker.event_store._appender.reserve_positions(1)
     marker = await api_without_worker.submit(access_control={"visibility": "public"})
@@ -186,9 +186,7 @@ async def test_events_that_belong_to_no_job_are_for_who_sees_everything(api_with
 
 
 @pytest.mark.parametrize("lost", [ChangeAccess("user:alice", PRIVATE), Delete("user:alice")])
-async def test_a_stream_of_one_job_ends_at_the_event_that_takes_access_away(
-    api_without_worker: Api, lost: Command
-) -> None:
+async def test_job_stream_ends_when_access_is_lost(api_without_worker: Api, lost: Command) -> None:
     alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     job_id = await alice.submit(access_control=FOR_BOB)
     async with watching(bob, job_id=job_id) as watcher:
@@ -202,24 +200,24 @@ async def test_a_stream_of_one_job_ends_at_the_event_that_takes_access_away(
     assert (again.status_code, again.json()["code"]) == (404, "job_not_found")
 
 
-async def test_a_stream_of_a_batch_ends_when_the_batch_is_deleted(api_without_worker: Api) -> None:
+async def test_batch_stream_ends_when_batch_is_deleted(api_without_worker: Api) -> None:
     alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     batch = await alice.submit_batch({}, access_control=FOR_BOB)
     batch_id, [job_id] = batch["batch_id"], batch["job_ids"]
     async with watching(bob, batch_id=batch_id) as watcher, watching(api_without_worker, batch_id=batch_id) as admin:
         await do(api_without_worker, job_id, CancelJob("user:alice"))
         await watcher.until(batch_id, "BatchFinished")
-        answer = await api_without_worker.http.delete(
+        response = await api_without_worker.http.delete(
             f"/api/events/batches/{batch_id}", headers=alice.principal_headers
         )
-        assert answer.status_code == 200, answer.text
+        assert response.status_code == 200, response.text
         await watcher.until_the_end()
         assert watcher.kinds()[-2:] == [(job_id, "JobDeleted"), (batch_id, "BatchDeleted")]
         await admin.until(batch_id, "BatchDeleted")
         assert not admin.ended
 
 
-async def test_a_general_stream_goes_on_without_the_events_of_a_job_that_was_taken_away(
+async def test_global_stream_continues_without_job_whose_access_is_lost(
     api_without_worker: Api,
 ) -> None:
     alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
@@ -235,7 +233,7 @@ async def test_a_general_stream_goes_on_without_the_events_of_a_job_that_was_tak
         await watcher.until(job_id, "JobAccessChanged")  # given back: from here on it is there again
 
 
-async def test_what_is_not_shared_any_more_is_not_told_from_history_either(api_without_worker: Api) -> None:
+async def test_history_is_hidden_after_access_is_lost(api_without_worker: Api) -> None:
     alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     taken, deleted, marker = [await alice.submit(access_control=FOR_BOB) for _ in range(3)]
     assert len(await page(bob)) == 3  # so that who may see them is known here
@@ -304,7 +302,7 @@ async def submitted(log: EventStore, **fields: Any) -> RecordedEvent:
     return recorded.events[0]
 
 
-async def test_a_change_that_comes_while_it_is_read_who_may_see_a_job_is_not_lost(
+async def test_access_change_during_load_is_not_lost(
     mongodb_uri: str, db_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.api.auth.visibility._MAX_STREAMS", 1)
@@ -322,7 +320,7 @@ async def test_a_change_that_comes_while_it_is_read_who_may_see_a_job_is_not_los
             assert not await visibility.get_viewer(Principal("bob"), event)
 
 
-async def test_what_is_heard_late_does_not_undo_what_was_read_from_the_log(mongodb_uri: str, db_name: str) -> None:
+async def test_late_event_does_not_undo_newer_access(mongodb_uri: str, db_name: str) -> None:
     async with following(mongodb_uri, db_name) as (ledger, visibility):
         event = await submitted(ledger.event_store)
         for access in (AccessControl(visibility="public"), PRIVATE):
@@ -337,7 +335,7 @@ async def test_what_is_heard_late_does_not_undo_what_was_read_from_the_log(mongo
         assert not await visibility.get_viewer(Principal("bob"), event)
 
 
-async def test_an_event_is_not_judged_before_all_that_came_before_it_is_known(mongodb_uri: str, db_name: str) -> None:
+async def test_get_viewer_waits_for_earlier_events(mongodb_uri: str, db_name: str) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS), open_ledger(Connection(mongodb_uri, db_name)) as ledger:
         visibility = Visibility(ledger.event_store, Checkpoint(ledger.db))
         event = await submitted(ledger.event_store, access_control=AccessControl(visibility="public"))
@@ -349,9 +347,7 @@ async def test_an_event_is_not_judged_before_all_that_came_before_it_is_known(mo
         passing.cancel()
 
 
-async def test_what_a_later_version_may_have_said_about_access_hides_a_job_from_all_but_admins(
-    mongodb_uri: str, db_name: str
-) -> None:
+async def test_unknown_event_type_hides_job_from_all_but_admins(mongodb_uri: str, db_name: str) -> None:
     async with following(mongodb_uri, db_name) as (ledger, visibility):
         event = await submitted(ledger.event_store, access_control=AccessControl(visibility="public"))
         assert await visibility.get_viewer(Principal("bob"), event)
@@ -365,7 +361,7 @@ async def test_what_a_later_version_may_have_said_about_access_hides_a_job_from_
         assert await visibility.get_viewer(Principal("root", roles=frozenset({"admin"})), event)
 
 
-def test_every_event_that_can_change_access_is_known_as_one() -> None:
+def test_relevant_event_types_are_those_that_change_access() -> None:
     assert set(EVENT_TYPES) - _IRRELEVANT_EVENT_TYPES == {
         "JobSubmitted",
         "JobAccessChanged",
