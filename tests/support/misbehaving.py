@@ -44,11 +44,11 @@ def action(function: Callable[[JobContext], Awaitable[Any]]) -> Callable[[JobCon
 class Parameters(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    do: str = "nothing"
+    action: str = "nothing"
     file: Path | None = None
 
 
-class Anything(BaseModel):
+class Settings(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
@@ -57,7 +57,7 @@ class MisbehavingProcessor:
     isolation: ClassVar[Isolation] = "process"
     preload: ClassVar[Sequence[str]] = ()
     Parameters: ClassVar[type[BaseModel]] = Parameters
-    Settings: ClassVar[type[BaseModel]] = Anything
+    Settings: ClassVar[type[BaseModel]] = Settings
 
     def __init__(self, settings: Any) -> None:
         pass
@@ -213,7 +213,7 @@ async def leave_tasks(job: JobContext) -> Results:
         while True:
             try:
                 await asyncio.sleep(3600)
-            except BaseException:  # noqa: BLE001 - that is the point
+            except BaseException:  # noqa: BLE001 - cancellation and SystemExit too
                 continue
 
     async def exit_when_cancelled() -> None:
@@ -237,7 +237,7 @@ async def ignore_cancellation(job: JobContext) -> Results:
     while True:
         try:
             await asyncio.sleep(3600)
-        except BaseException:  # noqa: BLE001 - that is the point
+        except BaseException:  # noqa: BLE001 - cancellation and SystemExit too
             continue
 
 
@@ -404,7 +404,7 @@ async def everything_at_once(job: JobContext) -> Results:
     """Call every method hundreds of times concurrently, from tasks and from threads with their own event loops."""
     mismatches: list[str] = []
 
-    async def one(number: int) -> None:
+    async def use_every_method(number: int) -> None:
         async def output() -> dict[str, Any]:
             await asyncio.sleep(number % 7 / 1000)
             await job.warn(f"warning {number}") if number % 10 == 0 else None
@@ -418,9 +418,9 @@ async def everything_at_once(job: JobContext) -> Results:
         if step["number"] != number or step["file"]["path"] != f"files/{job.job_id}/{number}":
             mismatches.append(f"{number} got {step}")
 
-    tasks = [asyncio.create_task(one(number)) for number in range(150)]
-    in_threads = [asyncio.to_thread(run_in_new_loop, one(number)) for number in range(150, 180)]
-    await asyncio.gather(*tasks, *in_threads)
+    tasks = [asyncio.create_task(use_every_method(number)) for number in range(150)]
+    threads = [asyncio.to_thread(run_in_new_loop, use_every_method(number)) for number in range(150, 180)]
+    await asyncio.gather(*tasks, *threads)
     return Results(metadata={"mismatches": mismatches})
 
 
@@ -681,7 +681,7 @@ def _create_irregular_file(kind: str, path: Path) -> Path:
 @action
 async def save_irregular_file(job: JobContext) -> Results:
     kind = job.parameters.kind
-    path = _create_irregular_file(kind, job.scratch_dir / "it")
+    path = _create_irregular_file(kind, job.scratch_dir / "file")
     return Results(markdown=await job.save(f"misbehaving/{job.job_id}.md", path, "text/markdown"))
 
 
@@ -707,8 +707,8 @@ async def save_the_same(job: JobContext) -> Results:
     """Save the same content many times concurrently, and then once more."""
     paths = [f"same/{job.job_id}/{number}.txt" for number in range(20)]
     saved = await asyncio.gather(*(job.save(path, b"blank", "text/plain") for path in paths))
-    again = await job.save(f"same/{job.job_id}/again.txt", b"blank", "text/plain")
-    return Results(assets=[*saved, again])
+    last = await job.save(f"same/{job.job_id}/again.txt", b"blank", "text/plain")
+    return Results(assets=[*saved, last])
 
 
 @action
