@@ -18,7 +18,7 @@ async def run(ctx: StepContext) -> JSON:
     """Fetch and read the page.
 
     Raises:
-        ProcessorError: The page cannot be response, is not HTML, is empty, or timed out (STEP_TIMEOUT, transient).
+        ProcessorError: The page cannot be fetched, is not HTML, is empty, or timed out (STEP_TIMEOUT, transient).
     """
     seconds = ctx.settings.page_timeout_seconds
     try:
