@@ -267,7 +267,7 @@ def test_check_history_reports_position_of_violation(history: History, match: st
     check_history(build_log(history[:-1]))
 
 
-@pytest.mark.parametrize("word", [progressed(), completed, cancelled], ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("event", [progressed(), completed, cancelled], ids=lambda event: type(event).__name__)
 def test_check_history_reports_event_by_other_worker(event: JobEvent) -> None:
     log = InMemoryLog()
     log.append("job-1", [submitted, claimed()])
