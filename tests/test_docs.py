@@ -31,8 +31,7 @@ from jobledger.ledger.mongo.embedded import find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.workers.processors.session.document import render_document
-from tests.processors.session.fixtures import html, make_parameters, serve_site
-from tests.processors.session.test_markdown import material, page
+from tests.processors.session.fixtures import html, make_content, make_page_text, make_parameters, serve_site
 from tests.support import generated_docs
 from tests.support.event_examples import NOON, RESULTS
 from tests.support.installation import COMMAND, Installation
@@ -322,7 +321,7 @@ def test_sessions_how_to_template_names_are_defined() -> None:
     rendered = render_document(
         session=make_parameters(),
         job_id="job-1",
-        content=material(make_parameters(), page(), None, None),
+        content=make_content(make_parameters(), make_page_text()),
         warnings=["Alas"],
         template="".join(f"{{{{ {name} }}}}" for name in names),
     )

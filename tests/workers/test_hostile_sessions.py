@@ -11,8 +11,16 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.mongo.connection import Connection
-from tests.processors.session.fixtures import CONFERENCE_PAGE, Site, SiteResponse, html, make_pdf, redirect, serve_site
-from tests.processors.session.test_slides import pdf_with_image
+from tests.processors.session.fixtures import (
+    CONFERENCE_PAGE,
+    Site,
+    SiteResponse,
+    html,
+    make_pdf,
+    make_pdf_with_image,
+    redirect,
+    serve_site,
+)
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 
 HTML = {"Content-Type": "text/html; charset=utf-8"}
@@ -101,7 +109,7 @@ async def test_hostile_attachments_are_warnings_and_the_worker_lives_on(here: Ru
         site.put(
             "/for-ever.pdf", SiteResponse(pdf_that_draws_for_ever())
         ): "could not be worked through within 4 seconds",
-        site.put("/giant.pdf", SiteResponse(pdf_with_image(20_000, 5_000))): giant,
+        site.put("/giant.pdf", SiteResponse(make_pdf_with_image(20_000, 5_000))): giant,
         site.put("/cut.pdf", SiteResponse(make_pdf(30)[:3000])): "the PDF is damaged",
         site.put("/locked.pdf", SiteResponse(make_pdf(2, password="secret"))): "protected by a password",
         site.put("/inside.pdf", redirect("http://127.0.0.2:1/")): "127.0.0.2",

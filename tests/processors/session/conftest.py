@@ -1,4 +1,4 @@
-"""The local conference website."""
+"""The conference website and the OpenAI server of a test."""
 
 from __future__ import annotations
 
@@ -6,10 +6,23 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.processors.session.fixtures import Site, serve_site
+from tests.processors.session.fixtures import CONFERENCE_PAGE, Site, html, serve_site
+from tests.processors.session.openai_server import FakeOpenAiServer, run_fake_openai
 
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    with serve_site() as running:
-        yield running
+    with serve_site() as running_site:
+        yield running_site
+
+
+@pytest.fixture
+def page_url(site: Site) -> str:
+    """The URL of a session page on the website."""
+    return site.put("/2025/talks/ledgers/", html(CONFERENCE_PAGE))
+
+
+@pytest.fixture
+def openai_server() -> Iterator[FakeOpenAiServer]:
+    with run_fake_openai() as running_server:
+        yield running_server

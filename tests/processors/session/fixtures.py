@@ -1,4 +1,4 @@
-"""tests: a small conference site on 127.0.0.1, the material on it, and a job that remembers what it was told."""
+"""A conference website on 127.0.0.1, files to put on it, and a job context that records its calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import io
 import json
 import math
+import re
 import struct
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,21 +22,32 @@ from typing import Any
 
 import av
 import hypothesis
+import yaml
 from fpdf import FPDF
 from fpdf.enums import AccessPermission
 
-from jobledger.workers.processor import JSON, LogLevel, SavedFile
+from jobledger.workers.processor import JSON, LogLevel, Results, SavedFile
 from jobledger.workers.processors.session import SessionParameters, SessionSettings
+from jobledger.workers.processors.session.document import (
+    EnrichmentResult,
+    SessionContent,
+    SlidesResult,
+    TranscriptResult,
+    resolve_language,
+)
+from jobledger.workers.processors.session.page import PageText
+from jobledger.workers.processors.session.pdf_rendering import Slide
 
 LOCAL_HOSTS = ["127.0.0.1"]
+_SAMPLES_FILE = Path(__file__).resolve().parents[4] / "shared" / "data" / "fosdem-2025-sessions.json"
 
 without_deadline = hypothesis.settings(deadline=None)
-"""For laws: that the machine was busy is no counterexample."""
+"""Settings of property tests. A busy machine must not fail an example."""
 
 
 @dataclass(frozen=True, slots=True)
 class SiteResponse:
-    """What the site answers. `announced` is a Content-Length other than the true one."""
+    """A response of the site. `content_length` replaces the true Content-Length header."""
 
     body: bytes = b""
     status: int = 200
@@ -51,7 +64,10 @@ def redirect(location: str) -> SiteResponse:
 
 
 class Site:
-    """Answers what was put under a path, 404 elsewhere; `asked` lists the paths in the order they came."""
+    """A website. It returns the response that was put under a path, or 404.
+
+    `requested_paths` lists the paths of all requests in order.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -61,12 +77,12 @@ class Site:
         self.hanging_paths: set[str] = set()
         self.closing = Event()
 
-    def put(self, path: str, answer: SiteResponse) -> str:
-        self.responses[path] = answer
+    def put(self, path: str, response: SiteResponse) -> str:
+        self.responses[path] = response
         return self.url(path)
 
     def put_hanging(self, path: str) -> str:
-        """An address that accepts the question and never answers."""
+        """Return a URL that accepts a request and never responds."""
         self.hanging_paths.add(path)
         return self.url(path)
 
@@ -83,18 +99,16 @@ def serve_site() -> Iterator[Site]:
             if self.path in site.hanging_paths:
                 site.closing.wait()
                 return
-            answer = site.responses.get(self.path, html("<p>nothing here</p>", status=404))
-            self.send_response_only(answer.status)
-            for name, value in answer.headers.items():
+            response = site.responses.get(self.path, html("<p>nothing here</p>", status=404))
+            self.send_response_only(response.status)
+            for name, value in response.headers.items():
                 self.send_header(name, value)
-            self.send_header(
-                "Content-Length", str(len(answer.body) if answer.content_length is None else answer.content_length)
-            )
+            content_length = len(response.body) if response.content_length is None else response.content_length
+            self.send_header("Content-Length", str(content_length))
             self.end_headers()
-            self.wfile.write(answer.body)
+            self.wfile.write(response.body)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Quiet."""
+        def log_message(self, format: str, *args: Any) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     site = Site(server.server_port)
@@ -110,7 +124,10 @@ def serve_site() -> Iterator[Site]:
 
 
 class RecordingJob:
-    """The job a processor sees. Give the `steps` of one to the next, and it is the next attempt at the same job."""
+    """A job context for a processor that records all calls.
+
+    Pass the `steps` of one to another to simulate the next attempt of the same job.
+    """
 
     def __init__(
         self,
@@ -120,25 +137,25 @@ class RecordingJob:
         job_id: str = "job-1",
         attempt: int = 1,
         steps: dict[tuple[str, str], tuple[JSON, list[str]]] | None = None,
-        cancel_at: float = math.inf,
+        cancel_at_percent: float = math.inf,
     ) -> None:
         self.parameters = parameters
         self.scratch_dir = scratch
         self.job_id = job_id
         self.attempt = attempt
         self.steps = {} if steps is None else steps
-        self.ran: list[str] = []
-        self.told: list[tuple[float, str]] = []
-        self.lines: list[str] = []
+        self.executed_steps: list[str] = []
+        self.progress: list[tuple[float, str]] = []
+        self.log_messages: list[str] = []
         self.warnings: list[str] = []
         self.tokens = 0
         self.files: dict[str, bytes] = {}
-        self.shared: dict[str, timedelta | None] = {}
-        self._cancel_at = cancel_at
+        self.share_max_ages: dict[str, timedelta | None] = {}
+        self.cancel_at_percent = cancel_at_percent
 
     @property
     def is_cancelled(self) -> bool:
-        return bool(self.told) and self.told[-1][0] >= self._cancel_at
+        return bool(self.progress) and self.progress[-1][0] >= self.cancel_at_percent
 
     async def run_step(
         self,
@@ -148,26 +165,26 @@ class RecordingJob:
         *,
         share_max_age: timedelta | None = None,
     ) -> JSON:
-        self.shared[name] = share_max_age
+        self.share_max_ages[name] = share_max_age
         key = (name, json.dumps(inputs, sort_keys=True))
         if key in self.steps:
             output, warnings = self.steps[key]
             self.warnings += warnings
             return output
-        self.ran.append(name)
-        already = len(self.warnings)
+        self.executed_steps.append(name)
+        earlier_warnings = len(self.warnings)
         output = json.loads(json.dumps(await function()))
-        self.steps[key] = (output, self.warnings[already:])
+        self.steps[key] = (output, self.warnings[earlier_warnings:])
         return output
 
     def add_tokens(self, tokens: int) -> None:
         self.tokens += tokens
 
     async def report_progress(self, percent: float, message: str) -> None:
-        self.told.append((percent, message))
+        self.progress.append((percent, message))
 
     async def log(self, level: LogLevel, message: str) -> None:
-        self.lines.append(message)
+        self.log_messages.append(message)
 
     async def warn(self, message: str) -> None:
         self.warnings.append(message)
@@ -183,7 +200,7 @@ class RecordingJob:
 
 
 def make_parameters(**changes: Any) -> SessionParameters:
-    """A session of the shape of the samples."""
+    """Return parameters like those of the FOSDEM samples."""
     values: dict[str, Any] = {
         "event": "ExampleConf 2025",
         "session": "Ledgers that never forget",
@@ -202,8 +219,64 @@ def make_parameters(**changes: Any) -> SessionParameters:
     return SessionParameters.model_validate(values | changes)
 
 
+def load_samples() -> list[dict[str, Any]]:
+    """Return the parameters of real sessions, or of made-up ones where the file does not exist."""
+    if _SAMPLES_FILE.exists():
+        samples: list[dict[str, Any]] = json.loads(_SAMPLES_FILE.read_text())
+        return samples
+    parameters = make_parameters().model_dump(exclude={"extra"})
+    return [
+        parameters | {"session": f"Talk {number}: “näher” 💌 \u00a01", "speakers": speakers, "video_url": video}
+        for number in range(50)
+        for speakers in (None, ["Stephen  Walli", 'Richard "RichiH" H.'])
+        for video in (None, f"https://video.conference.example/{number}/talk.av1.webm")
+    ]
+
+
+def make_page_text(**changes: Any) -> PageText:
+    values: dict[str, Any] = {
+        "url": "u",
+        "title": "t",
+        "language": "en",
+        "intro": None,
+        "keywords": [],
+        "markdown": "The text.",
+    }
+    return PageText.model_validate(values | changes)
+
+
+def make_content(
+    parameters: SessionParameters,
+    page_text: PageText,
+    transcript: TranscriptResult | None = None,
+    slides: list[Slide] | None = None,
+) -> SessionContent:
+    """Return the content of a document, without translation."""
+    return SessionContent(
+        page_text,
+        EnrichmentResult(language=resolve_language(parameters, page_text), markdown=page_text.markdown),
+        transcript or TranscriptResult(missing_reason="There is no transcript. No recording was given."),
+        SlidesResult(slides=slides or []),
+    )
+
+
+def read_document(job: RecordingJob, results: Results) -> str:
+    """Return the Markdown file that a job has saved."""
+    assert results.markdown is not None
+    return job.files[results.markdown.path].decode()
+
+
+def split_front_matter(document: str) -> tuple[dict[str, Any], str]:
+    """Return the front matter and the body of a document."""
+    match = re.fullmatch(r"---\n(.*?\n)---\n(.*)", document, re.DOTALL)
+    assert match
+    front_matter = yaml.safe_load(match[1])
+    assert isinstance(front_matter, dict)
+    return front_matter, match[2]
+
+
 def make_settings(**changes: Any) -> SessionSettings:
-    """Settings that may fetch from the local site."""
+    """Return settings that allow downloads from the local site."""
     return SessionSettings.model_validate({"allowed_private_hosts": LOCAL_HOSTS} | changes)
 
 
@@ -233,9 +306,9 @@ cd ledger</code></pre>
 
 
 def make_pdf(
-    pages: int, *, width: float = 254, height: float = 143, password: str | None = None, words: str = "Slide of a talk"
+    pages: int, *, width: float = 254, height: float = 143, password: str | None = None, title: str = "Slide of a talk"
 ) -> bytes:
-    """Slides of 16:9 with a title each; sizes in millimetres."""
+    """Return a PDF with a title on each page. Sizes are in millimetres; the default is 16:9."""
     document = FPDF(
         unit="mm",
         format=(min(width, height), max(width, height)),
@@ -246,14 +319,39 @@ def make_pdf(
         document.add_page()
         document.set_fill_color(20, 60, 120)
         document.rect(0, 0, width, 6, style="F")
-        document.text(20, 40, f"{words} {number}")
+        document.text(20, 40, f"{title} {number}")
     if password:
         document.set_encryption("owner", password, permissions=AccessPermission.none())
     return bytes(document.output())
 
 
+def make_pdf_with_image(columns: int, rows: int) -> bytes:
+    """Return a small PDF of one page with a black image of `columns` × `rows` pixels."""
+    pixels = zlib.compressobj(9)
+    packed = b"".join(pixels.compress(bytes(columns)) for _ in range(rows)) + pixels.flush()
+    drawing = b"q 200 0 0 200 0 0 cm /I Do Q"
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 200] /Contents 4 0 R "
+        b"/Resources << /XObject << /I 5 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(drawing), drawing),
+        b"<< /Type /XObject /Subtype /Image /Width %d /Height %d /ColorSpace /DeviceGray /BitsPerComponent 8 "
+        b"/Filter /FlateDecode /Length %d >>\nstream\n%s\nendstream" % (columns, rows, len(packed), packed),
+    ]
+    parts = [b"%PDF-1.4\n"]
+    offsets = []
+    for number, content in enumerate(objects, 1):
+        offsets.append(sum(map(len, parts)))
+        parts.append(b"%d 0 obj\n%s\nendobj\n" % (number, content))
+    start = sum(map(len, parts))
+    parts.append(b"xref\n0 6\n0000000000 65535 f \n" + b"".join(b"%010d 00000 n \n" % offset for offset in offsets))
+    parts.append(b"trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % start)
+    return b"".join(parts)
+
+
 def make_video(seconds: float, *, sound: bool = True, container: str = "matroska") -> bytes:
-    """A grey picture, with a tone of 440 Hz in stereo at 44.1 kHz when `sound`."""
+    """Return a grey video, with a stereo tone of 440 Hz at 44.1 kHz if `sound`."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as media:
         picture = media.add_stream("mpeg4", rate=10)
@@ -266,14 +364,14 @@ def make_video(seconds: float, *, sound: bool = True, container: str = "matroska
             frame.pts = number
             media.mux(picture.encode(frame))
             if tone:
-                media.mux(tone.encode(_tone(number)))
+                media.mux(tone.encode(_make_tone_frame(number)))
         media.mux(picture.encode())
         if tone:
             media.mux(tone.encode())
     return buffer.getvalue()
 
 
-def _tone(tenth: int) -> av.AudioFrame:
+def _make_tone_frame(tenth: int) -> av.AudioFrame:
     samples = 4_410
     frame = av.AudioFrame(format="s16", layout="stereo", samples=samples)
     first = tenth * samples

@@ -1,4 +1,4 @@
-"""tests: a server that speaks the protocol of the OpenAI API strictly: what is not right is refused, as there."""
+"""A server that implements the OpenAI API for chat and transcription. Like OpenAI, it rejects invalid requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ KEY = "sk-test-0123456789"
 
 @dataclass(slots=True)
 class FakeOpenAiServer:
-    """`chat` and `speech` make the answers; `troubles` come first: a status with headers, or "hang"."""
+    """A running server and its settings.
+
+    `answer_chat` and `answer_speech` create the responses. Before that, each request takes one of `scripted_failures`:
+    a status with headers, or "hang".
+    """
 
     port: int = 0
     answer_chat: Callable[[dict[str, Any]], Any] = lambda body: {}
@@ -29,21 +33,27 @@ class FakeOpenAiServer:
     requests: list[dict[str, Any]] = field(default_factory=list)
     peak_concurrency: int = 0
     closing: Event = field(default_factory=Event)
-    _now: int = 0
+    _active: int = 0
     _lock: Any = field(default_factory=Lock)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
-    def entered(self, by: int) -> None:
+    @contextmanager
+    def count_request(self) -> Iterator[None]:
         with self._lock:
-            self._now += by
-            self.peak_concurrency = max(self.peak_concurrency, self._now)
+            self._active += 1
+            self.peak_concurrency = max(self.peak_concurrency, self._active)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._active -= 1
 
 
 def chat_completion(content: Any, tokens: int = 10) -> dict[str, Any]:
-    """An answer of a chat model."""
+    """Return the response of a chat model."""
     text = content if isinstance(content, str) else json.dumps(content)
     usage = {"prompt_tokens": tokens - 1, "completion_tokens": 1, "total_tokens": tokens}
     return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}], "usage": usage}
@@ -52,84 +62,81 @@ def chat_completion(content: Any, tokens: int = 10) -> dict[str, Any]:
 def parse_multipart(content_type: str, body: bytes) -> dict[str, bytes]:
     message = BytesParser(policy=HTTP).parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
     assert message.is_multipart()
-    found: dict[str, bytes] = {}
+    fields: dict[str, bytes] = {}
     for part in message.iter_parts():
         content: Any = part.get_payload(decode=True)
-        found[str(part.get_param("name", header="content-disposition"))] = content
-    return found
+        fields[str(part.get_param("name", header="content-disposition"))] = content
+    return fields
 
 
 @contextmanager
 def run_fake_openai() -> Iterator[FakeOpenAiServer]:
-    """Serve on a port of this machine."""
-    site = FakeOpenAiServer()
+    """Run a server on a local port."""
+    fake = FakeOpenAiServer()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            site.entered(1)
-            try:
-                self._answer(body)
-            finally:
-                site.entered(-1)
+            with fake.count_request():
+                self._handle(body)
 
-        def _answer(self, body: bytes) -> None:
+        def _handle(self, body: bytes) -> None:
             if self.headers.get("Authorization") != f"Bearer {KEY}":
-                return self._say(401, _error("Incorrect API key provided"))
-            if site.scripted_failures:
-                trouble = site.scripted_failures.pop(0)
-                if isinstance(trouble, str):
-                    site.closing.wait(30)
+                return self._respond(401, _make_error("Incorrect API key provided"))
+            if fake.scripted_failures:
+                failure = fake.scripted_failures.pop(0)
+                if isinstance(failure, str):
+                    fake.closing.wait()
                     return None
-                return self._say(trouble[0], _error("busy"), trouble[1])
+                return self._respond(failure[0], _make_error("busy"), failure[1])
             match self.path:
                 case "/v1/chat/completions":
-                    return self._chat(json.loads(body))
+                    return self._complete_chat(json.loads(body))
                 case "/v1/audio/transcriptions":
-                    return self._speech(parse_multipart(self.headers["Content-Type"], body))
+                    return self._transcribe(parse_multipart(self.headers["Content-Type"], body))
                 case _:
-                    return self._say(404, _error(f"Unknown request URL: {self.path}"))
+                    return self._respond(404, _make_error(f"Unknown request URL: {self.path}"))
 
-        def _chat(self, asked: dict[str, Any]) -> None:
-            if self.headers["Content-Type"] != "application/json" or not asked.get("model"):
-                return self._say(400, _error("you must provide a model parameter"))
-            if "response_format" in asked and not site.supports_schemas:
-                return self._say(400, _error("response_format is not supported"))
-            site.requests.append(asked)
-            return self._say(200, site.answer_chat(asked))
+        def _complete_chat(self, request: dict[str, Any]) -> None:
+            if self.headers["Content-Type"] != "application/json" or not request.get("model"):
+                return self._respond(400, _make_error("you must provide a model parameter"))
+            if "response_format" in request and not fake.supports_schemas:
+                return self._respond(400, _make_error("response_format is not supported"))
+            fake.requests.append(request)
+            return self._respond(200, fake.answer_chat(request))
 
-        def _speech(self, parts: dict[str, bytes]) -> None:
+        def _transcribe(self, parts: dict[str, bytes]) -> None:
             if not parts.get("model") or "file" not in parts:
-                return self._say(400, _error("model and file are required"))
+                return self._respond(400, _make_error("model and file are required"))
             with wave.open(BytesIO(parts["file"])) as sound:
                 seconds = sound.getnframes() / sound.getframerate()
             fields = {name: value.decode() for name, value in parts.items() if name != "file"}
-            site.requests.append({**fields, "seconds": seconds})
-            return self._say(200, site.answer_speech(seconds))
+            fake.requests.append({**fields, "seconds": seconds})
+            return self._respond(200, fake.answer_speech(seconds))
 
-        def _say(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
-            text = content if isinstance(content, bytes) else json.dumps(content).encode()
+        def _respond(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+            body = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(text)))
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(text)
+            self.wfile.write(body)
 
         def log_message(self, format: str, *arguments: Any) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    site.port = server.server_address[1]
-    thread = Thread(target=server.serve_forever, daemon=True)
+    fake.port = server.server_address[1]
+    thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
-        yield site
+        yield fake
     finally:
-        site.closing.set()
+        fake.closing.set()
         server.shutdown()
         server.server_close()
 
 
-def _error(message: str) -> dict[str, Any]:
+def _make_error(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error"}}

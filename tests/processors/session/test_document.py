@@ -1,94 +1,59 @@
-"""tests: the document, whatever the values are."""
+"""The Markdown document of a session: its layout, and its validity for any values."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
-import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from jobledger.workers.processor import SavedFile
 from jobledger.workers.processors.session import SessionParameters
-from jobledger.workers.processors.session.document import (
-    EnrichmentResult,
-    SessionContent,
-    SlidesResult,
-    TranscriptResult,
-    read_built_in_template,
-    render_document,
-    resolve_language,
-)
+from jobledger.workers.processors.session.document import TranscriptResult, read_built_in_template, render_document
 from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.pdf_rendering import Slide
 from jobledger.workers.processors.session.transcript import Segment, format_timecode
-from tests.processors.session.fixtures import make_parameters, without_deadline
-from tests.processors.session.test_parameters import samples
+from tests.processors.session.fixtures import (
+    load_samples,
+    make_content,
+    make_page_text,
+    make_parameters,
+    split_front_matter,
+    without_deadline,
+)
 
-FIELDS = ["tags", "title", "subtitle", "intro", "speaker", "date", "place"]
-FIELDS += ["track", "topic", "url", "video_url", "language", "job_id"]
-
-
-def page(**changes: Any) -> PageText:
-    values: dict[str, Any] = {
-        "url": "u",
-        "title": "t",
-        "language": "en",
-        "intro": None,
-        "keywords": [],
-        "markdown": "The text.",
-    }
-    return PageText.model_validate(values | changes)
+FRONT_MATTER_FIELDS = ["tags", "title", "subtitle", "intro", "speaker", "date", "place"]
+FRONT_MATTER_FIELDS += ["track", "topic", "url", "video_url", "language", "job_id"]
 
 
-def slide(number: int, text: str) -> Slide:
-    def file(name: str) -> SavedFile:
+def make_slide(number: int, text: str) -> Slide:
+    def make_file(name: str) -> SavedFile:
         return SavedFile(path=f"e/t/s/assets/{name}", sha256="0" * 64, size=1, media_type="image/jpeg")
 
-    image = file(f"slide-{number:03}.jpg")
-    return Slide(**image.model_dump(), number=number, text=text, thumbnail=file(f"slide-{number:03}-thumb.jpg"))
+    image = make_file(f"slide-{number:03}.jpg")
+    return Slide(**image.model_dump(), number=number, text=text, thumbnail=make_file(f"slide-{number:03}-thumb.jpg"))
 
 
-def material(
-    parameters: SessionParameters, of_page: PageText, recording: TranscriptResult | None, slides: list[Slide] | None
-) -> SessionContent:
-    return SessionContent(
-        of_page,
-        EnrichmentResult(language=resolve_language(parameters, of_page), markdown=of_page.markdown),
-        recording or TranscriptResult(missing_reason="There is no transcript. No recording was given."),
-        SlidesResult(slides=slides or []),
-    )
-
-
-def document(
+def render(
     parameters: SessionParameters | None = None,
     *,
-    of_page: PageText | None = None,
-    recording: TranscriptResult | None = None,
+    page_text: PageText | None = None,
+    transcript: TranscriptResult | None = None,
     slides: list[Slide] | None = None,
     warnings: list[str] | None = None,
 ) -> str:
     return render_document(
         session=parameters or make_parameters(),
         job_id="job-1",
-        content=material(parameters or make_parameters(), of_page or page(), recording, slides),
+        content=make_content(parameters or make_parameters(), page_text or make_page_text(), transcript, slides),
         warnings=warnings or [],
         template=read_built_in_template(),
     )
 
 
-def parts_of(markdown: str) -> tuple[dict[str, Any], str]:
-    match = re.match(r"---\n(.*?\n)---\n", markdown, re.DOTALL)
-    assert match
-    front = yaml.safe_load(match.group(1))
-    assert isinstance(front, dict)
-    return front, markdown[match.end() :]
-
-
-def headings_in(body: str) -> list[tuple[str, str]]:
+def find_headings(body: str) -> list[tuple[str, str]]:
     tokens = MarkdownIt("commonmark").parse(body)
     return [
         (token.tag, "".join(child.content for child in tokens[number + 1].children or []))
@@ -97,14 +62,16 @@ def headings_in(body: str) -> list[tuple[str, str]]:
     ]
 
 
-def test_a_document_reads_well() -> None:
-    text = document(
+def test_render_document_with_all_parts_gives_expected_markdown() -> None:
+    text = render(
         make_parameters(
             video_url="https://video.conference.example/ledgers.webm",
             attachments_url="https://conference.example/ledgers (1).pdf".replace(" ", "%20"),
         ),
-        of_page=page(markdown="It begins.\n\n## Agenda\n\n1. History", keywords=["databases"], intro="In short."),
-        recording=TranscriptResult(
+        page_text=make_page_text(
+            markdown="It begins.\n\n## Agenda\n\n1. History", keywords=["databases"], intro="In short."
+        ),
+        transcript=TranscriptResult(
             audio_seconds=130,
             segments=[
                 Segment(start_seconds=0, text="good morning"),
@@ -112,7 +79,7 @@ def test_a_document_reads_well() -> None:
                 Segment(start_seconds=75, text="let us begin"),
             ],
         ),
-        slides=[slide(1, "Ledgers\nthat never [forget]"), slide(2, "")],
+        slides=[make_slide(1, "Ledgers\nthat never [forget]"), make_slide(2, "")],
         warnings=["Only the first 2 of 3 slides are shown."],
     )
     assert (
@@ -207,79 +174,81 @@ NASTY_VALUES = [
 @without_deadline
 @given(st.text(min_size=1).filter(str.strip))
 @pytest.mark.parametrize("field", ["session", "event", "track", "day"])
-def test_every_value_survives_the_front_matter(field: str, value: str) -> None:
-    _survives(make_parameters(**{field: value, "speakers": [value]}))
+def test_front_matter_round_trips_any_text(field: str, value: str) -> None:
+    check_front_matter(make_parameters(**{field: value, "speakers": [value]}))
 
 
 @pytest.mark.parametrize("value", NASTY_VALUES)
-def test_nasty_values_survive_the_front_matter_and_break_nothing(value: str) -> None:
+def test_nasty_values_round_trip_and_stay_text(value: str) -> None:
     parameters = make_parameters(session=value, event=value, track=value, day=value, speakers=[value, value])
-    body = _survives(parameters)
-    assert headings_in(body)[0] == ("h1", " ".join(value.split()))
-    assert [title for tag, title in headings_in(body)[1:]] == ["Transcript", "Links"]
+    body = check_front_matter(parameters)
+    assert find_headings(body)[0] == ("h1", " ".join(value.split()))
+    assert [title for tag, title in find_headings(body)[1:]] == ["Transcript", "Links"]
     rendered = MarkdownIt("commonmark").render(body)
     assert "<script" not in rendered
     assert "<img" not in rendered
     assert rendered.count("<a ") == 1
 
 
-def test_all_samples_make_a_document_whose_front_matter_parses() -> None:
-    for sample in samples():
-        _survives(SessionParameters.model_validate(sample))
+def test_front_matter_round_trips_all_samples() -> None:
+    for sample in load_samples():
+        check_front_matter(SessionParameters.model_validate(sample))
 
 
-def _survives(parameters: SessionParameters) -> str:
-    front, body = parts_of(document(parameters, of_page=page(intro=parameters.session)))
-    assert list(front) == FIELDS
-    assert front["title"] == front["intro"] == parameters.session
-    assert front["speaker"] == (parameters.speakers or [])
-    assert front["date"] == parameters.day
-    assert front["track"] == parameters.track
-    assert front["url"] == parameters.url
-    assert front["video_url"] == parameters.video_url
-    assert {parameters.event, parameters.track} == set(front["tags"])
+def check_front_matter(parameters: SessionParameters) -> str:
+    front_matter, body = split_front_matter(render(parameters, page_text=make_page_text(intro=parameters.session)))
+    assert list(front_matter) == FRONT_MATTER_FIELDS
+    assert front_matter["title"] == front_matter["intro"] == parameters.session
+    assert front_matter["speaker"] == (parameters.speakers or [])
+    assert front_matter["date"] == parameters.day
+    assert front_matter["track"] == parameters.track
+    assert front_matter["url"] == parameters.url
+    assert front_matter["video_url"] == parameters.video_url
+    assert {parameters.event, parameters.track} == set(front_matter["tags"])
     return body
 
 
 @without_deadline
 @given(st.lists(st.text(), max_size=3), st.text(), st.text())
 @example(["- x\n# y"], "]( <b>", "`")
-def test_slides_words_and_warnings_never_break_the_document(texts: list[str], said: str, warning: str) -> None:
-    slides = [slide(number, text) for number, text in enumerate(texts, 1)]
-    recording = TranscriptResult(segments=[Segment(start_seconds=0, text=said)])
-    body = parts_of(document(slides=slides, recording=recording, warnings=[f"x {warning}"]))[1]
+def test_slides_speech_and_warnings_never_change_structure(texts: list[str], speech: str, warning: str) -> None:
+    slides = [make_slide(number, text) for number, text in enumerate(texts, 1)]
+    transcript = TranscriptResult(segments=[Segment(start_seconds=0, text=speech)])
+    body = split_front_matter(render(slides=slides, transcript=transcript, warnings=[f"x {warning}"]))[1]
     expected = ["Slides"] * bool(slides) + ["Transcript", "Links", "Warnings"]
-    assert [title for _, title in headings_in(body)][1:] == expected
+    assert [title for _, title in find_headings(body)][1:] == expected
     tokens = [token for block in MarkdownIt("commonmark").parse(body) for token in block.children or []]
     targets = [token.attrs["src"] for token in tokens if token.type == "image"]
     assert targets == [f"assets/slide-{number:03}.jpg" for number in range(1, len(texts) + 1)]
     assert not any(token.type == "html_inline" for token in tokens)
 
 
-def test_a_long_text_on_a_slide_is_shortened_in_its_description() -> None:
-    body = document(slides=[slide(1, "word " * 500)])
+def test_long_slide_text_is_shortened_in_image_description() -> None:
+    body = render(slides=[make_slide(1, "word " * 500)])
     assert len(re.findall("word", body)) <= 50
     assert "word …](assets/slide-001.jpg)" in body
 
 
-def test_what_is_unknown_leaves_no_gap() -> None:
-    text = document(make_parameters(speakers=None, day=None, starttime=None, endtime=None))
+def test_missing_values_leave_no_empty_lines() -> None:
+    text = render(make_parameters(speakers=None, day=None, starttime=None, endtime=None))
     assert "\n# Ledgers that never forget\n\nExampleConf 2025 · Databases-3\n\nThe text.\n" in text
     assert "\n\n\n" not in text
 
 
-def test_the_language_is_the_pages_own_where_it_says_so() -> None:
-    assert parts_of(document(of_page=page(language="fr")))[0]["language"] == "fr"
-    assert parts_of(document(make_parameters(source_language="nl"), of_page=page(language=None)))[0]["language"] == "nl"
+def test_language_of_page_takes_precedence_over_source_language() -> None:
+    parameters = make_parameters(source_language="nl")
+    for language, expected in (("fr", "fr"), (None, "nl")):
+        document = render(parameters, page_text=make_page_text(language=language))
+        assert split_front_matter(document)[0]["language"] == expected
 
 
-def test_moments_are_told_like_on_a_player() -> None:
+def test_format_timecode_gives_minutes_and_hours() -> None:
     assert [format_timecode(seconds) for seconds in (0, 75.9, 3_700)] == ["0:00", "1:15", "1:01:40"]
 
 
-def test_a_german_document_has_german_headings() -> None:
-    text = document(of_page=page(language="de-AT"), slides=[slide(1, "Übung")], warnings=["Alas."])
-    headings = [words for _, words in headings_in(parts_of(text)[1])]
+def test_german_document_has_german_headings() -> None:
+    text = render(page_text=make_page_text(language="de-AT"), slides=[make_slide(1, "Übung")], warnings=["Hinweis."])
+    headings = [title for _, title in find_headings(split_front_matter(text)[1])]
     assert headings[1:] == ["Folien", "Transkript", "Links", "Hinweise"]
     assert "![Folie 1: Übung]" in text
     assert "[Vortragsseite](" in text

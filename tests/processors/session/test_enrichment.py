@@ -1,16 +1,14 @@
-"""Summary and translation by a language model: what is asked, what is accepted, and what a page cannot do."""
+"""Summary and translation by a language model: requests, accepted responses, and prompt injection by pages."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -23,8 +21,17 @@ from jobledger.workers.processors.session.enrichment import (
     parse_translation,
     split_markdown,
 )
-from tests.processors.session.fixtures import RecordingJob, Site, html, make_parameters, make_settings, without_deadline
-from tests.processors.session.openai_server import KEY, FakeOpenAiServer, chat_completion, run_fake_openai
+from tests.processors.session.fixtures import (
+    RecordingJob,
+    Site,
+    html,
+    make_parameters,
+    make_settings,
+    read_document,
+    split_front_matter,
+    without_deadline,
+)
+from tests.processors.session.openai_server import KEY, FakeOpenAiServer, chat_completion
 
 SUMMARY = {
     "subtitle": "Warum Logbücher",
@@ -39,107 +46,97 @@ PAGE = """<html lang="en"><head><title>Ledgers</title></head><body><article><h1>
 
 
 @pytest.fixture
-def api() -> Iterator[FakeOpenAiServer]:
-    with run_fake_openai() as found:
-        yield found
-
-
-@pytest.fixture
 def key(tmp_path: Path) -> Path:
     file = tmp_path / "key"
     file.write_text(f"{KEY}\n")
     return file
 
 
-def translated(text: str) -> str:
-    """What a faithful model does: words change; addresses and code stay."""
-    kept = r"(https?://\S+|```.*?```|`[^`]*`)"
-    parts = re.split(kept, text, flags=re.DOTALL)
+def translate(text: str) -> str:
+    """Translate as a correct model does: change words, but not URLs and code."""
+    unchanged = r"(https?://\S+|```.*?```|`[^`]*`)"
+    parts = re.split(unchanged, text, flags=re.DOTALL)
     return "".join(
         part if index % 2 else part.replace("ledger", "Logbuch").replace("Ledger", "Logbuch")
         for index, part in enumerate(parts)
     )
 
 
-def faithful(asked: dict[str, Any]) -> Any:
-    if "summarise" in asked["messages"][0]["content"]:
+def answer_correctly(request: dict[str, Any]) -> Any:
+    if "summarise" in request["messages"][0]["content"]:
         return chat_completion(SUMMARY, tokens=100)
-    return chat_completion({"markdown": translated(asked["messages"][1]["content"])}, tokens=7)
+    return chat_completion({"markdown": translate(request["messages"][1]["content"])}, tokens=7)
 
 
-async def run(job: RecordingJob, api: FakeOpenAiServer, key: Path | None, **model: Any) -> Results:
-    chosen = {"backend": "openai", "url": api.url, "model": "m", "api_key_file": key, "timeout_seconds": 5, **model}
-    return await SessionProcessor(make_settings(language_model=chosen)).run(job)
+async def run(job: RecordingJob, openai_server: FakeOpenAiServer, key: Path | None, **changes: Any) -> Results:
+    model = {"backend": "openai", "url": openai_server.url, "model": "m", "api_key_file": key, **changes}
+    return await SessionProcessor(make_settings(language_model=model)).run(job)
 
 
-def document(job: RecordingJob, results: Results) -> tuple[dict[str, Any], str]:
-    assert results.markdown is not None
-    text = job.files[results.markdown.path].decode()
-    found = re.fullmatch(r"---\n(.*?\n)---\n(.*)", text, re.DOTALL)
-    assert found
-    return yaml.safe_load(found[1]), found[2]
-
-
-async def test_a_page_is_summarised_and_translated(
-    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+async def test_page_is_summarized_and_translated(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
-    api.answer_chat = faithful
+    openai_server.answer_chat = answer_correctly
     job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
-    front, body = document(job, await run(job, api, key))
-    assert (front["language"], front["intro"], front["topic"]) == ("de", SUMMARY["intro"], "Datenbanken")
-    assert front["subtitle"] == "Warum Logbücher"
-    assert front["tags"][-1] == "Log"
+    front_matter, body = split_front_matter(read_document(job, await run(job, openai_server, key)))
+    assert (front_matter["language"], front_matter["intro"], front_matter["topic"]) == (
+        "de",
+        SUMMARY["intro"],
+        "Datenbanken",
+    )
+    assert front_matter["subtitle"] == "Warum Logbücher"
+    assert front_matter["tags"][-1] == "Log"
     assert "Logbuchs are logs" in body
     assert "https://example.org/ledgers" in body
     assert "ledger.append(1)" in body
     assert job.tokens == 107
-    assert not [it for it in job.warnings if "translated" in it or "summary" in it]
-    first = api.requests[0]
+    assert not [warning for warning in job.warnings if "translated" in warning or "summary" in warning]
+    first = openai_server.requests[0]
     assert first["response_format"]["json_schema"]["strict"] is True
-    assert KEY not in json.dumps(api.requests) + "".join(job.lines)
+    assert KEY not in json.dumps(openai_server.requests) + "".join(job.log_messages)
 
 
-async def test_the_same_in_another_language_only_composes_anew(
-    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+async def test_other_target_language_runs_only_enrich_and_markdown(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
-    api.answer_chat = faithful
+    openai_server.answer_chat = answer_correctly
     url = site.put("/t", html(PAGE))
     first = RecordingJob(make_parameters(url=url, target_language="de"), tmp_path)
-    await run(first, api, key)
+    await run(first, openai_server, key)
     second = RecordingJob(make_parameters(url=url, target_language="fr"), tmp_path, job_id="job-2", steps=first.steps)
-    await run(second, api, key)
-    assert second.ran == ["enrich", "markdown"]
+    await run(second, openai_server, key)
+    assert second.executed_steps == ["enrich", "markdown"]
     third = RecordingJob(make_parameters(url=url, target_language="fr"), tmp_path, steps=second.steps)
-    asked = len(api.requests)
-    await run(third, api, key)
-    assert len(api.requests) == asked
+    request_count = len(openai_server.requests)
+    await run(third, openai_server, key)
+    assert len(openai_server.requests) == request_count
 
 
-async def test_a_text_in_the_language_that_is_wanted_is_not_translated(
-    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+async def test_text_in_target_language_is_not_translated(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
-    api.answer_chat = faithful
+    openai_server.answer_chat = answer_correctly
     job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="en-GB"), tmp_path)
-    await run(job, api, key)
-    assert len(api.requests) == 1
+    await run(job, openai_server, key)
+    assert len(openai_server.requests) == 1
 
 
-async def test_an_unusable_answer_is_asked_for_once_more_with_what_was_wrong(
-    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+async def test_unusable_response_is_requested_again_with_the_error(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
-    def at_first_wrong(asked: dict[str, Any]) -> Any:
-        return faithful(asked) if len(asked["messages"]) == 4 else chat_completion("Certainly! Here it is.")
+    def answer_wrongly_at_first(request: dict[str, Any]) -> Any:
+        return answer_correctly(request) if len(request["messages"]) == 4 else chat_completion("Certainly! Here it is.")
 
-    api.answer_chat = at_first_wrong
+    openai_server.answer_chat = answer_wrongly_at_first
     job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
-    front, body = document(job, await run(job, api, key))
-    assert (front["language"], front["intro"]) == ("de", SUMMARY["intro"])
+    front_matter, body = split_front_matter(read_document(job, await run(job, openai_server, key)))
+    assert (front_matter["language"], front_matter["intro"]) == ("de", SUMMARY["intro"])
     assert "Logbuch" in body
-    assert "there is no JSON object" in api.requests[1]["messages"][3]["content"]
+    assert "there is no JSON object" in openai_server.requests[1]["messages"][3]["content"]
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [
         "no JSON",
         {"markdown": "", "intro": ""},
@@ -151,150 +148,155 @@ async def test_an_unusable_answer_is_asked_for_once_more_with_what_was_wrong(
     ],
     ids=str,
 )
-async def test_answers_that_stay_unusable_leave_the_text_as_it_was_with_a_warning(
-    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path, answer: Any
+async def test_unusable_responses_leave_text_unchanged_with_warning(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path, response: Any
 ) -> None:
-    api.answer_chat = lambda asked: chat_completion(answer)
+    openai_server.answer_chat = lambda request: chat_completion(response)
     job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
-    front, body = document(job, await run(job, api, key))
-    assert front["language"] == "en"
+    front_matter, body = split_front_matter(read_document(job, await run(job, openai_server, key)))
+    assert front_matter["language"] == "en"
     assert "Ledgers are logs" in body
-    assert "evil" not in body + str(front)
-    assert any("not translated" in it for it in job.warnings)
-    assert any("no summary" in it for it in job.warnings)
+    assert "evil" not in body + str(front_matter)
+    assert any("not translated" in warning for warning in job.warnings)
+    assert any("no summary" in warning for warning in job.warnings)
 
 
-async def test_one_bad_piece_is_left_and_the_others_are_translated(
-    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+async def test_one_unusable_chunk_stays_and_others_are_translated(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
     paragraphs = "".join(f"<p>Ledgers number {n} are long. {'words ' * 60}</p>" for n in range(8))
 
-    def one_bad(asked: dict[str, Any]) -> Any:
-        return chat_completion("no") if "number 3" in asked["messages"][1]["content"] else faithful(asked)
+    def answer_one_chunk_wrongly(request: dict[str, Any]) -> Any:
+        return chat_completion("no") if "number 3" in request["messages"][1]["content"] else answer_correctly(request)
 
-    api.answer_chat = one_bad
+    openai_server.answer_chat = answer_one_chunk_wrongly
     page = f"<html lang='en'><body><article><h1>Ledgers</h1>{paragraphs}</article></body></html>"
     job = RecordingJob(make_parameters(url=site.put("/t", html(page)), target_language="de"), tmp_path)
-    _, body = document(job, await run(job, api, key, chunk_characters=500))
+    _, body = split_front_matter(read_document(job, await run(job, openai_server, key, chunk_characters=500)))
     assert "Ledgers number 3" in body
     assert "Logbuchs number 2" in body
-    assert any(re.search(r"1 of \d+ chunks", it) for it in job.warnings)
+    assert any(re.search(r"1 of \d+ chunks", warning) for warning in job.warnings)
 
 
-async def test_a_page_that_gives_orders_only_spoils_itself(
-    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+async def test_prompt_injection_gives_no_html_links_or_images(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
-    def obedient(asked: dict[str, Any]) -> Any:
-        evil = "<script>alert(1)</script> ![x](https://evil.example/x.png) [y](javascript:alert(1))"
-        if "summarise" in asked["messages"][0]["content"]:
-            return chat_completion({**SUMMARY, "intro": evil, "tags": ["a: b\n- c"]})
+    def obey_page(request: dict[str, Any]) -> Any:
+        injection = "<script>alert(1)</script> ![x](https://evil.example/x.png) [y](javascript:alert(1))"
+        if "summarise" in request["messages"][0]["content"]:
+            return chat_completion({**SUMMARY, "intro": injection, "tags": ["a: b\n- c"]})
         return chat_completion(
-            {"markdown": f"{translated(asked['messages'][1]['content'])}\n\n{evil}\n\n```\nopen fence"}
+            {"markdown": f"{translate(request['messages'][1]['content'])}\n\n{injection}\n\n```\nopen fence"}
         )
 
-    api.answer_chat = obedient
+    openai_server.answer_chat = obey_page
     job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
-    front, body = document(job, await run(job, api, key))
-    assert front["tags"][-1] == "a: b\n- c"
+    front_matter, body = split_front_matter(read_document(job, await run(job, openai_server, key)))
+    assert front_matter["tags"][-1] == "a: b\n- c"
     assert "<script>" not in body
     assert "evil" not in body
 
 
-async def test_busy_endpoints_are_waited_for_and_broken_ones_are_a_warning(
-    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+async def test_busy_api_is_retried_and_failing_api_is_a_warning(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
     url = site.put("/t", html(PAGE))
-    api.answer_chat = faithful
-    api.scripted_failures = [(429, {"Retry-After": "0"}), (503, {"Retry-After": "0"}), (500, {"Retry-After": "0"})]
+    openai_server.answer_chat = answer_correctly
+    openai_server.scripted_failures = [
+        (429, {"Retry-After": "0"}),
+        (503, {"Retry-After": "0"}),
+        (500, {"Retry-After": "0"}),
+    ]
     job = RecordingJob(make_parameters(url=url, target_language="de"), tmp_path)
-    front, _ = document(job, await run(job, api, key))
-    assert front["language"] == "de"
-    for troubles, says in (
+    front_matter, _ = split_front_matter(read_document(job, await run(job, openai_server, key)))
+    assert front_matter["language"] == "de"
+    for failures, reason in (
         ([(500, {"Retry-After": "0"})] * 4, "500: busy"),
         ([(404, {})], "404: busy"),
         ([(429, {"Retry-After": "3600"})], "429: busy"),
     ):
-        api.scripted_failures = list(troubles)
+        openai_server.scripted_failures = list(failures)
         job = RecordingJob(make_parameters(url=url, target_language="de"), tmp_path)
-        _, body = document(job, await run(job, api, key))
+        _, body = split_front_matter(read_document(job, await run(job, openai_server, key)))
         assert "Ledgers are logs" in body
-        assert any(says in it for it in job.warnings), job.warnings
-        assert not api.scripted_failures
+        assert any(reason in warning for warning in job.warnings), job.warnings
+        assert not openai_server.scripted_failures
 
 
-async def test_a_key_that_is_missing_or_wrong_is_told_without_it(
-    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+async def test_invalid_api_key_is_a_warning_without_the_key(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
     url = site.put("/t", html(PAGE))
-    for file, text, says in (
+    for key_file, text, reason in (
         (None, "", "401: Incorrect"),
         (key, "sk-wrong", "401"),
         (key, "", "contains no valid key"),
     ):
-        if file is not None:
-            file.write_text(text)
+        if key_file is not None:
+            key_file.write_text(text)
         job = RecordingJob(make_parameters(url=url, target_language="de"), tmp_path)
-        document(job, await run(job, api, file))
-        [warning] = [it for it in job.warnings if "language model" in it]
-        assert says in warning
+        split_front_matter(read_document(job, await run(job, openai_server, key_file)))
+        [warning] = [warning for warning in job.warnings if "language model" in warning]
+        assert reason in warning
         assert "sk-wrong" not in warning
 
 
-async def test_an_endpoint_that_hangs_is_given_up(api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path) -> None:
-    api.scripted_failures = ["hang"] * 9
-    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
-    begun = time.monotonic()
-    chosen = {"backend": "openai", "url": api.url, "model": "m", "api_key_file": key}
-    await SessionProcessor(make_settings(language_model=chosen, enrich_timeout_seconds=0.5)).run(job)
-    assert time.monotonic() - begun < 5
-    assert any("did not finish within 0.5 seconds" in it for it in job.warnings)
-
-
-async def test_a_server_that_knows_no_schemas_is_asked_without(
-    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+async def test_hanging_api_ends_with_enrich_timeout(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
-    api.answer_chat, api.supports_schemas = faithful, False
+    openai_server.scripted_failures = ["hang"] * 9
     job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
-    front, _ = document(job, await run(job, api, key))
-    assert front["language"] == "de"
-    assert all("response_format" not in it for it in api.requests)
+    model = {"backend": "openai", "url": openai_server.url, "model": "m", "api_key_file": key}
+    async with asyncio.timeout(60):
+        await SessionProcessor(make_settings(language_model=model, enrich_timeout_seconds=0.5)).run(job)
+    assert any("did not finish within 0.5 seconds" in warning for warning in job.warnings)
 
 
-async def test_without_a_model_the_text_stays_and_that_is_said(site: Site, tmp_path: Path) -> None:
+async def test_server_without_schemas_is_called_without_response_format(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+) -> None:
+    openai_server.answer_chat, openai_server.supports_schemas = answer_correctly, False
     job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
-    front, body = document(job, await SessionProcessor(make_settings()).run(job))
-    assert front["language"] == "en"
-    [warning] = [it for it in job.warnings if "translated" in it]
+    front_matter, _ = split_front_matter(read_document(job, await run(job, openai_server, key)))
+    assert front_matter["language"] == "de"
+    assert all("response_format" not in request for request in openai_server.requests)
+
+
+async def test_missing_language_model_is_a_warning_in_document(site: Site, tmp_path: Path) -> None:
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+    front_matter, body = split_front_matter(read_document(job, await SessionProcessor(make_settings()).run(job)))
+    assert front_matter["language"] == "en"
+    [warning] = [warning for warning in job.warnings if "translated" in warning]
     assert "No language model is configured" in warning
     assert warning.split(":")[0] in body
 
 
-def test_settings_that_do_not_fit_together_are_refused() -> None:
+def test_inconsistent_api_settings_are_rejected() -> None:
     for section in ("language_model", "transcription"):
-        for wrong in ({"backend": "openai"}, {"backend": "openai", "url": "ftp://x", "model": "m"}):
+        for settings in ({"backend": "openai"}, {"backend": "openai", "url": "ftp://x", "model": "m"}):
             with pytest.raises(ValidationError):
-                SessionSettings.model_validate({section: wrong})
+                SessionSettings.model_validate({section: settings})
 
 
-# The pure parts ---------------------------------------------------------------------------------------------------
+# Parsing ----------------------------------------------------------------------------------------------------------
 
 
-def test_json_is_found_where_models_put_it() -> None:
+def test_parse_summary_finds_json_in_surrounding_text() -> None:
     text = json.dumps(SUMMARY)
-    for answer in (text, f"```json\n{text}\n```", f"Here you are: {text} Anything else?"):
-        assert parse_summary(answer).intro == SUMMARY["intro"]
+    for response in (text, f"```json\n{text}\n```", f"Here you are: {text} Anything else?"):
+        assert parse_summary(response).intro == SUMMARY["intro"]
 
 
-def test_what_has_other_links_or_code_is_not_accepted() -> None:
+def test_parse_translation_rejects_changed_links_or_code() -> None:
     original = "See [a](https://a.example/) and `x`.\n\n```\ncode\n```"
     assert parse_translation(json.dumps({"markdown": original.replace("See", "Siehe")}), original)
-    for wrong in (
+    for translation in (
         original.replace("a.example", "b.example"),
         original.replace("`x`", "`y`"),
         original.replace("code", "Kode"),
     ):
         with pytest.raises(InvalidModelOutput):
-            parse_translation(json.dumps({"markdown": wrong}), original)
+            parse_translation(json.dumps({"markdown": translation}), original)
 
 
 @without_deadline
@@ -314,11 +316,11 @@ def test_what_has_other_links_or_code_is_not_accepted() -> None:
     ),
     size=st.integers(500, 1000),
 )
-def test_cut_into_pieces_nothing_is_lost_and_no_block_is_torn(blocks: list[str], size: int) -> None:
+def test_split_markdown_keeps_all_text_and_whole_blocks(blocks: list[str], size: int) -> None:
     text = "\n\n".join(blocks)
-    found = split_markdown(text, size)
-    assert [line for line in "\n".join(found).splitlines() if line.strip()] == [
+    chunks = split_markdown(text, size)
+    assert [line for line in "\n".join(chunks).splitlines() if line.strip()] == [
         line for line in text.splitlines() if line.strip()
     ]
-    assert all(it.count("```") % 2 == 0 for it in found)
-    assert all(len(it) <= size for it in found if "\n\n" in it and "paragraph" in it)
+    assert all(chunk.count("```") % 2 == 0 for chunk in chunks)
+    assert all(len(chunk) <= size for chunk in chunks if "\n\n" in chunk and "paragraph" in chunk)

@@ -1,4 +1,4 @@
-"""tests: a page keeps its own text and loses the site around it, whatever it is encoded in."""
+"""Pages are read in any encoding. Their text is kept, and navigation and boilerplate are removed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def read(text: str, *, title: str = "Some talk") -> PageText:
     return read_page(text.encode(), content_type="text/html; charset=utf-8", url=URL, session_title=title)
 
 
-def test_the_text_of_a_page_is_kept_with_its_structure() -> None:
+def test_text_of_page_is_kept_with_its_structure() -> None:
     page = read(CONFERENCE_PAGE, title="Ledgers that never forget")
-    for kept in (
+    for markdown in (
         "State that is overwritten is *gone*.",
         "[our paper](https://conference.example/2025/talks/paper.html)",
         "## What you will learn",
@@ -42,16 +42,16 @@ def test_the_text_of_a_page_is_kept_with_its_structure() -> None:
         "| Version | Year |\n| --- | --- |\n| 1.0 | 2023 |",
         "```\ngit clone https://conference.example/ledger.git\ncd ledger\n```",
     ):
-        assert kept in page.markdown
+        assert markdown in page.markdown
 
 
-def test_menus_scripts_and_footers_are_gone() -> None:
+def test_menus_scripts_and_footers_are_removed() -> None:
     markdown = read(CONFERENCE_PAGE).markdown
-    for gone in ("Schedule", "News", "tracking", "Imprint", "Creative Commons", "ExampleConf'25"):
-        assert gone not in markdown
+    for text in ("Schedule", "News", "tracking", "Imprint", "Creative Commons", "ExampleConf'25"):
+        assert text not in markdown
 
 
-def test_what_the_page_says_of_itself_is_known() -> None:
+def test_title_language_intro_and_keywords_are_read() -> None:
     page = read(CONFERENCE_PAGE)
     assert page.title == "Ledgers that never forget"
     assert page.language == "en"
@@ -59,7 +59,7 @@ def test_what_the_page_says_of_itself_is_known() -> None:
     assert page.keywords == ["databases", "event sourcing"]
 
 
-def test_a_short_page_keeps_its_lists() -> None:
+def test_short_page_keeps_its_lists() -> None:
     page = read(
         "<html><body><nav><a href=/>Home</a></nav><h1>Hello</h1><p>A short talk about saying hello.</p>"
         "<ul><li>one</li><li>two</li></ul></body></html>"
@@ -67,7 +67,7 @@ def test_a_short_page_keeps_its_lists() -> None:
     assert page.markdown.endswith("A short talk about saying hello.\n\n- one\n- two")
 
 
-def test_headings_begin_below_the_title_and_do_not_repeat_it() -> None:
+def test_headings_start_at_level_two_without_the_title() -> None:
     page = read(
         "<main><h1>My Talk!</h1><p>It begins with some words.</p><h1>Part one</h1><p>More words here.</p>"
         "<h3>Detail</h3><p>And the end.</p></main>",
@@ -85,7 +85,7 @@ UNMARKED_PAGE = """<html><head><title>A talk</title></head><body><div class="top
 <div class="footer"><p>Copyright ExampleConf</p></div></body></html>"""
 
 
-def test_a_page_that_marks_no_main_part_keeps_its_headings() -> None:
+def test_page_without_main_element_keeps_its_headings() -> None:
     assert read(UNMARKED_PAGE, title="A talk").markdown == (
         "Given by Ada, in **room** 5.\n\nThis talk is about things that matter.\n\n"
         "## Outline\n\n- One\n- Two\n\n## Biography\n\nAda writes databases."
@@ -93,11 +93,11 @@ def test_a_page_that_marks_no_main_part_keeps_its_headings() -> None:
 
 
 @pytest.mark.parametrize(
-    "frame", ["<main>{}</main>", "<body>{}</body>", "<body><div><section>{}</section></div></body>"]
+    "template", ["<main>{}</main>", "<body>{}</body>", "<body><div><section>{}</section></div></body>"]
 )
-def test_headings_are_kept_in_whatever_they_stand(frame: str) -> None:
+def test_headings_are_kept_in_any_container(template: str) -> None:
     text = "<h1>Other</h1><p>Some words.</p><h2>Part</h2><ul><li>a</li><li>b</li></ul><h3>Detail</h3><p>The end.</p>"
-    page = read(frame.format(text))
+    page = read(template.format(text))
     assert page.markdown == "## Other\n\nSome words.\n\n### Part\n\n- a\n- b\n\n#### Detail\n\nThe end."
 
 
@@ -117,7 +117,7 @@ def test_headings_are_kept_in_whatever_they_stand(frame: str) -> None:
         ("utf-16", HTML, ""),
     ],
 )
-def test_umlauts_survive_every_way_of_declaring_an_encoding(encoding: str, content_type: str, meta: str) -> None:
+def test_umlauts_are_decoded_for_every_encoding_declaration(encoding: str, content_type: str, meta: str) -> None:
     body = GERMAN_PAGE.format(meta=meta).encode(encoding)
     page = read_page(body, content_type=content_type, url=URL, session_title="x")
     assert page.title == "Größer als gedacht"
@@ -126,12 +126,12 @@ def test_umlauts_survive_every_way_of_declaring_an_encoding(encoding: str, conte
     assert page.language == "de"
 
 
-def test_xhtml_with_an_xml_declaration_is_read() -> None:
+def test_xhtml_with_xml_declaration_is_read() -> None:
     text = '<?xml version="1.0" encoding="utf-8"?><html xmlns="http://www.w3.org/1999/xhtml"><body><p>Übung.</p></body></html>'
     assert read(text).markdown == "Übung."
 
 
-def test_japanese_in_its_own_encoding_is_read() -> None:
+def test_shift_jis_page_is_read() -> None:
     body = "<html><body><p>忘れない台帳についての短い講演です。</p></body></html>".encode("shift_jis")
     assert (
         "忘れない台帳"
@@ -140,17 +140,17 @@ def test_japanese_in_its_own_encoding_is_read() -> None:
 
 
 @pytest.mark.parametrize("media_type", ["application/pdf", "image/png", "text/plain", "application/json"])
-def test_what_says_it_is_no_html_is_refused(media_type: str) -> None:
-    with pytest.raises(ProcessorError) as refused:
+def test_media_type_other_than_html_is_rejected(media_type: str) -> None:
+    with pytest.raises(ProcessorError) as caught:
         require_html_type(media_type)
-    assert (refused.value.code, refused.value.transient) == ("NOT_HTML", False)
+    assert (caught.value.code, caught.value.transient) == ("NOT_HTML", False)
 
 
 @pytest.mark.parametrize("body", [b"%PDF-1.7 ...", b"just words", b"\x89PNG\r\n"])
-def test_what_says_nothing_and_is_no_html_is_refused(body: bytes) -> None:
-    with pytest.raises(ProcessorError) as refused:
+def test_body_without_media_type_that_is_not_html_is_rejected(body: bytes) -> None:
+    with pytest.raises(ProcessorError) as caught:
         read_page(body, content_type="", url=URL, session_title="")
-    assert refused.value.code == "NOT_HTML"
+    assert caught.value.code == "NOT_HTML"
 
 
 @pytest.mark.parametrize(
@@ -164,25 +164,25 @@ def test_what_says_nothing_and_is_no_html_is_refused(body: bytes) -> None:
         b"<html><body><img src=x.png></body></html>",
     ],
 )
-def test_a_page_without_text_is_refused(body: bytes) -> None:
-    with pytest.raises(ProcessorError) as refused:
+def test_page_without_text_is_rejected(body: bytes) -> None:
+    with pytest.raises(ProcessorError) as caught:
         read_page(body, content_type=HTML, url=URL, session_title="Talk")
-    assert (refused.value.code, refused.value.transient) == ("EMPTY_PAGE", False)
+    assert (caught.value.code, caught.value.transient) == ("EMPTY_PAGE", False)
 
 
-def test_where_the_main_text_is_not_found_all_visible_text_is_used() -> None:
+def test_page_without_main_text_uses_all_visible_text() -> None:
     page = read("<html><body><aside>Only <b>an</b>\naside<br>2. *here*<script>no</script></aside></body></html>")
     assert page.markdown == "Only **an** aside\\\n2\\. \\*here\\*"
     assert len(page.warnings) == 1
 
 
-def test_a_very_long_page_is_cut_with_a_warning() -> None:
+def test_very_long_page_is_cut_with_warning() -> None:
     page = read("<main>" + "".join(f"<p>Many words in a row, this is row {n}.</p>" for n in range(7_000)) + "</main>")
     assert len(page.markdown) <= MAX_CHARACTERS
     assert "too long" in page.warnings[0]
 
 
-def test_html_and_images_in_the_text_of_a_page_stay_text() -> None:
+def test_html_and_images_in_page_text_stay_text() -> None:
     markdown = read(CONFERENCE_PAGE).markdown
     rendered = MarkdownIt("commonmark").render(markdown)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in rendered
@@ -190,7 +190,7 @@ def test_html_and_images_in_the_text_of_a_page_stay_text() -> None:
     assert "<img" not in rendered
 
 
-def test_links_that_lead_to_no_web_page_lose_their_target_and_keep_their_words() -> None:
+def test_link_that_is_not_http_keeps_only_its_text() -> None:
     page = read(
         '<main><p>A page with <a href="javascript:alert(1)">bad</a>, <a href="#top">inner</a>, '
         '<a href="http://[broken">broken</a> and <a href="/a (1)">good</a> links in it.</p></main>'
@@ -200,24 +200,24 @@ def test_links_that_lead_to_no_web_page_lose_their_target_and_keep_their_words()
     )
 
 
-PIECES = [*"`~<>![]()#*_-+=|&;:\\ \n\t'\"/.1ax", "script", "javascript:", "http://", "```", "](", "<!--"]
-NASTY = st.lists(st.sampled_from(PIECES)).map("".join)
+FRAGMENTS = [*"`~<>![]()#*_-+=|&;:\\ \n\t'\"/.1ax", "script", "javascript:", "http://", "```", "](", "<!--"]
+NASTY_MARKDOWN = st.lists(st.sampled_from(FRAGMENTS)).map("".join)
 
 
 @without_deadline
-@given(NASTY)
-def test_harmless_markdown_has_no_html_no_images_and_ends_where_it_ends(text: str) -> None:
+@given(NASTY_MARKDOWN)
+def test_sanitized_markdown_has_no_html_or_open_blocks(text: str) -> None:
     tokens = MarkdownIt("commonmark").parse(f"{sanitize_markdown(text)}\n\n# The end\n")
-    every = [token for block in tokens for token in (block, *(block.children or []))]
-    assert not {"html_block", "html_inline", "image"} & {token.type for token in every}
+    all_tokens = [token for block in tokens for token in (block, *(block.children or []))]
+    assert not {"html_block", "html_inline", "image"} & {token.type for token in all_tokens}
     assert (tokens[-3].tag, tokens[-3].level, tokens[-2].content) == ("h1", 0, "The end")
-    targets = [str(token.attrs["href"]) for token in every if token.type == "link_open"]
+    targets = [str(token.attrs["href"]) for token in all_tokens if token.type == "link_open"]
     assert all(target.startswith(("http://", "https://", "mailto:")) for target in targets)
 
 
 @without_deadline
-@given(NASTY | st.text())
-def test_escaped_text_reads_exactly_as_it_was(text: str) -> None:
+@given(NASTY_MARKDOWN | st.text())
+def test_escaped_text_renders_as_the_original(text: str) -> None:
     tokens = MarkdownIt("commonmark").parse(escape_text(text))
     words = "".join(child.content for block in tokens for child in block.children or [])
     assert words == " ".join(text.split()).replace("\x00", "\ufffd")
@@ -226,13 +226,13 @@ def test_escaped_text_reads_exactly_as_it_was(text: str) -> None:
 
 @without_deadline
 @given(st.text())
-def test_an_escaped_target_stays_one_link(text: str) -> None:
+def test_escaped_link_target_stays_one_link(text: str) -> None:
     tokens = MarkdownIt("commonmark").parse(f"[x](https://conference.example/{escape_link_target(text)}) end")
     kinds = [child.type for child in tokens[1].children or []]
     assert kinds == ["link_open", "text", "link_close", "text"]
 
 
-def test_code_in_a_list_keeps_its_blank_lines() -> None:
+def test_code_in_list_keeps_its_blank_lines() -> None:
     page = read(
         "<main><h2>Steps</h2><ul><li><p>Write:</p><pre>a:\n\n- one\n\n- two</pre></li><li>Run it.</li></ul></main>"
     )

@@ -1,4 +1,4 @@
-"""tests: whole sessions, from a local site to Markdown."""
+"""The session processor as a whole, from a local website to Markdown and files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
 
 from jobledger.workers.processor import Processor, ProcessorError, Results
 from jobledger.workers.processors.session import SessionProcessor, SessionSettings
 from tests.processors.session.fixtures import (
-    CONFERENCE_PAGE,
     RecordingJob,
     Site,
     SiteResponse,
@@ -30,229 +28,235 @@ from tests.processors.session.fixtures import (
     make_pdf,
     make_settings,
     make_video,
+    read_document,
+    split_front_matter,
 )
+from tests.support.event_loop_clock import advance_clock
+from tests.support.ledger_setup import poll_until
 
 PDF = {"Content-Type": "application/pdf"}
 WEBM = {"Content-Type": "video/webm"}
-
-
-@pytest.fixture
-def page(site: Site) -> str:
-    return site.put("/2025/talks/ledgers/", html(CONFERENCE_PAGE))
 
 
 async def run(job: RecordingJob, **changes: Any) -> Results:
     return await SessionProcessor(make_settings(**changes)).run(job)
 
 
-def text_of(job: RecordingJob, results: Results) -> str:
-    assert results.markdown is not None
-    return job.files[results.markdown.path].decode()
+async def run_until_fetch_timeout(job: RecordingJob, site: Site, path: str, **changes: Any) -> Results:
+    """Run a job with a step timeout of 1000 seconds, of which a fetch may use 900. Let `path` time out."""
+    running = asyncio.create_task(run(job, read_timeout_seconds=10_000, **changes))
+    await poll_until(lambda: path in site.requested_paths, 60)
+    advance_clock(950)
+    return await running
 
 
-def parts_of(markdown: str) -> tuple[dict[str, Any], str]:
-    front, body = re.fullmatch(r"---\n(.*?\n)---\n(.*)", markdown, re.DOTALL).groups()  # type: ignore[union-attr]  # a document without front matter fails the test right here
-    return yaml.safe_load(front), body
-
-
-def images_in(body: str) -> list[tuple[str, str]]:
+def find_images(body: str) -> list[tuple[str, str]]:
     tokens = [token for block in MarkdownIt("commonmark").parse(body) for token in block.children or []]
     return [(str(token.attrs["src"]), token.content) for token in tokens if token.type == "image"]
 
 
-def test_it_is_a_processor() -> None:
+def test_session_processor_has_type_and_isolation() -> None:
     processor: Processor = SessionProcessor(SessionSettings())
     assert (processor.job_type, processor.isolation) == ("session", "process")
 
 
-def test_importing_it_does_not_load_what_only_a_running_job_needs() -> None:
+def test_import_does_not_load_libraries_of_running_jobs() -> None:
     heavy = {"trafilatura", "av", "pypdfium2", "PIL", "httpx", "jinja2"}
     code = f"import sys, jobledger.workers.processors.session; print(sorted({heavy} & set(sys.modules)))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
 
 
-async def test_a_session_with_everything_becomes_markdown_with_images(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", SiteResponse(make_pdf(3), headers=PDF))
-    talk = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
-    job = RecordingJob(make_parameters(url=page, attachments_url=slides, video_url=talk, extra={"id": 7}), tmp_path)
+async def test_session_with_all_material_gives_markdown_with_images(site: Site, page_url: str, tmp_path: Path) -> None:
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(3), headers=PDF))
+    video_url = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
+    job = RecordingJob(
+        make_parameters(url=page_url, attachments_url=slides_url, video_url=video_url, extra={"id": 7}), tmp_path
+    )
 
     results = await run(job, keep_audio=True)
-    assert {name for name, share in job.shared.items() if share} == {"page", "transcript", "slides"}
-    assert {name for name, share in job.shared.items() if not share} == {"enrich", "markdown"}
+    assert {name for name, max_age in job.share_max_ages.items() if max_age} == {"page", "transcript", "slides"}
+    assert {name for name, max_age in job.share_max_ages.items() if not max_age} == {"enrich", "markdown"}
 
-    front, body = parts_of(text_of(job, results))
-    assert front["title"] == "Ledgers that never forget"
-    assert front["speaker"] == ["Ada Example", 'Grace "GH" Sample']
-    assert front["job_id"] == "job-1"
-    assert front["intro"] == "Why an append-only log is the calmest way to keep state."
+    front_matter, body = split_front_matter(read_document(job, results))
+    assert front_matter["title"] == "Ledgers that never forget"
+    assert front_matter["speaker"] == ["Ada Example", 'Grace "GH" Sample']
+    assert front_matter["job_id"] == "job-1"
+    assert front_matter["intro"] == "Why an append-only log is the calmest way to keep state."
     assert "How **optimistic** appends work" in body
     assert body.count("\n# ") == 1
-    assert [alt for _, alt in images_in(body)] == [f"Slide {n}: Slide of a talk {n}" for n in (1, 2, 3)]
+    assert [alt for _, alt in find_images(body)] == [f"Slide {n}: Slide of a talk {n}" for n in (1, 2, 3)]
     assert results.metadata["extra"] == {"id": 7}
     assert results.metadata["slides"] == 3
     assert results.metadata["audio_seconds"] == pytest.approx(2, abs=0.1)
     assert len(results.assets) == 7
 
 
-async def test_every_image_in_the_markdown_is_a_saved_file_beside_it(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", SiteResponse(make_pdf(2), headers=PDF))
-    job = RecordingJob(make_parameters(url=page, attachments_url=slides, session="A [b](c) # d"), tmp_path)
+async def test_images_in_markdown_are_saved_files_in_its_folder(site: Site, page_url: str, tmp_path: Path) -> None:
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(2), headers=PDF))
+    job = RecordingJob(make_parameters(url=page_url, attachments_url=slides_url, session="A [b](c) # d"), tmp_path)
     results = await run(job)
     assert results.markdown is not None
     folder = results.markdown.path.rpartition("/")[0]
-    linked = {f"{folder}/{target}" for target, _ in images_in(parts_of(text_of(job, results))[1])}
-    assert len(linked) == 2
-    assert linked <= set(job.files)
+    linked_paths = {
+        f"{folder}/{target}" for target, _ in find_images(split_front_matter(read_document(job, results))[1])
+    }
+    assert len(linked_paths) == 2
+    assert linked_paths <= set(job.files)
     assert {asset.path for asset in results.assets} == set(job.files) - {results.markdown.path}
 
 
-async def test_progress_rises_to_a_hundred_and_speaks_plainly(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", SiteResponse(make_pdf(4), headers=PDF))
-    talk = site.put("/talk.webm", SiteResponse(make_video(1), headers=WEBM))
-    job = RecordingJob(make_parameters(url=page, attachments_url=slides, video_url=talk), tmp_path)
+async def test_progress_rises_to_100_with_readable_messages(site: Site, page_url: str, tmp_path: Path) -> None:
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(4), headers=PDF))
+    video_url = site.put("/talk.webm", SiteResponse(make_video(1), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page_url, attachments_url=slides_url, video_url=video_url), tmp_path)
     await run(job, keep_audio=True)
-    percents = [percent for percent, _ in job.told]
+    percents = [percent for percent, _ in job.progress]
     assert percents == sorted(percents)
     assert percents[-1] == 100
     assert {0, 20, 60, 90, 100} <= set(percents)
-    assert "Rendering slide 2 of 4" in [message for _, message in job.told]
+    assert "Rendering slide 2 of 4" in [message for _, message in job.progress]
 
 
-async def test_the_log_says_what_was_fetched_and_made(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", SiteResponse(make_pdf(2), headers=PDF))
-    job = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
+async def test_log_names_fetched_and_rendered_files(site: Site, page_url: str, tmp_path: Path) -> None:
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(2), headers=PDF))
+    job = RecordingJob(make_parameters(url=page_url, attachments_url=slides_url), tmp_path)
     await run(job)
-    assert any(re.search(r"Fetched .*slides\.pdf \(application/pdf\): .* in \d+\.\d s", line) for line in job.lines)
-    assert "Rendered 2 of 2 pages" in job.lines
+    assert any(
+        re.search(r"Fetched .*slides\.pdf \(application/pdf\): .* in \d+\.\d s", message)
+        for message in job.log_messages
+    )
+    assert "Rendered 2 of 2 pages" in job.log_messages
 
 
-async def test_the_next_attempt_repeats_no_finished_step_and_keeps_its_warnings(
-    site: Site, page: str, tmp_path: Path
-) -> None:
-    slides = site.put("/slides.pptx", SiteResponse(b"PK"))
-    first = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
-    before = await run(first)
-    asked = list(site.requested_paths)
-    second = RecordingJob(first.parameters, tmp_path / "other", attempt=2, steps=first.steps)
-    after = await run(second)
-    assert second.ran == []
-    assert site.requested_paths == asked
-    assert after == before
+async def test_next_attempt_reuses_steps_and_their_warnings(site: Site, page_url: str, tmp_path: Path) -> None:
+    slides_url = site.put("/slides.pptx", SiteResponse(b"PK"))
+    first = RecordingJob(make_parameters(url=page_url, attachments_url=slides_url), tmp_path)
+    first_results = await run(first)
+    first_requests = list(site.requested_paths)
+    second = RecordingJob(first.parameters, tmp_path / "second", attempt=2, steps=first.steps)
+    second_results = await run(second)
+    assert second.executed_steps == []
+    assert site.requested_paths == first_requests
+    assert second_results == first_results
     assert second.warnings == first.warnings != []
 
 
-async def test_the_same_session_in_another_language_fetches_nothing_again_and_has_files_of_its_own(
-    site: Site, page: str, tmp_path: Path
+async def test_same_session_in_other_language_reuses_steps_with_own_files(
+    site: Site, page_url: str, tmp_path: Path
 ) -> None:
-    slides = site.put("/slides.pdf", SiteResponse(make_pdf(2), headers=PDF))
-    talk = site.put("/talk.webm", SiteResponse(make_video(1), headers=WEBM))
-    given = {"url": page, "attachments_url": slides, "video_url": talk}
-    first = RecordingJob(make_parameters(**given), tmp_path)
-    before = await run(first, keep_audio=True)
-    asked = list(site.requested_paths)
-    finished = {key: output for key, output in first.steps.items() if key[0] != "markdown"}
-    second = RecordingJob(make_parameters(**given, target_language="fr"), tmp_path, job_id="job-2", steps=finished)
-    after = await run(second, keep_audio=True)
-    assert site.requested_paths == asked
-    assert second.ran == ["enrich", "markdown"]
-    assert before.markdown is not None
-    assert after.markdown is not None
-    own = after.markdown.path.rpartition("/")[0]
-    assert not before.markdown.path.startswith(own)
-    assert len(after.assets) == 5
-    assert all(asset.path.startswith(f"{own}/assets/") for asset in after.assets)
-    assert [asset.sha256 for asset in after.assets] == [asset.sha256 for asset in before.assets]
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(2), headers=PDF))
+    video_url = site.put("/talk.webm", SiteResponse(make_video(1), headers=WEBM))
+    urls = {"url": page_url, "attachments_url": slides_url, "video_url": video_url}
+    first = RecordingJob(make_parameters(**urls), tmp_path)
+    first_results = await run(first, keep_audio=True)
+    first_requests = list(site.requested_paths)
+    cached_steps = {key: output for key, output in first.steps.items() if key[0] != "markdown"}
+    second = RecordingJob(make_parameters(**urls, target_language="fr"), tmp_path, job_id="job-2", steps=cached_steps)
+    second_results = await run(second, keep_audio=True)
+    assert site.requested_paths == first_requests
+    assert second.executed_steps == ["enrich", "markdown"]
+    assert first_results.markdown is not None
+    assert second_results.markdown is not None
+    folder = second_results.markdown.path.rpartition("/")[0]
+    assert not first_results.markdown.path.startswith(folder)
+    assert len(second_results.assets) == 5
+    assert all(asset.path.startswith(f"{folder}/assets/") for asset in second_results.assets)
+    assert [asset.sha256 for asset in second_results.assets] == [asset.sha256 for asset in first_results.assets]
 
 
-async def test_a_step_whose_settings_changed_is_run_again(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", SiteResponse(make_pdf(1), headers=PDF))
-    first = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
+async def test_step_with_changed_settings_runs_again(site: Site, page_url: str, tmp_path: Path) -> None:
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(1), headers=PDF))
+    first = RecordingJob(make_parameters(url=page_url, attachments_url=slides_url), tmp_path)
     await run(first)
     second = RecordingJob(first.parameters, tmp_path, attempt=2, steps=first.steps)
     await run(second, slide_max_side_px=640)
-    assert second.ran == ["slides", "markdown"]
+    assert second.executed_steps == ["slides", "markdown"]
 
 
-async def test_a_page_that_is_gone_fails_the_job(site: Site, tmp_path: Path) -> None:
+async def test_missing_page_fails_job(site: Site, tmp_path: Path) -> None:
     job = RecordingJob(make_parameters(url=site.url("/nowhere")), tmp_path)
-    with pytest.raises(ProcessorError) as failed:
+    with pytest.raises(ProcessorError) as caught:
         await run(job)
-    assert (failed.value.code, failed.value.transient) == ("HTTP_ERROR", False)
+    assert (caught.value.code, caught.value.transient) == ("HTTP_ERROR", False)
     assert job.files == {}
 
 
-async def test_a_page_that_is_no_html_fails_the_job_before_it_is_downloaded(site: Site, tmp_path: Path) -> None:
+async def test_page_that_is_not_html_fails_job_before_download(site: Site, tmp_path: Path) -> None:
     url = site.put(
         "/page", SiteResponse(b"\x00" * 10, headers={"Content-Type": "application/zip"}, content_length=10**9)
     )
-    with pytest.raises(ProcessorError) as failed:
+    with pytest.raises(ProcessorError) as caught:
         await run(RecordingJob(make_parameters(url=url), tmp_path))
-    assert (failed.value.code, failed.value.transient) == ("NOT_HTML", False)
+    assert (caught.value.code, caught.value.transient) == ("NOT_HTML", False)
 
 
-async def test_a_page_that_takes_too_long_may_be_tried_again(site: Site, tmp_path: Path) -> None:
+async def test_page_fetch_timeout_is_transient(site: Site, tmp_path: Path) -> None:
     job = RecordingJob(make_parameters(url=site.put_hanging("/slow")), tmp_path)
-    with pytest.raises(ProcessorError) as failed:
-        await run(job, page_timeout_seconds=0.2)
-    assert (failed.value.code, failed.value.transient) == ("FETCH_TIMEOUT", True)
+    with pytest.raises(ProcessorError) as caught:
+        await run_until_fetch_timeout(job, site, "/slow", page_timeout_seconds=1000)
+    assert (caught.value.code, caught.value.transient) == ("FETCH_TIMEOUT", True)
 
 
-class StuckAt(RecordingJob):
-    """A job whose step does not get past `percent`."""
+class StuckJob(RecordingJob):
+    """A job whose step stops at `stuck_at_percent`, until it times out."""
 
-    percent = 10.0
+    stuck_at_percent = 10.0
 
     async def report_progress(self, percent: float, message: str) -> None:
         await super().report_progress(percent, message)
-        if percent == self.percent:
+        if percent == self.stuck_at_percent:
+            advance_clock(1000)
             await asyncio.Event().wait()
 
 
-async def test_reading_a_page_is_bounded_as_a_whole(site: Site, page: str, tmp_path: Path) -> None:
-    with pytest.raises(ProcessorError) as failed:
-        await run(StuckAt(make_parameters(url=page), tmp_path), page_timeout_seconds=1)
-    assert (failed.value.code, failed.value.transient) == ("STEP_TIMEOUT", True)
+async def test_page_step_timeout_is_transient(site: Site, page_url: str, tmp_path: Path) -> None:
+    with pytest.raises(ProcessorError) as caught:
+        await run(StuckJob(make_parameters(url=page_url), tmp_path))
+    assert (caught.value.code, caught.value.transient) == ("STEP_TIMEOUT", True)
 
 
-async def test_slides_drawn_before_time_ran_out_are_shown(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", SiteResponse(make_pdf(4), headers=PDF))
-    job = StuckAt(make_parameters(url=page, attachments_url=slides), tmp_path)
-    job.percent = 80  # two of four
-    results = await run(job, slides_timeout_seconds=2)
-    assert job.warnings == ["The slides were not processed within 2 seconds. Only the first 2 are shown."]
+async def test_slides_rendered_before_step_timeout_are_shown(site: Site, page_url: str, tmp_path: Path) -> None:
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(4), headers=PDF))
+    job = StuckJob(make_parameters(url=page_url, attachments_url=slides_url), tmp_path)
+    job.stuck_at_percent = 80  # after two of four slides
+    results = await run(job)
+    assert job.warnings == ["The slides were not processed within 300 seconds. Only the first 2 are shown."]
     assert results.metadata["slides"] == 2
 
 
 @pytest.mark.parametrize(
-    ("answer", "sentence"),
+    ("response", "message"),
     [
         (SiteResponse(b"%PDF-1.7 but then nothing", headers=PDF), "The PDF is damaged"),
         (SiteResponse(make_pdf(2, password="secret"), headers=PDF), "The PDF is protected by a password"),
         (SiteResponse(b"<p>Log in first</p>", headers={"Content-Type": "text/html"}), "It is not a PDF (text/html)"),
-        (None, "was not fetched within 0.9 seconds"),
+        (None, "was not fetched within 900 seconds"),
         (SiteResponse(status=503), "answered 503 (Service Unavailable)"),
         (SiteResponse(b"%PDF-", content_length=10**12), "is larger than "),
     ],
 )
-async def test_slides_that_cannot_be_shown_are_a_warning_and_a_link(
-    answer: SiteResponse | None, sentence: str, site: Site, page: str, tmp_path: Path
+async def test_unusable_slides_are_linked_with_warning(
+    response: SiteResponse | None, message: str, site: Site, page_url: str, tmp_path: Path
 ) -> None:
-    url = site.put("/slides", answer) if answer else site.put_hanging("/slides")
-    job = RecordingJob(make_parameters(url=page, attachments_url=url), tmp_path)
-    results = await run(job, slides_timeout_seconds=30 if answer else 1)
-    body = parts_of(text_of(job, results))[1]
+    url = site.put("/slides", response) if response else site.put_hanging("/slides")
+    job = RecordingJob(make_parameters(url=page_url, attachments_url=url), tmp_path)
+    if response:
+        results = await run(job)
+    else:
+        results = await run_until_fetch_timeout(job, site, "/slides", slides_timeout_seconds=1000)
+    body = split_front_matter(read_document(job, results))[1]
     assert len(job.warnings) == 1
-    assert sentence in job.warnings[0]
+    assert message in job.warnings[0]
     assert "## Warnings" in body
     assert f"[Slides and attachments]({url})" in body
     assert "## Slides" not in body
 
 
-async def test_a_presentation_that_is_no_pdf_is_linked_without_being_downloaded(
-    site: Site, page: str, tmp_path: Path
+async def test_presentation_is_linked_without_download_if_not_convertible(
+    site: Site, page_url: str, tmp_path: Path
 ) -> None:
-    job = RecordingJob(make_parameters(url=page, attachments_url=site.url("/talk%20one.PPT?x=1")), tmp_path)
+    job = RecordingJob(make_parameters(url=page_url, attachments_url=site.url("/talk%20one.PPT?x=1")), tmp_path)
     await run(job, libreoffice_command=None)
     assert job.warnings == [
         "The attachment is only linked. It is a PowerPoint file, not a PDF. "
@@ -261,17 +265,17 @@ async def test_a_presentation_that_is_no_pdf_is_linked_without_being_downloaded(
     assert len(site.requested_paths) == 1
 
 
-async def test_too_many_slides_are_cut_with_a_warning(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", SiteResponse(make_pdf(5), headers=PDF))
-    job = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
+async def test_too_many_slides_are_cut_with_warning(site: Site, page_url: str, tmp_path: Path) -> None:
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(5), headers=PDF))
+    job = RecordingJob(make_parameters(url=page_url, attachments_url=slides_url), tmp_path)
     results = await run(job, max_pdf_pages=3)
     assert results.metadata["slides"] == 3
     assert job.warnings == ["Only the first 3 of 5 slides are shown."]
 
 
-async def test_slides_are_jpegs_with_the_longest_side_asked_for(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", SiteResponse(make_pdf(1), headers=PDF))
-    job = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
+async def test_slides_are_jpegs_of_configured_size(site: Site, page_url: str, tmp_path: Path) -> None:
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(1), headers=PDF))
+    job = RecordingJob(make_parameters(url=page_url, attachments_url=slides_url), tmp_path)
     await run(job)
     images = {path.rpartition("/")[2]: data for path, data in job.files.items() if path.endswith(".jpg")}
     sizes = {}
@@ -282,18 +286,18 @@ async def test_slides_are_jpegs_with_the_longest_side_asked_for(site: Site, page
     assert sizes == {"slide-001.jpg": 1280, "slide-001-thumb.jpg": 320}
 
 
-async def test_the_sound_is_kept_as_16_khz_mono_when_asked_for(site: Site, page: str, tmp_path: Path) -> None:
-    talk = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
-    job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
+async def test_keep_audio_saves_16_khz_mono_wav(site: Site, page_url: str, tmp_path: Path) -> None:
+    video_url = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page_url, video_url=video_url), tmp_path)
     results = await run(job, keep_audio=True)
-    kept = next(asset for asset in results.assets if asset.path.endswith("/assets/audio.wav"))
-    with wave.open(io.BytesIO(job.files[kept.path])) as sound:
+    audio_file = next(asset for asset in results.assets if asset.path.endswith("/assets/audio.wav"))
+    with wave.open(io.BytesIO(job.files[audio_file.path])) as sound:
         assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (16_000, 1, 2)
         assert sound.getnframes() == pytest.approx(32_000, abs=800)
 
 
 @pytest.mark.parametrize(
-    ("answer", "sentence"),
+    ("response", "message"),
     [
         (SiteResponse(make_video(1, sound=False), headers=WEBM), "The recording has no audio."),
         (SiteResponse(b"not a film at all" * 50, headers=WEBM), "damaged or not a supported media file"),
@@ -303,33 +307,38 @@ async def test_the_sound_is_kept_as_16_khz_mono_when_asked_for(site: Site, page:
             "not a supported media file",
         ),
         (SiteResponse(status=404), "answered 404 (Not Found)"),
-        (None, "was not fetched within 0.9 seconds"),
+        (None, "was not fetched within 900 seconds"),
     ],
 )
-async def test_a_recording_that_cannot_be_heard_is_a_warning_and_a_reason(
-    answer: SiteResponse | None, sentence: str, site: Site, page: str, tmp_path: Path
+async def test_unusable_recording_is_a_warning_with_reason(
+    response: SiteResponse | None, message: str, site: Site, page_url: str, tmp_path: Path
 ) -> None:
-    url = site.put("/talk.webm", answer) if answer else site.put_hanging("/talk.webm")
-    job = RecordingJob(make_parameters(url=page, video_url=url), tmp_path)
-    results = await run(job, keep_audio=True, transcript_timeout_seconds=30 if answer else 1)
+    url = site.put("/talk.webm", response) if response else site.put_hanging("/talk.webm")
+    job = RecordingJob(make_parameters(url=page_url, video_url=url), tmp_path)
+    if response:
+        results = await run(job, keep_audio=True)
+    else:
+        results = await run_until_fetch_timeout(
+            job, site, "/talk.webm", keep_audio=True, transcript_timeout_seconds=1000
+        )
     assert len(job.warnings) == 1
-    assert sentence in job.warnings[0]
-    transcript = parts_of(text_of(job, results))[1].partition("## Transcript")[2]
+    assert message in job.warnings[0]
+    transcript = split_front_matter(read_document(job, results))[1].partition("## Transcript")[2]
     assert "There is no transcript." in transcript
     assert not results.metadata["transcribed"]
 
 
-async def test_a_recording_that_breaks_off_is_used_as_far_as_it_goes(site: Site, page: str, tmp_path: Path) -> None:
-    whole = make_video(6)
-    talk = site.put("/talk.webm", SiteResponse(whole[: len(whole) // 2], headers=WEBM))
-    job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
+async def test_truncated_recording_is_used_with_warning(site: Site, page_url: str, tmp_path: Path) -> None:
+    video = make_video(6)
+    video_url = site.put("/talk.webm", SiteResponse(video[: len(video) // 2], headers=WEBM))
+    job = RecordingJob(make_parameters(url=page_url, video_url=video_url), tmp_path)
     results = await run(job, keep_audio=True)
     assert 2 < results.metadata["audio_seconds"] < 4
     assert any(re.search(r"incomplete: it ends after 0:0\d of 0:0\d", warning) for warning in job.warnings)
 
 
-async def test_without_transcription_the_recording_is_not_downloaded(site: Site, page: str, tmp_path: Path) -> None:
-    job = RecordingJob(make_parameters(url=page, video_url=site.url("/talk.webm")), tmp_path)
+async def test_recording_is_not_downloaded_without_transcription(site: Site, page_url: str, tmp_path: Path) -> None:
+    job = RecordingJob(make_parameters(url=page_url, video_url=site.url("/talk.webm")), tmp_path)
     await run(job)
     assert site.requested_paths == ["/2025/talks/ledgers/"]
     assert job.warnings == [
@@ -337,31 +346,31 @@ async def test_without_transcription_the_recording_is_not_downloaded(site: Site,
     ]
 
 
-async def test_a_session_without_recording_says_so_without_a_warning(site: Site, page: str, tmp_path: Path) -> None:
-    job = RecordingJob(make_parameters(url=page), tmp_path)
+async def test_session_without_recording_has_no_warning(site: Site, page_url: str, tmp_path: Path) -> None:
+    job = RecordingJob(make_parameters(url=page_url), tmp_path)
     results = await run(job)
     assert job.warnings == []
-    assert "There is no transcript. No recording was given." in text_of(job, results)
-    assert "Warnings" not in text_of(job, results)
+    assert "There is no transcript. No recording was given." in read_document(job, results)
+    assert "Warnings" not in read_document(job, results)
 
 
-async def test_the_transcription_backend_hears_without_failing(site: Site, page: str, tmp_path: Path) -> None:
-    pytest.importorskip("pocketsphinx")
-    talk = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
-    job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
+async def test_pocketsphinx_backend_runs_on_tone(site: Site, page_url: str, tmp_path: Path) -> None:
+    pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed: pip install pocketsphinx")
+    video_url = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page_url, video_url=video_url), tmp_path)
     results = await run(job, transcription={"backend": "pocketsphinx"})
     assert results.metadata["audio_seconds"] == pytest.approx(2, abs=0.1)
-    assert job.ran == ["page", "transcript", "slides", "enrich", "markdown"]
+    assert job.executed_steps == ["page", "transcript", "slides", "enrich", "markdown"]
 
 
-async def test_what_is_said_stands_in_the_markdown_with_its_time(
-    site: Site, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_recognized_speech_is_in_markdown_with_timecodes(
+    site: Site, page_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard = iter(["hello *everyone*", "welcome", "and now"])
+    hypotheses = iter(["hello *everyone*", "welcome", "and now"])
 
     class Decoder:
         def __init__(self, **options: Any) -> None:
-            self.hyp = lambda: SimpleNamespace(hypstr=next(heard))
+            self.hyp = lambda: SimpleNamespace(hypstr=next(hypotheses))
             self.start_utt = self.end_utt = lambda: None
             self.process_raw = lambda pcm, full_utt: None
 
@@ -374,55 +383,55 @@ async def test_what_is_said_stands_in_the_markdown_with_its_time(
             yield from (SimpleNamespace(start_time=start, pcm=b"") for start in (0.5, 30.0, 75.0))
 
     monkeypatch.setitem(sys.modules, "pocketsphinx", SimpleNamespace(Decoder=Decoder, Segmenter=Segmenter))
-    talk = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
-    job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
+    video_url = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page_url, video_url=video_url), tmp_path)
     results = await run(job, transcription={"backend": "pocketsphinx"})
-    assert "## Transcript\n\n**0:00** hello \\*everyone\\* welcome\n\n**1:15** and now\n\n## Links" in text_of(
+    assert "## Transcript\n\n**0:00** hello \\*everyone\\* welcome\n\n**1:15** and now\n\n## Links" in read_document(
         job, results
     )
     assert results.metadata["transcribed"]
     assert job.warnings == []
 
 
-async def test_a_missing_transcription_backend_is_a_warning_that_says_what_to_install(
-    site: Site, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_missing_pocketsphinx_is_a_warning_with_install_command(
+    site: Site, page_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pocketsphinx", None)
-    talk = site.put("/talk.webm", SiteResponse(make_video(1), headers=WEBM))
-    job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
+    video_url = site.put("/talk.webm", SiteResponse(make_video(1), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page_url, video_url=video_url), tmp_path)
     await run(job, transcription={"backend": "pocketsphinx"})
     assert "pip install pocketsphinx" in job.warnings[0]
 
 
-async def test_text_in_another_language_than_asked_for_is_one_warning(site: Site, page: str, tmp_path: Path) -> None:
-    job = RecordingJob(make_parameters(url=page, target_language="de"), tmp_path)
+async def test_untranslated_text_is_one_warning(site: Site, page_url: str, tmp_path: Path) -> None:
+    job = RecordingJob(make_parameters(url=page_url, target_language="de"), tmp_path)
     results = await run(job)
     assert len(job.warnings) == 1
     assert 'was not translated from "en" to "de"' in job.warnings[0]
-    assert "State that is overwritten is" in text_of(job, results)
+    assert "State that is overwritten is" in read_document(job, results)
 
 
 @pytest.mark.parametrize("percent", [0, 20, 60, 70, 90])
-async def test_a_cancelled_job_stops_at_the_next_point(percent: float, site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", SiteResponse(make_pdf(3), headers=PDF))
-    job = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path, cancel_at=percent)
-    with pytest.raises(ProcessorError) as stopped:
+async def test_cancelled_job_stops_at_next_check(percent: float, site: Site, page_url: str, tmp_path: Path) -> None:
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(3), headers=PDF))
+    job = RecordingJob(make_parameters(url=page_url, attachments_url=slides_url), tmp_path, cancel_at_percent=percent)
+    with pytest.raises(ProcessorError) as caught:
         await run(job)
-    assert stopped.value.code == "CANCELLED"
-    assert "markdown" not in job.ran
+    assert caught.value.code == "CANCELLED"
+    assert "markdown" not in job.executed_steps
 
 
-async def test_the_operator_can_bring_a_template(site: Site, page: str, tmp_path: Path) -> None:
-    own = tmp_path / "own.md.j2"
-    own.write_text("{{ session.session | escape_text }} by {{ session.speakers | length }}")
-    job = RecordingJob(make_parameters(url=page), tmp_path)
-    assert text_of(job, await run(job, template=own)) == "Ledgers that never forget by 2"
+async def test_template_of_settings_is_used(site: Site, page_url: str, tmp_path: Path) -> None:
+    template = tmp_path / "own.md.j2"
+    template.write_text("{{ session.session | escape_text }} by {{ session.speakers | length }}")
+    job = RecordingJob(make_parameters(url=page_url), tmp_path)
+    assert read_document(job, await run(job, template=template)) == "Ledgers that never forget by 2"
 
 
-@pytest.mark.parametrize("broken", ["{% if %}", "{{ nothing.here }}"])
-async def test_a_broken_template_is_named(broken: str, site: Site, page: str, tmp_path: Path) -> None:
-    own = tmp_path / "own.md.j2"
-    own.write_text(broken)
-    with pytest.raises(ProcessorError) as failed:
-        await run(RecordingJob(make_parameters(url=page), tmp_path), template=own)
-    assert (failed.value.code, failed.value.transient) == ("TEMPLATE_ERROR", False)
+@pytest.mark.parametrize("source", ["{% if %}", "{{ nothing.here }}"])
+async def test_invalid_template_is_permanent_error(source: str, site: Site, page_url: str, tmp_path: Path) -> None:
+    template = tmp_path / "own.md.j2"
+    template.write_text(source)
+    with pytest.raises(ProcessorError) as caught:
+        await run(RecordingJob(make_parameters(url=page_url), tmp_path), template=template)
+    assert (caught.value.code, caught.value.transient) == ("TEMPLATE_ERROR", False)

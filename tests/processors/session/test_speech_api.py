@@ -1,4 +1,4 @@
-"""Speech to text by an endpoint: every second is sent once, answers come in order, and what fails is told honestly."""
+"""Transcription by an OpenAI-compatible API: chunks, order of the text, and the reasons of missing parts."""
 
 from __future__ import annotations
 
@@ -8,129 +8,128 @@ import re
 import time
 import wave
 from array import array
-from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import pytest
-import yaml
 
 from jobledger.workers.processor import ProcessorError, Results
-from jobledger.workers.processors.session import SessionProcessor
-from jobledger.workers.processors.session.speech_api import PROGRESS_INTERVAL_SECONDS, split_at_silence
+from jobledger.workers.processors.session import SessionProcessor, speech_api
+from jobledger.workers.processors.session.speech_api import split_at_silence
 from jobledger.workers.processors.session.transcript import SAMPLE_RATE
 from tests.processors.session.fixtures import (
-    CONFERENCE_PAGE,
     RecordingJob,
     Site,
     SiteResponse,
-    html,
     make_parameters,
     make_settings,
     make_video,
+    read_document,
+    split_front_matter,
 )
-from tests.processors.session.openai_server import KEY, FakeOpenAiServer, run_fake_openai
-
-
-@pytest.fixture
-def api() -> Iterator[FakeOpenAiServer]:
-    with run_fake_openai() as found:
-        yield found
+from tests.processors.session.openai_server import KEY, FakeOpenAiServer
+from tests.support.ledger_setup import poll_until
 
 
 @cache
-def recording() -> bytes:
+def make_recording() -> bytes:
     return make_video(65)
 
 
 @pytest.fixture
-def talk(site: Site, tmp_path: Path) -> dict[str, str]:
-    """A session with a recording of 65 seconds."""
-    page = site.put("/talk/", html(CONFERENCE_PAGE))
-    return {
-        "url": page,
-        "video_url": site.put("/talk.webm", SiteResponse(recording(), headers={"Content-Type": "video/webm"})),
-    }
+def urls(site: Site, page_url: str) -> dict[str, str]:
+    """Parameters of a session with a recording of 65 seconds."""
+    response = SiteResponse(make_recording(), headers={"Content-Type": "video/webm"})
+    return {"url": page_url, "video_url": site.put("/talk.webm", response)}
 
 
-async def run(job: RecordingJob, api: FakeOpenAiServer, **chosen: Any) -> Results:
+async def run(job: RecordingJob, openai_server: FakeOpenAiServer, **changes: Any) -> Results:
     key = job.scratch_dir / "key"
     key.write_text(KEY)
-    given = {
+    transcription = {
         "backend": "openai",
-        "url": api.url,
+        "url": openai_server.url,
         "model": "whisper",
         "api_key_file": key,
         "chunk_seconds": 20,
-        **chosen,
+        **changes,
     }
-    return await SessionProcessor(make_settings(transcription=given)).run(job)
+    return await SessionProcessor(make_settings(transcription=transcription)).run(job)
 
 
-def body_of(job: RecordingJob, results: Results) -> str:
-    assert results.markdown is not None
-    return job.files[results.markdown.path].decode()
-
-
-def segments(seconds: float) -> Any:
-    """What an endpoint says of a piece: something at its beginning, and near its end."""
-    found = [
+def make_response(seconds: float) -> Any:
+    """Return the response for a chunk, with one segment at its start and one at its end."""
+    segments = [
         {"id": 0, "start": 0.5, "end": 2.0, "text": " begin "},
         {"id": 1, "start": seconds - 1, "end": seconds, "text": "end"},
     ]
-    return {"task": "transcribe", "language": "english", "duration": seconds, "text": "begin end", "segments": found}
+    return {"task": "transcribe", "language": "english", "duration": seconds, "text": "begin end", "segments": segments}
 
 
-async def test_all_of_it_is_sent_in_pieces_and_put_together_in_order(
-    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path
+async def test_recording_is_sent_in_chunks_and_text_is_in_order(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
 ) -> None:
-    answered = 0
+    arrivals: list[Event] = []
+    received_seconds = 0.0
+    lock = Lock()
 
-    def later_ones_first(seconds: float) -> Any:
-        nonlocal answered
-        answered += 1
-        time.sleep(0.3 if answered % 2 else 0.0)
-        return segments(seconds)
+    def answer_second_request_first(seconds: float) -> Any:
+        """Hold back every other response until the next request is answered. The last one may have no successor."""
+        nonlocal received_seconds
+        with lock:
+            number = len(arrivals)
+            arrivals.append(Event())
+            received_seconds += seconds
+            is_last = received_seconds > 64.5
+        if number % 2:
+            arrivals[number - 1].set()
+        elif not is_last:
+            assert arrivals[number].wait(60)
+            time.sleep(0.05)  # only makes it more likely that the next response arrives first
+        return make_response(seconds)
 
-    api.answer_speech = later_ones_first
-    job = RecordingJob(make_parameters(**talk, source_language="en-GB"), tmp_path)
-    body = body_of(job, await run(job, api, max_concurrent=2))
-    assert 3 < len(api.requests) <= 7
-    assert sum(it["seconds"] for it in api.requests) == pytest.approx(65, abs=0.2)
-    assert all(it["seconds"] <= 20 for it in api.requests)
-    assert {(it["model"], it["language"], it["response_format"]) for it in api.requests} == {
-        ("whisper", "en", "verbose_json")
-    }
-    assert api.peak_concurrency == 2
-    assert body.count("begin") == body.count("end ") + body.count("end\n") == len(api.requests)
-    starts = [60 * int(m) + int(s) for m, s in re.findall(r"^\*\*(\d+):(\d\d)\*\*", body, re.MULTILINE)]
+    openai_server.answer_speech = answer_second_request_first
+    job = RecordingJob(make_parameters(**urls, source_language="en-GB"), tmp_path)
+    document = read_document(job, await run(job, openai_server, max_concurrent=2))
+    assert 3 < len(openai_server.requests) <= 7
+    assert sum(request["seconds"] for request in openai_server.requests) == pytest.approx(65, abs=0.2)
+    assert all(request["seconds"] <= 20 for request in openai_server.requests)
+    assert {
+        (request["model"], request["language"], request["response_format"]) for request in openai_server.requests
+    } == {("whisper", "en", "verbose_json")}
+    assert openai_server.peak_concurrency == 2
+    assert document.count("begin") == document.count("end ") + document.count("end\n") == len(openai_server.requests)
+    starts = [60 * int(m) + int(s) for m, s in re.findall(r"^\*\*(\d+):(\d\d)\*\*", document, re.MULTILINE)]
     assert starts == sorted(starts)
-    assert not [it for it in job.warnings if "transcript" in it]
+    assert not [warning for warning in job.warnings if "transcript" in warning]
 
 
-async def test_a_text_without_times_is_taken_too(api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path) -> None:
-    api.answer_speech = lambda seconds: {"text": "only words"}
-    job = RecordingJob(make_parameters(**talk), tmp_path)
-    assert "**0:00** only words" in body_of(job, await run(job, api))
-
-
-async def test_a_piece_that_fails_is_missing_and_that_is_said(
-    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path
+async def test_response_without_segments_is_used(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
 ) -> None:
-    api.answer_speech = segments
-    api.scripted_failures = [(500, {"Retry-After": "0"})] * 4
-    job = RecordingJob(make_parameters(**talk), tmp_path)
-    body = body_of(job, await run(job, api, max_concurrent=1))
-    [warning] = [it for it in job.warnings if "incomplete" in it]
+    openai_server.answer_speech = lambda seconds: {"text": "only words"}
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    assert "**0:00** only words" in read_document(job, await run(job, openai_server))
+
+
+async def test_failed_chunk_is_named_in_warning(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
+) -> None:
+    openai_server.answer_speech = make_response
+    openai_server.scripted_failures = [(500, {"Retry-After": "0"})] * 4
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    document = read_document(job, await run(job, openai_server, max_concurrent=1))
+    [warning] = [warning for warning in job.warnings if "incomplete" in warning]
     assert re.search(r"Missing: 0:00–0:\d\d \(it returned status 500: busy\)", warning)
-    assert "incomplete" in body
-    assert "begin" in body
+    assert "incomplete" in document
+    assert "begin" in document
 
 
 @pytest.mark.parametrize(
-    ("troubles", "says", "requests"),
+    ("failures", "status", "max_requests"),
     [
         ([(401, {})], "401", 1),
         ([(404, {})], "404", 1),
@@ -138,61 +137,66 @@ async def test_a_piece_that_fails_is_missing_and_that_is_said(
         ([(429, {"Retry-After": "3600"})] * 99, "429", 4),
     ],
 )
-async def test_without_a_text_the_document_says_why(
-    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path, troubles: list[Any], says: str, requests: int
+async def test_failed_transcription_is_explained_in_document(
+    openai_server: FakeOpenAiServer,
+    urls: dict[str, str],
+    tmp_path: Path,
+    failures: list[Any],
+    status: str,
+    max_requests: int,
 ) -> None:
-    api.scripted_failures = list(troubles)
-    before = len(api.scripted_failures)
-    job = RecordingJob(make_parameters(**talk), tmp_path)
-    body = body_of(job, await run(job, api, max_concurrent=1))
-    assert re.search(rf"There is no transcript\. The transcription .*{says}", body)
-    assert any("There is no transcript" in it for it in job.warnings)
-    assert before - len(api.scripted_failures) <= requests + 4
-    assert KEY not in body + "".join(job.lines)
+    openai_server.scripted_failures = list(failures)
+    failure_count = len(openai_server.scripted_failures)
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    document = read_document(job, await run(job, openai_server, max_concurrent=1))
+    assert re.search(rf"There is no transcript\. The transcription .*{status}", document)
+    assert any("There is no transcript" in warning for warning in job.warnings)
+    assert failure_count - len(openai_server.scripted_failures) <= max_requests + 4
+    assert KEY not in document + "".join(job.log_messages)
 
 
 @pytest.mark.parametrize("answer", [[], {"segments": "x"}, b"<html>", {"segments": [{"text": "no time"}]}])
-async def test_answers_of_another_form_are_told(
-    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path, answer: Any
+async def test_response_of_wrong_shape_is_explained(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path, answer: Any
 ) -> None:
-    api.answer_speech = lambda seconds: answer
-    job = RecordingJob(make_parameters(**talk), tmp_path)
-    assert re.search(r"There is no transcript.*its response", body_of(job, await run(job, api)))
+    openai_server.answer_speech = lambda seconds: answer
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    assert re.search(r"There is no transcript.*its response", read_document(job, await run(job, openai_server)))
 
 
-async def test_while_it_is_waited_for_the_progress_moves_and_a_cancel_is_heard(
-    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path
+async def test_pending_request_reports_progress_and_can_be_cancelled(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api.scripted_failures = ["hang"] * 9
-    job = RecordingJob(make_parameters(**talk), tmp_path)
-    running = asyncio.create_task(run(job, api))
-    async with asyncio.timeout(20):
-        while not any("waiting for" in message for _, message in job.told):  # noqa: ASYNC110 - nobody tells us
-            await asyncio.sleep(0.05)
-    job._cancel_at = 0
-    begun = time.monotonic()
-    with pytest.raises(ProcessorError, match="cancelled"):
-        await running
-    assert time.monotonic() - begun < PROGRESS_INTERVAL_SECONDS + 1
+    openai_server.scripted_failures = ["hang"] * 9
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    monkeypatch.setattr(speech_api, "PROGRESS_INTERVAL_SECONDS", 0.05)
+    running = asyncio.create_task(run(job, openai_server))
+    await poll_until(lambda: any("waiting for" in message for _, message in job.progress), 60)
+    job.cancel_at_percent = 0
+    progress_count = len(job.progress)
+    async with asyncio.timeout(60):
+        with pytest.raises(ProcessorError, match="cancelled"):
+            await running
+    assert len(job.progress) == progress_count
 
 
-async def test_the_front_matter_says_that_it_was_transcribed(
-    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path
+async def test_metadata_says_that_session_was_transcribed(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
 ) -> None:
-    api.answer_speech = segments
-    job = RecordingJob(make_parameters(**talk), tmp_path)
-    results = await run(job, api)
+    openai_server.answer_speech = make_response
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    results = await run(job, openai_server)
     assert results.metadata["transcribed"] is True
-    assert yaml.safe_load(body_of(job, results).split("---")[1])["language"]
+    assert split_front_matter(read_document(job, results))[0]["language"]
 
 
-def sound(path: Path, seconds: float, quiet_at: list[float]) -> Path:
-    """A tone with pauses of half a second."""
+def write_audio(path: Path, seconds: float, quiet_at: list[float]) -> Path:
+    """Write a tone with pauses of half a second at the seconds `quiet_at`."""
     samples = array("h")
     for number in range(int(seconds * SAMPLE_RATE)):
-        at = number / SAMPLE_RATE
-        loud = not any(pause <= at < pause + 0.5 for pause in quiet_at)
-        samples.append(int(8000 * math.sin(number / 8)) if loud else 0)
+        second = number / SAMPLE_RATE
+        is_quiet = any(pause <= second < pause + 0.5 for pause in quiet_at)
+        samples.append(0 if is_quiet else int(8000 * math.sin(number / 8)))
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
@@ -201,20 +205,20 @@ def sound(path: Path, seconds: float, quiet_at: list[float]) -> Path:
     return path
 
 
-def test_it_is_cut_where_it_is_quiet_and_nothing_is_left_out(tmp_path: Path) -> None:
-    audio = sound(tmp_path / "a.wav", 50, [17.0, 33.0])
-    found = [(begin / SAMPLE_RATE, end / SAMPLE_RATE) for begin, end in split_at_silence(audio, 20)]
-    assert found[0][0] == 0
-    assert found[-1][1] == 50
-    assert all(one[1] == other[0] for one, other in pairwise(found))
-    assert 17.0 <= found[0][1] <= 17.5
-    assert 33.0 <= found[1][1] <= 33.5
-    assert all(0 < end - begin <= 20 for begin, end in found)
+def test_split_at_silence_covers_all_audio_and_cuts_at_pauses(tmp_path: Path) -> None:
+    audio = write_audio(tmp_path / "a.wav", 50, [17.0, 33.0])
+    chunks = [(begin / SAMPLE_RATE, end / SAMPLE_RATE) for begin, end in split_at_silence(audio, 20)]
+    assert chunks[0][0] == 0
+    assert chunks[-1][1] == 50
+    assert all(previous[1] == chunk[0] for previous, chunk in pairwise(chunks))
+    assert 17.0 <= chunks[0][1] <= 17.5
+    assert 33.0 <= chunks[1][1] <= 33.5
+    assert all(0 < end - begin <= 20 for begin, end in chunks)
 
 
-def test_however_long_a_piece_may_be_it_ends(tmp_path: Path) -> None:
-    audio = sound(tmp_path / "a.wav", 12, [])
+def test_split_at_silence_ends_for_any_chunk_length(tmp_path: Path) -> None:
+    audio = write_audio(tmp_path / "a.wav", 12, [])
     for seconds in (10, 11.99, 12, 500):
-        found = list(split_at_silence(audio, seconds))
-        assert found[0][0] == 0
-        assert found[-1][1] == 12 * SAMPLE_RATE
+        chunks = list(split_at_silence(audio, seconds))
+        assert chunks[0][0] == 0
+        assert chunks[-1][1] == 12 * SAMPLE_RATE

@@ -1,11 +1,10 @@
-"""tests: behind a page of a video site is a recording, which yt-dlp finds and we fetch, from named sites only."""
+"""Recordings on configured video sites: yt-dlp finds the media URL in a sandbox, and the fetcher downloads it."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from jobledger.workers.processors.session.video_sites import is_video_site_url, 
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox import runner as sandbox
 from tests.processors.session.fixtures import (
-    CONFERENCE_PAGE,
     RecordingJob,
     Site,
     SiteResponse,
@@ -27,7 +25,6 @@ from tests.processors.session.fixtures import (
     make_parameters,
     make_settings,
     make_video,
-    serve_site,
 )
 
 
@@ -42,27 +39,21 @@ def _has_namespaces() -> bool:
 
 needs_namespaces = pytest.mark.skipif(
     not _has_namespaces(),
-    reason="needs Landlock, and user namespaces (sysctl kernel.unprivileged_userns_clone=1; not in most containers)",
+    reason="enable user namespaces: sysctl kernel.unprivileged_userns_clone=1 (also needs Landlock)",
 )
 
 
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with serve_site() as running:
-        yield running
-
-
-def finding(monkeypatch: pytest.MonkeyPatch, folder: Path, found: Any) -> None:
-    """Put something in yt-dlp's place that finds this, or fails with a message."""
+def install_fake_yt_dlp(monkeypatch: pytest.MonkeyPatch, folder: Path, result: Any) -> None:
+    """Replace yt-dlp by a package that returns `result`, or fails if it is a message, or runs its `code`."""
     package = folder / "packages" / "yt_dlp"
     package.mkdir(parents=True)
-    (package / "found.json").write_text(json.dumps(found))
-    (package / "__init__.py").write_text(_FINDS)
+    (package / "result.json").write_text(json.dumps(result))
+    (package / "__init__.py").write_text(_FAKE_YT_DLP)
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.delitem(sys.modules, "yt_dlp", raising=False)
 
 
-_FINDS = """
+_FAKE_YT_DLP = """
 import json, pathlib
 class YoutubeDL:
     def __init__(self, options):
@@ -72,62 +63,62 @@ class YoutubeDL:
     def __exit__(self, *_): pass
     def extract_info(self, url, *, download):
         assert not download
-        found = json.loads(pathlib.Path(__file__).with_name("found.json").read_text())
-        if isinstance(found, str):
-            raise RuntimeError(found)
-        if found and "code" in found:
-            exec(found["code"], {"found": found})
-        return found
+        result = json.loads(pathlib.Path(__file__).with_name("result.json").read_text())
+        if isinstance(result, str):
+            raise RuntimeError(result)
+        if result and "code" in result:
+            exec(result["code"], {"result": result})
+        return result
 """
 
 
-async def heard(page: str, site: Site, folder: Path) -> tuple[RecordingJob, Any]:
-    job = RecordingJob(make_parameters(url=site.put("/page", html(CONFERENCE_PAGE)), video_url=page), folder)
-    chosen = make_settings(keep_audio=True, video_sites=["video.example"])
-    results = await run(job, chosen, Fetcher(chosen, lock_directory=folder / "locks"))
+async def run_job(page_url: str, video_url: str, folder: Path) -> tuple[RecordingJob, Any]:
+    job = RecordingJob(make_parameters(url=page_url, video_url=video_url), folder)
+    settings = make_settings(keep_audio=True, video_sites=["video.example"])
+    results = await run(job, settings, Fetcher(settings, lock_directory=folder / "locks"))
     return job, results
 
 
 @needs_namespaces
-async def test_the_recording_behind_a_page_is_fetched_by_us(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_media_url_of_yt_dlp_is_fetched(
+    site: Site, page_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    film = site.put("/hidden/film", SiteResponse(make_video(2), headers={"Content-Type": "video/webm"}))
-    finding(monkeypatch, tmp_path, {"url": film})
-    job, results = await heard("https://www.video.example/watch?v=1", site, tmp_path)
+    media_url = site.put("/hidden/film", SiteResponse(make_video(2), headers={"Content-Type": "video/webm"}))
+    install_fake_yt_dlp(monkeypatch, tmp_path, {"url": media_url})
+    job, results = await run_job(page_url, "https://www.video.example/watch?v=1", tmp_path)
     assert results.metadata["audio_seconds"] == pytest.approx(2, abs=0.1)
     assert job.warnings == ["There is no transcript. Transcription is not configured."]
 
 
 @needs_namespaces
 @pytest.mark.parametrize(
-    ("found", "sentence"),
+    ("result", "message"),
     [
         ("ERROR: Private video. Sign in\nmore", "is not available: Private video. Sign in."),
         (None, "The page of video.example has no recording that can be downloaded as one file"),
         ({"entries": []}, "has no recording that can be downloaded as one file"),
-        ({"url": "http://10.0.0.1/film"}, "10.0.0.1"),  # what it finds is checked like every address
+        ({"url": "http://10.0.0.1/film"}, "10.0.0.1"),  # the address policy applies to the result
         ({"url": "file:///etc/passwd"}, "is not an http or https URL"),
     ],
 )
-async def test_what_cannot_be_had_there_is_a_reason(
-    found: Any, sentence: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_unusable_result_of_yt_dlp_is_a_warning(
+    result: Any, message: str, page_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finding(monkeypatch, tmp_path, found)
-    job, results = await heard("https://video.example/1", site, tmp_path)
-    assert sentence in job.warnings[0]
+    install_fake_yt_dlp(monkeypatch, tmp_path, result)
+    job, results = await run_job(page_url, "https://video.example/1", tmp_path)
+    assert message in job.warnings[0]
     assert not results.metadata["transcribed"]
 
 
-async def test_without_yt_dlp_it_is_said_what_to_install(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_missing_yt_dlp_is_a_warning_with_install_command(
+    site: Site, page_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(video_sites, "_find_package", lambda: None)
-    job, _ = await heard("https://video.example/1", site, tmp_path)
+    job, _ = await run_job(page_url, "https://video.example/1", tmp_path)
     assert "pip install yt-dlp" in job.warnings[0]
 
 
-def test_only_named_sites_and_their_subdomains_are_video_sites() -> None:
+def test_is_video_site_url_matches_sites_and_subdomains() -> None:
     sites = ["video.example"]
     assert is_video_site_url("https://video.example/1", sites)
     assert is_video_site_url("https://WWW.Video.Example:443/1", sites)
@@ -137,74 +128,75 @@ def test_only_named_sites_and_their_subdomains_are_video_sites() -> None:
 
 
 @needs_namespaces
-async def test_the_real_yt_dlp_does_not_guess(site: Site, tmp_path: Path) -> None:
-    """With its guessing extractor it would have fetched the page, wherever that is."""
-    pytest.importorskip("yt_dlp")
+async def test_real_yt_dlp_does_not_use_generic_extractor(site: Site, tmp_path: Path) -> None:
+    """The generic extractor of yt-dlp, which is disabled, would request the page."""
+    pytest.importorskip("yt_dlp", reason="yt-dlp is not installed: pip install yt-dlp")
     page = site.put("/watch", html("<video src='/film.webm'></video>"))
     with pytest.raises(TranscriptUnavailable, match="is not available"):
-        await resolve_media_url(page, seconds=5, scratch=tmp_path / "scratch", fetcher=Fetcher(make_settings()))
+        await resolve_media_url(page, seconds=60, scratch=tmp_path / "scratch", fetcher=Fetcher(make_settings()))
     assert site.requested_paths == []
 
 
 _CONNECT = """
 import socket, os
-def asked(target):
-    with socket.create_connection(("127.0.0.1", 3128), 5) as s:
+def request(target):
+    with socket.create_connection(("127.0.0.1", 3128), 60) as s:
         s.sendall(f"{target} HTTP/1.1\\r\\n\\r\\n".encode())
         answer = s.recv(100).split(b"\\r\\n")[0].decode()
         if "200" in answer:
             s.sendall(b"GET /through HTTP/1.0\\r\\n\\r\\n")
             answer += " " + s.recv(100).split(b"\\r\\n")[0].decode()
         return answer
-def tried(what):
+def attempt(function):
     try:
-        return str(what())
+        return str(function())
     except OSError as error:
         return type(error).__name__
 """
 
 
 @needs_namespaces
-async def test_yt_dlp_reaches_only_what_the_address_policy_allows(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_yt_dlp_reaches_only_allowed_addresses(
+    site: Site, page_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.put("/through", html("reached"))
     (tmp_path / "secret").write_text("canary")
     attempts = {
-        "allowed": f"asked('CONNECT 127.0.0.1:{site.port}')",
-        "private": "asked('CONNECT 10.0.0.1:80')",
-        "metadata": "asked('CONNECT 169.254.169.254:80')",
-        "another method": f"asked('GET http://127.0.0.1:{site.port}/x')",
-        "no port": "asked('CONNECT 127.0.0.1')",
-        "directly": f"socket.create_connection(('127.0.0.1', {site.port}), 2)",
-        "a file": f"open('{tmp_path}/secret').read()",
-        "a local socket": "socket.socket(socket.AF_UNIX)",
+        "allowed": f"request('CONNECT 127.0.0.1:{site.port}')",
+        "private address": "request('CONNECT 10.0.0.1:80')",
+        "metadata service": "request('CONNECT 169.254.169.254:80')",
+        "other method": f"request('GET http://127.0.0.1:{site.port}/x')",
+        "no port": "request('CONNECT 127.0.0.1')",
+        "without proxy": f"socket.create_connection(('127.0.0.1', {site.port}), 60)",
+        "file": f"open('{tmp_path}/secret').read()",
+        "Unix socket": "socket.socket(socket.AF_UNIX)",
     }
-    lines = [_CONNECT, "import json", "got = {}"]
-    lines += [f"got[{name!r}] = tried(lambda: {code})" for name, code in attempts.items()]
-    lines += ["found['url'] = json.dumps(got)"]
-    finding(monkeypatch, tmp_path, {"code": "\n".join(lines)})
+    lines = [_CONNECT, "import json", "outcomes = {}"]
+    lines += [f"outcomes[{name!r}] = attempt(lambda: {code})" for name, code in attempts.items()]
+    lines += ["result['url'] = json.dumps(outcomes)"]
+    install_fake_yt_dlp(monkeypatch, tmp_path, {"code": "\n".join(lines)})
     fetcher = Fetcher(make_settings())
-    said = await resolve_media_url("https://video.example/1", seconds=5, scratch=tmp_path / "scratch", fetcher=fetcher)
-    got = json.loads(said)
-    assert got == {
+    outcomes = await resolve_media_url(
+        "https://video.example/1", seconds=60, scratch=tmp_path / "scratch", fetcher=fetcher
+    )
+    assert json.loads(outcomes) == {
         "allowed": "HTTP/1.1 200 OK HTTP/1.0 200 OK",
-        "private": "HTTP/1.1 403 Forbidden",
-        "metadata": "HTTP/1.1 403 Forbidden",
-        "another method": "HTTP/1.1 403 Forbidden",
+        "private address": "HTTP/1.1 403 Forbidden",
+        "metadata service": "HTTP/1.1 403 Forbidden",
+        "other method": "HTTP/1.1 403 Forbidden",
         "no port": "HTTP/1.1 403 Forbidden",
-        "directly": "ConnectionRefusedError",
-        "a file": "PermissionError",
-        "a local socket": "PermissionError",
+        "without proxy": "ConnectionRefusedError",
+        "file": "PermissionError",
+        "Unix socket": "PermissionError",
     }
 
 
-async def test_without_namespaces_yt_dlp_is_not_run(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_yt_dlp_is_not_run_without_sandbox(
+    site: Site, page_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finding(monkeypatch, tmp_path, {"url": "http://x.example/"})
+    install_fake_yt_dlp(monkeypatch, tmp_path, {"url": "http://x.example/"})
     monkeypatch.setattr(
         sandbox, "probe_methods", lambda: (sandbox.ProbeResult("landlock", is_working=False, reason="none"),)
     )
-    job, _ = await heard("https://video.example/1", site, tmp_path)
+    job, _ = await run_job(page_url, "https://video.example/1", tmp_path)
     assert "yt-dlp cannot run in a sandbox" in job.warnings[0]

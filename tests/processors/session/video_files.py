@@ -1,4 +1,4 @@
-"""tests: recordings as conferences publish them: VP9, AV1 and H.264, with speech, an hour long, or with no sound."""
+"""Create recordings in the formats that conferences publish: VP9, AV1 and H.264, with speech or a tone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import av
 import pytest
 
 SAMPLE_RATE = 16_000
-needs_speech = pytest.mark.skipif(shutil.which("flite") is None, reason="the speech synthesiser flite is not installed")
+needs_speech = pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed: apt-get install flite")
 
 VIDEO_FORMATS = {
-    # the file's ending: (container, picture, sound)
+    # suffix: (container, video codec, audio codec)
     "vp9.webm": ("webm", "libvpx-vp9", "libopus"),
     "av1.webm": ("webm", "libsvtav1", "libopus"),
     "h264.mp4": ("mp4", "libx264", "aac"),
@@ -30,8 +30,8 @@ VIDEO_FORMATS = {
 
 
 def synthesize_speech(text: str, folder: Path) -> bytes:
-    """The samples of `text` as a synthesiser says it: 16 kHz, mono, 16 bit."""
-    path = folder / "spoken.wav"
+    """Return the samples of `text` as synthetic speech: 16 kHz, mono, 16 bit."""
+    path = folder / "speech.wav"
     subprocess.run(["flite", "-voice", "slt", "-t", text, "-o", str(path)], check=True, timeout=60)
     with wave.open(str(path)) as sound:
         assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (SAMPLE_RATE, 1, 2)
@@ -39,44 +39,44 @@ def synthesize_speech(text: str, folder: Path) -> bytes:
 
 
 def make_tone() -> bytes:
-    """A tone that comes and goes."""
+    """Return one second of a tone that is silent every other quarter."""
     return array("h", (int(3000 * math.sin(n * 0.17)) * (n // 4000 % 2) for n in range(SAMPLE_RATE))).tobytes()
 
 
 def make_video_file(kind: str, samples: bytes, *, repeated: int = 1) -> bytes:
-    """A film with these samples, which are `repeated`, and one grey picture a second.
+    """Return a video with these samples, `repeated` times, and one grey frame per second.
 
-    A process of its own makes it: the AV1 encoder gives the process of a superuser real-time priority, for good.
+    A separate process creates it because the AV1 encoder permanently sets real-time priority for processes of root.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
-        return maker.submit(_film, kind, samples, repeated).result()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_encode_video, kind, samples, repeated).result()
 
 
-def _film(kind: str, samples: bytes, repeated: int) -> bytes:
-    container, picture, sound = VIDEO_FORMATS[kind]
+def _encode_video(kind: str, samples: bytes, repeated: int) -> bytes:
+    container, video_codec, audio_codec = VIDEO_FORMATS[kind]
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as media:
-        video: Any = media.add_stream(picture, rate=1)
+        video: Any = media.add_stream(video_codec, rate=1)
         video.width, video.height, video.pix_fmt = 320, 180, "yuv420p"
-        audio: Any = media.add_stream(sound, rate=48_000 if sound == "libopus" else SAMPLE_RATE)
+        audio: Any = media.add_stream(audio_codec, rate=48_000 if audio_codec == "libopus" else SAMPLE_RATE)
         audio.layout = "mono"
-        resample = av.AudioResampler(format=audio.format.name, layout="mono", rate=audio.rate)
+        resampler = av.AudioResampler(format=audio.format.name, layout="mono", rate=audio.rate)
         second = 0
         for _ in range(repeated):
             for begin in range(0, len(samples), 2 * SAMPLE_RATE):
-                media.mux(video.encode(_picture(second)))
-                heard = _sound(samples[begin : begin + 2 * SAMPLE_RATE], second)
-                for frame in resample.resample(heard):
+                media.mux(video.encode(_make_video_frame(second)))
+                audio_frame = _make_audio_frame(samples[begin : begin + 2 * SAMPLE_RATE], second)
+                for frame in resampler.resample(audio_frame):
                     media.mux(audio.encode(frame))
                 second += 1
-        for frame in resample.resample(None):
+        for frame in resampler.resample(None):
             media.mux(audio.encode(frame))
         media.mux(video.encode())
         media.mux(audio.encode())
     return buffer.getvalue()
 
 
-def _picture(second: int) -> av.VideoFrame:
+def _make_video_frame(second: int) -> av.VideoFrame:
     frame = av.VideoFrame(320, 180, "yuv420p")
     for plane in frame.planes:
         plane.update(bytes([second % 256]) * plane.buffer_size)
@@ -84,7 +84,7 @@ def _picture(second: int) -> av.VideoFrame:
     return frame
 
 
-def _sound(samples: bytes, second: int) -> av.AudioFrame:
+def _make_audio_frame(samples: bytes, second: int) -> av.AudioFrame:
     frame = av.AudioFrame(format="s16", layout="mono", samples=len(samples) // 2)
     frame.planes[0].update(samples)
     frame.sample_rate = SAMPLE_RATE
