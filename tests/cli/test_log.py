@@ -24,8 +24,7 @@ from jobledger.ledger.domain.events import Failure
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store import export, export_file, import_
 from jobledger.projections.engine import rebuild
-from tests.projections.expected_views import assert_views_match_log, load_views, make_results
-from tests.projections.test_projector import a_history
+from tests.projections.expected_views import assert_views_match_log, load_views, make_results, run_random_history
 from tests.support.installation import CommandOutcome, Installation
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.role_runner import RunningRoles, run_roles_in_process
@@ -207,7 +206,7 @@ def test_whoever_follows_the_log_hears_of_everything_over_a_restart_of_everythin
 
 
 async def much(here: RunningRoles) -> None:
-    await a_history(here, random.Random(40), steps=60)
+    await run_random_history(here, random.Random(40), steps=60)
     await a_story(here)
     await assert_views_match_log(here)
 

@@ -1,7 +1,11 @@
-"""tests: what the views have to be, told anew from the log: no projector, no chunks, no database writes."""
+"""Compute the expected views from the log: without a projector, chunks or database writes.
+
+Also random histories of jobs and batches, for tests that compare both.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -47,68 +51,68 @@ from tests.support.role_runner import RunningRoles
 
 Views = dict[str, list[str]]
 """The documents of each view in canonical form, sorted."""
+COMPARED_VIEWS = (jobs, batches, queue, files, statistics, steps)
 
 
 def fold_views(events: list[RecordedEvent]) -> Views:
-    """Fold a whole log, event by event, and derive every view from where that ends."""
+    """Fold a whole log, event by event, and derive every view from the last state."""
     job: dict[str, Document | None] = {}
     batch: dict[str, Document | None] = {}
-    counted: Counter[tuple[str, str]] = Counter()
+    counters: Counter[tuple[str, str]] = Counter()
     recent: Document | None = None
     for event in events:
-        counted[statistics.EVENTS, event.type] += 1
+        counters[statistics.EVENTS, event.type] += 1
         match event.stream.partition("-")[0]:
             case "job":
                 before = job.get(event.stream)
                 after = job[event.stream] = jobs.fold(before, event)
                 if after and statistics.has_just_finished(before, after):
-                    counted.update(statistics.counters_for_completion(after))
+                    counters.update(statistics.counters_for_completion(after))
                     recent = statistics.count_finished_job(recent, after)
                 batch_id = (after or before or {}).get("batch_id")
-                # What a running job says along the way does not concern its batch.
+                # Progress and log entries of a running job do not change its batch.
                 running = before and after and before["status"] == after["status"] == "processing"
-                known = batch.get(batch_id) if batch_id else None
-                if after is not before and not running and batch_id and known is not None:
-                    batch[batch_id] = batches.apply_job_change(known, before, after, event)
+                batch_before = batch.get(batch_id) if batch_id else None
+                if after is not before and not running and batch_id and batch_before is not None:
+                    batch[batch_id] = batches.apply_job_change(batch_before, before, after, event)
             case "batch":
                 batch[event.stream] = batches.fold(batch.get(event.stream), event)
-    live = [document for document in job.values() if document]
-    for document in live:
-        counted.update(statistics.counters_for_job(document))
+    job_documents = [document for document in job.values() if document]
+    for document in job_documents:
+        counters.update(statistics.counters_for_job(document))
     for document in filter(None, batch.values()):
-        counted.update(statistics.counters_for_batch(document))
-    return _canonical(
+        counters.update(statistics.counters_for_batch(document))
+    return _to_canonical_json(
         {
-            "jobs": live,
+            "jobs": job_documents,
             "batches": [document for document in batch.values() if document],
-            "queue": [row for document in live for row in queue.rows(document, batch.get(document["batch_id"]))],
-            "files": [row for document in live for row in files.rows(document)],
-            "steps": [row for document in live for row in steps.rows(document)],
-            "statistics": _nonzero([*_counters(counted), *([recent] if recent else [])]),
+            "queue": [
+                row for document in job_documents for row in queue.rows(document, batch.get(document["batch_id"]))
+            ],
+            "files": [row for document in job_documents for row in files.rows(document)],
+            "steps": [row for document in job_documents for row in steps.rows(document)],
+            "statistics": _drop_zeros([*_counter_documents(counters), *([recent] if recent else [])]),
         }
     )
 
 
-def _counters(counted: Counter[tuple[str, str]]) -> list[Document]:
+def _counter_documents(amounts: Counter[tuple[str, str]]) -> list[Document]:
     counters: dict[str, Document] = {}
-    for (key, name), amount in counted.items():
+    for (key, name), amount in amounts.items():
         counters.setdefault(key, {"_id": key})[name] = amount
     return list(counters.values())
 
 
 async def load_views(db: Database, *, zeros: bool = True) -> Views:
-    """Return what the views say now; without `zeros`, a counter that has gone back to zero is as one that never was."""
-    live = slots.Views(db, (await load_checkpoint(db)).get("slots"))
-    found = {
-        view.NAME: [document async for document in live[view.NAME].find()]
-        for view in (jobs, batches, queue, files, statistics, steps)
-    }
+    """Return the active views. Without `zeros`, leave out counters that are zero."""
+    active = slots.Views(db, (await load_checkpoint(db)).get("slots"))
+    documents = {view.NAME: [document async for document in active[view.NAME].find()] for view in COMPARED_VIEWS}
     if not zeros:
-        found["statistics"] = _nonzero(found["statistics"])
-    return _canonical(found)
+        documents["statistics"] = _drop_zeros(documents["statistics"])
+    return _to_canonical_json(documents)
 
 
-def _nonzero(counters: list[Document]) -> list[Document]:
+def _drop_zeros(counters: list[Document]) -> list[Document]:
     return [
         {name: value for name, value in counter.items() if value != 0}
         for counter in counters
@@ -116,24 +120,23 @@ def _nonzero(counters: list[Document]) -> list[Document]:
     ]
 
 
-def _canonical(views: dict[str, list[Document]]) -> Views:
-    return {view: sorted(canonical_json(document).decode() for document in found) for view, found in views.items()}
+def _to_canonical_json(views: dict[str, list[Document]]) -> Views:
+    return {name: sorted(canonical_json(document).decode() for document in views[name]) for name in views}
 
 
-async def assert_views_match_log(here: RunningRoles) -> None:
+async def assert_views_match_log(roles: RunningRoles) -> None:
     """Wait for the views, then compare them with a fresh fold of the whole log."""
     while True:
-        head = await here.event_store.head_position()
-        await here.wait_for_views(head)
-        events, found = await here.read_all_events(), await load_views(here.db, zeros=False)
-        if head == len(events) == await here.event_store.head_position():
-            break  # else the projector has recorded something about a batch meanwhile
-    wanted = fold_views(events)
-    for view, documents in wanted.items():
-        assert found[view] == documents, f"the view `{view}` is not what the log says"
+        head = await roles.event_store.head_position()
+        await roles.wait_for_views(head)
+        events, actual = await roles.read_all_events(), await load_views(roles.db, zeros=False)
+        if head == len(events) == await roles.event_store.head_position():
+            break  # otherwise the projector has appended an event of a batch meanwhile
+    for name, documents in fold_views(events).items():
+        assert actual[name] == documents, f"the view `{name}` differs from the log"
 
 
-# Histories --------------------------------------------------------------------------------------------------------
+# Random histories -----------------------------------------------------------------------------------------------------
 
 
 def make_results(job_id: str, *, tokens: int = 10) -> JobResults:
@@ -145,17 +148,22 @@ def make_results(job_id: str, *, tokens: int = 10) -> JobResults:
     )
 
 
+def make_empty_results(**metadata: Any) -> JobResults:
+    """Return results without files."""
+    return JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0, **metadata))
+
+
 def make_failure(message: str = "it broke") -> Failure:
     return Failure(code="BROKEN", message=message, details={"retryable": True})
 
 
-async def run_random_job_commands(here: RunningRoles, job_ids: list[str], dice: random.Random, *, steps: int) -> None:
-    """Let the jobs live through `steps` things that happen to them, most of them sensible."""
+async def run_random_job_commands(roles: RunningRoles, job_ids: list[str], dice: random.Random, *, steps: int) -> None:
+    """Handle `steps` random commands of these jobs. Most of them are valid in the state of the job."""
     attempts: dict[str, int] = dict.fromkeys(job_ids, 1)
     for _ in range(steps):
         job_id = dice.choice(job_ids)
         try:
-            events = await here.handle_commands(job_id, _something(job_id, attempts[job_id], dice))
+            events = await roles.handle_commands(job_id, _choose_command(job_id, attempts[job_id], dice))
         except CommandRejected:
             continue
         for event in events:
@@ -164,17 +172,30 @@ async def run_random_job_commands(here: RunningRoles, job_ids: list[str], dice: 
 
 
 async def run_random_batch_commands(
-    here: RunningRoles, batch_ids: list[str], dice: random.Random, *, steps: int
+    roles: RunningRoles, batch_ids: list[str], dice: random.Random, *, steps: int
 ) -> None:
-    """Pause and resume the batches, put them out of sight and back, while their jobs live."""
-    things: list[Command] = [PauseBatch("user-1"), ResumeBatch("user-1"), Archive("user-1"), Unarchive("user-1")]
+    """Pause, resume, archive and unarchive these batches at random."""
+    commands: list[Command] = [PauseBatch("user-1"), ResumeBatch("user-1"), Archive("user-1"), Unarchive("user-1")]
     for _ in range(steps):
-        await here.handle_commands(dice.choice(batch_ids), dice.choices(things, [4, 4, 1, 1])[0])
+        await roles.handle_commands(dice.choice(batch_ids), dice.choices(commands, [4, 4, 1, 1])[0])
 
 
-def _something(job_id: str, attempt: int, dice: random.Random) -> Command:
+async def run_random_history(roles: RunningRoles, dice: random.Random, *, writers: int = 4, steps: int = 60) -> None:
+    """Submit two batches and single jobs of several tracks, and handle random commands of them concurrently."""
+    batch_one, one = await roles.submit_batch(*({"track": track} for track in "AABBC"))
+    batch_two, two = await roles.submit_batch({}, {"track": "A"}, max_attempts=2)
+    alone = [await roles.submit({"track": "C"}, priority=number) for number in range(3)]
+    job_ids = one + two + alone
+    shares = [job_ids[start::writers] for start in range(writers)]
+    await asyncio.gather(
+        *(run_random_job_commands(roles, share, random.Random(dice.random()), steps=steps) for share in shares),
+        run_random_batch_commands(roles, [batch_one, batch_two], random.Random(dice.random()), steps=steps // 2),
+    )
+
+
+def _choose_command(job_id: str, attempt: int, dice: random.Random) -> Command:
     now, worker = datetime.now(UTC), "worker-1"
-    things: list[tuple[int, Any]] = [
+    weighted_commands: list[tuple[int, Any]] = [
         (30, ClaimJob(worker, now + timedelta(hours=1))),
         (10, ReportProgress(worker, attempt, "page", dice.random() * 100, "on it")),
         (8, AddLogEntries(worker, attempt, (LogEntry(timestamp=now, level="info", message=f"line {dice.random()}"),))),
@@ -193,5 +214,6 @@ def _something(job_id: str, attempt: int, dice: random.Random) -> Command:
         (2, Unarchive("user-1")),
         (1, Delete("user-1")),
     ]
-    thing: Command = dice.choices([thing for _, thing in things], [weight for weight, _ in things])[0]
-    return thing
+    weights, commands = zip(*weighted_commands, strict=True)
+    command: Command = dice.choices(commands, weights)[0]
+    return command

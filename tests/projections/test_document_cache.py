@@ -1,4 +1,4 @@
-"""What the projector has in memory is bounded by bytes, however many documents it is."""
+"""The memory of the projector is bounded by bytes: its cache of documents and its chunks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jobledger.projections.engine import chunk_loader, document_cache, rebuild, 
 from jobledger.projections.engine.chunk import Chunk
 from jobledger.projections.engine.document_cache import MAX_CACHED_BYTES, DocumentCache, estimate_memory
 from jobledger.projections.views import jobs, list_index
-from tests.projections.test_rebuild import compared
+from tests.projections.rebuild_runner import compare_views
 from tests.support.role_runner import run_roles_in_process
 
 NAMES = [f"{number:03}" + "x" * 197 for number in range(200)]
-GROWING: Mapping[str, Any] = {
+LARGE_FIELDS: Mapping[str, Any] = {
     "list_keys": NAMES * 7,
     "search_keys": NAMES * 7,
     "parameters": {"text": "x" * 60_000},
@@ -34,7 +34,7 @@ GROWING: Mapping[str, Any] = {
 }
 
 
-def small(**fields: Any) -> Document:
+def make_document(**fields: Any) -> Document:
     return {
         "parameters": {"track": "Main"},
         "list_keys": ["1*"] * 10,
@@ -44,11 +44,11 @@ def small(**fields: Any) -> Document:
     }
 
 
-@pytest.mark.parametrize("name", GROWING)
-def test_whatever_makes_a_document_large_is_counted(name: str) -> None:
+@pytest.mark.parametrize("name", LARGE_FIELDS)
+def test_document_cache_with_a_large_field_evicts_by_bytes(name: str) -> None:
     cache = DocumentCache()
-    document = small(**{name: GROWING[name]})
-    assert estimate_memory(document) > 40_000 + estimate_memory(small())
+    document = make_document(**{name: LARGE_FIELDS[name]})
+    assert estimate_memory(document) > 40_000 + estimate_memory(make_document())
     number = 0
     while cache.bytes + estimate_memory(document) <= MAX_CACHED_BYTES:
         cache.put(("jobs", str(number := number + 1)), document)
@@ -59,10 +59,10 @@ def test_whatever_makes_a_document_large_is_counted(name: str) -> None:
     assert cache.get(("jobs", "last")) is document
 
 
-def test_usual_documents_are_bounded_by_their_number() -> None:
+def test_document_cache_with_small_documents_evicts_by_number() -> None:
     cache = DocumentCache()
     for number in range(document_cache.MAX_CACHED_DOCUMENTS + 1):
-        cache.put(("jobs", str(number)), small())
+        cache.put(("jobs", str(number)), make_document())
     cache.evict()
     assert cache.get(("jobs", "0")) is None
     assert cache.get(("jobs", "1")) is not None
@@ -72,42 +72,42 @@ def test_usual_documents_are_bounded_by_their_number() -> None:
     assert cache.bytes == 0
 
 
-def test_the_count_is_near_what_values_take_in_memory() -> None:
+def test_estimate_memory_is_near_the_size_in_memory() -> None:
     lists: list[Any] = [[] for _ in range(20_000)]
-    real = sys.getsizeof(lists) + sum(map(sys.getsizeof, lists))
-    assert real / 2 < estimate_memory(small(parameters={"a": lists})) < 2 * real
+    actual = sys.getsizeof(lists) + sum(map(sys.getsizeof, lists))
+    assert actual / 2 < estimate_memory(make_document(parameters={"a": lists})) < 2 * actual
 
 
-async def test_chunks_that_concern_too_many_bytes_are_folded_in_parts(
+async def test_chunk_of_too_many_bytes_is_applied_in_parts(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loaded documents and new list index, live and in a rebuild."""
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        large = [await here.submit({"text": "x" * 70_000}) for _ in range(10)]
-        await here.wait_for_views()
+    """The parts are bounded by loaded documents and by new list index rows, in the projector and in a rebuild."""
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        large_jobs = [await roles.submit({"text": "x" * 70_000}) for _ in range(10)]
+        await roles.wait_for_views()
     monkeypatch.setattr(chunk_loader, "MAX_LOADED_BYTES", 200_000)
     monkeypatch.setattr(writer, "MAX_LIST_INDEX_BYTES", 1_000_000)
-    loaded: list[int] = []
-    listed: list[int] = []
+    large_jobs_per_part: list[int] = []
+    list_index_bytes_per_part: list[int] = []
     write = writer.ProjectionWriter.write
 
-    async def noted(self: writer.ProjectionWriter, chunk: Chunk, **given: Any) -> None:
-        loaded.append(sum("large_fields" in job for job in chunk.loaded[jobs.NAME].values()))
-        listed.append(
+    async def measure_and_write(self: writer.ProjectionWriter, chunk: Chunk, **options: Any) -> None:
+        large_jobs_per_part.append(sum("large_fields" in job for job in chunk.loaded[jobs.NAME].values()))
+        list_index_bytes_per_part.append(
             sum(list_index.estimate_list_index_memory(job) for job in chunk.current[jobs.NAME].values() if job)
         )
-        await write(self, chunk, **given)
+        await write(self, chunk, **options)
 
-    monkeypatch.setattr(writer.ProjectionWriter, "write", noted)
-    async with run_roles_in_process(connection, store) as here:
-        for job_id in large:
-            await here.handle_commands(job_id, UpdateJob("user:a", priority=2))
-        many = [await here.submit(access_control=AccessControl(read_access=NAMES)) for _ in range(10)]
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.wait_for_views()
-        assert [(await here.load_job(job_id))["priority"] for job_id in large] == [2] * 10
-        assert [(await here.load_job(job_id))["status"] for job_id in many] == ["pending"] * 10
-        assert 0 < max(loaded) <= 3
-        assert 0 < max(listed) < 2_500_000
+    monkeypatch.setattr(writer.ProjectionWriter, "write", measure_and_write)
+    async with run_roles_in_process(connection, store) as roles:
+        for job_id in large_jobs:
+            await roles.handle_commands(job_id, UpdateJob("user:a", priority=2))
+        shared_jobs = [await roles.submit(access_control=AccessControl(read_access=NAMES)) for _ in range(10)]
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.wait_for_views()
+        assert [(await roles.load_job(job_id))["priority"] for job_id in large_jobs] == [2] * 10
+        assert [(await roles.load_job(job_id))["status"] for job_id in shared_jobs] == ["pending"] * 10
+        assert 0 < max(large_jobs_per_part) <= 3
+        assert 0 < max(list_index_bytes_per_part) < 2_500_000
         monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 10)
-        assert await compared(connection) == []
+        assert await compare_views(connection) == []

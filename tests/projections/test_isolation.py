@@ -1,4 +1,4 @@
-"""One stream that cannot be projected, or is larger than a document, must not keep the others from being projected."""
+"""A stream that cannot be projected, or is larger than a document, does not stop the projection of the others."""
 
 from __future__ import annotations
 
@@ -33,10 +33,8 @@ from jobledger.ledger.domain.events import (
     EventMetadata,
     Failure,
     JobClaimed,
-    JobResults,
     RecordedEvent,
     ResultFile,
-    ResultMetadata,
     Webhook,
 )
 from jobledger.ledger.domain.limits import MAX_DOCUMENT_BYTES
@@ -49,23 +47,23 @@ from jobledger.projections.engine import projector, rebuild, writer
 from jobledger.projections.engine.chunk import Chunk, ChunkTooLarge
 from jobledger.projections.engine.registry import FOLDED_VIEWS
 from jobledger.projections.views import job_list, jobs, projection_errors
-from tests.projections.expected_views import load_views
-from tests.projections.test_rebuild import compared, rebuilding
+from tests.projections.expected_views import load_views, make_empty_results
+from tests.projections.rebuild_runner import compare_views, rebuild_views
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 from tests.support.soak_only import IS_SOAK_RUN
 
 MISSING = object()
 ADMIN = Principal("admin", roles=frozenset({"admin"}))
-Spoil = Callable[[RunningRoles], Awaitable[str]]
-"""Makes a stream that is hard to project, and returns its job."""
-HARMLESS_BYTES = MAX_DOCUMENT_BYTES - 1024 * 1024
+StreamFactory = Callable[[RunningRoles], Awaitable[str]]
+"""Writes a stream that is hard to project, and returns its job."""
+DOCUMENT_BUDGET_BYTES = MAX_DOCUMENT_BYTES - 1024 * 1024
 
 
 @pytest.fixture
 def without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Append what older versions, or other programs, have appended."""
+    """Append events as older versions or other programs have appended them."""
     monkeypatch.setattr(limits, "check_event", lambda event, text_bytes: None)
-    monkeypatch.setattr(limits, "check_steps", lambda found: None)
+    monkeypatch.setattr(limits, "check_steps", lambda steps: None)
 
 
 # Streams that are large -----------------------------------------------------------------------------------------------
@@ -73,132 +71,133 @@ def without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 LONG_NAME = " ".join(f"word{number}" for number in range(40))
 
 
-async def many_readers(here: RunningRoles) -> str:
+async def many_readers_at_submission(roles: RunningRoles) -> str:
     names = [f"reader-{number}" for number in range(8000)]
-    return await here.submit(job_name=LONG_NAME, access_control=AccessControl(read_access=names))
+    return await roles.submit(job_name=LONG_NAME, access_control=AccessControl(read_access=names))
 
 
-async def many_readers_later(here: RunningRoles) -> str:
-    job_id = await here.submit(job_name=LONG_NAME)
+async def many_readers_added_later(roles: RunningRoles) -> str:
+    job_id = await roles.submit(job_name=LONG_NAME)
     names = [f"reader-{number}@{'x' * 150}" for number in range(8000)]
-    await here.handle_commands(job_id, ChangeAccess("user:a", AccessControl(read_access=names)))
+    await roles.handle_commands(job_id, ChangeAccess("user:a", AccessControl(read_access=names)))
     return job_id
 
 
-async def many_teams(here: RunningRoles) -> str:
+async def many_teams(roles: RunningRoles) -> str:
     teams = [f"team-{number}" for number in range(8000)]
-    return await here.submit(job_name=LONG_NAME, teams=teams, access_control=AccessControl(visibility="team"))
+    return await roles.submit(job_name=LONG_NAME, teams=teams, access_control=AccessControl(visibility="team"))
 
 
-async def large_parameters_and_results(here: RunningRoles) -> str:
-    job_id = await here.submit({"text": "x" * 7_500_000})
-    await here.claim(job_id)
-    metadata = ResultMetadata(processed_at=datetime.now(UTC), duration=1.0, text="x" * 8_000_000)
-    await here.handle_commands(job_id, CompleteJob("worker-1", 1, JobResults(metadata=metadata)))
+async def large_parameters_and_results(roles: RunningRoles) -> str:
+    job_id = await roles.submit({"text": "x" * 7_500_000})
+    await roles.claim(job_id)
+    await roles.handle_commands(job_id, CompleteJob("worker-1", 1, make_empty_results(text="x" * 8_000_000)))
     return job_id
 
 
-async def numbers_that_grow_in_bson(here: RunningRoles) -> str:
-    job_id = await here.submit({"numbers": [0] * 450_000})
-    await here.handle_commands(job_id, UpdateJob("user:a", {"numbers": [0] * 450_000, "speakers": ["a b c"] * 100_000}))
+async def numbers_that_grow_in_bson(roles: RunningRoles) -> str:
+    job_id = await roles.submit({"numbers": [0] * 450_000})
+    await roles.handle_commands(
+        job_id, UpdateJob("user:a", {"numbers": [0] * 450_000, "speakers": ["a b c"] * 100_000})
+    )
     return job_id
 
 
-async def many_steps(here: RunningRoles) -> str:
-    job_id = await here.submit()
-    await here.claim(job_id)
+async def many_steps(roles: RunningRoles) -> str:
+    job_id = await roles.submit()
+    await roles.claim(job_id)
     for number in range(40):
-        await here.handle_commands(
+        await roles.handle_commands(
             job_id, CompleteStep("worker-1", 1, "s", f"k{number}", None, 0.1, 0, ("w" * 500_000,))
         )
     return job_id
 
 
-async def large_error_and_progress(here: RunningRoles) -> str:
-    job_id = await here.submit({"text": "x" * 7_000_000})
-    await here.claim(job_id)
-    huge = Failure(code="X" * 500_000, message="m" * 3_000_000, details={"text": "d" * 3_000_000})
-    await here.handle_commands(job_id, ReportProgress("worker-1", 1, "p" * 3_000_000, 1.0, "m" * 3_000_000))
-    await here.handle_commands(job_id, FailAttempt("worker-1", 1, huge, datetime.now(UTC)))
+async def large_error_and_progress(roles: RunningRoles) -> str:
+    job_id = await roles.submit({"text": "x" * 7_000_000})
+    await roles.claim(job_id)
+    failure = Failure(code="X" * 500_000, message="m" * 3_000_000, details={"text": "d" * 3_000_000})
+    await roles.handle_commands(job_id, ReportProgress("worker-1", 1, "p" * 3_000_000, 1.0, "m" * 3_000_000))
+    await roles.handle_commands(job_id, FailAttempt("worker-1", 1, failure, datetime.now(UTC)))
     return job_id
 
 
-async def an_endless_track(here: RunningRoles) -> str:
-    return await here.submit({"track": "t" * 7_000_000, "session": "s " * 100_000, "event": "e" * 500_000})
+async def long_track(roles: RunningRoles) -> str:
+    return await roles.submit({"track": "t" * 7_000_000, "session": "s " * 100_000, "event": "e" * 500_000})
 
 
-LARGE = [
-    many_readers,
-    many_readers_later,
+LARGE_STREAMS = [
+    many_readers_at_submission,
+    many_readers_added_later,
     many_teams,
     large_parameters_and_results,
     numbers_that_grow_in_bson,
     many_steps,
     large_error_and_progress,
-    an_endless_track,
+    long_track,
 ]
 
 
 @pytest.mark.usefixtures("without_limits")
-async def test_every_document_fits_whatever_the_log_holds(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        spoiled = {spoil.__name__: await spoil(here) for spoil in LARGE}
-        healthy = await here.submit({"track": "Main"})
-        await here.wait_for_views(seconds=60)
-        assert (await here.load_job(healthy))["status"] == "pending"
-        for name, job_id in spoiled.items():
-            job = await here.load_job(job_id)
-            assert len(bson.encode(job)) < HARMLESS_BYTES, name
+async def test_documents_of_large_streams_fit_into_their_budget(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        large_jobs = {write_stream.__name__: await write_stream(roles) for write_stream in LARGE_STREAMS}
+        healthy = await roles.submit({"track": "Main"})
+        await roles.wait_for_views(seconds=60)
+        assert (await roles.load_job(healthy))["status"] == "pending"
+        for name, job_id in large_jobs.items():
+            job = await roles.load_job(job_id)
+            assert len(bson.encode(job)) < DOCUMENT_BUDGET_BYTES, name
             assert projection_errors.ERROR_FIELD not in job, name
-        readers = await here.load_job(spoiled["many_readers"])
-        assert readers["truncated"] == ["list_keys"]
-        assert len(readers["list_keys"]) + len(readers["search_keys"]) <= 2 * limits.MAX_LIST_INDEX_ROWS
-        full = await here.load_job(spoiled["large_parameters_and_results"])
-        assert (full["status"], full["truncated"]) == ("completed", ["results"])
-        assert full["results"]["metadata"]["duration"] == 1.0
-        assert (await here.load_job(spoiled["many_steps"]))["truncated"] == ["steps"]
-        assert await projection_errors.count(here.checkpoint.views) == 0
+        job_with_readers = await roles.load_job(large_jobs["many_readers_at_submission"])
+        assert job_with_readers["truncated"] == ["list_keys"]
+        list_index_rows = len(job_with_readers["list_keys"]) + len(job_with_readers["search_keys"])
+        assert list_index_rows <= 2 * limits.MAX_LIST_INDEX_ROWS
+        completed_job = await roles.load_job(large_jobs["large_parameters_and_results"])
+        assert (completed_job["status"], completed_job["truncated"]) == ("completed", ["results"])
+        assert completed_job["results"]["metadata"]["duration"] == 1.0
+        assert (await roles.load_job(large_jobs["many_steps"]))["truncated"] == ["steps"]
+        assert await projection_errors.count(roles.checkpoint.views) == 0
 
 
 # Streams that cannot be projected -------------------------------------------------------------------------------------
 
 
-async def damaged_event(here: RunningRoles) -> str:
-    """A known event with another payload, as an import or a disk may make it."""
-    job_id = await here.submit()
-    await here.claim(job_id)
-    await here.handle_commands(job_id, ReportProgress("worker-1", 1, "step", 1.0, "fine"))
-    await here.db.events.update_one({"stream": job_id, "version": 2}, {"$set": {"data": {"attempt": "x"}}})
+async def damaged_event(roles: RunningRoles) -> str:
+    """Replace the payload of an event, as an import or a disk error may do."""
+    job_id = await roles.submit()
+    await roles.claim(job_id)
+    await roles.handle_commands(job_id, ReportProgress("worker-1", 1, "step", 1.0, "fine"))
+    await roles.db.events.update_one({"stream": job_id, "version": 2}, {"$set": {"data": {"attempt": "x"}}})
     return job_id
 
 
-async def damaged_submission(here: RunningRoles) -> str:
-    job_id = await here.submit()
-    await here.db.events.update_one({"stream": job_id, "version": 1}, {"$set": {"data": {"parameters": 5}}})
+async def damaged_submission(roles: RunningRoles) -> str:
+    job_id = await roles.submit()
+    await roles.db.events.update_one({"stream": job_id, "version": 1}, {"$set": {"data": {"parameters": 5}}})
     return job_id
 
 
-async def fault_in_the_fold(here: RunningRoles) -> str:
-    return await here.submit(job_name="FAULT IN THE FOLD")
+async def fault_in_the_fold(roles: RunningRoles) -> str:
+    return await roles.submit(job_name="FAULT IN THE FOLD")
 
 
-async def number_without_a_form(here: RunningRoles) -> str:
-    return await here.submit(job_name="A NUMBER THAT BSON CANNOT HOLD")
+async def number_without_a_form(roles: RunningRoles) -> str:
+    return await roles.submit(job_name="A NUMBER THAT BSON CANNOT HOLD")
 
 
-async def larger_than_a_document(here: RunningRoles) -> str:
-    return await here.submit(job_name="LARGER THAN A DOCUMENT")
+async def larger_than_a_document(roles: RunningRoles) -> str:
+    return await roles.submit(job_name="LARGER THAN A DOCUMENT")
 
 
-async def refused_by_the_server(here: RunningRoles) -> str:
-    return await here.submit(job_name="REFUSED BY THE SERVER")
+async def refused_by_the_server(roles: RunningRoles) -> str:
+    return await roles.submit(job_name="REFUSED BY THE SERVER")
 
 
-async def delivery_without_a_port(here: RunningRoles) -> str:
-    job_id = await here.submit(webhook=Webhook(url="http://example.org:99999/hook"))
-    await here.claim(job_id)
-    done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
-    await here.handle_commands(job_id, CompleteJob("worker-1", 1, done))
+async def delivery_without_a_port(roles: RunningRoles) -> str:
+    job_id = await roles.submit(webhook=Webhook(url="http://example.org:99999/hook"))
+    await roles.claim(job_id)
+    await roles.handle_commands(job_id, CompleteJob("worker-1", 1, make_empty_results()))
     return job_id
 
 
@@ -212,16 +211,16 @@ DAMAGE: list[tuple[str, Any]] = [
     *(("version", value) for value in (MISSING, "text", 1000)),
     *(("stream", value) for value in (MISSING, 5)),
 ]
-"""A field of the envelope, and what stands there instead."""
+"""A field of the envelope, and its damaged value."""
 
 
-async def damage(here: RunningRoles, stream: str, version: int, name: str, value: Any) -> None:
+async def damage_event(roles: RunningRoles, stream: str, version: int, name: str, value: Any) -> None:
     change = {"$unset": {name: ""}} if value is MISSING else {"$set": {name: value}}
-    with suppress(DuplicateKeyError):  # two events of the same version have lost their streams
-        await here.db.events.update_one({"stream": stream, "version": version}, change)
+    with suppress(DuplicateKeyError):  # two events of the same version lost their stream
+        await roles.db.events.update_one({"stream": stream, "version": version}, change)
 
 
-UNPROJECTABLE = [
+UNPROJECTABLE_STREAMS = [
     damaged_event,
     damaged_submission,
     fault_in_the_fold,
@@ -230,12 +229,12 @@ UNPROJECTABLE = [
     refused_by_the_server,
     delivery_without_a_port,
 ]
-_fold = jobs.fold
+original_fold = jobs.fold
 
 
-def faulty(job: Document | None, event: RecordedEvent) -> Document | None:
-    """The fold of a program with faults, one for each of some jobs."""
-    after = _fold(job, event)
+def fold_with_faults(job: Document | None, event: RecordedEvent) -> Document | None:
+    """Fold an event as a program with faults: the name of the job selects the fault."""
+    after = original_fold(job, event)
     match after and after["job_name"]:
         case "FAULT IN THE FOLD":
             raise ZeroDivisionError("a fault")
@@ -244,7 +243,7 @@ def faulty(job: Document | None, event: RecordedEvent) -> Document | None:
         case "LARGER THAN A DOCUMENT":
             return {**(after or {}), "progress": {"message": "x" * MAX_DOCUMENT_BYTES}}
         case "REFUSED BY THE SERVER":
-            return {**(after or {}), "created_at": [1]}  # the server indexes no two lists together
+            return {**(after or {}), "created_at": [1]}  # the server rejects a compound index on two arrays
         case _:
             return after
 
@@ -252,149 +251,144 @@ def faulty(job: Document | None, event: RecordedEvent) -> Document | None:
 @pytest.fixture
 def with_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as faults:
-        faults.setattr(jobs, "fold", faulty)
+        faults.setattr(jobs, "fold", fold_with_faults)
         yield
 
 
 @pytest.mark.usefixtures("with_faults")
-@pytest.mark.parametrize("spoil", UNPROJECTABLE)
-async def test_a_stream_that_cannot_be_projected_is_isolated_and_said(
-    connection: Connection, store: Path, spoil: Spoil
+@pytest.mark.parametrize("write_stream", UNPROJECTABLE_STREAMS)
+async def test_unprojectable_stream_is_isolated_and_logged(
+    connection: Connection, store: Path, write_stream: StreamFactory
 ) -> None:
-    async with run_roles_in_process(connection, store) as here:
-        batch_id, [one, other] = await here.submit_batch({}, {})
-        job_id = await spoil(here)
-        for healthy in (one, other):
-            await here.claim(healthy)
-            done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
-            await here.handle_commands(healthy, CompleteJob("worker-1", 1, done))
-        head = await here.event_store.head_position()
-    with capture_logs() as said:
-        async with run_roles_in_process(connection, store, projector=True) as here:
-            await here.wait_for_event(EVENT_TYPES["BatchFinished"], batch_id)
-            await here.wait_for_views()
-            assert (await here.load_batch(batch_id))["completed_jobs"] == 2
-            [failure] = await projection_errors.list_problems(here.checkpoint.views)
+    async with run_roles_in_process(connection, store) as roles:
+        batch_id, healthy_jobs = await roles.submit_batch({}, {})
+        job_id = await write_stream(roles)
+        for healthy in healthy_jobs:
+            await roles.claim(healthy)
+            await roles.handle_commands(healthy, CompleteJob("worker-1", 1, make_empty_results()))
+        head = await roles.event_store.head_position()
+    with capture_logs() as log_entries:
+        async with run_roles_in_process(connection, store, projector=True) as roles:
+            await roles.wait_for_event(EVENT_TYPES["BatchFinished"], batch_id)
+            await roles.wait_for_views()
+            assert (await roles.load_batch(batch_id))["completed_jobs"] == 2
+            [failure] = await projection_errors.list_problems(roles.checkpoint.views)
             assert job_id in failure["key"]
             assert failure["position"] <= head
             assert failure["message"]
-    assert [it["document"] for it in said if it["event"].startswith("document isolated")] == [failure["key"]]
+    isolated = [entry["document"] for entry in log_entries if entry["event"].startswith("document isolated")]
+    assert isolated == [failure["key"]]
 
 
 @pytest.mark.usefixtures("with_faults")
-async def test_stubs_are_the_same_wherever_chunks_end_and_rebuild_agrees(
+async def test_isolated_documents_do_not_depend_on_the_chunk_size(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with run_roles_in_process(connection, store) as here:
-        ids = [await spoil(here) for spoil in UNPROJECTABLE]
-        _, in_batch = await here.submit_batch({}, {}, job_name="LARGER THAN A DOCUMENT")
-        for job_id in [*ids, *in_batch]:
-            for version in range(3):
-                await _append_raw(here, job_id, version)
-    found = []
+    async with run_roles_in_process(connection, store) as roles:
+        job_ids = [await write_stream(roles) for write_stream in UNPROJECTABLE_STREAMS]
+        _, jobs_in_batch = await roles.submit_batch({}, {}, job_name="LARGER THAN A DOCUMENT")
+        for job_id in [*job_ids, *jobs_in_batch]:
+            for number in range(3):
+                await append_claim(roles, job_id, attempt=number + 2)
+    results = []
     for chunk_events in (1000, 3, 1) if IS_SOAK_RUN else (1000, 3):
         monkeypatch.setattr(projector, "CHUNK_EVENTS", chunk_events)
         monkeypatch.setattr(rebuild, "CHUNK_EVENTS", chunk_events)
-        async with run_roles_in_process(connection, store, projector=True) as here:
-            async with rebuilding(connection) as auditor:
-                await auditor.run()
-            await here.wait_for_views()
-            found.append(await _views(here))
-            assert await compared(connection) == []
-    assert all(it == found[0] for it in found[1:])
+        async with run_roles_in_process(connection, store, projector=True) as roles:
+            await rebuild_views(connection)
+            await roles.wait_for_views()
+            results.append(await load_views_and_problems(roles))
+            assert await compare_views(connection) == []
+    assert all(views == results[0] for views in results[1:])
 
 
-async def _append_raw(here: RunningRoles, job_id: str, number: int) -> None:
-    """Append an event to a stream whose state need not be readable."""
-    last = (await here.event_store.read_stream(job_id))[-1]
+async def append_claim(roles: RunningRoles, job_id: str, *, attempt: int) -> None:
+    """Append an event to a stream whose state may be unreadable."""
+    last = (await roles.event_store.read_stream(job_id))[-1]
     head = StreamHead(last.version, last.position, last.hash)
-    event = JobClaimed(worker_id="worker-2", attempt=number + 2)
-    await here.event_store.append(StreamAppend(job_id, head, [event], EventMetadata("test"), datetime.now(UTC)))
+    event = JobClaimed(worker_id="worker-2", attempt=attempt)
+    await roles.event_store.append(StreamAppend(job_id, head, [event], EventMetadata("test"), datetime.now(UTC)))
 
 
-async def _views(here: RunningRoles) -> Any:
-    rows = sorted(await projection_errors.list_problems(here.checkpoint.views), key=lambda row: str(row["_id"]))
-    return [*(await load_views(here.db, zeros=False)).items(), rows]
+async def load_views_and_problems(roles: RunningRoles) -> Any:
+    rows = sorted(await projection_errors.list_problems(roles.checkpoint.views), key=lambda row: str(row["_id"]))
+    return [*(await load_views(roles.db, zeros=False)).items(), rows]
 
 
-async def test_a_rebuild_by_the_mended_program_heals(
+async def test_rebuild_by_a_fixed_program_repairs_isolated_documents(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
         with monkeypatch.context() as faults:
-            faults.setattr(jobs, "fold", faulty)
-            broken = await fault_in_the_fold(here)
-            large = await larger_than_a_document(here)
-            await here.wait_for_views()
-            assert (await here.load_job(broken))["status"] == (await here.load_job(large))["status"] == "pending"
-            assert (await here.load_job(large))["truncated"] == ["progress"]
-            await here.handle_commands(large, ClaimJob("worker-1", datetime.now(UTC)))
-            await here.wait_for_views()
-            assert (await here.load_job(large))["status"] == "processing"
-            assert await projection_errors.count(here.checkpoint.views) == 2
-        async with rebuilding(connection) as auditor:
-            await auditor.run()
-        await here.wait_for_views()
-        assert await projection_errors.count(here.checkpoint.views) == 0
-        for job_id in (broken, large):
-            assert projection_errors.ERROR_FIELD not in await here.load_job(job_id)
+            faults.setattr(jobs, "fold", fold_with_faults)
+            faulty = await fault_in_the_fold(roles)
+            large = await larger_than_a_document(roles)
+            await roles.wait_for_views()
+            assert (await roles.load_job(faulty))["status"] == (await roles.load_job(large))["status"] == "pending"
+            assert (await roles.load_job(large))["truncated"] == ["progress"]
+            await roles.handle_commands(large, ClaimJob("worker-1", datetime.now(UTC)))
+            await roles.wait_for_views()
+            assert (await roles.load_job(large))["status"] == "processing"
+            assert await projection_errors.count(roles.checkpoint.views) == 2
+        await rebuild_views(connection)
+        await roles.wait_for_views()
+        assert await projection_errors.count(roles.checkpoint.views) == 0
+        for job_id in (faulty, large):
+            assert projection_errors.ERROR_FIELD not in await roles.load_job(job_id)
 
 
-async def test_a_document_that_can_be_stored_again_is_stored_whole(
+async def test_isolated_document_that_becomes_valid_is_stored_complete(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
         with monkeypatch.context() as faults:
-            faults.setattr(jobs, "fold", faulty)
-            job_id = await here.submit({"a": 1}, job_name="A NUMBER THAT BSON CANNOT HOLD")
-            await here.wait_for_views()
-            assert (await here.load_job(job_id))["parameters"] == {}
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.handle_commands(job_id, UpdateJob("user:a", priority=7))
-        await here.wait_for_views()
-        job = await here.load_job(job_id)
+            faults.setattr(jobs, "fold", fold_with_faults)
+            job_id = await roles.submit({"a": 1}, job_name="A NUMBER THAT BSON CANNOT HOLD")
+            await roles.wait_for_views()
+            assert (await roles.load_job(job_id))["parameters"] == {}
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.handle_commands(job_id, UpdateJob("user:a", priority=7))
+        await roles.wait_for_views()
+        job = await roles.load_job(job_id)
         assert (job["priority"], job["parameters"], projection_errors.ERROR_FIELD in job) == (7, {"a": 1}, False)
-        assert await projection_errors.count(here.checkpoint.views) == 0
+        assert await projection_errors.count(roles.checkpoint.views) == 0
 
 
-async def test_rows_that_somebody_else_has_inserted_do_not_stop_the_projector(
-    connection: Connection, store: Path
-) -> None:
-    async with run_roles_in_process(connection, store) as here:
-        job_id = await here.submit()
-        await here.db.queue.insert_one({"_id": job_id})
-        await here.db.jobs.insert_one({"_id": job_id})
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.wait_for_views()
-        assert (await here.load_job(job_id))["status"] == "pending"
-        assert await projection_errors.count(here.checkpoint.views) == 0
+async def test_rows_inserted_by_another_program_do_not_stop_the_projector(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store) as roles:
+        job_id = await roles.submit()
+        await roles.db.queue.insert_one({"_id": job_id})
+        await roles.db.jobs.insert_one({"_id": job_id})
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.wait_for_views()
+        assert (await roles.load_job(job_id))["status"] == "pending"
+        assert await projection_errors.count(roles.checkpoint.views) == 0
 
 
-async def test_a_chunk_that_takes_too_long_is_written_in_parts(
+async def test_chunk_of_a_long_transaction_is_written_in_parts(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server ends a transaction after a while: a chunk must not be tried for ever as it is."""
+    """The server ends long transactions, so the writer must not retry the same chunk forever."""
     written: list[int] = []
     write = writer.ProjectionWriter._write
 
-    async def limited(self: writer.ProjectionWriter, chunk: Chunk, first: Any, writes: Any) -> None:
+    async def write_small_chunk(self: writer.ProjectionWriter, chunk: Chunk, first: Any, writes: Any) -> None:
         if len(chunk.current["jobs"]) > 3:
-            raise ChunkTooLarge("as if")
+            raise ChunkTooLarge("simulated")
         written.append(len(chunk.current["jobs"]))
         await write(self, chunk, first, writes)
 
-    monkeypatch.setattr(writer.ProjectionWriter, "_write", limited)
-    async with run_roles_in_process(connection, store) as here:
-        job_ids = [await here.submit() for _ in range(20)]
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.wait_for_views()
-        assert [(await here.load_job(job_id))["status"] for job_id in job_ids] == ["pending"] * 20
+    monkeypatch.setattr(writer.ProjectionWriter, "_write", write_small_chunk)
+    async with run_roles_in_process(connection, store) as roles:
+        job_ids = [await roles.submit() for _ in range(20)]
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.wait_for_views()
+        assert [(await roles.load_job(job_id))["status"] for job_id in job_ids] == ["pending"] * 20
         assert sum(written) == 20
-        async with rebuilding(connection) as auditor:
-            await auditor.run()
+        await rebuild_views(connection)
 
 
-def test_the_budget_of_a_document_is_what_its_parts_may_take() -> None:
+def test_limits_of_all_fields_together_fit_into_a_document() -> None:
     parts = [
         limits.MAX_PARAMETERS_BYTES,
         limits.MAX_RESULTS_BYTES,
@@ -407,112 +401,108 @@ def test_the_budget_of_a_document_is_what_its_parts_may_take() -> None:
         4 * limits.MAX_NAME_CHARACTERS * (limits.MAX_ACCESS_NAMES + limits.MAX_TEAMS + 3),
         4 * (limits.MAX_URL_CHARACTERS + limits.MAX_TITLE_CHARACTERS) + 100 * limits.MAX_WEBHOOK_HEADERS,
     ]
-    assert sum(parts) < HARMLESS_BYTES
+    assert sum(parts) < DOCUMENT_BUDGET_BYTES
     assert envelope.MAX_EVENT_BYTES > limits.MAX_PARAMETERS_BYTES
 
 
-async def test_damaged_envelopes_stop_neither_the_views_nor_workers(
+async def test_damaged_envelopes_do_not_stop_projector_and_workers(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each field, of a first and of a later event, of jobs, batches and deliveries."""
-    done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
-    async with run_roles_in_process(connection, store) as here:
-        waiting = []
+    """Damage each field of a first and of a later event, of jobs, batches and deliveries."""
+    complete = CompleteJob("worker-1", 1, make_empty_results())
+    async with run_roles_in_process(connection, store) as roles:
+        pending_jobs = []
         for name, value in DAMAGE:
-            batch_id, in_batch = await here.submit_batch({}, {}, webhook=Webhook(url="http://example.org/hook"))
-            for job_id in in_batch:
-                await here.handle_commands(
-                    job_id, ClaimJob("worker-1", datetime.now(UTC)), CompleteJob("worker-1", 1, done)
-                )
-            pending = await here.submit()
-            await here.handle_commands(pending, UpdateJob("user:a", priority=2))
-            await damage(here, pending, 2, name, value)
-            await damage(here, in_batch[0], 1, name, value)
-            await damage(here, in_batch[1], 3, name, value)
-            await damage(here, f"delivery-{in_batch[0]}-3", 1, name, value)
-            await here.handle_commands(batch_id, Archive("user:a"))
-            await damage(here, batch_id, 2, name, value)
-            waiting.append(pending)
-        healthy = await here.submit()
-        loaded = await load_stream_states(here.event_store, [*waiting, healthy])
+            batch_id, jobs_in_batch = await roles.submit_batch({}, {}, webhook=Webhook(url="http://example.org/hook"))
+            for job_id in jobs_in_batch:
+                await roles.handle_commands(job_id, ClaimJob("worker-1", datetime.now(UTC)), complete)
+            pending = await roles.submit()
+            await roles.handle_commands(pending, UpdateJob("user:a", priority=2))
+            await damage_event(roles, pending, 2, name, value)
+            await damage_event(roles, jobs_in_batch[0], 1, name, value)
+            await damage_event(roles, jobs_in_batch[1], 3, name, value)
+            await damage_event(roles, f"delivery-{jobs_in_batch[0]}-3", 1, name, value)
+            await roles.handle_commands(batch_id, Archive("user:a"))
+            await damage_event(roles, batch_id, 2, name, value)
+            pending_jobs.append(pending)
+        healthy = await roles.submit()
+        loaded = await load_stream_states(roles.event_store, [*pending_jobs, healthy])
         assert isinstance(loaded[healthy], StreamState)
-        assert all(isinstance(it, StreamState | UnreadableEvent) for it in loaded.values())
-    found = []
+        assert all(isinstance(state, StreamState | UnreadableEvent) for state in loaded.values())
+    results = []
     for chunk_events in (1000, 7):
         monkeypatch.setattr(projector, "CHUNK_EVENTS", chunk_events)
         monkeypatch.setattr(rebuild, "CHUNK_EVENTS", chunk_events)
-        async with run_roles_in_process(connection, store, projector=True) as here:
-            await here.wait_for_views()
-            assert (await here.load_job(healthy))["status"] == "pending"
-            async with rebuilding(connection) as auditor:
-                await auditor.run()
-            await here.wait_for_views()
-            found.append(await _views(here))
-            assert await compared(connection) == []
-    assert found[0] == found[1]
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
-        await here.wait_until_finished(healthy)
-        assert here.worker_task is not None
-        assert not here.worker_task.done()
+        async with run_roles_in_process(connection, store, projector=True) as roles:
+            await roles.wait_for_views()
+            assert (await roles.load_job(healthy))["status"] == "pending"
+            await rebuild_views(connection)
+            await roles.wait_for_views()
+            results.append(await load_views_and_problems(roles))
+            assert await compare_views(connection) == []
+    assert results[0] == results[1]
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
+        await roles.wait_until_finished(healthy)
+        assert roles.worker_task is not None
+        assert not roles.worker_task.done()
 
 
-async def test_damaged_progress_has_the_same_effect_wherever_chunks_end(
+async def test_damaged_progress_has_the_same_result_for_each_chunk_size(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Progress that more progress follows is passed over unread."""
-    async with run_roles_in_process(connection, store) as here:
-        for damaged in ([3], [4], [5], [3, 5], [4, 5], [3, 4, 5]):
+    """Superseded progress is skipped and not decoded."""
+    async with run_roles_in_process(connection, store) as roles:
+        for damaged_versions in ([3], [4], [5], [3, 5], [4, 5], [3, 4, 5]):
             for name, value in (("data", {"attempt": "x"}), ("time", "now"), ("schema", 257), ("version", 1000)):
-                job_id = await here.submit()
-                await here.claim(job_id)
+                job_id = await roles.submit()
+                await roles.claim(job_id)
                 for number in range(3):
-                    await here.handle_commands(job_id, ReportProgress("worker-1", 1, f"step {number}", 1.0, "fine"))
-                for version in damaged:
-                    await damage(here, job_id, version, name, value)
-    found = []
+                    await roles.handle_commands(job_id, ReportProgress("worker-1", 1, f"step {number}", 1.0, "fine"))
+                for version in damaged_versions:
+                    await damage_event(roles, job_id, version, name, value)
+    results = []
     for chunk_events in (1000, 4, 1):
         monkeypatch.setattr(rebuild, "CHUNK_EVENTS", chunk_events)
-        async with run_roles_in_process(connection, store, projector=True) as here:
-            async with rebuilding(connection) as auditor:
-                await auditor.run()
-            await here.wait_for_views()
-            found.append(await _views(here))
-            assert await projection_errors.count(here.checkpoint.views) == 0
-    assert found[0] == found[1] == found[2]
+        async with run_roles_in_process(connection, store, projector=True) as roles:
+            await rebuild_views(connection)
+            await roles.wait_for_views()
+            results.append(await load_views_and_problems(roles))
+            assert await projection_errors.count(roles.checkpoint.views) == 0
+    assert results[0] == results[1] == results[2]
 
 
-async def test_a_document_that_cannot_be_isolated_is_left_as_it_was(
+async def test_document_that_cannot_be_isolated_keeps_its_state(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(jobs, "isolate", broken)
-    async with run_roles_in_process(connection, store) as here:
-        job_id = await here.submit({"a": 1})
-        await here.claim(job_id)
-        await damage(here, job_id, 2, "data", 5)
-        healthy = await here.submit()
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.wait_for_views()
-        assert (await here.load_job(healthy))["status"] == "pending"
-        assert (await here.load_job(job_id))["parameters"] == {"a": 1}
-        assert [row["key"] for row in await projection_errors.list_problems(here.checkpoint.views)] == [job_id]
+    monkeypatch.setattr(jobs, "isolate", fail)
+    async with run_roles_in_process(connection, store) as roles:
+        job_id = await roles.submit({"a": 1})
+        await roles.claim(job_id)
+        await damage_event(roles, job_id, 2, "data", 5)
+        healthy = await roles.submit()
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.wait_for_views()
+        assert (await roles.load_job(healthy))["status"] == "pending"
+        assert (await roles.load_job(job_id))["parameters"] == {"a": 1}
+        assert [row["key"] for row in await projection_errors.list_problems(roles.checkpoint.views)] == [job_id]
 
 
-async def test_writes_of_one_event_are_bounded_by_the_document(connection: Connection, store: Path) -> None:
-    """No access list is copied into the rows of the files."""
+async def test_file_rows_of_one_event_are_bounded_in_bytes(connection: Connection, store: Path) -> None:
+    """The rows of the files do not contain copies of the access list."""
     files = [
         ResultFile(path=f"{number:0190}.md", sha256="0" * 64, size=1, media_type="text/markdown")
         for number in range(limits.MAX_RESULT_FILES)
     ]
     names = [f"{number:03}" + "\U0001f600" * 197 for number in range(limits.MAX_ACCESS_NAMES)]
-    async with run_roles_in_process(connection, store) as here:
-        job_id = await here.submit(access_control=AccessControl(read_access=names))
-        await here.claim(job_id)
-        done = JobResults(files=files, metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
-        await here.handle_commands(job_id, CompleteJob("worker-1", 1, done))
-        events = await here.event_store.read_stream(job_id)
+    async with run_roles_in_process(connection, store) as roles:
+        job_id = await roles.submit(access_control=AccessControl(read_access=names))
+        await roles.claim(job_id)
+        results = make_empty_results().model_copy(update={"files": files})
+        await roles.handle_commands(job_id, CompleteJob("worker-1", 1, results))
+        events = await roles.event_store.read_stream(job_id)
     chunk = Chunk({view: {} for view in FOLDED_VIEWS})
     for event in events:
         chunk.apply(event)
@@ -521,52 +511,49 @@ async def test_writes_of_one_event_are_bounded_by_the_document(connection: Conne
     assert sum(len(bson.encode(row)) for row in rows if row) < 2 * limits.MAX_RESULTS_BYTES
 
 
-async def test_a_date_beyond_the_calendar_in_a_payload_stops_nothing(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store) as here:
-        job_id, healthy = await here.submit({"at": 1}), await here.submit()
-        await damage(here, job_id, 1, "data.parameters.at", DatetimeMS(2**60))
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.wait_for_views()
-    async with run_roles_in_process(connection, store) as here:
-        await here.handle_commands(healthy, ClaimJob("worker-1", datetime.now(UTC)))
-        await here.handle_commands(job_id, ClaimJob("worker-1", datetime.now(UTC)))
-    async with run_roles_in_process(connection, store, projector=True) as here:  # has to load both
-        await here.wait_for_views()
-        found, _ = await job_list.find_page(here.checkpoint.views, job_list.JobFilter().build_query(ADMIN), limit=10)
-        assert [job["status"] for job in found] == ["processing", "processing"]
-        assert await compared(connection) == []
+async def test_date_out_of_range_in_a_payload_does_not_stop_the_projector(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store) as roles:
+        job_id, healthy = await roles.submit({"at": 1}), await roles.submit()
+        await damage_event(roles, job_id, 1, "data.parameters.at", DatetimeMS(2**60))
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.wait_for_views()
+    async with run_roles_in_process(connection, store) as roles:
+        await roles.handle_commands(healthy, ClaimJob("worker-1", datetime.now(UTC)))
+        await roles.handle_commands(job_id, ClaimJob("worker-1", datetime.now(UTC)))
+    async with run_roles_in_process(connection, store, projector=True) as roles:  # loads both jobs from the view
+        await roles.wait_for_views()
+        page, _ = await job_list.find_page(roles.checkpoint.views, job_list.JobFilter().build_query(ADMIN), limit=10)
+        assert [job["status"] for job in page] == ["processing", "processing"]
+        assert await compare_views(connection) == []
 
 
-async def test_a_transaction_that_is_too_large_for_the_server_is_written_in_parts(
+async def test_transaction_too_large_for_the_server_is_written_in_parts(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    rejected: list[Any] = []
 
-    refused: list[Any] = []
-
-    async def limited(db: Any, write: Any) -> Any:
-        if not refused:
-            refused.append(write)
+    async def reject_first_transaction(db: Any, write: Any) -> Any:
+        if not rejected:
+            rejected.append(write)
             raise OperationFailure("TransactionTooLargeForCache", 388)
         return await run_transaction(db, write)
 
-    monkeypatch.setattr(writer, "run_transaction", limited)
-    async with run_roles_in_process(connection, store) as here:
-        job_ids = [await here.submit() for _ in range(4)]
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.wait_for_views()
-        assert [(await here.load_job(job_id))["status"] for job_id in job_ids] == ["pending"] * 4
-    assert refused
+    monkeypatch.setattr(writer, "run_transaction", reject_first_transaction)
+    async with run_roles_in_process(connection, store) as roles:
+        job_ids = [await roles.submit() for _ in range(4)]
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.wait_for_views()
+        assert [(await roles.load_job(job_id))["status"] for job_id in job_ids] == ["pending"] * 4
+    assert rejected
 
 
-async def test_damaged_events_that_arrive_through_the_change_stream_stop_no_process(
-    connection: Connection, store: Path
-) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
-        for position, kind in enumerate(
+async def test_damaged_events_in_the_change_stream_do_not_stop_processes(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
+        for position, event_type in enumerate(
             [None, 5, "JobClaimed", "JobSubmitted", "JobCancelRequested", "BatchPaused"], 1
         ):
-            await here.db.events.insert_one({"_id": position, "version": position, "type": kind, "data": {}})
-        await here.db.counters.update_one({"_id": "events"}, {"$set": {"next": 6}}, upsert=True)
-        await here.wait_until_finished(await here.submit())
-        assert here.worker_task is not None
-        assert not here.worker_task.done()
+            await roles.db.events.insert_one({"_id": position, "version": position, "type": event_type, "data": {}})
+        await roles.db.counters.update_one({"_id": "events"}, {"$set": {"next": 6}}, upsert=True)
+        await roles.wait_until_finished(await roles.submit())
+        assert roles.worker_task is not None
+        assert not roles.worker_task.done()

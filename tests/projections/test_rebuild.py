@@ -1,11 +1,9 @@
-"""Views are made anew beside those that are read, and replace them at once, whatever happens meanwhile."""
+"""A rebuild writes views into shadow slots and switches to them at once, whatever happens meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,423 +11,435 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from jobledger.ledger.domain.commands import ClaimJob, CompleteJob, Delete
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, CompleteJob, Delete
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
-from jobledger.ledger.domain.events import BatchFinished, JobResults, ResultMetadata
+from jobledger.ledger.domain.events import BatchFinished, DeliverySucceeded, Webhook
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.mongo.leader_election import LeadershipLost
-from jobledger.ledger.store.change_stream import ChangeStream
-from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine import projector, rebuild, shadow
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, load_checkpoint
 from jobledger.projections.engine.chunk import Chunk
-from jobledger.projections.engine.comparison import Difference
 from jobledger.projections.engine.rebuild import Rebuild
 from jobledger.projections.engine.registry import PROJECTION_VERSION, VIEW_NAMES
 from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.slots import SLOTS, Slot, Views, collection_name, other_slot
-from tests.projections.expected_views import assert_views_match_log, load_views
-from tests.projections.test_projector import a_history
-from tests.support.role_runner import FAST_WEBHOOKS, WorkerOptions, poll_until, run_roles_in_process
+from jobledger.projections.views import deliveries
+from tests.projections.expected_views import (
+    assert_views_match_log,
+    load_views,
+    make_empty_results,
+    run_random_history,
+)
+from tests.projections.rebuild_runner import compare_views, open_rebuild, rebuild_views
+from tests.support.role_runner import FAST_WEBHOOKS, RunningRoles, WorkerOptions, poll_until, run_roles_in_process
 from tests.support.webhook_endpoint import run_webhook_endpoint
-from tests.workers.webhooks.test_deliverer import end_a_job, over
+
+DEADLINE_SECONDS = 60.0
 
 
-@asynccontextmanager
-async def rebuilding(
-    connection: Connection, *, holder: str = "auditor", seconds: float = 10.0
-) -> AsyncIterator[Rebuild]:
-    """What another process needs to make views anew."""
-    async with connection.client() as client:
-        db = client[connection.db_name]
-        log, changes = EventStore(db), ChangeStream(db)
-        found = Rebuild(db, log, connection, holder=holder, lease_seconds=seconds)
-        changes.add_listener(log)
-        changes.add_listener(found.leader_election)
-        async with changes.running(), asyncio.timeout(60):
-            yield found
+async def load_active_slots(db: Database) -> dict[str, Slot]:
+    slots = (await load_checkpoint(db)).get("slots", {})
+    return {name: slots.get(name, "a") for name in VIEW_NAMES}
 
 
-async def sides(db: Database) -> dict[str, Slot]:
-    live = (await load_checkpoint(db)).get("slots", {})
-    return {name: live.get(name, "a") for name in VIEW_NAMES}
-
-
-async def left_over(db: Database) -> int:
-    """How many documents lie where nobody reads."""
-    live = await sides(db)
-    counts = [await db[collection_name(name, other_slot(live[name]))].count_documents({}) for name in VIEW_NAMES]
+async def count_shadow_documents(db: Database) -> int:
+    active = await load_active_slots(db)
+    counts = [await db[collection_name(name, other_slot(active[name]))].count_documents({}) for name in VIEW_NAMES]
     return sum(counts)
 
 
-async def compared(connection: Connection, names: Collection[str] = VIEW_NAMES) -> list[Difference]:
-    found: list[Difference] = []
-    async with rebuilding(connection) as auditor:
-        await auditor.compare(names, on_difference=found.append)
-    return found
+async def tamper_with_views(db: Database) -> None:
+    """Change the active views as no projector does."""
+    active = Views(db, (await load_checkpoint(db)).get("slots"))
+    await active["jobs"].update_one({"status": "pending"}, {"$set": {"status": "completed"}})
+    await active["jobs"].insert_one({"_id": "job-unknown", "status": "failed"})
+    await active["queue"].delete_one({})
+    await active["statistics"].update_one({"_id": "jobs"}, {"$inc": {"total": 1000}})
 
 
-async def spoil(db: Database) -> None:
-    """What somebody does who should not."""
-    live = Views(db, (await load_checkpoint(db)).get("slots"))
-    await live["jobs"].update_one({"status": "pending"}, {"$set": {"status": "completed"}})
-    await live["jobs"].insert_one({"_id": "job-of-nobody", "status": "failed"})
-    await live["queue"].delete_one({})
-    await live["statistics"].update_one({"_id": "jobs"}, {"$inc": {"total": 1000}})
+class ContinuousSubmitter:
+    """Submits jobs without files until it is stopped."""
+
+    def __init__(self, roles: RunningRoles, pause_seconds: float) -> None:
+        self._roles = roles
+        self._pause_seconds = pause_seconds
+        self._task = asyncio.create_task(self._run())
+        self.job_ids: list[str] = []
+
+    async def _run(self) -> None:
+        while True:
+            self.job_ids.append(await self._roles.submit({"file": False}))
+            await asyncio.sleep(self._pause_seconds)
+
+    async def wait_for_more_jobs(self, count: int) -> None:
+        target = len(self.job_ids) + count
+        await poll_until(
+            lambda: len(self.job_ids) >= target or self._task.done(), "more jobs", seconds=DEADLINE_SECONDS
+        )
+        assert not self._task.done()
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
 
-# Making anew ----------------------------------------------------------------------------------------------------------
+# Rebuilding -----------------------------------------------------------------------------------------------------------
 
 
-async def test_views_made_anew_are_what_they_were_and_are_read_from_the_other_side(
+async def test_rebuilt_views_are_identical_and_active_in_the_other_slots(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 50)
-    told: list[tuple[int, int]] = []
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await a_history(here, random.Random(20), steps=60)
-        await assert_views_match_log(here)
-        before, head = await load_views(here.db), await here.event_store.head_position()
-        for side in reversed(SLOTS):
-            async with rebuilding(connection) as auditor:
-                assert await auditor.run(on_progress=lambda position, upto: told.append((position, upto))) == head
-            assert set((await sides(here.db)).values()) == {side}
-            assert await load_views(here.db) == before
-            assert head == await here.event_store.head_position() == here.checkpoint.position
-        assert told == sorted(told[: len(told) // 2]) + sorted(told[len(told) // 2 :])
-        assert told[0] == (50, head)
-        assert told[-1] == (head, head)
-        job_id = await here.submit()  # and life goes on
-        await here.wait_for_views()
-        assert (await here.load_job(job_id))["status"] == "pending"
-        await assert_views_match_log(here)
+    progress: list[tuple[int, int]] = []
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await run_random_history(roles, random.Random(20), steps=60)
+        await assert_views_match_log(roles)
+        before, head = await load_views(roles.db), await roles.event_store.head_position()
+        for slot in reversed(SLOTS):
+            async with open_rebuild(connection) as rebuild_process:
+                position = await rebuild_process.run(
+                    on_progress=lambda position, total: progress.append((position, total))
+                )
+            assert position == head
+            assert set((await load_active_slots(roles.db)).values()) == {slot}
+            assert await load_views(roles.db) == before
+            assert head == await roles.event_store.head_position() == roles.checkpoint.position
+        half = len(progress) // 2
+        assert progress == sorted(progress[:half]) + sorted(progress[half:])
+        assert progress[0] == (50, head)
+        assert progress[-1] == (head, head)
+        job_id = await roles.submit()  # the projector continues on the new views
+        await roles.wait_for_views()
+        assert (await roles.load_job(job_id))["status"] == "pending"
+        await assert_views_match_log(roles)
 
 
-async def test_what_was_spoiled_is_right_again(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await a_history(here, random.Random(21), steps=30)
-        await here.submit()
-        await assert_views_match_log(here)
-        before = await load_views(here.db)
-        await spoil(here.db)
-        assert await load_views(here.db) != before
-        async with rebuilding(connection) as auditor:
-            await auditor.run()
-        assert await load_views(here.db) == before
+async def test_rebuild_repairs_tampered_views(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await run_random_history(roles, random.Random(21), steps=30)
+        await roles.submit()
+        await assert_views_match_log(roles)
+        before = await load_views(roles.db)
+        await tamper_with_views(roles.db)
+        assert await load_views(roles.db) != before
+        await rebuild_views(connection)
+        assert await load_views(roles.db) == before
 
 
-async def test_while_jobs_are_submitted_and_done(
+async def test_rebuild_while_jobs_run_gives_correct_views(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 20)
     monkeypatch.setattr(projector, "SHADOW_RETENTION_SECONDS", 0.2)
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
-        submitted: list[str] = []
-
-        async def submit() -> None:
-            while True:
-                submitted.append(await here.submit({"file": False}))
-                await asyncio.sleep(0.002)
-
-        submitting = asyncio.create_task(submit())
-        async with rebuilding(connection) as auditor:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
+        submitter = ContinuousSubmitter(roles, 0.002)
+        async with open_rebuild(connection) as rebuild_process:
             for _ in range(4):
-                await asyncio.sleep(0.5)
-                await auditor.run()
-        submitting.cancel()
-        await asyncio.gather(submitting, return_exceptions=True)
-        await here.wait_until_finished(*submitted, seconds=60)
-        await assert_views_match_log(here)
-        assert len(submitted) > 100
-        assert await compared(connection) == []
+                await submitter.wait_for_more_jobs(30)
+                await rebuild_process.run()
+        await submitter.stop()
+        await roles.wait_until_finished(*submitter.job_ids, seconds=DEADLINE_SECONDS)
+        await assert_views_match_log(roles)
+        assert len(submitter.job_ids) > 100
+        assert await compare_views(connection) == []
 
 
-async def test_only_one_view_is_replaced(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await a_history(here, random.Random(22), steps=20)
-        await assert_views_match_log(here)
-        right = await load_views(here.db)
-        await spoil(here.db)
-        wrong = await load_views(here.db)
-        async with rebuilding(connection) as auditor:
-            await auditor.run(["statistics"])
-        assert await sides(here.db) == {name: "b" if name == "statistics" else "a" for name in VIEW_NAMES}
-        assert await load_views(here.db) == {**wrong, "statistics": right["statistics"]}
-        async with rebuilding(connection) as auditor:
-            await auditor.run()
-        assert await sides(here.db) == {name: "a" if name == "statistics" else "b" for name in VIEW_NAMES}
-        assert await load_views(here.db) == right
+async def test_rebuild_of_one_view_replaces_only_this_view(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await run_random_history(roles, random.Random(22), steps=20)
+        await assert_views_match_log(roles)
+        correct = await load_views(roles.db)
+        await tamper_with_views(roles.db)
+        tampered = await load_views(roles.db)
+        await rebuild_views(connection, ["statistics"])
+        assert await load_active_slots(roles.db) == {name: "b" if name == "statistics" else "a" for name in VIEW_NAMES}
+        assert await load_views(roles.db) == {**tampered, "statistics": correct["statistics"]}
+        await rebuild_views(connection)
+        assert await load_active_slots(roles.db) == {name: "a" if name == "statistics" else "b" for name in VIEW_NAMES}
+        assert await load_views(roles.db) == correct
 
 
-async def test_one_view_of_another_version_is_not_replaced_alone(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.submit()
-        await here.wait_for_views()
+async def test_rebuild_of_one_view_of_another_version_is_rejected(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.submit()
+        await roles.wait_for_views()
     async with connection.client() as client:
         await client[connection.db_name].checkpoints.update_one(
             {"_id": VIEWS_CHECKPOINT_ID}, {"$set": {"version": PROJECTION_VERSION + 1}}
         )
-    async with rebuilding(connection) as auditor:
-        with pytest.raises(DatabaseUnsuitable, match="all of them"):
-            await auditor.run(["statistics"])
+    with pytest.raises(DatabaseUnsuitable, match="all of them"):
+        await rebuild_views(connection, ["statistics"])
 
 
-async def test_an_empty_log_makes_empty_views(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
-        assert await auditor.run() == 0
-        assert await compared(connection) == []
-        await here.submit()
-        await here.wait_for_views()
-        await assert_views_match_log(here)
+async def test_rebuild_of_an_empty_log_gives_empty_views(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        assert await rebuild_views(connection) == 0
+        assert await compare_views(connection) == []
+        await roles.submit()
+        await roles.wait_for_views()
+        await assert_views_match_log(roles)
 
 
-async def test_who_hears_of_deliveries_hears_of_them_on_either_side(connection: Connection, store: Path) -> None:
+async def test_webhooks_are_delivered_after_each_switch(connection: Connection, store: Path) -> None:
     async with (
-        run_webhook_endpoint() as cms,
-        run_roles_in_process(connection, store, projector=True, webhooks=FAST_WEBHOOKS) as here,
-        rebuilding(connection) as auditor,
+        run_webhook_endpoint() as endpoint,
+        run_roles_in_process(connection, store, projector=True, webhooks=FAST_WEBHOOKS) as roles,
+        open_rebuild(connection) as rebuild_process,
     ):
-        from jobledger.ledger.domain.events import Webhook
-
         for _ in SLOTS:
-            await auditor.run()
-            done = await over(here, await end_a_job(here, Webhook(url=cms.url())))
-            assert done["status"] == "delivered"
-        assert len({request.webhook_id for request in cms.requests}) == len(cms.requests) == 2
+            await rebuild_process.run()
+            job_id = await roles.submit(webhook=Webhook(url=endpoint.url()))
+            [cancelled] = await roles.handle_commands(job_id, CancelJob("user-1"))
+            succeeded = await roles.wait_for_event(DeliverySucceeded, after=cancelled.position)
+            await roles.wait_for_views(succeeded.position)
+            delivery = await deliveries.get(roles.checkpoint.views, succeeded.stream)
+            assert delivery is not None
+            assert delivery["status"] == "delivered"
+        assert len({request.webhook_id for request in endpoint.requests}) == len(endpoint.requests) == 2
 
 
 # Interrupted ----------------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    pass
+class InterruptedRebuild(Exception):
+    """A rebuild stopped after three chunks."""
 
 
-async def test_what_was_interrupted_is_continued_where_it_was(
+async def test_interrupted_rebuild_continues_at_its_checkpoint(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 40)
     written: list[int] = []
     write = ProjectionWriter.write
 
-    async def counted(self: ProjectionWriter, chunk: Chunk, **given: Any) -> None:
+    async def write_three_chunks(self: ProjectionWriter, chunk: Chunk, **options: Any) -> None:
         if len(written) == 3:
-            raise Interrupted
+            raise InterruptedRebuild
         written.append(chunk.position)
-        await write(self, chunk, **given)
+        await write(self, chunk, **options)
 
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await a_history(here, random.Random(23), steps=100)
-        await assert_views_match_log(here)
-        before, head = await load_views(here.db), await here.event_store.head_position()
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await run_random_history(roles, random.Random(23), steps=100)
+        await assert_views_match_log(roles)
+        before, head = await load_views(roles.db), await roles.event_store.head_position()
         with monkeypatch.context() as patched:
-            patched.setattr(ProjectionWriter, "write", counted)
-            with pytest.raises(Interrupted):
-                async with rebuilding(connection) as auditor:
-                    await auditor.run()
+            patched.setattr(ProjectionWriter, "write", write_three_chunks)
+            with pytest.raises(InterruptedRebuild):
+                await rebuild_views(connection)
         assert written == [40, 80, 120]
-        assert await load_views(here.db) == before
-        began: list[int] = []
-        async with rebuilding(connection) as auditor:
-            await auditor.run(on_progress=lambda position, upto: began.append(position))
-        assert began[0] == 160 < head
-        assert await load_views(here.db) == before
+        assert await load_views(roles.db) == before
+        positions: list[int] = []
+        async with open_rebuild(connection) as rebuild_process:
+            await rebuild_process.run(on_progress=lambda position, _total: positions.append(position))
+        assert positions[0] == 160 < head
+        assert await load_views(roles.db) == before
 
 
-async def test_what_another_version_has_begun_is_begun_again(
+async def test_interrupted_rebuild_of_another_version_starts_again(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await a_history(here, random.Random(24), steps=20)
-        await assert_views_match_log(here)
-        before = await load_views(here.db)
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await run_random_history(roles, random.Random(24), steps=20)
+        await assert_views_match_log(roles)
+        before = await load_views(roles.db)
         for name in VIEW_NAMES:
-            await here.db[collection_name(name, "b")].insert_one({"_id": "left"})
-        note = {
+            await roles.db[collection_name(name, "b")].insert_one({"_id": "left"})
+        checkpoint = {
             "slots": dict.fromkeys(VIEW_NAMES, "b"),
             "shadow_empty": True,
             "version": PROJECTION_VERSION - 1,
             "position": 5,
             "fencing_token": 0,
         }
-        await here.db.checkpoints.insert_one({"_id": shadow.REBUILD_CHECKPOINT_ID, **note})
-        async with rebuilding(connection) as auditor:
-            await auditor.run()
-        assert await load_views(here.db) == before
+        await roles.db.checkpoints.insert_one({"_id": shadow.REBUILD_CHECKPOINT_ID, **checkpoint})
+        await rebuild_views(connection)
+        assert await load_views(roles.db) == before
 
 
-async def test_who_was_replaced_while_making_views_anew_writes_nothing(connection: Connection, store: Path) -> None:
-    """A process that stood still for longer than its lease: another has begun on the same side, and is done."""
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await a_history(here, random.Random(25), steps=20)
-        await assert_views_match_log(here)
-        before = await load_views(here.db)
-        async with rebuilding(connection, holder="slow") as slow, rebuilding(connection, holder="quick") as quick:
-            reached, go_on = asyncio.Event(), asyncio.Event()
+async def test_former_leader_of_a_rebuild_writes_nothing(connection: Connection, store: Path) -> None:
+    """A process hangs for longer than its lease. Meanwhile another rebuilds into the same slots and finishes."""
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await run_random_history(roles, random.Random(25), steps=20)
+        await assert_views_match_log(roles)
+        before = await load_views(roles.db)
+        async with open_rebuild(connection, holder="slow") as slow, open_rebuild(connection, holder="quick") as quick:
+            reached, may_continue, all_rejected = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-            async def stand_still() -> None:
+            async def hang_and_write() -> None:
                 writer, slots = await slow._shadow.open()
                 reached.set()
-                await go_on.wait()
+                await may_continue.wait()
                 for attempt in (
-                    writer.apply(await here.read_all_events()),
+                    writer.apply(await roles.read_all_events()),
                     slow._shadow.delete_documents(writer.views),
                     slow._switch_when_idle(0, slow._switch_function(slots, VIEW_NAMES)),
                 ):
                     with pytest.raises(LeadershipLost):
                         await attempt
+                all_rejected.set()
 
-            standing = asyncio.create_task(slow.leader_election.run_once(stand_still))
+            slow_task = asyncio.create_task(slow.leader_election.run_once(hang_and_write))
             await reached.wait()
-            await here.db.leaders.update_one(
+            await roles.db.leaders.update_one(
                 {"_id": shadow.REBUILD_CHECKPOINT_ID}, [{"$set": {"lease_until": "$$NOW"}}]
             )
-            slow.leader_election._lease._lost = asyncio.Event()  # it does not notice
+            slow.leader_election._lease._lost = asyncio.Event()  # the process does not notice the loss
             await quick.run()
-            assert await load_views(here.db) == before
-            go_on.set()
-            await asyncio.wait({standing}, timeout=5)
-            assert await load_views(here.db) == before
-            standing.cancel()
-            await asyncio.gather(standing, return_exceptions=True)
+            assert await load_views(roles.db) == before
+            may_continue.set()
+            await asyncio.wait({slow_task}, timeout=DEADLINE_SECONDS)
+            assert all_rejected.is_set()
+            assert await load_views(roles.db) == before
+            slow_task.cancel()
+            await asyncio.gather(slow_task, return_exceptions=True)
 
 
-async def test_of_two_at_once_the_second_says_that_it_waits_and_then_does_it_once_more(
-    connection: Connection, store: Path
-) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.submit()
-        async with rebuilding(connection, holder="one") as one, rebuilding(connection, holder="two") as two:
-            reached, go_on = asyncio.Event(), asyncio.Event()
+async def test_second_concurrent_rebuild_logs_that_it_waits_and_then_runs(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.submit()
+        async with open_rebuild(connection, holder="one") as first, open_rebuild(connection, holder="two") as second:
+            reached, may_continue = asyncio.Event(), asyncio.Event()
 
-            async def stand_still() -> None:
+            async def lead_until_allowed_to_stop() -> None:
                 reached.set()
-                await go_on.wait()
+                await may_continue.wait()
 
-            standing = asyncio.create_task(one.leader_election.run_once(stand_still))
+            leading = asyncio.create_task(first.leader_election.run_once(lead_until_allowed_to_stop))
             await reached.wait()
-            with capture_logs() as said:
-                running = asyncio.create_task(two.run())
-                await poll_until(lambda: bool(said), "it says so")
+            with capture_logs() as log_entries:
+                running = asyncio.create_task(second.run())
+                await poll_until(lambda: bool(log_entries), "the second rebuild logs that it waits")
                 assert not running.done()
-                assert said[0] == {
+                assert log_entries[0] == {
                     "event": "another process is leader, standing by",
                     "role": shadow.REBUILD_CHECKPOINT_ID,
                     "log_level": "info",
                 }
-                go_on.set()
-                await standing
-                await asyncio.wait_for(running, 10)
-        await assert_views_match_log(here)
+                may_continue.set()
+                await leading
+                await asyncio.wait_for(running, DEADLINE_SECONDS)
+        await assert_views_match_log(roles)
 
 
-async def test_a_leader_whose_views_were_replaced_begins_again_on_the_new_ones(
-    connection: Connection, store: Path
-) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
-        await here.submit({"track": "A"})
-        await here.wait_for_views()
-        await auditor.run()
-        await here.submit({"track": "B"})  # only now does the leader notice
-        await here.wait_for_views()
-        await assert_views_match_log(here)
-        assert await here.db.jobs.count_documents({}) <= 1
-        assert await here.db["jobs.b"].count_documents({}) == 2
+async def test_projector_continues_on_the_new_views_after_a_switch(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.submit({"track": "A"})
+        await roles.wait_for_views()
+        await rebuild_views(connection)
+        await roles.submit({"track": "B"})  # the leader notices the switch at its next write
+        await roles.wait_for_views()
+        await assert_views_match_log(roles)
+        assert await roles.db.jobs.count_documents({}) <= 1
+        assert await roles.db["jobs.b"].count_documents({}) == 2
 
 
-async def test_what_was_read_before_is_emptied_when_nobody_reads_it_any_more(
+async def test_replaced_views_are_emptied_after_the_retention(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projector, "SHADOW_RETENTION_SECONDS", 0.5)
-    async with run_roles_in_process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
-        await a_history(here, random.Random(26), steps=20)
-        await assert_views_match_log(here)
-        await auditor.run()
-        await auditor.clear_shadow(datetime.now(UTC) - timedelta(hours=1))
-        assert await left_over(here.db) > 0, "that is of another rebuild, which readers may still be at"
-        async with asyncio.timeout(20):
-            while await left_over(here.db):  # noqa: ASYNC110 - nobody tells us
+    clear_shadow, may_clear = Rebuild.clear_shadow, asyncio.Event()
+
+    async def clear_when_allowed(self: Rebuild, switched_at: datetime) -> None:
+        await may_clear.wait()
+        await clear_shadow(self, switched_at)
+
+    monkeypatch.setattr(Rebuild, "clear_shadow", clear_when_allowed)
+    monkeypatch.setattr(projector, "SHADOW_RETENTION_SECONDS", 0.1)
+    async with (
+        run_roles_in_process(connection, store, projector=True) as roles,
+        open_rebuild(connection) as rebuild_process,
+    ):
+        await run_random_history(roles, random.Random(26), steps=20)
+        await assert_views_match_log(roles)
+        await rebuild_process.run()
+        await clear_shadow(rebuild_process, datetime.now(UTC) - timedelta(hours=1))
+        assert await count_shadow_documents(roles.db) > 0, "the time is of another rebuild, requests may read the views"
+        may_clear.set()
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while await count_shadow_documents(roles.db):  # noqa: ASYNC110 - no notification
                 await asyncio.sleep(0.05)
-        await assert_views_match_log(here)
+        await assert_views_match_log(roles)
 
 
 # Versions -------------------------------------------------------------------------------------------------------------
 
 
-async def test_views_of_an_older_version_can_be_read_until_the_new_ones_are_there(
+async def test_views_of_an_older_version_are_active_until_the_switch(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await a_history(here, random.Random(27), steps=20)
-        await assert_views_match_log(here)
-    fold, may_switch = Rebuild._apply, asyncio.Event()
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await run_random_history(roles, random.Random(27), steps=20)
+        await assert_views_match_log(roles)
+    apply, reached, may_switch = Rebuild._apply, asyncio.Event(), asyncio.Event()
 
-    async def later(self: Rebuild, *given: Any) -> bool:
+    async def apply_when_allowed(self: Rebuild, *arguments: Any) -> bool:
+        reached.set()
         await may_switch.wait()
-        return await fold(self, *given)
+        return await apply(self, *arguments)
 
-    monkeypatch.setattr(Rebuild, "_apply", later)
+    monkeypatch.setattr(Rebuild, "_apply", apply_when_allowed)
     async with connection.client() as client:
         await client[connection.db_name].checkpoints.update_one(
             {"_id": VIEWS_CHECKPOINT_ID}, {"$set": {"version": PROJECTION_VERSION - 1}}
         )
         before = await load_views(client[connection.db_name])
     async with (
-        run_roles_in_process(connection, store, projector=True) as here,
+        run_roles_in_process(connection, store, projector=True) as roles,
         run_roles_in_process(connection, store, projector=True) as standby,
     ):
-        await poll_until(lambda: here.checkpoint.version == PROJECTION_VERSION - 1, "it is known")
-        job_id = await here.submit()
-        await asyncio.sleep(0.5)
-        assert await load_views(here.db) == before
+        await poll_until(lambda: roles.checkpoint.version == PROJECTION_VERSION - 1, "the version is known")
+        job_id = await roles.submit()
+        await asyncio.wait_for(reached.wait(), DEADLINE_SECONDS)
+        assert await load_views(roles.db) == before
         may_switch.set()
-        await here.wait_for_views()
+        await roles.wait_for_views()
         await standby.wait_for_views()
         assert (await standby.load_job(job_id))["status"] == "pending"
-        assert here.checkpoint.version == PROJECTION_VERSION
-        await assert_views_match_log(here)
+        assert roles.checkpoint.version == PROJECTION_VERSION
+        await assert_views_match_log(roles)
 
 
-async def test_views_of_a_newer_version_are_left_alone(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        await here.submit()
-        await here.wait_for_views()
-        head = await here.event_store.head_position()
+async def test_views_of_a_newer_version_are_not_changed_by_the_projector(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.submit()
+        await roles.wait_for_views()
+        head = await roles.event_store.head_position()
         newer = {"version": PROJECTION_VERSION + 1, "slots": dict.fromkeys(VIEW_NAMES, "a")}
-        await here.db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$set": newer})
-        await poll_until(lambda: here.checkpoint.version == PROJECTION_VERSION + 1, "it is known")
-        await here.submit()
-        await asyncio.sleep(0.5)
-        assert here.checkpoint.position == head
-        async with rebuilding(connection) as auditor:  # as `jobledger views rebuild` of this version does
-            await auditor.run()
-        await here.submit()
-        await here.wait_for_views()
-        await assert_views_match_log(here)
+        await roles.db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$set": newer})
+        await poll_until(lambda: roles.checkpoint.version == PROJECTION_VERSION + 1, "the version is known")
+        with capture_logs() as log_entries:
+            await roles.submit()
+            await poll_until(
+                lambda: any("newer version, waiting" in entry["event"] for entry in log_entries), "the projector waits"
+            )
+        assert roles.checkpoint.position == head
+        await rebuild_views(connection)  # as `jobledger views rebuild` of this version does
+        await roles.submit()
+        await roles.wait_for_views()
+        await assert_views_match_log(roles)
 
 
-# Comparing ------------------------------------------------------------------------------------------------------------
+# Comparison -----------------------------------------------------------------------------------------------------------
 
 
-async def test_right_views_differ_in_nothing_and_nothing_is_left(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
-        await a_history(here, random.Random(28), steps=40)
-        await assert_views_match_log(here)
-        assert await compared(connection) == []
-        assert set((await sides(here.db)).values()) == {"a"}
-        assert await left_over(here.db) == 0
+async def test_compare_correct_views_finds_nothing_and_leaves_no_documents(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
+        await run_random_history(roles, random.Random(28), steps=40)
+        await assert_views_match_log(roles)
+        assert await compare_views(connection) == []
+        assert set((await load_active_slots(roles.db)).values()) == {"a"}
+        assert await count_shadow_documents(roles.db) == 0
 
 
-async def test_every_kind_of_difference_is_found_and_told(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        job_ids = [await here.submit({"track": "A"}) for _ in range(3)]
-        await here.wait_for_views()
-        await here.db.jobs.update_one({"_id": job_ids[0]}, {"$set": {"status": "failed", "extra": 1}})
-        await here.db.jobs.update_one({"_id": job_ids[1]}, {"$set": {"version": 1.0}})
-        await here.db.queue.delete_one({"_id": job_ids[2]})
-        await here.db.files.insert_one({"_id": "job-x/a.md"})
-        told = [str(difference) for difference in await compared(connection)]
-    assert sorted(told) == sorted(
+async def test_compare_reports_each_kind_of_difference(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        job_ids = [await roles.submit({"track": "A"}) for _ in range(3)]
+        await roles.wait_for_views()
+        await roles.db.jobs.update_one({"_id": job_ids[0]}, {"$set": {"status": "failed", "extra": 1}})
+        await roles.db.jobs.update_one({"_id": job_ids[1]}, {"$set": {"version": 1.0}})
+        await roles.db.queue.delete_one({"_id": job_ids[2]})
+        await roles.db.files.insert_one({"_id": "job-x/a.md"})
+        messages = [str(difference) for difference in await compare_views(connection)]
+    assert sorted(messages) == sorted(
         [
             f"jobs: {job_ids[0]}: extra is 1 and should be missing; status is 'failed' and should be 'pending'",
             f"jobs: {job_ids[1]}: version is 1.0 and should be 1",
@@ -439,45 +449,35 @@ async def test_every_kind_of_difference_is_found_and_told(connection: Connection
     )
 
 
-async def test_comparing_while_jobs_are_done_finds_nothing(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
-
-        async def submit() -> None:
-            while True:
-                await here.submit({"file": False})
-                await asyncio.sleep(0.005)
-
-        submitting = asyncio.create_task(submit())
+async def test_compare_while_jobs_run_finds_nothing(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
+        submitter = ContinuousSubmitter(roles, 0.005)
         for _ in range(3):
-            assert await compared(connection) == []
-            await asyncio.sleep(0.2)
-        submitting.cancel()
-        await asyncio.gather(submitting, return_exceptions=True)
+            assert await compare_views(connection) == []
+            await submitter.wait_for_more_jobs(20)
+        await submitter.stop()
 
 
-async def test_large_jobs_are_folded_while_the_chunk_before_is_written(
+async def test_large_jobs_are_applied_while_the_previous_chunk_is_written(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large documents are not cached: what is being written has to be found all the same, whatever happens next."""
+    """Large documents are not cached, so the next chunk must find those that are being written."""
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 1)
     large = {"text": "x" * 70_000}
-    async with run_roles_in_process(connection, store, projector=True) as here:
-        batch_id, in_batch = await here.submit_batch(large, large)
-        alone = [await here.submit(large) for _ in range(3)]
-        done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0, text="x" * 70_000))
-        for job_id in [*in_batch, *alone[1:]]:
-            await here.handle_commands(
-                job_id, ClaimJob("worker-1", datetime.now(UTC)), CompleteJob("worker-1", 1, done)
-            )
-        await here.handle_commands(alone[2], Delete("user-1"))
-        await here.wait_for_event(BatchFinished, batch_id)
-        await here.wait_for_views()
-        before = await load_views(here.db)
-        assert await compared(connection) == []
-        async with rebuilding(connection) as auditor:
-            await auditor.run()
-        assert await load_views(here.db) == before
-        assert (await here.load_job(in_batch[0]))["status"] == "completed"
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        batch_id, in_batch = await roles.submit_batch(large, large)
+        single_jobs = [await roles.submit(large) for _ in range(3)]
+        complete = CompleteJob("worker-1", 1, make_empty_results(text="x" * 70_000))
+        for job_id in [*in_batch, *single_jobs[1:]]:
+            await roles.handle_commands(job_id, ClaimJob("worker-1", datetime.now(UTC)), complete)
+        await roles.handle_commands(single_jobs[2], Delete("user-1"))
+        await roles.wait_for_event(BatchFinished, batch_id)
+        await roles.wait_for_views()
+        before = await load_views(roles.db)
+        assert await compare_views(connection) == []
+        await rebuild_views(connection)
+        assert await load_views(roles.db) == before
+        assert (await roles.load_job(in_batch[0]))["status"] == "completed"
 
 
 async def test_running_projector_does_not_fold_removed_events_after_a_rebuild(
@@ -485,13 +485,12 @@ async def test_running_projector_does_not_fold_removed_events_after_a_rebuild(
 ) -> None:
     monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 1)
     monkeypatch.setattr(projector, "STALL_RETRY_SECONDS", 0.1)
-    async with run_roles_in_process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
         for _ in range(3):
-            await here.submit()
-        await here.wait_for_views(3)
-        await here.db.events.delete_many({"_id": {"$gte": 2}})
-        async with rebuilding(connection) as auditor:
-            await auditor.run()
-        await poll_until(lambda: here.checkpoint.position == 1, "the views were rebuilt")
-        await here.submit()
-        await assert_views_match_log(here)
+            await roles.submit()
+        await roles.wait_for_views(3)
+        await roles.db.events.delete_many({"_id": {"$gte": 2}})
+        await rebuild_views(connection)
+        await poll_until(lambda: roles.checkpoint.position == 1, "the views were rebuilt")
+        await roles.submit()
+        await assert_views_match_log(roles)

@@ -71,6 +71,19 @@ def _initiated(address: str) -> bool:
             return False
 
 
+@contextmanager
+def transaction_lifetime(uri: str, seconds: int) -> Iterator[None]:
+    """Set how long the server keeps a transaction open, inside the block."""
+    with MongoClient[dict[str, Any]](uri) as client:
+        before = client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
+        client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": seconds})
+        try:
+            yield
+        finally:
+            previous = before["transactionLifetimeLimitSeconds"]
+            client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": previous})
+
+
 def has_local_mongod() -> bool:
     try:
         find_mongod()
