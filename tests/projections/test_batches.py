@@ -1,9 +1,9 @@
-"""The view `batches`, and what the projector records about batches."""
+"""The view `batches`, and the events that the projector appends to batches."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -29,7 +29,9 @@ from tests.projections.expected_views import assert_views_match_log, make_failur
 from tests.support.role_runner import RunningRoles, run_roles_in_process
 
 WORKER = "worker-1"
-CONCEPT: dict[str, type] = {
+DEADLINE_SECONDS = 30.0
+# konzept.md, "Batch Collection": each field and its type when it has a value.
+DOCUMENT_FIELDS: dict[str, type] = {
     "batch_id": str,
     "status": str,
     "created_at": datetime,
@@ -44,100 +46,94 @@ CONCEPT: dict[str, type] = {
 }
 
 
-@pytest.fixture
-async def here(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
-    async with run_roles_in_process(connection, store, projector=True) as running:
-        yield running
+async def complete_job(roles: RunningRoles, job_id: str, *, tokens: int = 10) -> None:
+    attempt = await roles.claim(job_id)
+    await roles.handle_commands(job_id, CompleteJob(WORKER, attempt, make_results(job_id, tokens=tokens)))
 
 
-async def complete(here: RunningRoles, job_id: str, *, tokens: int = 10) -> None:
-    attempt = await here.claim(job_id)
-    await here.handle_commands(job_id, CompleteJob(WORKER, attempt, make_results(job_id, tokens=tokens)))
+async def fail_job(roles: RunningRoles, job_id: str) -> None:
+    attempt = await roles.claim(job_id)
+    await roles.handle_commands(job_id, FailAttempt(WORKER, attempt, make_failure(), None))
 
 
-async def fail(here: RunningRoles, job_id: str) -> None:
-    attempt = await here.claim(job_id)
-    await here.handle_commands(job_id, FailAttempt(WORKER, attempt, make_failure(), None))
+async def wait_until_batch_finished(roles: RunningRoles, batch_id: str, *, after: int = 0) -> Document:
+    """Wait for BatchFinished and return the document of the batch."""
+    event = await roles.wait_for_event(BatchFinished, batch_id, after=after)
+    await roles.wait_for_views(event.position)
+    return await roles.load_batch(batch_id)
 
 
-async def finished(here: RunningRoles, batch_id: str, *, after: int = 0) -> Document:
-    """The batch's document when it has been recorded that it has ended."""
-    event = await here.wait_for_event(BatchFinished, batch_id, after=after)
-    await here.wait_for_views(event.position)
-    return await here.load_batch(batch_id)
-
-
-def counts(batch: Document) -> tuple[int, ...]:
-    """How many jobs are: there, waiting, being done, completed, failed, cancelled."""
+def job_counts(batch: Document) -> tuple[int, ...]:
+    """Return the numbers of jobs: total, pending, processing, completed, failed, cancelled."""
     names = ("total", "pending", "processing", "completed", "failed", "cancelled")
     return tuple(batch[f"{name}_jobs"] for name in names)
 
 
-async def test_a_batch_has_every_field_of_the_concept_and_counts_its_jobs(here: RunningRoles) -> None:
-    batch_id, job_ids = await here.submit_batch({}, {}, {}, {})
-    await here.wait_for_views()
-    batch = await here.load_batch(batch_id)
-    for name, kind in CONCEPT.items():
-        assert batch[name] is None or type(batch[name]) is kind, f"{name} is {batch[name]!r}"
+async def test_batch_document_has_all_fields_and_counts_jobs(roles: RunningRoles) -> None:
+    batch_id, job_ids = await roles.submit_batch({}, {}, {}, {})
+    await roles.wait_for_views()
+    batch = await roles.load_batch(batch_id)
+    for name, type_ in DOCUMENT_FIELDS.items():
+        assert batch[name] is None or type(batch[name]) is type_, f"{name} is {batch[name]!r}"
     assert (batch["status"], batch["job_ids"]) == ("processing", job_ids)
-    assert counts(batch) == (4, 4, 0, 0, 0, 0)
+    assert job_counts(batch) == (4, 4, 0, 0, 0, 0)
     assert batch["summary"] == {"duration": 0.0, "tokens_used": 0}
 
-    await complete(here, job_ids[0])
-    await fail(here, job_ids[1])
-    await here.claim(job_ids[2])
-    await here.wait_for_views()
-    batch = await here.load_batch(batch_id)
-    assert counts(batch) == (4, 1, 1, 1, 1, 0)
+    await complete_job(roles, job_ids[0])
+    await fail_job(roles, job_ids[1])
+    await roles.claim(job_ids[2])
+    await roles.wait_for_views()
+    batch = await roles.load_batch(batch_id)
+    assert job_counts(batch) == (4, 1, 1, 1, 1, 0)
     assert (batch["status"], batch["completed_at"], batch["version"]) == ("processing", None, 1)
-    assert batch["position"] == await here.event_store.head_position()
+    assert batch["position"] == await roles.event_store.head_position()
 
 
-async def test_a_batch_whose_jobs_are_all_completed_is_completed(here: RunningRoles) -> None:
-    batch_id, job_ids = await here.submit_batch({}, {}, {})
+async def test_batch_with_only_completed_jobs_is_completed(roles: RunningRoles) -> None:
+    batch_id, job_ids = await roles.submit_batch({}, {}, {})
     for job_id in job_ids:
-        await complete(here, job_id, tokens=100)
-    batch = await finished(here, batch_id)
-    assert (batch["status"], counts(batch)) == ("completed", (3, 0, 0, 3, 0, 0))
+        await complete_job(roles, job_id, tokens=100)
+    batch = await wait_until_batch_finished(roles, batch_id)
+    assert (batch["status"], job_counts(batch)) == ("completed", (3, 0, 0, 3, 0, 0))
     assert batch["summary"] == {"duration": 4.5, "tokens_used": 300}
     assert batch["completed_at"] == batch["updated_at"]
-    assert (batch["version"], batch["position"]) == (2, await here.event_store.head_position())
+    assert (batch["version"], batch["position"]) == (2, await roles.event_store.head_position())
 
 
-async def test_a_batch_with_a_failed_job_is_partial(here: RunningRoles) -> None:
-    batch_id, (one, two, three) = await here.submit_batch({}, {}, {})
-    await complete(here, one)
-    await fail(here, two)
-    await here.handle_commands(three, CancelJob("user-1"))
-    batch = await finished(here, batch_id)
-    assert (batch["status"], counts(batch)) == ("partial", (3, 0, 0, 1, 1, 1))
+async def test_batch_with_completed_and_failed_jobs_is_partial(roles: RunningRoles) -> None:
+    batch_id, (first, second, third) = await roles.submit_batch({}, {}, {})
+    await complete_job(roles, first)
+    await fail_job(roles, second)
+    await roles.handle_commands(third, CancelJob("user-1"))
+    batch = await wait_until_batch_finished(roles, batch_id)
+    assert (batch["status"], job_counts(batch)) == ("partial", (3, 0, 0, 1, 1, 1))
 
 
-async def test_a_batch_without_any_completed_job_is_failed(here: RunningRoles) -> None:
-    batch_id, (one, two) = await here.submit_batch({}, {})
-    await fail(here, one)
-    await here.handle_commands(two, CancelJob("user-1"))
-    batch = await finished(here, batch_id)
-    assert (batch["status"], counts(batch)) == ("failed", (2, 0, 0, 0, 1, 1))
+async def test_batch_without_completed_jobs_is_failed(roles: RunningRoles) -> None:
+    batch_id, (first, second) = await roles.submit_batch({}, {})
+    await fail_job(roles, first)
+    await roles.handle_commands(second, CancelJob("user-1"))
+    batch = await wait_until_batch_finished(roles, batch_id)
+    assert (batch["status"], job_counts(batch)) == ("failed", (2, 0, 0, 0, 1, 1))
     assert batch["summary"] == {"duration": 0.0, "tokens_used": 0}
 
 
-async def test_a_restarted_job_reopens_its_batch_which_then_finishes_once_more(here: RunningRoles) -> None:
-    batch_id, (one, two) = await here.submit_batch({}, {})
-    await complete(here, one)
-    await fail(here, two)
-    assert (await finished(here, batch_id))["status"] == "partial"
+async def test_restarted_job_reopens_its_batch_which_finishes_again(roles: RunningRoles) -> None:
+    batch_id, (first, second) = await roles.submit_batch({}, {})
+    await complete_job(roles, first)
+    await fail_job(roles, second)
+    assert (await wait_until_batch_finished(roles, batch_id))["status"] == "partial"
 
-    await here.handle_commands(two, RestartJob("user-1"))
-    reopened = await here.wait_for_event(BatchReopened, batch_id)
-    await here.wait_for_views(reopened.position)
-    batch = await here.load_batch(batch_id)
-    assert (batch["status"], batch["completed_at"], counts(batch)) == ("processing", None, (2, 1, 0, 1, 0, 0))
+    await roles.handle_commands(second, RestartJob("user-1"))
+    reopened = await roles.wait_for_event(BatchReopened, batch_id)
+    await roles.wait_for_views(reopened.position)
+    batch = await roles.load_batch(batch_id)
+    assert (batch["status"], batch["completed_at"], job_counts(batch)) == ("processing", None, (2, 1, 0, 1, 0, 0))
 
-    await complete(here, two)
-    batch = await finished(here, batch_id, after=reopened.position)
-    assert (batch["status"], counts(batch)) == ("completed", (2, 0, 0, 2, 0, 0))
-    assert await here.read_event_types(batch_id) == [
+    await complete_job(roles, second)
+    batch = await wait_until_batch_finished(roles, batch_id, after=reopened.position)
+    assert (batch["status"], job_counts(batch)) == ("completed", (2, 0, 0, 2, 0, 0))
+    assert await roles.read_event_types(batch_id) == [
         "BatchSubmitted",
         "BatchFinished",
         "BatchReopened",
@@ -145,129 +141,140 @@ async def test_a_restarted_job_reopens_its_batch_which_then_finishes_once_more(h
     ]
 
 
-async def test_a_deleted_job_no_longer_counts_and_the_rest_may_finish_the_batch(here: RunningRoles) -> None:
-    batch_id, (one, two) = await here.submit_batch({}, {})
-    await complete(here, one)
-    await here.handle_commands(two, Delete("user-1"))
-    batch = await finished(here, batch_id)
-    assert (batch["status"], batch["job_ids"], counts(batch)) == ("completed", [one], (1, 0, 0, 1, 0, 0))
+async def test_deleted_job_is_not_counted_and_the_others_finish_the_batch(roles: RunningRoles) -> None:
+    batch_id, (first, second) = await roles.submit_batch({}, {})
+    await complete_job(roles, first)
+    await roles.handle_commands(second, Delete("user-1"))
+    batch = await wait_until_batch_finished(roles, batch_id)
+    assert (batch["status"], batch["job_ids"], job_counts(batch)) == ("completed", [first], (1, 0, 0, 1, 0, 0))
 
 
-async def test_a_batch_is_paused_archived_and_deleted_and_its_jobs_live_on(here: RunningRoles) -> None:
-    batch_id, (one,) = await here.submit_batch({})
-    await here.handle_commands(batch_id, PauseBatch("user-1"), Archive("user-1"))
-    await here.wait_for_views()
-    batch = await here.load_batch(batch_id)
+async def test_batch_is_paused_archived_and_deleted_without_its_jobs(roles: RunningRoles) -> None:
+    batch_id, (job_id,) = await roles.submit_batch({})
+    await roles.handle_commands(batch_id, PauseBatch("user-1"), Archive("user-1"))
+    await roles.wait_for_views()
+    batch = await roles.load_batch(batch_id)
     assert (batch["paused"], batch["archived"], batch["version"]) == (True, True, 3)
-    await here.handle_commands(batch_id, ResumeBatch("user-1"))
-    await complete(here, one)
-    assert (await finished(here, batch_id))["paused"] is False
-    await here.handle_commands(batch_id, Delete("user-1"))
-    await here.handle_commands(one, RestartJob("user-1"))
-    await here.wait_for_views()
-    assert await here.db.batches.count_documents({}) == 0
-    assert (await here.load_job(one))["batch_id"] == batch_id
-    await assert_views_match_log(here)
+    await roles.handle_commands(batch_id, ResumeBatch("user-1"))
+    await complete_job(roles, job_id)
+    assert (await wait_until_batch_finished(roles, batch_id))["paused"] is False
+    await roles.handle_commands(batch_id, Delete("user-1"))
+    await roles.handle_commands(job_id, RestartJob("user-1"))
+    await roles.wait_for_views()
+    assert await roles.db.batches.count_documents({}) == 0
+    assert (await roles.load_job(job_id))["batch_id"] == batch_id
+    await assert_views_match_log(roles)
 
 
-async def test_a_batch_that_the_views_have_not_reached_is_folded_from_the_log(
-    connection: Connection, store: Path
-) -> None:
-    async with run_roles_in_process(connection, store) as here:
-        batch_id, _ = await here.submit_batch({}, {})
-        assert counts(await here.load_batch(batch_id)) == (2, 2, 0, 0, 0, 0)
+async def test_batch_missing_in_the_views_is_folded_from_the_log(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store) as roles:
+        batch_id, _ = await roles.submit_batch({}, {})
+        assert job_counts(await roles.load_batch(batch_id)) == (2, 2, 0, 0, 0, 0)
 
 
-# A leader that dies between its transaction and its reaction -------------------------------------------------------
+# A leader that exits after its transaction and before its follow-up event -----------------------------------------
 
 
-class Reticent(Projector):
-    """Never gets as far as to say what it has seen."""
+class HangingProjector(Projector):
+    """Waits forever before it appends the follow-up event of a batch with the status `hang_status`."""
 
-    async def _react(self, changed: object) -> None:
-        if [batch for batch in changed if batch["status"] == SAYS_NOTHING_ABOUT]:  # type: ignore[attr-defined]
+    hang_status = "processing"
+    reached: asyncio.Event
+
+    async def _append_follow_ups(self, changed_batches: Iterable[Document]) -> None:
+        batches_to_settle = list(changed_batches)
+        if any(batch["status"] == self.hang_status and batches.follow_up_command(batch) for batch in batches_to_settle):
+            self.reached.set()
             await asyncio.Event().wait()
-        await super()._append_follow_ups(changed)  # type: ignore[arg-type]
+        await super()._append_follow_ups(batches_to_settle)
 
 
-SAYS_NOTHING_ABOUT = "processing"
+@pytest.fixture
+async def hang_reached(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set when a HangingProjector was about to append the event."""
+    reached = asyncio.Event()
+    monkeypatch.setattr(HangingProjector, "reached", reached, raising=False)
+    return reached
 
 
-async def last_end(here: RunningRoles, *job_ids: str) -> RecordedEvent:
+async def complete_jobs(roles: RunningRoles, *job_ids: str) -> RecordedEvent:
+    """Complete jobs and return the last event."""
     for job_id in job_ids[:-1]:
-        await complete(here, job_id)
-    attempt = await here.claim(job_ids[-1])
-    return (await here.handle_commands(job_ids[-1], CompleteJob(WORKER, attempt, make_results(job_ids[-1]))))[0]
+        await complete_job(roles, job_id)
+    attempt = await roles.claim(job_ids[-1])
+    return (await roles.handle_commands(job_ids[-1], CompleteJob(WORKER, attempt, make_results(job_ids[-1]))))[0]
 
 
-async def test_a_batch_is_finished_exactly_once_though_the_leader_died_before_saying_so(
-    connection: Connection, store: Path
+async def test_batch_is_finished_once_if_the_leader_exits_before_the_event(
+    connection: Connection, store: Path, hang_reached: asyncio.Event
 ) -> None:
-    async with run_roles_in_process(connection, store) as here:
-        batch_id, job_ids = await here.submit_batch({}, {})
-        event = await last_end(here, *job_ids)
-        async with run_roles_in_process(connection, store, projector=True, projector_class=Reticent):
-            await here.wait_for_views(event.position)
-        assert (await here.load_batch(batch_id))["completed_jobs"] == 2
-        assert await here.read_event_types(batch_id) == ["BatchSubmitted"]
+    async with run_roles_in_process(connection, store) as roles:
+        batch_id, job_ids = await roles.submit_batch({}, {})
+        event = await complete_jobs(roles, *job_ids)
+        async with run_roles_in_process(connection, store, projector=True, projector_class=HangingProjector):
+            await roles.wait_for_views(event.position)
+            await asyncio.wait_for(hang_reached.wait(), DEADLINE_SECONDS)
+        assert (await roles.load_batch(batch_id))["completed_jobs"] == 2
+        assert await roles.read_event_types(batch_id) == ["BatchSubmitted"]
         for _ in range(2):
             async with run_roles_in_process(connection, store, projector=True):
-                assert (await finished(here, batch_id))["status"] == "completed"
-        assert await here.read_event_types(batch_id) == ["BatchSubmitted", "BatchFinished"]
+                assert (await wait_until_batch_finished(roles, batch_id))["status"] == "completed"
+        assert await roles.read_event_types(batch_id) == ["BatchSubmitted", "BatchFinished"]
 
 
-async def test_a_batch_is_reopened_though_the_leader_died_before_saying_so(
+async def test_batch_is_reopened_if_the_leader_exits_before_the_event(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, hang_reached: asyncio.Event
+) -> None:
+    async with run_roles_in_process(connection, store) as roles:
+        batch_id, job_ids = await roles.submit_batch({}, {})
+        await complete_jobs(roles, *job_ids)
+        async with run_roles_in_process(connection, store, projector=True):
+            await wait_until_batch_finished(roles, batch_id)
+        monkeypatch.setattr(HangingProjector, "hang_status", "completed")
+        async with run_roles_in_process(connection, store, projector=True, projector_class=HangingProjector):
+            restarted = await roles.handle_commands(job_ids[0], RestartJob("user-1"))
+            await roles.wait_for_views(restarted[0].position)
+            await asyncio.wait_for(hang_reached.wait(), DEADLINE_SECONDS)
+        assert await roles.read_event_types(batch_id) == ["BatchSubmitted", "BatchFinished"]
+        async with run_roles_in_process(connection, store, projector=True):
+            await roles.wait_for_event(BatchReopened, batch_id)
+
+
+async def test_projector_that_catches_up_appends_no_event_for_an_outdated_batch_state(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with run_roles_in_process(connection, store) as here:
-        batch_id, job_ids = await here.submit_batch({}, {})
-        await last_end(here, *job_ids)
-        async with run_roles_in_process(connection, store, projector=True):
-            await finished(here, batch_id)
-        monkeypatch.setattr("tests.projections.test_batches.SAYS_NOTHING_ABOUT", "completed")
-        async with run_roles_in_process(connection, store, projector=True, projector_class=Reticent):
-            restarted = await here.handle_commands(job_ids[0], RestartJob("user-1"))
-            await here.wait_for_views(restarted[0].position)
-        assert await here.read_event_types(batch_id) == ["BatchSubmitted", "BatchFinished"]
-        async with run_roles_in_process(connection, store, projector=True):
-            await here.wait_for_event(BatchReopened, batch_id, seconds=5)
-
-
-async def test_who_has_much_to_catch_up_with_says_nothing_of_a_batch_that_has_gone_on_meanwhile(
-    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the way there the views hold a batch whose jobs have all ended. One of them waits again since."""
+    """While it catches up, the views contain a batch whose jobs have all finished. One of them was restarted since."""
     monkeypatch.setattr(projector, "CHUNK_EVENTS", 1)
-    async with run_roles_in_process(connection, store) as here:
-        batch_id, job_ids = await here.submit_batch({}, {})
-        await last_end(here, *job_ids)
-        await here.handle_commands(job_ids[0], RestartJob("user-1"))
+    async with run_roles_in_process(connection, store) as roles:
+        batch_id, job_ids = await roles.submit_batch({}, {})
+        await complete_jobs(roles, *job_ids)
+        await roles.handle_commands(job_ids[0], RestartJob("user-1"))
         async with run_roles_in_process(connection, store, projector=True):
-            await here.wait_for_views()
-            await here.handle_commands(job_ids[0], CancelJob("user-1"))
-            last = await finished(here, batch_id)
+            await roles.wait_for_views()
+            await roles.handle_commands(job_ids[0], CancelJob("user-1"))
+            last = await wait_until_batch_finished(roles, batch_id)
         assert last["cancelled_jobs"] == 1
-        assert await here.read_event_types(batch_id) == ["BatchSubmitted", "BatchFinished"]
+        assert await roles.read_event_types(batch_id) == ["BatchSubmitted", "BatchFinished"]
 
 
-async def test_a_batch_whose_job_was_restarted_and_ended_again_while_nobody_looked_has_ended_twice(
+async def test_batch_of_a_job_restarted_without_projector_is_finished_twice(
     connection: Connection, store: Path
 ) -> None:
-    async with run_roles_in_process(connection, store) as here:
-        batch_id, job_ids = await here.submit_batch({}, {}, max_attempts=1)
-        attempt = await here.claim(job_ids[0])
-        await here.handle_commands(job_ids[0], FailAttempt(WORKER, attempt, make_failure(), None))
-        await last_end(here, job_ids[1])
+    async with run_roles_in_process(connection, store) as roles:
+        batch_id, job_ids = await roles.submit_batch({}, {}, max_attempts=1)
+        attempt = await roles.claim(job_ids[0])
+        await roles.handle_commands(job_ids[0], FailAttempt(WORKER, attempt, make_failure(), None))
+        await complete_jobs(roles, job_ids[1])
         async with run_roles_in_process(connection, store, projector=True):
-            assert (await finished(here, batch_id))["status"] == "partial"
-        await here.handle_commands(job_ids[0], RestartJob("user-1"))
-        again = await last_end(here, job_ids[0])
+            assert (await wait_until_batch_finished(roles, batch_id))["status"] == "partial"
+        await roles.handle_commands(job_ids[0], RestartJob("user-1"))
+        completed_again = await complete_jobs(roles, job_ids[0])
         async with run_roles_in_process(connection, store, projector=True):
-            await here.wait_for_event(BatchFinished, batch_id, after=again.position)
-            await here.wait_for_views()
-            assert (await here.load_batch(batch_id))["status"] == "completed"
-            await assert_views_match_log(here)
-        assert await here.read_event_types(batch_id) == [
+            await roles.wait_for_event(BatchFinished, batch_id, after=completed_again.position)
+            await roles.wait_for_views()
+            assert (await roles.load_batch(batch_id))["status"] == "completed"
+            await assert_views_match_log(roles)
+        assert await roles.read_event_types(batch_id) == [
             "BatchSubmitted",
             "BatchFinished",
             "BatchReopened",
@@ -275,15 +282,15 @@ async def test_a_batch_whose_job_was_restarted_and_ended_again_while_nobody_look
         ]
 
 
-async def test_an_end_that_was_told_with_counts_that_were_over_is_told_anew(here: RunningRoles) -> None:
-    """Between the decision that it has ended and its record, a job was restarted and has ended otherwise."""
-    batch_id, _ = await here.submit_batch({}, {})
-    await here.wait_for_views()
-    before = await here.load_batch(batch_id)
+async def test_batch_finished_with_outdated_counts_is_reopened(roles: RunningRoles) -> None:
+    """Between the decision and the append, a job was restarted and finished with another status."""
+    batch_id, _ = await roles.submit_batch({}, {})
+    await roles.wait_for_views()
+    before = await roles.load_batch(batch_id)
     all_completed = {**before, "pending_jobs": 0, "completed_jobs": 2}
-    for told, command in ((BatchCounts(completed=2), None), (BatchCounts(completed=1, failed=1), ReopenBatch())):
-        ended = BatchFinished(status="completed", counts=told, summary=BatchSummary())
-        [event] = await here.event_store.read_stream(batch_id)
-        after = batches.fold(all_completed, RecordedEvent(event.document, ended))
+    for counts, command in ((BatchCounts(completed=2), None), (BatchCounts(completed=1, failed=1), ReopenBatch())):
+        finished = BatchFinished(status="completed", counts=counts, summary=BatchSummary())
+        [event] = await roles.event_store.read_stream(batch_id)
+        after = batches.fold(all_completed, RecordedEvent(event.document, finished))
         assert after is not None
         assert batches.follow_up_command(after) == command

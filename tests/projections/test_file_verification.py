@@ -1,4 +1,4 @@
-"""Files whose content was changed in the store are found, and never opened as what they were."""
+"""Files that were changed in the store are detected. They cannot be opened under the recorded digest."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def store(request: pytest.FixtureRequest, db: Database, tmp_path: Path) ->
     return grid
 
 
-async def put(store: FileStore, tmp_path: Path, content: bytes) -> str:
+async def put_file(store: FileStore, tmp_path: Path, content: bytes) -> str:
     inbox = tmp_path / f"inbox-{uuid4()}"
     directory = DirectoryStore(inbox)
     sha256 = (await asyncio.to_thread(directory.put_bytes, content)).sha256
@@ -49,8 +49,8 @@ async def put(store: FileStore, tmp_path: Path, content: bytes) -> str:
     return sha256
 
 
-def change(edit: Callable[[bytes], bytes]) -> Damage:
-    """Change a file's content behind the store's back."""
+def make_damage(edit: Callable[[bytes], bytes]) -> Damage:
+    """Return a function that changes the content of a file without the store."""
 
     async def damage(store: FileStore, db: Database, sha256: str) -> None:
         if isinstance(store, DirectoryStore):
@@ -80,32 +80,32 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-async def test_open_of_a_changed_file_raises(damage: str, store: FileStore, db: Database, tmp_path: Path) -> None:
-    sha256 = await put(store, tmp_path, CONTENT)
-    await change(DAMAGES[damage])(store, db, sha256)
+async def test_open_changed_file_raises(damage: str, store: FileStore, db: Database, tmp_path: Path) -> None:
+    sha256 = await put_file(store, tmp_path, CONTENT)
+    await make_damage(DAMAGES[damage])(store, db, sha256)
     with pytest.raises(FileLost) as lost:
         await store.open(sha256, len(CONTENT))
     if isinstance(store, DirectoryStore) or damage not in ("shorter", "empty", "longer"):
-        assert isinstance(lost.value, FileDamaged)  # of GridFS, a file that is not whole cannot be read
+        assert isinstance(lost.value, FileDamaged)  # an incomplete GridFS file cannot be read at all
     assert not isinstance(store, DirectoryStore) or store.integrity.damaged_count == 1
 
 
-async def test_a_file_changed_after_it_was_opened_once_is_not_opened_again(tmp_path: Path) -> None:
+async def test_open_file_changed_after_first_open_raises_until_it_is_stored_again(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     sha256 = (await asyncio.to_thread(store.put_bytes, CONTENT)).sha256
     file = await store.open(sha256, len(CONTENT))
-    with store.path(sha256).open("r+b") as changed:
-        changed.write(b"\xff")
+    with store.path(sha256).open("r+b") as stored_file:
+        stored_file.write(b"\xff")
     with pytest.raises(FileDamaged):
         [piece async for piece in file.read(0, file.size)]
     await file.close()
     with pytest.raises(FileDamaged):
         await store.open(sha256, len(CONTENT))
-    await asyncio.to_thread(store.put_bytes, CONTENT)  # doing the job again repairs it
+    await asyncio.to_thread(store.put_bytes, CONTENT)  # a restarted job repairs it
     await (await store.open(sha256, len(CONTENT))).close()
 
 
-async def test_a_file_is_read_for_its_check_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_open_unchanged_file_again_does_not_hash_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DirectoryStore(tmp_path)
     sha256 = (await asyncio.to_thread(store.put_bytes, CONTENT)).sha256
     await (await store.open(sha256, len(CONTENT))).close()
@@ -117,82 +117,84 @@ async def test_a_file_is_read_for_its_check_only_once(tmp_path: Path, monkeypatc
 async def test_verify_files_reports_changed_missing_and_orphaned_files(
     store: FileStore, db: Database, tmp_path: Path
 ) -> None:
-    whole, changed, orphan = [await put(store, tmp_path, text * 1000) for text in (b"whole", b"changed", b"orphan")]
+    whole, changed, orphan = [
+        await put_file(store, tmp_path, text * 1000) for text in (b"whole", b"changed", b"orphan")
+    ]
     missing = "ab" * 32
     rows = {"w": (whole, 5000), "again": (whole, 5000), "c": (changed, 7000), "m": (missing, 1)}
     documents = [{"path": path, "sha256": sha256, "size": size} for path, (sha256, size) in rows.items()]
     await Views(db)["files"].insert_many(documents)
-    await change(DAMAGES["first byte"])(store, db, changed)
+    await make_damage(DAMAGES["first byte"])(store, db, changed)
 
-    verdict = await verify_files(Views(db), store)
+    report = await verify_files(Views(db), store)
 
-    assert (verdict.files, verdict.missing, verdict.changed, verdict.orphans) == (3, 1, 1, 1)
-    assert verdict.orphan_bytes == len(b"orphan") * 1000
-    assert {(problem.path, problem.sha256) for problem in verdict.problems} == {("c", changed), ("m", missing)}
-    assert not verdict.is_ok
-    assert orphan not in {problem.sha256 for problem in verdict.problems}
+    assert (report.files, report.missing, report.changed, report.orphans) == (3, 1, 1, 1)
+    assert report.orphan_bytes == len(b"orphan") * 1000
+    assert {(problem.path, problem.sha256) for problem in report.problems} == {("c", changed), ("m", missing)}
+    assert not report.is_ok
+    assert orphan not in {problem.sha256 for problem in report.problems}
 
 
 TERABYTE = 2**40
 
 
-async def grow(store: FileStore, db: Database, sha256: str) -> None:
-    """Make a file a terabyte large, which takes no space."""
+async def grow_file(store: FileStore, db: Database, sha256: str) -> None:
+    """Set the size of a file to a terabyte, without using disk space."""
     if isinstance(store, DirectoryStore):
         await asyncio.to_thread(os.truncate, store.path(sha256), TERABYTE)
     else:
         await db["fs.files"].update_one({"filename": sha256}, {"$set": {"length": TERABYTE}})
 
 
-async def test_a_file_of_another_size_is_damaged_without_being_read(
+async def test_file_of_another_size_is_damaged_without_hashing(
     store: FileStore, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grown = [await put(store, tmp_path, text * 1000) for text in (b"one", b"two")]
-    whole = await put(store, tmp_path, CONTENT)
+    grown = [await put_file(store, tmp_path, text * 1000) for text in (b"one", b"two")]
+    whole = await put_file(store, tmp_path, CONTENT)
     for sha256 in grown:
-        await grow(store, db, sha256)
+        await grow_file(store, db, sha256)
     monkeypatch.setattr(type(await store.open(whole, len(CONTENT))), "sha256", None)
     for sha256 in grown:
-        for use in (store.open, store.verify):
+        for operation in (store.open, store.verify):
             with pytest.raises(FileDamaged, match=f"{TERABYTE} bytes, and 3000 on record"):
-                await use(sha256, 3000)
+                await operation(sha256, 3000)
     await (await store.open(whole, len(CONTENT))).close()
 
 
 @pytest.mark.parametrize("entry", [{"length": "x"}, {"chunkSize": 0}, {"chunkSize": "x"}, {"chunkSize": None}], ids=str)
-async def test_a_changed_entry_of_gridfs_is_damage(db: Database, tmp_path: Path, entry: Document) -> None:
+async def test_open_with_changed_gridfs_entry_raises(db: Database, tmp_path: Path, entry: Document) -> None:
     store = GridFSStore(db)
     await store.prepare()
-    sha256 = await put(store, tmp_path, CONTENT)
+    sha256 = await put_file(store, tmp_path, CONTENT)
     await db["fs.files"].update_one({"filename": sha256}, {"$set": entry})
     with pytest.raises(FileDamaged):
         await store.open(sha256, len(CONTENT))
 
 
-class Endless:
-    """A file whose content never ends."""
+class EndlessFile:
+    """A file that can be hashed forever."""
 
     def __init__(self, name: str) -> None:
         self.identity = name
         self.size = 1
         self.pieces = 0
-        self.began = asyncio.Event()
+        self.started = asyncio.Event()
 
     async def sha256(self, turns: asyncio.Semaphore) -> str:
         while True:
             async with turns:
                 self.pieces += 1
-                self.began.set()
+                self.started.set()
                 await asyncio.sleep(0)
 
 
-async def test_a_small_file_is_opened_while_large_ones_are_hashed(store: FileStore, tmp_path: Path) -> None:
-    sha256 = await put(store, tmp_path, CONTENT)
-    large = [Endless(str(number)) for number in range(10)]
+async def test_small_file_is_opened_while_large_files_are_hashed(store: FileStore, tmp_path: Path) -> None:
+    sha256 = await put_file(store, tmp_path, CONTENT)
+    large = [EndlessFile(str(number)) for number in range(10)]
     hashing = [asyncio.create_task(store.integrity.check(file, file.identity, 1)) for file in large]
     async with asyncio.timeout(DEADLINE_SECONDS):
         for file in large:
-            await file.began.wait()
+            await file.started.wait()
         await (await store.open(sha256, len(CONTENT))).close()
         for task in hashing:
             task.cancel()
@@ -202,12 +204,12 @@ async def test_a_small_file_is_opened_while_large_ones_are_hashed(store: FileSto
     assert [file.pieces for file in large] == pieces, "hashing went on although no caller waited"
 
 
-async def test_a_file_is_hashed_again_if_the_first_caller_was_cancelled(tmp_path: Path) -> None:
+async def test_file_is_hashed_again_after_the_first_caller_was_cancelled(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     stored = await asyncio.to_thread(store.put_bytes, CONTENT)
-    endless = Endless("x")
-    first = asyncio.create_task(store.integrity.check(endless, stored.sha256, 1))
-    await endless.began.wait()
+    endless_file = EndlessFile("x")
+    first = asyncio.create_task(store.integrity.check(endless_file, stored.sha256, 1))
+    await endless_file.started.wait()
     second = asyncio.create_task(store.open(*stored))
     await asyncio.sleep(0)
     first.cancel()
@@ -215,29 +217,29 @@ async def test_a_file_is_hashed_again_if_the_first_caller_was_cancelled(tmp_path
         await (await second).close()
 
 
-async def test_verify_files_keeps_no_cursor_open_while_files_are_hashed(
+async def test_verify_files_has_no_open_cursor_while_it_hashes(
     store: FileStore, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small pages that are read at once: their ends fall between files, and between rows of one file."""
+    """The pages are small, so that they end between files and between rows of one file."""
     monkeypatch.setattr("jobledger.projections.engine.file_verification._ROWS_PER_PAGE", 2)
     monkeypatch.setattr("jobledger.ledger.files.gridfs._LISTED_AT_ONCE", 2)
-    digests = [await put(store, tmp_path, b"%d" % number) for number in range(5)]
+    digests = [await put_file(store, tmp_path, b"%d" % number) for number in range(5)]
     rows = [
         {"_id": f"{digest}{copy}", "path": f"p{digest}{copy}", "sha256": digest, "size": 1}
         for digest in digests
         for copy in range(3)
     ]
     await db.files.insert_many(rows)
-    await put(store, tmp_path, b"nobody's")
-    real, open_cursors = store.verify, set()
+    await put_file(store, tmp_path, b"orphan")
+    original_verify, open_cursors = store.verify, set()
 
     async def verify(sha256: str, size: int) -> None:
         status = await db.client.admin.command("serverStatus")
         open_cursors.add(status["metrics"]["cursor"]["open"]["total"] - before)
-        await real(sha256, size)
+        await original_verify(sha256, size)
 
     before = (await db.client.admin.command("serverStatus"))["metrics"]["cursor"]["open"]["total"]
     monkeypatch.setattr(store, "verify", verify)
-    verdict = await verify_files(Views(db), store)
-    assert (verdict.files, verdict.missing, verdict.changed, verdict.orphans) == (5, 0, 0, 1)
+    report = await verify_files(Views(db), store)
+    assert (report.files, report.missing, report.changed, report.orphans) == (5, 0, 0, 1)
     assert open_cursors == {0}
