@@ -21,26 +21,26 @@ _BODY_FIELDS = {
 }
 
 
-def literal_values(annotation: Any) -> set[str]:
+def list_literal_values(annotation: Any) -> set[str]:
     if get_origin(annotation) is Literal:
         return set(get_args(annotation))
-    return {value for part in get_args(annotation) for value in literal_values(part)}
+    return {value for part in get_args(annotation) for value in list_literal_values(part)}
 
 
-def cli_choices(group: typer.Typer, prefix: str = "") -> Iterator[tuple[str, set[str]]]:
+def list_cli_choices(group: typer.Typer, prefix: str = "") -> Iterator[tuple[str, set[str]]]:
     """Yield `command --option` and its values for all options with fixed values."""
     for command in group.registered_commands:
         assert command.callback is not None
         name = f"{prefix}{command.name or command.callback.__name__}"
         for parameter, annotation in get_type_hints(command.callback).items():
-            if parameter != "return" and (values := literal_values(annotation)):
+            if parameter != "return" and (values := list_literal_values(annotation)):
                 yield f"{name} --{parameter}", values
     for subgroup in group.registered_groups:
         assert subgroup.typer_instance is not None
-        yield from cli_choices(subgroup.typer_instance, f"{prefix}{subgroup.name} ")
+        yield from list_cli_choices(subgroup.typer_instance, f"{prefix}{subgroup.name} ")
 
 
-def resolve(schema: dict[str, Any]) -> dict[str, Any]:
+def resolve_reference(schema: dict[str, Any]) -> dict[str, Any]:
     while "$ref" in schema:
         target: Any = DOCUMENT
         for part in schema["$ref"].removeprefix("#/").split("/"):
@@ -49,20 +49,22 @@ def resolve(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def schema_values(schema: dict[str, Any]) -> set[str]:
-    schema = resolve(schema)
+def list_schema_values(schema: dict[str, Any]) -> set[str]:
+    schema = resolve_reference(schema)
     values = set(schema.get("enum", [])) | ({schema["const"]} if "const" in schema else set())
-    return values | {value for part in schema.get("anyOf", ()) for value in schema_values(part)} - {None}
+    return values | {value for part in schema.get("anyOf", ()) for value in list_schema_values(part)} - {None}
 
 
-def api_choices() -> Iterator[tuple[str, set[str]]]:
+def list_api_choices() -> Iterator[tuple[str, set[str]]]:
     for option, (route, name) in _QUERY_PARAMETERS.items():
-        [parameter] = [it for it in map(resolve, DOCUMENTED[route]["parameters"]) if it["name"] == name]
-        yield option, schema_values(parameter["schema"])
+        [parameter] = [
+            schema for schema in map(resolve_reference, DOCUMENTED[route]["parameters"]) if schema["name"] == name
+        ]
+        yield option, list_schema_values(parameter["schema"])
     for option, (route, name) in _BODY_FIELDS.items():
-        body = resolve(DOCUMENTED[route]["requestBody"])["content"]["application/json"]["schema"]
-        yield option, schema_values(resolve(body)["properties"][name])
+        body = resolve_reference(DOCUMENTED[route]["requestBody"])["content"]["application/json"]["schema"]
+        yield option, list_schema_values(resolve_reference(body)["properties"][name])
 
 
 def test_cli_choices_match_openapi_document() -> None:
-    assert dict(cli_choices(app)) == dict(api_choices())
+    assert dict(list_cli_choices(app)) == dict(list_api_choices())

@@ -1,4 +1,4 @@
-"""The commands as people run them: real processes, their exit codes, and what they say. Never a traceback."""
+"""The commands in real processes: exit codes and output, never a traceback."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
 
-Here = Callable[..., CommandOutcome]
+RunCommand = Callable[..., CommandOutcome]
 ECHO = {"job_type": "echo", "parameters": {"text": "hello"}}
-NOBODY = "http://127.0.0.1:1"
+UNREACHABLE = "http://127.0.0.1:1"
 
 
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    """One that is up, for commands that talk to it."""
+    """A running installation."""
     with Installation(tmp_path_factory.mktemp("up")) as installation:
         installation.start_up_command()
         yield installation
@@ -55,61 +55,61 @@ def url(installation: Installation) -> str:
 
 
 @pytest.fixture
-def nothing(tmp_path: Path) -> Iterator[Installation]:
-    """One where nothing runs."""
+def stopped_installation(tmp_path: Path) -> Iterator[Installation]:
+    """An installation without running processes."""
     with Installation(tmp_path) as installation:
         yield installation
 
 
-def said(ended: CommandOutcome, exit_code: int, *words: str) -> str:
-    """Check the exit code, that no traceback was shown, and that a failure is explained in one line."""
-    text = ended.out + ended.err
-    assert ended.exit_code == exit_code, text
+def assert_outcome(outcome: CommandOutcome, exit_code: int, *expected_texts: str) -> str:
+    """Check the exit code and the texts of the output, and that it has no traceback. Return the output."""
+    text = outcome.out + outcome.err
+    assert outcome.exit_code == exit_code, text
     assert "Traceback" not in text, text
-    for word in words:
-        assert word in text, text
+    for expected_text in expected_texts:
+        assert expected_text in text, text
     return text
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Here:
-    """Run a command in the test's process, which saves a second each; a traceback would come out as an exception."""
+def run_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> RunCommand:
+    """Run commands in the process of the test, which is faster; a traceback surfaces as an exception."""
 
-    def run_here(*arguments: str, stdin: str | bytes = b"") -> CommandOutcome:
-        given = stdin.encode() if isinstance(stdin, str) else stdin
+    def run(*arguments: str, stdin: str | bytes = b"") -> CommandOutcome:
+        stdin_bytes = stdin.encode() if isinstance(stdin, str) else stdin
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["jobledger", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin_bytes), encoding="utf-8"))
         capfd.readouterr()
         with pytest.raises(SystemExit) as exited:
             main.run()
-        said = capfd.readouterr()
-        return CommandOutcome(int(exited.value.code or 0), said.out, said.err)
+        output = capfd.readouterr()
+        return CommandOutcome(int(exited.value.code or 0), output.out, output.err)
 
-    return run_here
-
-
-# submit -----------------------------------------------------------------------------------------------------------
+    return run
 
 
-def test_submitting_a_file_and_waiting_ends_well_when_all_jobs_do(installation: Installation, url: str) -> None:
+# submit ---------------------------------------------------------------------------------------------------------------
+
+
+def test_submit_wait_completed_jobs_exits_0(installation: Installation, url: str) -> None:
     (installation.directory / "jobs.json").write_text(json.dumps([ECHO, ECHO]))
-    ended = installation.run("submit", "jobs.json", "--wait", "--url", url)
+    outcome = installation.run("submit", "jobs.json", "--wait", "--url", url)
 
-    said(ended, 0, "2 jobs accepted")
-    assert ended.out.count("completed") == 2
+    assert_outcome(outcome, 0, "2 jobs accepted")
+    assert outcome.out.count("completed") == 2
 
 
-def test_submitting_and_waiting_exits_with_1_when_a_job_fails(installation: Installation, url: str) -> None:
+def test_submit_wait_failed_job_exits_1(installation: Installation, url: str) -> None:
     jobs = [ECHO, {"job_type": "echo", "parameters": {"fail": "no [bold]luck[/nothing]", "session": "Sad [/] talk"}}]
-    ended = installation.run("submit", "-", "--wait", "--url", url, stdin=json.dumps(jobs))
+    outcome = installation.run("submit", "-", "--wait", "--url", url, stdin=json.dumps(jobs))
 
-    said(ended, 1, "completed", "failed Sad [/] talk: no [bold]luck[/nothing]")
+    assert_outcome(outcome, 1, "completed", "failed Sad [/] talk: no [bold]luck[/nothing]")
 
 
-def test_submitting_without_waiting_says_what_was_accepted(installation: Installation, url: str) -> None:
-    ended = installation.run("submit", "-", stdin=json.dumps({"batch_name": "x", "jobs": [ECHO]}), JOBLEDGER_URL=url)
-    said(ended, 0, "batch-", "1 jobs accepted")
+def test_submit_without_wait_prints_accepted_batch(installation: Installation, url: str) -> None:
+    outcome = installation.run("submit", "-", stdin=json.dumps({"batch_name": "x", "jobs": [ECHO]}), JOBLEDGER_URL=url)
+    assert_outcome(outcome, 0, "batch-", "1 jobs accepted")
 
 
 @pytest.mark.parametrize(
@@ -122,17 +122,17 @@ def test_submitting_without_waiting_says_what_was_accepted(installation: Install
         "- job_type: echo\n  parameters: {session: Käse}\n",
         "job_type: echo\nparameters:\n  day: 2025-02-02\n",
     ],
-    ids=["tabs", "one job", "escaped surrogate pairs", "line separators", "YAML", "YAML with a date"],
+    ids=["JSON with tabs", "single job", "escaped surrogate pairs", "line separators", "YAML", "YAML with a date"],
 )
-def test_whatever_json_or_yaml_says_is_understood_and_followed(installation: Installation, url: str, text: str) -> None:
-    ended = installation.run("submit", "-", "--wait", "--url", url, stdin=text)
-    said(ended, 0, "1 jobs accepted", "completed")
+def test_submit_json_or_yaml_is_accepted_and_followed(installation: Installation, url: str, text: str) -> None:
+    outcome = installation.run("submit", "-", "--wait", "--url", url, stdin=text)
+    assert_outcome(outcome, 0, "1 jobs accepted", "completed")
 
 
-def test_plain_sessions_can_be_submitted_as_another_type(installation: Installation, url: str) -> None:
+def test_submit_type_option_applies_to_plain_sessions(installation: Installation, url: str) -> None:
     sessions = [{"event": "E", "session": f"Talk {number}"} for number in range(3)]
-    ended = installation.run("submit", "-", "--wait", "--type", "echo", "--url", url, stdin=json.dumps(sessions))
-    said(ended, 0, "Talk 0", "Talk 1", "Talk 2")
+    outcome = installation.run("submit", "-", "--wait", "--type", "echo", "--url", url, stdin=json.dumps(sessions))
+    assert_outcome(outcome, 0, "Talk 0", "Talk 1", "Talk 2")
 
 
 @pytest.mark.parametrize(
@@ -156,44 +156,48 @@ def test_plain_sessions_can_be_submitted_as_another_type(installation: Installat
     ],
     ids=str,
 )
-def test_what_cannot_be_submitted_is_explained_in_one_line(
-    here: Here, monkeypatch: pytest.MonkeyPatch, arguments: list[str], stdin: str | bytes, words: list[str]
+def test_submit_invalid_input_is_one_line_usage_error(
+    run_command: RunCommand, monkeypatch: pytest.MonkeyPatch, arguments: list[str], stdin: str | bytes, words: list[str]
 ) -> None:
-    monkeypatch.setenv("JOBLEDGER_URL", NOBODY)
-    assert_one_line_error(here(*arguments, stdin=stdin), 2, *words)
+    monkeypatch.setenv("JOBLEDGER_URL", UNREACHABLE)
+    assert_one_line_error(run_command(*arguments, stdin=stdin), 2, *words)
 
 
-def test_the_exit_codes_of_a_real_process_are_the_same(nothing: Installation) -> None:
-    assert_one_line_error(nothing.run("submit", "nowhere.json"), 2, "nowhere.json: file not found")
-    assert_one_line_error(nothing.run("submit", "-", stdin="{["), 2, "- is neither JSON nor YAML")
-    assert_one_line_error(nothing.run("submit", "-", "--url", NOBODY, stdin="{}"), 3, NOBODY, "jobledger up")
+def test_submit_in_real_process_has_same_exit_codes(stopped_installation: Installation) -> None:
+    assert_one_line_error(stopped_installation.run("submit", "nowhere.json"), 2, "nowhere.json: file not found")
+    assert_one_line_error(stopped_installation.run("submit", "-", stdin="{["), 2, "- is neither JSON nor YAML")
+    assert_one_line_error(
+        stopped_installation.run("submit", "-", "--url", UNREACHABLE, stdin="{}"), 3, UNREACHABLE, "jobledger up"
+    )
 
 
-def test_what_the_api_refuses_is_said_in_its_words(installation: Installation, url: str) -> None:
+def test_submit_rejected_by_api_prints_its_message(installation: Installation, url: str) -> None:
     refused = installation.run("submit", "-", "--url", url, stdin=json.dumps([ECHO, {"event": "E"}]))
     assert_one_line_error(refused, 1, "jobs[1].parameters")
 
 
-def test_an_address_where_nobody_answers_is_unreachable(here: Here) -> None:
-    for url in (NOBODY, "http://no-such-host.invalid:5001"):
-        assert_one_line_error(here("submit", "-", "--url", url, stdin="{}"), 3, url, "jobledger up")
+def test_submit_unreachable_url_exits_3(run_command: RunCommand) -> None:
+    for url in (UNREACHABLE, "http://no-such-host.invalid:5001"):
+        assert_one_line_error(run_command("submit", "-", "--url", url, stdin="{}"), 3, url, "jobledger up")
 
 
 @pytest.mark.parametrize("answer", ["<html>", "[]", "{}", '{"status": "success"}', "null", '"x"'])
 @pytest.mark.parametrize("status", [200, 302, 404, 500])
-def test_a_server_that_is_no_jobledger_is_told_from_one(here: Here, answer: str, status: int) -> None:
-    with foreign_server(status, answer) as url:
-        assert_one_line_error(here("submit", "-", "--url", url, stdin="{}"), 1)
+def test_submit_to_other_server_exits_1(run_command: RunCommand, answer: str, status: int) -> None:
+    with serve_response(status, answer) as url:
+        assert_one_line_error(run_command("submit", "-", "--url", url, stdin="{}"), 1)
 
 
-def test_a_jobledger_without_its_database_is_unreachable(here: Here) -> None:
-    away = json.dumps({"status": "error", "code": "database_unavailable", "message": "It is away.", "details": {}})
-    with foreign_server(503, away) as url:
-        assert_one_line_error(here("submit", "-", "--url", url, stdin="{}"), 3, "It is away.")
+def test_submit_to_api_without_database_exits_3(run_command: RunCommand) -> None:
+    answer = json.dumps(
+        {"status": "error", "code": "database_unavailable", "message": "The database is unavailable.", "details": {}}
+    )
+    with serve_response(503, answer) as url:
+        assert_one_line_error(run_command("submit", "-", "--url", url, stdin="{}"), 3, "The database is unavailable.")
 
 
 @contextmanager
-def foreign_server(status: int, body: str) -> Iterator[str]:
+def serve_response(status: int, body: str) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -211,111 +215,115 @@ def foreign_server(status: int, body: str) -> Iterator[str]:
         server.shutdown()
 
 
-# doctor, and wrong usage ------------------------------------------------------------------------------------------
+# doctor and usage errors ----------------------------------------------------------------------------------------------
 
 
-def test_the_doctor_finds_a_running_installation_well(installation: Installation) -> None:
-    text = said(installation.run("doctor"), 0, "MongoDB", "replica set rs0 with 1 member", "Clocks", "Oplog", "Log")
+def test_doctor_running_installation_finds_no_problem(installation: Installation) -> None:
+    text = assert_outcome(
+        installation.run("doctor"), 0, "MongoDB", "replica set rs0 with 1 member", "Clocks", "Oplog", "Log"
+    )
     assert "no " not in [line[:3] for line in text.splitlines()]
-    assert not has_exited(installation.read_embedded_lock().pid), "the doctor has stopped what it did not start"
+    assert not has_exited(installation.read_embedded_lock().pid), "the doctor stopped a server that it did not start"
 
 
-def test_the_doctor_starts_the_server_for_itself_where_nothing_runs(nothing: Installation) -> None:
-    said(nothing.run("doctor"), 0, "replica set rs0", "0 events")
-    assert not (nothing.directory / "data" / "server.json").exists()
-    said(nothing.run("doctor"), 0)
+def test_doctor_without_server_starts_and_stops_its_own(stopped_installation: Installation) -> None:
+    assert_outcome(stopped_installation.run("doctor"), 0, "replica set rs0", "0 events")
+    assert not (stopped_installation.directory / "data" / "server.json").exists()
+    assert_outcome(stopped_installation.run("doctor"), 0)
 
 
-def test_the_doctor_says_what_to_do_about_a_database_that_is_not_there(nothing: Installation) -> None:
-    nothing.write_config(mongodb={"uri": "mongodb://user:s3cret@127.0.0.1:1/", "connect_timeout_ms": 200})
-    text = said(nothing.run("doctor"), 1, "no", "Is it running?")
+def test_doctor_unreachable_database_prints_advice(
+    stopped_installation: Installation,
+) -> None:
+    stopped_installation.write_config(mongodb={"uri": "mongodb://user:s3cret@127.0.0.1:1/", "connect_timeout_ms": 200})
+    text = assert_outcome(stopped_installation.run("doctor"), 1, "no", "Is it running?")
     assert "s3cret" not in text
 
 
-def test_the_doctor_shows_brackets_as_they_are(nothing: Installation) -> None:
-    nothing.write_config(results={"store": "odd[red]dir[/x]"})
-    said(nothing.run("doctor"), 0, "odd[red]dir[/x]")
+def test_doctor_prints_brackets_unchanged(stopped_installation: Installation) -> None:
+    stopped_installation.write_config(results={"store": "odd[red]dir[/x]"})
+    assert_outcome(stopped_installation.run("doctor"), 0, "odd[red]dir[/x]")
 
 
 @pytest.mark.parametrize("command", ["up", "api", "projector", "worker", "doctor"])
-def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(here: Here, tmp_path: Path, command: str) -> None:
+def test_command_wrong_setting_is_one_line_usage_error(run_command: RunCommand, tmp_path: Path, command: str) -> None:
     (tmp_path / "config.yaml").write_text("api:\n  prot: 1\n")
-    assert_one_line_error(here(command), 2, "config.yaml: api.prot", "Keys: host, port")
-    assert_one_line_error(here(command, "--config", "nowhere.yaml"), 2, "nowhere.yaml: file not found")
+    assert_one_line_error(run_command(command), 2, "config.yaml: api.prot", "Keys: host, port")
+    assert_one_line_error(run_command(command, "--config", "nowhere.yaml"), 2, "nowhere.yaml: file not found")
 
 
-def test_an_old_key_is_reported_and_harms_nothing(nothing: Installation) -> None:
-    nothing.write_config(event_worker={"poll_interval_sec": 5})
-    ended = nothing.run("doctor")
-    said(ended, 0)
-    assert "note: event_worker.poll_interval_sec has no effect" in ended.err
+def test_obsolete_setting_is_reported_and_ignored(stopped_installation: Installation) -> None:
+    stopped_installation.write_config(event_worker={"poll_interval_sec": 5})
+    outcome = stopped_installation.run("doctor")
+    assert_outcome(outcome, 0)
+    assert "note: event_worker.poll_interval_sec has no effect" in outcome.err
 
 
-def test_commands_and_options_that_do_not_exist_are_wrong_usage(nothing: Installation) -> None:
-    said(nothing.run("explode"), 2, "No such command")
-    said(nothing.run("up", "--fast"), 2, "No such option")
-    said(nothing.run("submit"), 2, "Missing argument")
-    assert nothing.run("--help").exit_code == 0
+def test_unknown_command_or_option_is_usage_error(stopped_installation: Installation) -> None:
+    assert_outcome(stopped_installation.run("explode"), 2, "No such command")
+    assert_outcome(stopped_installation.run("up", "--fast"), 2, "No such option")
+    assert_outcome(stopped_installation.run("submit"), 2, "Missing argument")
+    assert stopped_installation.run("--help").exit_code == 0
 
 
-def test_commands_do_without_what_only_the_demo_needs(nothing: Installation) -> None:
-    without = (
+def test_commands_without_demo_dependencies_run(stopped_installation: Installation) -> None:
+    program = (
         "import sys; sys.modules['fpdf'] = None; from jobledger.cli.main import run; sys.argv[0] = 'jobledger'; run()"
     )
     for arguments, exit_code, word in [(["submit", "nowhere"], 2, "file not found"), (["demo"], 2, "jobledger[demo]")]:
-        ended = subprocess.run(
-            [sys.executable, "-c", without, *arguments],
-            cwd=nothing.directory,
-            env=nothing.env,
+        outcome = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=stopped_installation.directory,
+            env=stopped_installation.env,
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
-        assert_one_line_error(CommandOutcome(ended.returncode, ended.stdout, ended.stderr), exit_code, word)
+        assert_one_line_error(CommandOutcome(outcome.returncode, outcome.stdout, outcome.stderr), exit_code, word)
 
 
-# The roles --------------------------------------------------------------------------------------------------------
+# Roles ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_everything_cleanly_and_the_next_start_has_all_the_data(
-    nothing: Installation, number: signal.Signals
+def test_up_after_signal_stops_cleanly_and_keeps_data(
+    stopped_installation: Installation, number: signal.Signals
 ) -> None:
-    up = nothing.start_up_command()
-    submitted = nothing.run("submit", "-", "--wait", "--url", up.url, stdin=json.dumps([ECHO]))
-    said(submitted, 0)
+    up = stopped_installation.start_up_command()
+    submitted = stopped_installation.run("submit", "-", "--wait", "--url", up.url, stdin=json.dumps([ECHO]))
+    assert_outcome(submitted, 0)
     with http_client(up) as client:
         before = client.get("/api/events/jobs").json()
     processes = list_descendants(up.process.pid)
-    mongod = nothing.read_embedded_lock().pid
+    mongod = stopped_installation.read_embedded_lock().pid
     assert mongod in processes
 
-    said(up.stop(number), 0, "Stopping")
-    assert wait_until(lambda: all(has_exited(pid) for pid in processes), 5), "a process was left behind"
-    assert not (nothing.directory / "data" / "server.json").exists()
+    assert_outcome(up.stop(number), 0, "Stopping")
+    assert wait_until(lambda: all(has_exited(pid) for pid in processes), 5), "a process is still running"
+    assert not (stopped_installation.directory / "data" / "server.json").exists()
 
-    with http_client(nothing.start_up_command()) as client:
+    with http_client(stopped_installation.start_up_command()) as client:
         assert client.get("/api/events/jobs").json() == before
 
 
-def test_an_open_stream_and_a_running_job_do_not_hold_up_the_end(nothing: Installation) -> None:
-    nothing.write_config(event_worker={"shutdown_grace_seconds": 1})
-    up = nothing.start_up_command()
+def test_up_with_open_stream_and_running_job_stops_in_time(stopped_installation: Installation) -> None:
+    stopped_installation.write_config(event_worker={"shutdown_grace_seconds": 1})
+    up = stopped_installation.start_up_command()
     with http_client(up) as client, client.stream("GET", "/api/ledger/stream?after=0") as stream:
         client.post("/api/events/jobs", json={"job_type": "echo", "parameters": {"seconds": 3600}})
         assert any(line == "event: JobClaimed" for line in stream.iter_lines())
-        began = time.monotonic()
-        said(up.stop(), 0)
-        assert time.monotonic() - began < 15
+        started_at = time.monotonic()
+        assert_outcome(up.stop(), 0)
+        assert time.monotonic() - started_at < 15
 
-    with http_client(nothing.start_up_command()) as client:
+    with http_client(stopped_installation.start_up_command()) as client:
         [job] = client.get("/api/events/jobs").json()["jobs"]
         history = client.get(f"/api/events/jobs/{job['job_id']}/history").json()["events"]
     assert "JobReleased" in [event["type"] for event in history]
 
 
-def test_a_second_up_on_the_same_directory_is_refused_and_the_first_goes_on(installation: Installation) -> None:
+def test_second_up_on_same_directory_exits_4(installation: Installation) -> None:
     second = installation.run("up")
 
     assert second.exit_code == 4
@@ -325,19 +333,21 @@ def test_a_second_up_on_the_same_directory_is_refused_and_the_first_goes_on(inst
         assert client.get("/readyz").status_code == 200
 
 
-def test_a_taken_port_is_one_line(nothing: Installation) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        refused = nothing.run("up", JOBLEDGER_API__PORT=str(port))
+def test_up_port_in_use_exits_4_and_names_setting(stopped_installation: Installation) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        refused = stopped_installation.run("up", JOBLEDGER_API__PORT=str(port))
     assert refused.exit_code == 4
     assert f"cannot listen on 127.0.0.1:{port}" in refused.err
     assert "JOBLEDGER_API__PORT" in refused.err
 
 
-async def test_a_taken_port_is_noticed_before_anything_is_done(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    """No worker may take a job in a process that cannot run."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        settings = make_settings(mongodb_uri, db_name, tmp_path, api={"port": taken.getsockname()[1]})
+async def test_start_roles_port_in_use_fails_before_database_access(
+    mongodb_uri: str, db_name: str, tmp_path: Path
+) -> None:
+    """No worker may claim a job in a process that cannot serve."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        settings = make_settings(mongodb_uri, db_name, tmp_path, api={"port": listener.getsockname()[1]})
         connection = Connection(mongodb_uri, db_name)
         with pytest.raises(ResourceUnavailable, match="cannot listen"):
             async with start_roles(settings, connection, ALL_ROLES, on_failure=lambda _: None):
@@ -347,51 +357,53 @@ async def test_a_taken_port_is_noticed_before_anything_is_done(mongodb_uri: str,
 
 
 @pytest.mark.parametrize("command", ["worker", "api", "projector"])
-def test_a_role_alone_without_a_running_server_is_unreachable(nothing: Installation, command: str) -> None:
-    assert_one_line_error(nothing.run(command), 3, "jobledger up", str(nothing.directory / "data"))
+def test_role_without_embedded_server_exits_3(stopped_installation: Installation, command: str) -> None:
+    assert_one_line_error(
+        stopped_installation.run(command), 3, "jobledger up", str(stopped_installation.directory / "data")
+    )
 
 
-def test_a_role_whose_database_does_not_answer_is_unreachable(nothing: Installation) -> None:
-    nothing.write_config(
+def test_role_unreachable_database_exits_3(stopped_installation: Installation) -> None:
+    stopped_installation.write_config(
         mongodb={"uri": "mongodb://user:s3cret@127.0.0.1:1/?replicaSet=rs0", "connect_timeout_ms": 300}
     )
-    ended = nothing.run("worker")
-    assert_one_line_error(ended, 3, "Is it running?")
-    assert "s3cret" not in ended.err
+    outcome = stopped_installation.run("worker")
+    assert_one_line_error(outcome, 3, "Is it running?")
+    assert "s3cret" not in outcome.err
 
 
-def test_roles_in_processes_of_their_own_work_together(tmp_path: Path, mongodb_uri: str, db_name: str) -> None:
+def test_roles_in_separate_processes_process_jobs(tmp_path: Path, mongodb_uri: str, db_name: str) -> None:
     with Installation(tmp_path, mongodb={"uri": mongodb_uri, "db_name": db_name}) as installation:
-        # In an order in which nobody finds what it needs at first.
+        # Each role starts before the roles that it depends on.
         roles = [installation.start(name) for name in ("worker", "worker", "projector", "projector", "api")]
         api = [role.wait_until_ready() for role in roles][-1]
-        ended = installation.run("submit", "-", "--wait", "--url", api.url, stdin=json.dumps([ECHO] * 20))
-        said(ended, 0)
-        assert ended.out.count("completed") == 20
+        outcome = installation.run("submit", "-", "--wait", "--url", api.url, stdin=json.dumps([ECHO] * 20))
+        assert_outcome(outcome, 0)
+        assert outcome.out.count("completed") == 20
         with http_client(api) as client:
             stats = client.get("/api/monitoring/events/stats").json()["stats"]
         assert stats["jobs"]["completed"] == 20
         assert len(stats["workers"]) == 2
-        said(roles[2].stop(), 0)  # the projector that leads, perhaps: the other takes over
-        said(installation.run("submit", "-", "--wait", "--url", api.url, stdin=json.dumps([ECHO])), 0)
+        assert_outcome(roles[2].stop(), 0)  # if it is the leader, the other one takes over
+        assert_outcome(installation.run("submit", "-", "--wait", "--url", api.url, stdin=json.dumps([ECHO])), 0)
         for role in roles[:2] + roles[3:]:
-            said(role.stop(), 0)
-            assert wait_until(lambda role=role: not list_descendants(role.process.pid), 5)  # type: ignore[misc]  # bound now
+            assert_outcome(role.stop(), 0)
+            assert wait_until(lambda role=role: not list_descendants(role.process.pid), 5)  # type: ignore[misc]  # bound in this iteration
 
 
-def test_a_worker_beside_up_finds_the_embedded_server(nothing: Installation) -> None:
-    up = nothing.start_up_command()
-    worker = nothing.start("worker").wait_until_ready()
+def test_worker_next_to_up_uses_embedded_server(stopped_installation: Installation) -> None:
+    up = stopped_installation.start_up_command()
+    worker = stopped_installation.start("worker").wait_until_ready()
     with http_client(up) as client:
         assert wait_until(lambda: len(client.get("/api/monitoring/events/stats").json()["stats"]["workers"]) == 2, 10)
-    said(worker.stop(), 0)
-    said(up.stop(), 0)
+    assert_outcome(worker.stop(), 0)
+    assert_outcome(up.stop(), 0)
 
 
-# Help -------------------------------------------------------------------------------------------------------------
+# Help -----------------------------------------------------------------------------------------------------------------
 
 
-def test_options_of_every_command_are_explained() -> None:
+def test_top_level_commands_have_help() -> None:
     from jobledger.cli.main import app
 
     for command in app.registered_commands:

@@ -1,4 +1,4 @@
-"""`jobledger demo`, end to end in a process of its own: what was said and shown is what comes out."""
+"""`jobledger demo`, end to end in its own process: the output contains the texts and slides of all talks."""
 
 from __future__ import annotations
 
@@ -26,62 +26,65 @@ TALKS = CONFERENCE.talks
 pytestmark = [needs_local_mongod, pytest.mark.timeout(300)]
 
 
-def test_the_demo_shows_what_was_said_and_can_be_repeated(tmp_path: Path) -> None:
-    """One test, because running it takes a while: what is shown is checked after the first run, the rest after both."""
+def test_demo_run_twice_outputs_complete_documents(tmp_path: Path) -> None:
+    """A run takes long, so one test checks the documents after the first run and the rest after both."""
     site = tmp_path / "site"
     write_site(site)
     with Installation(tmp_path / "demo") as installation:
-        ended = installation.run("demo", seconds=120)
-        tells_where_everything_is(ended, installation.directory / "demo-data")
+        outcome = installation.run("demo", seconds=120)
+        assert_output_lists_documents(outcome, installation.directory / "demo-data")
         for talk in TALKS:
-            page = page_of(installation.directory / "demo-data", talk)
-            has_every_word_of_the_page_in_order(page, talk)
-            has_the_metadata_of_the_session(page, talk)
-            shows_every_page_of_the_slides(page, talk, site)
+            page = find_document(installation.directory / "demo-data", talk)
+            assert_document_has_words_of_page_in_order(page, talk)
+            assert_document_has_metadata(page, talk)
+            assert_document_shows_all_slides(page, talk, site)
 
-        again = installation.run("demo", seconds=120)
-        tells_where_everything_is(again, installation.directory / "demo-data")
+        second = installation.run("demo", seconds=120)
+        assert_output_lists_documents(second, installation.directory / "demo-data")
         assert {path.name for path in installation.directory.iterdir()} == {"config.yaml", "demo-data"}
 
 
-def tells_where_everything_is(ended: CommandOutcome, copies: Path) -> None:
-    assert ended.exit_code == 0, ended.out + ended.err
-    assert "\\n" not in ended.out
-    assert "Traceback" not in ended.err, ended.err
+def assert_output_lists_documents(outcome: CommandOutcome, copies: Path) -> None:
+    assert outcome.exit_code == 0, outcome.out + outcome.err
+    assert "\\n" not in outcome.out
+    assert "Traceback" not in outcome.err, outcome.err
     for talk in TALKS:
-        assert talk.title in ended.out
-    assert ended.out.count("/api/events/files/") == len(TALKS)
-    assert str(copies) in ended.out
+        assert talk.title in outcome.out
+    assert outcome.out.count("/api/events/files/") == len(TALKS)
+    assert str(copies) in outcome.out
     assert len(list(copies.rglob("*.md"))) == len(TALKS)
 
 
-def page_of(copies: Path, talk: Talk) -> Path:
-    """The Markdown copy for a talk, found by what its front matter says."""
-    [found] = [path for path in copies.rglob("*.md") if front_matter(path)["title"] == talk.title]
-    return found
+def find_document(copies: Path, talk: Talk) -> Path:
+    """Return the Markdown copy whose front matter has the title of the talk."""
+    [document] = [path for path in copies.rglob("*.md") if read_front_matter(path)["title"] == talk.title]
+    return document
 
 
-def front_matter(path: Path) -> dict[str, Any]:
+def read_front_matter(path: Path) -> dict[str, Any]:
     _, matter, _ = path.read_text(encoding="utf-8").split("---\n", 2)
     content: dict[str, Any] = yaml.safe_load(matter)
     return content
 
 
-def words(markup: str) -> list[str]:
-    """The words of HTML, without its tags."""
+def extract_words(markup: str) -> list[str]:
+    """Return the words of HTML without its tags."""
     return re.findall(r"\w+", html.unescape(re.sub(r"<[^>]+>", " ", markup)))
 
 
-def has_every_word_of_the_page_in_order(page: Path, talk: Talk) -> None:
+def assert_document_has_words_of_page_in_order(page: Path, talk: Talk) -> None:
     _, _, body = page.read_text(encoding="utf-8").split("---\n", 2)
-    said, shown = words(talk.abstract + talk.body), words(MarkdownIt().enable("table").render(body))
-    compared = SequenceMatcher(None, said, shown, autojunk=False)
-    lost = [word for kind, start, end, _, _ in compared.get_opcodes() if kind != "equal" for word in said[start:end]]
-    assert lost == []
+    page_words = extract_words(talk.abstract + talk.body)
+    document_words = extract_words(MarkdownIt().enable("table").render(body))
+    matcher = SequenceMatcher(None, page_words, document_words, autojunk=False)
+    missing = [
+        word for kind, start, end, _, _ in matcher.get_opcodes() if kind != "equal" for word in page_words[start:end]
+    ]
+    assert missing == []
 
 
-def has_the_metadata_of_the_session(page: Path, talk: Talk) -> None:
-    matter = front_matter(page)
+def assert_document_has_metadata(page: Path, talk: Talk) -> None:
+    matter = read_front_matter(page)
     assert matter["title"] == talk.title
     assert matter["speaker"] == [speaker.name for speaker in talk.speakers]
     assert matter["track"] == talk.track
@@ -92,35 +95,35 @@ def has_the_metadata_of_the_session(page: Path, talk: Talk) -> None:
     assert talk.start in page.read_text(encoding="utf-8")
 
 
-def images_in(markdown: str) -> list[str]:
-    """The files that Markdown shows as images, as any reader of Markdown finds them."""
+def list_images(markdown: str) -> list[str]:
+    """Return the paths of the images that a Markdown parser finds."""
     inline = [token for token in MarkdownIt().parse(markdown) if token.type == "inline"]
     images = [child for token in inline for child in token.children or () if child.type == "image"]
     return [unquote(str(image.attrs["src"])) for image in images]
 
 
-def shows_every_page_of_the_slides(page: Path, talk: Talk, site: Path) -> None:
+def assert_document_shows_all_slides(page: Path, talk: Talk, site: Path) -> None:
     deck, pages = site / "files" / f"{talk.slug}.pdf", 0
     if deck.exists():
         with pypdfium2.PdfDocument(deck) as document:
             pages = len(document)
-    shown = images_in(page.read_text(encoding="utf-8"))
+    images = list_images(page.read_text(encoding="utf-8"))
 
     assert pages == talk.page_count
-    assert len(shown) == len(set(shown)) == pages
-    for name in shown:
+    assert len(images) == len(set(images)) == pages
+    for name in images:
         with Image.open(page.parent / name) as image:
             image.load()
             assert image.format == "JPEG"
             assert len(image.getcolors(1 << 24) or []) > 10, f"{name} is an empty page"
 
 
-def test_a_directory_that_is_not_from_a_demo_is_left_alone(tmp_path: Path) -> None:
+def test_demo_foreign_directory_is_refused_and_kept(tmp_path: Path) -> None:
     with Installation(tmp_path / "demo") as installation:
         thesis = installation.directory / "demo-data" / "thesis.txt"
         thesis.parent.mkdir(parents=True)
         thesis.write_text("the only copy")
-        ended = installation.run("demo", seconds=120)
-        assert ended.exit_code == 2
-        assert "was not created by the demo" in ended.err
+        outcome = installation.run("demo", seconds=120)
+        assert outcome.exit_code == 2
+        assert "was not created by the demo" in outcome.err
         assert thesis.read_text() == "the only copy"

@@ -1,4 +1,4 @@
-"""`jobledger keys …`, and the key that `jobledger submit` sends: real processes on a database of the test's own."""
+"""`jobledger keys …` and the key that `jobledger submit` sends, in real processes."""
 
 from __future__ import annotations
 
@@ -30,44 +30,44 @@ def installation(mongodb_uri: str, db_name: str, tmp_path: Path) -> Iterator[Ins
         yield installation
 
 
-def done(ended: CommandOutcome) -> str:
-    assert ended.exit_code == 0, ended.out + ended.err
-    return ended.out
+def assert_success(outcome: CommandOutcome) -> str:
+    assert outcome.exit_code == 0, outcome.out + outcome.err
+    return outcome.out
 
 
-def status(role: RunningCommand, key: str) -> int:
+def list_jobs_status(role: RunningCommand, key: str) -> int:
     with http_client(role) as client:
         return client.get(JOBS, headers={"Authorization": f"Bearer {key}"}).status_code
 
 
-def test_a_key_is_made_shown_once_used_and_revoked(installation: Installation) -> None:
+def test_key_is_created_listed_used_and_revoked(installation: Installation) -> None:
     created = installation.run("keys", "create", "--user", "alice", "--group", "ops", "--name", "her [bold]laptop")
-    key = done(created).removesuffix("\n")
+    key = assert_success(created).removesuffix("\n")
     assert re.fullmatch(r"jl_[0-9a-f]{16}_[\w-]{43}", key)
     text = ApiKeyToken.parse(key)
     assert text
-    assert text.secret not in created.err, "what is told beside it may be logged"
+    assert text.secret not in created.err, "stderr may be logged"
     assert f"jobledger keys revoke {text.key_id}" in created.err
 
     listed = installation.run("keys", "list")
     for word in (text.key_id, "alice", "team-ops", "her [bold]laptop", "never"):
-        assert word in done(listed)
+        assert word in assert_success(listed)
     assert text.secret not in listed.out + listed.err
 
     up = installation.start("api").wait_until_ready()
-    assert status(up, key) == 200
-    assert text.key_id in done(installation.run("keys", "revoke", text.key_id))
-    assert wait_until(lambda: status(up, key) == 401, 5)
-    assert done(installation.run("keys", "list")) == "There are no API keys.\n"
+    assert list_jobs_status(up, key) == 200
+    assert text.key_id in assert_success(installation.run("keys", "revoke", text.key_id))
+    assert wait_until(lambda: list_jobs_status(up, key) == 401, 5)
+    assert assert_success(installation.run("keys", "list")) == "There are no API keys.\n"
     assert_one_line_error(installation.run("keys", "revoke", text.key_id), 1, "`jobledger keys list`")
     assert text.secret not in up.stdout + up.stderr
 
 
-def test_programs_get_json(installation: Installation) -> None:
+def test_keys_commands_print_json(installation: Installation) -> None:
     before = datetime.now(UTC)
     roles = ("--role", "monitor", "--role", "admin")
     created = json.loads(
-        done(installation.run("keys", "create", "--user", "bob", *roles, "--expires-in", "90d", "--json"))
+        assert_success(installation.run("keys", "create", "--user", "bob", *roles, "--expires-in", "90d", "--json"))
     )
     key = created.pop("key")
     assert ApiKeyToken.parse(key)
@@ -75,19 +75,21 @@ def test_programs_get_json(installation: Installation) -> None:
     assert (created["user_id"], created["groups"], created["roles"]) == ("bob", [], ["monitor", "admin"])
     expires_at = datetime.fromisoformat(created["expires_at"])
     assert timedelta(0) <= expires_at - before - timedelta(days=90) < timedelta(minutes=1)
-    assert json.loads(done(installation.run("keys", "list", "--json"))) == [{**created, "sessions": 0}]
-    signed_out = json.loads(done(installation.run("keys", "sign-out", created["key_id"], "--json")))
+    assert json.loads(assert_success(installation.run("keys", "list", "--json"))) == [{**created, "sessions": 0}]
+    signed_out = json.loads(assert_success(installation.run("keys", "sign-out", created["key_id"], "--json")))
     assert signed_out == {"ended_sessions": 0}
-    # The whole key names it as well: that is what is at hand when it has leaked.
-    assert json.loads(done(installation.run("keys", "revoke", key, "--json"))) == {"revoked": created["key_id"]}
-    assert json.loads(done(installation.run("keys", "list", "--json"))) == []
+    # `revoke` also takes the whole key, which is at hand when it has leaked.
+    assert json.loads(assert_success(installation.run("keys", "revoke", key, "--json"))) == {
+        "revoked": created["key_id"]
+    }
+    assert json.loads(assert_success(installation.run("keys", "list", "--json"))) == []
 
 
-def test_what_is_no_id_is_not_repeated_for_it_may_be_most_of_a_key(installation: Installation) -> None:
-    nearly = str(ApiKeyToken.generate())[:-1]
-    refused = installation.run("keys", "revoke", nearly)
+def test_revoke_invalid_id_does_not_repeat_it(installation: Installation) -> None:
+    incomplete_key = str(ApiKeyToken.generate())[:-1]
+    refused = installation.run("keys", "revoke", incomplete_key)
     assert_one_line_error(refused, 1)
-    assert nearly[20:] not in refused.out + refused.err
+    assert incomplete_key[20:] not in refused.out + refused.err
 
 
 @pytest.mark.parametrize(
@@ -110,19 +112,19 @@ def test_what_is_no_id_is_not_repeated_for_it_may_be_most_of_a_key(installation:
     ],
     ids=str,
 )
-def test_a_key_that_cannot_be_is_explained_before_anything_is_stored(arguments: list[str], words: list[str]) -> None:
-    given: dict[str, Any] = {"user": "", "groups": [], "roles": [], "name": None, "expires_in": None}
+def test_new_key_invalid_option_is_explained(arguments: list[str], words: list[str]) -> None:
+    options: dict[str, Any] = {"user": "", "groups": [], "roles": [], "name": None, "expires_in": None}
     for option, value in zip(arguments[::2], arguments[1::2], strict=True):
         name = option.removeprefix("--").replace("-", "_")
-        given |= {f"{name}s": [value]} if name in ("group", "role") else {name: value}
+        options |= {f"{name}s": [value]} if name in ("group", "role") else {name: value}
     with pytest.raises(ConfigurationError) as raised:
-        new_key(**given)
+        new_key(**options)
     for word in words:
         assert word in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "lasting"),
+    ("text", "lifetime"),
     [
         ("30m", timedelta(minutes=30)),
         ("12h", timedelta(hours=12)),
@@ -131,11 +133,11 @@ def test_a_key_that_cannot_be_is_explained_before_anything_is_stored(arguments: 
         ("36500d", timedelta(days=36_500)),
     ],
 )
-def test_how_long_a_key_lasts_is_a_number_and_a_unit(text: str, lasting: timedelta) -> None:
-    assert parse_lifetime(text) == lasting
+def test_parse_lifetime_reads_number_and_unit(text: str, lifetime: timedelta) -> None:
+    assert parse_lifetime(text) == lifetime
 
 
-def test_wrong_usage_and_no_database_have_their_exit_codes(installation: Installation) -> None:
+def test_keys_usage_error_exits_2_and_unreachable_database_3(installation: Installation) -> None:
     assert_one_line_error(installation.run("keys", "create", "--user", "team-x"), 2, "--user")
     for arguments in (["create", "--user", "a", "--role", "root"], ["revoke"]):
         wrong = installation.run("keys", *arguments)
@@ -146,36 +148,34 @@ def test_wrong_usage_and_no_database_have_their_exit_codes(installation: Install
         assert_one_line_error(installation.run("keys", *arguments), 3, "MongoDB")
 
 
-def test_an_expired_key_is_listed_as_such(installation: Installation, mongodb_uri: str, db_name: str) -> None:
+def test_keys_list_expired_key_says_when(installation: Installation, mongodb_uri: str, db_name: str) -> None:
     key, _ = new_key(user="alice", groups=(), roles=(), name=None, expires_in=None)
-    old = key.model_copy(update={"expires_at": datetime(2020, 2, 3, tzinfo=UTC)})
+    expired_key = key.model_copy(update={"expires_at": datetime(2020, 2, 3, tzinfo=UTC)})
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        client[db_name].api_keys.insert_one(old.model_dump(by_alias=True))
-    assert "expired 2020-02-03 05:30+05:30" in done(installation.run("keys", "list", TZ="Asia/Kolkata"))
+        client[db_name].api_keys.insert_one(expired_key.model_dump(by_alias=True))
+    assert "expired 2020-02-03 05:30+05:30" in assert_success(installation.run("keys", "list", TZ="Asia/Kolkata"))
 
 
 @needs_local_mongod
-def test_with_the_embedded_server_keys_can_be_made_before_anything_runs_and_while_it_does(tmp_path: Path) -> None:
+def test_keys_create_with_embedded_server_works_before_and_during_up(tmp_path: Path) -> None:
     with Installation(tmp_path, auth={"mode": "keys"}) as installation:
-        before = done(installation.run("keys", "create", "--user", "alice")).strip()
+        first_key = assert_success(installation.run("keys", "create", "--user", "alice")).strip()
         up = installation.start_up_command()
-        while_up = done(installation.run("keys", "create", "--user", "bob")).strip()
-        submitted = installation.run("submit", "-", "--wait", "--url", up.url, stdin=ECHO, JOBLEDGER_KEY=before)
-        assert "completed" in done(submitted)
-        assert before not in submitted.out + submitted.err + up.stdout + up.stderr
-        assert wait_until(lambda: status(up, while_up) == 200, 5)
+        second_key = assert_success(installation.run("keys", "create", "--user", "bob")).strip()
+        submitted = installation.run("submit", "-", "--wait", "--url", up.url, stdin=ECHO, JOBLEDGER_KEY=first_key)
+        assert "completed" in assert_success(submitted)
+        assert first_key not in submitted.out + submitted.err + up.stdout + up.stderr
+        assert wait_until(lambda: list_jobs_status(up, second_key) == 200, 5)
 
 
-def test_a_key_for_a_place_that_asks_for_none_is_made_with_a_note(
-    installation: Installation, mongodb_uri: str, db_name: str
-) -> None:
+def test_keys_create_in_open_mode_prints_note(installation: Installation, mongodb_uri: str, db_name: str) -> None:
     installation.write_config(mongodb={"uri": mongodb_uri, "db_name": db_name})
     created = installation.run("keys", "create", "--user", "alice")
-    assert ApiKeyToken.parse(done(created).strip())
+    assert ApiKeyToken.parse(assert_success(created).strip())
     assert "note: auth.mode is `open`" in created.err
 
 
-def test_submitting_without_a_key_or_with_a_wrong_one_says_what_to_do(installation: Installation) -> None:
+def test_submit_missing_or_wrong_key_says_how_to_fix(installation: Installation) -> None:
     up = installation.start("api").wait_until_ready()
     submit = ("submit", "-", "--url", up.url)
     assert_one_line_error(

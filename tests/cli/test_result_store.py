@@ -1,4 +1,4 @@
-"""The result store of a running installation: created once, waited for when it is away, accepted on request."""
+"""The result store of a running installation: creation, a missing store, and `doctor --accept-result-store`."""
 
 from __future__ import annotations
 
@@ -16,57 +16,59 @@ pytestmark = needs_local_mongod
 ECHO = {"job_type": "echo", "parameters": {"text": "hello"}}
 
 
-def submitted(client: httpx.Client) -> str:
+def submit(client: httpx.Client) -> str:
     return str(client.post("/api/events/jobs", json=ECHO).raise_for_status().json()["job_id"])
 
 
-def status(client: httpx.Client, job_id: str) -> str:
+def read_status(client: httpx.Client, job_id: str) -> str:
     return str(client.get(f"/api/events/jobs/{job_id}").json()["job"]["status"])
 
 
-def test_result_store_that_is_missing_is_reported_and_never_created_again(tmp_path: Path) -> None:
-    with Installation(tmp_path / "here") as here:
-        store = here.directory / "data" / "results"
-        before = here.run("doctor")
+def test_missing_result_store_is_reported_and_not_recreated(tmp_path: Path) -> None:
+    with Installation(tmp_path / "installation") as installation:
+        store = installation.directory / "data" / "results"
+        before = installation.run("doctor")
         assert before.exit_code == 0, before
         assert not store.exists()
 
-        role = here.start_up_command()
+        role = installation.start_up_command()
         with http_client(role) as client:
-            first = submitted(client)
-            assert wait_until(lambda: status(client, first) == "completed", 20)
+            first = submit(client)
+            assert wait_until(lambda: read_status(client, first) == "completed", 20)
             store.rename(store.with_suffix(".x"))
-            missing = here.run("doctor")
-            assert missing.exit_code == 1
-            assert "result store" in missing.out
-            assert "is missing" in missing.out
-            waiting = [submitted(client) for _ in range(7)]
+            doctor = installation.run("doctor")
+            assert doctor.exit_code == 1
+            assert "result store" in doctor.out
+            assert "is missing" in doctor.out
+            waiting = [submit(client) for _ in range(7)]
             assert wait_until(lambda: "claims no jobs" in role.stderr, 20)
-            assert wait_until(lambda: "1 of them claim no jobs" in here.run("doctor").out, 20)
+            assert wait_until(lambda: "1 of them claim no jobs" in installation.run("doctor").out, 20)
             assert not store.exists()
-            assert "completed" not in {status(client, job_id) for job_id in waiting}
+            assert "completed" not in {read_status(client, job_id) for job_id in waiting}
         role.stop()
 
-        role = here.start_up_command()
+        role = installation.start_up_command()
         with http_client(role) as client:
             assert not store.exists()
             assert "is missing" in role.stderr
             store.with_suffix(".x").rename(store)
-            assert wait_until(lambda: {status(client, job_id) for job_id in waiting} == {"completed"}, 40), role.stderr
+            assert wait_until(lambda: {read_status(client, job_id) for job_id in waiting} == {"completed"}, 40), (
+                role.stderr
+            )
 
             shutil.rmtree(store)
-            accepted = here.run("doctor", "--accept-result-store")
+            accepted = installation.run("doctor", "--accept-result-store")
             assert accepted.exit_code == 0, accepted
             assert (store / MARKER_FILE_NAME).exists()
-            later = submitted(client)
-            assert wait_until(lambda: status(client, later) == "completed", 40), role.stderr
-        assert here.run("doctor").exit_code == 0
+            later = submit(client)
+            assert wait_until(lambda: read_status(client, later) == "completed", 40), role.stderr
+        assert installation.run("doctor").exit_code == 0
         assert role.stop().exit_code == 0
 
     copy = Installation(tmp_path / "copy")
-    shutil.copytree(here.directory / "data", copy.directory / "data")
+    shutil.copytree(installation.directory / "data", copy.directory / "data")
     with copy:
         role = copy.start_up_command()
         with http_client(role) as client:
-            again = submitted(client)
-            assert wait_until(lambda: status(client, again) == "completed", 20), role.stderr
+            again = submit(client)
+            assert wait_until(lambda: read_status(client, again) == "completed", 20), role.stderr

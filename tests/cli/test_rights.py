@@ -1,4 +1,4 @@
-"""What `jobledger mongo-roles` prints, carried out on a server that knows its users: enough rights, and no more."""
+"""The roles that `jobledger mongo-roles` creates are sufficient and minimal on a server with access control."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ PASSWORD = "s3cr3t:/p@ss"
 SECRETS = (PASSWORD, quote_plus(PASSWORD))
 
 
-# The text, as mongosh would carry it out ----------------------------------------------------------------------------
+# The script as mongosh runs it ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A call that an administrator makes in mongosh: of a database's method, or of a collection's."""
+class MongoshCall:
+    """A call of a method of a database or of a collection in mongosh."""
 
     db_name: str
     collection: str | None
@@ -80,32 +80,32 @@ class Call:
                 keys, options = self.arguments
                 db[collection].create_index(list(keys.items()), **options)
             case _:
-                raise AssertionError(f"nobody here knows what mongosh does with {self}")
+                raise AssertionError(f"unsupported call: {self}")
 
 
-def calls_in(text: str) -> Iterator[Call]:
-    """Understand the few lines of JavaScript, whose arguments are YAML; what is not understood fails the test."""
-    named: dict[str, str] = {}
+def parse_calls(text: str) -> Iterator[MongoshCall]:
+    """Parse the JavaScript of the script, whose arguments are YAML. An unknown statement fails the test."""
+    databases: dict[str, str] = {}
     for statement in re.split(r"\n(?=[\w/])", text):
         if statement.startswith("//"):
             continue
-        if found := re.fullmatch(r"""(\w+) = db\.getSiblingDB\(['"](\w+)['"]\)""", statement):
-            named[found[1]] = found[2]
+        if assignment := re.fullmatch(r"""(\w+) = db\.getSiblingDB\(['"](\w+)['"]\)""", statement):
+            databases[assignment[1]] = assignment[2]
             continue
-        found = re.fullmatch(
+        call = re.fullmatch(
             r"""(?:db\.getSiblingDB\(['"](\w+)['"]\)|(\w+))\.(?:(\w+)\.)?(\w+)\((.*)\)""", statement, re.DOTALL
         )
-        assert found, f"this is no statement: {statement}"
-        db_name, name, collection, method, arguments = found.groups()
+        assert call, f"unknown statement: {statement}"
+        db_name, name, collection, method, arguments = call.groups()
         arguments = arguments.replace("passwordPrompt()", orjson.dumps(PASSWORD).decode())
-        yield Call(db_name or named[name], collection, method, yaml.safe_load(f"[{arguments}]"))
+        yield MongoshCall(db_name or databases[name], collection, method, yaml.safe_load(f"[{arguments}]"))
 
 
-def uri_in(text: str, server: AuthenticatedServer) -> str:
-    """The value of `mongodb.uri` that the text recommends."""
-    found = re.search(r"mongodb\.uri: (\S+)", text)
-    assert found, text
-    return found[1].replace("PASSWORD", quote_plus(PASSWORD)).replace("HOST", server.address)
+def read_uri(text: str, server: AuthenticatedServer) -> str:
+    """Return the value of `mongodb.uri` that the script recommends."""
+    match = re.search(r"mongodb\.uri: (\S+)", text)
+    assert match, text
+    return match[1].replace("PASSWORD", quote_plus(PASSWORD)).replace("HOST", server.address)
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +122,13 @@ def administrator(server: AuthenticatedServer) -> Iterator[MongoClient[Document]
 
 @pytest.fixture
 def db_name() -> str:
-    """The name of a database of the test's own, which nobody has prepared. It goes with the server."""
+    """The name of a new database for one test. It is removed with the server."""
     return f"test_{uuid4().hex[:16]}"
 
 
 @dataclass(frozen=True)
-class Place:
-    """A database that an administrator has prepared as the text says, and who may use it."""
+class PreparedDatabase:
+    """A database that an administrator has prepared with the script, and connections of its users."""
 
     server: AuthenticatedServer
     administrator: MongoClient[Document]
@@ -136,68 +136,68 @@ class Place:
 
     @property
     def db(self) -> BlockingDatabase[Document]:
-        """The database, for its administrator."""
+        """The database as its administrator."""
         return self.administrator[self.service.db_name]
 
     @property
     def subscriber(self) -> Connection:
-        return self.user("follower", SUBSCRIBER)
+        return self.create_user("follower", SUBSCRIBER)
 
-    def user(self, name: str, *roles: str) -> Connection:
-        """Make a user, if it is not there yet."""
+    def create_user(self, name: str, *roles: str) -> Connection:
+        """Create a user if it does not exist. Return its connection."""
         if not self.db.command({"usersInfo": name})["users"]:
             self.db.command({"createUser": name, "pwd": PASSWORD, "roles": list(roles)})
         return Connection(self.server.uri_for(name, PASSWORD, self.db.name), self.db.name)
 
     @asynccontextmanager
-    async def for_the_administrator(self) -> AsyncIterator[Database]:
+    async def open_as_administrator(self) -> AsyncIterator[Database]:
         async with Connection(self.server.uri, self.db.name).client() as client:
             yield client[self.db.name]
 
 
 @pytest.fixture
-def place(server: AuthenticatedServer, administrator: MongoClient[Document], db_name: str) -> Place:
+def prepared(server: AuthenticatedServer, administrator: MongoClient[Document], db_name: str) -> PreparedDatabase:
     text = mongosh_script(db_name)
-    for call in calls_in(text):
+    for call in parse_calls(text):
         call.run(administrator)
-    return Place(server, administrator, Connection(uri_in(text, server), db_name))
+    return PreparedDatabase(server, administrator, Connection(read_uri(text, server), db_name))
 
 
-def test_the_command_prints_the_text_for_the_database_in_the_settings_and_asks_no_server(tmp_path: Path) -> None:
+def test_mongo_roles_prints_script_without_server_access(tmp_path: Path) -> None:
     with Installation(tmp_path, mongodb={"uri": "mongodb://127.0.0.1:1/", "db_name": "talks"}) as installation:
-        ended = installation.run("mongo-roles")
-    assert (ended.exit_code, ended.out, ended.err) == (0, mongosh_script("talks") + "\n", "")
-    assert {call.db_name for call in calls_in(ended.out.rstrip())} == {"talks"}
+        outcome = installation.run("mongo-roles")
+    assert (outcome.exit_code, outcome.out, outcome.err) == (0, mongosh_script("talks") + "\n", "")
+    assert {call.db_name for call in parse_calls(outcome.out.rstrip())} == {"talks"}
 
 
-async def test_an_administrator_can_run_the_text_as_it_is_printed_and_the_uri_in_it_works(
+async def test_mongo_roles_script_runs_and_its_uri_connects(
     server: AuthenticatedServer, administrator: MongoClient[Document], db_name: str
 ) -> None:
     text = mongosh_script(db_name)
-    for call in calls_in(text):
+    for call in parse_calls(text):
         call.run(administrator)
-    async with Connection(uri_in(text, server), db_name).client() as client:
+    async with Connection(read_uri(text, server), db_name).client() as client:
         await check_server(client[db_name])
 
 
-# Enough -------------------------------------------------------------------------------------------------------------
+# Sufficient privileges ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-async def api(place: Place, tmp_path: Path) -> AsyncIterator[Api]:
-    """All roles of the service. A test fails if the server, by its own log, refused them anything."""
-    async for running in run_api(place.service.uri, place.db.name, tmp_path):
+async def api(prepared: PreparedDatabase, tmp_path: Path) -> AsyncIterator[Api]:
+    """All roles of the service. The test fails if the server log contains a refused operation of theirs."""
+    async for running in run_api(prepared.service.uri, prepared.db.name, tmp_path):
         yield running
-    # A ledger makes sure of its index at each start, and finds that it may not, and need not.
-    assert place.server.authorization_failures(place.db.name) == {("createIndexes", "events")}
+    # At each start the store tries to create its index, which exists. The role may not create it and need not.
+    assert prepared.server.authorization_failures(prepared.db.name) == {("createIndexes", "events")}
 
 
-async def test_the_service_takes_jobs_and_batches_runs_them_and_serves_views_and_files(api: Api, place: Place) -> None:
+async def test_service_role_processes_jobs_and_serves_views_and_files(api: Api, prepared: PreparedDatabase) -> None:
     webhook = {"url": "https://example.org/", "headers": {"Authorization": "Bearer x"}}
     job = await api.wait_until_finished(await api.submit({"text": "héllo"}, webhook=webhook))
     assert job["status"] == "completed"
     assert "héllo" in (await api.get(job["results"]["markdown_url"])).text
-    assert place.db.webhook_secrets.count_documents({}) == 1
+    assert prepared.db.webhook_secrets.count_documents({}) == 1
 
     batch_id = (await api.submit_batch({"number": 1}, {"number": 2}, {"fail": "no"}))["batch_id"]
     await api.wait_for_event(batch_id, "BatchFinished")
@@ -211,57 +211,61 @@ async def test_the_service_takes_jobs_and_batches_runs_them_and_serves_views_and
     assert (await verify_log(api.event_store)).problem is None
 
 
-async def test_views_are_compared_and_made_anew_with_the_rights_of_the_service(api: Api, place: Place) -> None:
+async def test_service_role_compares_and_rebuilds_views(api: Api, prepared: PreparedDatabase) -> None:
     await api.wait_until_finished(await api.submit({"text": "x"}))
     for _ in range(2):
-        await view_maintenance.rebuild_views(place.service, on_progress=lambda position, upto: None)
-        found = await view_maintenance.compare_views(place.service, on_progress=lambda position, upto: None)
-        assert (found.difference_count, found.position > 0) == (0, True)
+        await view_maintenance.rebuild_views(prepared.service, on_progress=lambda position, end: None)
+        comparison = await view_maintenance.compare_views(prepared.service, on_progress=lambda position, end: None)
+        assert (comparison.difference_count, comparison.position > 0) == (0, True)
     await api.wait_until_finished(await api.submit({"text": "y"}))
 
 
-async def test_who_may_only_read_can_verify_the_log_and_is_told_what_was_left_out(place: Place, tmp_path: Path) -> None:
-    async with run_roles_in_process(place.service, tmp_path / "results", projector=True) as here:
-        await here.submit()
-        await here.wait_for_views()
-    reader = place.user("auditor", "read")
+async def test_read_role_verifies_log_and_skips_views(prepared: PreparedDatabase, tmp_path: Path) -> None:
+    async with run_roles_in_process(prepared.service, tmp_path / "results", projector=True) as roles:
+        await roles.submit()
+        await roles.wait_for_views()
+    reader = prepared.create_user("auditor", "read")
     with Installation(tmp_path / "auditor", mongodb={"uri": reader.uri, "db_name": reader.db_name}) as installation:
-        ended = await asyncio.to_thread(installation.run, "log", "verify")
-    assert ended.exit_code == 0, ended
-    assert "are intact" in ended.out
-    assert "views were not compared" in ended.err
+        outcome = await asyncio.to_thread(installation.run, "log", "verify")
+    assert outcome.exit_code == 0, outcome
+    assert "are intact" in outcome.out
+    assert "views were not compared" in outcome.err
 
 
-async def test_the_service_keeps_files_in_the_database_and_signs_links(place: Place, tmp_path: Path) -> None:
-    async for api in run_api(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"}):
+async def test_service_role_stores_files_in_gridfs_and_signs_links(prepared: PreparedDatabase, tmp_path: Path) -> None:
+    async for api in run_api(prepared.service.uri, prepared.db.name, tmp_path, results={"store": "gridfs"}):
         job = await api.wait_until_finished(await api.submit({"text": "héllo"}))
         assert job["status"] == "completed"
         assert "héllo" in (await api.get(job["results"]["markdown_url"])).text
         link = (await api.post(f"{job['results']['markdown_url']}/link")).json()["url"]
         assert (await api.get(link)).status_code == 200
-    assert place.server.authorization_failures(place.db.name) == {("createIndexes", "events")}
-    settings = make_settings(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"})
-    found = [finding async for finding in check_database(settings, place.service.uri)]
-    [files] = [finding for finding in found if finding.name == "Result files"]
-    assert (files.is_ok, files.detail) == (True, f"GridFS in {place.db.name} (fs.chunks, fs.files)")
+    assert prepared.server.authorization_failures(prepared.db.name) == {("createIndexes", "events")}
+    settings = make_settings(prepared.service.uri, prepared.db.name, tmp_path, results={"store": "gridfs"})
+    [files] = [
+        result async for result in check_database(settings, prepared.service.uri) if result.name == "Result files"
+    ]
+    assert (files.is_ok, files.detail) == (True, f"GridFS in {prepared.db.name} (fs.chunks, fs.files)")
 
 
-async def test_the_doctor_says_when_files_may_not_be_put_into_the_database(place: Place, tmp_path: Path) -> None:
-    place.db.command({"revokePrivilegesFromRole": SERVICE, "privileges": [_on_chunks(place)]})
-    settings = make_settings(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"})
-    found = [finding async for finding in check_database(settings, place.service.uri)]
-    [files] = [finding for finding in found if finding.name == "Result files"]
+async def test_doctor_missing_gridfs_privilege_is_reported(prepared: PreparedDatabase, tmp_path: Path) -> None:
+    prepared.db.command({"revokePrivilegesFromRole": SERVICE, "privileges": [load_chunks_privilege(prepared)]})
+    settings = make_settings(prepared.service.uri, prepared.db.name, tmp_path, results={"store": "gridfs"})
+    [files] = [
+        result async for result in check_database(settings, prepared.service.uri) if result.name == "Result files"
+    ]
     assert not files.is_ok
     assert "jobledger mongo-roles" in files.advice
 
 
-def _on_chunks(place: Place) -> Document:
-    role = place.db.command({"rolesInfo": SERVICE, "showPrivileges": True})["roles"][0]
-    [privilege] = [it for it in role["privileges"] if it["resource"]["collection"] == "fs.chunks"]
-    return dict(privilege)
+def load_chunks_privilege(prepared: PreparedDatabase) -> Document:
+    role = prepared.db.command({"rolesInfo": SERVICE, "showPrivileges": True})["roles"][0]
+    [chunks_privilege] = [
+        privilege for privilege in role["privileges"] if privilege["resource"]["collection"] == "fs.chunks"
+    ]
+    return dict(chunks_privilege)
 
 
-async def test_the_service_tries_again_cancels_restarts_archives_and_deletes(api: Api) -> None:
+async def test_service_role_retries_cancels_restarts_archives_and_deletes(api: Api) -> None:
     retried = await api.wait_until_finished(await api.submit({"fail": "no", "transient": True}, max_attempts=2))
     assert (retried["status"], retried["attempt"]) == ("failed", 2)
 
@@ -275,22 +279,22 @@ async def test_the_service_tries_again_cancels_restarts_archives_and_deletes(api
     assert (await api.http.delete(f"/api/events/jobs/{retried['job_id']}")).status_code == 200
 
 
-async def test_the_service_cleans_up_after_processes_that_died(api: Api, place: Place) -> None:
-    deletions = [{"$match": {"operationType": "delete"}}]
-    async with place.for_the_administrator() as db, await db.workers.watch(deletions) as gone:
+async def test_service_role_removes_dead_worker_and_voids_position(api: Api, prepared: PreparedDatabase) -> None:
+    pipeline = [{"$match": {"operationType": "delete"}}]
+    async with prepared.open_as_administrator() as db, await db.workers.watch(pipeline) as deletions:
         now = (await db.client.admin.command("hello", codec_options=db.codec_options))["localTime"]
         await db.workers.insert_one({"_id": "dead", "seconds": 1, "lease_until": now, "released": False})
-        lost = await create_position_gap(db)
+        gap = await create_position_gap(db)
         assert (await api.wait_until_finished(await api.submit()))["status"] == "completed"
-        voided = await db.events.find_one({"_id": lost})
+        voided = await db.events.find_one({"_id": gap})
         assert voided is not None
         assert voided["type"] == "PositionVoided"
         async with asyncio.timeout(DEADLINE_SECONDS):
-            assert (await anext(gone))["documentKey"]["_id"] == "dead"
+            assert (await anext(deletions))["documentKey"]["_id"] == "dead"
 
 
-async def test_the_service_makes_lists_and_revokes_api_keys_and_hears_of_it(place: Place, tmp_path: Path) -> None:
-    mongodb = {"uri": place.service.uri, "db_name": place.db.name}
+async def test_service_role_manages_api_keys_and_follows_changes(prepared: PreparedDatabase, tmp_path: Path) -> None:
+    mongodb = {"uri": prepared.service.uri, "db_name": prepared.db.name}
     with Installation(tmp_path, mongodb=mongodb, auth={"mode": "keys"}) as installation:
         up = installation.start("api").wait_until_ready()
         created = installation.run("keys", "create", "--user", "alice", "--json")
@@ -308,9 +312,12 @@ async def test_the_service_makes_lists_and_revokes_api_keys_and_hears_of_it(plac
             )
 
 
-async def test_a_subscriber_follows_the_log_fills_holes_and_keeps_its_place(place: Place) -> None:
-    client = ledger_client(place.subscriber.uri, db_name=place.db.name)
-    async with place.for_the_administrator() as db, open_ledger(place.service, with_change_stream=False) as ledger:
+async def test_subscriber_role_follows_log_voids_gaps_and_stores_position(prepared: PreparedDatabase) -> None:
+    client = ledger_client(prepared.subscriber.uri, db_name=prepared.db.name)
+    async with (
+        prepared.open_as_administrator() as db,
+        open_ledger(prepared.service, with_change_stream=False) as ledger,
+    ):
         await ledger.submit_job()
         await create_position_gap(db)
         await ledger.submit_job()
@@ -324,17 +331,17 @@ async def test_a_subscriber_follows_the_log_fills_holes_and_keeps_its_place(plac
         await ledger.submit_job()
         async with asyncio.timeout(DEADLINE_SECONDS), client.subscribe("cms-import") as events:
             assert (await anext(events)).position == 5
-        kept = await db[SUBSCRIPTIONS].find_one({"_id": "cms-import"})
-    assert kept is not None
-    assert kept["position"] == 5
-    assert place.server.authorization_failures(place.db.name) == {("createIndexes", "events")}, (
-        "that was the writer of this test"
+        subscription = await db[SUBSCRIPTIONS].find_one({"_id": "cms-import"})
+    assert subscription is not None
+    assert subscription["position"] == 5
+    assert prepared.server.authorization_failures(prepared.db.name) == {("createIndexes", "events")}, (
+        "only the writer of this test was refused"
     )
 
 
-async def test_the_built_in_role_read_is_enough_to_follow_without_a_name_and_not_for_a_name(place: Place) -> None:
-    client = ledger_client(place.user("reader", "read").uri, db_name=place.db.name)
-    async with open_ledger(place.service, with_change_stream=False) as ledger, asyncio.timeout(DEADLINE_SECONDS):
+async def test_read_role_follows_without_name_but_not_with_name(prepared: PreparedDatabase) -> None:
+    client = ledger_client(prepared.create_user("reader", "read").uri, db_name=prepared.db.name)
+    async with open_ledger(prepared.service, with_change_stream=False) as ledger, asyncio.timeout(DEADLINE_SECONDS):
         await ledger.submit_job()
         async with client.subscribe() as events:
             assert (await anext(events)).position == 1
@@ -343,16 +350,16 @@ async def test_the_built_in_role_read_is_enough_to_follow_without_a_name_and_not
                 pass
 
 
-async def test_a_subscription_that_may_not_hear_of_changes_is_refused(place: Place) -> None:
-    only_reads = {"resource": {"db": place.db.name, "collection": "events"}, "actions": ["find"]}
-    place.db.command({"createRole": "deaf", "privileges": [only_reads], "roles": []})
-    client = ledger_client(place.user("deaf", "deaf").uri, db_name=place.db.name)
+async def test_subscription_without_change_stream_privilege_is_refused(prepared: PreparedDatabase) -> None:
+    only_reads = {"resource": {"db": prepared.db.name, "collection": "events"}, "actions": ["find"]}
+    prepared.db.command({"createRole": "find-only", "privileges": [only_reads], "roles": []})
+    client = ledger_client(prepared.create_user("find-only", "find-only").uri, db_name=prepared.db.name)
     with pytest.raises(JobledgerError, match="not authorized"):
         async with asyncio.timeout(2), client.subscribe():
             pass
 
 
-# And no more --------------------------------------------------------------------------------------------------------
+# Minimal privileges ---------------------------------------------------------------------------------------------------
 
 
 def in_transaction(write: Callable[[BlockingDatabase[Document], ClientSession], object]) -> Attempt:
@@ -363,12 +370,12 @@ def in_transaction(write: Callable[[BlockingDatabase[Document], ClientSession], 
     return attempt
 
 
-def operations(*given: dict[str, Any]) -> Attempt:
-    return lambda db: db.client.admin.command({"applyOps": [{"ns": f"{db.name}.events", **it} for it in given]})
+def apply_ops(*entries: dict[str, Any]) -> Attempt:
+    return lambda db: db.client.admin.command({"applyOps": [{"ns": f"{db.name}.events", **entry} for entry in entries]})
 
 
-def renamed(source: str, target: str) -> Attempt:
-    """Rename one collection to another that exists."""
+def rename(source: str, target: str) -> Attempt:
+    """Rename a collection over another that exists."""
     return lambda db: db.client.admin.command(
         {"renameCollection": f"{db.name}.{source}", "to": f"{db.name}.{target}", "dropTarget": True}
     )
@@ -411,136 +418,138 @@ CHANGES: dict[str, Attempt] = {
     "drop": lambda db: db.events.drop(),
     "drop the database": lambda db: db.command("dropDatabase"),
     "rename": lambda db: db.events.rename("away"),
-    "rename over another": renamed("events", "jobs"),
-    "rename another to it": renamed("jobs", "events"),
+    "rename over another": rename("events", "jobs"),
+    "rename another to events": rename("jobs", "events"),
     "convert to capped": lambda db: db.command({"convertToCapped": "events", "size": 4096}),
-    "index that lets events expire": lambda db: db.events.create_index("time", expireAfterSeconds=0),
+    "index that expires events": lambda db: db.events.create_index("time", expireAfterSeconds=0),
     "drop an index": lambda db: db.events.drop_index("stream_1_version_1"),
     "drop all indexes": lambda db: db.events.drop_indexes(),
     "validation": lambda db: db.command({"collMod": "events", "validator": {"x": 1}}),
     "hide the index": lambda db: db.command(
         {"collMod": "events", "index": {"name": "stream_1_version_1", "hidden": True}}
     ),
-    "apply an update": operations({"op": "u", "o2": {"_id": 1}, "o": {"$v": 2, "diff": {"u": {"type": "JobDeleted"}}}}),
-    "apply a deletion": operations({"op": "d", "o": {"_id": 1}}),
+    "apply an update": apply_ops({"op": "u", "o2": {"_id": 1}, "o": {"$v": 2, "diff": {"u": {"type": "JobDeleted"}}}}),
+    "apply a deletion": apply_ops({"op": "d", "o": {"_id": 1}}),
     "apply a drop": lambda db: db.client.admin.command(
         {"applyOps": [{"op": "c", "ns": f"{db.name}.$cmd", "o": {"drop": "events"}}]}
     ),
 }
-"""Ways to change or remove events, or what guards them. `jobs` is another collection."""
+"""Ways to change or remove events, or what protects them. `jobs` is another collection."""
 
-POWERS: dict[str, Attempt] = {
-    "view in its place": lambda db: db.create_collection("events", viewOn="jobs", check_exists=False),
-    "view of it": lambda db: db.create_collection("seen", viewOn="events", check_exists=False),
-    "capped copy in its place": lambda db: db.command(
+FORBIDDEN_ACTIONS: dict[str, Attempt] = {
+    "view in place of events": lambda db: db.create_collection("events", viewOn="jobs", check_exists=False),
+    "view of events": lambda db: db.create_collection("seen", viewOn="events", check_exists=False),
+    "capped copy in place of events": lambda db: db.command(
         {"cloneCollectionAsCapped": "jobs", "toCollection": "events", "size": 4096}
     ),
     "any other collection": lambda db: db.others.insert_one({}),
     "another database": lambda db: db.client[f"{db.name}_other"].events.insert_one({}),
-    "grant oneself a role": lambda db: db.command({"grantRolesToUser": _myself(db), "roles": ["dbOwner"]}),
-    "change one's own roles": lambda db: db.command({"updateUser": _myself(db), "roles": ["dbOwner"]}),
-    "change one's own password": lambda db: db.command({"updateUser": _myself(db), "pwd": "other"}),
-    "grant one's role a privilege": lambda db: db.command(
+    "grant own user a role": lambda db: db.command({"grantRolesToUser": _user_name(db), "roles": ["dbOwner"]}),
+    "change roles of own user": lambda db: db.command({"updateUser": _user_name(db), "roles": ["dbOwner"]}),
+    "change own password": lambda db: db.command({"updateUser": _user_name(db), "pwd": "other"}),
+    "grant own role a privilege": lambda db: db.command(
         {
             "grantPrivilegesToRole": SERVICE,
             "privileges": [{"resource": {"db": db.name, "collection": "events"}, "actions": ["remove"]}],
         }
     ),
-    "grant one's role another": lambda db: db.command({"grantRolesToRole": SUBSCRIBER, "roles": ["dbOwner"]}),
-    "change one's role": lambda db: db.command({"updateRole": SERVICE, "privileges": [], "roles": ["dbOwner"]}),
-    "make a role": lambda db: db.command({"createRole": "mine", "privileges": [], "roles": ["dbOwner"]}),
-    "make a user": lambda db: db.command({"createUser": "other", "pwd": "other", "roles": ["dbOwner"]}),
+    "grant own role another": lambda db: db.command({"grantRolesToRole": SUBSCRIBER, "roles": ["dbOwner"]}),
+    "change own role": lambda db: db.command({"updateRole": SERVICE, "privileges": [], "roles": ["dbOwner"]}),
+    "create a role": lambda db: db.command({"createRole": "mine", "privileges": [], "roles": ["dbOwner"]}),
+    "create a user": lambda db: db.command({"createUser": "other", "pwd": "other", "roles": ["dbOwner"]}),
     "write to the users": lambda db: db.client.admin["system.users"].update_one({}, {"$set": {"x": 1}}),
     "write to the oplog": lambda db: db.client.local["oplog.rs"].delete_one({"ts": Timestamp(1, 1)}),
     "set a parameter": lambda db: db.client.admin.command({"setParameter": 1, "ttlMonitorEnabled": True}),
 }
-"""What would help to get at the events, or is nobody's business who only keeps a ledger."""
+"""Actions that would help to reach the events, or that the service does not need."""
 
 
-def _myself(db: BlockingDatabase[Document]) -> str:
+def _user_name(db: BlockingDatabase[Document]) -> str:
     [user] = db.command("connectionStatus")["authInfo"]["authenticatedUsers"]
-    # The administrator's user is none of this database.
+    # The administrator is not a user of this database.
     return str(user["user"]) if user["db"] == db.name else SERVICE
 
 
 @dataclass(frozen=True)
-class Written:
-    """A database with some events in it."""
+class FilledDatabase:
+    """A database with some events."""
 
-    place: Place
+    prepared: PreparedDatabase
 
-    def guarded(self) -> tuple[list[bytes], list[Document], list[Any]]:
-        """The events, byte for byte, and what their collection is like."""
-        db = self.place.db
+    def load_protected_state(self) -> tuple[list[bytes], list[Document], list[Any]]:
+        """Return the bytes of the events, the options of their collection, and its indexes."""
+        db = self.prepared.db
         raw = db.events.with_options(codec_options=CodecOptions(document_class=RawBSONDocument))
         documents = [bytes(document.raw) for document in raw.find(sort=[("_id", 1)])]
         collections = db.command({"listCollections": 1, "filter": {"name": "events"}})["cursor"]["firstBatch"]
         return documents, collections, list(db.events.list_indexes()) if collections else []
 
-    def refused(self, attempt: Attempt) -> None:
-        """Check that neither of the two roles can do it, and that trying has changed nothing."""
-        before = self.guarded()
-        for connection in (self.place.service, self.place.subscriber):
-            with connection.blocking_client() as client, pytest.raises(OperationFailure) as refused:
+    def assert_refused(self, attempt: Attempt) -> None:
+        """Check that neither role may do it and that the attempt changed nothing."""
+        before = self.load_protected_state()
+        for connection in (self.prepared.service, self.prepared.subscriber):
+            with connection.blocking_client() as client, pytest.raises(OperationFailure) as raised:
                 attempt(client[connection.db_name])
-            assert refused.value.code == UNAUTHORIZED, refused.value
-        assert self.guarded() == before
+            assert raised.value.code == UNAUTHORIZED, raised.value
+        assert self.load_protected_state() == before
 
 
 @pytest.fixture
-def written(place: Place) -> Written:
+def filled(prepared: PreparedDatabase) -> FilledDatabase:
     async def write() -> None:
-        async with open_ledger(place.service, with_change_stream=False) as ledger:
+        async with open_ledger(prepared.service, with_change_stream=False) as ledger:
             for _ in range(3):
                 await ledger.submit_job()
 
     asyncio.run(write())
-    place.db.jobs.insert_many([{"_id": 1, "stream": "job-1"}, {"_id": 4, "stream": "job-2"}])
-    return Written(place)
+    prepared.db.jobs.insert_many([{"_id": 1, "stream": "job-1"}, {"_id": 4, "stream": "job-2"}])
+    return FilledDatabase(prepared)
 
 
 @pytest.mark.parametrize("attempt", CHANGES.values(), ids=CHANGES)
-def test_the_server_refuses_to_change_events_for_all_but_an_administrator(written: Written, attempt: Attempt) -> None:
-    written.refused(attempt)
+def test_change_of_events_is_refused_except_for_administrator(filled: FilledDatabase, attempt: Attempt) -> None:
+    filled.assert_refused(attempt)
 
-    before = written.guarded()
-    attempt(written.place.db)
-    assert written.guarded() != before, "what was refused would have changed nothing anyway"
+    before = filled.load_protected_state()
+    attempt(filled.prepared.db)
+    assert filled.load_protected_state() != before, "the attempt changes nothing even as administrator"
 
 
-@pytest.mark.parametrize("attempt", POWERS.values(), ids=POWERS)
-def test_the_server_refuses_whatever_a_ledger_does_not_need(written: Written, attempt: Attempt) -> None:
-    written.refused(attempt)
+@pytest.mark.parametrize("attempt", FORBIDDEN_ACTIONS.values(), ids=FORBIDDEN_ACTIONS)
+def test_action_the_ledger_does_not_need_is_refused(filled: FilledDatabase, attempt: Attempt) -> None:
+    filled.assert_refused(attempt)
 
     try:
-        attempt(written.place.db)
+        attempt(filled.prepared.db)
     except OperationFailure as error:
-        assert error.code != UNAUTHORIZED, error  # noqa: PT017 - some of it nobody can do, rights or not
+        assert error.code != UNAUTHORIZED, error  # noqa: PT017 - some actions fail for other reasons even as administrator
 
 
-def test_all_that_can_be_done_to_the_log_is_to_add_to_it(written: Written) -> None:
-    there, *_ = written.guarded()
-    for position, connection in enumerate((written.place.service, written.place.subscriber), len(there) + 1):
+def test_service_and_subscriber_roles_can_only_append_events(filled: FilledDatabase) -> None:
+    events_before, *_ = filled.load_protected_state()
+    for position, connection in enumerate(
+        (filled.prepared.service, filled.prepared.subscriber), len(events_before) + 1
+    ):
         with connection.blocking_client() as client:
             events = client[connection.db_name].events
             events.insert_one({"_id": position, "stream": f"job-{position}", "version": 1})
-            for taken in ({"_id": position}, {"_id": 99, "stream": f"job-{position}", "version": 1}):
+            for duplicate in ({"_id": position}, {"_id": 99, "stream": f"job-{position}", "version": 1}):
                 with pytest.raises(DuplicateKeyError):
-                    events.insert_one(taken)
-    after, *_ = written.guarded()
-    assert after[: len(there)] == there
-    assert len(after) == len(there) + 2
+                    events.insert_one(duplicate)
+    events_after, *_ = filled.load_protected_state()
+    assert events_after[: len(events_before)] == events_before
+    assert len(events_after) == len(events_before) + 2
 
 
-def test_the_collection_of_the_log_cannot_be_made_anew_for_it_is_there(written: Written) -> None:
-    """Whoever may insert may also create the collection, with other options if he likes: the index is made before."""
-    before = written.guarded()
-    with written.place.service.blocking_client() as client, pytest.raises(OperationFailure, match="already exists"):
-        client[written.place.db.name].create_collection("events", validator={"x": 1}, check_exists=False)
-    assert written.guarded() == before
+def test_create_events_collection_with_options_fails_because_it_exists(filled: FilledDatabase) -> None:
+    """A user who may insert may also create the collection with any options. The script creates it before."""
+    before = filled.load_protected_state()
+    with filled.prepared.service.blocking_client() as client, pytest.raises(OperationFailure, match="already exists"):
+        client[filled.prepared.db.name].create_collection("events", validator={"x": 1}, check_exists=False)
+    assert filled.load_protected_state() == before
 
 
-def writes_to(name: str) -> list[Attempt]:
+def list_writes(name: str) -> list[Attempt]:
     return [
         lambda db: db[name].insert_one({}),
         lambda db: db[name].update_one({}, FORGED, upsert=True),
@@ -548,49 +557,48 @@ def writes_to(name: str) -> list[Attempt]:
     ]
 
 
-def test_a_subscriber_writes_nothing_but_its_place(written: Written) -> None:
-    db = written.place.db
+def test_subscriber_role_writes_only_its_subscription(filled: FilledDatabase) -> None:
+    db = filled.prepared.db
     [role] = db.command({"rolesInfo": SERVICE, "showPrivileges": True})["roles"]
-    others = {it["resource"]["collection"] for it in role["privileges"] if "update" in it["actions"]} - {SUBSCRIPTIONS}
-    assert others >= {"api_keys", "jobs", "batches", "checkpoints", "counters", "workers"}
-    connection = written.place.subscriber
+    other_collections = {
+        privilege["resource"]["collection"] for privilege in role["privileges"] if "update" in privilege["actions"]
+    } - {SUBSCRIPTIONS}
+    assert other_collections >= {"api_keys", "jobs", "batches", "checkpoints", "counters", "workers"}
+    connection = filled.prepared.subscriber
     with connection.blocking_client() as client:
-        mine = client[connection.db_name]
-        mine[SUBSCRIPTIONS].insert_one({"_id": "mine", "position": 1})
-        mine[SUBSCRIPTIONS].update_one({"_id": "mine"}, {"$set": {"position": 2}})
-        attempts = [attempt for name in others for attempt in writes_to(name)]
+        subscriber_db = client[connection.db_name]
+        subscriber_db[SUBSCRIPTIONS].insert_one({"_id": "mine", "position": 1})
+        subscriber_db[SUBSCRIPTIONS].update_one({"_id": "mine"}, {"$set": {"position": 2}})
+        attempts = [attempt for name in other_collections for attempt in list_writes(name)]
         attempts.append(lambda db: db[SUBSCRIPTIONS].delete_one({"_id": "mine"}))
         for attempt in attempts:
-            with pytest.raises(OperationFailure) as refused:
-                attempt(mine)
-            assert refused.value.code == UNAUTHORIZED, refused.value
+            with pytest.raises(OperationFailure) as raised:
+                attempt(subscriber_db)
+            assert raised.value.code == UNAUTHORIZED, raised.value
 
 
-# What is said of it -------------------------------------------------------------------------------------------------
+# Messages -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_doctor_says_that_the_service_s_user_can_change_no_event_and_an_administrator_can(
-    place: Place, tmp_path: Path
-) -> None:
-    for user, uri, word in (
-        ("service", place.service.uri, "this MongoDB user can append events, but not change or remove them"),
-        ("administrator", place.server.uri, "this MongoDB user can change and remove events"),
+def test_doctor_reports_whether_user_can_change_events(prepared: PreparedDatabase, tmp_path: Path) -> None:
+    for user, uri, expected_text in (
+        ("service", prepared.service.uri, "this MongoDB user can append events, but not change or remove them"),
+        ("administrator", prepared.server.uri, "this MongoDB user can change and remove events"),
     ):
-        with Installation(tmp_path / user, mongodb={"uri": uri, "db_name": place.db.name}) as installation:
-            ended = installation.run("doctor")
-        told = ended.out + ended.err
-        assert ended.exit_code == 0, told
-        assert word in told
-        assert not [secret for secret in (*SECRETS, place.server.password) if secret in told]
-        # What this user may not look at is nothing wrong.
-        assert "no " not in [line[:3] for line in ended.out.splitlines()]
+        with Installation(tmp_path / user, mongodb={"uri": uri, "db_name": prepared.db.name}) as installation:
+            outcome = installation.run("doctor")
+        output = outcome.out + outcome.err
+        assert outcome.exit_code == 0, output
+        assert expected_text in output
+        assert not [secret for secret in (*SECRETS, prepared.server.password) if secret in output]
+        # A check that this user may not run is no problem.
+        assert "no " not in [line[:3] for line in outcome.out.splitlines()]
 
 
-async def finding(place: Place, connection: Connection, directory: Path, what: str) -> CheckResult:
-    settings = make_settings(connection.uri, place.db.name, directory)
-    found = [it async for it in check_database(settings, connection.uri)]
-    [wanted] = [it for it in found if it.name == what]
-    return wanted
+async def run_check(prepared: PreparedDatabase, connection: Connection, directory: Path, name: str) -> CheckResult:
+    settings = make_settings(connection.uri, prepared.db.name, directory)
+    [check_result] = [result async for result in check_database(settings, connection.uri) if result.name == name]
+    return check_result
 
 
 @pytest.mark.parametrize(
@@ -600,78 +608,80 @@ async def finding(place: Place, connection: Connection, directory: Path, what: s
         pytest.param("remove", "events", CHANGES["delete one"], id="remove"),
         pytest.param("dropCollection", "events", CHANGES["drop"], id="dropCollection"),
         pytest.param("anyAction", "", CHANGES["drop"], id="anyAction"),
-        pytest.param("createIndex", "events", CHANGES["index that lets events expire"], id="createIndex"),
+        pytest.param("createIndex", "events", CHANGES["index that expires events"], id="createIndex"),
         pytest.param("convertToCapped", "events", CHANGES["convert to capped"], id="convertToCapped"),
         pytest.param("dropDatabase", "", CHANGES["drop the database"], id="dropDatabase"),
         pytest.param("renameCollectionSameDB", "", CHANGES["rename"], id="renameCollectionSameDB"),
-        pytest.param("grantRole", "", POWERS["grant oneself a role"], id="grantRole"),
+        pytest.param("grantRole", "", FORBIDDEN_ACTIONS["grant own user a role"], id="grantRole"),
     ],
 )
-async def test_the_doctor_sees_every_power_to_change_events(
-    place: Place, tmp_path: Path, action: str, collection: str, change: Attempt
+async def test_doctor_detects_privilege_to_change_events(
+    prepared: PreparedDatabase, tmp_path: Path, action: str, collection: str, change: Attempt
 ) -> None:
-    more = {"resource": {"db": place.db.name, "collection": collection}, "actions": [action]}
-    place.db.command({"createRole": "more", "privileges": [more], "roles": [SERVICE]})
-    connection = place.user("mighty", "more")
-    rights = await finding(place, connection, tmp_path, "Rights")
-    place.db.events.insert_one({"_id": 1})
+    privilege = {"resource": {"db": prepared.db.name, "collection": collection}, "actions": [action]}
+    prepared.db.command({"createRole": "more", "privileges": [privilege], "roles": [SERVICE]})
+    connection = prepared.create_user("extended", "more")
+    rights_check = await run_check(prepared, connection, tmp_path, "Rights")
+    prepared.db.events.insert_one({"_id": 1})
     with connection.blocking_client() as client:
-        change(client[place.db.name])  # it is a power to do so
+        change(client[prepared.db.name])  # the privilege really allows it
 
-    assert "can change and remove events" in rights.detail
+    assert "can change and remove events" in rights_check.detail
 
 
-async def test_what_this_user_may_not_look_at_is_no_error(place: Place) -> None:
-    async with place.subscriber.client() as client:
-        db = client[place.db.name]
+async def test_server_limits_without_privilege_are_none(prepared: PreparedDatabase) -> None:
+    async with prepared.subscriber.client() as client:
+        db = client[prepared.db.name]
         assert await read_oplog_window(db) is None
         assert await read_transaction_limit_seconds(db) is None
-    async with place.for_the_administrator() as db:
+    async with prepared.open_as_administrator() as db:
         assert await read_oplog_window(db) is not None
-        assert await read_transaction_limit_seconds(db) == 60, "what MongoDB does unless told otherwise"
+        assert await read_transaction_limit_seconds(db) == 60, "the default of MongoDB"
 
 
-async def test_without_its_index_a_log_is_refused_with_the_command_that_makes_it(place: Place) -> None:
-    place.db.events.drop_index("stream_1_version_1")
-    async with place.service.client() as client:
-        log = EventStore(client[place.db.name])
-        with pytest.raises(DatabaseUnsuitable, match="this user may not create it") as missing:
-            await log.prepare()
-        command = str(missing.value).partition("in mongosh: ")[2]
-        for call in calls_in(command):
-            call.run(place.administrator)
-        await log.prepare()
-    assert place.db.events.index_information()["stream_1_version_1"]["unique"]
+async def test_prepare_without_index_fails_and_prints_command(prepared: PreparedDatabase) -> None:
+    prepared.db.events.drop_index("stream_1_version_1")
+    async with prepared.service.client() as client:
+        event_store = EventStore(client[prepared.db.name])
+        with pytest.raises(DatabaseUnsuitable, match="this user may not create it") as raised:
+            await event_store.prepare()
+        command = str(raised.value).partition("in mongosh: ")[2]
+        for call in parse_calls(command):
+            call.run(prepared.administrator)
+        await event_store.prepare()
+    assert prepared.db.events.index_information()["stream_1_version_1"]["unique"]
 
 
 @pytest.mark.parametrize("options", [{}, {"unique": True, "partialFilterExpression": {"version": {"$gt": 1}}}])
-async def test_an_index_that_guards_nothing_does_not_count(place: Place, options: dict[str, Any]) -> None:
-    place.db.events.drop_index("stream_1_version_1")
-    place.db.events.create_index([("stream", 1), ("version", 1)], **options)
-    async with place.service.client() as client:
+async def test_prepare_with_unsuitable_index_fails(prepared: PreparedDatabase, options: dict[str, Any]) -> None:
+    prepared.db.events.drop_index("stream_1_version_1")
+    prepared.db.events.create_index([("stream", 1), ("version", 1)], **options)
+    async with prepared.service.client() as client:
         with pytest.raises(DatabaseUnsuitable, match="createIndex"):
-            await EventStore(client[place.db.name]).prepare()
+            await EventStore(client[prepared.db.name]).prepare()
 
 
-async def head(db: Database) -> None:
+async def read_head(db: Database) -> None:
     await EventStore(db).head_position()
 
 
-async def prepare(db: Database) -> None:
+async def prepare_store(db: Database) -> None:
     await EventStore(db).prepare()
 
 
-async def test_no_error_shows_the_password(place: Place) -> None:
-    powerless = place.user("powerless")
-    wrong = replace(powerless, uri=powerless.uri.replace("powerless", "nobody"))
-    nowhere = replace(powerless, uri=powerless.uri.replace(place.server.address, "127.0.0.1:1"), connect_timeout_ms=200)
+async def test_connection_errors_do_not_show_password(prepared: PreparedDatabase) -> None:
+    without_roles = prepared.create_user("no-roles")
+    wrong_user = replace(without_roles, uri=without_roles.uri.replace("no-roles", "nobody"))
+    unreachable = replace(
+        without_roles, uri=without_roles.uri.replace(prepared.server.address, "127.0.0.1:1"), connect_timeout_ms=200
+    )
     errors: list[JobledgerError] = []
-    for connection in (powerless, wrong, nowhere):
-        for ask in (check_server, head, prepare):
+    for connection in (without_roles, wrong_user, unreachable):
+        for operation in (check_server, read_head, prepare_store):
             async with connection.client() as client:
-                with pytest.raises(JobledgerError) as refused:
-                    await ask(client[place.db.name])
-            errors.append(refused.value)
+                with pytest.raises(JobledgerError) as raised:
+                    await operation(client[prepared.db.name])
+            errors.append(raised.value)
     assert "not authorized" in str(errors[0])
     assert "Authentication failed" in str(errors[3])
     for error in errors:

@@ -1,4 +1,4 @@
-"""A session's document as a reader gets it: from the running service, with every image and every link alive."""
+"""The document of a session as the API serves it: all images and links can be loaded."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ PAGE = """<html lang="de"><head><title>{title}</title></head><body><main><h1>Ran
 </body></html>"""
 
 
-def targets(markdown: str) -> Iterator[tuple[str, str]]:
-    """What a reader's browser would ask for: images and links."""
+def extract_targets(markdown: str) -> Iterator[tuple[str, str]]:
+    """Yield the kind and URL of each image and link."""
     for block in MarkdownIt("commonmark").parse(markdown):
-        for piece in block.children or []:
-            if piece.type == "image":
-                yield "image", str(piece.attrs["src"])
-            elif piece.type == "link_open":
-                yield "link", str(piece.attrs["href"])
+        for token in block.children or []:
+            if token.type == "image":
+                yield "image", str(token.attrs["src"])
+            elif token.type == "link_open":
+                yield "link", str(token.attrs["href"])
 
 
 @pytest.mark.timeout(120)
-def test_every_image_and_link_of_a_served_document_is_alive(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+def test_served_document_images_and_links_are_loadable(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     mongodb = {"uri": mongodb_uri, "db_name": db_name}
     sessions = {"session": {"allowed_private_hosts": ["127.0.0.1"]}}
     with (
@@ -40,7 +40,7 @@ def test_every_image_and_link_of_a_served_document_is_alive(mongodb_uri: str, db
         Installation(tmp_path, mongodb=mongodb, processors=sessions) as installation,
         httpx.Client() as client,
     ):
-        # Brackets are escaped in Markdown: %28 is the same to a server, if not to this simple one.
+        # Parentheses are escaped in Markdown as %28 and %29, which the test server does not decode.
         for path in (
             "/mehr?a=1&b=%282%29",
             "/talks/andere%20seite.html",
@@ -48,7 +48,7 @@ def test_every_image_and_link_of_a_served_document_is_alive(mongodb_uri: str, db
             "/folien_%5B1%5D.pdf",
         ):
             site.put(path, html("<p>Da.</p>"))
-        asked = {
+        parameters = {
             **{"event": "Rand/Konferenz: 2025", "session": TITLE, "track": "A|B*C", "filename": "Fünf Ränder?.md"},
             "url": site.put("/talks/rand.html", html(PAGE.format(title="Rand"))),
             "video_url": site.put("/film (1).webm".replace(" ", "%20"), SiteResponse(make_video(1))),
@@ -58,18 +58,18 @@ def test_every_image_and_link_of_a_served_document_is_alive(mongodb_uri: str, db
         for role in ("projector", "worker", "api"):
             installation.start(role).wait_until_ready()
         url = installation.commands[-1].url
-        ended = installation.run("submit", "-", "--wait", stdin=json.dumps(asked), JOBLEDGER_URL=url)
-        assert ended.exit_code == 0, ended.out + ended.err
+        outcome = installation.run("submit", "-", "--wait", stdin=json.dumps(parameters), JOBLEDGER_URL=url)
+        assert outcome.exit_code == 0, outcome.out + outcome.err
         [job] = client.get(f"{url}/api/events/jobs").json()["jobs"]
-        address = urljoin(url, job["results"]["markdown_url"])
-        served = client.get(address)
-        assert served.headers["content-type"].startswith("text/markdown")
-        _, front, body = served.text.split("---\n", 2)
+        document_url = urljoin(url, job["results"]["markdown_url"])
+        document = client.get(document_url)
+        assert document.headers["content-type"].startswith("text/markdown")
+        _, front, body = document.text.split("---\n", 2)
         assert yaml.safe_load(front)["title"] == TITLE
-        found = list(targets(body))
-        for kind, target in found:
-            answer = client.get(urljoin(address, target))
+        found_targets = list(extract_targets(body))
+        for kind, target in found_targets:
+            answer = client.get(urljoin(document_url, target))
             assert answer.status_code == 200, target
             assert kind == "link" or answer.headers["content-type"] == "image/jpeg"
-    assert [kind for kind, _ in found].count("image") == 3
-    assert [kind for kind, _ in found].count("link") == 5
+    assert [kind for kind, _ in found_targets].count("image") == 3
+    assert [kind for kind, _ in found_targets].count("link") == 5

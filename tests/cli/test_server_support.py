@@ -1,4 +1,4 @@
-"""MongoDB releases that get no security fixes, or have a known hole, are named."""
+"""Warnings about MongoDB releases without security fixes or with a known vulnerability."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from jobledger.cli.mongodb_support import support_warning
         ("9.0.0", True, []),
     ],
 )
-def test_support_warning_names_what_is_wrong_with_a_version(version: str, zlib: bool, words: list[str]) -> None:
+def test_support_warning_for_version_names_problem(version: str, zlib: bool, words: list[str]) -> None:
     warning = support_warning(version, date(2026, 1, 1), zlib=zlib)
     assert (warning is not None) == bool(words)
     for word in words:
         assert word in (warning or "")
 
 
-def test_support_ends_on_its_date() -> None:
+def test_support_warning_starts_when_support_ends() -> None:
     assert support_warning("7.0.30", date(2027, 8, 31), zlib=True) is None
     assert support_warning("7.0.30", date(2027, 9, 1), zlib=True) is not None

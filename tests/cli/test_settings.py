@@ -1,4 +1,4 @@
-"""config.yaml and the environment: what is in force, and what somebody is told who has made a mistake."""
+"""Settings from config.yaml and the environment: their values, and the errors about wrong ones."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ UNUSED_KEYS = {("event_worker", "poll_interval_sec")}
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("JOBLEDGER_"):
             monkeypatch.delenv(name)
 
 
-def read(tmp_path: Path, text: str | bytes) -> tuple[Settings, list[str]]:
+def read_config(tmp_path: Path, text: str | bytes) -> tuple[Settings, list[str]]:
     path = tmp_path / "config.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return read_settings(path)
 
 
-def complaint(tmp_path: Path, text: str | bytes) -> str:
-    """What is said about a config.yaml that is wrong: one line that names the file."""
+def read_invalid_config(tmp_path: Path, text: str | bytes) -> str:
+    """Return the error about a wrong config.yaml, which must be one line."""
     with pytest.raises(ConfigurationError) as raised:
-        read(tmp_path, text)
+        read_config(tmp_path, text)
     message = str(raised.value)
     assert "\n" not in message
     assert "pydantic" not in message
     return message
 
 
-def plain(value: Any) -> Any:
-    """Return a default as config.yaml would write it."""
+def to_yaml_value(value: Any) -> Any:
+    """Return a default value as config.yaml contains it."""
     match value:
         case BaseModel():
-            return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+            return {name: to_yaml_value(getattr(value, name)) for name in type(value).model_fields}
         case SecretStr():
             return value.get_secret_value()
         case Path():
@@ -56,32 +56,34 @@ def plain(value: Any) -> Any:
             return value
 
 
-def leaves(content: Mapping[str, Any], *above: str) -> dict[tuple[str, ...], Any]:
-    found: dict[tuple[str, ...], Any] = {}
+def flatten(content: Mapping[str, Any], *parents: str) -> dict[tuple[str, ...], Any]:
+    values: dict[tuple[str, ...], Any] = {}
     for name, value in content.items():
-        found |= leaves(value, *above, name) if isinstance(value, dict) else {(*above, name): value}
-    return found
+        values |= flatten(value, *parents, name) if isinstance(value, dict) else {(*parents, name): value}
+    return values
 
 
-def test_the_config_yaml_of_the_repository_says_the_defaults_key_by_key() -> None:
-    written = leaves(yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8")))
-    defaults = plain(Settings())
-    defaults["processors"] = {name: plain(processor.Settings()) for name, processor in load_processors().items()}
-    wanted = {path: value for path, value in leaves(defaults).items() if path not in UNUSED_KEYS}
+def test_repository_config_yaml_contains_all_defaults() -> None:
+    written = flatten(yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8")))
+    defaults = to_yaml_value(Settings())
+    defaults["processors"] = {
+        name: to_yaml_value(processor.Settings()) for name, processor in load_processors().items()
+    }
+    expected = {path: value for path, value in flatten(defaults).items() if path not in UNUSED_KEYS}
 
-    assert written.keys() == wanted.keys()
-    for path, value in wanted.items():
+    assert written.keys() == expected.keys()
+    for path, value in expected.items():
         assert written[path] == value, ".".join(path)
         assert type(written[path]) is type(value) or {type(written[path]), type(value)} == {int, float}, path
 
 
-def test_every_key_of_config_yaml_is_preceded_by_a_comment_in_its_section() -> None:
+def test_repository_config_yaml_sections_have_comments() -> None:
     text = (REPOSITORY / "config.yaml").read_text(encoding="utf-8")
     for section in text.split("\n\n")[1:]:
         assert "#" in section, section.splitlines()[0]
 
 
-def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_without_file_are_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings, notices = read_settings(None)
 
@@ -91,8 +93,8 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: 
     assert settings.results.store == tmp_path / "data" / "results"
 
 
-def test_a_file_of_only_the_concepts_two_sections_works_and_polling_is_said_to_be_over(tmp_path: Path) -> None:
-    settings, notices = read(
+def test_settings_with_poll_interval_give_notice_and_are_used(tmp_path: Path) -> None:
+    settings, notices = read_config(
         tmp_path,
         """
         mongodb:
@@ -114,13 +116,13 @@ def test_a_file_of_only_the_concepts_two_sections_works_and_polling_is_said_to_b
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "mongodb:\n", "processors:\n", "processors:\n  session:\n"])
-def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, text: str) -> None:
-    settings, _ = read(tmp_path, text)
+def test_settings_empty_section_has_defaults(tmp_path: Path, text: str) -> None:
+    settings, _ = read_config(tmp_path, text)
     assert settings.api == Settings().api
 
 
 @pytest.mark.parametrize(
-    ("text", "place", "right"),
+    ("text", "key", "expected_text"),
     [
         ("api:\n  prot: 5\n", "api.prot", "Keys: host, port"),
         ("apis:\n  port: 5\n", "apis", "Sections: mongodb, event_worker, api"),
@@ -170,17 +172,17 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         ),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_file_the_key_and_what_is_right(
-    tmp_path: Path, text: str, place: str, right: str
+def test_settings_wrong_value_error_names_file_key_and_fix(
+    tmp_path: Path, text: str, key: str, expected_text: str
 ) -> None:
-    message = complaint(tmp_path, text)
+    message = read_invalid_config(tmp_path, text)
 
-    assert message.startswith(f"{tmp_path / 'config.yaml'}: {place}") or place in message.split(": ", 1)[1]
-    assert right in message
+    assert message.startswith(f"{tmp_path / 'config.yaml'}: {key}") or key in message.split(": ", 1)[1]
+    assert expected_text in message
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_text"),
     [
         ("- api\n- auth\n", "got list"),
         ("just words\n", "got str"),
@@ -193,24 +195,24 @@ def test_a_mistake_is_one_line_that_names_the_file_the_key_and_what_is_right(
         (b"api: \x00\n", "is not YAML"),
     ],
 )
-def test_a_file_that_is_no_settings_at_all_is_named(tmp_path: Path, text: str | bytes, said: str) -> None:
-    message = complaint(tmp_path, text)
+def test_settings_invalid_file_error_names_file(tmp_path: Path, text: str | bytes, expected_text: str) -> None:
+    message = read_invalid_config(tmp_path, text)
     assert message.startswith(str(tmp_path / "config.yaml"))
-    assert said in message
+    assert expected_text in message
 
 
-def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
+def test_settings_missing_file_is_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"nowhere\.yaml: file not found"):
         read_settings(tmp_path / "nowhere.yaml")
     with pytest.raises(ConfigurationError, match="cannot be read"):
         read_settings(tmp_path)
 
 
-def test_the_environment_overrides_the_file_key_by_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_overrides_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOBLEDGER_API__PORT", "8080")
     monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__MAX_PDF_PAGES", "7")
     monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__TRANSCRIPTION__BACKEND", "pocketsphinx")
-    settings, _ = read(
+    settings, _ = read_config(
         tmp_path,
         "api:\n  port: 1\n  max_body_bytes: 2048\n"
         "processors:\n  session:\n    max_pdf_pages: 3\n    keep_audio: true\n",
@@ -225,7 +227,7 @@ def test_the_environment_overrides_the_file_key_by_key(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "right"),
+    ("variable", "value", "expected_text"),
     [
         ("JOBLEDGER_API__PORT", "many", "valid integer, unable to parse string as an integer, got 'many'"),
         ("JOBLEDGER_API__PORT", "", "valid integer"),
@@ -237,44 +239,44 @@ def test_the_environment_overrides_the_file_key_by_key(tmp_path: Path, monkeypat
         ("JOBLEDGER_PROCESSORS__SESSION__MAX_PDF_PAGES", "x", "valid integer"),
     ],
 )
-def test_a_mistake_in_the_environment_names_the_variable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, right: str
+def test_environment_wrong_value_error_names_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected_text: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    message = complaint(tmp_path, "")
+    message = read_invalid_config(tmp_path, "")
 
     assert message.startswith(f"environment variable {variable}: ")
-    assert right in message
+    assert expected_text in message
     assert "s3cret" not in message
 
 
-def test_variables_that_are_not_settings_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_other_variables_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOBLEDGER_URL", "http://elsewhere")
     monkeypatch.setenv("JOBLEDGER_API_PORT", "tcp://10.0.0.1:80")  # Kubernetes does this for a service jobledger-api
-    settings, _ = read(tmp_path, "")
+    settings, _ = read_config(tmp_path, "")
     assert settings.api.port == 5001
 
 
-def test_relative_paths_start_where_the_file_lies(tmp_path: Path) -> None:
-    settings, _ = read(tmp_path, "mongodb:\n  data_dir: here\nresults:\n  store: /there\n")
+def test_settings_relative_path_is_resolved_from_file_directory(tmp_path: Path) -> None:
+    settings, _ = read_config(tmp_path, "mongodb:\n  data_dir: here\nresults:\n  store: /there\n")
     assert settings.mongodb.data_dir == tmp_path / "here"
     assert settings.results.store == Path("/there")
 
 
 @pytest.mark.parametrize("word", ["gridfs", "GridFS", "'gridfs '"])
-def test_result_files_can_lie_in_the_database(tmp_path: Path, word: str) -> None:
-    assert read(tmp_path, f"results:\n  store: {word}\n")[0].results.store == "gridfs"
-    assert read(tmp_path, "results:\n  store: ./gridfs\n")[0].results.store == tmp_path / "gridfs"
+def test_result_store_gridfs_is_recognized(tmp_path: Path, word: str) -> None:
+    assert read_config(tmp_path, f"results:\n  store: {word}\n")[0].results.store == "gridfs"
+    assert read_config(tmp_path, "results:\n  store: ./gridfs\n")[0].results.store == tmp_path / "gridfs"
 
 
-def test_a_store_that_there_is_not_becomes_no_directory_of_that_name(tmp_path: Path) -> None:
+def test_result_store_unknown_scheme_is_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"results\.store: unknown result store: expected a directory, or"):
-        read(tmp_path, "results:\n  store: s3://bucket/results\n")
+        read_config(tmp_path, "results:\n  store: s3://bucket/results\n")
 
 
-def test_an_address_with_a_password_can_lie_in_a_file_of_its_own(tmp_path: Path) -> None:
+def test_mongodb_uri_file_is_read_and_password_hidden(tmp_path: Path) -> None:
     (tmp_path / "uri").write_text("mongodb://user:s3cret@host/\n")
-    settings, _ = read(tmp_path, "mongodb:\n  uri_file: uri\n")
+    settings, _ = read_config(tmp_path, "mongodb:\n  uri_file: uri\n")
 
     assert settings.mongodb.uri.get_secret_value() == "mongodb://user:s3cret@host/"
     assert not settings.mongodb.is_embedded
@@ -283,10 +285,10 @@ def test_an_address_with_a_password_can_lie_in_a_file_of_its_own(tmp_path: Path)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
-def test_a_file_for_the_address_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_mongodb_uri_file_unreadable_error_names_file(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "uri").write_bytes(content)
-    message = complaint(tmp_path, "mongodb:\n  uri_file: uri\n")
+    message = read_invalid_config(tmp_path, "mongodb:\n  uri_file: uri\n")
     assert message.startswith(f"mongodb.uri_file: {tmp_path / 'uri'} cannot be read")
 
 
@@ -301,8 +303,8 @@ def test_a_file_for_the_address_that_cannot_be_read_is_named(tmp_path: Path, con
         'url: "mongodb://user:s3cret@host/"\n',
     ],
 )
-def test_a_password_in_the_wrong_place_is_not_repeated_in_the_complaint(tmp_path: Path, text: str) -> None:
-    assert "s3cret" not in complaint(tmp_path, text)
+def test_settings_error_does_not_show_misplaced_password(tmp_path: Path, text: str) -> None:
+    assert "s3cret" not in read_invalid_config(tmp_path, text)
 
 
 @pytest.mark.parametrize(
@@ -317,8 +319,8 @@ def test_a_password_in_the_wrong_place_is_not_repeated_in_the_complaint(tmp_path
         "mongodb://user:s3cret@host/?replicaSet",
     ],
 )
-def test_an_address_that_cannot_be_used_is_refused_without_showing_its_password(tmp_path: Path, uri: str) -> None:
-    settings, _ = read(tmp_path, yaml.safe_dump({"mongodb": {"uri": uri}}))
+def test_mongodb_uri_unusable_error_hides_password(tmp_path: Path, uri: str) -> None:
+    settings, _ = read_config(tmp_path, yaml.safe_dump({"mongodb": {"uri": uri}}))
     with pytest.raises(ConfigurationError) as raised:
         settings.mongodb.make_connection(uri).client()
     message = str(raised.value)
@@ -328,24 +330,24 @@ def test_an_address_that_cannot_be_used_is_refused_without_showing_its_password(
         assert part not in message
 
 
-# Sign-in ------------------------------------------------------------------------------------------------------------
+# Authentication -------------------------------------------------------------------------------------------------------
 
 LONG_SECRET = "s3cret" * 6
 
 
 @pytest.mark.parametrize("mode", ["keys", "jwt", "proxy"])
-def test_with_sign_in_others_may_reach_us(tmp_path: Path, mode: str) -> None:
-    needed: dict[str, Any] = {
+def test_auth_mode_with_credentials_allows_public_host(tmp_path: Path, mode: str) -> None:
+    required_keys: dict[str, Any] = {
         "jwt": {"jwt": {"jwks_url": "https://id.example.org/keys"}},
         "proxy": {"proxy": {"trusted": ["10.0.0.0/8"]}},
     }
-    auth = {"mode": mode, **needed.get(mode, {})}
-    settings, _ = read(tmp_path, yaml.safe_dump({"api": {"host": "0.0.0.0"}, "auth": auth}))
+    auth = {"mode": mode, **required_keys.get(mode, {})}
+    settings, _ = read_config(tmp_path, yaml.safe_dump({"api": {"host": "0.0.0.0"}, "auth": auth}))
     assert settings.auth.mode == mode
 
 
 @pytest.mark.parametrize(
-    ("auth", "words"),
+    ("auth", "expected_texts"),
     [
         ("mode: jwt", ["one of jwt.secret_file", "got: none"]),
         ("mode: jwt\n  jwt: {issuer: us}", ["got: none"]),
@@ -374,75 +376,73 @@ def test_with_sign_in_others_may_reach_us(tmp_path: Path, mode: str) -> None:
         ("mode: jwt\n  admins: ann", ["auth.admins", "list"]),
     ],
 )
-def test_a_way_to_sign_in_that_does_not_fit_together_is_refused(tmp_path: Path, auth: str, words: list[str]) -> None:
-    message = complaint(tmp_path, f"auth:\n  {auth}\n")
+def test_auth_inconsistent_settings_are_refused(tmp_path: Path, auth: str, expected_texts: list[str]) -> None:
+    message = read_invalid_config(tmp_path, f"auth:\n  {auth}\n")
     assert message.startswith(f"{tmp_path / 'config.yaml'}: auth")
-    for word in words:
-        assert word in message
+    for expected_text in expected_texts:
+        assert expected_text in message
 
 
-def test_a_secret_for_tokens_does_not_stand_in_the_file(tmp_path: Path) -> None:
+def test_jwt_secret_in_config_yaml_is_refused(tmp_path: Path) -> None:
     for secret in (LONG_SECRET, "s3cret", 5):
-        message = complaint(tmp_path, yaml.safe_dump({"auth": {"mode": "jwt", "jwt": {"secret": secret}}}))
+        message = read_invalid_config(tmp_path, yaml.safe_dump({"auth": {"mode": "jwt", "jwt": {"secret": secret}}}))
         assert "auth.jwt.secret_file" in message
         assert "JOBLEDGER_AUTH__JWT__SECRET" in message
         assert "s3cret" not in message
 
 
-def test_a_secret_for_tokens_comes_from_a_file_or_the_environment_and_is_never_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jwt_secret_from_file_or_environment_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret").write_text(f"{LONG_SECRET}\n")
-    by_file, _ = read(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
+    from_file, _ = read_config(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
     monkeypatch.setenv("JOBLEDGER_AUTH__JWT__SECRET", LONG_SECRET)
-    by_environment, _ = read(tmp_path, "auth:\n  mode: jwt\n")
-    for settings in (by_file, by_environment):
+    from_environment, _ = read_config(tmp_path, "auth:\n  mode: jwt\n")
+    for settings in (from_file, from_environment):
         assert settings.auth.jwt.secret is not None
         assert settings.auth.jwt.secret.get_secret_value() == LONG_SECRET
         for shown in (repr(settings), str(settings), settings.model_dump_json()):
             assert LONG_SECRET not in shown
-    message = complaint(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
+    message = read_invalid_config(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
     assert "got: jwt.secret, jwt.secret_file" in message
 
 
-def test_a_secret_for_tokens_that_can_be_guessed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jwt_secret_too_short_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret").write_text("s3cret\n" + " " * 40)
-    message = complaint(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
+    message = read_invalid_config(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
     assert message.startswith(f"auth.jwt.secret_file: {tmp_path / 'secret'}: a JWT secret must have at least 32 bytes")
     assert "s3cret" not in message
-    missing = complaint(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: nowhere\n")
+    missing = read_invalid_config(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: nowhere\n")
     assert missing.startswith(f"auth.jwt.secret_file: {tmp_path / 'nowhere'} cannot be read")
     monkeypatch.setenv("JOBLEDGER_AUTH__JWT__SECRET", "s3cret")
-    message = complaint(tmp_path, "auth:\n  mode: jwt\n")
+    message = read_invalid_config(tmp_path, "auth:\n  mode: jwt\n")
     assert message.startswith("environment variable JOBLEDGER_AUTH__JWT__SECRET: a JWT secret must have at least 32")
     assert "s3cret" not in message
 
 
-def test_lists_in_the_environment_are_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_lists_are_read_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOBLEDGER_AUTH__MODE", "proxy")
     monkeypatch.setenv("JOBLEDGER_AUTH__PROXY__TRUSTED", '["10.0.0.1"]')
     monkeypatch.setenv("JOBLEDGER_AUTH__ADMINS", '["ann", "team-ops"]')
-    settings, _ = read(tmp_path, "")
+    settings, _ = read_config(tmp_path, "")
     assert settings.auth.proxy.trusted == ["10.0.0.1"]
     assert settings.auth.admins == ["ann", "team-ops"]
 
     monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS", '["10.0.0.2"]')
-    settings, _ = read(tmp_path, "processors: {session: {max_pdf_pages: 3}}")
+    settings, _ = read_config(tmp_path, "processors: {session: {max_pdf_pages: 3}}")
     session = load_processors()["session"].Settings.model_validate(settings.processors["session"]).model_dump()
     assert (session["allowed_private_hosts"], session["max_pdf_pages"]) == (["10.0.0.2"], 3)
     for text in ("10.0.0.2", '["10.0.0.2"'):
         monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS", text)
-        message = complaint(tmp_path, "")
+        message = read_invalid_config(tmp_path, "")
         assert message.startswith("environment variable JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS: ")
         assert "a valid list in JSON, for example" in message
     monkeypatch.delenv("JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS")
 
     monkeypatch.setenv("JOBLEDGER_AUTH__ADMINS", "ann")
-    message = complaint(tmp_path, "")
+    message = read_invalid_config(tmp_path, "")
     assert message.startswith("environment variables JOBLEDGER_AUTH__…: lists and sections must be JSON")
 
 
-def test_paths_of_processors_are_where_the_file_lies(tmp_path: Path) -> None:
+def test_processor_relative_paths_are_resolved_from_file_directory(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("processors: {session: {template: own.j2, transcription: {api_key_file: keys/openai}}}")
     section = read_settings(config)[0].processors["session"]

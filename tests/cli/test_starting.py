@@ -1,4 +1,4 @@
-"""A role that starts while something is away for now waits, or ends with a code that is restarted."""
+"""Start of a role while a resource is unavailable: it waits, or exits with a code after which it is restarted."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ from tests.support.soak_only import soak_only
     ],
     ids=lambda value: errno.errorcode[value] if isinstance(value, int) else "",
 )
-def test_os_failure_tells_what_may_pass_from_wrong_settings(number: int, expected: type[Exception]) -> None:
+def test_classify_os_error_separates_transient_from_settings_errors(number: int, expected: type[Exception]) -> None:
     assert type(classify_os_error(OSError(number, os.strerror(number)), "it failed")) is expected
 
 
-def _has_namespaces() -> bool:
+def _can_use_namespaces() -> bool:
     unshare = shutil.which("unshare")
     return unshare is not None and subprocess.run([unshare, "-rm", "true"], check=False).returncode == 0
 
 
-async def test_roles_with_a_store_that_cannot_be_written_now_start(
+async def test_start_roles_read_only_store_starts_and_reports_problem(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_only(*_: Any, **__: Any) -> None:
+    def raise_read_only(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     settings = make_settings(mongodb_uri, db_name, tmp_path)
     failures: list[BaseException] = []
-    monkeypatch.setattr("jobledger.ledger.files.directory.tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr("jobledger.ledger.files.directory.tempfile.TemporaryFile", raise_read_only)
     async with start_roles(
         settings, Connection(mongodb_uri, db_name), ALL_ROLES, on_failure=failures.append
     ) as running:
@@ -71,31 +71,36 @@ async def test_roles_with_a_store_that_cannot_be_written_now_start(
 
 @soak_only
 @needs_local_mongod
-@pytest.mark.skipif(not _has_namespaces(), reason="needs user namespaces and unshare: apt-get install util-linux")
+@pytest.mark.skipif(
+    not _can_use_namespaces(),
+    reason="no user namespaces, or no unshare (apt-get install util-linux)",
+)
 @pytest.mark.parametrize("mount", ["-o ro", "-o size=4k"], ids=["read-only", "full"])
-def test_role_with_a_store_that_cannot_be_written_starts_and_waits(
+def test_worker_unwritable_store_starts_and_claims_no_jobs(
     mongodb_uri: str, db_name: str, tmp_path: Path, mount: str
 ) -> None:
     store = tmp_path / "results"
     store.mkdir()
     with Installation(
-        tmp_path / "here",
+        tmp_path / "installation",
         mongodb={"uri": mongodb_uri, "db_name": db_name},
         results={"store": str(store)},
-    ) as here:
-        api = here.start("api").wait_until_ready()
-        command = here.directory / "worker"
+    ) as installation:
+        api = installation.start("api").wait_until_ready()
+        command = installation.directory / "worker"
         command.write_text(f"mount -t tmpfs {mount} none {store} && exec {COMMAND} worker\n")
-        worker = here.start_command(["unshare", "-rm", "sh", str(command)], "sick-worker").wait_until_ready()
+        worker = installation.start_command(
+            ["unshare", "-rm", "sh", str(command)], "worker-without-store"
+        ).wait_until_ready()
         with http_client(api) as client:
 
-            def problem() -> str | None:
+            def read_problem() -> str | None:
                 workers = client.get("/api/monitoring/events/stats").json()["stats"]["workers"]
                 return workers[0]["problem"] if workers else None
 
-            assert wait_until(lambda: bool(problem()), 20), worker.stderr
+            assert wait_until(lambda: bool(read_problem()), 20), worker.stderr
             assert 'jobledger_worker_healthy{worker_id="' in client.get("/metrics").text
-        doctor = here.start("doctor").wait_for_exit()
+        doctor = installation.start("doctor").wait_for_exit()
         assert doctor.exit_code == 1
         assert "1 active, 1 of them claim no jobs" in doctor.out
         assert worker.process.poll() is None

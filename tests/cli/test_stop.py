@@ -1,4 +1,4 @@
-"""Every end of a process is limited in time, whatever made it end."""
+"""Shutdown has a time limit, whatever its cause."""
 
 from __future__ import annotations
 
@@ -10,53 +10,51 @@ from typing import Any
 
 import pytest
 
-from jobledger.cli import embedded_supervisor as supervision
-from jobledger.cli import runtime as running
-from jobledger.cli import shutdown
+from jobledger.cli import embedded_supervisor, runtime, shutdown
 from jobledger.cli.settings import Settings
 from jobledger.cli.shutdown import Shutdown
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable
 
 
-@pytest.mark.parametrize("where", ["start", "run", "stop"])
-async def test_roles_that_do_not_end_are_limited_whatever_made_them_end(
-    monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    limited = asyncio.Event()
+@pytest.mark.parametrize("phase", ["start", "run", "stop"])
+async def test_shutdown_of_hanging_roles_is_limited_at_any_phase(monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    time_limit_reached = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     async def start(stack: AsyncExitStack, *_: Any) -> Any:
-        stack.push_async_callback(asyncio.wait_for, limited.wait(), 5)  # as long as the database does not answer
-        if where == "start":
+        stack.push_async_callback(asyncio.wait_for, time_limit_reached.wait(), 5)  # as if the database did not answer
+        if phase == "start":
             raise ConfigurationError("cannot start")
         return SimpleNamespace(url=None)
 
     async def run(_server: object, stop: Shutdown) -> None:
-        if where == "run":
+        if phase == "run":
             raise DatabaseUnsuitable("cannot run again")
         stop._handle_signal()
 
-    monkeypatch.setattr(running, "_start_with_retries", start)
-    monkeypatch.setattr(supervision, "supervise_until_shutdown", run)
+    monkeypatch.setattr(runtime, "_start_with_retries", start)
+    monkeypatch.setattr(embedded_supervisor, "supervise_until_shutdown", run)
     monkeypatch.setattr(shutdown, "shutdown_timeout", lambda *_: 0.05)
-    monkeypatch.setattr(Shutdown, "_exit_after_timeout", lambda *_: loop.call_soon_threadsafe(limited.set))
-    serving = running._run(Settings(), "", None, frozenset({"worker"}))
-    if where == "stop":
-        await serving
+    monkeypatch.setattr(Shutdown, "_exit_after_timeout", lambda *_: loop.call_soon_threadsafe(time_limit_reached.set))
+    run_task = runtime._run(Settings(), "", None, frozenset({"worker"}))
+    if phase == "stop":
+        await run_task
     else:
         with pytest.raises((ConfigurationError, DatabaseUnsuitable)):
-            await serving
-    assert limited.is_set()
+            await run_task
+    assert time_limit_reached.is_set()
 
 
 @pytest.mark.parametrize(
-    "end", [Shutdown._handle_signal, lambda stop: stop.request_after_failure(RuntimeError()), Shutdown.request]
+    "request_stop",
+    [Shutdown._handle_signal, lambda stop: stop.request_after_failure(RuntimeError()), Shutdown.request],
+    ids=["signal", "failure", "request"],
 )
-async def test_stop_needs_no_thread(monkeypatch: pytest.MonkeyPatch, end: Any) -> None:
-    def no_thread(_thread: threading.Thread) -> None:
+async def test_shutdown_without_new_threads_is_requested(monkeypatch: pytest.MonkeyPatch, request_stop: Any) -> None:
+    def raise_no_thread(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    monkeypatch.setattr(threading.Thread, "start", raise_no_thread)
     stop = Shutdown(60)
-    end(stop)
+    request_stop(stop)
     assert stop.is_requested

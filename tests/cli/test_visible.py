@@ -1,4 +1,4 @@
-"""What a terminal would obey is shown instead, in everything the commands print."""
+"""Commands print control characters and markup as visible escape sequences."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ from jobledger.projections.engine.comparison import Difference
 from jobledger.projections.engine.file_verification import FileProblem, FileVerificationResult
 from tests.support.event_examples import NOON
 
-NASTY = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ufeff\u2028\u2029\r\n\t\ud800[red]x[/red][link=file:///]:skull:\x7f\x00"
+UNSAFE_TEXT = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ufeff\u2028\u2029\r\n\t\ud800[red]x[/red][link=file:///]:skull:\x7f\x00"
 
 
 @pytest.mark.parametrize("category", ["Cc", "Cf", "Cs", "Zl", "Zp"])
-def test_visible_escapes_every_character_of_a_dangerous_category(category: str) -> None:
-    found = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) == category]
-    assert [character for character in found if escape_line(character) == character] == []
+def test_escape_line_unsafe_category_is_escaped(category: str) -> None:
+    characters = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) == category]
+    assert [character for character in characters if escape_line(character) == character] == []
 
 
 @given(st.text())
-def test_visible_is_one_printable_line_and_keeps_ordinary_text(text: str) -> None:
-    shown = escape_line(text)
-    assert not any(unicodedata.category(it) in ("Cc", "Cf", "Cs", "Zl", "Zp") for it in shown)
+def test_escape_line_any_text_is_printable_and_keeps_ordinary_text(text: str) -> None:
+    escaped = escape_line(text)
+    assert not any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in escaped)
     if text.isprintable() and not set(text) & set("\u115f\u1160\u3164\uffa0"):
-        assert shown == text
+        assert escaped == text
 
 
 def is_safe(printed: str) -> bool:
     return escape_text(printed) == printed
 
 
-@given(st.text() | st.just(NASTY))
-def test_json_says_the_same_without_dangerous_characters(text: str) -> None:
+@given(st.text() | st.just(UNSAFE_TEXT))
+def test_echo_json_unsafe_text_is_escaped_and_equal(text: str) -> None:
     written = json.dumps({"text": text}, ensure_ascii=False)
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -80,32 +80,32 @@ def test_json_says_the_same_without_dangerous_characters(text: str) -> None:
     assert json.loads(out.getvalue()) == {"text": text}
 
 
-def test_a_console_interprets_neither_control_sequences_nor_markup() -> None:
+def test_console_unsafe_text_prints_no_sequences_or_markup() -> None:
     table = SafeTable("name")
-    table.add_row(NASTY)
+    table.add_row(UNSAFE_TEXT)
     out = io.StringIO()
     console = SafeConsole(file=out, width=500)
-    for renderable in (NASTY, table):
+    for renderable in (UNSAFE_TEXT, table):
         console.print(renderable)
     assert is_safe(out.getvalue())
     assert out.getvalue().count("[red]x[/red][link=file:///]:skull:") == 2
 
 
-def test_echo_prints_each_argument_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    echo("first", NASTY)
+def test_echo_unsafe_text_prints_one_line_per_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    echo("first", UNSAFE_TEXT)
     printed = capsys.readouterr().out
     assert is_safe(printed)
     assert printed.count("\n") == 2
 
 
-def test_echo_text_indents_the_lines_of_a_text(capsys: pytest.CaptureFixture[str]) -> None:
-    echo_text(f"first\nsecond {NASTY}")
+def test_echo_text_several_lines_are_indented(capsys: pytest.CaptureFixture[str]) -> None:
+    echo_text(f"first\nsecond {UNSAFE_TEXT}")
     printed = capsys.readouterr().out
     assert is_safe(printed)
     assert [line for line in printed.splitlines() if not line.startswith("  ")] == ["first"]
 
 
-def a_stand(name: str) -> dict[str, Any]:
+def make_state(name: str) -> dict[str, Any]:
     job = dict.fromkeys(("job_id", "job_name", "job_type", "batch_id", "worker_id"), name)
     batch = {"batch_id": name, "batch_name": name, "status": "processing", "paused": False, "jobs": {name: 1}}
     return {
@@ -118,7 +118,7 @@ def a_stand(name: str) -> dict[str, Any]:
     }
 
 
-def delivery(name: str) -> dict[str, Any]:
+def make_delivery(name: str) -> dict[str, Any]:
     fields = dict.fromkeys(("delivery_id", "type", "host"), name)
     return {
         **fields,
@@ -129,12 +129,12 @@ def delivery(name: str) -> dict[str, Any]:
     }
 
 
-def endpoint(name: str) -> dict[str, Any]:
+def make_endpoint(name: str) -> dict[str, Any]:
     fields = ("endpoint_id", "user_id", "url", "created_at", "rotated_at", "previous_secret_expires_at")
     return {**dict.fromkeys(fields, name), "revoked": False}
 
 
-def event(name: str) -> RecordedEvent:
+def make_event(name: str) -> RecordedEvent:
     data = {"worker_id": name, "attempt": 1}
     return RecordedEvent(
         {
@@ -149,11 +149,11 @@ def event(name: str) -> RecordedEvent:
     )
 
 
-def differing(name: str) -> ViewComparison:
-    found = ViewComparison(9)
+def make_comparison(name: str) -> ViewComparison:
+    comparison = ViewComparison(9)
     for live, fresh in (({"a": name, name: 1}, {"a": 2}), (None, {}), ({}, None)):
-        found.add(Difference("jobs", name, live, fresh))
-    return found
+        comparison.add(Difference("jobs", name, live, fresh))
+    return comparison
 
 
 def print_all(*renderables: Any) -> None:
@@ -168,20 +168,22 @@ PRINTED: dict[str, Callable[[str], None]] = {
             VerificationResult(1, 0, 1, None, IntegrityProblem(2, f"its data.{name} is a Code", name, 3))
         )
     ),
-    "log verify: views": lambda name: echo(*view_maintenance.format_comparison(differing(name))),
+    "log verify: views": lambda name: echo(*view_maintenance.format_comparison(make_comparison(name))),
     "log verify: files": lambda name: echo(
         *view_maintenance.format_file_verification(
             FileVerificationResult(1, 1, 0, 1, 2, [FileProblem(name, name, name)])
         )
     ),
-    "log history": lambda name: print_all(format_event(event(name)), format_changes({"a": 1}, {"a": name, name: name})),
-    "log state --as-of": lambda name: print_state(SafeConsole(width=10_000), a_stand(name)),
+    "log history": lambda name: print_all(
+        format_event(make_event(name)), format_changes({"a": 1}, {"a": name, name: name})
+    ),
+    "log state --as-of": lambda name: print_state(SafeConsole(width=10_000), make_state(name)),
     "log state --until": lambda name: print_changes(
-        SafeConsole(width=10_000), {"jobs": {name: 0}}, a_stand(name), {name: [name, name]}
+        SafeConsole(width=10_000), {"jobs": {name: 0}}, make_state(name), {name: [name, name]}
     ),
     "doctor": lambda name: print_all(results_table([CheckResult(name, is_ok=False, detail=name, advice=name)])),
-    "webhooks": lambda name: _print_table(list(delivery_rows([delivery(name)]))),
-    "webhooks endpoints": lambda name: print_all(endpoints_table([endpoint(name)])),
+    "webhooks": lambda name: _print_table(list(delivery_rows([make_delivery(name)]))),
+    "webhooks endpoints": lambda name: print_all(endpoints_table([make_endpoint(name)])),
     "submit": lambda name: print_finished_job(
         SafeConsole(width=10_000), name, "JobFailed", {"error": {"message": name}}
     ),
@@ -191,9 +193,9 @@ PRINTED: dict[str, Callable[[str], None]] = {
 
 
 @pytest.mark.parametrize("print_for", PRINTED.values(), ids=PRINTED.keys())
-@given(name=st.text(max_size=20) | st.just(f"x\nThe views match the log up to position 9999.\n{NASTY}"))
+@given(name=st.text(max_size=20) | st.just(f"x\nThe views match the log up to position 9999.\n{UNSAFE_TEXT}"))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_hostile_name_adds_no_line_to_the_output(
+def test_printed_unsafe_name_adds_no_line(
     print_for: Callable[[str], None], name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "10000")
@@ -207,13 +209,15 @@ def test_a_hostile_name_adds_no_line_to_the_output(
 
 
 @pytest.mark.parametrize("format_", ["console", "json"])
-def test_an_entry_of_the_log_is_one_line(format_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_entry_unsafe_text_is_one_line(format_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     before = structlog.get_config()
     try:
         configure_logging(LoggingSettings(format=format_))
-        structlog.get_logger().warning(f"event {NASTY}", job=NASTY, jobs=[NASTY], at=datetime.now(UTC))
+        structlog.get_logger().warning(
+            f"event {UNSAFE_TEXT}", job=UNSAFE_TEXT, jobs=[UNSAFE_TEXT], at=datetime.now(UTC)
+        )
     finally:
         structlog.configure(**before)
     lines = stream.getvalue().splitlines()
@@ -221,13 +225,13 @@ def test_an_entry_of_the_log_is_one_line(format_: Any, monkeypatch: pytest.Monke
     assert is_safe(lines[0])
 
 
-def test_a_record_of_another_library_is_one_line() -> None:
-    record = logging.LogRecord("x", logging.WARNING, "", 1, "%s", (NASTY,), None)
+def test_log_record_of_library_is_one_line() -> None:
+    record = logging.LogRecord("x", logging.WARNING, "", 1, "%s", (UNSAFE_TEXT,), None)
     assert escape_line(written := SafeFormatter("%(message)s").format(record)) == written
 
 
-class Broken(io.StringIO):
-    """A log on a full disk."""
+class FullDiskStream(io.StringIO):
+    """A log stream on a full disk."""
 
     def write(self, _text: str) -> int:
         raise OSError(28, "No space left on device")
@@ -236,8 +240,8 @@ class Broken(io.StringIO):
         raise OSError(28, "No space left on device")
 
 
-def test_a_log_that_cannot_be_written_ends_nothing() -> None:
-    stream = SafeStream(Broken())
+def test_safe_stream_write_error_is_ignored() -> None:
+    stream = SafeStream(FullDiskStream())
     assert stream.write("text") == 4
     stream.flush()
 
@@ -245,7 +249,7 @@ def test_a_log_that_cannot_be_written_ends_nothing() -> None:
 @pytest.mark.parametrize(
     "module", sorted(Path(jobledger.cli.terminal_text.__file__).parent.rglob("*.py")), ids=lambda path: path.name
 )
-def test_commands_print_by_these_functions_only(module: Path) -> None:
+def test_module_prints_only_by_safe_functions(module: Path) -> None:
     source = module.read_text(encoding="utf-8")
     if module.name != "terminal_text.py":
         assert not re.search(
@@ -257,10 +261,10 @@ def test_commands_print_by_these_functions_only(module: Path) -> None:
 @pytest.mark.parametrize(
     "module", sorted(Path(jobledger.cli.terminal_text.__file__).parent.rglob("*.py")), ids=lambda path: path.name
 )
-def test_no_text_with_a_line_break_is_printed_as_one_line(module: Path) -> None:
-    """`echo` and `print` would show the line break as an escape sequence; `echo_text` is for texts of several lines."""
-    calls = [it for it in ast.walk(ast.parse(module.read_text(encoding="utf-8"))) if isinstance(it, ast.Call)]
-    named = [(getattr(it.func, "attr", getattr(it.func, "id", "")), it) for it in calls]
+def test_module_echoes_no_text_with_line_break(module: Path) -> None:
+    """`echo` and `print` escape line breaks. `echo_text` prints texts of several lines."""
+    calls = [node for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    named = [(getattr(call.func, "attr", getattr(call.func, "id", "")), call) for call in calls]
     texts = [
         text.value
         for name, call in named
