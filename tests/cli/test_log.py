@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
@@ -19,7 +18,6 @@ import yaml
 from bson import ObjectId
 from pymongo import MongoClient
 
-from jobledger.cli import main
 from jobledger.ledger.domain.commands import CancelJob, CompleteJob, FailAttempt, RestartJob
 from jobledger.ledger.domain.events import Failure
 from jobledger.ledger.mongo.connection import Connection
@@ -27,6 +25,7 @@ from jobledger.ledger.store import export, export_file, import_
 from jobledger.ledger.store.hash_chain import hash_input
 from jobledger.projections.engine import rebuild
 from tests.projections.expected_views import assert_views_match_log, load_views, make_results, run_random_history
+from tests.support.in_process_command import run_command_in_process
 from tests.support.installation import CommandOutcome, Installation
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.role_runner import RunningRoles, run_roles_in_process
@@ -35,7 +34,7 @@ Work = Callable[[RunningRoles], Coroutine[Any, Any, Any]]
 
 
 class LedgerCommands:
-    """A ledger and its commands, run in the process of the test, so that a traceback surfaces as an exception."""
+    """A ledger and the commands for it, run in the process of the test."""
 
     def __init__(
         self,
@@ -53,13 +52,7 @@ class LedgerCommands:
     def run(self, *arguments: str, database: str | None = None) -> CommandOutcome:
         self._monkeypatch.setenv("JOBLEDGER_MONGODB__DB_NAME", database or self.connection.db_name)
         self._monkeypatch.setenv("COLUMNS", "250")
-        self._monkeypatch.setattr(sys, "argv", ["jobledger", *arguments])
-        self._capfd.readouterr()
-        with pytest.raises(SystemExit) as exited:
-            main.run()
-        output = self._capfd.readouterr()
-        assert "Traceback" not in output.err
-        return CommandOutcome(int(exited.value.code or 0), output.out, output.err)
+        return run_command_in_process(*arguments, capfd=self._capfd, monkeypatch=self._monkeypatch)
 
     def json(self, *arguments: str, exit_code: int = 0, database: str | None = None) -> Any:
         outcome = self.run(*arguments, "--json", database=database)

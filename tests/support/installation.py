@@ -172,6 +172,16 @@ class Installation:
                     running.kill_group()
 
 
+def assert_outcome(outcome: CommandOutcome, exit_code: int, *expected_texts: str) -> str:
+    """Check the exit code and the texts of the output, and that it has no traceback. Return the output."""
+    text = outcome.out + outcome.err
+    assert outcome.exit_code == exit_code, text
+    assert "Traceback" not in text, text
+    for expected_text in expected_texts:
+        assert expected_text in text, text
+    return text
+
+
 def assert_one_line_error(outcome: CommandOutcome, exit_code: int, *expected_texts: str) -> None:
     """Check that a command failed with this exit code and one line of error with these texts."""
     assert (outcome.exit_code, outcome.out) == (exit_code, ""), outcome

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from hashlib import sha256
@@ -17,7 +16,6 @@ import structlog
 import yaml
 from bson import ObjectId
 
-from jobledger.cli import main
 from jobledger.cli.commands import log
 from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.mongo.connection import Connection, Document
@@ -26,6 +24,7 @@ from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.hash_chain import GENESIS_HASH
 from jobledger.projections.engine.registry import PROJECTION_VERSION
 from tests.support.event_examples import NOON
+from tests.support.in_process_command import run_command_in_process
 from tests.support.installation import CommandOutcome, Installation, assert_one_line_error, has_exited
 from tests.support.ledger_setup import (
     EVENT_METADATA,
@@ -60,7 +59,7 @@ async def write_events(ledger: Ledger) -> None:
 
 
 class VerifiedLog:
-    """A log and `log verify`, run in the process of the test, so that a traceback surfaces as an exception."""
+    """A log and `log verify` for it, run in the process of the test."""
 
     def __init__(
         self, connection: Connection, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -73,12 +72,7 @@ class VerifiedLog:
         return self.run("log", "verify", *arguments)
 
     def run(self, *arguments: str) -> CommandOutcome:
-        self._monkeypatch.setattr(sys, "argv", ["jobledger", *arguments])
-        self._capfd.readouterr()
-        with pytest.raises(SystemExit) as exited:
-            main.run()
-        output = self._capfd.readouterr()
-        return CommandOutcome(int(exited.value.code or 0), output.out, output.err)
+        return run_command_in_process(*arguments, capfd=self._capfd, monkeypatch=self._monkeypatch)
 
     def json(self, exit_code: int, *arguments: str) -> Any:
         outcome = self.verify("--json", *arguments)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,6 +24,7 @@ from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.event_store import MAX_POSITION
 from tests.support.installation import CommandOutcome, Installation, assert_one_line_error
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.scripted_server import serve_answers
 
 pytestmark = needs_local_mongod
 
@@ -79,16 +77,9 @@ class SubmittedBatch:
         return jobs[number] if len(jobs) == len(BATCH["jobs"]) else {"status": "", "retries": 0, "progress": None}
 
 
-@pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    with Installation(tmp_path_factory.mktemp("up")) as installation:
-        installation.start_up_command()
-        yield installation
-
-
 @pytest.fixture
-def batch(installation: Installation) -> Iterator[SubmittedBatch]:
-    batch = SubmittedBatch(installation)
+def batch(running_installation: Installation) -> Iterator[SubmittedBatch]:
+    batch = SubmittedBatch(running_installation)
     yield batch
     batch.run_expecting(0, "batches", "cancel", batch.batch_id)  # otherwise the next test finds no free worker
 
@@ -215,9 +206,9 @@ def test_batches_pause_resume_cancel_and_restart_change_jobs(batch: SubmittedBat
     ids=str,
 )
 def test_invalid_argument_is_usage_error_before_any_request(
-    installation: Installation, arguments: list[str], words: list[str]
+    running_installation: Installation, arguments: list[str], words: list[str]
 ) -> None:
-    assert_one_line_error(installation.run(*arguments, JOBLEDGER_URL="http://127.0.0.1:1"), 2, *words)
+    assert_one_line_error(running_installation.run(*arguments, JOBLEDGER_URL="http://127.0.0.1:1"), 2, *words)
 
 
 def test_http_commands_do_not_import_slow_packages() -> None:
@@ -227,46 +218,21 @@ def test_http_commands_do_not_import_slow_packages() -> None:
     assert options.LARGEST_POSITION == MAX_POSITION, "options.py repeats the value to avoid the import"
 
 
-@contextmanager
-def serve_answers(*answers: tuple[int, dict[str, Any]], retry_after: str = "1") -> Iterator[str]:
-    """Serve these answers in order and repeat the last one. Yield the URL."""
-    remaining = list(answers)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, content = remaining.pop(0) if len(remaining) > 1 else remaining[0]
-            body = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Retry-After", retry_after)
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_POST = answer
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+BUSY = json.dumps({"status": "error", "code": "too_many_requests", "message": "Too many requests.", "details": {}})
+UNAVAILABLE = json.dumps(
+    {
+        "status": "error",
+        "code": "database_unavailable",
+        "message": "The database is unavailable.",
+        "details": {},
+    }
+)
+DONE = json.dumps({"status": "success", "job_id": "job-1", "job": {"status": "pending", "cancel_requested": False}})
 
 
-BUSY = {"status": "error", "code": "too_many_requests", "message": "Too many requests.", "details": {}}
-UNAVAILABLE = {
-    "status": "error",
-    "code": "database_unavailable",
-    "message": "The database is unavailable.",
-    "details": {},
-}
-DONE = {"status": "success", "job_id": "job-1", "job": {"status": "pending", "cancel_requested": False}}
-
-
-def test_command_after_429_retries_and_names_unprocessed_jobs(installation: Installation) -> None:
-    with serve_answers((429, BUSY), (200, DONE), (503, UNAVAILABLE)) as url:
-        outcome = installation.run("jobs", "restart", "job-1", "job-2", "job-3", "--json", JOBLEDGER_URL=url)
+def test_command_after_429_retries_and_names_unprocessed_jobs(running_installation: Installation) -> None:
+    with serve_answers((429, BUSY), (200, DONE), (503, UNAVAILABLE), retry_after="1") as url:
+        outcome = running_installation.run("jobs", "restart", "job-1", "job-2", "job-3", "--json", JOBLEDGER_URL=url)
     assert outcome.exit_code == 3
     assert [answer["id"] for answer in json.loads(outcome.out)] == ["job-1"]
     messages = ["not processed, or result unknown: job-2 job-3", "jobledger: The database is unavailable."]
@@ -338,10 +304,10 @@ async def test_submit_wait_long_api_outage_raises(monkeypatch: pytest.MonkeyPatc
     "arguments", [("jobs", "list"), ("jobs", "show", "job-1"), ("batches", "pause", "batch-1"), ("webhooks", "list")]
 )
 def test_command_to_other_server_fails_without_showing_password(
-    installation: Installation, content: dict[str, Any], arguments: tuple[str, ...]
+    running_installation: Installation, content: dict[str, Any], arguments: tuple[str, ...]
 ) -> None:
-    with serve_answers((200, content)) as url:
-        outcome = installation.run(*arguments, JOBLEDGER_URL=url.replace("//", "//me:secret@"))
+    with serve_answers((200, json.dumps(content))) as url:
+        outcome = running_installation.run(*arguments, JOBLEDGER_URL=url.replace("//", "//me:secret@"))
     assert outcome.exit_code == 1
     assert "it is not a Jobledger API" in outcome.err
     assert "secret" not in outcome.err
@@ -422,14 +388,16 @@ def test_jobs_list_limit_reached_prints_note_to_stderr(batch: SubmittedBatch) ->
     assert batch.run("jobs", "list", "--batch", batch.batch_id, "--json").err == ""
 
 
-def test_command_rejected_by_api_prints_its_message(installation: Installation) -> None:
-    url = installation.commands[0].url
-    wrong = installation.run("jobs", "list", "--status", "done", JOBLEDGER_URL=url)
+def test_command_rejected_by_api_prints_its_message(running_installation: Installation) -> None:
+    url = running_installation.commands[0].url
+    wrong = running_installation.run("jobs", "list", "--status", "done", JOBLEDGER_URL=url)
     assert wrong.exit_code == 2
     assert "'pending', 'processing'" in wrong.err
-    assert_one_line_error(installation.run("jobs", "show", "job-0", JOBLEDGER_URL=url), 1, "Job job-0 not found.")
     assert_one_line_error(
-        installation.run("batches", "show", "batch-0", JOBLEDGER_URL=url), 1, "Batch batch-0 not found."
+        running_installation.run("jobs", "show", "job-0", JOBLEDGER_URL=url), 1, "Job job-0 not found."
     )
-    unreachable = installation.run("jobs", "list", JOBLEDGER_URL="http://127.0.0.1:1")
+    assert_one_line_error(
+        running_installation.run("batches", "show", "batch-0", JOBLEDGER_URL=url), 1, "Batch batch-0 not found."
+    )
+    unreachable = running_installation.run("jobs", "list", JOBLEDGER_URL="http://127.0.0.1:1")
     assert_one_line_error(unreachable, 3, "Cannot connect to Jobledger at http://127.0.0.1:1", "jobledger up")
