@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -20,8 +21,10 @@ from tests.support.mongodb_provider import MongoDBUnavailable, provide_mongodb
 TMPFS = Path("/dev/shm")
 """Preferred data directory of the shared server. Tests that kill a server use another one on disk."""
 IN_CI = os.environ.get("CI", "").lower() == "true"
-# A skip for one of these reasons means that the machine lacks something; in CI that is a hole in the net.
-MISSING_TOOL_PHRASES = ("not installed", "not found", "missing", "could not import")
+# A skip reason that names a missing tool, such as "install curl: apt-get install curl". CI must skip no such test.
+MISSING_TOOL_REASON = re.compile(
+    r"^(Skipped: )?install |not installed|not found|missing|could not import", re.IGNORECASE
+)
 OPTIONAL_PHRASE = "optional lane:"
 
 
@@ -36,7 +39,7 @@ def mongodb_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield stack.enter_context(provide_mongodb(directory))
     except MongoDBUnavailable as error:
         if IN_CI:
-            pytest.fail(f"CI runs every test, and this machine has no MongoDB: {error}", pytrace=False)
+            pytest.fail(f"CI must run every test, and this machine has no MongoDB: {error}", pytrace=False)
         pytest.skip(f"no MongoDB on this machine: {error}")
 
 
@@ -61,7 +64,7 @@ def _check_scheduler_priority() -> Iterator[None]:
     assert os.sched_getscheduler(0) == os.SCHED_OTHER, "a library has given this process real-time priority"
 
 
-if soak.SEED:  # what `make soak` adds: another order, other delays
+if soak.SEED:  # `make soak` changes the order of tests and adds delays
 
     @pytest.fixture(autouse=True)
     def _delays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,24 +86,24 @@ if soak.SEED:  # what `make soak` adds: another order, other delays
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if IN_CI and _skipped_for_want_of_a_tool(session.config) and session.exitstatus == pytest.ExitCode.OK:
+    if IN_CI and _list_missing_tool_skips(session.config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    skipped = _skipped_for_want_of_a_tool(config)
-    if IN_CI and skipped:
-        terminalreporter.section("skipped for want of a tool: CI has to run these", red=True)
-        for line in skipped:
+    skips = _list_missing_tool_skips(config)
+    if IN_CI and skips:
+        terminalreporter.section("skipped because of a missing tool: CI must run these tests", red=True)
+        for line in skips:
             terminalreporter.line(line)
 
 
-def _skipped_for_want_of_a_tool(config: pytest.Config) -> list[str]:
-    reporter = config.pluginmanager.get_plugin("terminalreporter")  # the workers of pytest-xdist have none
+def _list_missing_tool_skips(config: pytest.Config) -> list[str]:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")  # None in the workers of pytest-xdist
     reports = reporter.stats.get("skipped", []) if reporter else []
     reasons = [(report.nodeid, str(report.longrepr[2])) for report in reports if isinstance(report.longrepr, tuple)]
     return [
         f"{test}: {reason}"
         for test, reason in reasons
-        if OPTIONAL_PHRASE not in reason and any(word in reason.lower() for word in MISSING_TOOL_PHRASES)
+        if OPTIONAL_PHRASE not in reason and MISSING_TOOL_REASON.search(reason)
     ]

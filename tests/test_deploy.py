@@ -1,4 +1,4 @@
-"""What is in `deploy/` fits the program: its commands, settings and metrics."""
+"""The files in `deploy/` agree with the commands and settings of the program."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ DEPLOY = Path(__file__).parents[1] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 
 
-def commands() -> set[str]:
+def list_commands() -> set[str]:
     command: Any = typer.main.get_command(main.app)
     return set(command.commands)
 
 
-def services() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
-    return found
+def load_services() -> dict[str, Any]:
+    services: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    return services
 
 
-def test_the_roles_of_the_compose_file_are_commands_and_its_settings_are_settings(
+def test_compose_file_roles_and_settings_exist(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ours = {name: it for name, it in services().items() if it["image"] == "jobledger"}
-    assert ours.keys() == {"api", "projector", "worker"}
-    for service in ours.values():
-        assert service["command"][0] in commands()
+    roles = {name: service for name, service in load_services().items() if service["image"] == "jobledger"}
+    assert roles.keys() == {"api", "projector", "worker"}
+    for service in roles.values():
+        assert service["command"][0] in list_commands()
         with monkeypatch.context() as patched:
             for name, value in service["environment"].items():
                 patched.setenv(name, value)
@@ -49,33 +49,33 @@ def test_the_roles_of_the_compose_file_are_commands_and_its_settings_are_setting
         assert service["command"] != ["worker"] or grace > settings.event_worker.shutdown_grace_seconds
 
 
-def test_the_members_of_the_replica_set_are_those_that_the_service_looks_for() -> None:
-    members = {name for name in services() if name.startswith("mongo-")}
-    [initiate] = services()["replica-set"]["command"]
+def test_compose_file_replica_set_members_match_uri() -> None:
+    members = {name for name in load_services() if name.startswith("mongo-")}
+    [initiate] = load_services()["replica-set"]["command"]
     assert set(re.findall(r"host: \"(mongo-\d):27017\"", initiate)) == members
-    uri = services()["api"]["environment"]["JOBLEDGER_MONGODB__URI"]
+    uri = load_services()["api"]["environment"]["JOBLEDGER_MONGODB__URI"]
     assert set(re.findall(r"mongo-\d", uri)) == members
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
-def test_a_unit_starts_a_role_and_lets_it_end(unit: Path) -> None:
-    read = configparser.ConfigParser(strict=False, interpolation=None)
-    read.optionxform = str  # type: ignore[assignment,method-assign]  # names as they are written
-    read.read_string(unit.read_text(encoding="utf-8"))
-    service = read["Service"]
+def test_systemd_unit_starts_role_and_allows_clean_stop(unit: Path) -> None:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keep the case of names
+    parser.read_string(unit.read_text(encoding="utf-8"))
+    service = parser["Service"]
     command, role = service["ExecStart"].split()
     assert Path(command).name == "jobledger"
-    assert role in commands()
+    assert role in list_commands()
     assert service["Restart"] == "always"
     if role == "worker":
         assert int(service["TimeoutStopSec"]) > Settings().event_worker.shutdown_grace_seconds
 
 
-def test_the_settings_that_go_with_the_units_keep_files_where_these_may_write(tmp_path: Path) -> None:
+def test_install_how_to_settings_use_writable_paths_of_units(tmp_path: Path) -> None:
     text = (DEPLOY.parent / "docs" / "how-to" / "install.md").read_text(encoding="utf-8")
-    [shown] = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    [example] = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     config = tmp_path / "config.yaml"
-    config.write_text(shown, encoding="utf-8")
+    config.write_text(example, encoding="utf-8")
     settings, _ = read_settings(config)
     for unit in UNITS:
         [writable] = re.findall(r"^ReadWritePaths=(\S+)$", unit.read_text(encoding="utf-8"), re.MULTILINE)
@@ -85,18 +85,18 @@ def test_the_settings_that_go_with_the_units_keep_files_where_these_may_write(tm
     assert set(re.findall(r"jobledger-\w+", text)) >= {unit.stem.rstrip("@") for unit in UNITS}
 
 
-def test_a_unit_is_started_again_over_anything_but_a_wrong_setting() -> None:
+def test_systemd_unit_restarts_except_after_usage_error() -> None:
     for unit in UNITS:
         text = unit.read_text(encoding="utf-8")
         assert f"\nRestartPreventExitStatus={EXIT_USAGE}\n" in text
         assert "\nStartLimitIntervalSec=0\n" in text
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed (systemd-analyze)")
-def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
-    def said(units: list[Path]) -> list[str]:
-        done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
-        lines = (done.stdout + done.stderr).splitlines()  # of units that ours depend on, others may be wrong
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="install systemd-analyze: apt-get install systemd")
+def test_systemd_analyze_verify_accepts_units(tmp_path: Path) -> None:
+    def verify(units: list[Path]) -> list[str]:
+        result = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+        lines = (result.stdout + result.stderr).splitlines()  # units of the system may have errors of their own
         return [line for line in lines if "jobledger" in line]
 
     units = [tmp_path / unit.name.replace("@", "@1") for unit in UNITS]
@@ -104,13 +104,13 @@ def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
     for unit, copy in zip(UNITS, units, strict=True):
         text = unit.read_text(encoding="utf-8")
         copy.write_text(text.replace("/opt/jobledger/bin/jobledger", str(program)), encoding="utf-8")
-    assert said(units) == []
+    assert verify(units) == []
     units[0].write_text(units[0].read_text(encoding="utf-8").replace("Restart=always", "Restart=ever"))
-    assert said(units) != []
+    assert verify(units) != []
 
 
-def test_the_image_has_every_room_and_starts_the_command() -> None:
+def test_container_image_copies_all_packages_and_starts_command() -> None:
     text = (DEPLOY / "Containerfile").read_text(encoding="utf-8")
-    rooms = {path.parent.name for path in DEPLOY.parent.glob("*/__init__.py")} - {"tests", "benchmarks"}
-    assert set(re.findall(r"^COPY (\w+) \w+$", text, re.MULTILINE)) == rooms
+    packages = {path.parent.name for path in DEPLOY.parent.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert set(re.findall(r"^COPY (\w+) \w+$", text, re.MULTILINE)) == packages
     assert 'ENTRYPOINT ["jobledger"]' in text

@@ -15,7 +15,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 
-def run(*command: str | Path, directory: Path, data_dir: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_outside_repository(
+    *command: str | Path, directory: Path, data_dir: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command outside the repository and without its settings."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JOBLEDGER_", "PYTHON"))}
     if data_dir is not None:
@@ -30,21 +32,21 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The environment's own site-packages directory has the wheel only.
     """
     base = tmp_path_factory.mktemp("package")
-    source = base / "source"  # a build leaves files behind, and would take those of an earlier one
+    source = base / "source"  # a build leaves files in its directory and would reuse those of an earlier build
     for name in ("jobledger", "ledger", "projections", "workers", "api", "cli"):
         shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    built = run(
+    built = run_outside_repository(
         *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
         *("--disable-pip-version-check", "--wheel-dir", base / "wheel", source),
         directory=base,
     )
     assert built.returncode == 0, built.stderr
     [wheel] = (base / "wheel").glob("*.whl")
-    created = run(sys.executable, "-m", "venv", "--without-pip", base / "venv", directory=base)
+    created = run_outside_repository(sys.executable, "-m", "venv", "--without-pip", base / "venv", directory=base)
     assert created.returncode == 0, created.stderr
-    installed = run(
+    installed = run_outside_repository(
         *(sys.executable, "-m", "pip", "--python", base / "venv" / "bin" / "python", "install", "--quiet"),
         *("--disable-pip-version-check", "--no-deps", "--root-user-action=ignore", wheel),
         directory=base,
@@ -53,27 +55,29 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "venv"
 
 
-def site_packages(environment: Path) -> Path:
+def find_site_packages(environment: Path) -> Path:
     [directory] = environment.glob("lib/python*/site-packages")
     return directory
 
 
 def add_dependencies(environment: Path) -> None:
     """Make the packages of the environment that runs the tests importable, but not its editable install."""
-    dependencies = site_packages(Path(sys.prefix))
+    dependencies = find_site_packages(Path(sys.prefix))
     code = f"import sys; sys.path.append({str(dependencies)!r})"
-    (site_packages(environment) / "dependencies.pth").write_text(code + "\n")
+    (find_site_packages(environment) / "dependencies.pth").write_text(code + "\n")
 
 
 def test_wheel_adds_exactly_one_top_level_name(environment: Path) -> None:
     names = {
-        path.name for path in site_packages(environment).iterdir() if not path.name.endswith((".pth", ".dist-info"))
+        path.name
+        for path in find_site_packages(environment).iterdir()
+        if not path.name.endswith((".pth", ".dist-info"))
     }
     assert names == {"jobledger"}
 
 
 def test_installed_package_is_complete_and_typed(environment: Path) -> None:
-    package = site_packages(environment) / "jobledger"
+    package = find_site_packages(environment) / "jobledger"
     sources = {
         path.relative_to(REPOSITORY).as_posix()
         for folder in ("ledger", "projections", "workers", "api", "cli")
@@ -87,13 +91,17 @@ def test_installed_package_is_complete_and_typed(environment: Path) -> None:
 
 def test_installed_command_runs_without_the_repository(environment: Path, tmp_path: Path) -> None:
     add_dependencies(environment)
-    where = run(environment / "bin" / "python", "-c", "import jobledger; print(jobledger.__file__)", directory=tmp_path)
-    assert Path(where.stdout.strip()).is_relative_to(environment), where.stderr
+    imported = run_outside_repository(
+        environment / "bin" / "python", "-c", "import jobledger; print(jobledger.__file__)", directory=tmp_path
+    )
+    assert Path(imported.stdout.strip()).is_relative_to(environment), imported.stderr
 
-    printed = run(environment / "bin" / "jobledger", "--version", directory=tmp_path)
-    assert (printed.returncode, printed.stdout) == (0, version("jobledger") + "\n"), printed.stderr
+    version_output = run_outside_repository(environment / "bin" / "jobledger", "--version", directory=tmp_path)
+    assert (version_output.returncode, version_output.stdout) == (0, version("jobledger") + "\n"), version_output.stderr
 
-    doctor = run(environment / "bin" / "jobledger", "doctor", directory=tmp_path, data_dir=tmp_path / "data")
+    doctor = run_outside_repository(
+        environment / "bin" / "jobledger", "doctor", directory=tmp_path, data_dir=tmp_path / "data"
+    )
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     assert "replica set rs0" in doctor.stdout
 
@@ -103,6 +111,6 @@ def test_public_names_are_importable(environment: Path, tmp_path: Path) -> None:
     code = (
         "import json, jobledger; print(json.dumps({name: str(getattr(jobledger, name)) for name in jobledger.__all__}))"
     )
-    shown = run(environment / "bin" / "python", "-c", code, directory=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    assert {"Processor", "ProcessorError", "Results", "__version__"} <= json.loads(shown.stdout).keys()
+    outcome = run_outside_repository(environment / "bin" / "python", "-c", code, directory=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    assert {"Processor", "ProcessorError", "Results", "__version__"} <= json.loads(outcome.stdout).keys()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.installation import (
-    Installation,
-    assert_outcome,
-    has_exited,
-)
+from tests.support.installation import Installation, assert_outcome, has_exited
 from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -28,14 +24,14 @@ def test_doctor_without_server_starts_and_stops_its_own(stopped_installation: In
     assert_outcome(stopped_installation.run("doctor"), 0)
 
 
-def test_doctor_unreachable_database_prints_advice(
-    stopped_installation: Installation,
-) -> None:
+def test_doctor_unreachable_database_prints_advice(stopped_installation: Installation) -> None:
     stopped_installation.write_config(mongodb={"uri": "mongodb://user:s3cret@127.0.0.1:1/", "connect_timeout_ms": 200})
     text = assert_outcome(stopped_installation.run("doctor"), 1, "no", "Is it running?")
     assert "s3cret" not in text
 
 
-def test_doctor_prints_brackets_unchanged(stopped_installation: Installation) -> None:
-    stopped_installation.write_config(results={"store": "odd[red]dir[/x]"})
+def test_doctor_prints_brackets_unchanged(stopped_installation: Installation, mongodb_uri: str, db_name: str) -> None:
+    stopped_installation.write_config(
+        mongodb={"uri": mongodb_uri, "db_name": db_name}, results={"store": "odd[red]dir[/x]"}
+    )
     assert_outcome(stopped_installation.run("doctor"), 0, "odd[red]dir[/x]")

@@ -7,11 +7,7 @@ import json
 import pytest
 
 from tests.cli.conftest import RunCommand
-from tests.support.installation import (
-    Installation,
-    assert_one_line_error,
-    assert_outcome,
-)
+from tests.support.installation import Installation, assert_one_line_error, assert_outcome
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.scripted_server import serve_answers
 

@@ -10,12 +10,7 @@ import pytest
 
 from jobledger.cli.main import app
 from tests.cli.conftest import RunCommand
-from tests.support.installation import (
-    CommandOutcome,
-    Installation,
-    assert_one_line_error,
-    assert_outcome,
-)
+from tests.support.installation import CommandOutcome, Installation, assert_one_line_error, assert_outcome
 from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -28,8 +23,12 @@ def test_command_wrong_setting_is_one_line_usage_error(run_command: RunCommand, 
     assert_one_line_error(run_command(command, "--config", "nowhere.yaml"), 2, "nowhere.yaml: file not found")
 
 
-def test_obsolete_setting_is_reported_and_ignored(stopped_installation: Installation) -> None:
-    stopped_installation.write_config(event_worker={"poll_interval_sec": 5})
+def test_obsolete_setting_is_reported_and_ignored(
+    stopped_installation: Installation, mongodb_uri: str, db_name: str
+) -> None:
+    stopped_installation.write_config(
+        mongodb={"uri": mongodb_uri, "db_name": db_name}, event_worker={"poll_interval_sec": 5}
+    )
     outcome = stopped_installation.run("doctor")
     assert_outcome(outcome, 0)
     assert "note: event_worker.poll_interval_sec has no effect" in outcome.err
@@ -46,7 +45,10 @@ def test_commands_without_demo_dependencies_run(stopped_installation: Installati
     program = (
         "import sys; sys.modules['fpdf'] = None; from jobledger.cli.main import run; sys.argv[0] = 'jobledger'; run()"
     )
-    for arguments, exit_code, word in [(["submit", "nowhere"], 2, "file not found"), (["demo"], 2, "jobledger[demo]")]:
+    for arguments, exit_code, expected_text in [
+        (["submit", "nowhere"], 2, "file not found"),
+        (["demo"], 2, "jobledger[demo]"),
+    ]:
         outcome = subprocess.run(
             [sys.executable, "-c", program, *arguments],
             cwd=stopped_installation.directory,
@@ -56,7 +58,9 @@ def test_commands_without_demo_dependencies_run(stopped_installation: Installati
             timeout=60,
             check=False,
         )
-        assert_one_line_error(CommandOutcome(outcome.returncode, outcome.stdout, outcome.stderr), exit_code, word)
+        assert_one_line_error(
+            CommandOutcome(outcome.returncode, outcome.stdout, outcome.stderr), exit_code, expected_text
+        )
 
 
 def test_top_level_commands_have_help() -> None:
