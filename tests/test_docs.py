@@ -1,4 +1,4 @@
-"""What the documentation shows, run as it stands there."""
+"""Run the commands, programs and settings that the documentation shows, and check its links."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from jobledger.workers.processors.session.document import render_document
 from tests.processors.session.fixtures import html, make_content, make_page_text, make_parameters, serve_site
 from tests.support import generated_docs
 from tests.support.event_examples import NOON, RESULTS
-from tests.support.installation import COMMAND, Installation
+from tests.support.installation import COMMAND, DEADLINE_SECONDS, Installation
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, open_ledger
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.replica_set import exit_with_parent, free_port
@@ -43,13 +43,13 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def read_code_blocks(document: Path, language: str) -> list[str]:
-    """The code blocks of one language in a document."""
+    """Return the code blocks of one language in a document."""
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 @contextmanager
 def run_program(text: str, path: Path, *arguments: str) -> Iterator[Queue[str]]:
-    """Run a program from the documentation; its lines come in the queue. Killed at the end, as by a power cut."""
+    """Run a program from the documentation and yield a queue of its output lines. Kill it at the end with SIGKILL."""
     path.write_text(text, encoding="utf-8")
     process = subprocess.Popen([sys.executable, path, *arguments], stdout=subprocess.PIPE, text=True, env=os.environ)
     lines: Queue[str] = Queue()
@@ -70,7 +70,7 @@ def run_program(text: str, path: Path, *arguments: str) -> Iterator[Queue[str]]:
 
 
 async def read_line(lines: Queue[str]) -> str:
-    return await asyncio.to_thread(lines.get, timeout=20)
+    return await asyncio.to_thread(lines.get, timeout=DEADLINE_SECONDS)
 
 
 async def complete_job(ledger: Ledger) -> str:
@@ -99,39 +99,39 @@ async def test_follow_the_log_program_after_kill_continues_at_its_position(
         third = await complete_job(ledger)
         with run_program(text, tmp_path / "follow.py", connection.uri) as lines:
             while third not in (line := await read_line(lines)):
-                assert first in line or second in line  # of the last second before it was killed
+                assert first in line or second in line  # events of the last second before the kill may repeat
 
 
-SIGN_IN = DOCS / "how-to" / "authentication.md"
-KEYS, PROVIDER, SHARED_SECRET, PROXY = (yaml.safe_load(block) for block in read_code_blocks(SIGN_IN, "yaml"))
-MAKE_KEY, USE_KEY, REVOKE_KEY, END_SESSIONS, MAKE_SECRET, USE_PROXY = read_code_blocks(SIGN_IN, "sh")
-ASK = USE_KEY.splitlines()[0]
-needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+AUTHENTICATION = DOCS / "how-to" / "authentication.md"
+KEYS, PROVIDER, SHARED_SECRET, PROXY = (yaml.safe_load(block) for block in read_code_blocks(AUTHENTICATION, "yaml"))
+CREATE_KEY, USE_KEY, REVOKE_KEY, END_SESSIONS, CREATE_SECRET, USE_PROXY = read_code_blocks(AUTHENTICATION, "sh")
+LIST_JOBS = USE_KEY.splitlines()[0]
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="install curl: apt-get install curl")
 
 
 @contextmanager
 def create_installation(
     mongodb_uri: str, db_name: str, directory: Path, settings: dict[str, Any]
 ) -> Iterator[Installation]:
-    """A directory in which somebody does what a document says, with the settings that it shows."""
+    """Create an installation with the settings that a document shows."""
     with Installation(directory, mongodb={"uri": mongodb_uri, "db_name": db_name}, **settings) as installation:
         yield installation
 
 
 def run_shell(installation: Installation, *texts: str) -> str:
-    """Have a shell carry out what a document shows; what answers at 5001 there, answers at another port here."""
+    """Run shell commands of a document. Port 5001 is replaced by the port of this installation. Return the output."""
     url = installation.commands[-1].url if installation.commands else "http://127.0.0.1:1"
-    ended = subprocess.run(
+    result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join(texts).replace("http://127.0.0.1:5001", url)],
         cwd=installation.directory,
         env={**installation.env, "PATH": f"{COMMAND.parent}:{os.environ['PATH']}", "JOBLEDGER_URL": url},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @needs_curl
@@ -141,26 +141,31 @@ def test_authentication_how_to_api_key_is_created_used_and_revoked(
     with create_installation(mongodb_uri, db_name, tmp_path, KEYS) as installation:
         for role in ("projector", "worker", "api"):
             installation.start(role).wait_until_ready()
-        # The API hears of keys by the change stream: at once, but perhaps not before the very next request.
-        heard, gone = f"until {ASK} > /dev/null; do :; done", f"while {ASK}; do :; done"
-        said = run_shell(installation, MAKE_KEY, heard, USE_KEY, END_SESSIONS, REVOKE_KEY, gone)
-    assert '"total":0' in said
-    assert "1 jobs accepted" in said
-    assert "completed" in said
-    assert "Sessions ended: 0" in said
-    assert "is revoked." in said
-    assert '"code":"invalid_credentials"' in said
+        # The API learns of keys by the change stream, which may take longer than until the next request.
+        wait_for_key, wait_for_revocation = (
+            f"until {LIST_JOBS} > /dev/null; do sleep 0.1; done",
+            f"while {LIST_JOBS}; do sleep 0.1; done",
+        )
+        output = run_shell(
+            installation, CREATE_KEY, wait_for_key, USE_KEY, END_SESSIONS, REVOKE_KEY, wait_for_revocation
+        )
+    assert '"total":0' in output
+    assert "1 jobs accepted" in output
+    assert "completed" in output
+    assert "Sessions ended: 0" in output
+    assert "is revoked." in output
+    assert '"code":"invalid_credentials"' in output
 
 
 @needs_curl
 def test_authentication_how_to_issued_token_is_accepted(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    [issue] = read_code_blocks(SIGN_IN, "python")
+    [issue] = read_code_blocks(AUTHENTICATION, "python")
     (tmp_path / "issue.py").write_text(issue)
     with create_installation(mongodb_uri, db_name, tmp_path, SHARED_SECRET) as installation:
-        run_shell(installation, MAKE_SECRET)
+        run_shell(installation, CREATE_SECRET)
         installation.start("api").wait_until_ready()
-        said = run_shell(installation, f"JOBLEDGER_KEY=$({sys.executable} issue.py)", ASK)
-    assert '"total":0' in said
+        output = run_shell(installation, f"JOBLEDGER_KEY=$({sys.executable} issue.py)", LIST_JOBS)
+    assert '"total":0' in output
 
 
 @needs_curl
@@ -168,7 +173,7 @@ def test_authentication_how_to_proxy_headers_are_accepted(mongodb_uri: str, db_n
     with create_installation(mongodb_uri, db_name, tmp_path, PROXY) as installation:
         installation.start("api").wait_until_ready()
         assert '"total":0' in run_shell(installation, USE_PROXY)
-    [nginx] = read_code_blocks(SIGN_IN, "nginx")
+    [nginx] = read_code_blocks(AUTHENTICATION, "nginx")
     for header in ("user_header", "groups_header"):
         assert f"proxy_set_header {PROXY['auth']['proxy'][header]} $" in nginx
 
@@ -181,8 +186,10 @@ def test_authentication_how_to_identity_provider_settings_are_valid(tmp_path: Pa
 
 
 def test_manage_jobs_how_to_commands_list_stop_and_restart_jobs(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    """On two sessions that fail, and one that waits and is cancelled."""
-    looking, showing, stopping, going_on, many = read_code_blocks(DOCS / "how-to" / "manage-jobs.md", "sh")
+    """The batch has two jobs that fail and one that waits and is cancelled."""
+    list_commands, show_commands, stop_commands, continue_commands, bulk_commands = read_code_blocks(
+        DOCS / "how-to" / "manage-jobs.md", "sh"
+    )
     failing = {"job_type": "echo", "job_name": "Opening", "parameters": {"fail": "no luck"}}
     batch = {"jobs": [failing, failing, {**failing, "not_before": "2099-01-01T00:00:00Z"}]}
     with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
@@ -190,23 +197,26 @@ def test_manage_jobs_how_to_commands_list_stop_and_restart_jobs(mongodb_uri: str
             installation.start(role).wait_until_ready()
         url = installation.commands[-1].url
         batch_id = installation.run("submit", "-", stdin=json.dumps(batch), JOBLEDGER_URL=url).out.split(":")[0]
-        assert wait_until(lambda: "2 failed" in run_shell(installation, f"jobledger batches show {batch_id}"), 20)
+        assert wait_until(
+            lambda: "2 failed" in run_shell(installation, f"jobledger batches show {batch_id}"), DEADLINE_SECONDS
+        )
         [waiting] = run_shell(installation, "jobledger jobs list --status pending --ids").split()
         ids = f"BATCH={batch_id} JOB={waiting}"
-        said = run_shell(installation, ids, looking, showing)
-        assert said.count("ECHO_FAILED: no luck") == 2 + 2, "in the list of what failed, and of what is called so"
-        assert "No jobs match these filters." in said
-        assert "not before 2099" in said
-        said = run_shell(installation, ids, stopping, going_on)
-        assert f"{batch_id} is processing, paused\n" in said
-        assert f"{waiting} is cancelled\n" in said
-        assert f"{waiting} is pending\n" in said
-        assert re.search(rf"{batch_id}: [23] of 3 jobs changed\n", said), "the third may have failed again by now"
+        output = run_shell(installation, ids, list_commands, show_commands)
+        assert output.count("ECHO_FAILED: no luck") == 2 + 2, "in the list of failed jobs and in the search by name"
+        assert "No jobs match these filters." in output
+        assert "not before 2099" in output
+        output = run_shell(installation, ids, stop_commands, continue_commands)
+        assert f"{batch_id} is processing, paused\n" in output
+        assert f"{waiting} is cancelled\n" in output
+        assert f"{waiting} is pending\n" in output
+        assert re.search(rf"{batch_id}: [23] of 3 jobs changed\n", output), "the third may have failed again already"
         assert wait_until(
-            lambda: run_shell(installation, "jobledger jobs list --status failed --ids").count("job-") == 3, 20
+            lambda: run_shell(installation, "jobledger jobs list --status failed --ids").count("job-") == 3,
+            DEADLINE_SECONDS,
         )
-        said = run_shell(installation, many.replace("FETCH_FAILED", "ECHO_FAILED"))
-        assert len(re.findall(r"job-\w+ is pending", said)) == 3
+        output = run_shell(installation, bulk_commands.replace("FETCH_FAILED", "ECHO_FAILED"))
+        assert len(re.findall(r"job-\w+ is pending", output)) == 3
 
 
 WEBHOOKS = DOCS / "how-to" / "webhooks.md"
@@ -214,53 +224,57 @@ WEBHOOKS = DOCS / "how-to" / "webhooks.md"
 
 @needs_curl
 def test_webhooks_how_to_commands_send_list_and_redeliver(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    submit, missed, secrets, again = read_code_blocks(WEBHOOKS, "sh")
-    (example, created), [allow] = read_code_blocks(WEBHOOKS, "json"), read_code_blocks(WEBHOOKS, "yaml")
-    settings = yaml.safe_load(allow)
+    submit, list_missed, secrets, redeliver = read_code_blocks(WEBHOOKS, "sh")
+    (example, created), [config] = read_code_blocks(WEBHOOKS, "json"), read_code_blocks(WEBHOOKS, "yaml")
+    settings = yaml.safe_load(config)
     settings["webhooks"] |= {"allowed_private_hosts": ["127.0.0.1"], "echo_enabled": True, "retry_delays_seconds": [0]}
     with create_installation(mongodb_uri, db_name, tmp_path, settings) as installation:
         for role in ("projector", "worker", "webhook-sender", "api"):
             installation.start(role).wait_until_ready()
-        sink = f"{installation.commands[-1].url}/api/events/test-webhook-callback"
-        answer = json.loads(run_shell(installation, submit.replace("https://cms.example.org/hooks/jobledger", sink)))
+        callback_url = f"{installation.commands[-1].url}/api/events/test-webhook-callback"
+        answer = json.loads(
+            run_shell(installation, submit.replace("https://cms.example.org/hooks/jobledger", callback_url))
+        )
         assert json.loads(created).keys() <= answer.keys()
         [endpoint] = answer["webhook_secrets"]
         assert endpoint.keys() == json.loads(created)["webhook_secrets"][0].keys()
         delivered: list[Any] = []
 
-        def told() -> bool:
-            shown = run_shell(installation, "jobledger webhooks list --status delivered --json")
-            delivered[:] = json.loads(shown)
+        def has_delivered() -> bool:
+            output = run_shell(installation, "jobledger webhooks list --status delivered --json")
+            delivered[:] = json.loads(output)
             return bool(delivered)
 
-        wait_until(told, 30)
+        assert wait_until(has_delivered, DEADLINE_SECONDS)
         [delivery] = delivered
-        received = json.loads(run_shell(installation, f"curl -s {sink}"))["received"][0]
+        received = json.loads(run_shell(installation, f"curl -s {callback_url}"))["received"][0]
         body = json.loads(received["body"])
-        listed, one, many = again.splitlines()
-        shown = run_shell(
-            installation, listed, one.replace("delivery-job-679f3d0c8f1b2a0001000000-9", delivery["delivery_id"])
+        list_command, redeliver_one, redeliver_many = redeliver.splitlines()
+        output = run_shell(
+            installation,
+            list_command,
+            redeliver_one.replace("delivery-job-679f3d0c8f1b2a0001000000-9", delivery["delivery_id"]),
         )
-        assert shown == "No webhook deliveries match these filters.\nScheduled 1 webhooks for redelivery.\n"
-        assert run_shell(installation, many) == "Scheduled 0 webhooks for redelivery.\n"
-        gap = run_shell(installation, missed.replace("0f6c1a", delivery["endpoint_id"]).replace("=11", "=0"))
-        assert json.loads(gap)["deliveries"][0]["delivery_id"] == delivery["delivery_id"]
-        tried = run_shell(installation, f"jobledger webhooks test {sink} --header 'X-Key: 1'")
-        assert tried.startswith("200 delivered (")
-        in_vain = installation.run("webhooks", "test", "http://127.0.0.1:1/")
-        assert (in_vain.exit_code, "refused the connection" in in_vain.out) == (1, True)
-        which = installation.run("webhooks", "redeliver")
-        assert (which.exit_code, "--status abandoned" in which.err) == (2, True)
+        assert output == "No webhook deliveries match these filters.\nScheduled 1 webhooks for redelivery.\n"
+        assert run_shell(installation, redeliver_many) == "Scheduled 0 webhooks for redelivery.\n"
+        missed = run_shell(installation, list_missed.replace("0f6c1a", delivery["endpoint_id"]).replace("=11", "=0"))
+        assert json.loads(missed)["deliveries"][0]["delivery_id"] == delivery["delivery_id"]
+        test_output = run_shell(installation, f"jobledger webhooks test {callback_url} --header 'X-Key: 1'")
+        assert test_output.startswith("200 delivered (")
+        unreachable = installation.run("webhooks", "test", "http://127.0.0.1:1/")
+        assert (unreachable.exit_code, "refused the connection" in unreachable.out) == (1, True)
+        without_filter = installation.run("webhooks", "redeliver")
+        assert (without_filter.exit_code, "--status abandoned" in without_filter.err) == (2, True)
         assert run_shell(installation, "jobledger webhooks generate-secret").startswith("whsec_")
-        said = run_shell(installation, secrets.replace("0f6c1a2b3c4d5e6f70818283", endpoint["endpoint_id"]))
-        assert sink in said
-        assert "whsec_" in said.replace(endpoint["secret"], ""), "the rotation shows a new secret"
+        output = run_shell(installation, secrets.replace("0f6c1a2b3c4d5e6f70818283", endpoint["endpoint_id"]))
+        assert callback_url in output
+        assert "whsec_" in output.replace(endpoint["secret"], ""), "the rotation shows a new secret"
     assert body["job"]["parameters"] == {"text": "hello", "extra": {"node": 17}}
     assert body["job"]["job_name"] == "cms-4711"
-    shown_keys = json.loads(example)
-    assert shown_keys.keys() - {"batch"} == body.keys()
-    assert shown_keys["job"].keys() <= body["job"].keys()
-    assert shown_keys["metadata"].keys() <= body["metadata"].keys()
+    shown_body = json.loads(example)
+    assert shown_body.keys() - {"batch"} == body.keys()
+    assert shown_body["job"].keys() <= body["job"].keys()
+    assert shown_body["metadata"].keys() <= body["metadata"].keys()
 
 
 def test_job_types_how_to_example_plugin_processes_job(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
@@ -291,15 +305,15 @@ def test_job_types_how_to_example_plugin_processes_job(mongodb_uri: str, db_name
         path = {"PYTHONPATH": str(tmp_path / "installed")}
         for role in ("projector", "worker", "api"):
             installation.start(role, **path).wait_until_ready()
-        said = run_shell(installation, submit.replace("http://127.0.0.1:8000/", site.url("/")))
-        assert "completed" in said
-        wrong = installation.run(
+        output = run_shell(installation, submit.replace("http://127.0.0.1:8000/", site.url("/")))
+        assert "completed" in output
+        invalid = installation.run(
             *("submit", "-", "--type", "wordcount"), stdin='{"uri": 1}', JOBLEDGER_URL=installation.commands[-1].url
         )
-        assert wrong.exit_code != 0
-        assert "url" in wrong.err
-        listed = run_shell(installation, "curl -s 'http://127.0.0.1:5001/api/events/jobs?job_type=wordcount'")
-    [job] = json.loads(listed)["jobs"]
+        assert invalid.exit_code != 0
+        assert "url" in invalid.err
+        jobs_json = run_shell(installation, "curl -s 'http://127.0.0.1:5001/api/events/jobs?job_type=wordcount'")
+    [job] = json.loads(jobs_json)["jobs"]
     assert (job["status"], job["results"]["metadata"]["words"]) == ("completed", 4)
 
 
@@ -316,23 +330,25 @@ def test_sessions_how_to_settings_are_valid(tmp_path: Path) -> None:
 
 def test_sessions_how_to_template_names_are_defined() -> None:
     named = re.findall(r"^\| `([a-z_]+)` \|", SESSIONS.read_text(encoding="utf-8"), re.MULTILINE)
-    names = [name for name in named if name not in ("enrich", "markdown")]  # those are steps
+    names = [name for name in named if name not in ("enrich", "markdown")]  # these are steps
     assert {"front_matter", "session", "labels", "warnings"} <= set(names)
     rendered = render_document(
         session=make_parameters(),
         job_id="job-1",
         content=make_content(make_parameters(), make_page_text()),
-        warnings=["Alas"],
+        warnings=["Example warning"],
         template="".join(f"{{{{ {name} }}}}" for name in names),
     )
-    assert "Alas" in rendered
+    assert "Example warning" in rendered
 
 
-# Looking into the log, and keeping it ---------------------------------------------------------------------------------
+# Audit and backup -----------------------------------------------------------------------------------------------------
 
 
 def test_audit_how_to_commands_follow_verify_and_rebuild(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    follow, show, verify, verify_files, replay, back = read_code_blocks(DOCS / "how-to" / "audit.md", "sh")
+    follow, show_history, verify, verify_files, rebuild, show_state = read_code_blocks(
+        DOCS / "how-to" / "audit.md", "sh"
+    )
     with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "worker", "api"):
             installation.start(role).wait_until_ready()
@@ -342,56 +358,56 @@ def test_audit_how_to_commands_follow_verify_and_rebuild(mongodb_uri: str, db_na
         listed = json.loads(run_shell(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
         job = f"JOB={listed['jobs'][0]['job_id']}"
         assert "JobCompleted" in run_shell(installation, follow)
-        assert "status processing → completed" in run_shell(installation, job, show)
-        said = run_shell(installation, verify)
-        assert "are intact" in said
-        assert "The views match the log" in said
+        assert "status processing → completed" in run_shell(installation, job, show_history)
+        output = run_shell(installation, verify)
+        assert "are intact" in output
+        assert "The views match the log" in output
         assert "checked: all are intact" in run_shell(installation, verify_files)
-        said = run_shell(installation, replay)
-        assert "The views match the log" in said
-        assert "all views" in said
-        assert "Rebuilt statistics" in said
-        assert '"changes"' in run_shell(installation, back)
+        output = run_shell(installation, rebuild)
+        assert "The views match the log" in output
+        assert "all views" in output
+        assert "Rebuilt statistics" in output
+        assert '"changes"' in run_shell(installation, show_state)
 
 
 def test_backup_how_to_export_is_imported(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    whole, increment, restore, *_ = read_code_blocks(DOCS / "how-to" / "backup.md", "sh")
+    full_export, incremental_export, restore, *_ = read_code_blocks(DOCS / "how-to" / "backup.md", "sh")
     with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "worker", "api"):
             installation.start(role).wait_until_ready()
         url = installation.commands[-1].url
         sessions = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}] * 3)
-        made = {"to": 0}
-        for part in (whole, increment):
+        exported = {"to": 0}
+        for export in (full_export, incremental_export):
             assert installation.run("submit", "-", "--wait", "--url", url, stdin=sessions).exit_code == 0
-            command = part.rstrip().replace("1043", str(made["to"] + 1))
-            made = json.loads(run_shell(installation, f"{command} --json"))
+            command = export.rstrip().replace("1043", str(exported["to"] + 1))
+            exported = json.loads(run_shell(installation, f"{command} --json"))
         try:
-            said = run_shell(installation, restore.replace("DB_NAME=restored", f"DB_NAME={db_name}-r"))
+            output = run_shell(installation, restore.replace("DB_NAME=restored", f"DB_NAME={db_name}-r"))
         finally:
             with MongoClient[dict[str, Any]](mongodb_uri) as client:
                 client.drop_database(f"{db_name}-r")
-    assert f"Imported and verified {made['to']} events" in said
-    assert "The views match the log" in said
+    assert f"Imported and verified {exported['to']} events" in output
+    assert "The views match the log" in output
 
 
 def test_backup_how_to_copied_directory_is_complete_installation(tmp_path: Path) -> None:
-    copy = read_code_blocks(DOCS / "how-to" / "backup.md", "sh")[-1]
+    copy_command = read_code_blocks(DOCS / "how-to" / "backup.md", "sh")[-1]
     with Installation(tmp_path) as installation:
         up = installation.start_up_command()
         job = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}])
         assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
         assert up.stop().exit_code == 0
-        run_shell(installation, copy)
-        again = installation.start("up", JOBLEDGER_MONGODB__DATA_DIR="backup-of-data").wait_until_ready()
+        run_shell(installation, copy_command)
+        restored = installation.start("up", JOBLEDGER_MONGODB__DATA_DIR="backup-of-data").wait_until_ready()
         listed = json.loads(run_shell(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
         assert [job["status"] for job in listed["jobs"]] == ["completed"]
-        assert again.stop().exit_code == 0
+        assert restored.stop().exit_code == 0
 
 
 @needs_curl
 def test_readme_commands_submit_session(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    """The first two blocks are what CI runs and what `test_demo` does, the third is `jobledger up`."""
+    """CI and `test_demo` run the first two blocks. The third is `jobledger up`."""
     demo, tests, up, submit = read_code_blocks(DOCS.parent / "README.md", "sh")
     assert (demo, tests, up) == ("make demo\n", "make test\n", ".venv/bin/jobledger up\n")
     with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
@@ -406,19 +422,19 @@ DOCUMENTS = sorted([DOCS.parent / "README.md", DOCS.parent / "config.yaml", *DOC
 
 
 def extract_commands(text: str) -> list[list[str]]:
-    """The `jobledger …` commands in code blocks and in between, as a shell would take them apart."""
-    quoted = [found for found in re.findall(r"`(jobledger [^`]*)`", text) if "…" not in found]
-    shown = [
+    """Return the words of each `jobledger …` command in shell blocks and inline code."""
+    quoted = [command for command in re.findall(r"`(jobledger [^`]*)`", text) if "…" not in command]
+    shell_lines = [
         line
         for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         for line in block.splitlines()
     ]
-    found = []
-    for line in [*quoted, *shown]:
-        called = re.search(r"(?:^|[ (])(?:\.venv/bin/|/opt/jobledger/bin/)?jobledger ([^|>&)#]*)", line)
-        if called is not None:
-            found.append([word for word in shlex.split(called[1]) if not word.startswith("[")])
-    return found
+    commands = []
+    for line in [*quoted, *shell_lines]:
+        match = re.search(r"(?:^|[ (])(?:\.venv/bin/|/opt/jobledger/bin/)?jobledger ([^|>&)#]*)", line)
+        if match is not None:
+            commands.append([word for word in shlex.split(match[1]) if not word.startswith("[")])
+    return commands
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -452,19 +468,21 @@ def test_document_links_have_targets(document: Path) -> None:
 
 
 def test_operator_how_to_settings_are_valid(tmp_path: Path) -> None:
-    shown = [
+    examples = [
         *read_code_blocks(DOCS / "how-to" / "monitoring.md", "yaml"),
         *read_code_blocks(DOCS / "how-to" / "replica-set.md", "yaml"),
     ]
-    ours = [block for block in shown if block.startswith(("metrics:", "mongodb:"))]
-    assert len(ours) == 2
-    for block in ours:
+    settings_blocks = [block for block in examples if block.startswith(("metrics:", "mongodb:"))]
+    assert len(settings_blocks) == 2
+    for block in settings_blocks:
         (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
         read_settings(tmp_path / "config.yaml")
 
 
 @needs_local_mongod
-@pytest.mark.skipif(shutil.which("mongosh") is None, reason="mongosh is not installed")
+@pytest.mark.skipif(
+    shutil.which("mongosh") is None, reason="install mongosh: npm install --prefix ~/.cache/jobledger-tests mongosh@2"
+)
 @pytest.mark.timeout(120)
 def test_replica_set_how_to_sets_up_three_servers_and_roles(tmp_path: Path) -> None:
     conf, _ = read_code_blocks(DOCS / "how-to" / "replica-set.md", "yaml")
@@ -483,20 +501,20 @@ def test_replica_set_how_to_sets_up_three_servers_and_roles(tmp_path: Path) -> N
             initiate = initiate.replace(f"db{number}.example.org:27017", f"127.0.0.1:{port}")
         assert "example.org" not in initiate
         with MongoClient[Document](f"127.0.0.1:{ports[0]}", directConnection=True) as first:
-            first.admin.command("ping")  # it answers
+            first.admin.command("ping")  # waits until the server answers
             run_in_mongosh(ports[0], initiate)
-            assert wait_until(lambda: first.admin.command("hello").get("isWritablePrimary", False), 30)
+            assert wait_until(lambda: first.admin.command("hello").get("isWritablePrimary", False), DEADLINE_SECONDS)
             uri = f"mongodb://127.0.0.1:{ports[0]}/?replicaSet=rs0"
             config = tmp_path / "config.yaml"
             config.write_text(f"mongodb: {{uri: '{uri}'}}\nresults: {{store: {tmp_path / 'results'}}}\n")
-            said = subprocess.run([COMMAND, "doctor", "--config", config], capture_output=True, text=True, check=True)
-            assert "replica set rs0 with 3 members" in said.stdout
-            assert "transactionLifetimeLimitSeconds" not in said.stdout, "the how-to has it set"
-            role = subprocess.run([COMMAND, "mongo-roles", "--config", config], capture_output=True, check=True)
-            pasted = role.stdout.decode().replace("passwordPrompt()", '"secret"')
-            run_in_mongosh(ports[0], pasted)
+            doctor = subprocess.run([COMMAND, "doctor", "--config", config], capture_output=True, text=True, check=True)
+            assert "replica set rs0 with 3 members" in doctor.stdout
+            assert "transactionLifetimeLimitSeconds" not in doctor.stdout, "mongod.conf of the how-to sets it"
+            script = subprocess.run([COMMAND, "mongo-roles", "--config", config], capture_output=True, check=True)
+            script_text = script.stdout.decode().replace("passwordPrompt()", '"secret"')
+            run_in_mongosh(ports[0], script_text)
             created = first["event_processing"].command("usersInfo", "jobledger")["users"]
-        assert [[it["role"] for it in user["roles"]] for user in created] == [["jobledger"]]
+        assert [[role["role"] for role in user["roles"]] for user in created] == [["jobledger"]]
     finally:
         for server in servers:
             server.kill()
@@ -504,33 +522,35 @@ def test_replica_set_how_to_sets_up_three_servers_and_roles(tmp_path: Path) -> N
 
 
 def run_in_mongosh(port: int, script: str) -> None:
-    """Have a script executed as if it was pasted; what fails raises."""
+    """Run a script in mongosh. A failing statement fails the test."""
     command = ["mongosh", "--quiet", "--norc", f"127.0.0.1:{port}", "--eval", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus is not installed (promtool)")
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="install promtool: apt-get install prometheus")
 def test_monitoring_how_to_settings_and_alert_rules_pass_promtool(tmp_path: Path) -> None:
-    [shown] = [
-        it for it in read_code_blocks(DOCS / "how-to" / "monitoring.md", "yaml") if it.startswith("scrape_configs:")
+    [config] = [
+        block
+        for block in read_code_blocks(DOCS / "how-to" / "monitoring.md", "yaml")
+        if block.startswith("scrape_configs:")
     ]
     key = "/etc/prometheus/jobledger.key"
-    assert key in shown
+    assert key in config
     (tmp_path / "jobledger.key").write_text("jl_key", encoding="utf-8")
-    (tmp_path / "prometheus.yml").write_text(shown.replace(key, str(tmp_path / "jobledger.key")), encoding="utf-8")
+    (tmp_path / "prometheus.yml").write_text(config.replace(key, str(tmp_path / "jobledger.key")), encoding="utf-8")
     shutil.copy(DOCS.parent / "deploy" / "prometheus" / "alerts.yml", tmp_path / "jobledger-alerts.yml")
 
-    def said() -> subprocess.CompletedProcess[str]:
+    def check() -> subprocess.CompletedProcess[str]:
         command = ["promtool", "check", "config", str(tmp_path / "prometheus.yml")]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    right = said()
-    assert right.returncode == 0, right.stdout + right.stderr
-    assert re.search(r"\d+ rules found", right.stdout), right.stdout
+    valid = check()
+    assert valid.returncode == 0, valid.stdout + valid.stderr
+    assert re.search(r"\d+ rules found", valid.stdout), valid.stdout
     rules = tmp_path / "jobledger-alerts.yml"
     rules.write_text(rules.read_text(encoding="utf-8").replace("expr: ", "expr: ) ", 1), encoding="utf-8")
-    assert said().returncode != 0
+    assert check().returncode != 0
 
 
 @pytest.mark.parametrize("document", generated_docs.GENERATED_FILES, ids=lambda path: path.name)
@@ -541,7 +561,7 @@ def test_reference_matches_generated_text(document: Path) -> None:
 @needs_curl
 @needs_local_mongod
 def test_tutorial_commands_succeed(tmp_path: Path) -> None:
-    """As a reader does it, but at a port of its own."""
+    """Run all commands of the tutorial, on a free port."""
     parts = read_code_blocks(DOCS / "tutorial.md", "sh")
     with Installation(tmp_path, api={"port": 0}) as installation, socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -552,12 +572,12 @@ def test_tutorial_commands_succeed(tmp_path: Path) -> None:
         "PATH": f"{COMMAND.parent}:{os.environ['PATH']}",
         "JOBLEDGER_URL": f"http://127.0.0.1:{port}",
     }
-    ended = subprocess.run(
+    result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "3 jobs accepted" in ended.stdout
-    assert ended.stdout.count("JobLeaseExpired") == 1
-    assert ended.stdout.count("JobClaimed attempt 2") == 1
-    assert "are intact" in ended.stdout
-    assert "The views match the log" in ended.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 jobs accepted" in result.stdout
+    assert result.stdout.count("JobLeaseExpired") == 1
+    assert result.stdout.count("JobClaimed attempt 2") == 1
+    assert "are intact" in result.stdout
+    assert "The views match the log" in result.stdout

@@ -15,8 +15,12 @@ RunCommand = Callable[..., CommandOutcome]
 
 @pytest.fixture(scope="package")
 def running_installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    """An installation in which `jobledger up` runs. Tests must not stop or reconfigure it."""
-    with Installation(tmp_path_factory.mktemp("up")) as installation:
+    """An installation in which `jobledger up` runs. Tests must not stop or reconfigure it.
+
+    The delay of a retry is random. Its limit is high, so that a job that waits for a retry stays pending during a test.
+    """
+    retries = {"retry_base_seconds": 3600, "retry_max_seconds": 3600}
+    with Installation(tmp_path_factory.mktemp("up"), event_worker=retries) as installation:
         installation.start_up_command()
         yield installation
 

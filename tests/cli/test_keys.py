@@ -16,7 +16,14 @@ from jobledger.api.auth.api_keys import ApiKeyToken
 from jobledger.cli.api_key_admin import new_key, parse_lifetime
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.mongo.embedded_lock import wait_until
-from tests.support.installation import CommandOutcome, Installation, RunningCommand, assert_one_line_error, http_client
+from tests.support.installation import (
+    DEADLINE_SECONDS,
+    CommandOutcome,
+    Installation,
+    RunningCommand,
+    assert_one_line_error,
+    http_client,
+)
 from tests.support.mongodb_provider import needs_local_mongod
 
 JOBS = "/api/events/jobs"
@@ -57,7 +64,7 @@ def test_key_is_created_listed_used_and_revoked(installation: Installation) -> N
     up = installation.start("api").wait_until_ready()
     assert list_jobs_status(up, key) == 200
     assert text.key_id in assert_success(installation.run("keys", "revoke", text.key_id))
-    assert wait_until(lambda: list_jobs_status(up, key) == 401, 5)
+    assert wait_until(lambda: list_jobs_status(up, key) == 401, DEADLINE_SECONDS)
     assert assert_success(installation.run("keys", "list")) == "There are no API keys.\n"
     assert_one_line_error(installation.run("keys", "revoke", text.key_id), 1, "`jobledger keys list`")
     assert text.secret not in up.stdout + up.stderr
@@ -165,7 +172,7 @@ def test_keys_create_with_embedded_server_works_before_and_during_up(tmp_path: P
         submitted = installation.run("submit", "-", "--wait", "--url", up.url, stdin=ECHO, JOBLEDGER_KEY=first_key)
         assert "completed" in assert_success(submitted)
         assert first_key not in submitted.out + submitted.err + up.stdout + up.stderr
-        assert wait_until(lambda: list_jobs_status(up, second_key) == 200, 5)
+        assert wait_until(lambda: list_jobs_status(up, second_key) == 200, DEADLINE_SECONDS)
 
 
 def test_keys_create_in_open_mode_prints_note(installation: Installation, mongodb_uri: str, db_name: str) -> None:

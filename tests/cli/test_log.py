@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -21,12 +20,13 @@ from pymongo import MongoClient
 from jobledger.ledger.domain.commands import CancelJob, CompleteJob, FailAttempt, RestartJob
 from jobledger.ledger.domain.events import Failure
 from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store import export, export_file, import_
 from jobledger.ledger.store.hash_chain import hash_input
 from jobledger.projections.engine import rebuild
 from tests.projections.expected_views import assert_views_match_log, load_views, make_results, run_random_history
 from tests.support.in_process_command import run_command_in_process
-from tests.support.installation import CommandOutcome, Installation
+from tests.support.installation import DEADLINE_SECONDS, CommandOutcome, Installation
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.role_runner import RunningRoles, run_roles_in_process
 
@@ -184,10 +184,10 @@ def test_log_tail_follows_over_restart_without_gaps(tmp_path: Path) -> None:
     try:
         for completed in (1, 2):
             assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
-            deadline = time.monotonic() + 20
-            while following.stdout.count('"JobCompleted"') < completed:
-                assert time.monotonic() < deadline, following.stderr
-                time.sleep(0.05)
+            assert wait_until(
+                lambda count=completed: following.stdout.count('"JobCompleted"') >= count,  # type: ignore[misc]  # bound in this iteration
+                DEADLINE_SECONDS,
+            ), following.stderr
             assert up.stop().exit_code == 0
             if completed == 1:
                 up = installation.start_up_command().wait_until_ready()

@@ -341,7 +341,7 @@ def test_log_verify_missing_end_is_detected_by_readers(
     verified_log.run_with_ledger(damage)
     started_at = time.monotonic()
     outcome = verified_log.verify()
-    assert time.monotonic() - started_at < 10
+    assert time.monotonic() - started_at < 30
     assert outcome.exit_code == 1
     assert f"First error: position {first_error}: missing." in outcome.out
     assert f"{reader} had reached position 9" in outcome.out

@@ -43,8 +43,8 @@ from jobledger.ledger.store.verification import verify_log
 from jobledger.ledger.subscriber import SUBSCRIPTIONS, ledger_client
 from tests.api.conftest import Api, make_settings, run_api
 from tests.support.authenticated_server import AuthenticatedServer, start_authenticated_server
-from tests.support.installation import Installation, http_client
-from tests.support.ledger_setup import DEADLINE_SECONDS, create_position_gap, open_ledger
+from tests.support.installation import DEADLINE_SECONDS, Installation, http_client
+from tests.support.ledger_setup import create_position_gap, open_ledger
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.role_runner import run_roles_in_process
 
@@ -355,7 +355,7 @@ async def test_subscription_without_change_stream_privilege_is_refused(prepared:
     prepared.db.command({"createRole": "find-only", "privileges": [only_reads], "roles": []})
     client = ledger_client(prepared.create_user("find-only", "find-only").uri, db_name=prepared.db.name)
     with pytest.raises(JobledgerError, match="not authorized"):
-        async with asyncio.timeout(2), client.subscribe():
+        async with asyncio.timeout(DEADLINE_SECONDS), client.subscribe():
             pass
 
 

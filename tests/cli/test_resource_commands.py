@@ -22,7 +22,7 @@ from jobledger.cli.commands import jobs, resource_commands, submit
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.event_store import MAX_POSITION
-from tests.support.installation import CommandOutcome, Installation, assert_one_line_error
+from tests.support.installation import DEADLINE_SECONDS, CommandOutcome, Installation, assert_one_line_error
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.scripted_server import serve_answers
 
@@ -53,9 +53,12 @@ class SubmittedBatch:
         self.url = installation.commands[0].url
         self.batch_id = self.run_expecting(0, "submit", "-", stdin=yaml.safe_dump(BATCH)).split(":")[0]
         assert wait_until(
-            lambda: [self.get_job(n)["status"] for n in range(3)] == ["completed", "processing", "failed"], 20
+            lambda: [self.get_job(n)["status"] for n in range(3)] == ["completed", "processing", "failed"],
+            DEADLINE_SECONDS,
         )
-        assert wait_until(lambda: self.get_job(3)["retries"] > 0 and "of 120" in str(self.get_job(1)["progress"]), 20)
+        assert wait_until(
+            lambda: self.get_job(3)["retries"] > 0 and "of 120" in str(self.get_job(1)["progress"]), DEADLINE_SECONDS
+        )
 
     def run(self, *arguments: str, stdin: str = "") -> CommandOutcome:
         return self.installation.run(*arguments, stdin=stdin, JOBLEDGER_URL=self.url)
@@ -160,10 +163,10 @@ def test_jobs_cancel_and_restart_report_refused_jobs_and_continue(batch: Submitt
     assert outcome.exit_code == 1
     assert outcome.err == f"{opening}: the job is completed and cannot be cancelled: it has already ended\n"
     assert outcome.out == f"{keynote} is processing, cancelling\n"
-    assert wait_until(lambda: batch.get_job(1)["status"] == "cancelled", 10)
+    assert wait_until(lambda: batch.get_job(1)["status"] == "cancelled", DEADLINE_SECONDS)
     assert "reason wrong [recording]" in batch.run_expecting(0, "log", "history", keynote)
     assert batch.run_expecting(0, "jobs", "restart", broken, broken, "--from-scratch") == f"{broken} is pending\n"
-    assert wait_until(lambda: batch.get_job(2)["attempt"] == 2, 10)
+    assert wait_until(lambda: batch.get_job(2)["attempt"] == 2, DEADLINE_SECONDS)
     [restarted, refused] = json.loads(batch.run_expecting(1, "jobs", "restart", keynote, "job-0", "--json"))
     assert (restarted["id"], restarted["job"]["status"]) == (keynote, "pending")
     assert refused == {"id": "job-0", "error": "Job job-0 not found."}
@@ -172,14 +175,16 @@ def test_jobs_cancel_and_restart_report_refused_jobs_and_continue(batch: Submitt
 def test_batches_pause_resume_cancel_and_restart_change_jobs(batch: SubmittedBatch) -> None:
     assert batch.run_expecting(0, "batches", "pause", batch.batch_id) == f"{batch.batch_id} is processing, paused\n"
     assert wait_until(
-        lambda: "pending, paused" in batch.run_expecting(0, "jobs", "list", "--batch", batch.batch_id), 10
+        lambda: "pending, paused" in batch.run_expecting(0, "jobs", "list", "--batch", batch.batch_id), DEADLINE_SECONDS
     )
     again = batch.run("batches", "pause", batch.batch_id, "batch-0")
     assert again.exit_code == 1
     assert "batch-0: Batch batch-0 not found.\n" in again.err
     assert batch.run_expecting(0, "batches", "resume", batch.batch_id) == f"{batch.batch_id} is processing\n"
     assert batch.run_expecting(0, "batches", "cancel", batch.batch_id) == f"{batch.batch_id}: 2 of 4 jobs changed\n"
-    assert wait_until(lambda: batch.run_json("batches", "show", batch.batch_id)["status"] == "partial", 10)
+    assert wait_until(
+        lambda: batch.run_json("batches", "show", batch.batch_id)["status"] == "partial", DEADLINE_SECONDS
+    )
     assert f"{batch.batch_id}  partial " in batch.run_expecting(0, "batches", "list")
     [answer] = batch.run_json("batches", "restart", batch.batch_id, "--only", "cancelled")
     assert answer["jobs"] == {"total": 4, "changed": 2, "unchanged": 2, "rejected": 0}
@@ -327,7 +332,8 @@ def test_jobs_list_year_9999_is_printed(batch: SubmittedBatch) -> None:
     job = {"job_type": "echo", "job_name": "never", "not_before": "9999-12-31T23:59:59Z", "parameters": {}}
     batch.run_expecting(0, "submit", "-", stdin=json.dumps(job))
     assert wait_until(
-        lambda: "not before 9999-12-31 23:59:59" in batch.run_expecting(0, "jobs", "list", "--search", "never"), 10
+        lambda: "not before 9999-12-31 23:59:59" in batch.run_expecting(0, "jobs", "list", "--search", "never"),
+        DEADLINE_SECONDS,
     )
     listed = batch.installation.run(*("jobs", "list", "--search", "never"), JOBLEDGER_URL=batch.url, TZ="Europe/Berlin")
     assert "not before 9999-12-31 23:59:59" in listed.out
@@ -341,7 +347,9 @@ def test_commands_print_times_with_offset_that_options_accept(batch: SubmittedBa
     hook = {"url": "http://receiver.invalid/hook"}
     body = {"jobs": [{"job_type": "echo", "parameters": {}, "webhook": hook}], "webhook": hook}
     batch_id = batch.run_expecting(0, "submit", "-", stdin=json.dumps(body)).split(":")[0]
-    assert wait_until(lambda: any(delivery["next_attempt_at"] for delivery in batch.run_json("webhooks", "list")), 20)
+    assert wait_until(
+        lambda: any(delivery["next_attempt_at"] for delivery in batch.run_json("webhooks", "list")), DEADLINE_SECONDS
+    )
     batch.run_expecting(0, "keys", "create", "--user", "alice", "--expires-in", "1h")
     for command in (
         ("jobs", "list"),

@@ -9,7 +9,7 @@ import httpx
 
 from jobledger.ledger.files.store_marker import MARKER_FILE_NAME
 from jobledger.ledger.mongo.embedded_lock import wait_until
-from tests.support.installation import Installation, http_client
+from tests.support.installation import DEADLINE_SECONDS, Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -34,15 +34,15 @@ def test_missing_result_store_is_reported_and_not_recreated(tmp_path: Path) -> N
         role = installation.start_up_command()
         with http_client(role) as client:
             first = submit(client)
-            assert wait_until(lambda: read_status(client, first) == "completed", 20)
+            assert wait_until(lambda: read_status(client, first) == "completed", DEADLINE_SECONDS)
             store.rename(store.with_suffix(".x"))
             doctor = installation.run("doctor")
             assert doctor.exit_code == 1
             assert "result store" in doctor.out
             assert "is missing" in doctor.out
             waiting = [submit(client) for _ in range(7)]
-            assert wait_until(lambda: "claims no jobs" in role.stderr, 20)
-            assert wait_until(lambda: "1 of them claim no jobs" in installation.run("doctor").out, 20)
+            assert wait_until(lambda: "claims no jobs" in role.stderr, DEADLINE_SECONDS)
+            assert wait_until(lambda: "1 of them claim no jobs" in installation.run("doctor").out, DEADLINE_SECONDS)
             assert not store.exists()
             assert "completed" not in {read_status(client, job_id) for job_id in waiting}
         role.stop()
@@ -52,16 +52,16 @@ def test_missing_result_store_is_reported_and_not_recreated(tmp_path: Path) -> N
             assert not store.exists()
             assert "is missing" in role.stderr
             store.with_suffix(".x").rename(store)
-            assert wait_until(lambda: {read_status(client, job_id) for job_id in waiting} == {"completed"}, 40), (
-                role.stderr
-            )
+            assert wait_until(
+                lambda: {read_status(client, job_id) for job_id in waiting} == {"completed"}, DEADLINE_SECONDS
+            ), role.stderr
 
             shutil.rmtree(store)
             accepted = installation.run("doctor", "--accept-result-store")
             assert accepted.exit_code == 0, accepted
             assert (store / MARKER_FILE_NAME).exists()
             later = submit(client)
-            assert wait_until(lambda: read_status(client, later) == "completed", 40), role.stderr
+            assert wait_until(lambda: read_status(client, later) == "completed", DEADLINE_SECONDS), role.stderr
         assert installation.run("doctor").exit_code == 0
         assert role.stop().exit_code == 0
 
@@ -71,4 +71,4 @@ def test_missing_result_store_is_reported_and_not_recreated(tmp_path: Path) -> N
         role = copy.start_up_command()
         with http_client(role) as client:
             again = submit(client)
-            assert wait_until(lambda: read_status(client, again) == "completed", 20), role.stderr
+            assert wait_until(lambda: read_status(client, again) == "completed", DEADLINE_SECONDS), role.stderr

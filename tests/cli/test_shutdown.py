@@ -22,7 +22,7 @@ async def test_shutdown_of_hanging_roles_is_limited_at_any_phase(monkeypatch: py
     loop = asyncio.get_running_loop()
 
     async def start(stack: AsyncExitStack, *_: Any) -> Any:
-        stack.push_async_callback(asyncio.wait_for, time_limit_reached.wait(), 5)  # as if the database did not answer
+        stack.push_async_callback(asyncio.wait_for, time_limit_reached.wait(), 60)  # as if the database did not answer
         if phase == "start":
             raise ConfigurationError("cannot start")
         return SimpleNamespace(url=None)

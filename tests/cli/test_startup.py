@@ -17,7 +17,7 @@ from jobledger.ledger.domain.errors import ConfigurationError, ResourceUnavailab
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.api.conftest import make_settings
-from tests.support.installation import COMMAND, Installation, http_client
+from tests.support.installation import COMMAND, DEADLINE_SECONDS, Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.soak_only import soak_only
 
@@ -63,7 +63,7 @@ async def test_start_roles_read_only_store_starts_and_reports_problem(
     async with start_roles(
         settings, Connection(mongodb_uri, db_name), ALL_ROLES, on_failure=failures.append
     ) as running:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while await running.db.workers.count_documents({"problem": {"$ne": None}}) == 0:  # noqa: ASYNC110 - rare
                 await asyncio.sleep(0.05)
         assert failures == []
@@ -98,7 +98,7 @@ def test_worker_unwritable_store_starts_and_claims_no_jobs(
                 workers = client.get("/api/monitoring/events/stats").json()["stats"]["workers"]
                 return workers[0]["problem"] if workers else None
 
-            assert wait_until(lambda: bool(read_problem()), 20), worker.stderr
+            assert wait_until(lambda: bool(read_problem()), DEADLINE_SECONDS), worker.stderr
             assert 'jobledger_worker_healthy{worker_id="' in client.get("/metrics").text
         doctor = installation.start("doctor").wait_for_exit()
         assert doctor.exit_code == 1
