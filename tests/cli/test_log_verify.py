@@ -420,14 +420,14 @@ INVALID_DIGESTS = [
 
 
 @pytest.mark.parametrize("text", INVALID_DIGESTS, ids=lambda text: repr(text[:12]))
-def test_log_verify_invalid_expected_digest_is_usage_error(verified_log: VerifiedLog, text: str) -> None:
-    assert_one_line_error(verified_log.verify("--expected-digest", text), 2, "expected POSITION:DIGEST")
+def test_log_verify_invalid_expected_digest_is_usage_error(empty_log: VerifiedLog, text: str) -> None:
+    assert_one_line_error(empty_log.verify("--expected-digest", text), 2, "expected POSITION:DIGEST")
 
 
 @pytest.mark.parametrize("option", ["--from", "--to"])
 @pytest.mark.parametrize("number", ["0", "-1", "x", "1.5", "", str(2**63)])
-def test_log_verify_invalid_range_is_usage_error(verified_log: VerifiedLog, option: str, number: str) -> None:
-    outcome = verified_log.verify(option, number)
+def test_log_verify_invalid_range_is_usage_error(empty_log: VerifiedLog, option: str, number: str) -> None:
+    outcome = empty_log.verify(option, number)
     assert (outcome.exit_code, outcome.out) == (2, "")
     assert option in outcome.err
 
