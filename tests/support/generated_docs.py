@@ -22,12 +22,22 @@ def render_commands() -> str:
     """Return the reference of all commands and options."""
     command: Any = typer.main.get_command(main.app)
     context = typer.Context(command, info_name="jobledger")
-    text = get_docs_for_click(obj=command, ctx=context, name="jobledger", title="Reference: the commands")
+    text = get_docs_for_click(obj=command, ctx=context, name="jobledger", title="Reference: commands")
+    text = _with_full_summaries(text, command)
     codes = (
         "Exit codes: 0 success, 1 the operation failed or a check found a problem, 2 wrong arguments or settings, "
         "3 a service is unreachable, 4 a port, disk, lock or limit of this machine is not usable now."
     )
     return "\n".join(line.rstrip() for line in f"{text.strip()}\n\n{codes}\n".splitlines()) + "\n"
+
+
+def _with_full_summaries(text: str, command: Any) -> str:
+    """Return the text with complete summaries in lists of commands. Typer truncates them."""
+    for name, subcommand in getattr(command, "commands", {}).items():
+        summary = subcommand.get_short_help_str(limit=1000)
+        text = text.replace(f"* `{name}`: {subcommand.get_short_help_str()}\n", f"* `{name}`: {summary}\n")
+        text = _with_full_summaries(text, subcommand)
+    return text
 
 
 def render_events() -> str:
