@@ -52,7 +52,7 @@ async def export_log(
         LedgerUnavailable: The database failed. The same call continues.
     """
     if path.exists():  # noqa: ASYNC240 - files are written here all the time, and nothing else goes on
-        raise ConfigurationError(f"{path} is there already: choose another name, or remove it")
+        raise ConfigurationError(f"{path} exists already: choose another name, or remove it")
     head = await log.head_position()
     part = path.with_name(f"{path.name}.part")
     begun = _read_progress(part, after) if part.exists() else None

@@ -164,20 +164,20 @@ def check_export_file(
             try:
                 found = orjson.loads(line)
                 if ended:
-                    raise ValueError("there is more behind what should be its last line")
+                    raise ValueError("there are lines after the trailer")
                 if found.get("end") is True:
                     ended = True
                     if (found["events"], found["digest"]) != (position - about["from"] + 1, digest.hex()):
-                        raise ValueError("its last line says something else of the events than they do")
+                        raise ValueError("the trailer does not match the events")
                     continue
                 if found["position"] != position + 1:
-                    raise ValueError(f"position {position + 1} should be there, and {found['position']} is")
+                    raise ValueError(f"expected position {position + 1}, got {found['position']}")
                 hash_ = bytes.fromhex(found["hash"])
                 position, digest = position + 1, hashlib.sha256(digest + hash_).digest()
                 before = hashlib.sha256(before + hash_).digest()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidExportFile(
-                    f"{path}, line {number} is not what an export writes: {_describe(error)}"
+                    f"{path}, line {number} is not a valid line of an export: {_describe(error)}"
                 ) from error
         on_progress(size)
     if about is None or not ended:
@@ -194,7 +194,7 @@ def first_position(path: Path) -> int:
     for lines, _ in read_frames(path):
         for line in lines:
             return int(read_header(path, line)["from"])
-    raise InvalidExportFile(f"{path} is no export of a ledger: it has no first line.")
+    raise InvalidExportFile(f"{path} is not an export of a log: it has no header.")
 
 
 def iterate_documents(path: Path, *, after: int) -> Iterator[list[Document]]:
@@ -214,7 +214,7 @@ def iterate_documents(path: Path, *, after: int) -> Iterator[list[Document]]:
                 document = decode_event(line)
             except (ValueError, TypeError) as error:
                 raise InvalidExportFile(
-                    f"{path}, line {number} is not what an export writes: {_describe(error)}"
+                    f"{path}, line {number} is not a valid line of an export: {_describe(error)}"
                 ) from error
             if document["_id"] > after:
                 page.append(document)
@@ -234,11 +234,11 @@ def read_header(path: Path, line: bytes) -> dict[str, Any]:
             return dict(found)
         if found["jobledger"] == "export" and found["format"] != FORMAT:
             raise InvalidExportFile(
-                f"{path} was exported in format {found['format']}, and this program knows format {FORMAT}."
+                f"{path} was exported in format {found['format']}, but this version reads format {FORMAT}."
             )
     except (ValueError, KeyError, TypeError):
         pass
-    raise InvalidExportFile(f"{path} is no export of a ledger: its first line does not say so.")
+    raise InvalidExportFile(f"{path} is not an export of a log: its first line is not an export header.")
 
 
 def read_frames(path: Path, *, whole: bool = False) -> Iterator[tuple[list[bytes], int]]:

@@ -100,7 +100,7 @@ async def _require_empty_database(db: Database) -> None:
     with translate_errors("looking whether the database is empty"):
         if await db.events.find_one({}, {"_id": 1}) is not None:
             raise ConfigurationError(
-                f"the database {db.name} has a log already: an import needs one without (mongodb.db_name names it)"
+                f"the database {db.name} already has a log: import into an empty database (mongodb.db_name)"
             )
         views = await db.checkpoints.find_one({"_id": "views", "position": {"$gt": 0}})
         if views is not None:
@@ -109,7 +109,7 @@ async def _require_empty_database(db: Database) -> None:
             alive = await db[collection].find_one({"released": False, "$nor": [EXPIRED_LEASE_FILTER]})
             if alive is not None:
                 raise ConfigurationError(
-                    f"a process is at work in the database {db.name} ({alive['_id']}): stop everything before an import"
+                    f"a process uses the database {db.name} ({alive['_id']}): stop all processes before an import"
                 )
 
 

@@ -93,7 +93,7 @@ async def verify_log(
     """
     if expected_digest is not None and (after > 0 or (up_to is not None and up_to < expected_digest[0])):
         raise ValueError(
-            f"what was noted stands for all events up to position {expected_digest[0]}: they have to be looked at"
+            f"`expected_digest` covers all events up to position {expected_digest[0]}: the range must include them"
         )
     if (wrong := await _beyond_positions(log, after)) is not None:
         return VerificationResult(0, 0, after, None, wrong)
@@ -126,7 +126,8 @@ async def verify_log(
     if expected_digest is not None and position < expected_digest[0]:
         wrong = IntegrityProblem(
             expected_digest[0],
-            f"missing: the log ends at position {position}, and was noted to have reached {expected_digest[0]}",
+            f"missing: the log ends at position {position}, but the expected digest covers position "
+            f"{expected_digest[0]}",
         )
         return VerificationResult(events, voided, position, digest, wrong)
     if up_to is not None and up_to <= head:

@@ -292,7 +292,7 @@ def test_export_after_interruption_continues(
     assert not Path(f"{name}.part").exists()
     outcome = ledger.run("log", "export", name)
     assert outcome.exit_code == 2
-    assert "is there already" in outcome.err
+    assert "exists already" in outcome.err
 
 
 @pytest.mark.parametrize("damaged", [{"data.x": ObjectId()}, {"hash": "none"}, {"time": "noon"}, {"prev": None}])
@@ -358,16 +358,16 @@ def damage(path: Path, kind: str) -> None:
     [
         ("truncated", "was cut off"),
         ("last line missing", "was cut off"),
-        ("event missing", "line 11 is not what an export writes: position 10 should be there, and 11 is"),
-        ("events swapped", "line 11 is not what an export writes: position 10"),
+        ("event missing", "line 11 is not a valid line of an export: expected position 10, got 11"),
+        ("events swapped", "line 11 is not a valid line of an export: expected position 10"),
         ("text changed", "its hash is not that of its content"),
-        ("text changed and event hashed again", "its last line says something else of the events than they do"),
-        ("line after the trailer", "there is more behind what should be its last line"),
-        ("invalid JSON", "line 11 is not what an export writes"),
+        ("text changed and event hashed again", "the trailer does not match the events"),
+        ("line after the trailer", "there are lines after the trailer"),
+        ("invalid JSON", "line 11 is not a valid line of an export"),
         ("field missing", "it is not an event with the fields that events have"),
-        ("other file format", "is no export of a ledger"),
-        ("empty file", "is no export of a ledger"),
-        ("later format version", "was exported in format 2, and this program knows format 1"),
+        ("other file format", "is not an export of a log"),
+        ("empty file", "is not an export of a log"),
+        ("later format version", "was exported in format 2, but this version reads format 1"),
     ],
 )
 def test_import_of_damaged_file_imports_nothing(
@@ -393,7 +393,7 @@ def test_import_of_damaged_compressed_file_is_refused(ledger: LedgerCommands, ot
     for content, message in (
         (complete_file[:-30], "cut off"),
         (b"hm" + complete_file, "damaged, or not compressed"),
-        (b"", "no export"),
+        (b"", "is not an export"),
     ):
         Path("log.zst").write_bytes(content)
         outcome = ledger.run("log", "import", "log.zst", database=other_database)
@@ -438,7 +438,7 @@ def test_import_into_used_or_running_database_is_refused(ledger: LedgerCommands,
     ledger.run("log", "export", "log.ndjson")
     outcome = ledger.run("log", "import", "log.ndjson")
     assert outcome.exit_code == 2
-    assert "has a log already" in outcome.err
+    assert "already has a log" in outcome.err
 
     async def import_during_projector(roles: RunningRoles) -> CommandOutcome:
         assert roles.projector is not None
@@ -448,7 +448,7 @@ def test_import_into_used_or_running_database_is_refused(ledger: LedgerCommands,
 
     outcome = ledger.run_with_roles(import_during_projector, database=other_database)
     assert outcome.exit_code == 2
-    assert "a process is at work in the database" in outcome.err
+    assert "a process uses the database" in outcome.err
     outcome = ledger.run("log", "import", "no-such-file", database=other_database)
     assert (outcome.exit_code, "cannot be read: No such file" in outcome.err) == (2, True)
 

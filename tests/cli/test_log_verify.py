@@ -275,7 +275,8 @@ def test_log_verify_expected_digest_detects_removed_end(verified_log: VerifiedLo
     outcome = verified_log.verify("--expected-digest", digest)
     assert outcome.exit_code == 1
     assert (
-        "First error: position 5: missing: the log ends at position 4, and was noted to have reached 5." in outcome.out
+        "First error: position 5: missing: the log ends at position 4, but the expected digest covers position 5."
+        in outcome.out
     )
     assert verified_log.json(1, "--expected-digest", digest)["first_error"]["position"] == 5
 
@@ -336,12 +337,13 @@ def test_log_verify_replaced_end_is_reported(
     ],
 )
 def test_log_verify_missing_end_is_detected_by_readers(
-    damage: Work, first_error: int, reader: str, verified_log: VerifiedLog
+    damage: Work, first_error: int, reader: str, verified_log: VerifiedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified_log.run_with_ledger(damage)
     started_at = time.monotonic()
     outcome = verified_log.verify()
     assert time.monotonic() - started_at < 30
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
     assert outcome.exit_code == 1
     assert f"First error: position {first_error}: missing." in outcome.out
     assert f"{reader} had reached position 9" in outcome.out
@@ -360,8 +362,9 @@ def test_log_verify_allocated_unwritten_positions_are_noted(verified_log: Verifi
 
 
 def test_commands_with_missing_end_do_not_wait_and_views_rebuild_repairs(
-    verified_log: VerifiedLog, tmp_path: Path
+    verified_log: VerifiedLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
     verified_log.run_with_ledger(move_views_ahead)
     check = verified_log.run("views", "check")
     assert check.exit_code == 1
