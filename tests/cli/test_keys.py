@@ -105,13 +105,13 @@ def test_revoke_invalid_id_does_not_repeat_it(installation: Installation) -> Non
         (["--user", ""], ["--user", "empty"]),
         (["--user", "team-ops"], ["--user", "`team-`"]),
         (["--user", "x" * 201], ["--user", "200"]),
-        (["--user", "a\x1b[31mb"], ["--user", "printed"]),
+        (["--user", "a\x1b[31mb"], ["--user", "unprintable"]),
         (["--user", "a", "--group", ""], ["--group", "empty"]),
         (["--user", "a", "--group", "team-"], ["--group", "empty"]),
         (["--user", "a", "--group", "x" * 200], ["--group", "200"]),
         (["--user", "a", "--role", "root"], ["--role", "'admin' or 'monitor'"]),
         (["--user", "a", "--name", "x" * 201], ["--name", "200"]),
-        (["--user", "a", "--name", "a\x1b[31mb"], ["--name", "printed"]),
+        (["--user", "a", "--name", "a\x1b[31mb"], ["--name", "printable"]),
         *[
             (["--user", "a", "--expires-in", text], ["--expires-in", "90d"])
             for text in ("", "90", "d", "0d", "-1d", "1.5d", "1y", "36501d", "999999999w", "٣d")

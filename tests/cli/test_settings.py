@@ -325,7 +325,7 @@ def test_mongodb_uri_unusable_error_hides_password(tmp_path: Path, uri: str) -> 
         settings.mongodb.make_connection(uri).client()
     message = str(raised.value)
 
-    assert message.startswith("mongodb.uri is not usable")
+    assert message.startswith("mongodb.uri is not valid")
     for part in ("s3cret", "cret@", "s3"):
         assert part not in message
 
