@@ -159,8 +159,8 @@ def extract_webhook_secrets(
     allowed_hosts = AllowedHosts(ctx.webhook_options.allowed_private_hosts)
     if (reason := rejection_reason(body.url, allowed_hosts)) is not None:
         path = format_location((*within, "webhook", "url"))
-        details = {"errors": [{"path": path, "message": reason}]}
-        raise ApiError(422, "invalid_content", f"{path}: {reason}", details=details)
+        details = {"errors": [{"path": path, "message": reason.message}]}
+        raise ApiError(422, "invalid_content", f"{path}: {reason.message}", details=details)
     secrets = None
     if body.headers or body.secrets:
         secrets = WebhookSecrets(f"secrets-{ObjectId()}", body.headers, body.secrets)

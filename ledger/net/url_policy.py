@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Final
+from typing import Final, Literal
 from urllib.parse import urlsplit
 
 Address = IPv4Address | IPv6Address
@@ -22,6 +23,20 @@ _IPV4_COMPATIBLE = ip_network("::/96")  # RFC 4291, deprecated
 
 _LOWEST_FREE_PORT = 1024
 PUBLIC_ONLY_MESSAGE = "only public addresses are called, and those that `webhooks.allowed_private_hosts` names"
+
+RejectionCode = Literal["BAD_URL", "PORT_REJECTED", "ADDRESS_REJECTED"]
+
+
+@dataclass(frozen=True, slots=True)
+class RejectionReason:
+    """Why a URL is not called.
+
+    The operator can allow a rejected address or port. A bad URL never becomes a good one. `message` is for people: it
+    starts in lower case and has no full stop.
+    """
+
+    code: RejectionCode
+    message: str
 
 
 class AllowedHosts:
@@ -53,7 +68,7 @@ class AllowedHosts:
         return False
 
 
-def rejection_reason(url: str, allowed: AllowedHosts) -> str | None:
+def rejection_reason(url: str, allowed: AllowedHosts) -> RejectionReason | None:
     """Return why a webhook to a URL can never be delivered, judged by the URL alone; None if it may be.
 
     Allowed ports are those of the web and those above the system ports, so that no mail server, for example, is called.
@@ -62,18 +77,24 @@ def rejection_reason(url: str, allowed: AllowedHosts) -> str | None:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        return f"this is no address: {error}"
+        return RejectionReason("BAD_URL", f"this is no address: {error}")
     if parts.scheme not in ("http", "https") or not host:
-        return "expected an address that begins with http:// or https:// and names a host"
+        return RejectionReason("BAD_URL", "expected an address that begins with http:// or https:// and names a host")
     if parts.username is not None or parts.password is not None:
-        return "no user or password in the address, which everyone sees: send an Authorization header instead"
+        return RejectionReason(
+            "BAD_URL",
+            "no user or password in the address, which everyone sees: send an Authorization header instead",
+        )
     if allowed.contains_host(host):
         return None
     if port is not None and port not in (80, 443) and port < _LOWEST_FREE_PORT:
-        return f"port {port} is not used for webhooks: only 80, 443 and those from {_LOWEST_FREE_PORT} on are"
+        return RejectionReason(
+            "PORT_REJECTED",
+            f"port {port} is not used for webhooks: only 80, 443 and those from {_LOWEST_FREE_PORT} on are",
+        )
     with suppress(ValueError):
-        if (refusal := allowed.address_rejection_reason(host, str(ip_address(host.partition("%")[0])))) is not None:
-            return f"{host} is {refusal}; {PUBLIC_ONLY_MESSAGE}"
+        if (kind := allowed.address_rejection_reason(host, str(ip_address(host.partition("%")[0])))) is not None:
+            return RejectionReason("ADDRESS_REJECTED", f"{host} is {kind}; {PUBLIC_ONLY_MESSAGE}")
     return None
 
 

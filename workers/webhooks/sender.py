@@ -156,14 +156,7 @@ class Sender:
 def _parse_target(text: str, allowed: AllowedHosts) -> tuple[httpx.URL | None, tuple[str, str]]:
     reason = rejection_reason(text, allowed)
     if reason is not None:
-        code = (
-            "PORT_REJECTED"
-            if reason.startswith("port")
-            else "ADDRESS_REJECTED"
-            if reason.endswith(PUBLIC_ONLY_MESSAGE)
-            else "BAD_URL"
-        )
-        return None, (code, f"{reason[0].upper()}{reason[1:]}.")
+        return None, (reason.code, f"{reason.message[0].upper()}{reason.message[1:]}.")
     try:
         return httpx.URL(text), ("", "")
     except httpx.InvalidURL as error:
