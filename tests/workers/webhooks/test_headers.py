@@ -1,4 +1,4 @@
-"""Headers of webhooks: what is accepted arrives exactly as it was given, and all else is refused at submission."""
+"""Tests of webhook headers: accepted headers arrive unchanged, all others are rejected at submission."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jobledger.ledger.domain.webhook_headers import MAX_HEADER_VALUE_CHARACTERS
 from jobledger.workers.webhooks.sender import Sender, WebhookRequest
 from tests.support.webhook_endpoint import run_webhook_endpoint
 
-REFUSED: Final[list[dict[str, str]]] = [
+REJECTED: Final[list[dict[str, str]]] = [
     {"X-Key": "ends in a space "},
     {"X-Key": " begins with one"},
     {"X-Key": "tab\t"},
@@ -49,57 +49,57 @@ REFUSED: Final[list[dict[str, str]]] = [
     *({name: "x"} for name in ("webhook-id", "Webhook-Signature", "WEBHOOK-TIMESTAMP", "webhook-anything")),
 ]
 ACCEPTED: Final[list[dict[str, str]]] = [
-    {"Authorization": "Bearer of-the-receiver"},
+    {"Authorization": "Bearer of-the-endpoint"},
     {"X-Empty": ""},
     {"X-Inside": "a  b\tc"},
     {"X-Latin": "é ÿ \xa0x"},
     {"X-Colon": 'a: b, c; d="e"'},
     {"User-Agent": "mine", "Accept": "text/plain", "Cookie": "a=b"},
-    {"!#%&'*+.^_`|~-": "every sign of a name"},
+    {"!#%&'*+.^_`|~-": "every special character of a name"},
     {"A": "x" * MAX_HEADER_VALUE_CHARACTERS},
 ]
 
 
-@pytest.mark.parametrize("headers", REFUSED, ids=repr)
-def test_header_that_cannot_be_sent_as_given_is_refused_at_submission(headers: dict[str, str]) -> None:
-    with pytest.raises(ValidationError) as refused:
+@pytest.mark.parametrize("headers", REJECTED, ids=repr)
+def test_header_that_cannot_be_sent_unchanged_is_rejected_at_submission(headers: dict[str, str]) -> None:
+    with pytest.raises(ValidationError) as rejection:
         WebhookBody(url="https://example.org/", headers=headers)
-    assert refused.value.errors()[0]["loc"][0] == "headers"
+    assert rejection.value.errors()[0]["loc"][0] == "headers"
 
 
-def made_up(seed: int) -> dict[str, str]:
-    """Return headers of random names and values, of which some can be sent."""
-    chance = random.Random(seed)
+def make_random_headers(seed: int) -> dict[str, str]:
+    """Return headers with random names and values. Some of them can be sent."""
+    generator = random.Random(seed)
     letters = string.printable + "äÿ\xa0\x85…\x00"
     return {
-        "".join(chance.choices(string.ascii_letters + "-_$ :é", k=chance.randint(1, 8))): "".join(
-            chance.choices(letters, k=chance.randint(0, 6))
+        "".join(generator.choices(string.ascii_letters + "-_$ :é", k=generator.randint(1, 8))): "".join(
+            generator.choices(letters, k=generator.randint(0, 6))
         )
         for _ in range(2)
     }
 
 
-async def test_every_header_that_is_accepted_arrives_exactly_as_given() -> None:
-    accepted = 0
-    async with run_webhook_endpoint() as there:
+async def test_accepted_headers_arrive_unchanged() -> None:
+    accepted_count = 0
+    async with run_webhook_endpoint() as endpoint:
         sender = Sender(allowed_private_hosts=["127.0.0.1"])
-        for headers in [*ACCEPTED, *(made_up(seed) for seed in range(1500))]:
+        for headers in [*ACCEPTED, *(make_random_headers(seed) for seed in range(1500))]:
             try:
-                given = WebhookBody(url="https://example.org/", headers=headers).headers
+                accepted_headers = WebhookBody(url="https://example.org/", headers=headers).headers
             except ValidationError:
                 assert headers not in ACCEPTED
                 continue
-            accepted += 1
-            answer = await sender.send(WebhookRequest(there.url(), given, b"{}"))
-            assert answer.error_code is None, (headers, answer)
-            arrived = there.requests[-1].raw_headers
+            accepted_count += 1
+            response = await sender.send(WebhookRequest(endpoint.url(), accepted_headers, b"{}"))
+            assert response.error_code is None, (headers, response)
+            received = endpoint.requests[-1].raw_headers
             for name, value in headers.items():
-                assert arrived.get(name.lower()) == value, headers
+                assert received.get(name.lower()) == value, headers
         await sender.aclose()
-    assert accepted > len(ACCEPTED) + 20
+    assert accepted_count > len(ACCEPTED) + 20
 
 
-CANNOT: Final[list[Any]] = [
+INVALID_HEADERS: Final[list[Any]] = [
     {"X": "a\r\nY: b"},
     {"X": "a "},
     {"X Y": "a"},
@@ -110,15 +110,15 @@ CANNOT: Final[list[Any]] = [
 ]
 
 
-@pytest.mark.parametrize("headers", CANNOT, ids=repr)
-async def test_request_that_cannot_be_built_is_our_error_and_calls_nobody(headers: dict[str, str]) -> None:
-    async with run_webhook_endpoint() as there:
+@pytest.mark.parametrize("headers", INVALID_HEADERS, ids=repr)
+async def test_request_with_invalid_header_fails_without_calling_the_endpoint(headers: dict[str, str]) -> None:
+    async with run_webhook_endpoint() as endpoint:
         sender = Sender(allowed_private_hosts=["127.0.0.1"])
-        answer = await sender.send(WebhookRequest(there.url(), headers, b"{}"))
+        response = await sender.send(WebhookRequest(endpoint.url(), headers, b"{}"))
         await sender.aclose()
-    assert answer.error_code == "REQUEST_INVALID"
-    assert answer.message is not None
-    assert "127.0.0.1" not in answer.message
-    assert answer.is_permanent
-    assert answer.is_host_responsive  # it is no sign that the host is away
-    assert there.requests == []
+    assert response.error_code == "REQUEST_INVALID"
+    assert response.message is not None
+    assert "127.0.0.1" not in response.message
+    assert response.is_permanent
+    assert response.is_host_responsive  # the host was not called, so it is not unresponsive
+    assert endpoint.requests == []
