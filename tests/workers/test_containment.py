@@ -1,4 +1,4 @@
-"""Code of a processor ends neither the event loop nor the process, whichever way it gets to run there."""
+"""Tests of containment: code of a processor ends neither the event loop nor the process, however it is scheduled."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ import pytest
 from jobledger.workers.child.containment import Containment, new_event_loop
 
 HARM: dict[str, Callable[[asyncio.AbstractEventLoop], Any]] = {
-    "SystemExit": lambda loop: exit_(SystemExit(3)),
-    "KeyboardInterrupt": lambda loop: exit_(KeyboardInterrupt()),
+    "SystemExit": lambda loop: raise_error(SystemExit(3)),
+    "KeyboardInterrupt": lambda loop: raise_error(KeyboardInterrupt()),
     "stop": lambda loop: loop.stop(),
 }
 
 
-def exit_(error: BaseException) -> NoReturn:
+def raise_error(error: BaseException) -> NoReturn:
     raise error
 
 
-async def awaited(harm: Callable[[], Any]) -> None:
+async def run_later(harm: Callable[[], Any]) -> None:
     await asyncio.sleep(0)
     harm()
 
 
-def in_thread(function: Callable[..., Any], *arguments: Any) -> None:
+def run_in_thread(function: Callable[..., Any], *arguments: Any) -> None:
     thread = threading.Thread(target=function, args=arguments)
     thread.start()
     thread.join()
 
 
-def in_executor(function: Callable[..., Any], *arguments: Any) -> None:
+def run_in_executor(function: Callable[..., Any], *arguments: Any) -> None:
     with ThreadPoolExecutor(1) as threads:
         threads.submit(function, *arguments).result()
 
 
-def in_empty_context(function: Callable[..., Any], *arguments: Any) -> None:
+def run_in_empty_context(function: Callable[..., Any], *arguments: Any) -> None:
     contextvars.Context().run(function, *arguments)
 
 
-async def generator(harm: Callable[[], Any]) -> AsyncIterator[int]:
+async def iterate(harm: Callable[[], Any]) -> AsyncIterator[int]:
     try:
         yield 1
         yield 2
@@ -56,48 +56,48 @@ async def generator(harm: Callable[[], Any]) -> AsyncIterator[int]:
 
 
 async def leave_generator(harm: Callable[[], Any]) -> None:
-    async for _ in generator(harm):
+    async for _ in iterate(harm):
         break
 
 
 async def leave_generator_in_a_cycle(harm: Callable[[], Any]) -> None:
-    left = generator(harm)
-    await anext(left)
-    cycle: list[Any] = [left]
+    iterator = iterate(harm)
+    await anext(iterator)
+    cycle: list[Any] = [iterator]
     cycle.append(cycle)
 
 
-Way = Callable[[asyncio.AbstractEventLoop, Callable[[], Any]], Any]
-WAYS: dict[str, Way] = {
-    "itself": lambda loop, harm: harm(),
+Route = Callable[[asyncio.AbstractEventLoop, Callable[[], Any]], Any]
+ROUTES: dict[str, Route] = {
+    "job itself": lambda loop, harm: harm(),
     "callback": lambda loop, harm: loop.call_soon(harm),
-    "task": lambda loop, harm: loop.create_task(awaited(harm)),
-    "coroutine of a thread": lambda loop, harm: in_thread(asyncio.run_coroutine_threadsafe, awaited(harm), loop),
-    "callback of a thread": lambda loop, harm: in_thread(loop.call_soon_threadsafe, harm),
-    "callback of an executor": lambda loop, harm: in_executor(loop.call_soon_threadsafe, harm),
+    "task": lambda loop, harm: loop.create_task(run_later(harm)),
+    "coroutine of a thread": lambda loop, harm: run_in_thread(asyncio.run_coroutine_threadsafe, run_later(harm), loop),
+    "callback of a thread": lambda loop, harm: run_in_thread(loop.call_soon_threadsafe, harm),
+    "callback of an executor": lambda loop, harm: run_in_executor(loop.call_soon_threadsafe, harm),
     "timer in an empty context": lambda loop, harm: loop.call_later(0, harm, context=contextvars.Context()),
     "callback in an empty context": lambda loop, harm: loop.call_soon(harm, context=contextvars.Context()),
-    "task in an empty context": lambda loop, harm: loop.create_task(awaited(harm), context=contextvars.Context()),
-    "task made in an empty context": lambda loop, harm: in_empty_context(loop.create_task, awaited(harm)),
+    "task in an empty context": lambda loop, harm: loop.create_task(run_later(harm), context=contextvars.Context()),
+    "task made in an empty context": lambda loop, harm: run_in_empty_context(loop.create_task, run_later(harm)),
     "generator": lambda loop, harm: loop.create_task(leave_generator(harm)),
     "generator in a cycle": lambda loop, harm: loop.create_task(leave_generator_in_a_cycle(harm)),
 }
 
 
 @pytest.mark.parametrize("harm", HARM)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_event_loop_goes_on_whatever_a_processor_hands_to_it(way: str, harm: str) -> None:
+def test_event_loop_survives_harmful_code_of_a_processor(route: str, harm: str) -> None:
     reached = []
 
     async def job() -> None:
         loop = asyncio.get_running_loop()
 
         def do_harm() -> None:
-            reached.append(way)
+            reached.append(route)
             HARM[harm](loop)
 
-        WAYS[way](loop, do_harm)
+        ROUTES[route](loop, do_harm)
         await asyncio.sleep(0.01)
 
     async def main() -> str:
@@ -107,17 +107,17 @@ def test_event_loop_goes_on_whatever_a_processor_hands_to_it(way: str, harm: str
         await asyncio.sleep(0.01)
         await containment.stop(1)
         await asyncio.sleep(0.01)
-        return "goes on"
+        return "survived"
 
     try:
-        assert run(main) == "goes on"
+        assert run(main) == "survived"
     except (SystemExit, KeyboardInterrupt) as error:
         pytest.fail(f"{error!r} has ended the event loop")
-    assert reached == [way]
+    assert reached == [route]
 
 
 def run(main: Callable[[], Any]) -> Any:
-    """Run a coroutine as the worker's process does."""
+    """Run a coroutine as a worker process does."""
 
     def in_context() -> Any:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -128,11 +128,11 @@ def run(main: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["main", "task"])
-def test_program_itself_can_end_the_event_loop(error: type[BaseException], place: str) -> None:
+def test_own_code_of_the_program_can_end_the_event_loop(error: type[BaseException], place: str) -> None:
     async def main() -> None:
         await Containment().start(asyncio.sleep(0), "job")
         if place == "task":
-            task = asyncio.create_task(awaited(lambda: exit_(error())))
+            task = asyncio.create_task(run_later(lambda: raise_error(error())))
             await task
         raise error
 
@@ -140,21 +140,25 @@ def test_program_itself_can_end_the_event_loop(error: type[BaseException], place
         run(main)
 
 
-def test_signal_of_a_terminal_ends_the_event_loop() -> None:
+def test_sigint_ends_the_event_loop() -> None:
     async def main() -> None:
         await Containment().start(asyncio.sleep(0), "job")
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(10)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(main)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(main)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
-async def test_job_that_is_inline_is_contained_in_another_event_loop_too() -> None:
-    """As in tests and in programs that embed a worker: there, only what is known to be a processor's is foreign."""
+async def test_inline_job_is_contained_in_a_foreign_event_loop() -> None:
+    """In tests and in programs that embed a worker, only code that is known to be a processor's is contained."""
 
     async def job() -> None:
-        asyncio.get_running_loop().call_soon(exit_, SystemExit(3))
+        asyncio.get_running_loop().call_soon(raise_error, SystemExit(3))
         await asyncio.sleep(0)
 
     await Containment().start(job(), "job")

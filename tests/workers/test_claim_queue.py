@@ -1,0 +1,322 @@
+"""Tests of the claim queue: workers do not compete for jobs, and no job stays unclaimed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.ledger.domain.commands import ClaimJob
+from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.domain.events import EventMetadata, JobClaimed
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store.command_handler import handle_command, load_stream_states
+from jobledger.ledger.store.envelope import VOID_STREAM
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.projections.views import queue
+from jobledger.projections.views.queue import QueueEntry
+from jobledger.workers import claim_queue as claiming
+from jobledger.workers.claim_queue import ClaimQueue
+from jobledger.workers.claim_ranking import ClaimDelay, list_higher_ranked
+from jobledger.workers.processor import JobContext, Results
+from tests.support.ledger_setup import load_event_documents
+from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.workers.inline_processor import install_processor
+
+names = st.text("abcdefgh0123456789-", min_size=1, max_size=12)
+
+
+# Ranks ----------------------------------------------------------------------------------------------------------------
+
+
+@given(job_id=names, workers=st.sets(names, min_size=1, max_size=8))
+def test_rank_of_each_worker_is_unique_per_job(job_id: str, workers: set[str]) -> None:
+    ranks = {worker: len(list_higher_ranked(worker, workers, job_id)) for worker in workers}
+    assert sorted(ranks.values()) == list(range(len(workers)))
+    for worker in workers:
+        higher_ranked = {name for name in workers if ranks[name] < ranks[worker]}
+        assert higher_ranked == set(list_higher_ranked(worker, workers, job_id))
+
+
+def test_first_rank_is_spread_evenly_over_workers() -> None:
+    workers = [f"host-{number}-abc" for number in range(8)]
+    firsts = Counter(
+        worker
+        for n in range(8000)
+        for worker in workers
+        if not list_higher_ranked(worker, workers, f"job-6741{n:020x}")
+    )
+    assert sum(firsts.values()) == 8000
+    assert min(firsts.values()) > 800
+    assert max(firsts.values()) < 1200
+
+
+# Own rows, and rows left to other workers during the claim delay ---------------------------------------------------
+
+
+@pytest.fixture
+async def claims(connection: Connection, store: Path) -> ClaimQueue:
+    async with run_roles_in_process(connection, store) as roles:
+        claims = ClaimQueue(
+            roles.event_store,
+            roles.checkpoint,
+            job_types={"echo"},
+            slots=5,
+            eligible_workers=lambda: WORKERS,
+            free_slots=lambda job_type: 1,
+            pending_claims=tuple,
+            wake=lambda: None,
+        )
+        claims.worker_id = "w1"
+        return claims
+
+
+WORKERS = ("w1", "w2", "w3")
+OWN_JOBS = [job_id for n in range(60) if not list_higher_ranked("w1", WORKERS, job_id := f"job-{n}")]
+JOBS_OF_OTHERS = [job_id for n in range(60) if list_higher_ranked("w1", WORKERS, job_id := f"job-{n}")]
+
+
+def make_rows(*jobs: tuple[str, int]) -> list[QueueEntry]:
+    return [QueueEntry(job_id, "echo", None, priority) for job_id, priority in jobs]
+
+
+def select_jobs(claims: ClaimQueue, rows: list[QueueEntry]) -> list[str]:
+    return [row.job_id for row in claims._filter_by_rank(rows, WORKERS)]
+
+
+async def test_claim_queue_tries_jobs_of_own_first_rank_at_once(claims: ClaimQueue) -> None:
+    rows = make_rows((JOBS_OF_OTHERS[0], 1), (OWN_JOBS[0], 1), (JOBS_OF_OTHERS[1], 1), (OWN_JOBS[1], 1))
+    assert select_jobs(claims, rows) == OWN_JOBS[:2]
+
+
+async def test_job_of_lower_priority_waits_for_jobs_left_to_other_workers(claims: ClaimQueue) -> None:
+    rows = make_rows((OWN_JOBS[0], 9), (JOBS_OF_OTHERS[0], 5), (OWN_JOBS[1], 5), (OWN_JOBS[2], 1))
+    assert select_jobs(claims, rows) == OWN_JOBS[:2]
+
+
+async def test_job_left_to_other_workers_is_tried_after_the_claim_delay(
+    claims: ClaimQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("jobledger.workers.claim_queue.time.monotonic", lambda: now)
+    rows = make_rows((JOBS_OF_OTHERS[0], 5), (OWN_JOBS[0], 1))
+    assert select_jobs(claims, rows) == []
+    now += 0.2
+    assert select_jobs(claims, rows) == []
+    now += 0.1
+    assert select_jobs(claims, rows) == [JOBS_OF_OTHERS[0], OWN_JOBS[0]]
+
+
+async def test_job_is_left_to_higher_ranked_workers_while_they_claim(
+    claims: ClaimQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("jobledger.workers.claim_queue.time.monotonic", lambda: now)
+    rows = make_rows((JOBS_OF_OTHERS[0], 1))
+    for position in range(1, 10):
+        for worker in list_higher_ranked("w1", WORKERS, JOBS_OF_OTHERS[0]):
+            document = {
+                "_id": position,
+                "stream": f"job-x{position}",
+                "type": "JobClaimed",
+                "data": {"worker_id": worker},
+            }
+            claims.handle_event(document)
+        now += 0.9
+        assert select_jobs(claims, rows) == []
+    now += 0.2
+    assert select_jobs(claims, rows) == [JOBS_OF_OTHERS[0]]
+
+
+# Claim delay ----------------------------------------------------------------------------------------------------------
+
+
+def test_claim_delay_follows_recent_claim_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("jobledger.workers.claim_queue.time.monotonic", lambda: now)
+    delay = ClaimDelay()
+
+    def record_claim(job_id: str, seconds: float, by: str = "w1") -> float:
+        nonlocal now
+        delay.start_timing(job_id, "w1")
+        now += seconds
+        delay.record_claim(job_id, by)
+        return delay.seconds
+
+    assert record_claim("job-1", 0.002) == 0.01
+    assert record_claim("job-2", 0.04) == pytest.approx(0.06)
+    assert record_claim("job-3", 0.002) == pytest.approx(0.057)  # one fast claim changes the delay little
+    assert record_claim("job-4", 3, by="w2") == pytest.approx(
+        0.057
+    )  # the first worker was busy, so this claim is not measured
+    assert record_claim("job-5", 3) == 0.25
+    for number in range(100):
+        record_claim(f"job-{number}", 0.002)
+    assert delay.seconds == 0.01
+
+
+# Running workers ------------------------------------------------------------------------------------------------------
+
+
+async def wait_for_healthy_workers(roles: RunningRoles, count: int) -> None:
+    worker = roles.worker
+    assert worker is not None
+    await poll_until(lambda: len(worker._lease_reaper.healthy_workers) == count, f"{count} workers are known")
+
+
+async def count_voided_appends(roles: RunningRoles) -> int:
+    return len(await load_event_documents(roles.db, {"stream": VOID_STREAM}))
+
+
+async def test_idle_workers_do_not_compete_for_a_new_job(connection: Connection, store: Path) -> None:
+    async with (
+        run_roles_in_process(connection, store, projector=True) as roles,
+        run_roles_in_process(connection, store, worker=WorkerOptions(), worker_events_only=True) as first,
+        run_roles_in_process(connection, store, worker=WorkerOptions(), worker_events_only=True) as second,
+        run_roles_in_process(connection, store, worker=WorkerOptions(), worker_events_only=True) as third,
+    ):
+        workers = (first, second, third)
+        for worker_roles in workers:
+            await wait_for_healthy_workers(worker_roles, len(workers))
+        for _ in range(40):
+            await roles.wait_until_finished(await roles.submit())
+        events = [event.event for event in await roles.read_all_events()]
+        assert len({event.worker_id for event in events if isinstance(event, JobClaimed)}) == 3
+        # At most 1.2 tries per job, as promised, and a few more until the workers have measured the claim times.
+        assert await count_voided_appends(roles) <= 8 + 3
+
+
+async def test_job_whose_first_worker_is_busy_runs_on_another_worker(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = asyncio.Event()
+
+    async def work(job: JobContext) -> Results:
+        await release.wait()
+        return Results()
+
+    install_processor(monkeypatch, work)
+    options = WorkerOptions(slots=1)
+    async with (
+        run_roles_in_process(connection, store, projector=True) as roles,
+        run_roles_in_process(connection, store, worker=options, worker_events_only=True),
+        run_roles_in_process(connection, store, worker=options, worker_events_only=True),
+    ):
+        blocking = await roles.submit(job_type="test")
+        await roles.wait_for_event(JobClaimed, blocking)
+        started_at = asyncio.get_running_loop().time()
+        for _ in range(10):  # for about half of them, the busy worker has the first rank
+            await roles.wait_until_finished(await roles.submit())
+        assert asyncio.get_running_loop().time() - started_at < 10 * 2
+        release.set()
+        await roles.wait_until_finished(blocking)
+
+
+async def test_job_that_arrives_during_a_query_is_found(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The query starts before the job is in the queue, and ends after the worker received the job's event."""
+    querying, release = asyncio.Event(), asyncio.Event()
+    find_candidates = queue.find_candidates
+
+    async def find_slowly(*arguments: Any, **options: Any) -> list[QueueEntry]:
+        rows = await find_candidates(*arguments, **options)
+        querying.set()
+        await release.wait()
+        return rows
+
+    monkeypatch.setattr(queue, "find_candidates", find_slowly)
+    async with (
+        run_roles_in_process(connection, store, projector=True) as roles,
+        run_roles_in_process(connection, store, worker=WorkerOptions()) as worker_roles,
+    ):
+        async with asyncio.timeout(20):
+            await querying.wait()
+        job_id = await roles.submit()
+        await worker_roles.wait_for_views(await roles.event_store.head_position())
+        release.set()
+        await roles.wait_until_finished(job_id)
+
+
+async def test_job_claimed_by_another_worker_during_the_load_is_not_tried(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, release = asyncio.Event(), asyncio.Event()
+
+    async def load_slowly(log: EventStore, streams: list[str]) -> Any:
+        states = await load_stream_states(log, streams)
+        loading.set()
+        await release.wait()
+        return states
+
+    monkeypatch.setattr(claiming, "load_stream_states", load_slowly)
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        free, claimed_elsewhere = await roles.submit(), await roles.submit()
+        await roles.wait_for_views()
+        async with run_roles_in_process(connection, store, worker=WorkerOptions()) as worker_roles:
+            async with asyncio.timeout(20):
+                await loading.wait()
+            claimed = await handle_command(
+                roles.event_store,
+                claimed_elsewhere,
+                ClaimJob("another", datetime.now(UTC)),
+                meta=EventMetadata("worker:another"),
+            )
+            async with asyncio.timeout(20), worker_roles.event_store.subscribe(after=0) as events:
+                while events.position < claimed.events[0].position:
+                    await events.next_chunk()
+            release.set()
+            await roles.wait_until_finished(free)
+        assert await count_voided_appends(roles) == 0, "a claim was tried that could not succeed"
+
+
+async def test_rows_keep_their_order_after_a_failed_load(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [LedgerUnavailable("the database is unavailable")]
+
+    async def fail_first(log: EventStore, streams: list[str]) -> Any:
+        if failures:
+            raise failures.pop()
+        return await load_stream_states(log, streams)
+
+    monkeypatch.setattr(claiming, "load_stream_states", fail_first)
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        jobs = [await roles.submit() for _ in range(3)]
+        await roles.wait_for_views()
+        async with run_roles_in_process(connection, store, worker=WorkerOptions(slots=1)):
+            await roles.wait_until_finished(*jobs)
+        assert [event.stream for event in await roles.read_all_events() if isinstance(event.event, JobClaimed)] == jobs
+    assert not failures
+
+
+async def test_slots_per_type_limit_one_type_and_delay_no_others(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, maximum = 0, 0
+
+    async def work(job: JobContext) -> Results:
+        nonlocal running, maximum
+        running += 1
+        maximum = max(maximum, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+        return Results()
+
+    install_processor(monkeypatch, work)
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        limited = [await roles.submit(job_type="test", priority=5) for _ in range(20)]
+        unlimited = [await roles.submit() for _ in range(20)]
+        await roles.wait_for_views()
+        async with run_roles_in_process(connection, store, worker=WorkerOptions(slots=8, slots_of_type={"test": 2})):
+            limited += [await roles.submit(job_type="test") for _ in range(5)]
+            await roles.wait_until_finished(*limited, *unlimited)
+        ends = [event.stream for event in await roles.read_all_events() if event.type == "JobCompleted"]
+        assert maximum == 2
+        assert ends.index(unlimited[-1]) < ends.index(limited[19]), "the other job types have free slots all the time"
