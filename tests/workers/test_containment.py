@@ -7,9 +7,12 @@ import contextvars
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -152,6 +155,47 @@ def test_sigint_ends_the_event_loop() -> None:
             run(main)
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+UNCLOSABLE = """
+import asyncio
+
+async def ignore_everything():
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except BaseException:
+            continue
+"""
+ABANDON = """
+import asyncio, ctypes
+from jobledger.workers.child import containment as own
+from jobledger.workers.child.containment import Containment, new_event_loop
+import unclosable
+
+for module in (own, unclosable):  # as if an extension module kept them until the end of the interpreter
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))
+
+async def main():
+    containment = Containment()
+    containment.start(unclosable.ignore_everything(), "job")
+    await asyncio.sleep(0)
+    await containment.stop(0)
+
+with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    runner.run(main())
+print("done", flush=True)
+"""
+
+
+def test_process_exits_after_it_abandoned_an_unclosable_coroutine(tmp_path: Path) -> None:
+    """At exit, the globals of the coroutine's module are gone. If Python closed it then, it would loop forever."""
+    (tmp_path / "unclosable.py").write_text(UNCLOSABLE)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", ABANDON], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "done"), ended.stderr
 
 
 async def test_inline_job_is_contained_in_a_foreign_event_loop() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import asyncio.events
 import asyncio.tasks
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterator
@@ -30,6 +31,9 @@ _is_own: ContextVar[bool] = ContextVar("own", default=False)
 """Whether code outside of containments is known to be Jobledger's own. See `_is_foreign`."""
 _unclosed_coroutines: deque[Coroutine[Any, Any, Any]] = deque(maxlen=100)
 """Coroutines that could not be closed. Python would retry when they are collected, and print a traceback."""
+# The deque outlives the interpreter. At exit, the modules' globals are gone before its coroutines are closed: one that
+# suppresses every error would then loop forever, and the process would not exit.
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_unclosed_coroutines))
 _END_ITERATIONS: Final = 3  # iterations of the event loop in which an abandoned task ends
 _MAX_THREADS: Final = min(32, (os.cpu_count() or 1) + 4)  # as many as asyncio's default
 
