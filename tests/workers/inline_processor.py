@@ -1,4 +1,4 @@
-"""tests: a job type `test` that does what the test says, in the worker's own process."""
+"""Install a job type `test` that runs a function of the test in the worker's process."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from jobledger.workers.processor import Isolation, JobContext, Processor, Result
 from jobledger.workers.registry import load_processors
 
 
-class Anything(BaseModel):
+class AnyParameters(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
 def install_processor(
     monkeypatch: pytest.MonkeyPatch, run_job: Callable[[JobContext], Awaitable[Results]], *job_types: str
 ) -> None:
-    """Add the job type `test`, or `job_types`; `work` is the processor's `run`."""
+    """Add the job type `test`, or `job_types`, whose processor calls `run_job`."""
 
     class TestProcessor:
         job_type: ClassVar[str] = "test"
         isolation: ClassVar[Isolation] = "inline"
         preload: ClassVar[Sequence[str]] = ()
-        Parameters: ClassVar[type[BaseModel]] = Anything
-        Settings: ClassVar[type[BaseModel]] = Anything
+        Parameters: ClassVar[type[BaseModel]] = AnyParameters
+        Settings: ClassVar[type[BaseModel]] = AnyParameters
 
         def __init__(self, settings: Any) -> None:
             pass
@@ -34,8 +34,11 @@ def install_processor(
         async def run(self, job: JobContext) -> Results:
             return await run_job(job)
 
-    known: dict[str, type[Processor]] = {**load_processors(), **dict.fromkeys(job_types or ("test",), TestProcessor)}
-    monkeypatch.setattr("jobledger.workers.registry.load_processors", lambda: known)
-    monkeypatch.setattr("jobledger.workers.worker.load_processors", lambda: known)
+    processors: dict[str, type[Processor]] = {
+        **load_processors(),
+        **dict.fromkeys(job_types or ("test",), TestProcessor),
+    }
+    monkeypatch.setattr("jobledger.workers.registry.load_processors", lambda: processors)
+    monkeypatch.setattr("jobledger.workers.worker.load_processors", lambda: processors)
     for module in ("jobledger.workers.request_handler", "jobledger.workers.step_cache"):
         monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 1")

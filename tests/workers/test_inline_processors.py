@@ -1,4 +1,4 @@
-"""Built-in inline processors run on the worker's event loop, so they must leave it free, whatever the parameters."""
+"""Tests of built-in inline processors: they must not block the worker's event loop, for any parameters."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from jobledger.workers.registry import get_processor, load_processors
 
 INLINE = [
     name
-    for name, it in load_processors().items()
-    if it.isolation == "inline" and it.__module__.startswith("jobledger.workers.")
+    for name, processor in load_processors().items()
+    if processor.isolation == "inline" and processor.__module__.startswith("jobledger.workers.")
 ]
 VALUES, CONTAINERS = MAX_VALUES - 10, MAX_CONTAINERS - 10
 
 
-def nested(levels: int) -> list[Any]:
+def nest(levels: int) -> list[Any]:
     value: list[Any] = []
     for _ in range(levels):
         value = [value]
@@ -39,7 +39,7 @@ LARGEST: dict[str, Callable[[], Any]] = {
     "lists": lambda: [[]] * CONTAINERS,
     "objects": lambda: [{"b": 1}] * CONTAINERS,
     "names": lambda: {f"n{index}": 1 for index in range(VALUES // 2)},
-    "deep": lambda: [nested(90)] * (CONTAINERS // 91),
+    "deep": lambda: [nest(90)] * (CONTAINERS // 91),
     "one text": lambda: "<" * (MAX_PARAMETERS_BYTES - 1000),
     "one text of line breaks": lambda: "\n" * (MAX_PARAMETERS_BYTES // 2 - 1000),
     "one text beyond 16 bits": lambda: "\U0001f986" * (MAX_PARAMETERS_BYTES // 4 - 1000),
@@ -62,18 +62,18 @@ async def test_inline_processor_with_largest_parameters_leaves_event_loop_free(
         attempt_dir=tmp_path / "attempt",
     )
 
-    # CPU time of this thread, in which the loop runs: other load on the machine does not count.
-    begun = time.thread_time()
+    # CPU time of the thread of the event loop. Other load on the machine does not count.
+    started_at = time.thread_time()
     json.loads(json.dumps(parameters))
-    bound = 0.2 + 3 * (time.thread_time() - begun)
-    begun = time.thread_time()
-    ending = await run_attempt(assignment, get_processor(job_type), answer, lambda: False)
-    used = time.thread_time() - begun
+    max_seconds = 0.2 + 3 * (time.thread_time() - started_at)
+    started_at = time.thread_time()
+    result = await run_attempt(assignment, get_processor(job_type), accept_message, lambda: False)
+    seconds = time.thread_time() - started_at
 
-    assert ending.kind == "completed", ending
-    assert used < bound
+    assert result.kind == "completed", result
+    assert seconds < max_seconds
 
 
-async def answer(message: Message) -> Any:
+async def accept_message(message: Message) -> Any:
     """Accept a message as a worker does."""
     return getattr(message, "path", None)

@@ -37,7 +37,7 @@ from tests.support.role_runner import (
     run_roles_in_process,
     run_roles_subprocess,
 )
-from tests.workers.misbehaving import misbehaving_processors
+from tests.workers.misbehaving_processors import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
 NO_CONFINEMENT = ConfinementSettings(mode="off")  # what confinement denies depends on the kernel version

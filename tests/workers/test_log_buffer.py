@@ -1,3 +1,5 @@
+"""Tests of the log buffer: it limits the size of a job's log and keeps its last lines."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,15 +12,15 @@ DAY = 24 * 3600
 
 
 class Clock:
-    """Time that passes when a test says so."""
+    """A clock that a test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         monkeypatch.setattr("jobledger.workers.log_buffer.time.monotonic", lambda: self.now)
 
 
-def logged(buffer: LogBuffer, clock: Clock, *, lines: int, seconds: float) -> list[str]:
-    """Log lines at a steady rate, and return those that are kept."""
+def log_lines(buffer: LogBuffer, clock: Clock, *, lines: int, seconds: float) -> list[str]:
+    """Log lines at a steady rate. Return the lines that are kept."""
     kept = []
     for number in range(lines):
         clock.now += seconds / lines
@@ -29,39 +31,39 @@ def logged(buffer: LogBuffer, clock: Clock, *, lines: int, seconds: float) -> li
     return [line.message for part in kept for line in part]
 
 
-def size(lines: list[str]) -> int:
+def count_bytes(lines: list[str]) -> int:
     return sum(len(line) + LOG_ENTRY_OVERHEAD_BYTES for line in lines)
 
 
-def test_log_of_a_day_is_bounded_and_ends_with_the_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_of_a_day_is_bounded_and_keeps_the_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    lines = logged(LogBuffer(), clock, lines=100_000, seconds=DAY)
+    lines = log_lines(LogBuffer(), clock, lines=100_000, seconds=DAY)
     assert (
         MAX_JOB_LOG_BYTES - BURST_BYTES
-        < size(lines)
+        < count_bytes(lines)
         < MAX_JOB_LOG_BYTES + 2 * FLOOD_TAIL_LINES * (WIDTH + LOG_ENTRY_OVERHEAD_BYTES)
     )
-    told = [line for line in lines if "were dropped here" in line]
-    assert len(told) == 1
-    assert "16.0 MiB in total" in told[0]
+    notices = [line for line in lines if "were dropped here" in line]
+    assert len(notices) == 1
+    assert "16.0 MiB in total" in notices[0]
     assert [int(line.split()[0]) for line in lines[-FLOOD_TAIL_LINES:]] == list(
         range(100_000 - FLOOD_TAIL_LINES, 100_000)
     )
 
 
-def test_log_of_many_attempts_is_bounded_and_each_may_say_something(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_of_many_attempts_is_bounded_and_each_keeps_some_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, total = Clock(monkeypatch), 0
     for _ in range(8):
-        lines = logged(LogBuffer(total), clock, lines=10_000, seconds=DAY)
-        assert size(lines) >= MIN_ATTEMPT_BYTES / 2
+        lines = log_lines(LogBuffer(total), clock, lines=10_000, seconds=DAY)
+        assert count_bytes(lines) >= MIN_ATTEMPT_BYTES / 2
         assert lines[-1].startswith("9999 ")
-        total += size(lines)
+        total += count_bytes(lines)
     assert total < MAX_JOB_LOG_BYTES + 8 * (
         MIN_ATTEMPT_BYTES + 2 * FLOOD_TAIL_LINES * (WIDTH + LOG_ENTRY_OVERHEAD_BYTES)
     )
 
 
-def test_usual_log_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_of_usual_size_is_kept_completely(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    lines = logged(LogBuffer(), clock, lines=3000, seconds=600)
+    lines = log_lines(LogBuffer(), clock, lines=3000, seconds=600)
     assert [int(line.split()[0]) for line in lines] == list(range(3000))

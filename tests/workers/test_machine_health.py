@@ -24,7 +24,7 @@ from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.machine_health import MachineFailure, WorkerHealth, find_machine_failure
 from jobledger.workers.scratch import ScratchDirectory
 from tests.support.role_runner import WorkerOptions, make_echo_job, poll_until, run_roles_in_process
-from tests.workers.misbehaving import misbehaving_processors
+from tests.workers.misbehaving_processors import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
 pytestmark = pytest.mark.usefixtures("misbehaving_processors")

@@ -19,7 +19,7 @@ from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.result_conversion import to_text
 from tests.support import misbehaving as does
 from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
-from tests.workers.misbehaving import misbehaving_processors
+from tests.workers.misbehaving_processors import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
 pytestmark = pytest.mark.usefixtures("misbehaving_processors")

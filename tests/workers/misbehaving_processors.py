@@ -1,4 +1,4 @@
-"""tests: install the job types of `tests.support.misbehaving`, as a package of somebody else would be."""
+"""Install the job types of `tests.support.misbehaving` as a third-party package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ misbehaving-inline = tests.support.misbehaving:InlineMisbehavingProcessor
 
 @pytest.fixture(scope="module")
 def misbehaving_processors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The job types `misbehaving` and `misbehaving-inline`, here and in job processes; yields their site directory."""
+    """The job types `misbehaving` and `misbehaving-inline`, in this process and in subprocesses.
+
+    Yields the site directory that contains their package.
+    """
     site = tmp_path_factory.mktemp("site")
     package = site / "misbehaving-1.0.dist-info"
     package.mkdir()
@@ -27,13 +30,13 @@ def misbehaving_processors(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (package / "entry_points.txt").write_text(_ENTRY_POINTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
-        patch.setenv("PYTHONPATH", str(site))  # for workers that are processes of their own
-        _forget()
+        patch.setenv("PYTHONPATH", str(site))  # for workers in subprocesses
+        _clear_caches()
         yield site
-    _forget()
+    _clear_caches()
 
 
-def _forget() -> None:
+def _clear_caches() -> None:
     registry._installed.cache_clear()
     processor_version.cache_clear()
     stop_fork_server()
