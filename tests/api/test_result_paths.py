@@ -18,7 +18,7 @@ from jobledger.workers.processor import JobContext, Results
 from tests.api.conftest import Api
 from tests.api.test_files import FILES, add_file
 from tests.workers.inline_processor import install_processor
-from tests.workers.test_result_paths import PATHS, VALID, accepted
+from tests.workers.test_result_paths import PATHS, VALID, normalize_or_none
 
 SAMPLES = 120
 
@@ -39,7 +39,7 @@ def some_accepted_paths() -> list[str]:
     seen: dict[str, None] = dict.fromkeys(VALID)
 
     def note(path: str) -> bool:
-        if (normal := accepted(path)) is not None:
+        if (normal := normalize_or_none(path)) is not None:
             seen[normal] = None
         return len(seen) >= SAMPLES
 

@@ -1,6 +1,6 @@
 """A worker whose machine has trouble costs no job an attempt: others take its jobs, and it recovers by itself.
 
-In one process and therefore fast: `tests/workers/test_health.py`.
+In one process and therefore fast: `tests/workers/test_machine_health.py`.
 """
 
 from __future__ import annotations

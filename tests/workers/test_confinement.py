@@ -1,4 +1,4 @@
-"""tests: what a job of a hostile plug-in gets hold of: its own job, and nothing of others or of the ledger."""
+"""Tests of confinement: a job of a hostile plug-in reaches its own job only, and nothing of others or of Jobledger."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
 needs_landlock = pytest.mark.skipif(
-    restrictions.landlock_version() < 1, reason="the kernel does not offer Landlock (boot option lsm=landlock,…)"
+    restrictions.landlock_version() < 1, reason="enable Landlock in the kernel: boot option lsm=landlock,…"
 )
 
-PRYING = '''
-"""prying: tries everything that the code it is given says, and reports what it got."""
+PRYING_MODULE = '''
+"""Run code of the parameters, and report the results."""
 import asyncio, os, sys, traceback
 from pathlib import Path
 from pydantic import BaseModel
@@ -49,30 +49,30 @@ class Prying:
     def __init__(self, settings): self.settings = settings
     async def run(self, job):
         (job.scratch_dir / "secret").write_text("of this job")
-        got = {}
+        outcomes = {}
         for name, code in job.parameters.attempts.items():
-            place = {"job": job, "settings": self.settings}
+            scope = {"job": job, "settings": self.settings}
             try:
-                exec(code, place)
-                got[name] = "GOT " + repr(place.get("got"))[:4000]
+                exec(code, scope)
+                outcomes[name] = "GOT " + repr(scope.get("got"))[:4000]
             except BaseException as error:
-                got[name] = f"{type(error).__name__}: {error}"[:200]
+                outcomes[name] = f"{type(error).__name__}: {error}"[:200]
         await job.log("info", str(job.scratch_dir))
         await asyncio.sleep(job.parameters.wait)
-        return Results(metadata={"got": got})
+        return Results(metadata={"outcomes": outcomes})
 '''
-ENTRY = "[jobledger.processors]\nprying = prying:Prying\n"
+ENTRY_POINTS = "[jobledger.processors]\nprying = prying:Prying\n"
 
 
 @pytest.fixture(scope="module")
 def plug_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for PYTHONPATH, in which a plug-in is installed."""
+    """A directory for PYTHONPATH in which the plug-in is installed."""
     directory = tmp_path_factory.mktemp("site")
-    (directory / "prying.py").write_text(PRYING)
-    about = directory / "prying-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: prying\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(ENTRY)
+    (directory / "prying.py").write_text(PRYING_MODULE)
+    dist_info = directory / "prying-1.0.dist-info"
+    dist_info.mkdir()
+    (dist_info / "METADATA").write_text("Metadata-Version: 2.1\nName: prying\nVersion: 1.0\n")
+    (dist_info / "entry_points.txt").write_text(ENTRY_POINTS)
     return directory
 
 
@@ -100,13 +100,13 @@ def installation(plug_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield running
 
 
-def pry(installation: Installation, attempts: dict[str, str], *, wait: float = 0) -> str:
-    """Submit a job that makes these attempts; return its id."""
+def submit_prying_job(installation: Installation, attempts: dict[str, str], *, wait: float = 0) -> str:
+    """Submit a job that runs the code of the attempts. Return its ID."""
     body = {"job_type": "prying", "parameters": {"attempts": attempts, "wait": wait}}
     with http_client(installation.commands[0]) as client:
-        answer = client.post("/api/events/jobs", json=body)
-        assert answer.status_code < 300, answer.text
-        return str(answer.json()["job_id"])
+        response = client.post("/api/events/jobs", json=body)
+        assert response.status_code < 300, response.text
+        return str(response.json()["job_id"])
 
 
 def read_job(installation: Installation, job_id: str) -> dict[str, Any]:
@@ -115,27 +115,27 @@ def read_job(installation: Installation, job_id: str) -> dict[str, Any]:
         return job
 
 
-def results_of(installation: Installation, job_id: str) -> dict[str, str]:
-    """Wait for the end of a job; return what each of its attempts got."""
-    assert wait_until(lambda: read_job(installation, job_id)["status"] in ("completed", "failed"), 40)
+def wait_for_outcomes(installation: Installation, job_id: str) -> dict[str, str]:
+    """Wait for the end of a job. Return the outcome of each of its attempts."""
+    assert wait_until(lambda: read_job(installation, job_id)["status"] in ("completed", "failed"), 100)
     job = read_job(installation, job_id)
     assert job["status"] == "completed", job
-    return dict(job["results"]["metadata"]["got"])
+    return dict(job["results"]["metadata"]["outcomes"])
 
 
 @needs_landlock
-def test_job_process_reaches_nothing_but_its_own_job(installation: Installation) -> None:
-    here = installation.directory
+def test_job_process_reaches_only_its_own_job(installation: Installation) -> None:
+    directory = installation.directory
     worker = installation.commands[0].process.pid
-    neighbour = pry(installation, {}, wait=20)
-    assert wait_until(lambda: bool(scratch_of(installation, neighbour)), 20), read_job(installation, neighbour)
-    (scratch,) = scratch_of(installation, neighbour)
+    other_job = submit_prying_job(installation, {}, wait=60)
+    assert wait_until(lambda: bool(find_scratch(installation, other_job)), 60), read_job(installation, other_job)
+    (scratch,) = find_scratch(installation, other_job)
     port = urlsplit(installation.commands[0].url).port
     home = Path.home() / ".jobledger-canary"
     home.write_text("canary")
     pids = sorted(list_descendants(worker) | {worker})
     try:
-        job_id = pry(
+        job_id = submit_prying_job(
             installation,
             {
                 "all environment variables": "import os; got = dict(os.environ)",
@@ -144,13 +144,14 @@ def test_job_process_reaches_nothing_but_its_own_job(installation: Installation)
                 **{f"memory of {pid}": f"got = open('/proc/{pid}/mem', 'rb')" for pid in pids},
                 **{f"root of {pid}": f"import os; got = os.listdir('/proc/{pid}/root/')" for pid in pids},
                 **{f"signal to {pid}": f"import os; os.kill({pid}, 0)" for pid in pids},
-                "signal to everybody": "import os; os.kill(-1, 0); raise OSError('only to itself')",
-                "settings": f"got = open('{here}/config.yaml').read()",
-                "protected path": f"got = open('{here}/webhooks').read()",
-                "database files": f"import os; got = os.listdir('{here}/data/db') or os.listdir('{here}/data')",
-                "a database file": f"got = open('{server_file(here)}', 'rb').read(10)",
-                "results": f"got = open('{here}/data/results/canary').read()",
-                "new result": f"open('{here}/data/results/new', 'w')",
+                "signal to all": "import os; os.kill(-1, 0); raise OSError('only to itself')",
+                "settings": f"got = open('{directory}/config.yaml').read()",
+                "protected path": f"got = open('{directory}/webhooks').read()",
+                "database files": f"import os; got = os.listdir('{directory}/data/db') or "
+                f"os.listdir('{directory}/data')",
+                "a database file": f"got = open('{find_database_file(directory)}', 'rb').read(10)",
+                "results": f"got = open('{directory}/data/results/canary').read()",
+                "new result": f"open('{directory}/data/results/new', 'w')",
                 "file of another job": f"got = open('{scratch}/secret').read()",
                 "write to another job": f"open('{scratch}/secret', 'w')",
                 "list other jobs": f"import os; got = os.listdir('{scratch.parents[1]}')",
@@ -159,17 +160,17 @@ def test_job_process_reaches_nothing_but_its_own_job(installation: Installation)
                 "write to code": "from jobledger.workers.child import main; open(main.__file__, 'a')",
                 "local socket": "import socket; socket.socket(socket.AF_UNIX)",
                 "password hashes": "got = open('/etc/shadow').read()",
-                "symbolic link": f"import os; os.symlink('{here}/config.yaml', job.scratch_dir / 'l'); "
+                "symbolic link": f"import os; os.symlink('{directory}/config.yaml', job.scratch_dir / 'l'); "
                 "got = open(job.scratch_dir / 'l').read()",
-                "hard link": f"import os; os.link('{here}/config.yaml', job.scratch_dir / 'h'); "
+                "hard link": f"import os; os.link('{directory}/config.yaml', job.scratch_dir / 'h'); "
                 "got = open(job.scratch_dir / 'h').read()",
-                "program that reads": f"import subprocess; got = subprocess.run(['cat', '{here}/config.yaml'], "
+                "program that reads": f"import subprocess; got = subprocess.run(['cat', '{directory}/config.yaml'], "
                 "check=True, capture_output=True)",
                 "traces": f"import ctypes\nif ctypes.CDLL(None, use_errno=True).ptrace(16, {worker}, 0, 0): "
                 "raise PermissionError('ptrace')",
                 "core files": "import resource\nif resource.getrlimit(resource.RLIMIT_CORE) == (0, 0): "
                 "raise PermissionError('core')",
-                # What it must be able to do
+                # What a job must be able to do
                 "may read its key": "got = settings.key_file.read_text()",
                 "may use its scratch": "p = job.scratch_dir / 'a'; p.mkdir(); (p / 'b').write_text('x'); "
                 "(p / 'b').rename(job.scratch_dir / 'c'); got = (job.scratch_dir / 'c').read_text()",
@@ -187,17 +188,17 @@ def test_job_process_reaches_nothing_but_its_own_job(installation: Installation)
                 "got = p.wait()",
             },
         )
-        got = results_of(installation, job_id)
+        outcomes = wait_for_outcomes(installation, job_id)
     finally:
         home.unlink()
         with http_client(installation.commands[0]) as client:
-            client.post(f"/api/events/jobs/{neighbour}/cancel")
-    variables = got.pop("all environment variables"), got.pop("environment of own process")
+            client.post(f"/api/events/jobs/{other_job}/cancel")
+    variables = outcomes.pop("all environment variables"), outcomes.pop("environment of own process")
     assert not any("canary" in text for text in variables), variables
     assert "MODEL_HOME" in variables[0]
-    allowed = {name: text for name, text in got.items() if name.startswith("may ")}
+    allowed = {name: text for name, text in outcomes.items() if name.startswith("may ")}
     assert all(text.startswith("GOT") for text in allowed.values()), allowed
-    reached = {name: text for name, text in got.items() if text.startswith("GOT") and name not in allowed}
+    reached = {name: text for name, text in outcomes.items() if text.startswith("GOT") and name not in allowed}
     assert reached == {}
 
 
@@ -207,15 +208,20 @@ CHANGES = {
     "times": "os.utime(path, (os.stat(path).st_atime, os.stat(path).st_mtime))",
     "mode of an open file": "os.fchmod(os.open(path, os.O_RDONLY), stat.S_IMODE(os.stat(path).st_mode))",
 }
-"""What the owner of a file may do to it by its name alone."""
+"""What the owner of a file may change by its name alone."""
 
 
 @needs_landlock
-@pytest.mark.skipif(not restrictions.can_make_read_only(), reason="this system lets no job have mounts of its own")
-def test_job_process_changes_no_modes_owners_and_times_outside(installation: Installation) -> None:
-    here = installation.directory
+@pytest.mark.skipif(
+    not restrictions.can_make_read_only(),
+    reason="run as root or allow unprivileged user namespaces: job processes have no private mounts on this machine",
+)
+def test_job_process_cannot_change_modes_owners_or_times_outside(installation: Installation) -> None:
+    directory = installation.directory
     outside = ["/", "/tmp", "/dev/null", "/usr", sys.executable, confinement.__file__]
-    outside += [str(path) for path in (here, here / "config.yaml", here / "data", here / "data/results")]
+    outside += [
+        str(path) for path in (directory, directory / "config.yaml", directory / "data", directory / "data/results")
+    ]
     attempts = {
         f"{name} of {path}": f"import os, stat; path = {path!r}; {code}"
         for path in outside
@@ -245,8 +251,10 @@ def test_job_process_changes_no_modes_owners_and_times_outside(installation: Ins
     attempts["may move to the saved files"] = (
         "import os; os.rename(job.scratch_dir / 'own', job.scratch_dir.parent / 'saved/own')"
     )
-    got = results_of(installation, pry(installation, attempts))
-    assert [name for name, text in got.items() if name.startswith("may ") != text.startswith("GOT")] == [], got
+    outcomes = wait_for_outcomes(installation, submit_prying_job(installation, attempts))
+    assert [name for name, text in outcomes.items() if name.startswith("may ") != text.startswith("GOT")] == [], (
+        outcomes
+    )
 
 
 _CALL = """
@@ -258,7 +266,7 @@ def call(*arguments):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 """
 _NUMBERS = restrictions._SYSCALL_NUMBERS.get(os.uname().machine, {}) | restrictions._COMMON_SYSCALL_NUMBERS
-OF_A_PROCESS = {
+PROCESS_CALLS = {
     "limits": "resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 1024))",
     "reading limits": "resource.prlimit(pid, resource.RLIMIT_NOFILE)",
     "priority": "os.setpriority(os.PRIO_PROCESS, pid, nice)",
@@ -275,7 +283,7 @@ OF_A_PROCESS = {
     "descriptors": f"call({_NUMBERS['pidfd_getfd']}, os.pidfd_open(pid), 0, 0)",
     "trace": f"call({_NUMBERS.get('ptrace')}, 16, pid, 0, 0)",
 }
-OF_THE_USER = {
+USER_CALLS = {
     "priority of the user": "os.setpriority(os.PRIO_USER, 0, 0)",
     "priority of its group": "os.setpriority(os.PRIO_PGRP, 0, 0)",
     "disk access of the user": f"call({_NUMBERS.get('ioprio_set')}, 3, os.getuid(), 0)",
@@ -285,24 +293,27 @@ OF_THE_USER = {
 
 
 @needs_landlock
-@pytest.mark.skipif(not restrictions.is_seccomp_supported(), reason="the numbers of system calls are not known")
 @pytest.mark.skipif(
-    restrictions.landlock_version() < restrictions.LANDLOCK_SIGNALS_VERSION, reason="signals need Linux 6.12"
+    not restrictions.is_seccomp_supported(), reason="the system call numbers of this architecture are unknown"
 )
-def test_job_process_changes_no_limits_and_priorities_of_others(installation: Installation) -> None:
+@pytest.mark.skipif(
+    restrictions.landlock_version() < restrictions.LANDLOCK_SIGNALS_VERSION,
+    reason="upgrade to Linux 6.12, which restricts signals",
+)
+def test_job_process_cannot_change_limits_or_priorities_of_others(installation: Installation) -> None:
     worker = installation.commands[0].process.pid
-    # Its supervisor and the fork server are among them: of a job before, or found as the job's own ancestors.
+    # They include supervisor and fork server: as descendants of the worker, or as ancestors of the job.
     pids = [f"{pid}" for pid in sorted(list_descendants(worker) | {worker})]
     pids += ["os.getppid()", "int(open(f'/proc/{os.getppid()}/stat').read().rpartition(')')[2].split()[1])"]
     attempts = {
-        f"{name} of {pid}": f"{_CALL}\npid = {pid}\n{code}" for pid in pids for name, code in OF_A_PROCESS.items()
+        f"{name} of {pid}": f"{_CALL}\npid = {pid}\n{code}" for pid in pids for name, code in PROCESS_CALLS.items()
     }
-    attempts |= {name: f"{_CALL}\n{code}" for name, code in OF_THE_USER.items()}
-    itself = ["limits", "priority", "CPUs", "scheduler", "scheduling parameters", "scheduling attributes"]
-    itself += ["priority of its disk access", "signal", "signal by handle", "signal to a thread"]
+    attempts |= {name: f"{_CALL}\n{code}" for name, code in USER_CALLS.items()}
+    own_calls = ["limits", "priority", "CPUs", "scheduler", "scheduling parameters", "scheduling attributes"]
+    own_calls += ["priority of its disk access", "signal", "signal by handle", "signal to a thread"]
     attempts |= {
-        f"may change {name} of {pid}": f"{_CALL}\npid = {pid}\n{OF_A_PROCESS[name]}"
-        for name in itself
+        f"may change {name} of {pid}": f"{_CALL}\npid = {pid}\n{PROCESS_CALLS[name]}"
+        for name in own_calls
         for pid in ("0", "os.getpid()")
         if pid == "os.getpid()" or not name.startswith("signal")
     }
@@ -314,83 +325,87 @@ def test_job_process_changes_no_limits_and_priorities_of_others(installation: In
         "sh -c 'ulimit -n 50'",
     ):
         attempts[f"may run {program}"] = f'import subprocess; subprocess.run("{program}", shell=True, check=True)'
-    got = results_of(installation, pry(installation, attempts))
-    assert [name for name, text in got.items() if name.startswith("may ") != text.startswith("GOT")] == [], got
+    outcomes = wait_for_outcomes(installation, submit_prying_job(installation, attempts))
+    assert [name for name, text in outcomes.items() if name.startswith("may ") != text.startswith("GOT")] == [], (
+        outcomes
+    )
 
 
 _REBOOT = {"x86_64": 169, "aarch64": 142}.get(os.uname().machine)
-POWERS = {
+PRIVILEGED_CALLS = {
     "FIFO": "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(99))",
     "round robin": "os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))",
     "FIFO for children": "os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))",
     "FIFO by attributes": f"call({_NUMBERS.get('sched_setattr')}, 0, "
     "struct.pack('=IIQiIQQQ', 48, 1, 0, 0, 1, 0, 0, 0), 0)",
     "FIFO of a thread": "thread = ctypes.c_void_p(threading.get_ident()); "
-    "returned(libc.pthread_setschedparam(thread, 1, struct.pack('i', 1)))",
+    "raise_if_failed(libc.pthread_setschedparam(thread, 1, struct.pack('i', 1)))",
     "deadline": f"call({_NUMBERS.get('sched_setattr')}, 0, "
     "struct.pack('=IIQiIQQQ', 48, 6, 0, 0, 0, 10**7, 10**8, 10**8), 0)",
     "FIFO of a program": "run('chrt', '-f', '1', 'true')",
-    "FIFO of a program that has bits of root": "run('setpriv', '--reset-env', 'chrt', '-f', '1', 'true')",
+    "FIFO of a program with capabilities": "run('setpriv', '--reset-env', 'chrt', '-f', '1', 'true')",
     "better priority": "os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) - 1)",
-    "real-time limit": "limited(resource.RLIMIT_RTPRIO)",
-    "limit of descriptors": "limited(resource.RLIMIT_NOFILE)",
+    "real-time limit": "raise_limit(resource.RLIMIT_RTPRIO)",
+    "limit of descriptors": "raise_limit(resource.RLIMIT_NOFILE)",
     "killed last": "os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000')",
     "clock": "time.clock_settime(time.CLOCK_REALTIME, time.time())",
     "reboot": f"call({_REBOOT}, 0, 0, 0, 0)",  # EINVAL for root: these are not the magic numbers
-    "mount": "returned(-libc.mount(b'none', os.fsencode(scratch), b'tmpfs', 0, None) and ctypes.get_errno())",
+    "mount": "raise_if_failed(-libc.mount(b'none', os.fsencode(scratch), b'tmpfs', 0, None) and ctypes.get_errno())",
     "root directory": "os.chroot(scratch)",
     "name of the machine": "socket.sethostname(socket.gethostname())",
     "device": "os.mknod(scratch / 'device', 0o600 | stat.S_IFBLK, os.makedev(7, 0))",
     "raw socket": "socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)",
-    "kernel log": "returned(-libc.klogctl(8, None, 99) and ctypes.get_errno())",  # EINVAL for root
+    "kernel log": "raise_if_failed(-libc.klogctl(8, None, 99) and ctypes.get_errno())",  # EINVAL for root
 }
-"""What root may do to the machine. Where it is harmless, the call has other arguments that are wrong."""
-HARMLESS = {
+"""What root may do to the machine. A call that could do harm has invalid arguments."""
+HARMLESS_CALLS = {
     "worse priority": "os.nice(1)",
     "idle": "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))",
     "program": "run('true')",
     "file": "(scratch / 'file').write_text('x'); os.chmod(scratch / 'file', 0o600)",
 }
-OF_ROOT_UNCONFINED = {
+UNCONFINED_ROOT_CALLS = {
     "owner": "(scratch / 'other').touch(); os.chown(scratch / 'other', 1234, 1234)",
     "file of another user": "(scratch / 'other').chmod(0); (scratch / 'other').read_bytes()",
     "act as another user": "run('setpriv', '--reuid', '1234', '--clear-groups', 'true')",
 }
 
 
-def _after_confinement(mode: confinement.ConfinementMode, attempts: dict[str, str], directory: Path) -> dict[str, int]:
-    """Return the error number of each attempt in a process that is confined as jobs are, 0 if it had none."""
-    place = directory / "worker/attempt"
-    scratch, inbox = place / "scratch", place / "saved"
+def _run_confined(mode: confinement.ConfinementMode, attempts: dict[str, str], directory: Path) -> dict[str, int]:
+    """Run attempts in a process that is confined like a job. Return the error number of each, 0 without an error."""
+    attempt_dir = directory / "worker/attempt"
+    scratch, inbox = attempt_dir / "scratch", attempt_dir / "saved"
     for path in (scratch, inbox):
         path.mkdir(parents=True)
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            _be_confined(mode, attempts, scratch, inbox, writing)
-        except BaseException:  # noqa: BLE001 - nothing may return into pytest
+            _confine_and_run(mode, attempts, scratch, inbox, writing)
+        except BaseException:  # noqa: BLE001 - the forked process must not return into pytest
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        found: dict[str, int] = json.loads(pipe.read())
+        numbers: dict[str, int] = json.loads(pipe.read())
     os.waitpid(pid, 0)
-    return found
+    return numbers
 
 
-def _be_confined(
+def _confine_and_run(
     mode: confinement.ConfinementMode, attempts: dict[str, str], scratch: Path, inbox: Path, writing: int
 ) -> None:
-    def returned(number: int) -> None:
+    def raise_if_failed(number: int) -> None:
         if number:
             raise OSError(number, os.strerror(number))
 
     def run(*command: str) -> None:
-        returned(errno.EPERM if subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode else 0)
+        raise_if_failed(
+            errno.EPERM if subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode else 0
+        )
 
-    def limited(kind: int) -> None:
+    def raise_limit(kind: int) -> None:
         try:
             resource.setrlimit(kind, (resource.getrlimit(kind)[1] + 1,) * 2)
         except ValueError:
@@ -406,38 +421,42 @@ def _be_confined(
         readable_paths=[],
         shared_dirs=[],
     )
-    found = {}
-    place = {"scratch": scratch, "returned": returned, "run": run, "limited": limited}
-    exec(f"{_CALL}\nimport socket, stat, threading, time", place)
+    numbers = {}
+    scope = {"scratch": scratch, "raise_if_failed": raise_if_failed, "run": run, "raise_limit": raise_limit}
+    exec(f"{_CALL}\nimport socket, stat, threading, time", scope)
     for name, code in attempts.items():
         try:
-            exec(code, place)
-            found[name] = 0
+            exec(code, scope)
+            numbers[name] = 0
         except OSError as error:
-            found[name] = error.errno or -1
-    os.write(writing, json.dumps(found).encode())
+            numbers[name] = error.errno or -1
+    os.write(writing, json.dumps(numbers).encode())
 
 
-@pytest.mark.skipif(_REBOOT is None, reason="the numbers of system calls are not known")
+@pytest.mark.skipif(_REBOOT is None, reason="the system call numbers of this architecture are unknown")
 @pytest.mark.parametrize(("mode", "landlock"), [("off", True), ("auto", True), ("auto", False)])
-def test_job_process_has_no_power_over_the_machine(
+def test_job_process_has_no_privileges_over_the_machine(
     mode: confinement.ConfinementMode, landlock: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not landlock:
         monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
-    denied = _after_confinement(mode, POWERS, tmp_path / "denied")
+    denied = _run_confined(mode, PRIVILEGED_CALLS, tmp_path / "denied")
     assert {name: number for name, number in denied.items() if number not in (errno.EPERM, errno.EACCES)} == {}
-    harmless = {**HARMLESS, **(OF_ROOT_UNCONFINED if mode == "off" and os.getuid() == 0 else {})}
+    harmless = {**HARMLESS_CALLS, **(UNCONFINED_ROOT_CALLS if mode == "off" and os.getuid() == 0 else {})}
     if (mode == "off" or not landlock) and runner._probe_method("bubblewrap").is_working:
         harmless["bubblewrap"] = (
-            "from jobledger.workers.sandbox import runner; returned(not runner._probe_method('bubblewrap').is_working)"
+            "from jobledger.workers.sandbox import runner; "
+            "raise_if_failed(not runner._probe_method('bubblewrap').is_working)"
         )
-    assert set(_after_confinement(mode, harmless, tmp_path / "allowed").values()) == {0}
+    assert set(_run_confined(mode, harmless, tmp_path / "allowed").values()) == {0}
 
 
-@pytest.mark.skipif(not restrictions.can_make_read_only(), reason="this system lets no job have mounts of its own")
-def test_mounts_that_are_read_only_stay_so_below_a_writable_directory(tmp_path: Path) -> None:
-    """Also one writable directory inside another, a file, and one that does not exist."""
+@pytest.mark.skipif(
+    not restrictions.can_make_read_only(),
+    reason="run as root or allow unprivileged user namespaces: job processes have no private mounts on this machine",
+)
+def test_read_only_mounts_stay_read_only_below_a_writable_one(tmp_path: Path) -> None:
+    """This includes a writable directory inside another, a writable file, and a path that does not exist."""
     for name in ("inner", "read-only", "other"):
         (tmp_path / "outer" / name).mkdir(parents=True)
     outside, file = tmp_path / "outside", tmp_path / "file"
@@ -447,16 +466,16 @@ def test_mounts_that_are_read_only_stay_so_below_a_writable_directory(tmp_path: 
     pid = os.fork()
     if pid == 0:
         try:
-            restrictions.make_read_only([outer / "inner", tmp_path / "second"])  # all else of `outer` is read-only now
+            restrictions.make_read_only([outer / "inner", tmp_path / "second"])  # the rest of `outer` is read-only now
             restrictions.make_read_only([outer / "inner", file])
-            found = [can_be_changed(it) for it in (outer, outer / "other", outer / "inner", file, outside)]
-            os._exit(found == [False, False, True, False, False])
+            changeable = [can_change(path) for path in (outer, outer / "other", outer / "inner", file, outside)]
+            os._exit(changeable == [False, False, True, False, False])
         finally:
             os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
-def can_be_changed(path: Path) -> bool:
+def can_change(path: Path) -> bool:
     try:
         path.chmod(path.stat().st_mode)
     except OSError:
@@ -464,7 +483,7 @@ def can_be_changed(path: Path) -> bool:
     return True
 
 
-def test_worker_without_landlock_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_without_landlock_logs_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
     monkeypatch.setattr(restrictions, "hide_from_same_user", lambda: None)
     with structlog.testing.capture_logs() as lines:
@@ -475,7 +494,7 @@ def test_worker_without_landlock_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     confinement.check_confinement("off")
 
 
-def test_programs_started_with_a_minimal_environment_get_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minimal_environment_hides_other_variables_from_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOBLEDGER_AUTH__JWT__SECRET", "canary")
     monkeypatch.setenv("MODEL_HOME", "/models")
     with confinement.minimal_environment(["MODEL_HOME"]):
@@ -487,28 +506,26 @@ def test_programs_started_with_a_minimal_environment_get_nothing_else(monkeypatc
     assert subprocess.run(["sh", "-c", "echo $MODEL_HOME"], capture_output=True, check=True).stdout == b"/models\n"
 
 
-def scratch_of(installation: Installation, job_id: str) -> list[Path]:
-    """Where a running job has its files: it says so in its log."""
+def find_scratch(installation: Installation, job_id: str) -> list[Path]:
+    """Return the scratch directory of a running job, which the job logs."""
     with http_client(installation.commands[0]) as client:
         lines = client.get(f"/api/events/jobs/{job_id}/logs").json()
     texts = [line["message"] for line in lines.get("logs", lines.get("items", []))]
     return [Path(text) for text in texts if text.startswith("/")]
 
 
-def server_file(directory: Path) -> Path:
+def find_database_file(directory: Path) -> Path:
     return next(path for path in sorted((directory / "data").rglob("*")) if path.is_file() and path.stat().st_size)
 
 
 @pytest.mark.skipif(restrictions.landlock_version() > 0, reason="job processes can be confined on this machine")
-def test_worker_does_not_start_without_the_confinement_required(tmp_path: Path) -> None:
-    with Installation(tmp_path, event_worker={"confinement": "required"}) as here:
-        assert_one_line_error(here.start("up").wait_for_exit(), 2, "event_worker.confinement", "Landlock")
+def test_worker_does_not_start_without_required_confinement(tmp_path: Path) -> None:
+    with Installation(tmp_path, event_worker={"confinement": "required"}) as installation:
+        assert_one_line_error(installation.start("up").wait_for_exit(), 2, "event_worker.confinement", "Landlock")
 
 
-def test_packages_of_editable_installs_are_readable_wherever_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An editable install has no entry in `sys.path`, and its repository may lie in a temporary directory."""
+def test_packages_of_editable_installs_are_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editable install has no entry in `sys.path`, and its repository may be in a temporary directory."""
     (tmp_path / "installed").mkdir()
     package = ModuleType("installed")
     package.__path__ = [str(tmp_path / "installed")]

@@ -1,4 +1,4 @@
-"""Messages of a job process are bounded before they are read: reading blocks all jobs of the worker."""
+"""Tests of messages from job processes: their size is checked before decoding, which blocks the event loop."""
 
 from __future__ import annotations
 
@@ -30,55 +30,55 @@ from jobledger.workers.result_conversion import MAX_TEXT_LENGTH, MAX_VALUE_BYTES
 
 
 @pytest.mark.parametrize("value", [b"[]", b"{}", b"0", b'""', b'[0,{"a":[]}]'])
-def test_decode_frame_with_too_many_values_is_refused_at_once(value: bytes) -> None:
+def test_decode_message_with_too_many_values_is_rejected_fast(value: bytes) -> None:
     output = b"[" + b",".join([value] * (MAX_FRAME_BYTES // (len(value) + 1))) + b"]"
     step = (
         b'{"request_id":1,"message":{"kind":"step_finished","step":"s","key":"k","duration_s":1,"tokens_used":0,'
         b'"warnings":[],"output":'
     )
-    begin = time.process_time()
+    started_at = time.process_time()
     with pytest.raises(InvalidMessage, match=f"{MAX_FRAME_VALUES:,} values"):
         decode_message(step + output + b"}}")
-    assert time.process_time() - begin < 1
+    assert time.process_time() - started_at < 1
 
 
-def test_decode_frame_with_large_text_is_accepted() -> None:
+def test_decode_message_with_large_text_is_accepted() -> None:
     message = {"kind": "log", "entries": [[0.0, "info", "a text " * 100_000]]}
     assert decode_message(orjson.dumps({"request_id": 0, "message": message})).request_id == 0
 
 
-def received(message: Message) -> Message:
-    """Return what the worker gets if a job process sends the message."""
+def send_and_decode(message: Message) -> Message:
+    """Return the message that the worker decodes when a job process sends `message`."""
     return decode_message(encode_frame(MessageEnvelope(1, message))[FRAME_HEADER.size :]).message
 
 
-# All that means something in JSON, alone and together, and what is left of it by a careless count.
+# All characters with a meaning in JSON, alone and combined, and parts that a wrong count would leave.
 TEXTS = [*string.punctuation, "1,", '",', "\\,", '\\",[{', "[{", "\n,", "\x01", "\U0001f600,"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_largest_texts_that_inline_jobs_may_use_are_accepted_of_a_job_process(text: str) -> None:
+def test_largest_texts_of_inline_jobs_are_accepted_from_job_processes(text: str) -> None:
     escaped = len(orjson.dumps(text)) - 2
     output: Any = to_json(text * ((MAX_VALUE_BYTES - 100) // max(escaped, len(text.encode()))), "output")
     step = StepFinished(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
-    assert received(step) == step
+    assert send_and_decode(step) == step
     line = to_text(text * MAX_TEXT_LENGTH)
     log = LogEntries([(0.0, "info", line)] * main._MAX_ENTRIES_PER_MESSAGE)
-    assert received(log) == log
+    assert send_and_decode(log) == log
 
 
-def test_largest_values_that_inline_jobs_may_use_are_accepted_of_a_job_process() -> None:
+def test_largest_values_of_inline_jobs_are_accepted_from_job_processes() -> None:
     output = to_json([1] * (MAX_VALUE_BYTES // 6 - 10), "output")
     step = StepFinished(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
-    assert received(step) == step
+    assert send_and_decode(step) == step
 
 
-def test_largest_details_of_errors_are_accepted_of_a_job_process() -> None:
+def test_largest_error_details_are_accepted_from_job_processes() -> None:
     details = {f"{number}": [0] * 33_000 for number in range(100)}
     failed = failure_from_exception(ProcessorError("ODD", "an odd error", details=details))
     assert failed.details["0"] == details["0"]
     assert "too large" in str(failed.details["99"])
-    assert received(failed) == failed
+    assert send_and_decode(failed) == failed
 
 
 VALUES = st.recursive(
@@ -91,11 +91,11 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_values_are_counted_outside_of_strings(value: Any) -> None:
-    def count(it: Any) -> int:
-        if not isinstance(it, list | dict):
+def test_value_count_ignores_strings(value: Any) -> None:
+    def count(value: Any) -> int:
+        if not isinstance(value, list | dict):
             return 0
-        return max(1, len(it)) + sum(map(count, it.values() if isinstance(it, dict) else it))
+        return max(1, len(value)) + sum(map(count, value.values() if isinstance(value, dict) else value))
 
     with pytest.MonkeyPatch.context() as patch:
         for limit in (count(value) - 1, count(value)):

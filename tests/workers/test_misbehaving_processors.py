@@ -1,4 +1,7 @@
-"""Whatever a processor does, its attempt ends, for the same reason in a job process and inline; other jobs go on."""
+"""Tests of misbehaving processors: the attempt ends with the same error in a job process and inline.
+
+Other jobs continue.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from jobledger.workers import attempt_recorder as recorder
 from jobledger.workers import attempt_timeout as time_limit
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.result_conversion import to_text
-from tests.support import misbehaving as does
+from tests.support import misbehaving
 from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
 from tests.workers.misbehaving_processors import misbehaving_processors
 
@@ -69,33 +72,35 @@ ENDINGS: dict[str, tuple[str, str | None, str]] = {
 
 
 @pytest.mark.parametrize("job_type", TYPES)
-async def test_attempt_ends_whatever_processor_raises(job_type: str, connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_ids = {do: await here.submit({"action": do}, job_type=job_type) for do in ENDINGS}
-        await here.wait_until_finished(*job_ids.values(), seconds=60)
-        found = {do: await here.load_job(job_id) for do, job_id in job_ids.items()}
-        assert {do: (job["status"], (job["error"] or {}).get("code")) for do, job in found.items()} == {
-            do: (status, code) for do, (status, code, _) in ENDINGS.items()
+async def test_attempt_ends_with_the_cause_for_any_error_of_a_processor(
+    job_type: str, connection: Connection, store: Path
+) -> None:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
+        job_ids = {action: await roles.submit({"action": action}, job_type=job_type) for action in ENDINGS}
+        await roles.wait_until_finished(*job_ids.values(), seconds=120)
+        jobs = {action: await roles.load_job(job_id) for action, job_id in job_ids.items()}
+        assert {action: (job["status"], (job["error"] or {}).get("code")) for action, job in jobs.items()} == {
+            action: (status, code) for action, (status, code, _) in ENDINGS.items()
         }
-        for do, (_, code, text) in ENDINGS.items():
+        for action, (_, code, text) in ENDINGS.items():
             if code is not None:
-                assert text in found[do]["error"]["message"], do
-                assert len(found[do]["error"]["message"]) < 20_000
-                assert (found[do]["attempt"], found[do]["error"]["details"]["retryable"]) == (1, False), do
-        details = found["raise odd details"]["error"]["details"]
+                assert text in jobs[action]["error"]["message"], action
+                assert len(jobs[action]["error"]["message"]) < 20_000
+                assert (jobs[action]["attempt"], jobs[action]["error"]["details"]["retryable"]) == (1, False), action
+        details = jobs["raise odd details"]["error"]["details"]
         assert (details["fine"], details["2"]) == (
             1,
             "<not stored: details cannot be stored: it has the key 2 of type int. Use strings as keys.>",
         )
         assert "details.when cannot be stored: JSON has no type for set" in details["when"]
-        assert found["raise large details"]["error"]["details"]["fine"] == 1
-        assert [it.split(":")[0] for it in found["raise mixed group"]["error"]["details"]["errors"]] == [
+        assert jobs["raise large details"]["error"]["details"]["fine"] == 1
+        assert [error.split(":")[0] for error in jobs["raise mixed group"]["error"]["details"]["errors"]] == [
             "ProcessorError",
             "SystemExit",
         ]
         assert not [task for task in asyncio.all_tasks() if "ignore_canc" in repr(task) or "stubborn" in repr(task)]
-        assert "logged after the job ended" not in str(found["leave tasks"]["logs"])
-        assert (await here.wait_until_finished(await here.submit()))["status"] == "completed"
+        assert "logged after the job ended" not in str(jobs["leave tasks"]["logs"])
+        assert (await roles.wait_until_finished(await roles.submit()))["status"] == "completed"
 
 
 @pytest.mark.parametrize("job_type", TYPES)
@@ -103,28 +108,28 @@ async def test_job_that_ignores_cancellation_ends_when_stopped(
     job_type: str, connection: Connection, store: Path
 ) -> None:
     options = WorkerOptions(slots=2, confinement=ConfinementSettings(mode="off"), shutdown_grace_seconds=0.1)
-    async with run_roles_in_process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
 
-        async def submitted(timeout_s: float = 60) -> str:
-            job_id = await here.submit(
+        async def submit_and_wait_for_start(timeout_s: float = 60) -> str:
+            job_id = await roles.submit(
                 {"action": "ignore cancellation"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
             )
-            await here.wait_for_event(JobLogged, job_id)
+            await roles.wait_for_event(JobLogged, job_id)
             return job_id
 
         async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
-            slow, cancelled = await submitted(2.5), await submitted()
-            await here.handle_commands(cancelled, CancelJob("user-1"))
-            assert (await here.wait_until_finished(cancelled, seconds=8))["status"] == "cancelled"
-            assert (await here.wait_until_finished(slow, seconds=8))["error"]["code"] == "TIMEOUT"
-            assert (await here.wait_until_finished(await here.submit()))["status"] == "completed", (
-                "the slots are free again"
+            slow, cancelled = await submit_and_wait_for_start(2.5), await submit_and_wait_for_start()
+            await roles.handle_commands(cancelled, CancelJob("user-1"))
+            assert (await roles.wait_until_finished(cancelled))["status"] == "cancelled"
+            assert (await roles.wait_until_finished(slow))["error"]["code"] == "TIMEOUT"
+            assert (await roles.wait_until_finished(await roles.submit()))["status"] == "completed", (
+                "the slots must be free again"
             )
-            released = await submitted()
-        assert (await here.read_event_types(released))[-1] == "JobReleased"
+            released = await submit_and_wait_for_start()
+        assert (await roles.read_event_types(released))[-1] == "JobReleased"
 
 
-PLACES = {
+LOCATIONS = {
     "return value": "results.metadata.value",
     "step output": 'step "page" output',
     "step input": 'step "page" inputs.value',
@@ -132,191 +137,199 @@ PLACES = {
 
 
 @pytest.mark.parametrize("job_type", TYPES)
-async def test_value_that_cannot_be_stored_fails_with_its_place(
+async def test_value_that_cannot_be_stored_fails_job_with_its_location(
     job_type: str, connection: Connection, store: Path
 ) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
         job_ids = {
-            (do, value): await here.submit({"action": do, "value": value}, job_type=job_type)
-            for value in does.REJECTED_VALUES
-            for do in PLACES
+            (action, value): await roles.submit({"action": action, "value": value}, job_type=job_type)
+            for value in misbehaving.REJECTED_VALUES
+            for action in LOCATIONS
         }
-        accepted = await here.submit({"action": "return accepted values"}, job_type=job_type)
-        await here.wait_until_finished(*job_ids.values(), accepted, seconds=100)
-        for (do, value), job_id in job_ids.items():
-            job = await here.load_job(job_id)
-            assert (job["status"], job["attempt"]) == ("failed", 1), (do, value)
-            assert job["error"]["code"] == "INVALID_RESULT", (do, value, job["error"])
-            place = does.REJECTED_VALUES[value][1]
-            place = PLACES[do] + place if place is not None else PLACES[do].removesuffix(".value")
-            assert job["error"]["message"].startswith(place), (do, value, job["error"])
+        accepted = await roles.submit({"action": "return accepted values"}, job_type=job_type)
+        await roles.wait_until_finished(*job_ids.values(), accepted, seconds=150)
+        for (action, value), job_id in job_ids.items():
+            job = await roles.load_job(job_id)
+            assert (job["status"], job["attempt"]) == ("failed", 1), (action, value)
+            assert job["error"]["code"] == "INVALID_RESULT", (action, value, job["error"])
+            suffix = misbehaving.REJECTED_VALUES[value][1]
+            location = LOCATIONS[action].removesuffix(".value") if suffix is None else LOCATIONS[action] + suffix
+            assert job["error"]["message"].startswith(location), (action, value, job["error"])
             assert "cannot be stored: " in job["error"]["message"]
-        job = await here.load_job(accepted)
-        expected = {name: stored for name, (_, stored) in does.ACCEPTED_VALUES.items()}
+        job = await roles.load_job(accepted)
+        expected = {name: stored for name, (_, stored) in misbehaving.ACCEPTED_VALUES.items()}
         assert job["error"] is None
         assert job["results"]["metadata"]["values"] == expected
         assert job["results"]["metadata"]["steps"] == expected
 
 
 @pytest.mark.parametrize("job_type", TYPES)
-async def test_concurrent_calls_are_never_mixed(job_type: str, connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_id = await here.submit({"action": "everything at once"}, job_type=job_type)
-        job = await here.wait_until_finished(job_id, seconds=60)
+async def test_concurrent_calls_get_their_own_results(job_type: str, connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
+        job_id = await roles.submit({"action": "everything at once"}, job_type=job_type)
+        job = await roles.wait_until_finished(job_id, seconds=120)
         assert (job["status"], job["error"]) == ("completed", None)
         assert job["results"]["metadata"]["mismatches"] == []
         assert job["results"]["metadata"]["tokens_used"] == 180
         assert len(job["results"]["metadata"]["warnings"]) == 18
-        events = [event.event for event in await here.event_store.read_stream(job_id)]
+        events = [event.event for event in await roles.event_store.read_stream(job_id)]
         steps = {event.step: event for event in events if isinstance(event, StepCompleted)}
         assert len(steps) == 180
         for name, step in steps.items():
             number = step.output["number"]
             assert (name, step.tokens_used) == (f"step {number}", 1)
             assert step.warnings == ([f"warning {number}"] if number % 10 == 0 else [])
-            content = here.store.path(step.output["file"]["sha256"]).read_bytes()
+            content = roles.store.path(step.output["file"]["sha256"]).read_bytes()
             assert content == f"file {number}".encode()
         lines = [line.message for event in events if isinstance(event, JobLogged) for line in event.entries]
-        told = {line for line in lines if line.startswith("line ")}
-        assert told == {f"line {number} " + "y" * (number % 300) for number in range(180)}
+        numbered_lines = {line for line in lines if line.startswith("line ")}
+        assert numbered_lines == {f"line {number} " + "y" * (number % 300) for number in range(180)}
 
 
 # Logging --------------------------------------------------------------------------------------------------------------
 
 
-async def lines_of(here: RunningRoles, job_id: str) -> list[str]:
-    events = [event.event for event in await here.event_store.read_stream(job_id)]
+async def read_log_lines(roles: RunningRoles, job_id: str) -> list[str]:
+    events = [event.event for event in await roles.event_store.read_stream(job_id)]
     return [line.message for event in events if isinstance(event, JobLogged) for line in event.entries]
 
 
 @pytest.mark.parametrize("job_type", TYPES)
-async def test_steps_with_similar_names_are_not_mixed(job_type: str, connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job = await here.wait_until_finished(
-            await here.submit({"action": "use similar step names"}, job_type=job_type, max_attempts=2)
+async def test_steps_with_similar_names_are_kept_apart(job_type: str, connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
+        job = await roles.wait_until_finished(
+            await roles.submit({"action": "use similar step names"}, job_type=job_type, max_attempts=2)
         )
         assert job["attempt"] == 2
-        assert job["results"]["metadata"]["outputs"] == [ascii(name) for name in does.STEP_NAMES]
+        assert job["results"]["metadata"]["outputs"] == [ascii(name) for name in misbehaving.STEP_NAMES]
 
 
 @pytest.mark.parametrize("job_type", TYPES)
 async def test_deeply_nested_scratch_is_removed_and_job_completes(
     job_type: str, connection: Connection, store: Path
 ) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job = await here.wait_until_finished(
-            await here.submit({"action": "nest directories"}, job_type=job_type, max_attempts=1)
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
+        job = await roles.wait_until_finished(
+            await roles.submit({"action": "nest directories"}, job_type=job_type, max_attempts=1)
         )
         assert (job["status"], job["error"]) == ("completed", None)
 
 
 @pytest.mark.parametrize("job_type", TYPES)
-async def test_job_that_meets_a_locked_scratch_directory_is_given_back(
+async def test_job_with_inaccessible_scratch_directory_is_released(
     job_type: str, connection: Connection, store: Path, tmp_path: Path
 ) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_id = await here.submit({"action": "lock scratch", "file": str(tmp_path / "marker")}, job_type=job_type)
-        job = await here.wait_until_finished(job_id)
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
+        job_id = await roles.submit({"action": "lock scratch", "file": str(tmp_path / "marker")}, job_type=job_type)
+        job = await roles.wait_until_finished(job_id)
         assert (job["status"], job["attempt"]) == ("completed", 2)
-        assert [it for it in await here.read_event_types(job_id) if it != "JobLogged"] == [
+        assert [event for event in await roles.read_event_types(job_id) if event != "JobLogged"] == [
             *("JobSubmitted", "JobClaimed", "JobReleased", "JobClaimed", "JobCompleted")
         ]
         assert job["retries"] == 0
 
 
 @pytest.mark.parametrize("job_type", TYPES)
-async def test_much_logging_is_clipped_and_job_completes(job_type: str, connection: Connection, store: Path) -> None:
-    given: dict[str, dict[str, Any]] = {
+async def test_excessive_logging_is_truncated_and_job_completes(
+    job_type: str, connection: Connection, store: Path
+) -> None:
+    parameters: dict[str, dict[str, Any]] = {
         "one long line": {"action": "log long line"},
         "many lines": {"action": "log many lines", "lines": 200_000, "width": 10},
         "wide lines": {"action": "log many lines", "lines": 10_000, "width": 9_000},
     }
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_ids = {name: await here.submit(asked, job_type=job_type) for name, asked in given.items()}
-        await here.wait_until_finished(*job_ids.values(), seconds=60)
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
+        job_ids = {name: await roles.submit(values, job_type=job_type) for name, values in parameters.items()}
+        await roles.wait_until_finished(*job_ids.values(), seconds=120)
         for name, job_id in job_ids.items():
-            job = await here.load_job(job_id)
+            job = await roles.load_job(job_id)
             assert (job["status"], job["error"]) == ("completed", None), name
-        long, after = await lines_of(here, job_ids["one long line"])
-        assert long.endswith("more characters were cut)")
-        assert (len(long) < 20_000, after) == (True, "after")
+        long_line, next_line = await read_log_lines(roles, job_ids["one long line"])
+        assert long_line.endswith("more characters were cut)")
+        assert (len(long_line) < 20_000, next_line) == (True, "after")
         for name in ("many lines", "wide lines"):
-            lines = await lines_of(here, job_ids[name])
+            lines = await read_log_lines(roles, job_ids[name])
             assert len(lines) < 20_000
             assert sum(map(len, lines)) < 8 * 2**20
-            assert [line for line in lines if "log entries" in line and "were dropped here" in line], "nobody says so"
+            assert [line for line in lines if "log entries" in line and "were dropped here" in line], (
+                "a line must report the dropped lines"
+            )
             numbers = [int(line.split()[0]) for line in lines if "were dropped" not in line]
             assert numbers == sorted(numbers)
-            assert numbers[-1] == given[name]["lines"] - 1, "the last line is always there"
-            job = await here.load_job(job_ids[name])
-            if job_type == "misbehaving":  # inline it is the memory of the tests
+            assert numbers[-1] == parameters[name]["lines"] - 1, "the last line is always kept"
+            job = await roles.load_job(job_ids[name])
+            if job_type == "misbehaving":  # inline, it is the memory of the test process
                 assert job["results"]["metadata"]["peak"] < 500
 
 
 @pytest.mark.parametrize("end", ["cancel", "timeout"])
 @pytest.mark.parametrize("job_type", TYPES)
-async def test_log_lines_are_kept_when_the_request_that_writes_them_is_cancelled(
+async def test_log_lines_survive_cancellation_of_their_request(
     job_type: str, end: str, connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def slow(log: EventStore, stream: str, command: Any, **options: Any) -> CommandResult:
+    async def handle_slowly(log: EventStore, stream: str, command: Any, **options: Any) -> CommandResult:
         if isinstance(command, AddLogEntries):
             writing.set()
             await asyncio.sleep(0.2)
         return await handle_command_until_known(log, stream, command, **options)
 
     writing = asyncio.Event()
-    monkeypatch.setattr(recorder, "handle_command_until_known", slow)
+    monkeypatch.setattr(recorder, "handle_command_until_known", handle_slowly)
     if end == "timeout":
         monkeypatch.setattr(time_limit, "PAUSE_AFTER_SECONDS", 60.0)
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
         timeout_s = 0.5 if end == "timeout" else 60.0
-        job_id = await here.submit(
+        job_id = await roles.submit(
             {"action": "log and finish step"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
         )
         await writing.wait()
         if end == "cancel":
-            await here.handle_commands(job_id, CancelJob("user-1"))
-        await here.wait_until_finished(job_id)
-        assert [line.split()[0] for line in await lines_of(here, job_id)] == [str(number) for number in range(150)]
+            await roles.handle_commands(job_id, CancelJob("user-1"))
+        await roles.wait_until_finished(job_id)
+        assert [line.split()[0] for line in await read_log_lines(roles, job_id)] == [
+            str(number) for number in range(150)
+        ]
 
 
-async def test_what_job_process_prints_is_in_its_log(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_id = await here.submit({"action": "print many lines", "lines": 300_000}, job_type="misbehaving")
-        job = await here.wait_until_finished(job_id, seconds=60)
+async def test_output_of_job_process_is_in_its_log(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
+        job_id = await roles.submit({"action": "print many lines", "lines": 300_000}, job_type="misbehaving")
+        job = await roles.wait_until_finished(job_id, seconds=120)
         assert (job["status"], job["error"]) == ("completed", None)
-        lines = await lines_of(here, job_id)
+        lines = await read_log_lines(roles, job_id)
         assert lines[0] == "the first line"
         assert sum(map(len, lines)) < 100_000
         assert [line for line in lines if "more bytes of output were dropped" in line]
-        crashed = await here.wait_until_finished(
-            await here.submit({"action": "crash"}, job_type="misbehaving", max_attempts=1)
+        crashed = await roles.wait_until_finished(
+            await roles.submit({"action": "crash"}, job_type="misbehaving", max_attempts=1)
         )
         assert (crashed["error"]["code"], crashed["error"]["details"]["signal"]) == ("PROCESS_KILLED", "SIGSEGV")
         assert "output before the crash" in crashed["error"]["details"]["output"]
         assert "Segmentation fault" in crashed["error"]["details"]["output"]
 
 
-async def test_fork_server_that_cannot_load_a_processor_serves_the_others(
+async def test_fork_server_that_cannot_preload_a_module_serves_others(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from jobledger.workers.child import fork_server_client
 
     monkeypatch.setattr(fork_server_client, "PRELOAD_MODULES", ["no.such.module", "tests.support.exiting_preload"])
     fork_server_client.stop_fork_server()
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job = await here.wait_until_finished(await here.submit({"action": "nothing"}, job_type="misbehaving"))
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
+        job = await roles.wait_until_finished(await roles.submit({"action": "nothing"}, job_type="misbehaving"))
         assert job["status"] == "completed"
     fork_server_client.stop_fork_server()
 
 
-async def test_tasks_of_jobs_do_not_stay(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        await here.wait_until_finished(await here.submit())
+async def test_tasks_of_a_job_end_with_it(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
+        await roles.wait_until_finished(await roles.submit())
         before = len(asyncio.all_tasks())
         for _ in range(3):
-            await here.wait_until_finished(await here.submit({"action": "leave tasks"}, job_type="misbehaving-inline"))
-        await poll_until(lambda: len(asyncio.all_tasks()) <= before, "no task is left", seconds=3)
+            await roles.wait_until_finished(
+                await roles.submit({"action": "leave tasks"}, job_type="misbehaving-inline")
+            )
+        await poll_until(lambda: len(asyncio.all_tasks()) <= before, "all tasks have ended")
 
 
 IRREGULAR = {
@@ -328,31 +341,31 @@ IRREGULAR = {
 }
 
 
-async def test_save_of_what_is_no_regular_file_fails_at_once_and_names_it(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
+async def test_save_of_irregular_file_fails_at_once_and_names_it(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
         for job_type in TYPES:
-            # More than there are threads that save: none is held up by the others.
+            # More saves than threads for them: no save blocks a thread.
             kinds = [*IRREGULAR] * 3
             job_ids = [
-                await here.submit({"action": "save irregular file", "kind": kind}, job_type=job_type, max_attempts=1)
+                await roles.submit({"action": "save irregular file", "kind": kind}, job_type=job_type, max_attempts=1)
                 for kind in kinds
             ]
-            await here.wait_until_finished(*job_ids)
+            await roles.wait_until_finished(*job_ids)
             for kind, job_id in zip(kinds, job_ids, strict=True):
-                error = (await here.load_job(job_id))["error"]
+                error = (await roles.load_job(job_id))["error"]
                 assert error["code"] == "INVALID_RESULT", error
                 assert f"{IRREGULAR[kind]}. Give the path of a regular file, or bytes." in error["message"]
                 assert ("/dev/zero" if kind == "device" else "/it'") in error["message"]
             for kind in ("link to a file", "custom path"):
-                job = await here.wait_until_finished(
-                    await here.submit({"action": "save irregular file", "kind": kind}, job_type=job_type)
+                job = await roles.wait_until_finished(
+                    await roles.submit({"action": "save irregular file", "kind": kind}, job_type=job_type)
                 )
                 assert job["status"] == "completed", job["error"]
 
 
 # The event loop of a job process --------------------------------------------------------------------------------------
 
-TAKEN_LOOPS = {
+LOOP_ACTIONS = {
     "cancel all tasks": "CancelledError",
     "cancel all tasks past containment": "CancelledError",
     "stop the loop": "must not stop the event loop",
@@ -360,65 +373,68 @@ TAKEN_LOOPS = {
 }
 
 
-async def test_processor_that_takes_the_event_loop_of_its_process_fails_once(
-    connection: Connection, store: Path
-) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_ids = {do: await here.submit({"action": do}, job_type="misbehaving", max_attempts=3) for do in TAKEN_LOOPS}
-        await here.wait_until_finished(*job_ids.values())
-        for do, text in TAKEN_LOOPS.items():
-            job = await here.load_job(job_ids[do])
-            assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 1, FAULT), (do, job["error"])
-            assert text in job["error"]["message"], do
-            assert "output" not in job["error"]["details"], "no traceback of ours"
+async def test_processor_that_stops_its_event_loop_fails_once(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
+        job_ids = {
+            action: await roles.submit({"action": action}, job_type="misbehaving", max_attempts=3)
+            for action in LOOP_ACTIONS
+        }
+        await roles.wait_until_finished(*job_ids.values())
+        for action, text in LOOP_ACTIONS.items():
+            job = await roles.load_job(job_ids[action])
+            assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 1, FAULT), (action, job["error"])
+            assert text in job["error"]["message"], action
+            assert "output" not in job["error"]["details"], "the output must not contain our traceback"
 
 
 # Warnings and files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("job_type", TYPES)
-async def test_warnings_beyond_what_events_hold_are_counted_and_job_completes(
+async def test_warnings_over_the_limit_are_counted_and_job_completes(
     job_type: str, connection: Connection, store: Path
 ) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
         job_ids = {
-            value: await here.submit({"action": "warn many times", "value": value, "lines": 500}, job_type=job_type)
-            for value in does.WARNINGS
+            value: await roles.submit({"action": "warn many times", "value": value, "lines": 500}, job_type=job_type)
+            for value in misbehaving.WARNINGS
         }
-        await here.wait_until_finished(*job_ids.values(), seconds=30)
+        await roles.wait_until_finished(*job_ids.values(), seconds=30)
         for value, job_id in job_ids.items():
-            job = await here.load_job(job_id)
+            job = await roles.load_job(job_id)
             assert (job["status"], job["error"]) == ("completed", None), value
             steps = [
-                it.event for it in await here.event_store.read_stream(job_id) if isinstance(it.event, StepCompleted)
+                event.event
+                for event in await roles.event_store.read_stream(job_id)
+                if isinstance(event.event, StepCompleted)
             ]
-            found = [(step.warnings, of) for step, of in zip(steps, (500, 501), strict=True)]
-            for warnings, of in [*found, (job["results"]["metadata"]["warnings"], 502)]:
-                assert warnings[:-1] == [to_text(does.WARNINGS[value], 2000)] * (len(warnings) - 1)
-                assert warnings[-1] == f"{of - len(warnings) + 1} more warnings were dropped."
+            step_warnings = [(step.warnings, total) for step, total in zip(steps, (500, 501), strict=True)]
+            for warnings, total in [*step_warnings, (job["results"]["metadata"]["warnings"], 502)]:
+                assert warnings[:-1] == [to_text(misbehaving.WARNINGS[value], 2000)] * (len(warnings) - 1)
+                assert warnings[-1] == f"{total - len(warnings) + 1} more warnings were dropped."
 
 
 @pytest.mark.parametrize("job_type", TYPES)
-async def test_results_name_only_files_of_the_job_with_their_sizes(
+async def test_results_with_files_of_other_jobs_or_wrong_sizes_fail(
     job_type: str, connection: Connection, store: Path
 ) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
 
-        async def ended(do: str, **more: Any) -> dict[str, Any]:
-            return await here.wait_until_finished(
-                await here.submit({"action": do, **more}, job_type=job_type, max_attempts=2)
+        async def run_job(action: str, **parameters: Any) -> dict[str, Any]:
+            return await roles.wait_until_finished(
+                await roles.submit({"action": action, **parameters}, job_type=job_type, max_attempts=2)
             )
 
-        other = (await ended("forge size", code=-1))["results"]["files"][0]
-        assert other["size"] == 10
-        forged = [await ended("forge digest", value=digest) for digest in ("", "no digest", other["sha256"])]
-        step = await ended("forge step", value="size")
+        foreign_file = (await run_job("forge size", code=-1))["results"]["files"][0]
+        assert foreign_file["size"] == 10
+        forged = [await run_job("forge digest", value=digest) for digest in ("", "no digest", foreign_file["sha256"])]
+        step = await run_job("forge step", value="size")
         assert (step["status"], step["attempt"], step["error"]["code"]) == ("failed", 1, "INVALID_RESULT")
         assert "with the size 5. It has 4 bytes." in step["error"]["message"]
-        for job in [*forged, await ended("forge asset"), await ended("forge step", value="digest")]:
+        for job in [*forged, await run_job("forge asset"), await run_job("forge step", value="digest")]:
             assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 1, "INVALID_RESULT")
             assert f"the file 'misbehaving/{job['job_id']}.md', which this job has not saved" in job["error"]["message"]
         for value in ("", "retry", "share", "share"):
-            job = await ended("save in step", value=value)
+            job = await run_job("save in step", value=value)
             assert (job["status"], job["error"]) == ("completed", None), value
             assert job["results"]["files"][0]["size"] == len(b"of a step")

@@ -1,4 +1,4 @@
-"""A bad plug-in costs its own job type, and nothing else."""
+"""Tests of plug-ins: a bad plug-in makes only its own job type unusable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.installation import Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.plugins import MODULE_TEMPLATE, install_plugin
 
-BAD = {
+BAD_PLUGINS = {
     "exits": ("import sys; sys.exit(3)", "SystemExit"),
     "interrupts": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     "leaves": ("raise GeneratorExit", "GeneratorExit"),
@@ -48,11 +48,11 @@ PRELOADED = {
     "fails": "raise RuntimeError('no graphics card')",
     "works": "",
 }
-SHARING = {
-    "raise": "raise ValueError('no home for shared things')",
+SHARED_DIRECTORIES = {
+    "raise": "raise ValueError('no directory for shared files')",
     "none": "return None",
     "text": "return '/tmp'",
-    "later": "return 1 / 0 if current_thread() is main_thread() else []",  # in the job process, and not before
+    "later": "return 1 / 0 if current_thread() is main_thread() else []",  # fails only in the job process
     "nowhere": "return [Path('/proc/nope/x')]",
 }
 LIST = """
@@ -62,8 +62,8 @@ print(json.dumps([sorted(registry.load_processors()), registry.unusable_job_type
 """
 
 
-def test_registry_with_bad_plugins_names_each_and_keeps_the_others(tmp_path: Path) -> None:
-    for job_type, (code, _) in BAD.items():
+def test_registry_with_bad_plugins_names_each_and_loads_the_others(tmp_path: Path) -> None:
+    for job_type, (code, _) in BAD_PLUGINS.items():
         install_plugin(tmp_path, job_type, code)
     install_plugin(tmp_path, "attributeless", attribute="Missing")
     install_plugin(tmp_path, "healthy")
@@ -74,67 +74,69 @@ def test_registry_with_bad_plugins_names_each_and_keeps_the_others(tmp_path: Pat
         entries = f"twice = plugin_healthy:ValidProcessor{number}\necho = plugin_healthy:Echo{number}"
         (info / "entry_points.txt").write_text(f"[jobledger.processors]\n{entries}\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", LIST], env=env, capture_output=True, text=True, timeout=60, check=True)
-    usable, unusable = json.loads(done.stdout)
+    completed = subprocess.run(
+        [sys.executable, "-c", LIST], env=env, capture_output=True, text=True, timeout=60, check=True
+    )
+    usable, unusable = json.loads(completed.stdout)
     assert usable == ["echo", "healthy", "session"]
-    assert set(unusable) == {*BAD, "attributeless", "twice"}
-    for job_type, (_, words) in BAD.items():
-        assert words in unusable[job_type], (job_type, unusable[job_type])
+    assert set(unusable) == {*BAD_PLUGINS, "attributeless", "twice"}
+    for job_type, (_, reason) in BAD_PLUGINS.items():
+        assert reason in unusable[job_type], (job_type, unusable[job_type])
     assert "uninstall all but one" in unusable["twice"]
 
 
 @needs_local_mongod
 def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugins = tmp_path / "plugins"
-    install_plugin(plugins, "raises", BAD["raises"][0])
+    install_plugin(plugins, "raises", BAD_PLUGINS["raises"][0])
     install_plugin(plugins, "healthy")
-    needy = "class S(BaseModel):\n    endpoint: str\nValidProcessor.Settings = S"
-    install_plugin(plugins, "unconfigured", needy)
-    install_plugin(plugins, "misconfigured", needy, template=MODULE_TEMPLATE)
+    with_settings = "class S(BaseModel):\n    endpoint: str\nValidProcessor.Settings = S"
+    install_plugin(plugins, "unconfigured", with_settings)
+    install_plugin(plugins, "misconfigured", with_settings, template=MODULE_TEMPLATE)
     for job_type, library in PRELOADED.items():
         (plugins / f"library_{job_type}.py").write_text(library, encoding="utf-8")
         install_plugin(
             plugins, job_type, f"ValidProcessor.isolation = 'process'\nValidProcessor.preload = ('library_{job_type}',)"
         )
-    for name, code in SHARING.items():
-        sharing = (
+    for name, code in SHARED_DIRECTORIES.items():
+        shared_code = (
             f"from pathlib import Path\nfrom threading import current_thread, main_thread\ndef shared():\n    {code}\n"
         )
-        sharing += "ValidProcessor.isolation = 'process'\nValidProcessor.shared_directories = staticmethod(shared)"
-        install_plugin(plugins, f"sharing-{name}", sharing)
+        shared_code += "ValidProcessor.isolation = 'process'\nValidProcessor.shared_directories = staticmethod(shared)"
+        install_plugin(plugins, f"sharing-{name}", shared_code)
     monkeypatch.setenv("PYTHONPATH", str(plugins))
     sections = {"misconfigured": {"endpoint": 7}, "raises": {"any": "thing"}}
-    with Installation(tmp_path / "here", processors=sections) as here:
-        up = here.start_up_command()
+    with Installation(tmp_path / "installation", processors=sections) as installation:
+        up = installation.start_up_command()
         with http_client(up) as client:
             for job_type in ("echo", "healthy", "works"):
-                answer = client.post(
-                    "/api/events/jobs", json={"job_type": job_type, "parameters": {}}, headers={"Prefer": "wait=20"}
+                response = client.post(
+                    "/api/events/jobs", json={"job_type": job_type, "parameters": {}}, headers={"Prefer": "wait=60"}
                 )
-                assert answer.json()["job"]["status"] == "completed", answer.text
-            for job_type, words in {
+                assert response.json()["job"]["status"] == "completed", response.text
+            for job_type, reason in {
                 "raises": "no licence file",
                 "unconfigured": "processors.unconfigured.endpoint: Field required",
                 "misconfigured": "processors.misconfigured.endpoint",
                 "dies": "end the process",
                 "crashes": "end the process",
                 "fails": "no graphics card",
-                "sharing-raise": "no home for shared things",
+                "sharing-raise": "no directory for shared files",
                 "sharing-none": "must return a list or tuple of paths, not a NoneType",
                 "sharing-text": "must return a list or tuple of paths, not a str",
             }.items():
-                refused = client.post("/api/events/jobs", json={"job_type": job_type, "parameters": {}})
-                assert refused.status_code == 503, refused.text
-                assert words in refused.text
+                rejected = client.post("/api/events/jobs", json={"job_type": job_type, "parameters": {}})
+                assert rejected.status_code == 503, rejected.text
+                assert reason in rejected.text
                 assert f"job_type={job_type}" in up.stderr
-            for job_type, words in {"sharing-later": "ZeroDivisionError", "sharing-nowhere": "/proc/nope"}.items():
+            for job_type, reason in {"sharing-later": "ZeroDivisionError", "sharing-nowhere": "/proc/nope"}.items():
                 body = {"job_type": job_type, "parameters": {}, "max_attempts": 3}
-                job = client.post("/api/events/jobs", json=body, headers={"Prefer": "wait=20"}).json()["job"]
+                job = client.post("/api/events/jobs", json=body, headers={"Prefer": "wait=60"}).json()["job"]
                 assert (job["status"], job["attempt"]) == ("failed", 1), job
                 assert job["error"]["code"] == "PROCESSOR_FAULT"
-                assert words in job["error"]["message"]
+                assert reason in job["error"]["message"]
             assert client.get("/api/openapi.json").status_code == 200
-        assert "preloading processor modules failed" not in up.stderr, "bad ones are not loaded beforehand"
-        doctor = here.start("doctor").wait_for_exit()
+        assert "preloading processor modules failed" not in up.stderr, "modules that fail are not preloaded"
+        doctor = installation.start("doctor").wait_for_exit()
         assert doctor.exit_code == 1
         assert "no licence file" in " ".join(doctor.out.split())

@@ -1,4 +1,4 @@
-"""Result paths: what `save` accepts can be fetched, and no job gets the path of another."""
+"""Tests of result paths: paths that `save` accepts can be fetched, and no job gets the path of another job."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ VALID = [
 
 
 @pytest.mark.parametrize(("path", "rule"), INVALID.items(), ids=[ascii(path)[:40] for path in INVALID])
-def test_invalid_path_is_refused_with_path_and_rule(path: str, rule: str) -> None:
-    with pytest.raises(ProcessorError) as refused:
+def test_invalid_path_is_rejected_with_path_and_rule(path: str, rule: str) -> None:
+    with pytest.raises(ProcessorError) as rejection:
         normalize_path(path)
-    assert (refused.value.code, refused.value.transient) == ("INVALID_PATH", False)
-    assert rule in refused.value.message
-    assert ascii(path[:300]) in refused.value.message
-    refused.value.message.encode()
+    assert (rejection.value.code, rejection.value.transient) == ("INVALID_PATH", False)
+    assert rule in rejection.value.message
+    assert ascii(path[:300]) in rejection.value.message
+    rejection.value.message.encode()
 
 
 @pytest.mark.parametrize("path", VALID)
@@ -106,7 +106,7 @@ def test_valid_path_is_accepted_unchanged(path: str) -> None:
     assert normalize_path(path) == path
 
 
-def test_path_is_normalised_to_form_c() -> None:
+def test_path_is_normalized_to_form_c() -> None:
     assert normalize_path("a\u0308.md") == normalize_path("\u00e4.md") == "\u00e4.md"
 
 
@@ -120,7 +120,7 @@ PATHS = st.lists(
 ).map("/".join)
 
 
-def accepted(path: str) -> str | None:
+def normalize_or_none(path: str) -> str | None:
     try:
         return normalize_path(path)
     except ProcessorError:
@@ -129,27 +129,27 @@ def accepted(path: str) -> str | None:
 
 @given(PATHS)
 @example("a%2e")
-def test_accepted_path_is_its_only_spelling(path: str) -> None:
-    if (normal := accepted(path)) is None:
+def test_accepted_path_has_only_one_spelling(path: str) -> None:
+    if (normal := normalize_or_none(path)) is None:
         return
     assert normalize_path(normal) == normal == unicodedata.normalize("NFC", normal)
     assert posixpath.normpath(normal) == normal
     assert Path("/root", normal).resolve(strict=False) == Path("/root") / normal
     assert not Path(normal).is_absolute()
-    assert sanitize_path(normal).count("/") == normal.count("/"), "the archive keeps its folders"
+    assert sanitize_path(normal).count("/") == normal.count("/"), "the archive keeps the folders"
     assert re.sub(r'[<>:"|?*]', "_", normal).casefold() in sanitize_path(normal).casefold().replace("_con", "con")
 
 
 @given(PATHS, st.sampled_from(["job-1", "job-2"]))
-def test_paths_given_instead_of_a_taken_one_are_valid_and_distinct(path: str, job_id: str) -> None:
-    if (normal := accepted(path)) is None:
+def test_candidates_for_a_taken_path_are_valid_and_distinct(path: str, job_id: str) -> None:
+    if (normal := normalize_or_none(path)) is None:
         return
-    found = list(generate_candidates(normal, job_id))
-    assert found[0] == normal
-    assert len(set(found)) == len(found)
-    for alternative in found:
+    candidates = list(generate_candidates(normal, job_id))
+    assert candidates[0] == normal
+    assert len(set(candidates)) == len(candidates)
+    for alternative in candidates:
         assert normalize_path(alternative) == alternative
-    assert not set(found[1:]) & set(list(generate_candidates(normal, "job-3"))[1:])
+    assert not set(candidates[1:]) & set(list(generate_candidates(normal, "job-3"))[1:])
 
 
 @settings(max_examples=50)
@@ -157,99 +157,99 @@ def test_paths_given_instead_of_a_taken_one_are_valid_and_distinct(path: str, jo
 @example("a%2e", "\u061c", "\u00ad", "link")
 @example("\u4e2d" * 300, "\U0001f469" * 300, "x" * 999, "y" * 999)
 def test_every_path_of_a_session_is_valid(event: str, track: str, session: str, filename: str) -> None:
-    where = build_layout(event=event, track=track, session=session, filename=filename, job_id="job-1")
-    for path in (where.markdown_path, where.asset_path("slide-001.jpg")):
+    layout = build_layout(event=event, track=track, session=session, filename=filename, job_id="job-1")
+    for path in (layout.markdown_path, layout.asset_path("slide-001.jpg")):
         assert normalize_path(path) == path
 
 
-# Through real processes and HTTP ----------------------------------------------------------------------------------
+# In a running worker --------------------------------------------------------------------------------------------------
 
 
-async def work(job: JobContext) -> Results:
-    """Save what the parameters say; `bare` puts made-up files into the results."""
-    wanted = job.parameters.model_dump()
+async def save_paths(job: JobContext) -> Results:
+    """Save the files of the parameters. `bare` replaces the paths in the results, as a wrong processor would."""
+    parameters = job.parameters.model_dump()
     saved = [
-        await job.save(path, (wanted["word"] + path).encode("utf-8", "surrogatepass"), "text/markdown")
-        for path in wanted["paths"]
+        await job.save(path, (parameters["word"] + path).encode("utf-8", "surrogatepass"), "text/markdown")
+        for path in parameters["paths"]
     ]
-    if path := wanted.get("bare"):
+    if path := parameters.get("bare"):
         saved = [file.model_copy(update={"path": path}) for file in saved]
-    return Results(markdown=saved[0], assets=saved[1:], metadata={"said": [file.path for file in saved]})
+    return Results(markdown=saved[0], assets=saved[1:], metadata={"saved_paths": [file.path for file in saved]})
 
 
-async def ran(here: RunningRoles, *paths: str, word: str = "w", **more: Any) -> Document:
-    return await here.wait_until_finished(await here.submit({"paths": paths, "word": word, **more}, job_type="test"))
+async def run_job(roles: RunningRoles, *paths: str, word: str = "w", **more: Any) -> Document:
+    return await roles.wait_until_finished(await roles.submit({"paths": paths, "word": word, **more}, job_type="test"))
 
 
-def paths_of(job: Document) -> list[str]:
+def list_paths(job: Document) -> list[str]:
     assert job["results"] is not None, job["error"]
     return [file["path"] for file in job["results"]["files"]]
 
 
-async def owner_of(here: RunningRoles, path: str) -> str | None:
-    row = await files.get(here.checkpoint.views, path)
+async def find_owner(roles: RunningRoles, path: str) -> str | None:
+    row = await files.get(roles.checkpoint.views, path)
     return row["job_id"] if row else None
 
 
-async def test_second_job_with_a_path_gets_a_distinct_one(
+async def test_second_job_with_the_same_path_gets_another_path(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install_processor(monkeypatch, work)
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
-        first = await ran(here, "r/a.md", "r/a", word="1")
-        second = await ran(here, "r/a.md", "r/a", word="2")
-        assert paths_of(first) == first["results"]["metadata"]["said"] == ["r/a.md", "r/a"]
-        marked = paths_of(second)
-        assert marked == second["results"]["metadata"]["said"]
-        assert [re.sub("-[0-9a-f]{8}", "", path) for path in marked] == ["r/a.md", "r/a"]
-        assert not set(marked) & {"r/a.md", "r/a"}
-        assert second["results"]["markdown_url"].endswith(marked[0])
+    install_processor(monkeypatch, save_paths)
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
+        first = await run_job(roles, "r/a.md", "r/a", word="1")
+        second = await run_job(roles, "r/a.md", "r/a", word="2")
+        assert list_paths(first) == first["results"]["metadata"]["saved_paths"] == ["r/a.md", "r/a"]
+        second_paths = list_paths(second)
+        assert second_paths == second["results"]["metadata"]["saved_paths"]
+        assert [re.sub("-[0-9a-f]{8}", "", path) for path in second_paths] == ["r/a.md", "r/a"]
+        assert not set(second_paths) & {"r/a.md", "r/a"}
+        assert second["results"]["markdown_url"].endswith(second_paths[0])
 
-        # A restart keeps the paths, whoever else there is by now.
+        # A restart keeps the paths, whichever jobs were added since.
         for job in (second, first):
-            [restarted] = await here.handle_commands(job["job_id"], RestartJob("user-1"))
-            await here.wait_for_event(JobCompleted, job["job_id"], after=restarted.position)
-            await here.wait_for_views()
-            assert paths_of(await here.load_job(job["job_id"])) == paths_of(job)
+            [restarted] = await roles.handle_commands(job["job_id"], RestartJob("user-1"))
+            await roles.wait_for_event(JobCompleted, job["job_id"], after=restarted.position)
+            await roles.wait_for_views()
+            assert list_paths(await roles.load_job(job["job_id"])) == list_paths(job)
 
-        # Deleting one leaves the file of the other; then the path is free.
-        await here.handle_commands(second["job_id"], Delete("user-1"))
-        await here.wait_for_views()
-        assert [await owner_of(here, path) for path in ("r/a.md", marked[0])] == [first["job_id"], None]
-        await here.handle_commands(first["job_id"], Delete("user-1"))
-        await here.wait_for_views()
-        third = await ran(here, "r/a.md")
-        assert paths_of(third) == ["r/a.md"]
+        # Deleting one job keeps the file of the other. Then the path is free.
+        await roles.handle_commands(second["job_id"], Delete("user-1"))
+        await roles.wait_for_views()
+        assert [await find_owner(roles, path) for path in ("r/a.md", second_paths[0])] == [first["job_id"], None]
+        await roles.handle_commands(first["job_id"], Delete("user-1"))
+        await roles.wait_for_views()
+        third = await run_job(roles, "r/a.md")
+        assert list_paths(third) == ["r/a.md"]
 
 
-async def test_of_jobs_that_save_one_path_at_once_one_gets_it(
+async def test_concurrent_jobs_with_the_same_path_get_distinct_paths(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install_processor(monkeypatch, work)
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=10)) as here:
-        jobs = await asyncio.gather(*(ran(here, "same.md", word=str(number)) for number in range(10)))
-        found = [paths_of(job)[0] for job in jobs]
-        assert found.count("same.md") == 1
-        assert len(set(found)) == 10
+    install_processor(monkeypatch, save_paths)
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=10)) as roles:
+        jobs = await asyncio.gather(*(run_job(roles, "same.md", word=str(number)) for number in range(10)))
+        paths = [list_paths(job)[0] for job in jobs]
+        assert paths.count("same.md") == 1
+        assert len(set(paths)) == 10
 
 
-async def test_worker_checks_paths_that_were_not_saved(
+async def test_worker_checks_result_paths_that_were_not_saved(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install_processor(monkeypatch, work)
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
-        first = await ran(here, "b.md")
-        thief, outside, double, twice, refused = await asyncio.gather(
-            ran(here, "t.md", bare="b.md"),
-            ran(here, "o.md", bare="../o.md"),
-            ran(here, "d.md", "e.md", bare="f.md"),
-            ran(here, "g.md", "g.md"),
-            ran(here, "x\n.md"),
+    install_processor(monkeypatch, save_paths)
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
+        first = await run_job(roles, "b.md")
+        thief, outside, double, twice, rejected = await asyncio.gather(
+            run_job(roles, "t.md", bare="b.md"),
+            run_job(roles, "o.md", bare="../o.md"),
+            run_job(roles, "d.md", "e.md", bare="f.md"),
+            run_job(roles, "g.md", "g.md"),
+            run_job(roles, "x\n.md"),
         )
-        assert await owner_of(here, "b.md") == first["job_id"]
-        assert paths_of(thief) != ["b.md"]
+        assert await find_owner(roles, "b.md") == first["job_id"]
+        assert list_paths(thief) != ["b.md"]
         assert (outside["status"], outside["error"]["code"]) == ("failed", "INVALID_PATH")
         assert (double["status"], double["error"]["code"]) == ("failed", "DUPLICATE_PATH")
-        assert paths_of(twice) == ["g.md", "g.md"]
-        assert (refused["status"], refused["error"]["code"]) == ("failed", "INVALID_PATH")
-        assert "U+000A" in refused["error"]["message"]
+        assert list_paths(twice) == ["g.md", "g.md"]
+        assert (rejected["status"], rejected["error"]["code"]) == ("failed", "INVALID_PATH")
+        assert "U+000A" in rejected["error"]["message"]

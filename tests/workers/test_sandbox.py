@@ -1,4 +1,4 @@
-"""tests: what a helper program in the sandbox can reach, by each implementation that works on this machine."""
+"""Tests of the sandbox for helper programs, with each method that works on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from jobledger.workers.sandbox.runner import ProbeResult, Program, ResourceLimit
 WORKING = [
     pytest.param(
         method,
-        marks=pytest.mark.skipif(not works, reason=f"{method} does not work here (apt install bubblewrap)"),
+        marks=pytest.mark.skipif(
+            not works, reason=f"{method} does not work on this machine: apt-get install bubblewrap"
+        ),
     )
     for method, works in (
         ("landlock", restrictions.landlock_version() > 0 and restrictions.is_seccomp_supported()),
@@ -35,7 +37,7 @@ ATTEMPTS = {
     "environment": "open(f'/proc/{parent}/environ').read()",
     "memory": "open(f'/proc/{parent}/mem', 'rb')",
     "write to the system": "open('/usr/canary', 'w')",
-    "write beside": "os.mkdir(canary + '.directory')",
+    "write next to it": "os.mkdir(canary + '.directory')",
     "remove": "os.unlink(canary)",
     "rename": "os.rename(canary, 'canary')",
     "hard link": "os.link(canary, 'canary')",
@@ -51,7 +53,7 @@ ATTEMPTS = {
     "many processes": "[os.fork() or time.sleep(3) or os._exit(0) for _ in range(700)]",
     "large file": "open('large', 'wb').write(bytes(3_000_000))",
     "much memory": "bytearray(900_000_000)",
-    "secrets of the starter": "os.environ['CANARY']",
+    "secrets of the parent": "os.environ['CANARY']",
 }
 _TRY_ALL = """
 import json, os, socket, sys, time
@@ -71,7 +73,7 @@ print("tried")
 
 
 @pytest.mark.parametrize("method", WORKING)
-async def test_program_reaches_nothing_outside(
+async def test_sandboxed_program_reaches_nothing_outside(
     method: SandboxMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CANARY", "canary")
@@ -83,23 +85,23 @@ async def test_program_reaches_nothing_outside(
     attempts = dict(ATTEMPTS)
     if os.getuid() == 0:
         del attempts["many processes"]  # the kernel sets no limit for root
-    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket(socket.AF_UNIX) as local:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
         local.bind("canary.socket")
         local.listen()
-        arguments = (str(canary), str(listening.getsockname()[1]), str(os.getpid()), json.dumps(attempts))
+        arguments = (str(canary), str(server.getsockname()[1]), str(os.getpid()), json.dumps(attempts))
         program = Program(sandbox.python_command("-c", _TRY_ALL, *arguments), scratch, limits=LIMITS)
         ended = await sandbox._run(program, method, None, 10_000)
     reached = ended.output.decode().split("\n")[:-1]
     assert reached.pop() == "tried"
-    # With bubblewrap the directories above its own exist, and are empty and its own, too.
-    assert set(reached) <= ({"directory", "home", "write beside"} if method == "bubblewrap" else set())
+    # With bubblewrap the parent directories exist too. They are empty and belong to the sandbox.
+    assert set(reached) <= ({"directory", "home", "write next to it"} if method == "bubblewrap" else set())
     assert sorted(path.name for path in canary.parent.iterdir()) == ["canary", "canary.socket", "scratch"]
     assert canary.read_text() == "canary"
     assert (canary.stat().st_mode, canary.stat().st_mtime) == (before.st_mode, before.st_mtime)
 
 
 @pytest.mark.parametrize("method", WORKING)
-async def test_program_can_do_its_work(method: SandboxMethod, tmp_path: Path) -> None:
+async def test_sandboxed_program_can_use_files_threads_and_subprocesses(method: SandboxMethod, tmp_path: Path) -> None:
     command = sandbox.python_command(
         "-c",
         "import os, threading; threading.Thread(target=print).start(); os.mkdir('d');"
@@ -112,51 +114,52 @@ async def test_program_can_do_its_work(method: SandboxMethod, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", WORKING)
-async def test_program_ends_with_all_it_started(method: SandboxMethod, tmp_path: Path) -> None:
-    escaping = "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n"
-    beating = "  while True:\n   open('beat', 'a').write('x'); time.sleep(0.05)\n"
+async def test_cancelled_program_ends_with_all_its_processes(method: SandboxMethod, tmp_path: Path) -> None:
+    escape = "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n"
+    write_beats = "  while True:\n   open('beat', 'a').write('x'); time.sleep(0.05)\n"
     running = asyncio.create_task(
         sandbox._run(
-            Program(sandbox.python_command("-c", escaping + beating + "time.sleep(100)"), tmp_path), method, None, 0
+            Program(sandbox.python_command("-c", escape + write_beats + "time.sleep(100)"), tmp_path), method, None, 0
         )
     )
-    async with asyncio.timeout(20):
-        while not (tmp_path / "beat").exists():  # noqa: ASYNC110 - nobody tells us
+    async with asyncio.timeout(60):
+        while not (tmp_path / "beat").exists():  # noqa: ASYNC110 - no notification
             await asyncio.sleep(0.05)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    await asyncio.sleep(0.2)
-    size = (tmp_path / "beat").stat().st_size
-    await asyncio.sleep(0.3)
-    assert (tmp_path / "beat").stat().st_size == size
+    size = 0
+    async with asyncio.timeout(20):
+        while (now := (tmp_path / "beat").stat().st_size) != size:  # until no process writes any more
+            size = now
+            await asyncio.sleep(0.5)
 
 
-async def test_nothing_is_run_without_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = ProbeResult("landlock", is_working=False, reason="the kernel does not offer it")
-    monkeypatch.setattr(sandbox, "probe_methods", lambda: (trial,))
-    with pytest.raises(SandboxUnavailable, match=r"the kernel does not offer it.*apt install bubblewrap"):
+async def test_run_program_without_a_sandbox_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = ProbeResult("landlock", is_working=False, reason="the kernel does not support it")
+    monkeypatch.setattr(sandbox, "probe_methods", lambda: (probe,))
+    with pytest.raises(SandboxUnavailable, match=r"the kernel does not support it.*apt install bubblewrap"):
         await sandbox.run_program(Program(sandbox.python_command("-c", "open('ran', 'w')"), tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
-def test_method_that_confines_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel, a container engine or a bwrap that only pretends."""
+def test_probe_detects_a_method_that_confines_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel, a container engine or a bwrap may only pretend to confine."""
 
-    def bare(program: Program, method: SandboxMethod) -> list[str]:
+    def build_unconfined(program: Program, method: SandboxMethod) -> list[str]:
         return ["/bin/sh", "-c", f'cd {program.scratch_dir} && exec "$@"', "sh", *program.command]
 
-    monkeypatch.setattr(sandbox, "_build_command", bare)
-    trial = (
+    monkeypatch.setattr(sandbox, "_build_command", build_unconfined)
+    probe = (
         sandbox._probe_method("landlock") if restrictions.landlock_version() else sandbox._probe_method("bubblewrap")
     )
-    assert not trial.is_working
+    assert not probe.is_working
     if restrictions.landlock_version() or shutil.which("bwrap"):
-        assert "files outside" in trial.reason
-        assert "the network" in trial.reason
+        assert "files outside" in probe.reason
+        assert "the network" in probe.reason
 
 
-def test_doctor_names_the_sandbox_or_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_the_sandbox_or_the_missing_part(monkeypatch: pytest.MonkeyPatch) -> None:
     from jobledger.cli.checks.machine import check_confinement
     from jobledger.cli.settings import Settings
 
@@ -188,8 +191,8 @@ for family in range(64):
 """
 
 
-async def test_program_with_a_proxy_has_no_sockets_but_those_of_its_own_network(tmp_path: Path) -> None:
-    async def proxy(listening: socket.socket) -> None:
+async def test_program_with_a_proxy_can_open_only_ip_sockets(tmp_path: Path) -> None:
+    async def proxy(listener: socket.socket) -> None:
         await asyncio.Event().wait()
 
     try:
@@ -199,4 +202,4 @@ async def test_program_with_a_proxy_has_no_sockets_but_those_of_its_own_network(
     except SandboxUnavailable as error:
         pytest.skip(str(error))
     assert ended.exit_code == 0
-    assert {int(it) for it in ended.output.split()} == {socket.AF_INET, socket.AF_INET6}
+    assert {int(family) for family in ended.output.split()} == {socket.AF_INET, socket.AF_INET6}
