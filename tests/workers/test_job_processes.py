@@ -117,8 +117,8 @@ async def test_requests_waiting_for_the_database_are_bounded_in_bytes(
         sum(sizes_at_once) <= process_runner._MAX_REQUEST_BYTES or len(sizes_at_once) == 1
         for sizes_at_once in sizes_in_memory
     )
-    assert max(map(sum, sizes_in_memory)) > 6_000_000, "a larger one is handled alone"
-    assert 50 < max(map(len, sizes_in_memory)) <= process_runner._MAX_REQUESTS, "small ones are handled together"
+    assert max(map(sum, sizes_in_memory)) > 6_000_000, "a larger request is handled alone"
+    assert 50 < max(map(len, sizes_in_memory)) <= process_runner._MAX_REQUESTS, "small requests are handled together"
 
 
 def test_unkillable_fork_server_does_not_block_the_worker() -> None:
@@ -247,13 +247,13 @@ async def test_job_process_with_broken_messages_fails_only_its_job(
 async def test_unresponsive_job_process_ends_on_cancel_timeout_and_shutdown(
     connection: Connection, store: Path, tmp_path: Path, end: str
 ) -> None:
-    kinds = ["sleep", "block with gil", "flood the worker", "stop mid message"]
+    actions = ["sleep", "block with gil", "flood the worker", "stop mid message"]
     options = WorkerOptions(confinement=NO_CONFINEMENT, slots=6, shutdown_grace_seconds=0.2)
     async with run_roles_in_process(connection, store, projector=True) as roles:
         async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
             limit = 3 if end == "timeout" else 60
-            job_ids = {action: await submit(roles, tmp_path / action, action, timeout_s=limit) for action in kinds}
-            pids = {action: await wait_for_start(tmp_path / action) for action in kinds}
+            job_ids = {action: await submit(roles, tmp_path / action, action, timeout_s=limit) for action in actions}
+            pids = {action: await wait_for_start(tmp_path / action) for action in actions}
             os.kill(pids["sleep"], signal.SIGSTOP)
             await assert_other_jobs_complete(roles)
             if end == "cancel":
@@ -270,7 +270,7 @@ async def test_unresponsive_job_process_ends_on_cancel_timeout_and_shutdown(
         assert all(map(has_exited, pids.values()))
         if end == "shutdown":
             assert [(await roles.read_event_types(job_id))[-1] for job_id in job_ids.values()] == ["JobReleased"] * len(
-                kinds
+                actions
             )
 
 
@@ -316,9 +316,9 @@ def is_fork_server(pid: int) -> bool:
 @pytest.mark.parametrize("count", [0, 1])
 def test_fork_server_skips_a_request_without_its_two_sockets(count: int) -> None:
     """The kernel drops the sockets of a request if the process may open no more descriptors."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        socket.send_fds(ours, [b'{"memory_limit_mb": 100}'], [ours.fileno()] * count)
+    worker_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with worker_end, server_end:
+        socket.send_fds(worker_end, [b'{"memory_limit_mb": 100}'], [worker_end.fileno()] * count)
         before = len([*Path("/proc/self/fd").iterdir()])
-        assert _Server(theirs)._accept()
+        assert _Server(server_end)._accept()
         assert len([*Path("/proc/self/fd").iterdir()]) == before, "received sockets are closed"

@@ -302,7 +302,7 @@ async def test_unhealthy_worker_of_three_costs_no_attempt_and_recovers(
             assert history[-1] == "JobCompleted"
             assert history.count("JobClaimed") == 1 + history.count("JobReleased")
             assert "JobAttemptFailed" not in history
-        await poll_until(lambda: not unhealthy.worker.health.can_claim(), "it is unhealthy")  # type: ignore[union-attr]
+        await poll_until(lambda: not unhealthy.worker.health.can_claim(), "the worker is unhealthy")  # type: ignore[union-attr]
         scratches[2].unlink()
         (tmp_path / "away").rename(scratches[2])
-        await poll_until(unhealthy.worker.health.can_claim, "it has recovered")
+        await poll_until(unhealthy.worker.health.can_claim, "the worker has recovered")

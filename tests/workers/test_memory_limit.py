@@ -16,7 +16,7 @@ OPTIONS = WorkerOptions(
     memory_limit_mb=LIMIT_MB,
     processors={"session": {"allowed_private_hosts": ["127.0.0.1"], "page_max_bytes": 10 * LIMIT_MB * 2**20}},
 )
-PARAGRAPH = b"<p>" + b"What was said there. " * 50_000 + b"</p>"
+PARAGRAPH = b"<p>" + b"The text of a talk.  " * 50_000 + b"</p>"
 
 
 class LargeSite(SlowSite):

@@ -239,7 +239,7 @@ async def test_worker_checks_result_paths_that_were_not_saved(
     install_processor(monkeypatch, save_paths)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
         first = await run_job(roles, "b.md")
-        thief, outside, double, twice, rejected = await asyncio.gather(
+        conflicting, outside, duplicate, repeated, rejected = await asyncio.gather(
             run_job(roles, "t.md", bare="b.md"),
             run_job(roles, "o.md", bare="../o.md"),
             run_job(roles, "d.md", "e.md", bare="f.md"),
@@ -247,9 +247,9 @@ async def test_worker_checks_result_paths_that_were_not_saved(
             run_job(roles, "x\n.md"),
         )
         assert await find_owner(roles, "b.md") == first["job_id"]
-        assert list_paths(thief) != ["b.md"]
+        assert list_paths(conflicting) != ["b.md"]
         assert (outside["status"], outside["error"]["code"]) == ("failed", "INVALID_PATH")
-        assert (double["status"], double["error"]["code"]) == ("failed", "DUPLICATE_PATH")
-        assert list_paths(twice) == ["g.md", "g.md"]
+        assert (duplicate["status"], duplicate["error"]["code"]) == ("failed", "DUPLICATE_PATH")
+        assert list_paths(repeated) == ["g.md", "g.md"]
         assert (rejected["status"], rejected["error"]["code"]) == ("failed", "INVALID_PATH")
         assert "U+000A" in rejected["error"]["message"]

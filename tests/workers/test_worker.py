@@ -113,9 +113,9 @@ async def test_progress_and_log_lines_are_combined_into_few_events(
         history = Counter(await roles.read_event_types(job_id))
         events = await roles.event_store.read_stream(job_id)
         # 1 for each started interval, 1 for the first report, 1 for the end
-        most = (events[-1].time - events[1].time).total_seconds() / FLUSH_INTERVAL_SECONDS + 3
-        assert 1 <= history["JobProgressed"] <= most
-        assert 1 <= history["JobLogged"] <= most
+        max_events = (events[-1].time - events[1].time).total_seconds() / FLUSH_INTERVAL_SECONDS + 3
+        assert 1 <= history["JobProgressed"] <= max_events
+        assert 1 <= history["JobLogged"] <= max_events
         assert [line["message"] for line in job["logs"]] == [f"line {number}" for number in range(900, 1000)]
         percents = [event.event.percent for event in events if isinstance(event.event, JobProgressed)]
         assert percents == sorted(percents)
@@ -207,7 +207,7 @@ async def test_next_attempt_reuses_finished_steps(
 async def test_fault_of_processor_fails_job_and_worker_continues(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    async def faulty(job: JobContext) -> Results:
+    async def run_faulty(job: JobContext) -> Results:
         if kind == "crash":
             raise ZeroDivisionError("division")
         if kind == "nonsense":
@@ -215,7 +215,7 @@ async def test_fault_of_processor_fails_job_and_worker_continues(
         await job.run_step("page", {}, lambda: asyncio.sleep(0, {"big": "x" * 9_000_000}))
         return Results()
 
-    install_processor(monkeypatch, faulty)
+    install_processor(monkeypatch, run_faulty)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
         job = await roles.wait_until_finished(await roles.submit(job_type="test", max_attempts=1))
         assert job["status"] == "failed"

@@ -49,7 +49,7 @@ async def roles(connection: Connection, store: Path) -> AsyncIterator[RunningRol
 async def finish_job(roles: RunningRoles, webhook: Webhook, **fields: Any) -> str:
     """Submit and cancel a job with a webhook. Return the ID of the delivery."""
     job_id = await roles.submit(webhook=webhook, **fields)
-    [cancelled] = await roles.handle_commands(job_id, CancelJob("somebody"))
+    [cancelled] = await roles.handle_commands(job_id, CancelJob("user-1"))
     return delivery_id_for(job_id, cancelled.version)
 
 
@@ -93,13 +93,13 @@ async def test_completed_job_sends_markdown_and_metadata_on_request(
         for hook in hooks:
             await roles.submit({"text": "Grüße"}, webhook=hook, job_name="cms-4711")
         await endpoint.wait_for_requests(2)
-    [both], [none] = endpoint.requests_to("/both"), endpoint.requests_to("/none")
-    assert both.json_body["type"] == "job.completed"
-    assert both.json_body["job"]["job_name"] == "cms-4711"
-    assert "Grüße" in both.json_body["markdown"]
-    assert both.json_body["metadata"]["duration"] >= 0
-    assert both.json_body["job"]["results"]["markdown_url"]
-    assert not {"markdown", "metadata", "error"} & none.json_body.keys()
+    [full], [minimal] = endpoint.requests_to("/both"), endpoint.requests_to("/none")
+    assert full.json_body["type"] == "job.completed"
+    assert full.json_body["job"]["job_name"] == "cms-4711"
+    assert "Grüße" in full.json_body["markdown"]
+    assert full.json_body["metadata"]["duration"] >= 0
+    assert full.json_body["job"]["results"]["markdown_url"]
+    assert not {"markdown", "metadata", "error"} & minimal.json_body.keys()
 
 
 async def test_failed_job_sends_its_error(connection: Connection, store: Path, endpoint: WebhookEndpoint) -> None:
@@ -128,7 +128,7 @@ async def test_batch_sends_one_webhook_per_completion(
             roles.event_store, [(batch_id, SubmitBatch(batch)), *submitted], meta=EventMetadata("test")
         )
         await endpoint.wait_for_requests(1)
-        await roles.handle_commands(job_ids[0], RestartJob("somebody"))
+        await roles.handle_commands(job_ids[0], RestartJob("user-1"))
         first, second = await endpoint.wait_for_requests(2)
     assert first.json_body["type"] == second.json_body["type"] == "batch.completed"
     assert first.json_body["batch"]["completed_jobs"] == 2
@@ -231,7 +231,7 @@ async def test_requeued_delivery_is_sent_again_with_the_same_id(roles: RunningRo
     first = await wait_for_delivery(roles, delivery_id)
     assert first["status"] == "abandoned"
     for attempts in (2, 3):
-        [requeued] = await roles.handle_commands(delivery_id, RequeueDelivery("somebody"))
+        [requeued] = await roles.handle_commands(delivery_id, RequeueDelivery("user-1"))
         delivery = await wait_for_delivery(roles, delivery_id, after=requeued.position)
         assert (delivery["status"], delivery["attempt"], len(endpoint.requests)) == ("delivered", attempts, attempts)
     assert len({request.webhook_id for request in endpoint.requests}) == 1
@@ -243,7 +243,7 @@ async def test_delivery_requeued_during_an_attempt_is_sent_once_more(
     endpoint.script_responses("/hook", "hang", 200)
     delivery_id = await finish_job(roles, Webhook(url=endpoint.url()))
     await endpoint.wait_for_requests(1)
-    await roles.handle_commands(delivery_id, RequeueDelivery("impatient"))
+    await roles.handle_commands(delivery_id, RequeueDelivery("user-1"))
     delivery = await wait_for_delivery(roles, delivery_id)
     assert delivery["status"] == "delivered"
     assert [attempt["status_code"] for attempt in delivery["attempts"]] == [None, 200]
@@ -268,9 +268,9 @@ async def test_hanging_endpoints_do_not_delay_other_endpoints(connection: Connec
             endpoint.url() for endpoint in (hanging_1, hanging_2, hanging_3)
         ]
         started_at = asyncio.get_running_loop().time()
-        for round_ in range(0, 40, 10):
+        for batch_start in range(0, 40, 10):
             await asyncio.gather(
-                *(finish_job(roles, Webhook(url=url)) for url in urls for _ in range(round_, round_ + 10))
+                *(finish_job(roles, Webhook(url=url)) for url in urls for _ in range(batch_start, batch_start + 10))
             )
         queued_at = asyncio.get_running_loop().time()
         await endpoint.wait_for_requests(expected, seconds=60)
