@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar
 
@@ -10,6 +11,22 @@ from pydantic import BaseModel, ConfigDict
 
 from jobledger.workers.processor import Isolation, JobContext, Processor, Results
 from jobledger.workers.registry import load_processors
+
+
+class ConcurrencyProbe:
+    """Runs jobs that take a time, and records how many run at once."""
+
+    def __init__(self, seconds: float) -> None:
+        self.maximum = 0
+        self._seconds = seconds
+        self._running = 0
+
+    async def run(self, job: JobContext) -> Results:
+        self._running += 1
+        self.maximum = max(self.maximum, self._running)
+        await asyncio.sleep(self._seconds)
+        self._running -= 1
+        return Results()
 
 
 class AnyParameters(BaseModel):

@@ -27,7 +27,7 @@ from jobledger.workers.claim_ranking import ClaimDelay, list_higher_ranked
 from jobledger.workers.processor import JobContext, Results
 from tests.support.ledger_setup import load_event_documents
 from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
-from tests.workers.inline_processor import install_processor
+from tests.workers.inline_processor import ConcurrencyProbe, install_processor
 
 names = st.text("abcdefgh0123456789-", min_size=1, max_size=12)
 
@@ -299,17 +299,8 @@ async def test_rows_keep_their_order_after_a_failed_load(
 async def test_slots_per_type_limit_one_type_and_delay_no_others(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running, maximum = 0, 0
-
-    async def work(job: JobContext) -> Results:
-        nonlocal running, maximum
-        running += 1
-        maximum = max(maximum, running)
-        await asyncio.sleep(0.02)
-        running -= 1
-        return Results()
-
-    install_processor(monkeypatch, work)
+    probe = ConcurrencyProbe(seconds=0.02)
+    install_processor(monkeypatch, probe.run)
     async with run_roles_in_process(connection, store, projector=True) as roles:
         limited = [await roles.submit(job_type="test", priority=5) for _ in range(20)]
         unlimited = [await roles.submit() for _ in range(20)]
@@ -318,5 +309,5 @@ async def test_slots_per_type_limit_one_type_and_delay_no_others(
             limited += [await roles.submit(job_type="test") for _ in range(5)]
             await roles.wait_until_finished(*limited, *unlimited)
         ends = [event.stream for event in await roles.read_all_events() if event.type == "JobCompleted"]
-        assert maximum == 2
+        assert probe.maximum == 2
         assert ends.index(unlimited[-1]) < ends.index(limited[19]), "the other job types have free slots all the time"

@@ -32,7 +32,7 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.attempt_recorder import FLUSH_INTERVAL_SECONDS
 from jobledger.workers.processor import JobContext, ProcessorError, Results
 from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
-from tests.workers.inline_processor import install_processor
+from tests.workers.inline_processor import ConcurrencyProbe, install_processor
 
 MAX_DELAY = timedelta(seconds=10)
 """How late a scheduled job may start on a busy machine."""
@@ -237,22 +237,13 @@ async def test_more_jobs_than_slots_all_complete_once(connection: Connection, st
 async def test_worker_never_runs_more_jobs_than_slots(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running, maximum = 0, 0
-
-    async def count_running(job: JobContext) -> Results:
-        nonlocal running, maximum
-        running += 1
-        maximum = max(maximum, running)
-        await asyncio.sleep(0.1)
-        running -= 1
-        return Results()
-
-    install_processor(monkeypatch, count_running)
+    probe = ConcurrencyProbe(seconds=0.1)
+    install_processor(monkeypatch, probe.run)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=3)) as roles:
         _, first = await roles.submit_batch(*({} for _ in range(10)), job_type="test")
         second = [await roles.submit(job_type="test") for _ in range(10)]
         await roles.wait_until_finished(*first, *second)
-    assert maximum == 3
+    assert probe.maximum == 3
 
 
 async def test_jobs_submitted_before_worker_start_run_by_priority(connection: Connection, store: Path) -> None:
