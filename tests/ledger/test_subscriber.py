@@ -20,7 +20,7 @@ from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.subscriber import LedgerClient, SubscriptionEvents, SubscriptionTakenOver, ledger_client
 from tests.ledger.conftest import FAST_GAP_LIMITS
-from tests.ledger.test_log import append_of, kill_change_stream, progress
+from tests.ledger.test_event_store import append_of, kill_change_stream, progress
 from tests.support.event_examples import NOON
 from tests.support.ledger_setup import (
     DEADLINE_SECONDS,
