@@ -1,4 +1,4 @@
-"""Who may do what: the table of `docs/reference/http-api.md`, row by row."""
+"""Access levels: each row of the table in `docs/reference/http-api.md`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jobledger.ledger.domain.access import AccessLevel, Principal, get_access_le
 
 PRIVATE: dict[str, Any] = {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []}
 BOB = Principal("bob", frozenset({"team-b"}))
-NOBODY = Principal(None)
+ANONYMOUS = Principal(None)
 
 
 @pytest.mark.parametrize(
-    ("principal", "access", "teams", "right"),
+    ("principal", "access", "teams", "expected"),
     [
         (Principal("alice"), PRIVATE, (), AccessLevel.ADMIN),
         (Principal("ann", roles=frozenset({"admin"})), PRIVATE, (), AccessLevel.ADMIN),
@@ -32,18 +32,18 @@ NOBODY = Principal(None)
         (BOB, PRIVATE | {"admin_access": ["bob"]}, (), AccessLevel.ADMIN),
         (BOB, PRIVATE | {"admin_access": ["team-b"], "read_access": ["bob"]}, (), AccessLevel.ADMIN),
         (BOB, PRIVATE | {"read_access": ["carol", "team-c"]}, (), AccessLevel.NONE),
-        (NOBODY, PRIVATE, (), AccessLevel.NONE),
-        (NOBODY, PRIVATE | {"visibility": "team"}, ("team-b",), AccessLevel.NONE),
-        (NOBODY, PRIVATE | {"visibility": "public"}, (), AccessLevel.READ),
+        (ANONYMOUS, PRIVATE, (), AccessLevel.NONE),
+        (ANONYMOUS, PRIVATE | {"visibility": "team"}, ("team-b",), AccessLevel.NONE),
+        (ANONYMOUS, PRIVATE | {"visibility": "public"}, (), AccessLevel.READ),
     ],
 )
-def test_what_one_may_do_with_what_belongs_to_alice(
-    principal: Principal, access: dict[str, Any], teams: tuple[str, ...], right: AccessLevel
+def test_access_level_follows_documented_table(
+    principal: Principal, access: dict[str, Any], teams: tuple[str, ...], expected: AccessLevel
 ) -> None:
-    assert get_access_level(principal, owner="alice", access=access, teams=teams) is right
+    assert get_access_level(principal, owner="alice", access=access, teams=teams) is expected
 
 
-def test_who_can_read_is_who_has_a_right_and_no_one_else() -> None:
+def test_list_readers_returns_everyone_with_access() -> None:
     access = PRIVATE | {
         "visibility": "team",
         "read_access": ["bob"],

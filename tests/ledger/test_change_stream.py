@@ -1,4 +1,4 @@
-"""The change stream of a process: what happened before it opened is read, what happened after is heard."""
+"""The change stream of a process: listeners load a snapshot when it opens, and then receive each change."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from tests.support.tcp_proxy import TcpProxy
 Change = Mapping[str, Any]
 
 
-class Diary:
-    """A listener that notes what it read and what it heard, in order."""
+class RecordingListener:
+    """A listener that records its snapshots and the keys of changed documents, in order."""
 
     def __init__(self, db: Database, collection: str = "numbers") -> None:
         self.collection = collection
-        self.read: list[set[int]] = []
-        self.heard: list[Any] = []
+        self.snapshots: list[set[int]] = []
+        self.changed_keys: list[Any] = []
         self._numbers = db.get_collection(collection, read_concern=MAJORITY)
-        self._more = asyncio.Event()
+        self._updated = asyncio.Event()
 
     async def resync(self, session: AsyncClientSession) -> None:
-        self.read.append({document["_id"] async for document in self._numbers.find({}, session=session)})
-        self._more.set()
+        self.snapshots.append({document["_id"] async for document in self._numbers.find({}, session=session)})
+        self._updated.set()
 
     def on_change(self, change: Change) -> None:
-        self.heard.append(change["documentKey"]["_id"])
-        self._more.set()
+        self.changed_keys.append(change["documentKey"]["_id"])
+        self._updated.set()
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(DEADLINE_SECONDS):
             while not condition():
-                self._more.clear()
-                await self._more.wait()
+                self._updated.clear()
+                await self._updated.wait()
 
-    def knows(self) -> set[Any]:
-        return set().union(*self.read, self.heard)
+    def seen_keys(self) -> set[Any]:
+        return set().union(*self.snapshots, self.changed_keys)
 
-    async def until_it_knows(self, *keys: Any) -> None:
-        await self.until(lambda: self.knows() >= set(keys))
+    async def wait_until_seen(self, *keys: Any) -> None:
+        await self.wait_until(lambda: self.seen_keys() >= set(keys))
 
 
 @pytest.fixture
@@ -58,41 +58,41 @@ async def db(connection: Connection) -> AsyncIterator[Database]:
 
 
 @asynccontextmanager
-async def listening(db: Database, *diaries: Diary) -> AsyncIterator[asyncio.Task[None]]:
+async def running_stream(db: Database, *listeners: RecordingListener) -> AsyncIterator[asyncio.Task[None]]:
     changes = ChangeStream(db)
-    for diary in diaries:
-        changes.add_listener(diary)
+    for listener in listeners:
+        changes.add_listener(listener)
     async with changes.running() as task:
         yield task
 
 
-async def end_stream(db: Database, diary: Diary) -> None:
-    """End the server's side, in a way that the driver does not mend by itself, until it was opened anew."""
-    before = len(diary.read)
+async def kill_stream(db: Database, listener: RecordingListener) -> None:
+    """Kill the server's cursor until the stream is reopened. The driver does not resume by itself after this."""
+    before = len(listener.snapshots)
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while len(diary.read) == before:
+        while len(listener.snapshots) == before:
             for operation in await change_stream_operations(db):
-                if operation["type"] == "op":  # may be over before it is killed: then the next one
+                if operation["type"] == "op":  # it may end before it is killed: retry with the next one
                     await db.client.admin.command({"killOp": 1, "op": operation["opid"]})
             await asyncio.sleep(0.05)
 
 
-async def test_a_listener_reads_what_there_is_and_then_hears_what_comes(db: Database) -> None:
+async def test_listener_loads_snapshot_then_receives_changes(db: Database) -> None:
     await db.numbers.insert_many([{"_id": 1}, {"_id": 2}])
-    diary = Diary(db)
-    async with listening(db, diary):
-        assert diary.read == [{1, 2}]
+    listener = RecordingListener(db)
+    async with running_stream(db, listener):
+        assert listener.snapshots == [{1, 2}]
         await db.numbers.insert_one({"_id": 3})
         await db.numbers.update_one({"_id": 1}, {"$set": {"x": 1}})
         await db.numbers.replace_one({"_id": 2}, {"y": 1})
         await db.numbers.delete_one({"_id": 3})
-        await diary.until(lambda: diary.heard[-1:] == [3] and len(diary.heard) >= 4)
-        # The last change before the opening may be both read and heard.
-        assert diary.heard in ([3, 1, 2, 3], [2, 3, 1, 2, 3])
-    assert len(diary.read) == 1
+        await listener.wait_until(lambda: listener.changed_keys[-1:] == [3] and len(listener.changed_keys) >= 4)
+        # The last change before the stream opened may be both in the snapshot and in the stream.
+        assert listener.changed_keys in ([3, 1, 2, 3], [2, 3, 1, 2, 3])
+    assert len(listener.snapshots) == 1
 
 
-async def test_nothing_falls_between_reading_and_hearing_while_others_write(db: Database) -> None:
+async def test_no_change_is_missed_between_snapshot_and_stream(db: Database) -> None:
     written = 0
 
     async def write() -> None:
@@ -103,158 +103,159 @@ async def test_nothing_falls_between_reading_and_hearing_while_others_write(db: 
 
     writing = [asyncio.create_task(write())]
 
-    async def open_and_listen() -> None:
-        diary = Diary(db)
-        async with listening(db, diary):
-            so_far = written
-            await diary.until(lambda: max(diary.heard, default=-1) > so_far + 3)
-            assert len(diary.read) == 1
-            assert diary.knows() >= set(range(max(diary.heard)))
-            assert diary.heard == sorted(diary.heard)
+    async def check_one_listener() -> None:
+        listener = RecordingListener(db)
+        async with running_stream(db, listener):
+            written_before = written
+            await listener.wait_until(lambda: max(listener.changed_keys, default=-1) > written_before + 3)
+            assert len(listener.snapshots) == 1
+            assert listener.seen_keys() >= set(range(max(listener.changed_keys)))
+            assert listener.changed_keys == sorted(listener.changed_keys)
 
     for _ in range(12):
-        await open_and_listen()
+        await check_one_listener()
     for task in writing:
         task.cancel()
     await asyncio.gather(*writing, return_exceptions=True)
 
 
-async def test_every_listener_hears_of_its_own_collection_only(db: Database) -> None:
-    numbers, letters, more = Diary(db), Diary(db, "letters"), Diary(db)
-    async with listening(db, numbers, letters, more):
+async def test_listener_receives_changes_of_its_collection_only(db: Database) -> None:
+    numbers, letters, more_numbers = RecordingListener(db), RecordingListener(db, "letters"), RecordingListener(db)
+    async with running_stream(db, numbers, letters, more_numbers):
         await db.others.insert_one({"_id": 0})
         await db.letters.insert_one({"_id": "a"})
         await db.numbers.insert_one({"_id": 1})
-        await letters.until_it_knows("a")
-        await numbers.until_it_knows(1)
-        await more.until_it_knows(1)
-        assert (numbers.heard, letters.heard, more.heard) == ([1], ["a"], [1])
+        await letters.wait_until_seen("a")
+        await numbers.wait_until_seen(1)
+        await more_numbers.wait_until_seen(1)
+        assert (numbers.changed_keys, letters.changed_keys, more_numbers.changed_keys) == ([1], ["a"], [1])
 
 
-async def test_a_stream_that_was_ended_is_opened_again_and_everybody_reads_anew(db: Database) -> None:
-    diary, other = Diary(db), Diary(db, "letters")
-    async with listening(db, diary, other) as task:
+async def test_killed_stream_is_reopened_and_all_listeners_resync(db: Database) -> None:
+    listener, letters_listener = RecordingListener(db), RecordingListener(db, "letters")
+    async with running_stream(db, listener, letters_listener) as task:
         for number in range(3):
-            await end_stream(db, diary)
+            await kill_stream(db, listener)
             await db.numbers.insert_one({"_id": number})
-            await diary.until_it_knows(number)
-        assert len(other.read) == len(diary.read) >= 4
+            await listener.wait_until_seen(number)
+        assert len(letters_listener.snapshots) == len(listener.snapshots) >= 4
         assert not task.done()
 
 
-async def test_a_broken_connection_loses_no_change(mongodb_uri: str, db_name: str, db: Database) -> None:
+async def test_broken_connection_loses_no_change(mongodb_uri: str, db_name: str, db: Database) -> None:
     with TcpProxy(mongodb_uri) as proxy:
         async with Connection(proxy.uri, db_name).client() as client:
-            diary = Diary(client[db_name])
-            async with listening(client[db_name], diary):
+            listener = RecordingListener(client[db_name])
+            async with running_stream(client[db_name], listener):
                 for number in range(30):
                     if number % 10 == 5:
                         proxy.close_connections()
                     await db.numbers.insert_one({"_id": number})
-                await diary.until_it_knows(*range(30))
+                await listener.wait_until_seen(*range(30))
 
 
 @pytest.mark.parametrize("error", [AutoReconnect("away"), LedgerUnavailable("away")], ids=["driver", "ledger"])
-async def test_a_listener_that_cannot_read_now_is_asked_again(db: Database, error: Exception) -> None:
+async def test_resync_is_retried_after_transient_error(db: Database, error: Exception) -> None:
     failures = [error, error]
 
     async def resync(_session: AsyncClientSession) -> None:
         if failures:
             raise failures.pop()
 
-    diary = Diary(db)
+    listener = RecordingListener(db)
     changes = ChangeStream(db)
     changes.add_listener(CallbackListener("letters", lambda _change: None, resync))
-    changes.add_listener(diary)
+    changes.add_listener(listener)
     async with asyncio.timeout(DEADLINE_SECONDS), changes.running():
         assert not failures
         await db.numbers.insert_one({"_id": 1})
-        await diary.until(lambda: diary.heard == [1])
+        await listener.wait_until(lambda: listener.changed_keys == [1])
 
 
-async def test_a_deleted_event_makes_all_listeners_read_again_once(
+async def test_deleted_event_resyncs_all_listeners_once(
     unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.ledger.store.change_stream._PAUSE_AFTER_REMOVAL_SECONDS", 0.01)
     for _ in range(3):
         await unstreamed_ledger.submit_job()
-    events, numbers = Diary(unstreamed_ledger.db, "events"), Diary(unstreamed_ledger.db)
-    async with listening(unstreamed_ledger.db, events, numbers):
+    events, numbers = RecordingListener(unstreamed_ledger.db, "events"), RecordingListener(unstreamed_ledger.db)
+    async with running_stream(unstreamed_ledger.db, events, numbers):
         await unstreamed_ledger.db.events.delete_one({"_id": 2})
-        await events.until(lambda: len(events.read) > 1)
-        await asyncio.sleep(0.2)  # the deletion may be heard again, and must not count again
-    assert events.read == [{1, 2, 3}, {1, 3}]
-    assert numbers.read == [set(), set()]
+        await events.wait_until(lambda: len(events.snapshots) > 1)
+        await unstreamed_ledger.submit_job()
+        await events.wait_until(lambda: 4 in events.changed_keys)  # a repeated deletion would come before it
+    assert events.snapshots == [{1, 2, 3}, {1, 3}]
+    assert numbers.snapshots == [set(), set()]
 
 
-async def fine(_session: AsyncClientSession) -> None: ...
+async def do_nothing(_session: AsyncClientSession) -> None: ...
 
 
-async def broken(_session: AsyncClientSession) -> None:
+async def raise_error(_session: AsyncClientSession) -> None:
     raise ZeroDivisionError
 
 
-async def test_a_fault_at_start_is_raised_to_whoever_starts(db: Database) -> None:
+async def test_error_in_first_resync_is_raised_to_caller(db: Database) -> None:
     changes = ChangeStream(db)
-    changes.add_listener(CallbackListener("numbers", lambda _change: None, broken))
+    changes.add_listener(CallbackListener("numbers", lambda _change: None, raise_error))
     with pytest.raises(ZeroDivisionError):
         async with asyncio.timeout(DEADLINE_SECONDS), changes.running():
-            pytest.fail("entered although nobody listens")
+            pytest.fail("entered although a listener failed")
 
 
-async def test_a_fault_in_a_listener_ends_the_task_and_is_not_hidden(db: Database) -> None:
-    def trip(_change: Change) -> None:
+async def test_error_in_listener_ends_task_and_is_raised(db: Database) -> None:
+    def raise_on_change(_change: Change) -> None:
         raise ZeroDivisionError
 
     changes = ChangeStream(db)
-    changes.add_listener(CallbackListener("numbers", trip, fine))
-    with pytest.raises(ZeroDivisionError):  # noqa: PT012 - it is raised again when the block is left
+    changes.add_listener(CallbackListener("numbers", raise_on_change, do_nothing))
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012 - leaving the block raises the error again
         async with changes.running() as task:
             await db.numbers.insert_one({"_id": 1})
             await asyncio.wait({task}, timeout=DEADLINE_SECONDS)
             assert task.done()
 
 
-async def test_leaving_while_changes_stream_in_is_quick_and_closes_the_stream(connection: Connection) -> None:
+async def test_exit_under_load_is_quick_and_closes_stream(connection: Connection) -> None:
     async with open_ledger(connection, with_change_stream=False) as ledger:
-        diary = Diary(ledger.db)
-        async with listening(ledger.db, diary):
+        listener = RecordingListener(ledger.db)
+        async with running_stream(ledger.db, listener):
             await ledger.db.numbers.insert_many([{"_id": number} for number in range(3000)])
-            await diary.until(lambda: len(diary.heard) > 100)
+            await listener.wait_until(lambda: len(listener.changed_keys) > 100)
             begun = asyncio.get_running_loop().time()
-        assert asyncio.get_running_loop().time() - begun < 5
+        assert asyncio.get_running_loop().time() - begun < 10
         assert await change_stream_operations(ledger.db) == []
 
 
-async def test_being_cancelled_before_the_stream_is_open_leaves_no_task_behind(db: Database) -> None:
-    begun = asyncio.Event()
+async def test_cancellation_before_stream_opens_leaves_no_task(db: Database) -> None:
+    started = asyncio.Event()
 
-    async def never(_session: AsyncClientSession) -> None:
-        begun.set()
+    async def block_forever(_session: AsyncClientSession) -> None:
+        started.set()
         await asyncio.Event().wait()
 
-    async def run(reaction: CallbackListener) -> None:
+    async def run_stream(callback_listener: CallbackListener) -> None:
         changes = ChangeStream(db)
-        changes.add_listener(reaction)
+        changes.add_listener(callback_listener)
         async with changes.running():
-            pytest.fail("entered before everybody has read")
+            pytest.fail("entered before all listeners had a snapshot")
 
-    running = asyncio.create_task(run(CallbackListener("numbers", lambda _change: None, never)))
-    await asyncio.wait_for(begun.wait(), DEADLINE_SECONDS)
+    running = asyncio.create_task(run_stream(CallbackListener("numbers", lambda _change: None, block_forever)))
+    await asyncio.wait_for(started.wait(), DEADLINE_SECONDS)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(running, DEADLINE_SECONDS)
     assert "changes" not in {task.get_name() for task in asyncio.all_tasks()}
 
 
-async def test_a_process_may_hear_of_some_types_of_events_only(unstreamed_ledger: Ledger) -> None:
-    diary, numbers = Diary(unstreamed_ledger.db, "events"), Diary(unstreamed_ledger.db)
+async def test_event_types_filter_changes_of_events(unstreamed_ledger: Ledger) -> None:
+    listener, numbers = RecordingListener(unstreamed_ledger.db, "events"), RecordingListener(unstreamed_ledger.db)
     changes = ChangeStream(unstreamed_ledger.db, event_types=["JobClaimed"])
-    changes.add_listener(diary)
+    changes.add_listener(listener)
     changes.add_listener(numbers)
     async with changes.running():
         await unstreamed_ledger.submit_job()
         await unstreamed_ledger.db.events.insert_one({"_id": 7, "type": "JobClaimed", "stream": "job-7", "version": 1})
         await unstreamed_ledger.db.numbers.insert_one({"_id": 1})
-        await numbers.until(lambda: numbers.heard == [1])
-        assert diary.heard == [7]
+        await numbers.wait_until(lambda: numbers.changed_keys == [1])
+        assert listener.changed_keys == [7]

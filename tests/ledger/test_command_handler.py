@@ -1,4 +1,4 @@
-"""The one road: decided on what is true, and decided again when somebody else was first."""
+"""The command handler: it decides on current state, and decides again after a version conflict."""
 
 from __future__ import annotations
 
@@ -45,21 +45,25 @@ from tests.support.event_examples import ACCESS, NOON, make_job_submitted, make_
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_log, load_event_documents
 
 CLOCK_ERROR = timedelta(seconds=1)
-"""Events carry the estimated time of the server's clock. Its error is half a round trip, long on a busy machine."""
+"""Events have the estimated server time. Its error is up to half a round trip, which is long on a busy machine."""
 
 
-async def submitted(log: EventStore, max_attempts: int = 3) -> tuple[str, StreamState]:
+async def submit_job(log: EventStore, max_attempts: int = 3) -> tuple[str, StreamState]:
     job_id = new_job_id()
     return job_id, (
         await handle_command(log, job_id, SubmitJob(make_job_submitted(max_attempts=max_attempts)), meta=EVENT_METADATA)
     ).stream_state
 
 
-async def test_a_command_answers_with_its_events_and_what_the_stream_is_now(unstreamed_ledger: Ledger) -> None:
-    job_id, known = await submitted(unstreamed_ledger.event_store)
+async def test_handle_command_returns_events_and_new_stream_state(unstreamed_ledger: Ledger) -> None:
+    job_id, stream_state = await submit_job(unstreamed_ledger.event_store)
     before = datetime.now(UTC)
     handled = await handle_command(
-        unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EventMetadata("worker:w1"), stream_state=known
+        unstreamed_ledger.event_store,
+        job_id,
+        ClaimJob("w1", NOON),
+        meta=EventMetadata("worker:w1"),
+        stream_state=stream_state,
     )
     [event] = handled.events
     assert event.event == JobClaimed(worker_id="w1", attempt=1)
@@ -71,16 +75,16 @@ async def test_a_command_answers_with_its_events_and_what_the_stream_is_now(unst
     assert handled.stream_state.state.status == "processing"
 
 
-async def test_a_command_that_changes_nothing_writes_nothing(unstreamed_ledger: Ledger) -> None:
-    job_id, known = await submitted(unstreamed_ledger.event_store)
+async def test_command_without_events_appends_nothing(unstreamed_ledger: Ledger) -> None:
+    job_id, stream_state = await submit_job(unstreamed_ledger.event_store)
     handled = await handle_command(unstreamed_ledger.event_store, job_id, ExpireLease("w1", 1), meta=EVENT_METADATA)
     assert handled.events == []
-    assert handled.stream_state == known
+    assert handled.stream_state == stream_state
     assert await unstreamed_ledger.event_store.head_position() == 1
 
 
-async def test_a_refused_command_writes_nothing(unstreamed_ledger: Ledger) -> None:
-    job_id, _ = await submitted(unstreamed_ledger.event_store)
+async def test_rejected_command_appends_nothing(unstreamed_ledger: Ledger) -> None:
+    job_id, _ = await submit_job(unstreamed_ledger.event_store)
     with pytest.raises(AlreadyExists):
         await handle_command(
             unstreamed_ledger.event_store, job_id, SubmitJob(make_job_submitted()), meta=EVENT_METADATA
@@ -90,25 +94,25 @@ async def test_a_refused_command_writes_nothing(unstreamed_ledger: Ledger) -> No
     assert await unstreamed_ledger.event_store.head_position() == 1
 
 
-async def test_a_lost_race_is_decided_again_on_what_is_true_now(unstreamed_ledger: Ledger) -> None:
-    job_id, stale = await submitted(unstreamed_ledger.event_store)
+async def test_version_conflict_is_decided_again_on_current_state(unstreamed_ledger: Ledger) -> None:
+    job_id, stale_state = await submit_job(unstreamed_ledger.event_store)
     await handle_command(unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA)
     cancelled = await handle_command(
-        unstreamed_ledger.event_store, job_id, CancelJob("alice"), meta=EVENT_METADATA, stream_state=stale
+        unstreamed_ledger.event_store, job_id, CancelJob("alice"), meta=EVENT_METADATA, stream_state=stale_state
     )
     assert [event.event for event in cancelled.events] == [JobCancelRequested(by="alice")]
     assert cancelled.stream_state == await load_stream_state(unstreamed_ledger.event_store, job_id)
     with pytest.raises(InvalidState):
         await handle_command(
-            unstreamed_ledger.event_store, job_id, ClaimJob("w2", NOON), meta=EVENT_METADATA, stream_state=stale
+            unstreamed_ledger.event_store, job_id, ClaimJob("w2", NOON), meta=EVENT_METADATA, stream_state=stale_state
         )
     check_log(await load_event_documents(unstreamed_ledger.db))
 
 
-async def test_a_second_submission_under_an_id_is_refused_even_if_the_first_was_not_known(
+async def test_second_submission_with_stale_state_is_rejected(
     unstreamed_ledger: Ledger,
 ) -> None:
-    job_id, _ = await submitted(unstreamed_ledger.event_store)
+    job_id, _ = await submit_job(unstreamed_ledger.event_store)
     with pytest.raises(AlreadyExists):
         await handle_command(
             unstreamed_ledger.event_store,
@@ -119,51 +123,51 @@ async def test_a_second_submission_under_an_id_is_refused_even_if_the_first_was_
         )
 
 
-async def test_of_many_claims_one_wins_and_the_others_are_refused(unstreamed_ledger: Ledger) -> None:
+async def test_concurrent_claims_succeed_once(unstreamed_ledger: Ledger) -> None:
     for _ in range(5):
-        job_id, known = await submitted(unstreamed_ledger.event_store)
+        job_id, stream_state = await submit_job(unstreamed_ledger.event_store)
         claims = [
             handle_command(
                 unstreamed_ledger.event_store,
                 job_id,
                 ClaimJob(f"w{n}", NOON),
                 meta=EVENT_METADATA,
-                stream_state=known if n % 2 else None,
+                stream_state=stream_state if n % 2 else None,
             )
             for n in range(12)
         ]
-        answers = await asyncio.gather(*claims, return_exceptions=True)
-        assert sum(isinstance(answer, InvalidState) for answer in answers) == 11
+        results = await asyncio.gather(*claims, return_exceptions=True)
+        assert sum(isinstance(answer, InvalidState) for answer in results) == 11
         assert [event.type for event in await unstreamed_ledger.event_store.read_stream(job_id)] == [
             "JobSubmitted",
             "JobClaimed",
         ]
 
 
-async def test_an_expired_lease_has_one_effect_however_many_notice(unstreamed_ledger: Ledger) -> None:
-    job_id, known = await submitted(unstreamed_ledger.event_store, max_attempts=1)
+async def test_concurrent_lease_expiries_take_effect_once(unstreamed_ledger: Ledger) -> None:
+    job_id, stream_state = await submit_job(unstreamed_ledger.event_store, max_attempts=1)
     await handle_command(
-        unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=known
+        unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=stream_state
     )
-    noticed = await asyncio.gather(
+    results = await asyncio.gather(
         *(
             handle_command(unstreamed_ledger.event_store, job_id, ExpireLease("w1", 1), meta=EVENT_METADATA)
             for _ in range(8)
         )
     )
-    assert sorted(len(handled.events) for handled in noticed) == [0] * 7 + [2]
+    assert sorted(len(handled.events) for handled in results) == [0] * 7 + [2]
     types = [event.type for event in await unstreamed_ledger.event_store.read_stream(job_id)]
     assert types == ["JobSubmitted", "JobClaimed", "JobLeaseExpired", "JobFailed"]
-    assert {handled.stream_state.head.version for handled in noticed} == {4}
+    assert {handled.stream_state.head.version for handled in results} == {4}
 
 
-async def test_a_worker_that_does_not_know_it_was_replaced_is_fenced_and_that_is_on_record(
+async def test_report_of_replaced_worker_is_recorded_as_fenced(
     unstreamed_ledger: Ledger,
 ) -> None:
-    job_id, known = await submitted(unstreamed_ledger.event_store)
-    zombie = (
+    job_id, stream_state = await submit_job(unstreamed_ledger.event_store)
+    replaced_state = (
         await handle_command(
-            unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=known
+            unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=stream_state
         )
     ).stream_state
     await handle_command(unstreamed_ledger.event_store, job_id, ExpireLease("w1", 1), meta=EVENT_METADATA)
@@ -173,24 +177,28 @@ async def test_a_worker_that_does_not_know_it_was_replaced_is_fenced_and_that_is
         job_id,
         CompleteJob("w1", 1, make_results()),
         meta=EVENT_METADATA,
-        stream_state=zombie,
+        stream_state=replaced_state,
     )
     assert [event.event for event in late.events] == [
         WorkerFenced(worker_id="w1", attempt=1, rejected_event="JobCompleted")
     ]
-    done = await handle_command(
+    completed = await handle_command(
         unstreamed_ledger.event_store, job_id, CompleteJob("w2", 2, make_results()), meta=EVENT_METADATA
     )
-    assert [event.type for event in done.events] == ["JobCompleted"]
+    assert [event.type for event in completed.events] == ["JobCompleted"]
     check_log(await load_event_documents(unstreamed_ledger.db))
 
 
-async def test_completing_and_losing_the_lease_at_the_same_moment_has_one_outcome(unstreamed_ledger: Ledger) -> None:
+async def test_concurrent_completion_and_expiry_have_one_outcome(unstreamed_ledger: Ledger) -> None:
     for _ in range(10):
-        job_id, known = await submitted(unstreamed_ledger.event_store)
-        known = (
+        job_id, stream_state = await submit_job(unstreamed_ledger.event_store)
+        stream_state = (
             await handle_command(
-                unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=known
+                unstreamed_ledger.event_store,
+                job_id,
+                ClaimJob("w1", NOON),
+                meta=EVENT_METADATA,
+                stream_state=stream_state,
             )
         ).stream_state
         complete = handle_command(
@@ -198,24 +206,24 @@ async def test_completing_and_losing_the_lease_at_the_same_moment_has_one_outcom
             job_id,
             CompleteJob("w1", 1, make_results()),
             meta=EVENT_METADATA,
-            stream_state=known,
+            stream_state=stream_state,
         )
         expire = handle_command(
-            unstreamed_ledger.event_store, job_id, ExpireLease("w1", 1), meta=EVENT_METADATA, stream_state=known
+            unstreamed_ledger.event_store, job_id, ExpireLease("w1", 1), meta=EVENT_METADATA, stream_state=stream_state
         )
         await asyncio.gather(complete, expire)
         types = [event.type for event in await unstreamed_ledger.event_store.read_stream(job_id)][2:]
         assert types in (["JobCompleted"], ["JobLeaseExpired", "WorkerFenced"])
 
 
-async def test_a_cancellation_and_a_claim_at_the_same_moment_both_count(unstreamed_ledger: Ledger) -> None:
+async def test_concurrent_cancel_and_claim_both_take_effect(unstreamed_ledger: Ledger) -> None:
     for _ in range(10):
-        job_id, known = await submitted(unstreamed_ledger.event_store)
+        job_id, stream_state = await submit_job(unstreamed_ledger.event_store)
         claim = handle_command(
-            unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=known
+            unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=stream_state
         )
         cancel = handle_command(
-            unstreamed_ledger.event_store, job_id, CancelJob("alice"), meta=EVENT_METADATA, stream_state=known
+            unstreamed_ledger.event_store, job_id, CancelJob("alice"), meta=EVENT_METADATA, stream_state=stream_state
         )
         claimed, _ = await asyncio.gather(claim, cancel, return_exceptions=True)
         events = [event.event for event in await unstreamed_ledger.event_store.read_stream(job_id)][1:]
@@ -225,28 +233,30 @@ async def test_a_cancellation_and_a_claim_at_the_same_moment_both_count(unstream
             assert events == [JobClaimed(worker_id="w1", attempt=1), JobCancelRequested(by="alice")]
 
 
-async def test_whoever_follows_a_stream_need_not_read_it_again(unstreamed_ledger: Ledger) -> None:
-    job_id, known = await submitted(unstreamed_ledger.event_store)
-    known = (
+async def test_returned_stream_states_equal_stored_state(unstreamed_ledger: Ledger) -> None:
+    job_id, stream_state = await submit_job(unstreamed_ledger.event_store)
+    stream_state = (
         await handle_command(
-            unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=known
+            unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=stream_state
         )
     ).stream_state
     for percent in range(5):
         report = ReportProgress("w1", 1, "page", float(percent), "")
-        known = (
-            await handle_command(unstreamed_ledger.event_store, job_id, report, meta=EVENT_METADATA, stream_state=known)
+        stream_state = (
+            await handle_command(
+                unstreamed_ledger.event_store, job_id, report, meta=EVENT_METADATA, stream_state=stream_state
+            )
         ).stream_state
-    assert known.head.version == 7
-    assert known == await load_stream_state(unstreamed_ledger.event_store, job_id)
+    assert stream_state.head.version == 7
+    assert stream_state == await load_stream_state(unstreamed_ledger.event_store, job_id)
     check_log(await load_event_documents(unstreamed_ledger.db))
 
 
-async def test_an_invalid_event_is_the_caller_s_error(unstreamed_ledger: Ledger) -> None:
-    job_id, known = await submitted(unstreamed_ledger.event_store)
-    known = (
+async def test_invalid_event_raises_to_caller(unstreamed_ledger: Ledger) -> None:
+    job_id, stream_state = await submit_job(unstreamed_ledger.event_store)
+    stream_state = (
         await handle_command(
-            unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=known
+            unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=stream_state
         )
     ).stream_state
     with pytest.raises(InvalidEvent):
@@ -255,11 +265,11 @@ async def test_an_invalid_event_is_the_caller_s_error(unstreamed_ledger: Ledger)
             job_id,
             ReportProgress("w1", 1, "page", float("nan"), ""),
             meta=EVENT_METADATA,
-            stream_state=known,
+            stream_state=stream_state,
         )
 
 
-async def test_a_batch_and_its_jobs_begin_together_in_the_order_given(unstreamed_ledger: Ledger) -> None:
+async def test_create_streams_appends_batch_and_jobs_in_given_order(unstreamed_ledger: Ledger) -> None:
     batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(300)]
     batch = BatchSubmitted(total_jobs=300, job_ids=job_ids, user_id="alice")
     jobs = [(job_id, SubmitJob(make_job_submitted(batch_id=batch_id))) for job_id in job_ids]
@@ -273,8 +283,8 @@ async def test_a_batch_and_its_jobs_begin_together_in_the_order_given(unstreamed
     check_log(await load_event_documents(unstreamed_ledger.db))
 
 
-async def test_nothing_begins_if_one_of_the_commands_is_refused_or_an_id_is_taken(unstreamed_ledger: Ledger) -> None:
-    job_id, _ = await submitted(unstreamed_ledger.event_store)
+async def test_create_streams_with_rejection_or_conflict_appends_nothing(unstreamed_ledger: Ledger) -> None:
+    job_id, _ = await submit_job(unstreamed_ledger.event_store)
     with pytest.raises(NotFound):
         await create_streams(
             unstreamed_ledger.event_store,
@@ -291,7 +301,7 @@ async def test_nothing_begins_if_one_of_the_commands_is_refused_or_an_id_is_take
     assert await unstreamed_ledger.event_store.read_stream(fresh) == []
 
 
-async def test_new_ids_name_their_kind_of_stream_and_differ() -> None:
+async def test_new_ids_are_unique_and_select_their_decider() -> None:
     ids = {new_job_id() for _ in range(100)} | {new_batch_id() for _ in range(100)}
     assert len(ids) == 200
     assert {decider_for(name).__name__ for name in ids} == {  # type: ignore[attr-defined]  # modules
@@ -300,14 +310,14 @@ async def test_new_ids_name_their_kind_of_stream_and_differ() -> None:
     }
 
 
-def test_a_stream_of_an_unknown_kind_has_no_rules() -> None:
+def test_decider_for_unknown_stream_raises() -> None:
     for name in ("void", "invoice-1", ""):
         with pytest.raises(LookupError):
             decider_for(name)
 
 
-async def test_what_was_changed_by_many_at_once_is_all_there(unstreamed_ledger: Ledger) -> None:
-    job_id, _ = await submitted(unstreamed_ledger.event_store)
+async def test_concurrent_changes_are_all_recorded(unstreamed_ledger: Ledger) -> None:
+    job_id, _ = await submit_job(unstreamed_ledger.event_store)
     await asyncio.gather(
         *(
             handle_command(
@@ -320,22 +330,26 @@ async def test_what_was_changed_by_many_at_once_is_all_there(unstreamed_ledger: 
     assert [event.version for event in events] == list(range(1, 14))
 
 
-async def test_a_refusal_or_nothing_to_do_is_looked_at_again_when_what_was_known_may_be_old(
+async def test_rejection_on_stale_state_is_decided_again(
     unstreamed_ledger: Ledger,
 ) -> None:
-    job_id, waiting = await submitted(unstreamed_ledger.event_store)
+    job_id, pending_state = await submit_job(unstreamed_ledger.event_store)
     await handle_command(unstreamed_ledger.event_store, job_id, CancelJob("user:me"), meta=EVENT_METADATA)
     restarted = await handle_command(
-        unstreamed_ledger.event_store, job_id, RestartJob("user:me"), meta=EVENT_METADATA, stream_state=waiting
-    )  # a waiting one cannot be
+        unstreamed_ledger.event_store, job_id, RestartJob("user:me"), meta=EVENT_METADATA, stream_state=pending_state
+    )  # a pending job cannot be restarted
     assert [event.type for event in restarted.events] == ["JobRestarted"]
     claimed = await handle_command(unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA)
     expired = await handle_command(
-        unstreamed_ledger.event_store, job_id, ExpireLease("w1", 1), meta=EVENT_METADATA, stream_state=waiting
-    )  # a waiting one has none
+        unstreamed_ledger.event_store, job_id, ExpireLease("w1", 1), meta=EVENT_METADATA, stream_state=pending_state
+    )  # a pending job has no lease
     assert [event.type for event in expired.events] == ["JobLeaseExpired"]
     assert expired.events[0].version == claimed.stream_state.head.version + 1
     with pytest.raises(InvalidState):
         await handle_command(
-            unstreamed_ledger.event_store, job_id, RestartJob("user:me"), meta=EVENT_METADATA, stream_state=waiting
+            unstreamed_ledger.event_store,
+            job_id,
+            RestartJob("user:me"),
+            meta=EVENT_METADATA,
+            stream_state=pending_state,
         )

@@ -150,7 +150,7 @@ def test_of_a_driver_error_only_the_part_for_people_is_shown() -> None:
     assert summarize_error(PyMongoError(text)) == "a:1: connection refused"
 
 
-# Servers that are too old, or too few ------------------------------------------------------------------------------
+# Servers that are too old, or too few -----------------------------------------------------------------------------
 
 
 class Aged(TcpProxy):
@@ -239,7 +239,7 @@ async def test_a_set_without_a_primary_is_unavailable_and_told_within_the_timeou
             assert time.monotonic() - begun < 3
 
 
-# What the server says of itself -------------------------------------------------------------------------------------
+# What the server says of itself -----------------------------------------------------------------------------------
 
 
 @needs_local_mongod
@@ -264,7 +264,7 @@ def test_an_oplog_of_an_hour_is_long_enough() -> None:
     assert not OplogWindow(1, hours=0.9, is_full=False).is_too_short
 
 
-# The index of the log -----------------------------------------------------------------------------------------------
+# The index of the log ---------------------------------------------------------------------------------------------
 
 
 VERSIONS = [("stream", 1), ("version", 1)]

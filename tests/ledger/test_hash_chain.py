@@ -1,4 +1,4 @@
-"""Canonical JSON against another implementation of RFC 8785, and the chain that a change of history breaks."""
+"""Canonical JSON, compared with another implementation of RFC 8785, and the hash chain of events."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tests.support.event_examples import EVENT_EXAMPLES, NOON, make_job_submitte
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_chain, check_log, load_event_documents
 from tests.support.strategies import FLOATS, INTEGERS, JSON
 
-AS_THE_DRIVER_READS = CodecOptions[dict[str, Any]](tz_aware=True, tzinfo=UTC)
+DRIVER_CODEC = CodecOptions[dict[str, Any]](tz_aware=True, tzinfo=UTC)
 
 
 @given(JSON)
 @example({"€": 1, "\r": 2, "דּ": 3, "1": 4, "😀": 5, "\x80": 6, "ö": 7})  # RFC 8785, section 3.2.3
-@example({"\ue000": 1, "\U00010000": 2})  # by UTF-16 the astral one comes first, by code point last
+@example({"\ue000": 1, "\U00010000": 2})  # U+10000 sorts first by UTF-16, last by code point
 @example(['\u20ac$\x0f\nA\'B"\\\\"/', "\x7f", "\u2028", "\0"])
 @example({"": 1, "a.b": 2, "a$": 3})
-def test_canonical_json_agrees_with_another_implementation(value: Any) -> None:
+def test_canonical_json_matches_reference_implementation(value: Any) -> None:
     assert canonical_json(value) == rfc8785.dumps(value)
     assert canonical_json({"in an object": value}) == rfc8785.dumps({"in an object": value})
 
@@ -52,7 +52,7 @@ def test_canonical_json_agrees_with_another_implementation(value: Any) -> None:
 @example(123456789012345680000.0)
 @example(0.000001)
 @example(1e23)
-def test_every_double_is_written_as_another_implementation_does(number: float) -> None:
+def test_canonical_json_of_double_matches_reference_implementation(number: float) -> None:
     if number - number != 0:  # NaN or infinite
         with pytest.raises(InvalidEvent):
             canonical_json({"n": number})
@@ -64,30 +64,30 @@ def test_every_double_is_written_as_another_implementation_does(number: float) -
 @given(INTEGERS)
 @example(MAX_SAFE_INTEGER)
 @example(-MAX_SAFE_INTEGER)
-def test_whole_numbers_are_written_in_full_whatever_the_database_makes_of_them(number: int) -> None:
+def test_canonical_json_of_integer_and_int64_has_all_digits(number: int) -> None:
     assert canonical_json({"n": [number]}) == canonical_json({"n": [Int64(number)]}) == rfc8785.dumps({"n": [number]})
 
 
 @given(FLOATS)
-def test_equal_numbers_have_equal_text(number: float) -> None:
+def test_canonical_json_of_equal_numbers_is_equal(number: float) -> None:
     if number.is_integer() and abs(number) <= MAX_SAFE_INTEGER:
         assert canonical_json({"n": number}) == canonical_json({"n": int(number)})
 
 
 @given(st.integers(min_value=MAX_SAFE_INTEGER + 1) | st.integers(max_value=-MAX_SAFE_INTEGER - 1))
-def test_integers_that_readers_disagree_about_are_refused(number: int) -> None:
+def test_canonical_json_of_unsafe_integer_is_rejected(number: int) -> None:
     with pytest.raises(InvalidEvent):
         canonical_json({"n": number})
     with pytest.raises(InvalidEvent):
         canonical_json([{"n": [number]}])
 
 
-def test_whoever_sends_a_too_large_integer_is_told_what_to_do() -> None:
+def test_unsafe_integer_error_suggests_string() -> None:
     with pytest.raises(InvalidEvent, match="send it as a string"):
         canonical_json({"n": MAX_SAFE_INTEGER + 1})
 
 
-def nested(levels: int, leaf: Any = 0) -> Any:
+def nest(levels: int, leaf: Any = 0) -> Any:
     for _ in range(levels):
         leaf = [leaf]
     return leaf
@@ -107,14 +107,14 @@ NOT_JSON: dict[str, Any] = {
     "name that begins with $": {"$set": 1},
     "inner name that begins with $": {"fine": {"$where": 1}},
     "NUL in a name": {"a\0b": 1},
-    "too deep": nested(MAX_DEPTH + 2),
-    "much too deep": nested(100_000),
+    "too deep": nest(MAX_DEPTH + 2),
+    "much too deep": nest(100_000),
     "number as a name": {1: 2},
     "nothing as a name": {None: 2},
     "set": {1, 2},
     "object": object(),
     "complex": complex(1, 2),
-    # What some JSON libraries write, but the driver cannot store:
+    # Some JSON libraries write these, but the driver cannot store them:
     "date": NOON.date(),
     "time of day": NOON.time(),
     "dataclass": Point(),
@@ -124,16 +124,18 @@ NOT_JSON: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("value", NOT_JSON.values(), ids=NOT_JSON.keys())
-@pytest.mark.parametrize("beside", ["plain text", "$ä€😀", 0.5], ids=["alone", "beside odd text", "beside a fraction"])
-def test_what_cannot_be_stored_or_hashed_is_refused(value: Any, beside: Any) -> None:
+@pytest.mark.parametrize(
+    "beside", ["plain text", "$ä€😀", 0.5], ids=["beside plain text", "beside special characters", "beside a fraction"]
+)
+def test_canonical_json_of_unsupported_value_is_rejected(value: Any, beside: Any) -> None:
     with pytest.raises(InvalidEvent):
         canonical_json({"beside": beside, "data": {"values": [value]}})
     with pytest.raises(InvalidEvent):
         canonical_json(value)
 
 
-def test_the_deepest_value_that_is_accepted_survives_the_database() -> None:
-    value = {"data": nested(MAX_DEPTH - 1)}
+def test_deepest_allowed_value_survives_bson_round_trip() -> None:
+    value = {"data": nest(MAX_DEPTH - 1)}
     assert canonical_json(bson.decode(bson.encode(value))) == canonical_json(value)
 
 
@@ -148,13 +150,13 @@ def test_the_deepest_value_that_is_accepted_survives_the_database() -> None:
     ],
     ids=str,
 )
-def test_a_time_has_the_same_text_before_and_after_the_database(moment: datetime) -> None:
-    there = bson.decode(bson.encode({"at": moment}), AS_THE_DRIVER_READS)
-    assert canonical_json(there) == canonical_json({"at": moment})
-    assert datetime.fromisoformat(canonical_json(moment).decode().strip('"')) == there["at"]
+def test_time_has_same_json_after_bson_round_trip(moment: datetime) -> None:
+    decoded = bson.decode(bson.encode({"at": moment}), DRIVER_CODEC)
+    assert canonical_json(decoded) == canonical_json({"at": moment})
+    assert datetime.fromisoformat(canonical_json(moment).decode().strip('"')) == decoded["at"]
 
 
-def test_bytes_and_tuples_have_the_same_text_before_and_after_the_database() -> None:
+def test_bytes_and_tuples_have_same_json_after_bson_round_trip() -> None:
     value = {"bytes": b"\x00\xff", "tuple": (1, (2,))}
     assert (
         canonical_json(bson.decode(bson.encode(value))) == canonical_json(value) == b'{"bytes":"00ff","tuple":[1,[2]]}'
@@ -162,7 +164,7 @@ def test_bytes_and_tuples_have_the_same_text_before_and_after_the_database() -> 
 
 
 @given(st.dictionaries(st.text(max_size=3).filter(lambda name: name.isalnum()), INTEGERS), st.randoms())
-def test_a_digest_does_not_depend_on_the_order_of_names(value: dict[str, int], random: Any) -> None:
+def test_canonical_digest_ignores_order_of_names(value: dict[str, int], random: Any) -> None:
     names = list(value)
     random.shuffle(names)
     assert (
@@ -176,7 +178,7 @@ def test_a_digest_does_not_depend_on_the_order_of_names(value: dict[str, int], r
 
 
 @pytest.mark.parametrize("name", ["event_id", "stream", "version", "type", "schema", "time", "data", "meta", "prev"])
-async def test_a_changed_field_breaks_the_chain(unstreamed_ledger: Ledger, name: str) -> None:
+async def test_changed_field_breaks_hash_chain(unstreamed_ledger: Ledger, name: str) -> None:
     await unstreamed_ledger.submit_job()
     [document] = await load_event_documents(unstreamed_ledger.db)
     check_chain([document])
@@ -192,7 +194,7 @@ async def test_a_changed_field_breaks_the_chain(unstreamed_ledger: Ledger, name:
     assert sha256(hash_input(forged)).digest() != document["hash"]
 
 
-async def test_a_missing_or_swapped_event_breaks_the_chain(unstreamed_ledger: Ledger) -> None:
+async def test_missing_or_swapped_event_breaks_hash_chain(unstreamed_ledger: Ledger) -> None:
     submitted = await unstreamed_ledger.submit_job()
     await handle_command(
         unstreamed_ledger.event_store, submitted.events[0].stream, ClaimJob("w1", NOON), meta=EVENT_METADATA
@@ -204,13 +206,13 @@ async def test_a_missing_or_swapped_event_breaks_the_chain(unstreamed_ledger: Le
             check_chain(forged)
 
 
-async def test_the_position_is_not_part_of_the_hash(unstreamed_ledger: Ledger) -> None:
+async def test_hash_does_not_include_position(unstreamed_ledger: Ledger) -> None:
     await unstreamed_ledger.submit_job()
     [document] = await load_event_documents(unstreamed_ledger.db)
     check_chain([document | {"_id": 4711}])
 
 
-async def test_chains_recomputed_from_the_database_verify_for_every_kind_of_content(unstreamed_ledger: Ledger) -> None:
+async def test_stored_chains_verify_for_all_kinds_of_content(unstreamed_ledger: Ledger) -> None:
     full = EVENT_EXAMPLES[0]
     assert isinstance(full, JobSubmitted)
     await unstreamed_ledger.submit_job(full)

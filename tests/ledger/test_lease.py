@@ -1,4 +1,4 @@
-"""Leases: one holder at a time, by the server's clock, whatever the holder's event loop or network does."""
+"""Leases: one holder at a time by the server's clock, whatever the holder's event loop or network does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, EXPIRED_LEASE_FILTER, Lease, LeaseObservation
 from jobledger.ledger.system.loop_progress import LoopProgress
-from tests.support.ledger_setup import DEADLINE_SECONDS
+from tests.support.ledger_setup import DEADLINE_SECONDS, poll_until
 from tests.support.tcp_proxy import TcpProxy
 
-SECONDS = 0.9
+LEASE_SECONDS = 0.9
 
 
 @pytest.fixture
@@ -29,316 +30,315 @@ def leases(connection: Connection) -> Iterator[Collection[Document]]:
 
 @pytest.fixture
 async def lease(connection: Connection) -> AsyncIterator[Lease]:
-    lease = lease_of(connection)
+    lease = create_lease(connection)
     yield lease
     await lease.release()
 
 
-def lease_of(connection: Connection, seconds: float = SECONDS) -> Lease:
+def create_lease(connection: Connection, seconds: float = LEASE_SECONDS) -> Lease:
     return Lease(connection, "leases", "the-lease", seconds=seconds)
 
 
-def by_the_server(leases: Collection[Document], condition: Document) -> bool:
+def matches_document(leases: Collection[Document], condition: Document) -> bool:
     return leases.find_one({"_id": "the-lease", **condition}) is not None
 
 
-def run_out(leases: Collection[Document]) -> None:
-    """Let the lease have run out now, as if the heartbeats had not come through."""
+def expire_lease(leases: Collection[Document]) -> None:
+    """Expire the lease now, as if heartbeats had not arrived."""
     leases.update_one({"_id": "the-lease"}, [{"$set": {"lease_until": {"$subtract": ["$$NOW", 1]}}}])
 
 
-def declare_over(leases: Collection[Document]) -> bool:
+def reap_lease(leases: Collection[Document]) -> bool:
     return leases.update_one({"_id": "the-lease", **EXPIRED_LEASE_FILTER}, EXPIRE_LEASE_UPDATE).matched_count == 1
 
 
-async def beats_again(leases: Collection[Document]) -> None:
+def expire_and_reap_lease(leases: Collection[Document]) -> None:
+    while not reap_lease(leases):  # a heartbeat may extend the lease in between
+        expire_lease(leases)
+
+
+async def wait_until_extended(leases: Collection[Document]) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while by_the_server(leases, EXPIRED_LEASE_FILTER):  # noqa: ASYNC110 - nobody tells us
+        while matches_document(leases, EXPIRED_LEASE_FILTER):  # noqa: ASYNC110 - no notification
             await asyncio.sleep(0.02)
 
 
-async def acquired(lease: Lease, **facts: Any) -> bool:
+async def acquire(lease: Lease, **facts: Any) -> bool:
     return await asyncio.wait_for(lease.acquire(facts), DEADLINE_SECONDS)
 
 
-async def acquired_at_last(lease: Lease) -> bool:
-    """Try until it is free, as those who stand by do."""
+async def acquire_when_free(lease: Lease) -> bool:
+    """Retry until the lease is free, as standby processes do."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while not await lease.acquire({}):  # noqa: ASYNC110 - passing time makes no event
+        while not await lease.acquire({}):  # noqa: ASYNC110 - no notification
             await asyncio.sleep(0.05)
     return True
 
 
-async def test_one_at_a_time_holds_a_lease(connection: Connection, lease: Lease) -> None:
-    others = [lease_of(connection) for _ in range(5)]
-    assert await acquired(lease, host="a")
+async def test_lease_has_one_holder_at_a_time(connection: Connection, lease: Lease) -> None:
+    other_leases = [create_lease(connection) for _ in range(5)]
+    assert await acquire(lease, host="a")
     assert lease.is_held
-    assert not any(await asyncio.gather(*(acquired(other, host="b") for other in others)))
-    assert not any(other.is_held for other in others)
+    assert not any(await asyncio.gather(*(acquire(other, host="b") for other in other_leases)))
+    assert not any(other.is_held for other in other_leases)
 
 
-async def test_of_many_that_want_it_at_once_one_gets_it(connection: Connection) -> None:
-    wanting = [lease_of(connection) for _ in range(8)]
-    got = await asyncio.gather(*(acquired(lease) for lease in wanting))
-    assert sum(got) == 1
-    assert [lease.is_held for lease in wanting] == got
-    await asyncio.gather(*(lease.release() for lease in wanting))
+async def test_concurrent_acquire_succeeds_once(connection: Connection) -> None:
+    leases_to_acquire = [create_lease(connection) for _ in range(8)]
+    results = await asyncio.gather(*(acquire(lease) for lease in leases_to_acquire))
+    assert sum(results) == 1
+    assert [lease.is_held for lease in leases_to_acquire] == results
+    await asyncio.gather(*(lease.release() for lease in leases_to_acquire))
 
 
-async def test_it_says_who_holds_it_whatever_characters_that_needs(lease: Lease, leases: Collection[Document]) -> None:
+async def test_lease_document_has_holder_facts_with_special_characters(
+    lease: Lease, leases: Collection[Document]
+) -> None:
     facts = {"host": "$weird.host", "slots": 4, "nested": {"$literal": 1}, "none": None}
-    assert await acquired(lease, **facts)
+    assert await acquire(lease, **facts)
     document = leases.find_one({"_id": "the-lease"})
     assert document is not None
     assert {name: document[name] for name in facts} == facts
-    assert (document["fencing_token"], document["seconds"], document["released"]) == (1, SECONDS, False)
+    assert (document["fencing_token"], document["seconds"], document["released"]) == (1, LEASE_SECONDS, False)
 
 
-async def test_it_is_kept_alive_far_longer_than_its_time(lease: Lease, leases: Collection[Document]) -> None:
-    assert await acquired(lease)
+async def test_heartbeats_extend_lease_beyond_its_duration(lease: Lease, leases: Collection[Document]) -> None:
+    assert await acquire(lease)
     first = leases.find_one({"_id": "the-lease"})
     assert first is not None
-    lost = asyncio.create_task(lease.wait_lost())
-    done, _ = await asyncio.wait({lost}, timeout=2 * SECONDS)
-    assert not done
+    waiting_for_loss = asyncio.create_task(lease.wait_lost())
+    extended = {"lease_until": {"$gte": first["lease_until"] + timedelta(seconds=2 * LEASE_SECONDS)}}
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not matches_document(leases, extended):  # noqa: ASYNC110 - no notification
+            await asyncio.sleep(0.02)
+    assert not matches_document(leases, EXPIRED_LEASE_FILTER)
     assert lease.is_held
-    later = leases.find_one({"_id": "the-lease"})
-    assert later is not None
-    assert later["lease_until"] > first["lease_until"]
-    assert not by_the_server(leases, EXPIRED_LEASE_FILTER)
-    lost.cancel()
+    assert not waiting_for_loss.done()
+    waiting_for_loss.cancel()
 
 
-async def test_releasing_frees_it_at_once_and_the_next_holder_has_a_higher_epoch(
+async def test_release_frees_lease_and_next_fencing_token_is_higher(
     connection: Connection, lease: Lease, leases: Collection[Document]
 ) -> None:
     for fencing_token in range(1, 4):
-        assert await acquired(lease)
+        assert await acquire(lease)
         assert lease.fencing_token == fencing_token
         await lease.release()
         assert not lease.is_held
-        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "released": True, "fencing_token": fencing_token})
-    long = lease_of(connection, 60)
-    assert await acquired(long)
-    assert long.fencing_token == 4
-    await asyncio.wait_for(long.release(), 5)
-    assert await acquired(lease)
+        assert matches_document(leases, {**EXPIRED_LEASE_FILTER, "released": True, "fencing_token": fencing_token})
+    long_lease = create_lease(connection, 60)
+    assert await acquire(long_lease)
+    assert long_lease.fencing_token == 4
+    await asyncio.wait_for(long_lease.release(), 5)
+    assert await acquire(lease)
 
 
-async def test_releasing_twice_or_what_was_never_held_is_harmless(connection: Connection, lease: Lease) -> None:
+async def test_release_of_lease_not_held_has_no_effect(connection: Connection, lease: Lease) -> None:
     await lease.release()
-    assert await acquired(lease)
-    other = lease_of(connection)
-    assert not await acquired(other)
+    assert await acquire(lease)
+    other = create_lease(connection)
+    assert not await acquire(other)
     await other.release()
     assert lease.is_held
     await lease.release()
     await lease.release()
 
 
-async def test_one_that_ran_out_goes_on_as_long_as_nobody_has_taken_it(
-    lease: Lease, leases: Collection[Document]
-) -> None:
-    assert await acquired(lease)
-    await asyncio.sleep(SECONDS)
-    assert lease.uninterrupted_seconds > 0.9 * SECONDS, "no beat has been missed"
-    run_out(leases)
-    await beats_again(leases)
-    assert by_the_server(leases, {"fencing_token": 1})
+async def test_expired_lease_is_extended_if_not_taken(lease: Lease, leases: Collection[Document]) -> None:
+    assert await acquire(lease)
+    await poll_until(lambda: lease.uninterrupted_seconds > 0.9 * LEASE_SECONDS)
+    expire_lease(leases)
+    await wait_until_extended(leases)
+    assert matches_document(leases, {"fencing_token": 1})
     assert lease.is_held
-    assert not declare_over(leases), "it has not run out"
+    assert not reap_lease(leases), "the lease has not expired"
 
 
-async def test_one_that_was_declared_over_cannot_be_extended_and_its_holder_notices(
+async def test_reaped_lease_is_lost_to_its_holder(
     connection: Connection, lease: Lease, leases: Collection[Document]
 ) -> None:
-    assert await acquired(lease)
-    run_out(leases)
-    assert declare_over(leases)
+    assert await acquire(lease)
+    expire_and_reap_lease(leases)
     await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
     assert not lease.is_held
-    assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 2, "released": False})
-    other = lease_of(connection)
-    assert await acquired(other)
+    assert matches_document(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 2, "released": False})
+    other = create_lease(connection)
+    assert await acquire(other)
     assert other.fencing_token == 3
     await lease.release()
-    assert by_the_server(leases, {"fencing_token": 3, "released": False})
+    assert matches_document(leases, {"fencing_token": 3, "released": False})
     assert other.is_held
     await other.release()
 
 
-async def test_what_another_has_taken_over_is_lost_and_not_given_back_by_the_former_holder(
+async def test_taken_lease_is_not_released_by_former_holder(
     connection: Connection, lease: Lease, leases: Collection[Document]
 ) -> None:
-    assert await acquired(lease)
-    run_out(leases)
-    other = lease_of(connection)
-    assert await acquired(other)
+    assert await acquire(lease)
+    other = create_lease(connection)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not await other.acquire({}):  # a heartbeat may extend the lease in between
+            expire_lease(leases)
     await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
     assert (lease.is_held, other.is_held) == (False, True)
     await lease.release()
-    assert not by_the_server(leases, EXPIRED_LEASE_FILTER)
+    assert not matches_document(leases, EXPIRED_LEASE_FILTER)
     await other.release()
 
 
-async def test_a_lost_lease_can_be_acquired_again(lease: Lease, leases: Collection[Document]) -> None:
-    assert await acquired(lease)
-    run_out(leases)
-    assert declare_over(leases)
+async def test_lost_lease_can_be_acquired_again(lease: Lease, leases: Collection[Document]) -> None:
+    assert await acquire(lease)
+    expire_and_reap_lease(leases)
     await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
     await lease.release()
-    assert await acquired(lease)
+    assert await acquire(lease)
     assert (lease.is_held, lease.fencing_token) == (True, 3)
 
 
-async def test_one_that_was_deleted_is_lost_too(lease: Lease, leases: Collection[Document]) -> None:
-    assert await acquired(lease)
+async def test_deleted_lease_is_lost(lease: Lease, leases: Collection[Document]) -> None:
+    assert await acquire(lease)
     leases.delete_one({"_id": "the-lease"})
     await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
     assert not lease.is_held
 
 
-async def test_an_event_loop_frozen_for_a_moment_does_not_lose_the_lease(
-    lease: Lease, leases: Collection[Document]
-) -> None:
-    assert await acquired(lease)
-    time.sleep(SECONDS)  # noqa: ASYNC251 - to freeze the event loop is the point
-    assert not by_the_server(leases, EXPIRED_LEASE_FILTER)
+async def test_short_block_of_event_loop_keeps_lease(lease: Lease, leases: Collection[Document]) -> None:
+    assert await acquire(lease)
+    time.sleep(LEASE_SECONDS)  # noqa: ASYNC251 - blocks the event loop
+    assert not matches_document(leases, EXPIRED_LEASE_FILTER)
     await asyncio.sleep(0)
     assert lease.is_held
 
 
-async def test_a_dead_holder_s_lease_is_free_after_its_time_and_not_before(
+async def test_lease_of_dead_holder_is_free_after_its_duration(
     connection: Connection, leases: Collection[Document]
 ) -> None:
-    class Mortal(Lease):
+    class LeaseWithoutHeartbeat(Lease):
         def _beat(self, *_: Any) -> bool:
-            return True  # dead
+            return True  # no heartbeat is sent
 
-    dead = Mortal(connection, "leases", "the-lease", seconds=SECONDS)
+    dead_holder_lease = LeaseWithoutHeartbeat(connection, "leases", "the-lease", seconds=LEASE_SECONDS)
     begun = time.monotonic()
-    assert await acquired(dead)
-    heir = lease_of(connection)
-    assert not await acquired(heir)
-    assert await acquired_at_last(heir)
-    assert time.monotonic() - begun > SECONDS - 0.05
-    assert heir.fencing_token == 2
-    await heir.release()
+    assert await acquire(dead_holder_lease)
+    next_lease = create_lease(connection)
+    is_acquired = await acquire(next_lease)
+    assert not is_acquired or time.monotonic() - begun > LEASE_SECONDS - 0.05
+    assert is_acquired or await acquire_when_free(next_lease)
+    assert time.monotonic() - begun > LEASE_SECONDS - 0.05
+    assert next_lease.fencing_token == 2
+    await next_lease.release()
 
 
-async def test_a_holder_whose_network_is_silent_goes_on_when_it_is_back_unless_it_was_declared_over(
+async def test_lease_after_network_silence_continues_unless_reaped(
     mongodb_uri: str, db_name: str, leases: Collection[Document]
 ) -> None:
     with TcpProxy(mongodb_uri) as proxy:
-        lease = lease_of(Connection(proxy.uri, db_name))
-        assert await acquired(lease)
+        lease = create_lease(Connection(proxy.uri, db_name))
+        assert await acquire(lease)
         proxy.suspend()
-        await asyncio.sleep(2 * SECONDS)
-        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 1})
+        await asyncio.sleep(2 * LEASE_SECONDS)
+        assert matches_document(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 1})
         assert lease.is_held
         assert lease.uninterrupted_seconds == 0
+        resumed = time.monotonic()
         proxy.resume()
-        await beats_again(leases)
+        await wait_until_extended(leases)
         assert lease.is_held
-        assert lease.uninterrupted_seconds < SECONDS
+        assert lease.uninterrupted_seconds <= time.monotonic() - resumed
 
         proxy.suspend()
-        await asyncio.sleep(2 * SECONDS)
-        assert declare_over(leases)
+        await asyncio.sleep(2 * LEASE_SECONDS)
+        assert reap_lease(leases)
         proxy.resume()
         await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
         await lease.release()
-        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 2, "released": False})
+        assert matches_document(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 2, "released": False})
 
 
-@pytest.mark.parametrize("silent_for", [0.0, 2 * SECONDS], ids=["running", "run out"])
-async def test_letting_go_over_a_silent_network_does_not_take_for_ever(
-    mongodb_uri: str, db_name: str, silent_for: float
-) -> None:
+@pytest.mark.parametrize("silent_seconds", [0.0, 2 * LEASE_SECONDS], ids=["valid lease", "expired lease"])
+async def test_release_over_silent_network_ends_in_time(mongodb_uri: str, db_name: str, silent_seconds: float) -> None:
     with TcpProxy(mongodb_uri) as proxy:
-        lease = lease_of(Connection(proxy.uri, db_name))
-        assert await acquired(lease)
+        lease = create_lease(Connection(proxy.uri, db_name))
+        assert await acquire(lease)
         proxy.suspend()
-        await asyncio.sleep(silent_for)
+        await asyncio.sleep(silent_seconds)
         begun = time.monotonic()
         await asyncio.wait_for(lease.release(), DEADLINE_SECONDS)
-        assert time.monotonic() - begun < 3 * SECONDS
+        assert time.monotonic() - begun < 6 * LEASE_SECONDS
 
 
-async def test_a_holder_whose_network_broke_for_a_moment_goes_on(mongodb_uri: str, db_name: str) -> None:
+async def test_broken_connections_do_not_lose_lease(mongodb_uri: str, db_name: str) -> None:
     with TcpProxy(mongodb_uri) as proxy:
-        lease = lease_of(Connection(proxy.uri, db_name))
-        assert await acquired(lease)
+        lease = create_lease(Connection(proxy.uri, db_name))
+        assert await acquire(lease)
         for _ in range(3):
-            await asyncio.sleep(SECONDS / 2)
+            await asyncio.sleep(LEASE_SECONDS / 2)
             proxy.close_connections()
-        await asyncio.sleep(SECONDS)
+        await asyncio.sleep(LEASE_SECONDS)
         assert lease.is_held
         await lease.release()
 
 
-async def test_without_a_database_acquiring_fails_within_the_timeout(mongodb_uri: str, db_name: str) -> None:
+async def test_acquire_without_database_fails_within_timeout(mongodb_uri: str, db_name: str) -> None:
     with TcpProxy(mongodb_uri) as proxy:
         pass
-    lease = lease_of(Connection(proxy.uri, db_name, connect_timeout_ms=300))
+    lease = create_lease(Connection(proxy.uri, db_name, connect_timeout_ms=300))
     with pytest.raises(LedgerUnavailable):
-        await acquired(lease)
+        await acquire(lease)
     assert not lease.is_held
 
 
-async def test_a_fault_while_acquiring_is_raised_and_not_waited_for(connection: Connection) -> None:
-    class Faulty(Lease):
+async def test_error_in_acquire_is_raised(connection: Connection) -> None:
+    class FailingLease(Lease):
         def _take(self, *_: Any) -> int | None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await acquired(Faulty(connection, "leases", "the-lease", seconds=SECONDS))
+        await acquire(FailingLease(connection, "leases", "the-lease", seconds=LEASE_SECONDS))
 
 
-async def test_whoever_is_cancelled_while_acquiring_holds_nothing_afterwards(
-    connection: Connection, leases: Collection[Document]
-) -> None:
-    class Slow(Lease):
-        taken, go_on = threading.Event(), threading.Event()
+async def test_cancelled_acquire_does_not_keep_lease(connection: Connection, leases: Collection[Document]) -> None:
+    class SlowLease(Lease):
+        taken, may_continue = threading.Event(), threading.Event()
 
         def _take(self, leases: Collection[Document], facts: Document, seen: LeaseObservation) -> int | None:
             fencing_token = super()._take(leases, facts, seen)
             self.taken.set()
-            self.go_on.wait(DEADLINE_SECONDS)
+            self.may_continue.wait(DEADLINE_SECONDS)
             return fencing_token
 
-    lease = Slow(connection, "leases", "the-lease", seconds=SECONDS)
+    lease = SlowLease(connection, "leases", "the-lease", seconds=LEASE_SECONDS)
     acquiring = asyncio.create_task(lease.acquire({}))
     await asyncio.to_thread(lease.taken.wait, DEADLINE_SECONDS)
     acquiring.cancel()
     with pytest.raises(asyncio.CancelledError):
         await acquiring
-    again = asyncio.create_task(lease.acquire({}))  # at once, while the first try's thread is still at it
+    second_acquire = asyncio.create_task(lease.acquire({}))  # while the thread of the first call still runs
     await asyncio.sleep(0)
-    lease.go_on.set()
-    if not await asyncio.wait_for(again, DEADLINE_SECONDS):
-        assert await acquired_at_last(lease)
+    lease.may_continue.set()
+    if not await asyncio.wait_for(second_acquire, DEADLINE_SECONDS):
+        assert await acquire_when_free(lease)
     assert lease.is_held
     await lease.release()
-    assert by_the_server(leases, EXPIRED_LEASE_FILTER)
+    assert matches_document(leases, EXPIRED_LEASE_FILTER)
 
 
-async def test_lease_of_a_blocked_loop_expires_and_is_extended_when_the_loop_goes_on(
+async def test_blocked_event_loop_lets_lease_expire_until_it_continues(
     connection: Connection, lease: Lease, leases: Collection[Document]
 ) -> None:
-    assert await acquired(lease)
+    assert await acquire(lease)
     await asyncio.sleep(0.1)
-    time.sleep(2.5 * SECONDS)  # noqa: ASYNC251 - the fault
-    assert by_the_server(leases, EXPIRED_LEASE_FILTER)
-    assert lease.is_held, "until somebody takes it"
-    await beats_again(leases)
+    time.sleep(2.5 * LEASE_SECONDS)  # noqa: ASYNC251 - the injected fault
+    assert matches_document(leases, EXPIRED_LEASE_FILTER)
+    assert lease.is_held, "nobody has taken the lease"
+    await wait_until_extended(leases)
 
 
-async def test_loop_progress_counts_looks_and_not_seconds() -> None:
+async def test_loop_progress_counts_checks_not_seconds() -> None:
     progress = LoopProgress(0.01)
     await asyncio.sleep(0.03)
     assert progress.count_missed() == 0
-    time.sleep(1)  # noqa: ASYNC251 - as long as a suspended machine sleeps
+    time.sleep(1)  # noqa: ASYNC251 - like a suspended machine
     assert progress.count_missed() == 1
     assert progress.count_missed() == 2
     assert "test_loop_progress" in progress.format_stack()

@@ -1,4 +1,4 @@
-"""The server's clock: estimated on a steady clock, whatever this machine's clock says or does."""
+"""The estimate of the server's clock. It uses a steady clock, so changes of the local clock do not matter."""
 
 from __future__ import annotations
 
@@ -18,122 +18,122 @@ from jobledger.ledger.store.event_store import EventStore
 START = 1_800_000_000.0
 
 
-class Steady:
-    """A steady clock that a test moves."""
+class SteadyClock:
+    """A steady clock that the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 500.0
         monkeypatch.setattr(server_clock, "_steady", lambda: self.seconds)
 
 
-class Server:
-    """Answers `hello` with its own time; each answer takes a while."""
+class FakeServer:
+    """Answers `hello` with its own time. Each answer takes some time."""
 
-    def __init__(self, steady: Steady, *, time: float, takes: list[float] | None = None) -> None:
-        self.steady = steady
-        self.ahead = time - steady.seconds
-        self.takes = takes or []
-        self.asked = 0
+    def __init__(self, steady_clock: SteadyClock, *, time: float, answer_seconds: list[float] | None = None) -> None:
+        self.steady_clock = steady_clock
+        self.ahead = time - steady_clock.seconds
+        self.answer_seconds = answer_seconds or []
+        self.requests = 0
         self.admin = self
 
     @property
     def time(self) -> float:
-        return self.steady.seconds + self.ahead
+        return self.steady_clock.seconds + self.ahead
 
     async def command(self, _name: str) -> dict[str, Any]:
-        said = self.time
-        self.asked += 1
-        self.steady.seconds += self.takes.pop(0) if self.takes else 0.001
-        return {"localTime": datetime.fromtimestamp(said, UTC).replace(tzinfo=None)}  # as the driver does
+        server_seconds = self.time
+        self.requests += 1
+        self.steady_clock.seconds += self.answer_seconds.pop(0) if self.answer_seconds else 0.001
+        return {"localTime": datetime.fromtimestamp(server_seconds, UTC).replace(tzinfo=None)}  # as the driver does
 
 
 @pytest.fixture
-def steady(monkeypatch: pytest.MonkeyPatch) -> Steady:
-    return Steady(monkeypatch)
+def steady_clock(monkeypatch: pytest.MonkeyPatch) -> SteadyClock:
+    return SteadyClock(monkeypatch)
 
 
-def wrong_by(clock: ServerClock, server: Server) -> float:
+def estimate_error(clock: ServerClock, server: FakeServer) -> float:
     """Return how far the estimate is ahead of the server."""
     return clock.estimate().timestamp() - server.time
 
 
-async def test_estimate_follows_the_server_without_asking(steady: Steady) -> None:
-    clock, server = ServerClock(), Server(steady, time=START)
+async def test_estimate_follows_server_without_request(steady_clock: SteadyClock) -> None:
+    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
     clock.observe(server.time, "a")
     for _ in range(10):
-        steady.seconds += 1000
-        assert abs(wrong_by(clock, server)) < 1e-3
+        steady_clock.seconds += 1000
+        assert abs(estimate_error(clock, server)) < 1e-3
         await clock.now(server)  # type: ignore[arg-type]
-    assert server.asked == 0
+    assert server.requests == 0
 
 
-async def test_estimate_does_not_follow_this_machines_clock(steady: Steady, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, server = ServerClock(), Server(steady, time=START)
+async def test_estimate_ignores_local_clock(steady_clock: SteadyClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
     clock.observe(server.time, "a")
 
-    class Wrong(datetime):
+    class FailingDatetime(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
-            raise AssertionError("this machine's clock was read")
+            raise AssertionError("the local clock was read")
 
-    monkeypatch.setattr(server_clock, "datetime", Wrong)
-    assert abs(wrong_by(clock, server)) < 1e-3
+    monkeypatch.setattr(server_clock, "datetime", FailingDatetime)
+    assert abs(estimate_error(clock, server)) < 1e-3
 
 
 @pytest.mark.parametrize("step", [3600.0, -3600.0, 1.0, -1.0])
-async def test_step_of_the_servers_clock_is_taken_over_with_its_next_heartbeat(steady: Steady, step: float) -> None:
-    clock, server = ServerClock(), Server(steady, time=START)
+async def test_server_clock_step_is_adopted_with_next_heartbeat(steady_clock: SteadyClock, step: float) -> None:
+    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
     clock.observe(server.time, "a")
     server.ahead += step
     clock.observe(server.time, "a")
     await clock.now(server)  # type: ignore[arg-type]
-    assert abs(wrong_by(clock, server)) < 0.01
-    assert server.asked == (1 if step < 0 else 0), "only a clock that seems to be behind has to be asked"
+    assert abs(estimate_error(clock, server)) < 0.01
+    assert server.requests == (1 if step < 0 else 0), "a request is needed only if the server seems to be behind"
     assert not clock.is_uncertain
 
 
 @pytest.mark.parametrize("ahead", [120.0, -120.0, 0.05])
-async def test_another_primary_is_asked(steady: Steady, ahead: float) -> None:
-    clock, server = ServerClock(), Server(steady, time=START)
+async def test_new_primary_is_queried_for_its_time(steady_clock: SteadyClock, ahead: float) -> None:
+    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
     clock.observe(server.time, "a")
-    other = Server(steady, time=START + ahead)
+    other = FakeServer(steady_clock, time=START + ahead)
     clock.observe(other.time, "b")
     assert clock.is_uncertain
     await clock.now(other)  # type: ignore[arg-type]
-    assert abs(wrong_by(clock, other)) < 0.01
+    assert abs(estimate_error(clock, other)) < 0.01
     assert not clock.is_uncertain
 
 
-async def test_late_heartbeat_neither_sets_the_clock_back_nor_stays_unchecked(steady: Steady) -> None:
-    clock, server = ServerClock(), Server(steady, time=START)
+async def test_late_heartbeat_is_verified_and_does_not_set_clock_back(steady_clock: SteadyClock) -> None:
+    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
     clock.observe(server.time, "a")
-    said = server.time
-    steady.seconds += 5  # this process was busy
-    clock.observe(said, "a")
-    assert abs(wrong_by(clock, server)) < 1e-3
+    server_seconds = server.time
+    steady_clock.seconds += 5  # this process was busy
+    clock.observe(server_seconds, "a")
+    assert abs(estimate_error(clock, server)) < 1e-3
     await clock.now(server)  # type: ignore[arg-type]
-    assert (server.asked, clock.is_uncertain) == (1, False)
+    assert (server.requests, clock.is_uncertain) == (1, False)
     clock.observe(server.time - TOLERANCE_SECONDS / 2, "a")
     assert not clock.is_uncertain
 
 
 @pytest.mark.parametrize("step", [-3600.0, -1.0])
-async def test_estimate_follows_a_clock_set_back_in_a_process_that_only_estimates(steady: Steady, step: float) -> None:
-    clock, server = ServerClock(), Server(steady, time=START)
+async def test_attached_client_follows_clock_that_was_set_back(steady_clock: SteadyClock, step: float) -> None:
+    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
     clock.attach_client(server)  # type: ignore[arg-type]
     clock.observe(server.time, "a")
     server.ahead += step
     clock.observe(server.time, "a")
-    await settled()
-    assert abs(wrong_by(clock, server)) < 0.01
-    assert (server.asked, clock.is_uncertain) == (1, False)
+    await run_ready_tasks()
+    assert abs(estimate_error(clock, server)) < 0.01
+    assert (server.requests, clock.is_uncertain) == (1, False)
     clock.observe(server.time, "a")
-    await settled()
-    assert server.asked == 1, "only a contradiction costs a question"
+    await run_ready_tasks()
+    assert server.requests == 1, "only a contradiction causes a request"
 
 
-async def test_measurement_without_an_answer_is_repeated_with_the_next_heartbeat(steady: Steady) -> None:
-    clock, server = ServerClock(), Server(steady, time=START)
+async def test_failed_measurement_is_retried_with_next_heartbeat(steady_clock: SteadyClock) -> None:
+    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
     clock.attach_client(server)  # type: ignore[arg-type]
     clock.observe(server.time, "a")
     answer, failures = server.command, [AutoReconnect("away"), AutoReconnect("away")]
@@ -147,24 +147,24 @@ async def test_measurement_without_an_answer_is_repeated_with_the_next_heartbeat
     server.ahead -= 3600
     for _ in range(3):
         clock.observe(server.time, "a")
-        await settled()
-    assert abs(wrong_by(clock, server)) < 0.01
+        await run_ready_tasks()
+    assert abs(estimate_error(clock, server)) < 0.01
 
 
-async def settled() -> None:
+async def run_ready_tasks() -> None:
     """Let tasks run that need no I/O."""
     for _ in range(5):
         await asyncio.sleep(0)
 
 
-async def test_of_slow_answers_the_best_counts_and_none_is_ahead(steady: Steady) -> None:
-    clock, server = ServerClock(), Server(steady, time=START, takes=[3.0, 0.5, 2.0])
+async def test_slow_answers_yield_best_estimate_never_ahead(steady_clock: SteadyClock) -> None:
+    clock, server = ServerClock(), FakeServer(steady_clock, time=START, answer_seconds=[3.0, 0.5, 2.0])
     await clock.now(server)  # type: ignore[arg-type]
-    assert server.asked == 3
-    assert -0.5 - 1e-3 < wrong_by(clock, server) <= 1e-3
+    assert server.requests == 3
+    assert -0.5 - 1e-3 < estimate_error(clock, server) <= 1e-3
 
 
-def test_timer_naps_are_short_and_never_negative(steady: Steady) -> None:
+def test_sleep_seconds_are_bounded_and_never_negative(steady_clock: SteadyClock) -> None:
     clock = ServerClock()
     clock.observe(START, "a")
     due = clock.estimate()
@@ -180,15 +180,15 @@ async def log(connection: Connection) -> AsyncIterator[EventStore]:
     await client.close()
 
 
-async def test_clock_of_a_real_server_is_known_with_the_first_answer(log: EventStore) -> None:
+async def test_first_answer_of_real_server_sets_clock(log: EventStore) -> None:
     await log.head_position()
-    told = await log._db.client.admin.command("hello")
-    assert abs((log.clock.estimate() - told["localTime"].replace(tzinfo=UTC)).total_seconds()) < 1
+    answer = await log._db.client.admin.command("hello")
+    assert abs((log.clock.estimate() - answer["localTime"].replace(tzinfo=UTC)).total_seconds()) < 1
     assert get_server_clock(log._db.client) is log.clock
     assert not log.clock.is_uncertain
 
 
-async def test_unreachable_server_leaves_the_last_estimate(log: EventStore) -> None:
+async def test_unreachable_server_keeps_last_estimate(log: EventStore) -> None:
     await log.head_position()
     log.clock.is_uncertain = True
     await log._db.client.close()

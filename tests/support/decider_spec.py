@@ -60,3 +60,13 @@ def given_for(decider: Decider) -> Callable[..., Given]:
         return Given(decider, state)
 
     return given
+
+
+def parametrize_histories(histories: dict[str, list[Event]]) -> pytest.MarkDecorator:
+    """Return a decorator that runs a test with each history, by name."""
+    return pytest.mark.parametrize("history", histories.values(), ids=histories.keys())
+
+
+def type_name(value: Any) -> str:
+    """Return the name of a type, or of a value's type. For parametrize IDs."""
+    return value.__name__ if isinstance(value, type) else type(value).__name__
