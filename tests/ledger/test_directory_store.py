@@ -1,4 +1,4 @@
-"""Result files: whole or not there, once for each content, whoever stores them when."""
+"""The directory store: each content is stored once, completely or not at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> DirectoryStore:
     return store
 
 
-def files_in(store: DirectoryStore) -> list[Path]:
+def list_files(store: DirectoryStore) -> list[Path]:
     return sorted(path for path in store.root.rglob("*") if path.is_file())
 
 
@@ -39,25 +39,25 @@ def sha256(content: bytes) -> str:
 
 @given(st.binary(max_size=200))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
-def test_what_is_stored_is_found_under_its_digest(store: DirectoryStore, content: bytes) -> None:
+def test_put_bytes_stores_content_under_digest(store: DirectoryStore, content: bytes) -> None:
     stored = store.put_bytes(content)
     assert stored == (sha256(content), len(content))
     assert store.path(stored.sha256).read_bytes() == content
 
 
-def test_the_same_content_is_stored_once(store: DirectoryStore, tmp_path: Path) -> None:
+def test_same_content_is_stored_once(store: DirectoryStore, tmp_path: Path) -> None:
     first = store.put_bytes(b"hello")
     before = store.path(first.sha256).stat()
     other = tmp_path / "other"
     other.write_bytes(b"hello")
     assert store.put_bytes(b"hello") == store.put_file(other) == first
-    assert files_in(store) == [store.path(first.sha256)]
+    assert list_files(store) == [store.path(first.sha256)]
     after = store.path(first.sha256).stat()
     assert after.st_ino == before.st_ino
-    assert after.st_mtime_ns >= before.st_mtime_ns, "saving renews the time: see DirectoryStore.set_aside"
+    assert after.st_mtime_ns >= before.st_mtime_ns, "a save updates the time: see DirectoryStore.set_aside"
 
 
-def test_a_file_is_taken_over(store: DirectoryStore, tmp_path: Path) -> None:
+def test_put_file_moves_file_into_store(store: DirectoryStore, tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_bytes(b"# A talk")
     stored = store.put_file(path)
@@ -65,7 +65,7 @@ def test_a_file_is_taken_over(store: DirectoryStore, tmp_path: Path) -> None:
     assert store.path(stored.sha256).read_bytes() == b"# A talk"
 
 
-def test_everybody_may_read_a_stored_file_and_nobody_finds_it_writable(store: DirectoryStore, tmp_path: Path) -> None:
+def test_stored_file_has_mode_0600(store: DirectoryStore, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"1")
     secret.chmod(0o600)
@@ -73,13 +73,13 @@ def test_everybody_may_read_a_stored_file_and_nobody_finds_it_writable(store: Di
         assert stat.S_IMODE(store.path(stored.sha256).stat().st_mode) == 0o600
 
 
-def test_putting_in_what_lies_in_the_store_already_keeps_it(store: DirectoryStore) -> None:
+def test_put_file_of_stored_file_keeps_it(store: DirectoryStore) -> None:
     stored = store.put_bytes(b"hello")
     assert store.put_file(store.path(stored.sha256)) == stored
     assert store.path(stored.sha256).read_bytes() == b"hello"
 
 
-def test_a_link_is_stored_as_the_content_it_leads_to(store: DirectoryStore, tmp_path: Path) -> None:
+def test_put_file_of_link_stores_target_content(store: DirectoryStore, tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_bytes(b"hello")
     link.symlink_to(target)
@@ -89,42 +89,44 @@ def test_a_link_is_stored_as_the_content_it_leads_to(store: DirectoryStore, tmp_
     assert not store.path(stored.sha256).is_symlink()
 
 
-def test_many_at_once_store_each_content_once_and_whole(store: DirectoryStore) -> None:
+def test_concurrent_puts_store_each_content_once(store: DirectoryStore) -> None:
     contents = [bytes([number % 5]) * 100_000 for number in range(60)]
     with ThreadPoolExecutor(12) as pool:
         stored = list(pool.map(store.put_bytes, contents))
-    assert [it.sha256 for it in stored] == [sha256(content) for content in contents]
-    assert len(files_in(store)) == 5
-    assert all(sha256(path.read_bytes()) == path.name for path in files_in(store))
+    assert [stored_file.sha256 for stored_file in stored] == [sha256(content) for content in contents]
+    assert len(list_files(store)) == 5
+    assert all(sha256(path.read_bytes()) == path.name for path in list_files(store))
 
 
-def from_another_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every move into the store fail as between file systems."""
+def fail_moves_across_file_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every move into the store fail as it does between file systems."""
     real = Path.replace
 
     def replace(self: Path, target: Any) -> Path:
-        if self.parent not in (Path(target).parent, Path(target).parent.parent):  # the store, where copies are made
+        if self.parent not in (Path(target).parent, Path(target).parent.parent):  # the store may move its own copies
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", replace)
 
 
-def test_a_file_on_another_file_system_is_copied_and_then_removed(
+def test_put_file_across_file_systems_copies_and_removes(
     store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from_another_file_system(monkeypatch)
+    fail_moves_across_file_systems(monkeypatch)
     path = tmp_path / "big"
     path.write_bytes(b"x" * 3_000_000)
     stored = store.put_file(path)
     assert not path.exists()
     assert store.path(stored.sha256).read_bytes() == b"x" * 3_000_000
-    assert files_in(store) == [store.path(stored.sha256)]
+    assert list_files(store) == [store.path(stored.sha256)]
     assert stat.S_IMODE(store.path(stored.sha256).stat().st_mode) == 0o600
 
 
-@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="optional lane: no second file system here")
-def test_a_file_really_on_another_file_system_is_taken_over(store: DirectoryStore) -> None:
+@pytest.mark.skipif(
+    not os.access("/dev/shm", os.W_OK), reason="needs a second file system: mount -t tmpfs tmpfs /dev/shm"
+)
+def test_put_file_from_dev_shm_moves_file(store: DirectoryStore) -> None:
     path = Path("/dev/shm") / f"jobledger-{os.getpid()}"
     path.write_bytes(b"elsewhere")
     try:
@@ -136,66 +138,62 @@ def test_a_file_really_on_another_file_system_is_taken_over(store: DirectoryStor
 
 
 class PowerCut(BaseException):
-    """Ends the process as far as the code under test is concerned."""
+    """Stands for the end of the process. The code under test cannot catch it as an `Exception`."""
 
 
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["same file system", "another file system"])
-@pytest.mark.parametrize("moment", range(12))
-def test_whenever_it_is_cut_off_a_name_leads_to_the_whole_content_or_nowhere(
-    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool, moment: int
+@pytest.mark.parametrize("across_file_systems", [False, True], ids=["same file system", "another file system"])
+@pytest.mark.parametrize("cut_step", range(12))
+def test_power_cut_leaves_complete_file_or_none(
+    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, across_file_systems: bool, cut_step: int
 ) -> None:
-    if elsewhere:
-        from_another_file_system(monkeypatch)
+    if across_file_systems:
+        fail_moves_across_file_systems(monkeypatch)
     content = b"y" * 2_500_000
     path = tmp_path / "file"
     path.write_bytes(content)
     steps = iter(range(100))
 
-    def cut(real: Any) -> Any:
-        def step(*args: Any, **named: Any) -> Any:
-            if next(steps) == moment:
+    def wrap_with_power_cut(real: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if next(steps) == cut_step:
                 raise PowerCut
-            return real(*args, **named)
+            return real(*args, **kwargs)
 
         return step
 
-    with monkeypatch.context() as cutting:
-        cutting.setattr(os, "fsync", cut(os.fsync))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", wrap_with_power_cut(os.fsync))
         for name in ("replace", "chmod", "mkdir", "unlink"):
-            cutting.setattr(Path, name, cut(getattr(Path, name)))
+            patched.setattr(Path, name, wrap_with_power_cut(getattr(Path, name)))
         with suppress(PowerCut):
             store.put_file(path)
-    named = store.path(sha256(content))
-    assert not named.exists() or named.read_bytes() == content
-    assert named.exists() or path.exists()
-    again = tmp_path / "again"
-    again.write_bytes(content)
-    store.put_file(again)
-    assert named.read_bytes() == content
-    assert stat.S_IMODE(named.stat().st_mode) == 0o600
+    stored_path = store.path(sha256(content))
+    assert not stored_path.exists() or stored_path.read_bytes() == content
+    assert stored_path.exists() or path.exists()
+    second_path = tmp_path / "again"
+    second_path.write_bytes(content)
+    store.put_file(second_path)
+    assert stored_path.read_bytes() == content
+    assert stat.S_IMODE(stored_path.stat().st_mode) == 0o600
 
 
-def test_when_the_disk_is_full_nothing_is_left_lying_about(
-    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_descriptor: int) -> None:
+def test_full_disk_leaves_no_file(store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_disk_full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
-    from_another_file_system(monkeypatch)
+    monkeypatch.setattr(os, "fsync", raise_disk_full)
+    fail_moves_across_file_systems(monkeypatch)
     path = tmp_path / "file"
     path.write_bytes(b"hello")
     with pytest.raises(OSError, match="No space"):
         store.put_file(path)
     with pytest.raises(OSError, match="No space"):
         store.put_bytes(b"hello")
-    assert files_in(store) == []
+    assert list_files(store) == []
     assert path.read_bytes() == b"hello"
 
 
-def test_a_file_and_every_directory_on_the_way_to_it_are_on_disk_before_it_is_called_stored(
-    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_put_bytes_syncs_file_and_directories(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     real, synced = os.fsync, list[str]()
 
     def fsync(descriptor: int) -> None:
@@ -203,54 +201,54 @@ def test_a_file_and_every_directory_on_the_way_to_it_are_on_disk_before_it_is_ca
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    named = store.path(store.put_bytes(b"hello").sha256)
+    stored_path = store.path(store.put_bytes(b"hello").sha256)
     content, *directories = synced
     assert Path(content).parent == store.root
-    assert set(directories) == {str(store.root), str(named.parent)}
-    assert directories[-1] == str(named.parent)
+    assert set(directories) == {str(store.root), str(stored_path.parent)}
+    assert directories[-1] == str(stored_path.parent)
 
 
 @pytest.mark.parametrize("name", ["", "abc", "../" * 21 + "x", "A" * 64, "0" * 63 + "\n", "0" * 65])
-def test_only_a_digest_leads_into_the_store(store: DirectoryStore, name: str) -> None:
+def test_path_of_invalid_digest_raises(store: DirectoryStore, name: str) -> None:
     with pytest.raises(ValueError, match="not a SHA-256"):
         store.path(name)
 
 
-def test_a_directory_that_cannot_be_made_is_named_with_its_setting(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+def test_prepare_error_names_path_and_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
     with pytest.raises(ConfigurationError, match=r"results\.store: .*file"):
         DirectoryStore(tmp_path / "file" / "store").prepare()
     with pytest.raises(ConfigurationError, match=r"results\.store"):
         DirectoryStore(Path("/proc/store")).prepare()
 
 
-def test_preparing_twice_keeps_what_is_there(store: DirectoryStore) -> None:
+def test_second_prepare_keeps_files(store: DirectoryStore) -> None:
     stored = store.put_bytes(b"hello")
     store.prepare()
-    assert files_in(store) == [store.path(stored.sha256)]
+    assert list_files(store) == [store.path(stored.sha256)]
 
 
-def test_a_link_in_the_place_of_a_file_is_replaced_by_the_file(store: DirectoryStore, tmp_path: Path) -> None:
-    named = store.path(sha256(b"hello"))
-    named.parent.mkdir()
+def test_put_bytes_replaces_link_at_path(store: DirectoryStore, tmp_path: Path) -> None:
+    stored_path = store.path(sha256(b"hello"))
+    stored_path.parent.mkdir()
     (tmp_path / "elsewhere").write_bytes(b"something else")
-    named.symlink_to(tmp_path / "elsewhere")
+    stored_path.symlink_to(tmp_path / "elsewhere")
     store.put_bytes(b"hello")
-    assert not named.is_symlink()
-    assert named.read_bytes() == b"hello"
+    assert not stored_path.is_symlink()
+    assert stored_path.read_bytes() == b"hello"
     assert (tmp_path / "elsewhere").read_bytes() == b"something else"
 
 
-async def test_a_part_of_a_file_is_read_piece_by_piece(store: DirectoryStore) -> None:
+async def test_read_returns_range_in_chunks(store: DirectoryStore) -> None:
     content = os.urandom(3 * READ_CHUNK_BYTES + 5)
     file = await store.open(*store.put_bytes(content))
-    pieces = [piece async for piece in file.read(7, file.size - 1)]
+    chunks = [chunk async for chunk in file.read(7, file.size - 1)]
     await file.close()
-    assert b"".join(pieces) == content[7:-1]
-    assert max(map(len, pieces)) == READ_CHUNK_BYTES
+    assert b"".join(chunks) == content[7:-1]
+    assert max(map(len, chunks)) == READ_CHUNK_BYTES
 
 
-async def test_what_is_not_in_the_store_cannot_be_opened(store: DirectoryStore) -> None:
+async def test_open_missing_file_raises_file_lost(store: DirectoryStore) -> None:
     with pytest.raises(FileLost):
         await store.open("0" * 64, 1)
     with pytest.raises(ValueError, match="not a SHA-256"):

@@ -1,7 +1,7 @@
-"""The log under whatever can happen to it, in any order: what was acknowledged stays, and everybody sees the same.
+"""The event store under faults in any order: acknowledged events stay, and all readers see the same order.
 
-Hypothesis makes up the stories; several processes (each a client of its own behind a wire that loses messages) act in
-them against a real server. JOBLEDGER_EXAMPLES=1000 lets it run for longer.
+Hypothesis generates the sequences of steps. Several processes run them against a real server. Each process has its own
+client behind a proxy that loses messages. `make fuzz` sets JOBLEDGER_EXAMPLES for a longer run.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from tests.support.message_proxy import MessageProxy
 
 EXAMPLES = int(os.environ.get("JOBLEDGER_EXAMPLES", "12"))
 STEPS = 30
-PATIENCE_SECONDS = 15.0
-LIVE = EventStoreLimits(gap_timeout_seconds=0.05, page_events=7, max_tail_events=10)
-DYING = EventStoreLimits(
+STEP_TIMEOUT_SECONDS = 15.0
+DEFAULT_LIMITS = EventStoreLimits(gap_timeout_seconds=0.05, page_events=7, max_tail_events=10)
+NO_RETRY_LIMITS = EventStoreLimits(
     append_timeout_seconds=0.0
-)  # gives up after the first failure: nothing is done after a crash either
-MOST_PROCESSES = 3
+)  # fails after the first error, because a crashed process does not retry
+MAX_PROCESSES = 3
 
-DEATHS = (
+CRASH_POINTS = (
     (1, "insert", "before"),
     (1, "insert", "after"),
     (3, "insert", "before"),
@@ -65,41 +65,44 @@ DEATHS = (
     (3, "commitTransaction", "after"),
     (2, "findAndModify", "after"),
 )
-SUCCEEDED = ((1, "insert", "after"), (3, "commitTransaction", "after"))
-STOPS = (*[(1, "insert"), (3, "insert")] * 3, (2, "commitTransaction"))  # the last costs all others a second or two
+DURABLE_CRASH_POINTS = ((1, "insert", "after"), (3, "commitTransaction", "after"))
+PAUSE_POINTS = (
+    *[(1, "insert"), (3, "insert")] * 3,
+    (2, "commitTransaction"),
+)  # the last one delays all others by a second or two
 
 T = TypeVar("T")
-which = st.integers(0, 1000)  # of so many as there are
-few = st.integers(1, 3)
+indexes = st.integers(0, 1000)  # taken modulo the number of items
+counts = st.integers(1, 3)
 
 
 class Subscriber:
-    """Takes what a subscription has, so many events at a time, whenever the story lets time pass."""
+    """Takes events from a subscription, up to `at_a_time` per chunk, while a step runs."""
 
     def __init__(self, subscription: Subscription, at_a_time: int) -> None:
-        self.begun = subscription.position
+        self.start_position = subscription.position
         self.delivered: list[RecordedEvent] = []
-        self.following = asyncio.create_task(self._follow(subscription, at_a_time))
+        self.task = asyncio.create_task(self._follow(subscription, at_a_time))
 
     async def _follow(self, subscription: Subscription, at_a_time: int) -> None:
         while True:
-            with suppress(LedgerUnavailable):  # its connection was broken while it read history
+            with suppress(LedgerUnavailable):  # the connection broke while it read history
                 self.delivered += await subscription.next_chunk(at_a_time)
             await asyncio.sleep(0)
 
-    async def reaches(self, position: int) -> None:
-        while self.begun + len(self.delivered) < position:
-            assert not self.following.done(), self.following
+    async def wait_until_reached(self, position: int) -> None:
+        while self.start_position + len(self.delivered) < position:
+            assert not self.task.done(), self.task
             await asyncio.sleep(0.002)
 
-    async def end(self) -> None:
-        self.following.cancel()
-        await asyncio.wait([self.following])
+    async def stop(self) -> None:
+        self.task.cancel()
+        await asyncio.wait([self.task])
 
 
 @dataclass
 class Process:
-    """What one process has of the log, and whoever subscribes in it."""
+    """The event store of one process, and its subscribers."""
 
     ledger: Ledger
     wire: MessageProxy
@@ -109,21 +112,21 @@ class Process:
     async def subscribe(self, *, after: int, at_a_time: int) -> Subscriber:
         subscription = await self.stack.enter_async_context(self.ledger.event_store.subscribe(after=after))
         subscriber = Subscriber(subscription, at_a_time)
-        self.stack.push_async_callback(subscriber.end)
+        self.stack.push_async_callback(subscriber.stop)
         self.subscribers.append(subscriber)
         return subscriber
 
 
 @dataclass
-class Held:
-    """An append whose message is held on the wire."""
+class PausedAppend:
+    """An append whose request the proxy holds."""
 
     appends: Sequence[StreamAppend]
     task: asyncio.Task[list[RecordedEvent]]
 
 
-class Story(RuleBasedStateMachine):
-    """Each rule is something that happens. The model: what each stream must hold, and where, as far as was told."""
+class EventStoreMachine(RuleBasedStateMachine):
+    """Each rule is one step. The model has the events of each stream, and the positions that were acknowledged."""
 
     def __init__(self, uri: str) -> None:
         super().__init__()
@@ -131,23 +134,23 @@ class Story(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.numbers = count(1)
         self.streams: dict[str, list[str]] = {}
-        """The words of each stream's events, in order. No two events have the same word."""
+        """The messages of each stream's events, in order. Each message is unique."""
         self.acknowledged: dict[str, int] = {}
-        """Where an event is, by its word."""
+        """The position of each acknowledged event, by message."""
         self.processes: list[Process] = []
-        self.everybody: list[Subscriber] = []
-        self.held: Held | None = None
+        self.all_subscribers: list[Subscriber] = []
+        self.paused: PausedAppend | None = None
 
-    # How stories are told -----------------------------------------------------------------------------------------
+    # Helpers ------------------------------------------------------------------------------------------------------
 
-    def happens(self, what: Coroutine[Any, Any, T]) -> T:
-        async def in_time() -> T:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                return await what
+    def run_step(self, step: Coroutine[Any, Any, T]) -> T:
+        async def run_with_timeout() -> T:
+            async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
+                return await step
 
-        return self.runner.run(in_time())
+        return self.runner.run(run_with_timeout())
 
-    async def begin(self, *, limits: EventStoreLimits = LIVE, live: bool = True) -> Process:
+    async def start_process(self, *, limits: EventStoreLimits = DEFAULT_LIMITS, live: bool = True) -> Process:
         stack = AsyncExitStack()
         wire = stack.enter_context(MessageProxy(self.connection.uri))
         ledger = await stack.enter_async_context(
@@ -155,78 +158,78 @@ class Story(RuleBasedStateMachine):
         )
         return Process(ledger, wire, stack)
 
-    async def another_process(self) -> None:
-        self.processes.append(await self.begin())
-        self.everybody.append(await self.processes[-1].subscribe(after=0, at_a_time=1000))
+    async def add_process(self) -> None:
+        self.processes.append(await self.start_process())
+        self.all_subscribers.append(await self.processes[-1].subscribe(after=0, at_a_time=1000))
 
     def process(self, number: int) -> Process:
         return self.processes[number % len(self.processes)]
 
     def stream(self, number: int) -> str:
-        """One that is there, or a new one."""
-        there = sorted(self.streams)
-        return there[number % len(there)] if there and number % 3 else f"job-{next(self.numbers)}"
+        """Return an existing stream or a new one."""
+        existing = sorted(self.streams)
+        return existing[number % len(existing)] if existing and number % 3 else f"job-{next(self.numbers)}"
 
     def events(self, length: int) -> list[JobProgressed]:
-        words = [f"word {next(self.numbers)}" for _ in range(length)]
-        return [JobProgressed(attempt=1, step="page", percent=0, message=word) for word in words]
+        messages = [f"message {next(self.numbers)}" for _ in range(length)]
+        return [JobProgressed(attempt=1, step="page", percent=0, message=message) for message in messages]
 
-    async def append_to(self, stream: str, length: int) -> StreamAppend:
-        there = await self.processes[0].ledger.event_store.read_stream(stream)
-        head = StreamHead(there[-1].version, there[-1].position, there[-1].hash) if there else StreamHead()
+    async def build_append(self, stream: str, length: int) -> StreamAppend:
+        existing = await self.processes[0].ledger.event_store.read_stream(stream)
+        head = StreamHead(existing[-1].version, existing[-1].position, existing[-1].hash) if existing else StreamHead()
         assert head.version == len(self.streams.get(stream, []))
         return StreamAppend(stream, head, self.events(length), EVENT_METADATA, NOON)
 
-    def is_there(self, append: StreamAppend) -> None:
-        self.streams.setdefault(append.stream, []).extend(words_of(append))
+    def record_stored(self, append: StreamAppend) -> None:
+        self.streams.setdefault(append.stream, []).extend(get_messages(append))
 
-    def is_acknowledged(self, appends: Sequence[StreamAppend], recorded: Sequence[RecordedEvent]) -> None:
-        told = [(event.stream, event.data["message"]) for event in recorded]
-        assert told == [(append.stream, word) for append in appends for word in words_of(append)]
+    def record_acknowledged(self, appends: Sequence[StreamAppend], recorded: Sequence[RecordedEvent]) -> None:
+        recorded_messages = [(event.stream, event.data["message"]) for event in recorded]
+        assert recorded_messages == [(append.stream, message) for append in appends for message in get_messages(append)]
         first = recorded[0].position
         assert [event.position for event in recorded] == list(range(first, first + len(recorded)))
         for append in appends:
             assert first > append.head.position
-            self.is_there(append)
+            self.record_stored(append)
         self.acknowledged |= {event.data["message"]: event.position for event in recorded}
 
-    async def loses(self, stream: str, appending: Awaitable[Any], *, expected: int) -> None:
-        with pytest.raises(VersionConflict) as lost:
+    async def expect_conflict(self, stream: str, appending: Awaitable[Any], *, expected: int) -> None:
+        with pytest.raises(VersionConflict) as conflict:
             await appending
         found = len(self.streams[stream])
-        assert (lost.value.stream, lost.value.expected, lost.value.found) == (stream, expected, found)
+        assert (conflict.value.stream, conflict.value.expected, conflict.value.found) == (stream, expected, found)
 
-    # What happens -------------------------------------------------------------------------------------------------
+    # Steps --------------------------------------------------------------------------------------------------------
 
     @initialize()
-    def two_processes_begin(self) -> None:
-        async def begin() -> None:
+    def start_two_processes(self) -> None:
+        async def start_process() -> None:
             for _ in range(2):
-                await self.another_process()
-            self.dying = await self.begin(limits=DYING, live=False)
-            self.slow = await self.begin(live=False)
+                await self.add_process()
+            self.crashing_process = await self.start_process(limits=NO_RETRY_LIMITS, live=False)
+            self.pausing_process = await self.start_process(live=False)
 
-        self.happens(begin())
+        self.run_step(start_process())
 
-    @rule(process=which, stream=which, length=few)
+    @rule(process=indexes, stream=indexes, length=counts)
     def append(self, process: int, stream: int, length: int) -> None:
-        async def happen() -> None:
-            append = await self.append_to(self.stream(stream), length)
-            self.is_acknowledged([append], await self.process(process).ledger.event_store.append(append))
+        async def run() -> None:
+            append = await self.build_append(self.stream(stream), length)
+            self.record_acknowledged([append], await self.process(process).ledger.event_store.append(append))
 
-        self.happens(happen())
+        self.run_step(run())
 
-    @rule(process=which, streams=st.lists(which, min_size=2, max_size=4))
+    @rule(process=indexes, streams=st.lists(indexes, min_size=2, max_size=4))
     def append_to_several_streams(self, process: int, streams: list[int]) -> None:
-        async def happen() -> None:
-            appends = [await self.append_to(stream, 1) for stream in {self.stream(stream) for stream in streams}]
-            self.is_acknowledged(appends, await self.process(process).ledger.event_store.append(*appends))
+        async def run() -> None:
+            appends = [await self.build_append(stream, 1) for stream in {self.stream(stream) for stream in streams}]
+            self.record_acknowledged(appends, await self.process(process).ledger.event_store.append(*appends))
 
-        self.happens(happen())
+        self.run_step(run())
 
-    @rule(processes=st.lists(which, min_size=2, max_size=12))
-    def append_side_by_side(self, processes: list[int]) -> None:
-        async def happen() -> None:
+    @rule(processes=st.lists(indexes, min_size=2, max_size=12))
+    def append_concurrently(self, processes: list[int]) -> None:
+        async def run() -> None:
             appends = [
                 StreamAppend(f"job-{next(self.numbers)}", StreamHead(), self.events(1), EVENT_METADATA, NOON)
                 for _ in processes
@@ -236,269 +239,277 @@ class Story(RuleBasedStateMachine):
                 for process, append in zip(processes, appends, strict=True)
             )
             for append, recorded in zip(appends, await asyncio.gather(*appending), strict=True):
-                self.is_acknowledged([append], recorded)
+                self.record_acknowledged([append], recorded)
 
-        self.happens(happen())
+        self.run_step(run())
 
     @precondition(lambda self: self.streams)
-    @rule(process=which, stream=which, behind=few, length=few, together=st.booleans())
-    def append_on_old_knowledge(self, process: int, stream: int, behind: int, length: int, together: bool) -> None:
+    @rule(process=indexes, stream=indexes, behind=counts, length=counts, with_other_stream=st.booleans())
+    def append_with_stale_head(
+        self, process: int, stream: int, behind: int, length: int, with_other_stream: bool
+    ) -> None:
         name = sorted(self.streams)[stream % len(self.streams)]
-        old = StreamHead(version=max(0, len(self.streams[name]) - behind))
-        appends = [StreamAppend(name, old, self.events(length), EVENT_METADATA, NOON)]
-        if together:
+        stale_head = StreamHead(version=max(0, len(self.streams[name]) - behind))
+        appends = [StreamAppend(name, stale_head, self.events(length), EVENT_METADATA, NOON)]
+        if with_other_stream:
             appends.insert(
                 0, StreamAppend(f"job-{next(self.numbers)}", StreamHead(), self.events(1), EVENT_METADATA, NOON)
             )
         log = self.process(process).ledger.event_store
-        self.happens(self.loses(name, log.append(*appends), expected=old.version))
+        self.run_step(self.expect_conflict(name, log.append(*appends), expected=stale_head.version))
 
-    @rule(stream=which, processes=st.lists(which, min_size=2, max_size=5), length=few)
+    @rule(stream=indexes, processes=st.lists(indexes, min_size=2, max_size=5), length=counts)
     def race_for_a_version(self, stream: int, processes: list[int], length: int) -> None:
-        async def happen() -> None:
-            first = await self.append_to(self.stream(stream), length)
+        async def run() -> None:
+            first = await self.build_append(self.stream(stream), length)
             appends = [first] + [
                 StreamAppend(first.stream, first.head, self.events(length), EVENT_METADATA, NOON) for _ in processes[1:]
             ]
-            answers = await asyncio.gather(
+            results = await asyncio.gather(
                 *(
                     self.process(process).ledger.event_store.append(append)
                     for process, append in zip(processes, appends, strict=True)
                 ),
                 return_exceptions=True,
             )
-            [winner] = [index for index, answer in enumerate(answers) if isinstance(answer, list)]
-            recorded = answers.pop(winner)
+            [winner] = [index for index, result in enumerate(results) if isinstance(result, list)]
+            recorded = results.pop(winner)
             assert isinstance(recorded, list)
-            self.is_acknowledged([appends[winner]], recorded)
+            self.record_acknowledged([appends[winner]], recorded)
             found = first.head.version + length
-            assert [getattr(answer, "found", answer) for answer in answers] == [found] * len(answers)
+            assert [getattr(result, "found", result) for result in results] == [found] * len(results)
 
-        self.happens(happen())
+        self.run_step(run())
 
-    @rule(length=few)
-    def die_with_a_number(self, length: int) -> None:
-        self.happens(create_position_gap(self.processes[0].ledger.db, length))
+    @rule(length=counts)
+    def leave_position_gap(self, length: int) -> None:
+        self.run_step(create_position_gap(self.processes[0].ledger.db, length))
 
     @rule(
-        stream=which,
-        death=st.sampled_from(DEATHS),
+        stream=indexes,
+        crash_point=st.sampled_from(CRASH_POINTS),
     )
-    def die_while_appending(self, stream: int, death: tuple[int, str, str]) -> None:
-        """Before or after the server did it; nobody is there any more to hear the answer, or to try again."""
-        length, command, when = death
+    def crash_during_append(self, stream: int, crash_point: tuple[int, str, str]) -> None:
+        """Crash before or after the server has run the command. Nobody receives the reply or retries."""
+        length, command, when = crash_point
 
-        async def happen() -> None:
-            append = await self.append_to(self.stream(stream), length)
-            loses = self.dying.wire.drop_request if when == "before" else self.dying.wire.drop_response
-            loses(command)
+        async def run() -> None:
+            append = await self.build_append(self.stream(stream), length)
+            drop = (
+                self.crashing_process.wire.drop_request
+                if when == "before"
+                else self.crashing_process.wire.drop_response
+            )
+            drop(command)
             with pytest.raises(LedgerUnavailable):
-                await self.dying.ledger.event_store.append(append)
-            loses(command, 0)
-            there = await self.processes[0].ledger.event_store.read_stream(
+                await self.crashing_process.ledger.event_store.append(append)
+            drop(command, 0)
+            existing = await self.processes[0].ledger.event_store.read_stream(
                 append.stream, after_version=append.head.version
             )
-            if there:  # not for sure: the server may have refused its number
-                assert death in SUCCEEDED
-                assert [event.data["message"] for event in there] == words_of(append)
-                self.is_there(append)
+            if existing:  # not certain: the position may have been taken
+                assert crash_point in DURABLE_CRASH_POINTS
+                assert [event.data["message"] for event in existing] == get_messages(append)
+                self.record_stored(append)
 
-        self.happens(happen())
+        self.run_step(run())
 
     @rule(
-        process=which,
-        stream=which,
-        length=few,
+        process=indexes,
+        stream=indexes,
+        length=counts,
         command=st.sampled_from(["insert", "commitTransaction", "findAndModify"]),
-        losing=st.sampled_from(["request", "answer"]),
-        times=few,
+        lost_part=st.sampled_from(["request", "response"]),
+        times=counts,
     )
-    def append_over_a_bad_wire(
-        self, process: int, stream: int, length: int, command: str, losing: str, times: int
+    def append_over_lossy_connection(
+        self, process: int, stream: int, length: int, command: str, lost_part: str, times: int
     ) -> None:
-        async def happen() -> None:
-            append = await self.append_to(self.stream(stream), length)
+        async def run() -> None:
+            append = await self.build_append(self.stream(stream), length)
             wire = self.process(process).wire
-            (wire.drop_request if losing == "request" else wire.drop_response)(command, times)
+            (wire.drop_request if lost_part == "request" else wire.drop_response)(command, times)
             recorded = await self.process(process).ledger.event_store.append(append)
-            (wire.drop_request if losing == "request" else wire.drop_response)(command, 0)
-            self.is_acknowledged([append], recorded)
+            (wire.drop_request if lost_part == "request" else wire.drop_response)(command, 0)
+            self.record_acknowledged([append], recorded)
 
-        self.happens(happen())
+        self.run_step(run())
 
-    @precondition(lambda self: self.held is None)
-    @rule(stream=which, new=st.booleans(), held=st.sampled_from(STOPS))
-    def begin_to_append_and_stop(self, stream: int, new: bool, held: tuple[int, str]) -> None:
-        """Between the number and the insert, or before the commit; all the others go on."""
-        length, command = held
+    @precondition(lambda self: self.paused is None)
+    @rule(stream=indexes, new=st.booleans(), paused=st.sampled_from(PAUSE_POINTS))
+    def pause_append(self, stream: int, new: bool, paused: tuple[int, str]) -> None:
+        """Pause an append after it reserved a position, or before its commit. All other processes continue."""
+        length, command = paused
 
-        async def happen() -> None:
-            # The transaction holds its stream: whoever wants to append there has to wait for the server to end it.
+        async def run() -> None:
+            # The transaction locks its stream. Other appends to it wait until the server aborts the transaction.
             name = f"job-{next(self.numbers)}" if new or command != "insert" else self.stream(stream)
-            append = await self.append_to(name, length)
-            self.slow.wire.hold_request(command)
-            self.held = Held([append], asyncio.create_task(self.slow.ledger.event_store.append(append)))
-            assert await asyncio.to_thread(self.slow.wire.message_held.wait, PATIENCE_SECONDS)
+            append = await self.build_append(name, length)
+            self.pausing_process.wire.hold_request(command)
+            self.paused = PausedAppend(
+                [append], asyncio.create_task(self.pausing_process.ledger.event_store.append(append))
+            )
+            assert await asyncio.to_thread(self.pausing_process.wire.message_held.wait, STEP_TIMEOUT_SECONDS)
 
-        self.happens(happen())
+        self.run_step(run())
 
-    @precondition(lambda self: self.held is not None)
+    @precondition(lambda self: self.paused is not None)
     @rule()
-    def go_on(self) -> None:
-        held = self.held
-        assert held
-        self.held = None
+    def resume_append(self) -> None:
+        paused = self.paused
+        assert paused
+        self.paused = None
 
-        async def happen() -> None:
-            self.slow.wire.release_request()
-            [append] = held.appends
+        async def run() -> None:
+            self.pausing_process.wire.release_request()
+            [append] = paused.appends
             if len(self.streams.get(append.stream, [])) > append.head.version:
-                await self.loses(append.stream, held.task, expected=append.head.version)
+                await self.expect_conflict(append.stream, paused.task, expected=append.head.version)
             else:
-                self.is_acknowledged(held.appends, await held.task)
+                self.record_acknowledged(paused.appends, await paused.task)
 
-        self.happens(happen())
+        self.run_step(run())
 
     @rule(by=st.integers(1, 10))
-    def the_counter_falls_behind(self, by: int) -> None:
-        """As in a fail-over, when the new primary had not heard of the last numbers."""
+    def lower_counter(self, by: int) -> None:
+        """Lower the counter, as in a failover to a primary that lacks the last increments."""
 
-        async def happen() -> None:
+        async def run() -> None:
             counters = self.processes[0].ledger.db.counters
             await counters.update_one(
                 {"_id": "events"}, [{"$set": {"next": {"$max": [0, {"$subtract": ["$next", by]}]}}}]
             )
 
-        self.happens(happen())
+        self.run_step(run())
 
-    @rule(process=which, stream=which, lost=few, length=few)
-    def numbers_are_free_that_are_too_small(self, process: int, stream: int, lost: int, length: int) -> None:
-        """Numbers get lost, a stream goes on behind them, and after a fail-over they are handed out again."""
+    @rule(process=indexes, stream=indexes, conflict=counts, length=counts)
+    def append_with_free_smaller_positions(self, process: int, stream: int, conflict: int, length: int) -> None:
+        """Leave a gap, append after it, and let the counter assign the gap's positions again, as after a failover."""
 
-        async def happen() -> None:
+        async def run() -> None:
             log, counters = self.process(process).ledger.event_store, self.processes[0].ledger.db.counters
-            free = await create_position_gap(self.processes[0].ledger.db, lost)
-            append = await self.append_to(self.stream(stream), 1)
-            self.is_acknowledged([append], await log.append(append))
-            await counters.update_one({"_id": "events"}, {"$set": {"next": free - 1}})
-            append = await self.append_to(append.stream, length)
-            self.is_acknowledged([append], await log.append(append))
+            first_free = await create_position_gap(self.processes[0].ledger.db, conflict)
+            append = await self.build_append(self.stream(stream), 1)
+            self.record_acknowledged([append], await log.append(append))
+            await counters.update_one({"_id": "events"}, {"$set": {"next": first_free - 1}})
+            append = await self.build_append(append.stream, length)
+            self.record_acknowledged([append], await log.append(append))
 
-        self.happens(happen())
+        self.run_step(run())
 
-    @rule(process=which)
-    def the_connection_breaks(self, process: int) -> None:
+    @rule(process=indexes)
+    def break_connection(self, process: int) -> None:
         self.process(process).wire.close_connections()
 
-    @rule(process=which)
-    def the_change_stream_is_killed(self, process: int) -> None:
-        async def happen() -> None:
+    @rule(process=indexes)
+    def kill_change_stream(self, process: int) -> None:
+        async def run() -> None:
             db = self.processes[0].ledger.db
             operations = await change_stream_operations(db)
             cursors = [operation["cursor"]["cursorId"] for operation in operations]
             if cursors:
                 await db.command({"killCursors": "$cmd.aggregate", "cursors": [cursors[process % len(cursors)]]})
 
-        self.happens(happen())
+        self.run_step(run())
 
-    @rule(process=which)
-    def a_process_begins_and_another_ends(self, process: int) -> None:
-        async def happen() -> None:
-            await self.another_process()
-            if len(self.processes) > MOST_PROCESSES:
-                ended = self.processes.pop(process % MOST_PROCESSES)
+    @rule(process=indexes)
+    def replace_process(self, process: int) -> None:
+        async def run() -> None:
+            await self.add_process()
+            if len(self.processes) > MAX_PROCESSES:
+                ended = self.processes.pop(process % MAX_PROCESSES)
                 await ended.stack.aclose()
 
-        self.happens(happen())
+        self.run_step(run())
 
-    @rule(process=which)
-    def somebody_reads_everything(self, process: int) -> None:
-        async def happen() -> None:
-            everything = await read_all_events(self.process(process).ledger.event_store)
-            assert [event.position for event in everything] == list(range(1, len(everything) + 1))
+    @rule(process=indexes)
+    def read_everything(self, process: int) -> None:
+        async def run() -> None:
+            all_events = await read_all_events(self.process(process).ledger.event_store)
+            assert [event.position for event in all_events] == list(range(1, len(all_events) + 1))
 
-        self.happens(happen())
+        self.run_step(run())
 
-    @rule(process=which, after=which, at_a_time=st.integers(1, 10))
-    def somebody_subscribes(self, process: int, after: int, at_a_time: int) -> None:
-        async def happen() -> None:
-            begin = after % (await self.processes[0].ledger.event_store.head_position() + 1)
-            self.everybody.append(await self.process(process).subscribe(after=begin, at_a_time=at_a_time))
+    @rule(process=indexes, after=indexes, at_a_time=st.integers(1, 10))
+    def add_subscriber(self, process: int, after: int, at_a_time: int) -> None:
+        async def run() -> None:
+            start_process = after % (await self.processes[0].ledger.event_store.head_position() + 1)
+            self.all_subscribers.append(await self.process(process).subscribe(after=start_process, at_a_time=at_a_time))
 
-        self.happens(happen())
+        self.run_step(run())
 
     @rule()
-    def time_passes(self) -> None:
-        async def happen() -> None:
-            await self.all_reach(await self.processes[0].ledger.event_store.head_position())
+    def wait_for_subscribers(self) -> None:
+        async def run() -> None:
+            await self.wait_until_all_reach(await self.processes[0].ledger.event_store.head_position())
 
-        self.happens(happen())
+        self.run_step(run())
 
-    async def all_reach(self, position: int) -> None:
-        living = [subscriber for process in self.processes for subscriber in process.subscribers]
-        await asyncio.gather(*(subscriber.reaches(position) for subscriber in living))
+    async def wait_until_all_reach(self, position: int) -> None:
+        current_subscribers = [subscriber for process in self.processes for subscriber in process.subscribers]
+        await asyncio.gather(*(subscriber.wait_until_reached(position) for subscriber in current_subscribers))
 
-    # What is always true ------------------------------------------------------------------------------------------
+    # Invariants ---------------------------------------------------------------------------------------------------
 
     @invariant()
-    def what_is_acknowledged_is_there_and_every_stream_is_what_it_must_be(self) -> None:
+    def log_matches_model(self) -> None:
         if self.processes:
-            self.check(self.happens(load_event_documents(self.processes[0].ledger.db)))
+            self.check_streams(self.run_step(load_event_documents(self.processes[0].ledger.db)))
 
-    def check(self, documents: Sequence[Document]) -> None:
+    def check_streams(self, documents: Sequence[Document]) -> None:
         streams: dict[str, list[str]] = {}
-        places = {}
+        positions = {}
         for document in documents:
             if document["stream"] != VOID_STREAM:
-                word = document["data"]["message"]
-                streams.setdefault(document["stream"], []).append(word)
-                places[word] = document["_id"]
+                message = document["data"]["message"]
+                streams.setdefault(document["stream"], []).append(message)
+                positions[message] = document["_id"]
         assert streams == self.streams
-        assert {word: places[word] for word in self.acknowledged} == self.acknowledged
+        assert {message: positions[message] for message in self.acknowledged} == self.acknowledged
 
     def teardown(self) -> None:
         try:
             if self.processes:
-                self.at_the_end_everybody_has_the_same_log()
+                self.check_final_log()
         finally:
-            self.happens(self.end())
+            self.run_step(self.stop())
             self.runner.close()
 
-    def at_the_end_everybody_has_the_same_log(self) -> None:
-        if self.held:
-            self.go_on()
+    def check_final_log(self) -> None:
+        if self.paused:
+            self.resume_append()
 
-        async def happen() -> None:
-            [append] = [await self.append_to("job-last", 1)]
-            self.is_acknowledged([append], await self.processes[0].ledger.event_store.append(append))
-            # Subscribers first: nobody who reads may fill holes for them.
-            await self.all_reach(self.acknowledged[words_of(append)[0]])
+        async def run() -> None:
+            [append] = [await self.build_append("job-last", 1)]
+            self.record_acknowledged([append], await self.processes[0].ledger.event_store.append(append))
+            # Check subscribers before any read, which would fill gaps for them.
+            await self.wait_until_all_reach(self.acknowledged[get_messages(append)[0]])
             log = await read_all_events(self.processes[0].ledger.event_store)
             documents = await load_event_documents(self.processes[0].ledger.db)
             check_log(documents)
-            self.check(documents)
+            self.check_streams(documents)
             assert [event.event_id for event in log] == [document["event_id"] for document in documents]
-            for subscriber in self.everybody:
-                begun = subscriber.begun
-                assert subscriber.delivered == log[begun : begun + len(subscriber.delivered)]
+            for subscriber in self.all_subscribers:
+                start_position = subscriber.start_position
+                assert subscriber.delivered == log[start_position : start_position + len(subscriber.delivered)]
 
-        self.happens(happen())
+        self.run_step(run())
 
-    async def end(self) -> None:
+    async def stop(self) -> None:
         if self.processes:
-            for process in (*self.processes, self.dying, self.slow):
+            for process in (*self.processes, self.crashing_process, self.pausing_process):
                 await process.stack.aclose()
             async with self.connection.client() as client:
                 await client.drop_database(self.connection.db_name)
 
 
-def words_of(append: StreamAppend) -> list[str]:
+def get_messages(append: StreamAppend) -> list[str]:
     return [event.message for event in append.events if isinstance(event, JobProgressed)]
 
 
 @pytest.fixture
 def uri(mongodb_uri: str) -> Iterator[str]:
-    """A server that ends transactions that are left open after a second."""
+    """A server that aborts open transactions after one second."""
     with MongoClient[Document](mongodb_uri) as client:
         before = client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
         client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": 1})
@@ -507,14 +518,14 @@ def uri(mongodb_uri: str) -> Iterator[str]:
         client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": seconds})
 
 
-@pytest.mark.timeout(max(400, 10 * EXAMPLES))  # a story that fails is told again and again, ever shorter
-def test_whatever_happens_to_it_the_log_keeps_its_promises(uri: str) -> None:
-    class StoryHere(Story):
+@pytest.mark.timeout(max(400, 10 * EXAMPLES))  # Hypothesis repeats and shrinks a failing sequence
+def test_event_store_keeps_guarantees_in_any_sequence_of_faults(uri: str) -> None:
+    class BoundEventStoreMachine(EventStoreMachine):
         def __init__(self) -> None:
             super().__init__(uri)
 
     run_state_machine_as_test(
-        StoryHere,
+        BoundEventStoreMachine,
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
