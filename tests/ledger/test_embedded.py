@@ -315,10 +315,15 @@ def test_server_info_without_lock_is_stale(server: EmbeddedServer, tmp_path: Pat
 @pytest.mark.parametrize(
     "text", ['{"uri": "mongo', '{"uri": "%s", "pid": 1, "owner_pid": 1}'], ids=["truncated", "wrong pid"]
 )
-def test_server_info_that_does_not_match_is_stale(text: str, tmp_path: Path) -> None:
-    with EmbeddedServer.start(tmp_path) as server:
-        (tmp_path / "server.json").write_text(text.replace("%s", server.uri))
-        assert find_running_server(tmp_path) is None
+def test_server_info_that_does_not_match_is_stale(text: str, server: EmbeddedServer) -> None:
+    path = server.data_dir / "server.json"
+    original = path.read_text()
+    path.write_text(text.replace("%s", server.uri))
+    try:
+        assert find_running_server(server.data_dir) is None
+    finally:
+        path.write_text(original)
+    assert find_running_server(server.data_dir) == server.uri
 
 
 def test_attach_uses_running_server_and_keeps_it(server: EmbeddedServer) -> None:
