@@ -7,10 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.appender import EventStoreLimits
+from tests.support.event_stores import FAST_GAP_LIMITS
 from tests.support.ledger_setup import Ledger, open_ledger
-
-FAST_GAP_LIMITS = EventStoreLimits(gap_timeout_seconds=0.2)
 
 
 @pytest.fixture

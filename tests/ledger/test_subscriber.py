@@ -19,9 +19,8 @@ from jobledger.ledger.domain.events import JobClaimed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.subscriber import LedgerClient, SubscriptionEvents, SubscriptionTakenOver, ledger_client
-from tests.ledger.conftest import FAST_GAP_LIMITS
-from tests.ledger.test_event_store import create_append, create_progress, kill_change_stream
 from tests.support.event_examples import NOON
+from tests.support.event_stores import FAST_GAP_LIMITS, create_append, create_progress, kill_change_stream
 from tests.support.ledger_setup import (
     DEADLINE_SECONDS,
     EVENT_METADATA,
