@@ -391,18 +391,18 @@ async def test_encoding_of_many_small_events_yields_to_other_tasks(
 
     jobs = [create_append(make_job_submitted(parameters={"a": "x" * 30_000})) for _ in range(20)]
     counting = asyncio.create_task(count_iterations())
-    seen = 0
+    rounds_before_write = 0
     real_write = unstreamed_ledger.event_store._appender.write
 
     async def write(*arguments: Any) -> None:
-        nonlocal seen
-        seen = rounds
+        nonlocal rounds_before_write
+        rounds_before_write = rounds
         await real_write(*arguments)
 
     monkeypatch.setattr(unstreamed_ledger.event_store._appender, "write", write)
     await unstreamed_ledger.event_store.append(*jobs)
     counting.cancel()
-    assert 5 <= seen <= 20
+    assert 5 <= rounds_before_write <= 20
 
 
 async def test_append_above_byte_limit_is_rejected_with_size_and_limit(connection: Connection) -> None:
@@ -518,11 +518,11 @@ async def test_subscribers_of_all_processes_see_same_order_with_gaps(connection:
             await create_position_gap(ledgers[0].db, number % 3)
             await ledgers[number % 3].submit_job()
         await ledgers[0].event_store.append(create_append(*[create_progress()] * 30))
-        seen = await asyncio.gather(*reading)
-        everything = next(events for events in seen if len(events) == 30)
-        assert all(events == everything[-len(events) :] for events in seen)
-        assert event_positions(everything) == list(range(1, 31))
-        assert sum(event.stream == VOID_STREAM for event in everything) == 9
+        received = await asyncio.gather(*reading)
+        all_events = next(events for events in received if len(events) == 30)
+        assert all(events == all_events[-len(events) :] for events in received)
+        assert event_positions(all_events) == list(range(1, 31))
+        assert sum(event.stream == VOID_STREAM for event in all_events) == 9
         check_log(await load_event_documents(ledgers[0].db))
 
 

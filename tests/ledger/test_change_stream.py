@@ -222,8 +222,8 @@ async def test_exit_under_load_is_quick_and_closes_stream(connection: Connection
         async with running_stream(ledger.db, listener):
             await ledger.db.numbers.insert_many([{"_id": number} for number in range(3000)])
             await listener.wait_until(lambda: len(listener.changed_keys) > 100)
-            begun = asyncio.get_running_loop().time()
-        assert asyncio.get_running_loop().time() - begun < 10
+            started = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - started < 10
         assert await change_stream_operations(ledger.db) == []
 
 

@@ -172,14 +172,14 @@ async def test_report_of_replaced_worker_is_recorded_as_fenced(
     ).stream_state
     await handle_command(unstreamed_ledger.event_store, job_id, ExpireLease("w1", 1), meta=EVENT_METADATA)
     await handle_command(unstreamed_ledger.event_store, job_id, ClaimJob("w2", NOON), meta=EVENT_METADATA)
-    late = await handle_command(
+    late_report = await handle_command(
         unstreamed_ledger.event_store,
         job_id,
         CompleteJob("w1", 1, make_results()),
         meta=EVENT_METADATA,
         stream_state=replaced_state,
     )
-    assert [event.event for event in late.events] == [
+    assert [event.event for event in late_report.events] == [
         WorkerFenced(worker_id="w1", attempt=1, rejected_event="JobCompleted")
     ]
     completed = await handle_command(

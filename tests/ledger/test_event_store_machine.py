@@ -105,7 +105,7 @@ class Process:
     """The event store of one process, and its subscribers."""
 
     ledger: Ledger
-    wire: MessageProxy
+    proxy: MessageProxy
     stack: AsyncExitStack
     subscribers: list[Subscriber] = field(default_factory=list)
 
@@ -152,11 +152,11 @@ class EventStoreMachine(RuleBasedStateMachine):
 
     async def start_process(self, *, limits: EventStoreLimits = DEFAULT_LIMITS, live: bool = True) -> Process:
         stack = AsyncExitStack()
-        wire = stack.enter_context(MessageProxy(self.connection.uri))
+        proxy = stack.enter_context(MessageProxy(self.connection.uri))
         ledger = await stack.enter_async_context(
-            open_ledger(Connection(wire.uri, self.connection.db_name), limits, with_change_stream=live)
+            open_ledger(Connection(proxy.uri, self.connection.db_name), limits, with_change_stream=live)
         )
-        return Process(ledger, wire, stack)
+        return Process(ledger, proxy, stack)
 
     async def add_process(self) -> None:
         self.processes.append(await self.start_process())
@@ -296,9 +296,9 @@ class EventStoreMachine(RuleBasedStateMachine):
         async def run() -> None:
             append = await self.build_append(self.stream(stream), length)
             drop = (
-                self.crashing_process.wire.drop_request
+                self.crashing_process.proxy.drop_request
                 if when == "before"
-                else self.crashing_process.wire.drop_response
+                else self.crashing_process.proxy.drop_response
             )
             drop(command)
             with pytest.raises(LedgerUnavailable):
@@ -327,10 +327,10 @@ class EventStoreMachine(RuleBasedStateMachine):
     ) -> None:
         async def run() -> None:
             append = await self.build_append(self.stream(stream), length)
-            wire = self.process(process).wire
-            (wire.drop_request if lost_part == "request" else wire.drop_response)(command, times)
+            proxy = self.process(process).proxy
+            (proxy.drop_request if lost_part == "request" else proxy.drop_response)(command, times)
             recorded = await self.process(process).ledger.event_store.append(append)
-            (wire.drop_request if lost_part == "request" else wire.drop_response)(command, 0)
+            (proxy.drop_request if lost_part == "request" else proxy.drop_response)(command, 0)
             self.record_acknowledged([append], recorded)
 
         self.run_step(run())
@@ -345,11 +345,11 @@ class EventStoreMachine(RuleBasedStateMachine):
             # The transaction locks its stream. Other appends to it wait until the server aborts the transaction.
             name = f"job-{next(self.numbers)}" if new or command != "insert" else self.stream(stream)
             append = await self.build_append(name, length)
-            self.pausing_process.wire.hold_request(command)
+            self.pausing_process.proxy.hold_request(command)
             self.paused = PausedAppend(
                 [append], asyncio.create_task(self.pausing_process.ledger.event_store.append(append))
             )
-            assert await asyncio.to_thread(self.pausing_process.wire.message_held.wait, STEP_TIMEOUT_SECONDS)
+            assert await asyncio.to_thread(self.pausing_process.proxy.message_held.wait, STEP_TIMEOUT_SECONDS)
 
         self.run_step(run())
 
@@ -361,7 +361,7 @@ class EventStoreMachine(RuleBasedStateMachine):
         self.paused = None
 
         async def run() -> None:
-            self.pausing_process.wire.release_request()
+            self.pausing_process.proxy.release_request()
             [append] = paused.appends
             if len(self.streams.get(append.stream, [])) > append.head.version:
                 await self.expect_conflict(append.stream, paused.task, expected=append.head.version)
@@ -399,7 +399,7 @@ class EventStoreMachine(RuleBasedStateMachine):
 
     @rule(process=indexes)
     def break_connection(self, process: int) -> None:
-        self.process(process).wire.close_connections()
+        self.process(process).proxy.close_connections()
 
     @rule(process=indexes)
     def kill_change_stream(self, process: int) -> None:

@@ -218,13 +218,13 @@ async def test_lease_of_dead_holder_is_free_after_its_duration(
             return True  # no heartbeat is sent
 
     dead_holder_lease = LeaseWithoutHeartbeat(connection, "leases", "the-lease", seconds=LEASE_SECONDS)
-    begun = time.monotonic()
+    started = time.monotonic()
     assert await acquire(dead_holder_lease)
     next_lease = create_lease(connection)
     is_acquired = await acquire(next_lease)
-    assert not is_acquired or time.monotonic() - begun > LEASE_SECONDS - 0.05
+    assert not is_acquired or time.monotonic() - started > LEASE_SECONDS - 0.05
     assert is_acquired or await acquire_when_free(next_lease)
-    assert time.monotonic() - begun > LEASE_SECONDS - 0.05
+    assert time.monotonic() - started > LEASE_SECONDS - 0.05
     assert next_lease.fencing_token == 2
     await next_lease.release()
 
@@ -263,9 +263,9 @@ async def test_release_over_silent_network_ends_in_time(mongodb_uri: str, db_nam
         assert await acquire(lease)
         proxy.suspend()
         await asyncio.sleep(silent_seconds)
-        begun = time.monotonic()
+        started = time.monotonic()
         await asyncio.wait_for(lease.release(), DEADLINE_SECONDS)
-        assert time.monotonic() - begun < 6 * LEASE_SECONDS
+        assert time.monotonic() - started < 6 * LEASE_SECONDS
 
 
 async def test_broken_connections_do_not_lose_lease(mongodb_uri: str, db_name: str) -> None:

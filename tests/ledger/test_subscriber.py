@@ -184,13 +184,13 @@ async def test_subscribe_switches_from_history_to_live_without_gaps(
             take(events, total - start_position)
             for events, start_position in zip(subscribers, start_positions, strict=True)
         ]
-        seen = asyncio.gather(*reading)
+        received = asyncio.gather(*reading)
         await written
         await writers[0].submit_job()  # reveals the last gaps
-        assert [event_positions(events) for events in await seen] == [
+        assert [event_positions(events) for events in await received] == [
             list(range(start_position + 1, total + 1)) for start_position in start_positions
         ]
-        assert (await seen)[0] == await writers[0].event_store.read(limit=total)
+        assert (await received)[0] == await writers[0].event_store.read(limit=total)
 
 
 async def test_unnamed_subscription_writes_nothing_and_skips_other_types(
@@ -341,33 +341,33 @@ async def test_killed_subscriber_repeats_only_unsaved_events(
             await wait_until_saved(unstreamed_ledger.db, saved_position + 50)
             process.kill()
             printed, _ = await process.communicate()
-            seen = [int(line) for line in printed.split()]
-            assert seen == list(range(saved_position + 1, saved_position + len(seen) + 1))
+            received = [int(line) for line in printed.split()]
+            assert received == list(range(saved_position + 1, saved_position + len(received) + 1))
             saved_position = await load_saved_position(unstreamed_ledger.db) or 0
-            assert seen[0] <= saved_position <= seen[-1]
+            assert received[0] <= saved_position <= received[-1]
     head = await unstreamed_ledger.event_store.head_position()
     async with client.subscribe("mine") as events:
         assert event_positions(await take(events, head - saved_position)) == list(range(saved_position + 1, head + 1))
 
 
 async def test_cancelled_subscriber_ends_at_once_and_saves(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
-    seen: list[RecordedEvent] = []
+    received: list[RecordedEvent] = []
 
     async def follow() -> None:
         async with client.subscribe("mine") as events:
             async for event in events:
-                seen.append(event)
+                received.append(event)
 
     for count in (1, 2, 3):
         following = asyncio.create_task(follow())
         await unstreamed_ledger.submit_job()
-        await poll_until(lambda count=count: len(seen) == count)  # type: ignore[misc]  # a lambda's default
+        await poll_until(lambda count=count: len(received) == count)  # type: ignore[misc]  # a lambda's default
         following.cancel()
         async with asyncio.timeout(DEADLINE_SECONDS):
             with pytest.raises(asyncio.CancelledError):
                 await following
         assert await load_saved_position(unstreamed_ledger.db) == count
-    assert event_positions(seen) == [1, 2, 3]
+    assert event_positions(received) == [1, 2, 3]
     await wait_until_no_change_stream(unstreamed_ledger.db)
 
 
@@ -450,23 +450,23 @@ async def test_broken_or_silent_connection_loses_no_event(mongodb_uri: str, unst
 
 async def test_lost_messages_are_retried(mongodb_uri: str, unstreamed_ledger: Ledger) -> None:
     await unstreamed_ledger.event_store.append(create_append(*[create_progress()] * 5))
-    with MessageProxy(mongodb_uri) as wire:
-        async with ledger_client(wire.uri, db_name=unstreamed_ledger.db.name).subscribe("mine") as events:
-            wire.drop_request("find")
-            wire.drop_request("getMore")
+    with MessageProxy(mongodb_uri) as proxy:
+        async with ledger_client(proxy.uri, db_name=unstreamed_ledger.db.name).subscribe("mine") as events:
+            proxy.drop_request("find")
+            proxy.drop_request("getMore")
             assert event_positions(await take(events, 4)) == [1, 2, 3, 4]
-            wire.drop_response("update")
+            proxy.drop_response("update")
             with pytest.raises(LedgerUnavailable, match="saving the position of the subscription mine"):
                 await events.save()
             await events.save()
             assert await load_saved_position(unstreamed_ledger.db) == 3
-            wire.drop_request("update")
+            proxy.drop_request("update")
             pending = asyncio.create_task(take(events, 3))
             await unstreamed_ledger.submit_job()
             await wait_until_saved(unstreamed_ledger.db, 6)
             await unstreamed_ledger.submit_job()
             assert event_positions(await pending) == [5, 6, 7]
-        assert wire.dropped_count == 4
+        assert proxy.dropped_count == 4
 
 
 async def test_killed_change_stream_or_dead_appender_leaves_no_gap(
@@ -519,8 +519,8 @@ async def test_subscriptions_of_client_share_one_change_stream(unstreamed_ledger
     async with client.subscribe() as first:
         async with client.subscribe("mine") as second, client.subscribe(after=1) as third:
             await submit_and_claim_job(unstreamed_ledger)
-            seen = [len(await change_stream_operations(unstreamed_ledger.db)) for _ in range(20)]
-            assert max(seen) == 1  # there may be none between two getMore commands
+            stream_counts = [len(await change_stream_operations(unstreamed_ledger.db)) for _ in range(20)]
+            assert max(stream_counts) == 1  # there may be none between two getMore commands
             assert event_positions([*await take(first, 1), *await take(second, 1), *await take(third, 1)]) == [1, 1, 2]
         assert event_positions(await take(first, 1)) == [2], "this subscription continues after the others ended"
     await wait_until_no_change_stream(unstreamed_ledger.db)
@@ -560,16 +560,16 @@ async def test_wait_cancelled_during_delivery_loses_no_event(unstreamed_ledger: 
 async def test_late_save_does_not_move_position_back(mongodb_uri: str, unstreamed_ledger: Ledger) -> None:
     await unstreamed_ledger.event_store.append(create_append(*[create_progress()] * 5))
     await unstreamed_ledger.db.command("profile", 2)
-    with MessageProxy(mongodb_uri) as wire:
-        async with ledger_client(wire.uri, db_name=unstreamed_ledger.db.name).subscribe("mine") as events:
-            wire.hold_request("update")
+    with MessageProxy(mongodb_uri) as proxy:
+        async with ledger_client(proxy.uri, db_name=unstreamed_ledger.db.name).subscribe("mine") as events:
+            proxy.hold_request("update")
             await take(events, 2)
             await asyncio.to_thread(
-                wire.message_held.wait, DEADLINE_SECONDS
+                proxy.message_held.wait, DEADLINE_SECONDS
             )  # the first event is processed, and its position is being saved
             await take(events, 3)
             # The next save may or may not wait for the held request.
-            asyncio.get_running_loop().call_later(0.3, wire.release_request)
+            asyncio.get_running_loop().call_later(0.3, proxy.release_request)
             await events.save()
             async with asyncio.timeout(DEADLINE_SECONDS):
                 while await count_saves(unstreamed_ledger.db) < 2:  # noqa: ASYNC110 - no notification

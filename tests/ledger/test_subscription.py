@@ -67,12 +67,12 @@ async def test_subscription_switches_from_history_to_live_without_gaps(connectio
                 await take_events(events, max(after, 1))
             reading.append(asyncio.create_task(read_first_events(reader.event_store, total - after, after=after)))
         await asyncio.gather(*writing)
-        seen = await asyncio.gather(*reading)
-        assert event_positions(seen[0]) == list(range(1, total + 1))
-        assert [event_positions(events) for events in seen] == [
+        received = await asyncio.gather(*reading)
+        assert event_positions(received[0]) == list(range(1, total + 1))
+        assert [event_positions(events) for events in received] == [
             list(range(after + 1, total + 1)) for after in (0, 1, 10, 50, 100)
         ]
-        assert seen[0] == await reader.event_store.read(limit=total)
+        assert received[0] == await reader.event_store.read(limit=total)
 
 
 async def test_waiting_subscriber_receives_new_event(ledger: Ledger) -> None:
@@ -242,25 +242,25 @@ async def test_cancellation_during_read_ahead_keeps_position(connection: Connect
         await ledger.event_store.append(create_append(*[create_progress()] * 60))
         await read_first_events(ledger.event_store, 1, after=59)
         async with ledger.event_store.subscribe(after=0) as events, asyncio.timeout(DEADLINE_SECONDS):
-            seen: list[RecordedEvent] = []
+            received: list[RecordedEvent] = []
             cancelled = 0
-            while len(seen) < 60:
+            while len(received) < 60:
                 taking = asyncio.create_task(events.next_chunk(4))
                 while not taking.done() and (events._ahead is None or events._ahead[0] == events.position):  # noqa: ASYNC110 - takes one iteration of the event loop
                     await asyncio.sleep(0)
                 taking.cancel()
                 with suppress(asyncio.CancelledError):
-                    seen += await taking
+                    received += await taking
                 cancelled += taking.cancelled()
-                if len(seen) < 60:
-                    seen += await events.next_chunk(4)
-        assert event_positions(seen) == list(range(1, 61))
+                if len(received) < 60:
+                    received += await events.next_chunk(4)
+        assert event_positions(received) == list(range(1, 61))
         assert cancelled > 0
 
 
 async def test_cancellation_while_reading_history_loses_nothing(connection: Connection) -> None:
     pauses = cycle([0, 0.0005, 0.001, 0.002, 0.005, 0.1])
-    seen: list[RecordedEvent] = []
+    received: list[RecordedEvent] = []
     cancelled = 0
     async with (
         open_ledger(connection, EventStoreLimits(max_tail_events=10)) as ledger,
@@ -276,8 +276,8 @@ async def test_cancellation_while_reading_history_loses_nothing(connection: Conn
                 await asyncio.wait({reading})
                 cancelled += reading.cancelled()
                 if not reading.cancelled():
-                    seen += reading.result()
-    assert event_positions(seen) == list(range(1, 501))
+                    received += reading.result()
+    assert event_positions(received) == list(range(1, 501))
     assert cancelled
 
 
@@ -348,12 +348,12 @@ async def short_transactions(connection: Connection) -> AsyncIterator[None]:
 async def test_open_transaction_of_killed_appender_delays_readers_briefly(
     connection: Connection,
 ) -> None:
-    async with open_ledger(connection, FAST_GAP_LIMITS) as ledger, connection.client() as dead:
+    async with open_ledger(connection, FAST_GAP_LIMITS) as ledger, connection.client() as killed_client:
         gap = await create_position_gap(ledger.db)
-        session = dead.start_session()
+        session = killed_client.start_session()
         await session.start_transaction()
         document = {"_id": gap, "stream": "job-dead", "version": 1}
-        await dead[connection.db_name].events.insert_one(document, session=session)
+        await killed_client[connection.db_name].events.insert_one(document, session=session)
         await ledger.submit_job()
         assert [event.type for event in await read_first_events(ledger.event_store, 2)] == [
             "PositionVoided",
