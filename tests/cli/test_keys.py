@@ -57,8 +57,8 @@ def test_key_is_created_listed_used_and_revoked(installation: Installation) -> N
     assert f"jobledger keys revoke {text.key_id}" in created.err
 
     listed = installation.run("keys", "list")
-    for word in (text.key_id, "alice", "team-ops", "her [bold]laptop", "never"):
-        assert word in assert_success(listed)
+    for expected_text in (text.key_id, "alice", "team-ops", "her [bold]laptop", "never"):
+        assert expected_text in assert_success(listed)
     assert text.secret not in listed.out + listed.err
 
     up = installation.start("api").wait_until_ready()
@@ -100,7 +100,7 @@ def test_revoke_invalid_id_does_not_repeat_it(installation: Installation) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected_texts"),
     [
         (["--user", ""], ["--user", "empty"]),
         (["--user", "team-ops"], ["--user", "`team-`"]),
@@ -119,15 +119,15 @@ def test_revoke_invalid_id_does_not_repeat_it(installation: Installation) -> Non
     ],
     ids=str,
 )
-def test_new_key_invalid_option_is_explained(arguments: list[str], words: list[str]) -> None:
+def test_new_key_invalid_option_is_explained(arguments: list[str], expected_texts: list[str]) -> None:
     options: dict[str, Any] = {"user": "", "groups": [], "roles": [], "name": None, "expires_in": None}
     for option, value in zip(arguments[::2], arguments[1::2], strict=True):
         name = option.removeprefix("--").replace("-", "_")
         options |= {f"{name}s": [value]} if name in ("group", "role") else {name: value}
     with pytest.raises(ConfigurationError) as raised:
         new_key(**options)
-    for word in words:
-        assert word in str(raised.value)
+    for expected_text in expected_texts:
+        assert expected_text in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from jobledger.cli.mongodb_support import support_warning
 
 
 @pytest.mark.parametrize(
-    ("version", "zlib", "words"),
+    ("version", "zlib", "expected_texts"),
     [
         ("4.2.24", False, ["no security fixes"]),
         ("4.4.29", True, ["no security fixes since 2024-02-29", "CVE-2025-14847", "4.4.30"]),
@@ -23,11 +23,11 @@ from jobledger.cli.mongodb_support import support_warning
         ("9.0.0", True, []),
     ],
 )
-def test_support_warning_for_version_names_problem(version: str, zlib: bool, words: list[str]) -> None:
+def test_support_warning_for_version_names_problem(version: str, zlib: bool, expected_texts: list[str]) -> None:
     warning = support_warning(version, date(2026, 1, 1), zlib=zlib)
-    assert (warning is not None) == bool(words)
-    for word in words:
-        assert word in (warning or "")
+    assert (warning is not None) == bool(expected_texts)
+    for expected_text in expected_texts:
+        assert expected_text in (warning or "")
 
 
 def test_support_warning_starts_when_support_ends() -> None:

@@ -191,7 +191,7 @@ def test_batches_pause_resume_cancel_and_restart_change_jobs(batch: SubmittedBat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected_texts"),
     [
         (["jobs", "show", "batch-1"], ["batch-1 is a batch ID", "jobledger batches"]),
         (["batches", "pause", "job-1"], ["job-1 is a job ID", "jobledger jobs"]),
@@ -211,9 +211,9 @@ def test_batches_pause_resume_cancel_and_restart_change_jobs(batch: SubmittedBat
     ids=str,
 )
 def test_invalid_argument_is_usage_error_before_any_request(
-    running_installation: Installation, arguments: list[str], words: list[str]
+    running_installation: Installation, arguments: list[str], expected_texts: list[str]
 ) -> None:
-    assert_one_line_error(running_installation.run(*arguments, JOBLEDGER_URL="http://127.0.0.1:1"), 2, *words)
+    assert_one_line_error(running_installation.run(*arguments, JOBLEDGER_URL="http://127.0.0.1:1"), 2, *expected_texts)
 
 
 def test_http_commands_do_not_import_slow_packages() -> None:

@@ -65,7 +65,7 @@ def test_submit_type_option_applies_to_plain_sessions(running_installation: Inst
 
 
 @pytest.mark.parametrize(
-    ("arguments", "stdin", "words"),
+    ("arguments", "stdin", "expected_texts"),
     [
         (["submit", "nowhere.json"], "", ["nowhere.json: file not found"]),
         (["submit", "."], "", [". cannot be read"]),
@@ -86,10 +86,14 @@ def test_submit_type_option_applies_to_plain_sessions(running_installation: Inst
     ids=str,
 )
 def test_submit_invalid_input_is_one_line_usage_error(
-    run_command: RunCommand, monkeypatch: pytest.MonkeyPatch, arguments: list[str], stdin: str | bytes, words: list[str]
+    run_command: RunCommand,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    stdin: str | bytes,
+    expected_texts: list[str],
 ) -> None:
     monkeypatch.setenv("JOBLEDGER_URL", UNREACHABLE)
-    assert_one_line_error(run_command(*arguments, stdin=stdin), 2, *words)
+    assert_one_line_error(run_command(*arguments, stdin=stdin), 2, *expected_texts)
 
 
 def test_submit_in_real_process_has_same_exit_codes(stopped_installation: Installation) -> None:
