@@ -1,10 +1,10 @@
-"""The API with all roles in the test's process, over HTTP, on a separate database."""
+"""Run the API and other roles in the test's process, with an HTTP client and a separate database."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,17 @@ import pytest
 
 from jobledger.cli.composition import ALL_ROLES, Role, start_roles
 from jobledger.cli.settings_file import read_settings
+from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
 from jobledger.ledger.mongo.connection import Database
+from jobledger.ledger.store.command_handler import Command, handle_command
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.header_auth import HeaderAuthBackend, principal_header
 
 DEADLINE_SECONDS = 30.0
 TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
+TEST_METADATA = EventMetadata("test")
+WITHOUT_WORKER: frozenset[Role] = frozenset({"api", "projector"})
+"""Roles with which submitted jobs stay pending."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,28 @@ class Api:
             else (await self.http.post(path, headers=headers))
         )
 
-    async def submit(self, parameters: dict[str, Any] | None = None, **more: Any) -> str:
+    async def submit(self, parameters: dict[str, Any] | None = None, **fields: Any) -> str:
         """Submit an echo job and return its ID."""
-        response = await self.post("/api/events/jobs", {"job_type": "echo", "parameters": parameters or {}, **more})
+        response = await self.post("/api/events/jobs", {"job_type": "echo", "parameters": parameters or {}, **fields})
         assert response.status_code == 202, response.text
         return str(response.json()["job_id"])
 
-    async def submit_batch(self, *parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """Submit a batch of echo jobs and return the response."""
-        jobs = [{"job_type": "echo", "parameters": given} for given in parameters]
-        response = await self.post("/api/events/batches", {"jobs": jobs, **more})
+    async def submit_batch(self, *parameters: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        """Submit a batch with one echo job for each of the `parameters` and return the response."""
+        jobs = [{"job_type": "echo", "parameters": job_parameters} for job_parameters in parameters]
+        response = await self.post("/api/events/batches", {"jobs": jobs, **fields})
         assert response.status_code == 202, response.text
         content: dict[str, Any] = response.json()
         return content
+
+    async def handle_commands(
+        self, stream: str, *commands: Command, meta: EventMetadata = TEST_METADATA
+    ) -> list[RecordedEvent]:
+        """Handle commands one after the other without HTTP and return all their events."""
+        recorded: list[RecordedEvent] = []
+        for command in commands:
+            recorded += (await handle_command(self.event_store, stream, command, meta=meta)).events
+        return recorded
 
     async def wait_for_event(self, stream: str, *types: str) -> dict[str, Any]:
         """Wait for an event of a job or batch and until the views contain it. Return the event."""
@@ -67,7 +81,7 @@ class Api:
                 if event["type"] in types and event["stream"] == stream:
                     await self.get("/api/monitoring/events/stats", event["position"])
                     return event
-        raise AssertionError("the stream has ended")
+        raise AssertionError("the live stream ended")
 
     async def wait_until_finished(self, job_id: str) -> dict[str, Any]:
         """Wait until a job finished and return it."""
@@ -106,28 +120,59 @@ class Api:
         return taken
 
 
+def check_error(response: httpx.Response, status: int, code: str) -> None:
+    """Check the status and the error object of a response."""
+    assert response.status_code == status, response.text[:500]
+    assert response.headers["content-type"] == "application/json"
+    content: dict[str, Any] = response.json()
+    assert content.keys() == {"status", "code", "message", "details"}
+    assert (content["status"], content["code"]) == ("error", code)
+    assert content["message"]
+    assert "Traceback" not in response.text
+    assert "pydantic" not in response.text.lower()
+
+
+async def poll_response_until(condition: Callable[[], Awaitable[bool]], description: str) -> None:
+    """Poll a condition that needs a request or query, with a timeout."""
+    try:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not await condition():  # noqa: ASYNC110 - no notification
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"timeout after {DEADLINE_SECONDS} s: {description}") from None
+
+
 def make_settings(uri: str, db_name: str, directory: Path, **sections: dict[str, Any]) -> Any:
     """Return settings with the database and directory of a test."""
-    own: dict[str, dict[str, Any]] = {
+    defaults: dict[str, dict[str, Any]] = {
         "mongodb": {"uri": uri, "db_name": db_name},
         "api": {"port": 0, "max_streams_per_user": 0, "auth_failures_per_minute": 0},
         "event_worker": {"retry_base_seconds": 0.2, "shutdown_grace_seconds": 0},
         "results": {"store": str(directory / "results")},
         "logging": {"level": "warning"},
     }
-    merged = {name: {**own.get(name, {}), **sections.get(name, {})} for name in own.keys() | sections.keys()}
+    names = defaults.keys() | sections.keys()
+    merged = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in names}
     settings, _ = read_settings(None, merged, defaults_only=True)
     return settings
 
 
 async def run_api(
-    uri: str, db_name: str, directory: Path, wanted: frozenset[Role] = ALL_ROLES, **sections: dict[str, Any]
+    uri: str, db_name: str, directory: Path, roles: frozenset[Role] = ALL_ROLES, **sections: dict[str, Any]
 ) -> AsyncIterator[Api]:
-    """Run roles and yield the API. A role that ends unexpectedly fails the test."""
+    """Run roles and yield the API. A role that ends unexpectedly fails the test.
+
+    Args:
+        uri: The MongoDB server.
+        db_name: The database of the test.
+        directory: Where result files are stored.
+        roles: The roles to run.
+        sections: Settings by section, in addition to those of `make_settings`.
+    """
     settings = make_settings(uri, db_name, directory, **sections)
     failures: list[BaseException] = []
     async with (
-        start_roles(settings, settings.mongodb.make_connection(uri), wanted, on_failure=failures.append) as running,
+        start_roles(settings, settings.mongodb.make_connection(uri), roles, on_failure=failures.append) as running,
         httpx.AsyncClient(base_url=running.url or "", timeout=DEADLINE_SECONDS, trust_env=False) as client,
     ):
         yield Api(client, running.db, running.event_store, directory / "results")
@@ -136,29 +181,42 @@ async def run_api(
 
 @pytest.fixture
 def header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Authenticate by the header `X-Test-Principal`. Request this fixture before `api` or `api_without_worker`."""
+    """Authenticate by a header (tests/support/header_auth.py). Must come before the fixture that runs the API."""
     monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
 
 
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """An API with all roles."""
-    async for running in run_api(mongodb_uri, db_name, tmp_path):
-        yield running
+    async for api in run_api(mongodb_uri, db_name, tmp_path):
+        yield api
 
 
 @pytest.fixture
 async def api_without_worker(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """An API without a worker. Submitted jobs stay pending."""
-    async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
-        yield running
+    async for api in run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER):
+        yield api
 
 
 @pytest.fixture
-async def header_auth_api(
-    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Api]:
+async def header_auth_api(header_auth: None, mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """An API without a worker that authenticates by a header (tests/support/header_auth.py)."""
-    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda user_id: HeaderAuthBackend())
-    async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
-        yield running
+    async for api in run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER):
+        yield api
+
+
+RunApi = Callable[..., AbstractAsyncContextManager[Api]]
+"""Runs an API without a worker with the given sections of settings."""
+
+
+@pytest.fixture
+def run_without_worker(mongodb_uri: str, db_name: str, tmp_path: Path) -> RunApi:
+    """The context manager that runs an API without a worker, for tests with their own settings."""
+
+    @asynccontextmanager
+    async def run(**sections: dict[str, Any]) -> AsyncIterator[Api]:
+        async for api in run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER, **sections):
+            yield api
+
+    return run

@@ -1,4 +1,4 @@
-"""Results as one ZIP file: safe to unpack anywhere, its links work, and it is made while it is sent."""
+"""Test ZIP archives of results: content, portable entry names, streaming and errors."""
 
 from __future__ import annotations
 
@@ -20,115 +20,79 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.api.routes.archives import _comparison_key, _EntryNames, sanitize_path
-from jobledger.ledger.domain.events import (
-    AccessControl,
-    BatchSubmitted,
-    EventMetadata,
-    JobClaimed,
-    JobCompleted,
-    JobResults,
-    JobSubmitted,
-    ResultFile,
-    ResultMetadata,
-)
-from jobledger.ledger.files.directory import DirectoryStore
-from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
+from jobledger.ledger.domain.events import BatchSubmitted, EventMetadata
+from jobledger.ledger.store.command_handler import new_batch_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import Api
-from tests.api.test_files import LARGE, memory, reads
-from tests.api.test_signed_links import guarded  # noqa: F401  a fixture
+from tests.api.result_files import (
+    LARGE_FILE_BYTES,
+    MEMORY_LIMIT_BYTES,
+    add_job,
+    add_job_with_files,
+    is_open,
+    memory_bytes,
+    stored_path,
+)
 from tests.support.role_runner import poll_until
 
-TYPES = {".md": "text/markdown", ".jpg": "image/jpeg"}
 TALK = {
     "FOSDEM/Keynotes/welcome-1a/Welcome.md": b"# Welcome\n\n![](assets/slide-001.jpg)\n\n[home](../index.md)\n" * 50,
     "FOSDEM/Keynotes/welcome-1a/assets/slide-001.jpg": bytes(range(256)) * 100,
 }
 
 
-async def add_job(
-    api: Api,
-    contents: dict[str, bytes],
-    *,
-    batch_id: str | None = None,
-    user_id: str = "local",
-    done: bool = True,
-    at: datetime | None = None,
-) -> str:
-    """Let a job have these result files."""
-    files = []
-    for path, content in contents.items():
-        stored = await asyncio.to_thread(DirectoryStore(api.store).put_bytes, content)
-        media_type = TYPES.get(Path(path).suffix, "application/octet-stream")
-        files.append(ResultFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type))
-    now = at or datetime.now(UTC)
-    results = JobResults(files=files, metadata=ResultMetadata(processed_at=now, duration=1.0))
-    job = JobSubmitted(
-        job_type="echo", parameters={}, user_id=user_id, batch_id=batch_id, access_control=AccessControl()
-    )
-    happened = [
-        job,
-        *([JobClaimed(worker_id="w", attempt=1), JobCompleted(attempt=1, results=results)] if done else []),
-    ]
-    job_id = new_job_id()
-    recorded = await api.event_store.append(StreamAppend(job_id, StreamHead(), happened, EventMetadata(), now))
-    await api.get("/healthz", recorded[-1].position)
-    await api.get("/api/events/jobs", recorded[-1].position)
-    return job_id
-
-
-async def add_batch(api: Api, batch_id: str, job_ids: Sequence[str]) -> None:
-    batch = BatchSubmitted(total_jobs=len(job_ids), job_ids=list(job_ids), user_id="local")
+async def add_batch(api: Api, batch_id: str, job_ids: Sequence[str], user_id: str = "local") -> None:
+    batch = BatchSubmitted(total_jobs=len(job_ids), job_ids=list(job_ids), user_id=user_id)
     recorded = await api.event_store.append(
         StreamAppend(batch_id, StreamHead(), [batch], EventMetadata(), datetime.now(UTC))
     )
     await api.get("/api/events/jobs", recorded[-1].position)
 
 
-async def archive(api: Api, where: str, **headers: str) -> dict[str, bytes]:
-    """Fetch an archive of a job or batch and read what is in it."""
-    response = await api.get(f"/api/events/{where}/download-archive", **headers)
+async def fetch_archive(api: Api, path: str) -> dict[str, bytes]:
+    """Fetch the archive of a job or batch and return its files. The path is that below `/api/events`."""
+    response = await api.get(f"/api/events/{path}/download-archive")
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "application/zip"
-    assert response.headers["content-disposition"] == f'attachment; filename="{where.partition("/")[2]}.zip"'
-    with ZipFile(BytesIO(response.content)) as read:
-        assert read.testzip() is None
-        return {name: read.read(name) for name in read.namelist()}
+    assert response.headers["content-disposition"] == f'attachment; filename="{path.partition("/")[2]}.zip"'
+    with ZipFile(BytesIO(response.content)) as archive:
+        assert archive.testzip() is None
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
 async def test_job_archive_contains_files_and_keeps_markdown_links(api_without_worker: Api, tmp_path: Path) -> None:
-    job_id = await add_job(api_without_worker, TALK)
-    found = await archive(api_without_worker, f"jobs/{job_id}")
+    job_id = await add_job_with_files(api_without_worker, TALK)
+    files = await fetch_archive(api_without_worker, f"jobs/{job_id}")
 
-    assert found == {path.removeprefix("FOSDEM/Keynotes/welcome-1a/"): content for path, content in TALK.items()}
-    for link in re.findall(r"!\[\]\(([^)]*)\)", found["Welcome.md"].decode()):
-        assert link in found
+    assert files == {path.removeprefix("FOSDEM/Keynotes/welcome-1a/"): content for path, content in TALK.items()}
+    for link in re.findall(r"!\[\]\(([^)]*)\)", files["Welcome.md"].decode()):
+        assert link in files
 
 
 async def test_job_archive_keeps_paths_relative_to_the_markdown(api_without_worker: Api) -> None:
-    job_id = await add_job(
+    job_id = await add_job_with_files(
         api_without_worker, {"e/t/s/talk.md": b"[](../shared/a.jpg)", "e/t/shared/a.jpg": b"picture"}
     )
-    assert set(await archive(api_without_worker, f"jobs/{job_id}")) == {"s/talk.md", "shared/a.jpg"}
+    assert set(await fetch_archive(api_without_worker, f"jobs/{job_id}")) == {"s/talk.md", "shared/a.jpg"}
 
 
 async def test_archive_of_processed_job_can_be_extracted(api: Api, tmp_path: Path) -> None:
     job = await api.wait_until_finished(await api.submit({"text": "ä"}))
     response = await api.get(f"/api/events/jobs/{job['job_id']}/download-archive")
     (tmp_path / "a.zip").write_bytes(response.content)
-    unpack = [sys.executable, "-m", "zipfile", "-e", "a.zip", "."]
-    await asyncio.to_thread(subprocess.run, unpack, cwd=tmp_path, check=True)
+    extract = [sys.executable, "-m", "zipfile", "-e", "a.zip", "."]
+    await asyncio.to_thread(subprocess.run, extract, cwd=tmp_path, check=True)
     assert "ä" in (tmp_path / "echo.md").read_text(encoding="utf-8")
 
 
 async def test_archive_of_same_results_is_identical(api_without_worker: Api) -> None:
     at = datetime(2025, 2, 1, 12, 30, 7, tzinfo=UTC)
-    job_id = await add_job(api_without_worker, dict(reversed(TALK.items())), at=at)
+    job_id = await add_job_with_files(api_without_worker, dict(reversed(TALK.items())), at=at)
     first = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
     second = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
     assert first.content == second.content
-    with ZipFile(BytesIO(first.content)) as read:
-        entries = read.infolist()
+    with ZipFile(BytesIO(first.content)) as archive:
+        entries = archive.infolist()
     assert [entry.filename for entry in entries] == ["Welcome.md", "assets/slide-001.jpg"]
     assert {entry.date_time[:5] for entry in entries} == {(2025, 2, 1, 12, 30)}
     assert {entry.external_attr >> 16 for entry in entries} == {0o100644}
@@ -136,12 +100,12 @@ async def test_archive_of_same_results_is_identical(api_without_worker: Api) -> 
 
 
 async def test_archive_without_results_is_rejected(api_without_worker: Api) -> None:
-    for job_id in (await add_job(api_without_worker, {}, done=False), await add_job(api_without_worker, {})):
+    for job_id in (await add_job(api_without_worker, is_finished=False), await add_job(api_without_worker)):
         response = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
         assert (response.status_code, response.json()["code"]) == (409, "no_results")
     batch_id = new_batch_id()
     await add_batch(
-        api_without_worker, batch_id, [await add_job(api_without_worker, {}, batch_id=batch_id, done=False)]
+        api_without_worker, batch_id, [await add_job(api_without_worker, batch_id=batch_id, is_finished=False)]
     )
     response = await api_without_worker.get(f"/api/events/batches/{batch_id}/download-archive")
     assert (response.status_code, response.json()["code"]) == (409, "no_results")
@@ -155,7 +119,7 @@ async def test_archive_of_missing_job_or_batch_is_not_found(api_without_worker: 
 
 
 async def test_archive_of_deleted_job_is_not_found(api_without_worker: Api) -> None:
-    job_id = await add_job(api_without_worker, TALK)
+    job_id = await add_job_with_files(api_without_worker, TALK)
     deleted = await api_without_worker.http.delete(f"/api/events/jobs/{job_id}")
     response = await api_without_worker.get(
         f"/api/events/jobs/{job_id}/download-archive", deleted.headers["ledger-position"]
@@ -165,36 +129,37 @@ async def test_archive_of_deleted_job_is_not_found(api_without_worker: Api) -> N
 
 async def test_batch_archive_contains_files_of_all_finished_jobs(api_without_worker: Api) -> None:
     batch_id = new_batch_id()
-    jobs = [{f"e/t/talk-{number}/talk.md": f"{number}".encode()} for number in range(150)]
-    job_ids = [await add_job(api_without_worker, contents, batch_id=batch_id) for contents in jobs[:3]]
-    job_ids.append(await add_job(api_without_worker, {}, batch_id=batch_id, done=False))
+    jobs = [{f"e/t/talk-{number}/talk.md": f"{number}".encode()} for number in range(3)]
+    job_ids = [await add_job_with_files(api_without_worker, contents, batch_id=batch_id) for contents in jobs]
+    job_ids.append(await add_job(api_without_worker, batch_id=batch_id, is_finished=False))
     await add_batch(api_without_worker, batch_id, job_ids)
-    assert await archive(api_without_worker, f"batches/{batch_id}") == jobs[0] | jobs[1] | jobs[2]
+    assert await fetch_archive(api_without_worker, f"batches/{batch_id}") == jobs[0] | jobs[1] | jobs[2]
 
 
-async def test_batch_archive_contains_only_readable_jobs(guarded: Api) -> None:  # noqa: F811  the fixture
+async def test_batch_archive_contains_only_readable_jobs(header_auth_api: Api) -> None:
+    alice, bob = header_auth_api.as_user("alice"), header_auth_api.as_user("bob")
     batch_id = new_batch_id()
-    mine = await add_job(guarded, {"mine.md": b"1"}, batch_id=batch_id)
-    other = await add_job(guarded, {"other.md": b"2"}, batch_id=batch_id, user_id="other")
-    await add_batch(guarded, batch_id, [other, mine])
-    assert await archive(guarded, f"batches/{batch_id}") == {"mine.md": b"1"}
-    for path in (f"batches/{batch_id}", f"jobs/{mine}"):
-        stranger = await guarded.get(f"/api/events/{path}/download-archive", **{"x-user": "other"})
-        assert stranger.status_code == 404
-    hidden = new_batch_id()
-    await add_batch(guarded, hidden, [other])
-    assert (await guarded.get(f"/api/events/batches/{hidden}/download-archive")).status_code == 409
+    alices_job = await add_job_with_files(alice, {"a.md": b"1"}, batch_id=batch_id, user_id="alice")
+    bobs_job = await add_job_with_files(bob, {"b.md": b"2"}, batch_id=batch_id, user_id="bob")
+    await add_batch(alice, batch_id, [bobs_job, alices_job], user_id="alice")
+    assert await fetch_archive(alice, f"batches/{batch_id}") == {"a.md": b"1"}
+    for path in (f"batches/{batch_id}", f"jobs/{alices_job}"):
+        assert (await bob.get(f"/api/events/{path}/download-archive")).status_code == 404
+    unreadable_batch_id = new_batch_id()
+    await add_batch(alice, unreadable_batch_id, [bobs_job], user_id="alice")
+    response = await alice.get(f"/api/events/batches/{unreadable_batch_id}/download-archive")
+    assert response.status_code == 409
 
 
 async def test_archive_head_request_has_no_body(api_without_worker: Api) -> None:
-    job_id = await add_job(api_without_worker, TALK)
+    job_id = await add_job_with_files(api_without_worker, TALK)
     response = await api_without_worker.http.head(f"/api/events/jobs/{job_id}/download-archive")
     assert (response.status_code, response.headers["content-type"], response.content) == (200, "application/zip", b"")
 
 
 @pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large file is a sparse one, whose content is not that of its digest."""
+def no_integrity_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No check of digests, because the content of a sparse file does not match its digest."""
 
     async def check(*_: object) -> None:
         return
@@ -202,74 +167,77 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.ledger.files.integrity.IntegrityChecker.check", check)
 
 
-async def add_large_job(api: Api) -> tuple[str, Path]:
-    job_id = await add_job(api, {"film.bin": b"a large file", "z.md": b"the last one"})
-    row = await api.db.files.find_one({"path": "film.bin"})
+async def find_stored_path(api: Api, path: str) -> Path:
+    row = await api.db.files.find_one({"path": path})
     assert row is not None
-    stored = DirectoryStore(api.store).path(row["sha256"])
-    os.truncate(stored, LARGE)
-    return job_id, stored
+    return stored_path(api, row["sha256"])
 
 
-async def pieces(api: Api, job_id: str) -> AsyncIterator[int]:
+async def add_job_with_large_file(api: Api) -> tuple[str, Path]:
+    """Add a job with a large sparse file `film.bin` and a small `z.md`. Return its ID and the large file."""
+    job_id = await add_job_with_files(api, {"film.bin": b"a large file", "z.md": b"the last one"})
+    large_file = await find_stored_path(api, "film.bin")
+    os.truncate(large_file, LARGE_FILE_BYTES)
+    return job_id, large_file
+
+
+async def stream_chunk_sizes(api: Api, job_id: str) -> AsyncIterator[int]:
     async with api.http.stream("GET", f"/api/events/jobs/{job_id}/download-archive") as response:
-        async for piece in response.aiter_raw():
-            yield len(piece)
+        async for chunk in response.aiter_raw():
+            yield len(chunk)
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("no_integrity_check")
 async def test_large_archive_is_streamed_with_bounded_memory(api_without_worker: Api) -> None:
-    job_id, _ = await add_large_job(api_without_worker)
-    before, most, received = memory(), 0, 0
-    async for size in pieces(api_without_worker, job_id):
+    job_id, _ = await add_job_with_large_file(api_without_worker)
+    before, peak, received = memory_bytes(), 0, 0
+    async for size in stream_chunk_sizes(api_without_worker, job_id):
         if received == 0:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.5)  # a slow client: what the server reads ahead is in memory
         received += size
-        most = max(most, memory())
-    assert received > LARGE
-    assert most - before < 40 * 2**20
+        peak = max(peak, memory_bytes())
+    assert received > LARGE_FILE_BYTES
+    assert peak - before < MEMORY_LIMIT_BYTES
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("no_integrity_check")
 async def test_archive_client_disconnect_closes_the_file(api_without_worker: Api) -> None:
-    job_id, stored = await add_large_job(api_without_worker)
+    job_id, large_file = await add_job_with_large_file(api_without_worker)
     async with api_without_worker.http.stream("GET", f"/api/events/jobs/{job_id}/download-archive") as response:
         async for _ in response.aiter_raw():
             break
-        assert reads(stored)
-    await poll_until(lambda: not reads(stored), "the file is closed", seconds=5)
+        assert is_open(large_file)
+    await poll_until(lambda: not is_open(large_file), "the file is closed")
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("no_integrity_check")
 async def test_archive_with_missing_later_file_breaks_the_connection(api_without_worker: Api) -> None:
-    job_id, _ = await add_large_job(api_without_worker)
-    row = await api_without_worker.db.files.find_one({"path": "z.md"})
-    assert row is not None
-    DirectoryStore(api_without_worker.store).path(row["sha256"]).unlink()
+    job_id, _ = await add_job_with_large_file(api_without_worker)
+    (await find_stored_path(api_without_worker, "z.md")).unlink()
     with pytest.raises(httpx.RemoteProtocolError):
-        _ = [size async for size in pieces(api_without_worker, job_id)]
+        _ = [size async for size in stream_chunk_sizes(api_without_worker, job_id)]
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("no_integrity_check")
 async def test_archive_with_missing_first_file_responds_with_error(api_without_worker: Api) -> None:
-    job_id, stored = await add_large_job(api_without_worker)
-    stored.unlink()
+    job_id, large_file = await add_job_with_large_file(api_without_worker)
+    large_file.unlink()
     response = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
     assert (response.status_code, response.json()["code"]) == (500, "file_missing")
 
 
 async def test_archive_entries_with_colliding_names_stay_distinct(api_without_worker: Api) -> None:
-    job_id = await add_job(
+    job_id = await add_job_with_files(
         api_without_worker, {"t/a:b.md": b"1", "t/a?b.md": b"2", "t/A_B.md": b"3", "t/../../etc/passwd": b"4"}
     )
-    found = await archive(api_without_worker, f"jobs/{job_id}")
-    assert sorted(found.values()) == [b"1", b"2", b"3", b"4"]
-    assert len({name.casefold() for name in found}) == 4
-    assert not any(".." in name or name.startswith("/") for name in found)
+    files = await fetch_archive(api_without_worker, f"jobs/{job_id}")
+    assert sorted(files.values()) == [b"1", b"2", b"3", b"4"]
+    assert len({name.casefold() for name in files}) == 4
+    assert not any(".." in name or name.startswith("/") for name in files)
 
 
 @pytest.mark.parametrize(
-    ("path", "safe"),
+    ("path", "expected"),
     [
         ("FOSDEM 2025/Ökologisch & offen/talk-1a/talk.md", "FOSDEM 2025/Ökologisch & offen/talk-1a/talk.md"),
         ("../../etc/passwd", "etc/passwd"),
@@ -285,18 +253,18 @@ async def test_archive_entries_with_colliding_names_stay_distinct(api_without_wo
         ("..", "file"),
     ],
 )
-def test_sanitize_path_returns_portable_path(path: str, safe: str) -> None:
-    assert sanitize_path(path) == safe
+def test_sanitize_path_returns_portable_path(path: str, expected: str) -> None:
+    assert sanitize_path(path) == expected
 
 
 @given(st.text(max_size=300))
 def test_sanitize_path_never_leaves_the_target_directory(path: str) -> None:
-    safe = sanitize_path(path.encode(errors="replace").decode())
-    parts = safe.split("/")
+    sanitized = sanitize_path(path.encode(errors="replace").decode())
+    parts = sanitized.split("/")
     assert not {"", ".", ".."} & set(parts)
-    assert not re.search(r'[<>:"|?*\\\x00-\x1f]', safe)
+    assert not re.search(r'[<>:"|?*\\\x00-\x1f]', sanitized)
     assert all(len(part.encode()) <= 201 and not part.endswith((".", " ")) for part in parts)
-    assert sanitize_path(safe) == safe
+    assert sanitize_path(sanitized) == sanitized
 
 
 PARTS = st.sampled_from(["x", "X", "y", "x-2", "x-2-2", "x.md", "x-2.md", "\u00e9", "e\u0301", "\u00c9", "ss"])
@@ -306,11 +274,11 @@ PATHS = st.lists(st.lists(PARTS, min_size=1, max_size=4).map("/".join), max_size
 @given(PATHS)
 def test_entry_names_of_any_paths_never_conflict(paths: list[str]) -> None:
     names = _EntryNames()
-    found = [names.add(sanitize_path(path)) for path in paths]
-    files = [_comparison_key(name) for name in found]
-    directories = {_comparison_key(str(parent)) for name in found for parent in PurePosixPath(name).parents}
-    assert len(set(files)) == len(files), found
-    assert not directories & set(files), found
+    entries = [names.add(sanitize_path(path)) for path in paths]
+    files = [_comparison_key(entry) for entry in entries]
+    directories = {_comparison_key(str(parent)) for entry in entries for parent in PurePosixPath(entry).parents}
+    assert len(set(files)) == len(files), entries
+    assert not directories & set(files), entries
 
 
 @given(st.lists(st.sampled_from(["a/talk.md", "a/b/slide.jpg", "c.md", "a/c.md"]), unique=True))
@@ -319,7 +287,7 @@ def test_entry_names_without_conflict_equal_the_paths(paths: list[str]) -> None:
     assert [names.add(path) for path in paths] == paths
 
 
-CLASHES = [
+CONFLICTING_PATHS = [
     ["x", "x/y", "x/z"],
     ["x/y", "X"],
     ["x.md", "x.md/y/z", "x.md/y"],
@@ -329,24 +297,27 @@ CLASHES = [
 
 
 @pytest.mark.parametrize("kind", ["jobs", "batches"])
-@pytest.mark.parametrize("paths", CLASHES, ids=" ".join)
+@pytest.mark.parametrize("paths", CONFLICTING_PATHS, ids=" ".join)
 async def test_archive_with_conflicting_paths_can_be_extracted(
     api_without_worker: Api, tmp_path: Path, paths: list[str], kind: str
 ) -> None:
-    contents = {f"evil/{path}": f"{number} {paths}".encode() for number, path in enumerate(paths)}
+    contents = {f"talk/{path}": f"{number} {paths}".encode() for number, path in enumerate(paths)}
     if kind == "jobs":
-        where = f"jobs/{await add_job(api_without_worker, contents)}"
-    else:  # each file is of another job
+        resource = f"jobs/{await add_job_with_files(api_without_worker, contents)}"
+    else:  # a batch with one job for each file
         batch_id = new_batch_id()
-        job_ids = [await add_job(api_without_worker, {path: it}, batch_id=batch_id) for path, it in contents.items()]
+        job_ids = [
+            await add_job_with_files(api_without_worker, {path: content}, batch_id=batch_id)
+            for path, content in contents.items()
+        ]
         await add_batch(api_without_worker, batch_id, job_ids)
-        where = f"batches/{batch_id}"
-    response = await api_without_worker.get(f"/api/events/{where}/download-archive")
+        resource = f"batches/{batch_id}"
+    response = await api_without_worker.get(f"/api/events/{resource}/download-archive")
     (tmp_path / "a.zip").write_bytes(response.content)
     commands = [[sys.executable, "-m", "zipfile", "-e", "a.zip", "python"]]
     if unzip := shutil.which("unzip"):
         commands.append([unzip, "-q", "a.zip", "-d", "unzip"])
     for command in commands:
         await asyncio.to_thread(subprocess.run, command, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
-        found = sorted(it.read_bytes() for it in (tmp_path / command[-1]).rglob("*") if it.is_file())
-        assert found == sorted(contents.values())
+        extracted = [file.read_bytes() for file in (tmp_path / command[-1]).rglob("*") if file.is_file()]
+        assert sorted(extracted) == sorted(contents.values())

@@ -1,4 +1,4 @@
-"""Batches over HTTP: all or nothing, large ones, and what becomes of them."""
+"""Test submission, status and list of batches over HTTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.api.conftest import Api
 
-GOOD: dict[str, Any] = {"job_type": "echo", "parameters": {}}
+VALID_JOB: dict[str, Any] = {"job_type": "echo", "parameters": {}}
 
 
 async def test_submit_batch_creates_all_jobs_with_merged_parameters(api_without_worker: Api) -> None:
@@ -19,7 +19,7 @@ async def test_submit_batch_creates_all_jobs_with_merged_parameters(api_without_
             "batch_name": "Saturday",
             "parameters": {"track": "A", "colour": "blue"},
             "user_id": "ada",
-            "jobs": [GOOD, {"job_type": "echo", "parameters": {"colour": "red"}, "user_id": "bob"}],
+            "jobs": [VALID_JOB, {"job_type": "echo", "parameters": {"colour": "red"}, "user_id": "bob"}],
         },
     )
     content, position = response.json(), response.headers["ledger-position"]
@@ -39,39 +39,39 @@ async def test_submit_batch_creates_all_jobs_with_merged_parameters(api_without_
 async def test_submitted_batch_is_readable_at_once(api_without_worker: Api) -> None:
     for _ in range(10):
         batch = await api_without_worker.submit_batch({}, {}, {})
-        found = (await api_without_worker.get(f"/api/events/batches/{batch['batch_id']}")).json()["batch"]
-        assert found["total_jobs"] == 3
-        assert found["job_ids"] == batch["job_ids"]
+        loaded = (await api_without_worker.get(f"/api/events/batches/{batch['batch_id']}")).json()["batch"]
+        assert loaded["total_jobs"] == 3
+        assert loaded["job_ids"] == batch["job_ids"]
 
 
 async def test_finished_batch_has_job_counts_by_status(api: Api) -> None:
     batch = await api.submit_batch({}, {"fail": "on purpose"}, {})
     finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
-    found = (await api.get(f"/api/events/batches/{batch['batch_id']}", finished["position"])).json()["batch"]
+    loaded = (await api.get(f"/api/events/batches/{batch['batch_id']}", finished["position"])).json()["batch"]
 
-    assert found["status"] == "partial"
-    assert (found["completed_jobs"], found["failed_jobs"], found["cancelled_jobs"]) == (2, 1, 0)
-    assert (found["pending_jobs"], found["processing_jobs"]) == (0, 0)
-    assert found["completed_at"] is not None
+    assert loaded["status"] == "partial"
+    assert (loaded["completed_jobs"], loaded["failed_jobs"], loaded["cancelled_jobs"]) == (2, 1, 0)
+    assert (loaded["pending_jobs"], loaded["processing_jobs"]) == (0, 0)
+    assert loaded["completed_at"] is not None
 
 
 async def test_batch_list_filters_by_status_and_owner_newest_first(api: Api) -> None:
-    done = await api.submit_batch({})
-    finished = await api.wait_for_event(done["batch_id"], "BatchFinished")
-    busy = await api.submit_batch({"seconds": 3600}, user_id="ada")
-    position = max(finished["position"], busy["batch"]["position"])
+    finished = await api.submit_batch({})
+    finished_event = await api.wait_for_event(finished["batch_id"], "BatchFinished")
+    running = await api.submit_batch({"seconds": 3600}, user_id="ada")
+    position = max(finished_event["position"], running["batch"]["position"])
 
-    async def ids(query: str) -> list[str]:
+    async def list_ids(query: str) -> list[str]:
         content = (await api.get(f"/api/events/batches{query}", position)).json()
         assert content["total"] >= len(content["batches"])
         return [batch["batch_id"] for batch in content["batches"]]
 
-    assert await ids("") == [busy["batch_id"], done["batch_id"]]
-    assert await ids("?status=completed") == [done["batch_id"]]
-    assert await ids("?status=processing") == [busy["batch_id"]]
-    assert await ids("?user_id=ada") == [busy["batch_id"]]
-    assert await ids("?limit=1&skip=1") == [done["batch_id"]]
-    assert await ids("?archived=true") == []
+    assert await list_ids("") == [running["batch_id"], finished["batch_id"]]
+    assert await list_ids("?status=completed") == [finished["batch_id"]]
+    assert await list_ids("?status=processing") == [running["batch_id"]]
+    assert await list_ids("?user_id=ada") == [running["batch_id"]]
+    assert await list_ids("?limit=1&skip=1") == [finished["batch_id"]]
+    assert await list_ids("?archived=true") == []
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ async def test_submit_batch_with_invalid_job_is_rejected_with_its_index(
 ) -> None:
     webhook = {"url": "https://example.org/", "headers": {"A": "b"}}
     response = await api_without_worker.post(
-        "/api/events/batches", {"jobs": [GOOD, GOOD, invalid, GOOD], "webhook": webhook}
+        "/api/events/batches", {"jobs": [VALID_JOB, VALID_JOB, invalid, VALID_JOB], "webhook": webhook}
     )
 
     content = response.json()
     assert response.status_code == 422
-    assert path in [problem["path"] for problem in content["details"]["errors"]], content
+    assert path in [error["path"] for error in content["details"]["errors"]], content
     assert content["message"].startswith("jobs[2]")
     assert await api_without_worker.event_store.head_position() == 0
 
@@ -114,26 +114,26 @@ async def test_submit_batch_without_jobs_is_rejected(api_without_worker: Api, jo
 
 
 async def test_submit_batch_accepts_ten_thousand_jobs_but_not_one_more(api_without_worker: Api) -> None:
-    refused = await api_without_worker.post("/api/events/batches", {"jobs": [GOOD] * 10_001})
-    assert refused.status_code == 422
-    assert "10000" in refused.json()["message"]
+    rejected = await api_without_worker.post("/api/events/batches", {"jobs": [VALID_JOB] * 10_001})
+    assert rejected.status_code == 422
+    assert "10000" in rejected.json()["message"]
     assert await api_without_worker.event_store.head_position() == 0
 
-    began = time.monotonic()
-    response = await api_without_worker.post("/api/events/batches", {"jobs": [GOOD] * 10_000})
+    start = time.monotonic()
+    response = await api_without_worker.post("/api/events/batches", {"jobs": [VALID_JOB] * 10_000})
     assert response.status_code == 202, response.text[:500]
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - start < 30
     assert len(set(response.json()["job_ids"])) == 10_000
     position = response.headers["ledger-position"]
     assert position == "10001"
-    stats = await _once_the_views_have(api_without_worker, position)
+    stats = await _load_statistics_at(api_without_worker, position)
     assert stats["jobs"]["pending"] == 10_000
     assert await api_without_worker.db.jobs.count_documents({}) == 10_000
     assert await api_without_worker.db.queue.count_documents({}) == 10_000
 
 
-async def _once_the_views_have(api: Api, position: str) -> dict[str, Any]:
-    """Ask as a client should: again, when told so by a 503 with Retry-After."""
+async def _load_statistics_at(api: Api, position: str) -> dict[str, Any]:
+    """Request the statistics again while the API responds with 503 and Retry-After, as a client should."""
     deadline = time.monotonic() + 60
     while True:
         response = await api.get("/api/monitoring/events/stats", position)
@@ -143,4 +143,4 @@ async def _once_the_views_have(api: Api, position: str) -> dict[str, Any]:
         assert response.status_code == 503
         assert response.json()["code"] == "projection_lagging"
         assert "retry-after" in response.headers
-        assert time.monotonic() < deadline, "the views do not get there"
+        assert time.monotonic() < deadline, "the views do not reach the position"

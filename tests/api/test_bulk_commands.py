@@ -1,4 +1,4 @@
-"""One command for many jobs: what comes between reading them and writing to them, and what cannot be written."""
+"""Test commands for many jobs: changes between reading and appending, rejections, and errors of the event store."""
 
 from __future__ import annotations
 
@@ -23,45 +23,47 @@ from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import make_job_submitted
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, open_ledger
 
-OF_BATCH = EventMetadata("user:ada", "batch-1")
-CANCEL = CancelJob("user:ada")
-UNENDED: Collection[JobStatus] = ("pending", "processing")
-cancel_each = partial(bulk.apply_to_jobs, command=CANCEL, meta=OF_BATCH, statuses=UNENDED)
+BATCH_METADATA = EventMetadata("user:ada", "batch-1")
+UNFINISHED: Collection[JobStatus] = ("pending", "processing")
+cancel_jobs = partial(bulk.apply_to_jobs, command=CancelJob("user:ada"), meta=BATCH_METADATA, statuses=UNFINISHED)
 
 
-class Overtaken(EventStore):
-    """Somebody does something to a job just when many have been read."""
+class ConcurrentCommandStore(EventStore):
+    """Handles another command after the first chunk of streams was read."""
 
-    overtaking: tuple[str, Command] | None = None
+    concurrent_command: tuple[str, Command] | None = None
 
     async def iterate_stream_batches(
         self, streams: Collection[str], *, exclude_types: Collection[str] = (), data_expression: Document | None = None
     ) -> AsyncGenerator[list[RecordedEvent], None]:
-        async for part in super().iterate_stream_batches(
+        async for chunk in super().iterate_stream_batches(
             streams, exclude_types=exclude_types, data_expression=data_expression
         ):
-            if (overtaking := self.overtaking) is not None:
-                self.overtaking = None
-                await handle_command(self, *overtaking, meta=EVENT_METADATA)
-            yield part
+            if (concurrent_command := self.concurrent_command) is not None:
+                self.concurrent_command = None
+                await handle_command(self, *concurrent_command, meta=EVENT_METADATA)
+            yield chunk
 
 
 @pytest.fixture
 async def ledger(mongodb_uri: str, db_name: str) -> AsyncIterator[Ledger]:
-    async with open_ledger(Connection(mongodb_uri, db_name), with_change_stream=False, store_class=Overtaken) as ledger:
+    async with open_ledger(
+        Connection(mongodb_uri, db_name), with_change_stream=False, store_class=ConcurrentCommandStore
+    ) as ledger:
         yield ledger
 
 
-def overtake(ledger: Ledger, job_id: str, command: Command) -> None:
-    assert isinstance(ledger.event_store, Overtaken)
-    ledger.event_store.overtaking = (job_id, command)
+def handle_after_read(ledger: Ledger, job_id: str, command: Command) -> None:
+    """Let the event store handle a command after the next read."""
+    assert isinstance(ledger.event_store, ConcurrentCommandStore)
+    ledger.event_store.concurrent_command = (job_id, command)
 
 
-async def submitted(log: EventStore, count: int) -> list[str]:
+async def submit_jobs(event_store: EventStore, count: int) -> list[str]:
     job_ids = [new_job_id() for _ in range(count)]
     for job_id in job_ids:
         await handle_command(
-            log,
+            event_store,
             job_id,
             SubmitJob(make_job_submitted(batch_id="batch-1")),
             meta=EVENT_METADATA,
@@ -71,30 +73,30 @@ async def submitted(log: EventStore, count: int) -> list[str]:
 
 
 async def test_bulk_cancel_reports_job_that_finished_meanwhile(ledger: Ledger) -> None:
-    job_ids = await submitted(ledger.event_store, 4)
-    overtake(ledger, job_ids[1], CancelJob("user:bob"))
-    outcome = await cancel_each(ledger.event_store, job_ids)
-    shown = outcome.to_response()
-    assert shown["jobs"] == {"total": 4, "changed": 3, "unchanged": 0, "rejected": 1}
-    [refused] = shown["rejections"]
-    assert (refused["job_id"], refused["code"]) == (job_ids[1], "invalid_state")
-    assert "it has already ended" in refused["message"]
+    job_ids = await submit_jobs(ledger.event_store, 4)
+    handle_after_read(ledger, job_ids[1], CancelJob("user:bob"))
+    outcome = await cancel_jobs(ledger.event_store, job_ids)
+    response = outcome.to_response()
+    assert response["jobs"] == {"total": 4, "changed": 3, "unchanged": 0, "rejected": 1}
+    [rejection] = response["rejections"]
+    assert (rejection["job_id"], rejection["code"]) == (job_ids[1], "invalid_state")
+    assert "it has already ended" in rejection["message"]
     assert outcome.position == await ledger.event_store.head_position()
 
 
 async def test_bulk_cancel_decides_again_for_job_claimed_meanwhile(ledger: Ledger) -> None:
-    job_ids = await submitted(ledger.event_store, 2)
-    overtake(ledger, job_ids[0], ClaimJob("w", datetime.now(UTC)))
-    outcome = await cancel_each(ledger.event_store, job_ids)
+    job_ids = await submit_jobs(ledger.event_store, 2)
+    handle_after_read(ledger, job_ids[0], ClaimJob("w", datetime.now(UTC)))
+    outcome = await cancel_jobs(ledger.event_store, job_ids)
     assert outcome.event_counts == {"JobCancelRequested": 1, "JobCancelled": 1}
     assert outcome.rejections == []
 
 
 async def test_bulk_cancel_skips_deleted_jobs(ledger: Ledger) -> None:
-    job_ids = await submitted(ledger.event_store, 3)
+    job_ids = await submit_jobs(ledger.event_store, 3)
     await handle_command(ledger.event_store, job_ids[0], Delete("user:bob"), meta=EVENT_METADATA)
-    overtake(ledger, job_ids[1], Delete("user:bob"))
-    outcome = await cancel_each(ledger.event_store, job_ids)
+    handle_after_read(ledger, job_ids[1], Delete("user:bob"))
+    outcome = await cancel_jobs(ledger.event_store, job_ids)
     assert (outcome.total, outcome.changed, outcome.rejections) == (1, 1, [])
 
 
@@ -103,34 +105,35 @@ async def test_bulk_delete_lists_first_rejections_and_counts_all(
 ) -> None:
     monkeypatch.setattr(bulk, "MAX_REJECTIONS_LISTED", 2)
     monkeypatch.setattr(bulk, "JOBS_PER_CHUNK", 2)
-    job_ids = await submitted(ledger.event_store, 5)
+    job_ids = await submit_jobs(ledger.event_store, 5)
     for job_id in job_ids:
         await handle_command(ledger.event_store, job_id, ClaimJob("w", datetime.now(UTC)), meta=EVENT_METADATA)
     delete = Delete("user:ada")
-    outcome = await bulk.apply_to_jobs(ledger.event_store, job_ids, delete, meta=OF_BATCH, statuses=UNENDED)
-    shown = outcome.to_response()
-    assert shown["jobs"] == {"total": 5, "changed": 0, "unchanged": 0, "rejected": 5}
-    assert [refused["job_id"] for refused in shown["rejections"]] == job_ids[:2]
+    outcome = await bulk.apply_to_jobs(ledger.event_store, job_ids, delete, meta=BATCH_METADATA, statuses=UNFINISHED)
+    response = outcome.to_response()
+    assert response["jobs"] == {"total": 5, "changed": 0, "unchanged": 0, "rejected": 5}
+    assert [rejection["job_id"] for rejection in response["rejections"]] == job_ids[:2]
 
 
 async def test_bulk_cancel_rejects_job_with_unknown_event_type(ledger: Ledger) -> None:
-    job_ids = await submitted(ledger.event_store, 2)
-    repainted: type[Event] = create_model("JobRepainted", __base__=Event)
+    job_ids = await submit_jobs(ledger.event_store, 2)
+    unknown_event: type[Event] = create_model("JobRepainted", __base__=Event)
     head = (await load_stream_state(ledger.event_store, job_ids[0])).head
-    await ledger.event_store.append(StreamAppend(job_ids[0], head, [repainted()], EVENT_METADATA, datetime.now(UTC)))
-    outcome = await cancel_each(ledger.event_store, job_ids)
+    await ledger.event_store.append(
+        StreamAppend(job_ids[0], head, [unknown_event()], EVENT_METADATA, datetime.now(UTC))
+    )
+    outcome = await cancel_jobs(ledger.event_store, job_ids)
     assert (outcome.total, outcome.changed) == (2, 1)
-    assert [(refused["job_id"], refused["code"]) for refused in outcome.rejections] == [
-        (job_ids[0], "unreadable_event")
-    ]
+    rejections = [(rejection["job_id"], rejection["code"]) for rejection in outcome.rejections]
+    assert rejections == [(job_ids[0], "unreadable_event")]
 
 
 async def test_bulk_cancel_with_invalid_event_raises_and_appends_nothing(ledger: Ledger) -> None:
-    job_ids = await submitted(ledger.event_store, 3)
+    job_ids = await submit_jobs(ledger.event_store, 3)
     head = await ledger.event_store.head_position()
     with pytest.raises(InvalidEvent):
         await bulk.apply_to_jobs(
-            ledger.event_store, job_ids, CancelJob("user:ada", "\ud800"), meta=OF_BATCH, statuses=UNENDED
+            ledger.event_store, job_ids, CancelJob("user:ada", "\ud800"), meta=BATCH_METADATA, statuses=UNFINISHED
         )
     assert await ledger.event_store.head_position() == head
 
@@ -138,37 +141,37 @@ async def test_bulk_cancel_with_invalid_event_raises_and_appends_nothing(ledger:
 async def test_bulk_cancel_on_busy_ledger_raises_and_can_be_repeated(mongodb_uri: str, db_name: str) -> None:
     limits = EventStoreLimits(max_pending_events=10)
     async with open_ledger(Connection(mongodb_uri, db_name), limits, with_change_stream=False) as ledger:
-        job_ids = await submitted(ledger.event_store, 100)
+        job_ids = await submit_jobs(ledger.event_store, 100)
         with pytest.raises(LedgerBusy):
-            await cancel_each(ledger.event_store, job_ids)
+            await cancel_jobs(ledger.event_store, job_ids)
         head = await ledger.event_store.head_position()
         assert 100 < head < 200
     async with open_ledger(Connection(mongodb_uri, db_name), with_change_stream=False) as ledger:
-        outcome = await cancel_each(ledger.event_store, job_ids)
+        outcome = await cancel_jobs(ledger.event_store, job_ids)
         assert outcome.changed == 200 - head
         assert outcome.position == await ledger.event_store.head_position() == 200
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 1000])
 async def test_bulk_cancel_handles_each_job_once_for_any_chunk_size(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, at_once: int
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, chunk_size: int
 ) -> None:
-    """Wherever the database ends a part: in a stream, or between two."""
-    job_ids = await submitted(ledger.event_store, 4)
+    """A chunk may end inside a stream or between two streams."""
+    job_ids = await submit_jobs(ledger.event_store, 4)
     for job_id in job_ids[:2]:
         await handle_command(ledger.event_store, job_id, ClaimJob("w", datetime.now(UTC)), meta=EVENT_METADATA)
-    monkeypatch.setattr("jobledger.ledger.store.event_store._BATCH_EVENTS", at_once)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._BATCH_EVENTS", chunk_size)
     heads: list[int] = []
-    read_in_parts = EventStore.iterate_stream_batches
+    iterate_stream_batches = EventStore.iterate_stream_batches
 
-    async def watched(*given: Any, **options: Any) -> AsyncGenerator[list[RecordedEvent], None]:
-        async for part in read_in_parts(*given, **options):
+    async def iterate_and_record_heads(*arguments: Any, **options: Any) -> AsyncGenerator[list[RecordedEvent], None]:
+        async for chunk in iterate_stream_batches(*arguments, **options):
             heads.append(await ledger.event_store.head_position())
-            yield part
+            yield chunk
 
-    monkeypatch.setattr(EventStore, "iterate_stream_batches", watched)
-    outcome = await cancel_each(ledger.event_store, job_ids)
+    monkeypatch.setattr(EventStore, "iterate_stream_batches", iterate_and_record_heads)
+    outcome = await cancel_jobs(ledger.event_store, job_ids)
     assert (outcome.total, outcome.changed, outcome.rejections) == (4, 4, [])
     assert outcome.event_counts == {"JobCancelRequested": 2, "JobCancelled": 2}
-    if at_once < 4:
-        assert heads[-1] > heads[0], "the first jobs are acted on before the last are read"
+    if chunk_size < 4:
+        assert heads[-1] > heads[0], "the first jobs are changed before the last jobs are read"

@@ -1,7 +1,8 @@
-"""Validators cover everything that a representation shows: no conditional request gets a stale 304."""
+"""Test that ETags and Last-Modified cover the whole response, so no conditional request gets an outdated 304."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from datetime import datetime, timedelta
@@ -15,9 +16,10 @@ from jobledger.api.auth.redaction import BATCH_RULES, JOB_RULES
 from jobledger.api.routes.docs import Docs
 from jobledger.projections.slots import Views
 from tests.api.conftest import Api
-from tests.api.test_files import add_file
+from tests.api.result_files import add_file
+from tests.support.header_auth import principal_header
 
-WITH_VALIDATOR = {
+PATHS_WITH_VALIDATOR = {
     "/api/events/jobs/{job_id}",
     "/api/events/batches/{batch_id}",
     "/api/events/files/{path}",
@@ -25,12 +27,20 @@ WITH_VALIDATOR = {
     "/api/docs",
 }
 FILE_FIELDS = ("sha256", "media_type", "modified_at")
-"""The fields of a file's row that its response shows. The path is the URL itself."""
+"""The fields of a file's row that its response contains. The path is the URL itself."""
+VIEWERS = {
+    "owner": principal_header("owner"),
+    "writer": principal_header("writer"),
+    "reader": principal_header("reader"),
+}
+ACCESS = {"visibility": "public", "read_access": ["reader"], "write_access": ["writer"]}
 
 
 async def test_only_known_representations_have_validators(api_without_worker: Api) -> None:
     paths = (await api_without_worker.get("/api/openapi.json")).json()["paths"]
-    assert {path for path, item in paths.items() if "304" in item.get("get", {}).get("responses", {})} == WITH_VALIDATOR
+    assert {
+        path for path, item in paths.items() if "304" in item.get("get", {}).get("responses", {})
+    } == PATHS_WITH_VALIDATOR
     batch = await api_without_worker.submit_batch({})
     for path in (
         "/",
@@ -67,20 +77,20 @@ async def test_etag_changes_with_each_field_of_a_job_or_batch(api: Api, kind: st
     original = await rows.find_one_and_update({"_id": key}, {"$set": {"webhook": webhook}}, return_document=True)
     assert original is not None
     first = await api.get(path)
-    known = first.headers["etag"]
-    assert (await api.get(path, **{"If-None-Match": known})).status_code == 304
+    etag = first.headers["etag"]
+    assert (await api.get(path, **{"If-None-Match": etag})).status_code == 304
     changed_fields = set()
-    for field, document in changed_documents(original, rules):
+    for field, document in iterate_changed_documents(original, rules):
         await rows.replace_one({"_id": key}, document)
-        response = await api.get(path, **{"If-None-Match": known})
+        response = await api.get(path, **{"If-None-Match": etag})
         assert response.status_code == 200, field
-        assert response.headers["etag"] != known, field
+        assert response.headers["etag"] != etag, field
         assert response.json()[kind] != first.json()[kind], field
         changed_fields.add(field.partition(".")[0])
-        assert (await api.get(path, **{"If-Match": known})).status_code == 412, field
+        assert (await api.get(path, **{"If-Match": etag})).status_code == 412, field
     await rows.replace_one({"_id": key}, original)
-    assert (await api.get(path, **{"If-None-Match": known})).status_code == 304
-    # `paused` of a job comes from its batch, and is tested below.
+    assert (await api.get(path, **{"If-None-Match": etag})).status_code == 304
+    # `paused` of a job comes from its batch. The next test covers it.
     assert changed_fields | {"paused"} >= first.json()[kind].keys()
 
 
@@ -88,13 +98,13 @@ async def test_etag_changes_with_the_batch_of_a_pending_job(api_without_worker: 
     batch = await api_without_worker.submit_batch({})
     path = f"/api/events/jobs/{batch['job_ids'][0]}"
     position = await api_without_worker.event_store.head_position()
-    known = (await api_without_worker.get(path, position)).headers["etag"]
+    etag = (await api_without_worker.get(path, position)).headers["etag"]
     for action, is_paused in (("pause", True), ("resume", False)):
         response = await api_without_worker.post(f"/api/events/batches/{batch['batch_id']}/{action}")
-        response = await api_without_worker.get(path, response.headers["ledger-position"], **{"If-None-Match": known})
+        response = await api_without_worker.get(path, response.headers["ledger-position"], **{"If-None-Match": etag})
         assert response.status_code == 200
         assert response.json()["job"]["paused"] is is_paused
-        known = response.headers["etag"]
+        etag = response.headers["etag"]
 
 
 async def test_validators_change_with_each_field_of_a_file(api_without_worker: Api) -> None:
@@ -104,13 +114,13 @@ async def test_validators_change_with_each_field_of_a_file(api_without_worker: A
     original = await rows.find_one({"sha256": sha256})
     assert original is not None
     first = await api_without_worker.get(path)
-    shown = {
+    new_values = {
         "sha256": await add_file(api_without_worker, "b.bin", b"other"),
         "media_type": "text/html",
         "modified_at": original["modified_at"] + timedelta(hours=1),
     }
-    assert tuple(shown) == FILE_FIELDS
-    for field, value in shown.items():
+    assert tuple(new_values) == FILE_FIELDS
+    for field, value in new_values.items():
         size = 5 if field == "sha256" else original["size"]
         await rows.replace_one({"_id": original["_id"]}, {**original, field: value, "size": size})
         validators = {"modified_at": {"If-Modified-Since": first.headers["last-modified"]}}
@@ -133,11 +143,11 @@ def test_etag_changes_with_each_part_of_the_openapi_document() -> None:
         "paths": {},
         "components": {"schemas": {}},
     }
-    etags = {respond(Docs(lambda: document).json).headers["etag"]}
-    changes = dict(changed_documents(document, document))
+    etags = {build_response(Docs(lambda: document).json).headers["etag"]}
+    changes = dict(iterate_changed_documents(document, document))
     for number, (field, changed) in enumerate(changes.items(), 2):
         docs = Docs(lambda changed=changed: changed)  # type: ignore[misc]  # binds the loop's value
-        response = respond(docs.json, **{"if-none-match": ", ".join(etags)})
+        response = build_response(docs.json, **{"if-none-match": ", ".join(etags)})
         assert response.status_code == 200, field
         etags.add(response.headers["etag"])
         assert len(etags) == number, field
@@ -145,13 +155,13 @@ def test_etag_changes_with_each_part_of_the_openapi_document() -> None:
 
 async def test_docs_with_matching_etag_are_not_modified(api_without_worker: Api) -> None:
     for path in ("/api/openapi.json", "/api/docs"):
-        known = (await api_without_worker.get(path)).headers["etag"]
+        etag = (await api_without_worker.get(path)).headers["etag"]
         for tags, status in (
-            (known, 304),
-            (f'"a", W/{known}', 304),
+            (etag, 304),
+            (f'"a", W/{etag}', 304),
             ("*", 304),
-            (known[1:-1], 200),
-            (f'{known}"', 304),
+            (etag[1:-1], 200),
+            (f'{etag}"', 304),
         ):
             response = await api_without_worker.get(path, **{"If-None-Match": tags})
             assert response.status_code == status, tags
@@ -167,26 +177,76 @@ async def test_static_files_have_versioned_url_and_no_validator(api_without_work
     assert "etag" not in response.headers
 
 
-def respond(content: Any, **headers: str) -> Any:
-    """Return the response of a document to a request with these headers."""
+async def test_etag_differs_between_different_bodies_of_one_url(header_auth_api: Api) -> None:
+    owner = header_auth_api.as_user("owner")
+    batch = await owner.submit_batch({}, {}, access_control=ACCESS)
+    batch_id, job_id = batch["batch_id"], batch["job_ids"][0]
+    job_url, batch_url = f"/api/events/jobs/{job_id}", f"/api/events/batches/{batch_id}"
+    bodies: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    position = str(await header_auth_api.event_store.head_position())
+    for method, path, content in (
+        ("GET", job_url, None),
+        ("POST", f"{batch_url}/pause", None),
+        ("PUT", job_url, {"priority": 5}),
+        ("POST", f"{batch_url}/resume", None),
+        ("PUT", batch_url, {"access_control": {**ACCESS, "read_access": []}}),
+        ("POST", f"{batch_url}/pause", None),
+        ("POST", f"{job_url}/cancel", None),
+        ("POST", f"{job_url}/archive", None),
+        ("POST", f"{batch_url}/cancel", None),
+    ):
+        response = await header_auth_api.http.request(method, path, json=content, headers=VIEWERS["owner"])
+        assert response.status_code == 200, response.text
+        if method != "GET":
+            position = response.headers["ledger-position"]
+        for url in (job_url, f"{job_url}?as_of={position}", batch_url, f"{batch_url}?as_of={position}"):
+            for headers in VIEWERS.values():
+                response = await header_auth_api.get(url, position, **headers)
+                assert response.status_code == 200, response.text
+                etag, body = response.headers["etag"], response.json()
+                assert bodies[url].setdefault(etag, body) == body, url
+                for tag in {etag, next(iter(bodies[url]))}:
+                    response = await header_auth_api.get(url, position, **headers, **{"If-None-Match": tag})
+                    assert response.status_code == (304 if tag == etag else 200), url
+    assert all(len(bodies[url]) > 5 for url in bodies if "?" not in url)
+
+
+async def test_job_as_of_position_is_paused_if_its_batch_was(api_without_worker: Api) -> None:
+    batch = await api_without_worker.submit_batch({})
+    url = f"/api/events/jobs/{batch['job_ids'][0]}"
+    states = [(await api_without_worker.event_store.head_position(), False)]
+    for action, paused in (("pause", True), ("resume", False), ("pause", True)):
+        response = await api_without_worker.post(f"/api/events/batches/{batch['batch_id']}/{action}")
+        states.append((int(response.headers["ledger-position"]), paused))
+    for position, paused in states:
+        assert (await api_without_worker.get(f"{url}?as_of={position}")).json()["job"]["paused"] == paused, position
+
+
+def build_response(content: Any, **headers: str) -> Any:
+    """Return the response to a request for a document with these headers."""
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     return content.build_response(Request({"type": "http", "method": "GET", "headers": raw}))
 
 
-def changed_documents(document: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield copies of a document, each with another value of one field, or of one field of an object in it."""
+def iterate_changed_documents(
+    document: Mapping[str, Any], names: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a field name and a copy of the document with another value of this field, for each field.
+
+    An object is changed in each of its own fields.
+    """
     for name in names:
         value = document.get(name)
         if isinstance(value, dict):
             for key in value:
-                yield f"{name}.{key}", {**document, name: {**deepcopy(value), key: changed_value(value[key])}}
+                yield f"{name}.{key}", {**document, name: {**deepcopy(value), key: change_value(value[key])}}
             yield f"{name}.added", {**document, name: {**deepcopy(value), "added": 1}}
         else:
-            yield name, {**document, name: changed_value(value)}
+            yield name, {**document, name: change_value(value)}
 
 
-def changed_value(value: Any) -> Any:
-    """Return another value, of the same type where possible."""
+def change_value(value: Any) -> Any:
+    """Return a different value, of the same type where possible."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -196,7 +256,7 @@ def changed_value(value: Any) -> Any:
     if isinstance(value, datetime):
         return value + timedelta(seconds=1)
     if isinstance(value, list):
-        return [*value, {"url": "/added"}]  # as an asset of results
+        return [*value, {"url": "/added"}]  # like an asset of results
     if isinstance(value, dict):
         return {**value, "added": 1}
     return {"added": 1}

@@ -1,4 +1,4 @@
-"""An event that was damaged in the database is answered as a stub, and every reader still gets the others."""
+"""Test that an event damaged in the database is returned as a stub and does not hide other events."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from tests.support.event_examples import NOON
 from tests.support.tampered_events import ORIGINAL_EVENT, TAMPERED_FIELDS
 
 
-async def submitted(api: Api, *more: Any) -> list[Document]:
+async def append_job(api: Api, *later_events: Any) -> list[Document]:
+    """Append a job with these events after its submission. Return the stored documents."""
     events = await api.event_store.append(
-        StreamAppend(new_job_id(), StreamHead(), [ORIGINAL_EVENT, *more], EventMetadata("user:local"), NOON)
+        StreamAppend(new_job_id(), StreamHead(), [ORIGINAL_EVENT, *later_events], EventMetadata("user:local"), NOON)
     )
     await api.get("/api/monitoring/events/stats", events[-1].position)
     return [dict(event.document) for event in events]
 
 
 async def test_damaged_event_does_not_hide_other_events(api_without_worker: Api) -> None:
-    [first] = await submitted(api_without_worker)
-    damaged, archived = await submitted(api_without_worker, JobArchived(by="user:local"))
-    [last] = await submitted(api_without_worker)
-    positions = [it["_id"] for it in (first, damaged, archived, last)]
+    [first] = await append_job(api_without_worker)
+    damaged, archived = await append_job(api_without_worker, JobArchived(by="user:local"))
+    [last] = await append_job(api_without_worker)
+    positions = [document["_id"] for document in (first, damaged, archived, last)]
     job = damaged["stream"]
-    for place, value, _ in TAMPERED_FIELDS.values():
-        if place in ("stream", "version"):  # then it is found in no stream, or at another version
+    for field, value, _ in TAMPERED_FIELDS.values():
+        if field in ("stream", "version"):  # such an event belongs to no stream or has another version
             continue
-        await api_without_worker.db.events.update_one({"_id": damaged["_id"]}, {"$set": {place: value}})
+        await api_without_worker.db.events.update_one({"_id": damaged["_id"]}, {"$set": {field: value}})
         response = await api_without_worker.get("/api/ledger/events?limit=1000")
-        assert response.status_code == 200, (place, value, response.text)
+        assert response.status_code == 200, (field, value, response.text)
         assert [event["position"] for event in response.json()["events"]] == positions
         for path in (
             f"/api/ledger/events?stream={job}",
@@ -47,17 +48,17 @@ async def test_damaged_event_does_not_hide_other_events(api_without_worker: Api)
             f"/monitoring/events/jobs/{job}",
         ):
             response = await api_without_worker.get(path)
-            assert response.status_code == 200, (place, value, path, response.text)
-        for then in (archived["_id"], "2030-01-01T00:00:00Z"):
-            response = await api_without_worker.get(f"/api/events/jobs/{job}?as_of={then}")
-            assert response.status_code in (200, 404, 409), (place, value, response.text)
+            assert response.status_code == 200, (field, value, path, response.text)
+        for as_of in (archived["_id"], "2030-01-01T00:00:00Z"):
+            response = await api_without_worker.get(f"/api/events/jobs/{job}?as_of={as_of}")
+            assert response.status_code in (200, 404, 409), (field, value, response.text)
         async with asyncio.timeout(DEADLINE_SECONDS), aclosing(api_without_worker.stream_events(after=0)) as events:
             assert [(await anext(events))["position"] for _ in positions] == positions
         await api_without_worker.db.events.replace_one({"_id": damaged["_id"]}, damaged)
 
 
 async def test_stub_of_damaged_event_names_the_field(api_without_worker: Api) -> None:
-    [damaged] = await submitted(api_without_worker)
+    [damaged] = await append_job(api_without_worker)
     await api_without_worker.db.events.update_one(
         {"_id": damaged["_id"]}, {"$set": {"data.parameters.text": b"\xde\xad\xbe\xef"}}
     )

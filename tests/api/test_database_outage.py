@@ -1,4 +1,4 @@
-"""The database is killed or stands still: the API says so in time, and goes on by itself when it is back."""
+"""Test that the API responds with 503 in time while the database is killed or frozen, and recovers without help."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.support.soak_only import soak_only
 
 pytestmark = needs_local_mongod
 
-PATIENCE_MS = 1000  # mongodb.connect_timeout_ms: how long the driver looks for a server
-ANSWER_SECONDS = 40.0
-BACK_SECONDS = 40.0
+CONNECT_TIMEOUT_MS = 1000
+RESPONSE_SECONDS = 40.0
+RECOVERY_SECONDS = 40.0
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    """A server of the test's own, which it may harm."""
+    """A MongoDB server that only this test uses, so that it can be killed."""
     with EmbeddedServer.start(tmp_path / "server", oplog_mb=990) as server:
         yield server
         os.kill(server.pid, signal.SIGCONT)
@@ -37,46 +37,44 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
 
 @pytest.fixture
 async def api(server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    """All roles, with less patience than usual: an append gives up after 4 seconds, not 30."""
+    """An API with all roles and short timeouts: an append fails after 4 seconds instead of 30."""
     monkeypatch.setattr(
         "jobledger.cli.composition.EventStore", partial(EventStore, limits=EventStoreLimits(append_timeout_seconds=4))
     )
-    mongodb = {"uri": server.uri, "db_name": "away", "connect_timeout_ms": PATIENCE_MS}
-    async for running in run_api(server.uri, "away", tmp_path, mongodb=mongodb):
-        yield running
+    mongodb = {"uri": server.uri, "db_name": "outage", "connect_timeout_ms": CONNECT_TIMEOUT_MS}
+    async for api in run_api(server.uri, "outage", tmp_path, mongodb=mongodb):
+        yield api
 
 
-async def refused_in_time(api: Api, method: str, path: str, seconds: float = ANSWER_SECONDS) -> None:
-    """Check that a request is refused with 503, in the envelope, within so many seconds."""
-    began = time.monotonic()
+async def check_unavailable(api: Api, method: str, path: str, seconds: float = RESPONSE_SECONDS) -> None:
+    """Check that a request gets the 503 of the API within `seconds`."""
+    start = time.monotonic()
     content = {"job_type": "echo", "parameters": {}} if method == "POST" else None
     response = await api.http.request(method, path, json=content, timeout=seconds)
     assert response.status_code == 503, f"{path}: {response.text}"
     assert response.json()["code"] == "database_unavailable"
     assert int(response.headers["retry-after"]) > 0
     assert "Traceback" not in response.text
-    assert time.monotonic() - began < seconds
+    assert time.monotonic() - start < seconds
 
 
-async def is_behind(api: Api) -> bool:
+async def is_stream_unavailable(api: Api) -> bool:
     async with api.http.stream("GET", "/api/ledger/stream", headers=api.principal_headers) as response:
         return response.status_code == 503
 
 
-async def accepted_again(api: Api) -> None:
-    """Submit as a client should, again and again, until it is accepted; then the job is done."""
-    deadline = time.monotonic() + BACK_SECONDS
+async def check_recovery(api: Api) -> None:
+    """Repeat a submission while the API responds with 503, as a client should, until the job is completed."""
+    deadline = time.monotonic() + RECOVERY_SECONDS
     while True:
         response = await api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})
         if response.status_code == 202:
             break
         assert response.status_code == 503, response.text
-        assert time.monotonic() < deadline, "the API does not find the database again"
+        assert time.monotonic() < deadline, "the API does not reconnect to the database"
     job_id = response.json()["job_id"]
-    while await is_behind(
-        api
-    ):  # who may see what is known from the change stream, which is opened again a little later
-        assert time.monotonic() < deadline, "the API does not find the change stream again"
+    while await is_stream_unavailable(api):  # until the change stream is reopened, which access checks depend on
+        assert time.monotonic() < deadline, "the API does not reopen the change stream"
         await asyncio.sleep(0.1)
     job = await api.wait_until_finished(job_id)
     assert job["status"] == "completed"
@@ -84,41 +82,41 @@ async def accepted_again(api: Api) -> None:
 
 
 async def test_killed_database_gives_503_until_it_returns(api: Api, server: EmbeddedServer) -> None:
-    before = await api.submit()
-    await api.wait_until_finished(before)
+    job_id = await api.submit()
+    await api.wait_until_finished(job_id)
     os.kill(server.pid, signal.SIGKILL)
     await server.wait_exited()
 
-    for path in ("/api/events/jobs", f"/api/events/jobs/{before}", "/api/events/files/x", "/readyz"):
-        await refused_in_time(api, "GET", path, 10)
+    for path in ("/api/events/jobs", f"/api/events/jobs/{job_id}", "/api/events/files/x", "/readyz"):
+        await check_unavailable(api, "GET", path, 10)
     assert (await api.get("/healthz")).status_code == 200
-    await refused_in_time(api, "POST", "/api/events/jobs", 15)
+    await check_unavailable(api, "POST", "/api/events/jobs", 15)
 
     await server.restart()
-    await accepted_again(api)
-    assert (await api.get(f"/api/events/jobs/{before}")).json()["job"]["status"] == "completed"
+    await check_recovery(api)
+    assert (await api.get(f"/api/events/jobs/{job_id}")).json()["job"]["status"] == "completed"
 
 
 async def test_readyz_with_frozen_database_gives_503_within_seconds(api: Api, server: EmbeddedServer) -> None:
     assert (await api.get("/readyz")).status_code == 200
     os.kill(server.pid, signal.SIGSTOP)
     try:
-        await refused_in_time(api, "GET", "/readyz", 7)  # without a limit it takes until the driver's next heartbeat
+        await check_unavailable(api, "GET", "/readyz", 7)  # without a time limit, until the driver's next heartbeat
     finally:
         os.kill(server.pid, signal.SIGCONT)
 
 
 @soak_only
 async def test_frozen_database_gives_503_in_bounded_time(api: Api, server: EmbeddedServer) -> None:
-    before = await api.submit()
-    await api.wait_until_finished(before)
+    job_id = await api.submit()
+    await api.wait_until_finished(job_id)
     os.kill(server.pid, signal.SIGSTOP)
     try:
-        for path in ("/api/events/jobs", f"/api/events/jobs/{before}", "/readyz"):
-            await refused_in_time(api, "GET", path)
+        for path in ("/api/events/jobs", f"/api/events/jobs/{job_id}", "/readyz"):
+            await check_unavailable(api, "GET", path)
         assert (await api.get("/healthz")).status_code == 200
     except httpx.ReadTimeout:
-        pytest.fail(f"no response within {ANSWER_SECONDS} s while the database stands still")
+        pytest.fail(f"no response within {RESPONSE_SECONDS} s while the database is frozen")
     finally:
         os.kill(server.pid, signal.SIGCONT)
-    await accepted_again(api)
+    await check_recovery(api)

@@ -1,7 +1,6 @@
-"""Whatever is sent, right or wrong: no fault, and no response that the OpenAPI document does not describe.
+"""Test that generated requests, valid or not, get only responses that the OpenAPI document describes.
 
-`make test` tries the same few requests each time; `make fuzz` tries JOBLEDGER_FUZZ_REQUESTS others for each
-route.
+`make test` sends the same few requests each time. `make fuzz` sends JOBLEDGER_FUZZ_REQUESTS random ones to each route.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from schemathesis import Case, checks
 from tests.api.test_openapi import DOCUMENT
 from tests.support.installation import Installation, RunningCommand
 
-MANY = int(os.environ.get("JOBLEDGER_FUZZ_REQUESTS", "0"))
+FUZZ_REQUESTS = int(os.environ.get("JOBLEDGER_FUZZ_REQUESTS", "0"))
 CHECKS = [
     checks.not_a_server_error,
     checks.status_code_conformance,
@@ -35,21 +34,21 @@ CHECKS = [
     checks.allow_header_conformance,
 ]
 EXAMPLES = settings(
-    max_examples=MANY or 3,
-    derandomize=not MANY,
+    max_examples=FUZZ_REQUESTS or 3,
+    derandomize=not FUZZ_REQUESTS,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 schema = schemathesis.openapi.from_dict(DOCUMENT)
-REFUSALS = ["400", "401", "403", "404", "405", "409", "412", "413", "414", "415", "416", "422", "429", "431"]
-schema.config.checks.negative_data_rejection.expected_statuses = REFUSALS
-LIVE = "/api/ledger/stream"
+REJECTION_STATUSES = ["400", "401", "403", "404", "405", "409", "412", "413", "414", "415", "416", "422", "429", "431"]
+schema.config.checks.negative_data_rejection.expected_statuses = REJECTION_STATUSES
+STREAM_PATH = "/api/ledger/stream"
 
 
 @pytest.fixture(scope="module")
 def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCommand]:
-    """Everything, running; at the end no fault is in the log."""
+    """A process with all roles. The fixture fails if its log contains a fault at the end."""
     name = f"test_{uuid4().hex[:16]}"
     with Installation(
         tmp_path_factory.mktemp("fuzz"),
@@ -80,52 +79,47 @@ def session() -> Iterator[requests.Session]:
         yield session
 
 
-@schema.exclude(path=LIVE).parametrize()
+@schema.exclude(path=STREAM_PATH).parametrize()
 @EXAMPLES
 def test_generated_request_gets_a_documented_response(
     case: Case[Any], role: RunningCommand, http: httpx.Client, session: requests.Session
 ) -> None:
-    leads_somewhere(case, http)
-    waits_for_nothing(case)
+    use_existing_ids(case, http)
+    remove_waits(case)
     response = case.call(base_url=role.url, session=session, timeout=30)
-    left_out = (
-        [checks.unsupported_method] if response.status_code == 414 else []
-    )  # refused before the method is looked at
+    # A request with a too long URL is rejected before its method is checked.
+    excluded = [checks.unsupported_method] if response.status_code == 414 else []
     if case.path.endswith("/link"):
-        # Below …/files/ a GET of any path is right, that of a file named `link`, too: no document can say so.
-        left_out.append(checks.allow_header_conformance)
-    case.validate_response(response, checks=CHECKS, excluded_checks=left_out)
+        # A GET of any path below …/files/ is valid, also of a file named `link`. OpenAPI cannot describe this.
+        excluded.append(checks.allow_header_conformance)
+    case.validate_response(response, checks=CHECKS, excluded_checks=excluded)
 
 
-@schema.include(path=LIVE).parametrize()
+@schema.include(path=STREAM_PATH).parametrize()
 @EXAMPLES
 def test_generated_stream_request_gets_a_documented_response(
     case: Case[Any], role: RunningCommand, session: requests.Session
 ) -> None:
-    asked = case.as_transport_kwargs(base_url=role.url)
-    with session.request(**asked, stream=True, timeout=30) as response:
-        described = case.operation.definition.raw["responses"]
+    request = case.as_transport_kwargs(base_url=role.url)
+    with session.request(**request, stream=True, timeout=30) as response:
+        documented = case.operation.definition.raw["responses"]
         if case.method.upper() == "GET":
-            assert str(response.status_code) in described
+            assert str(response.status_code) in documented
         media_type = response.headers["content-type"].partition(";")[0]
         assert media_type == ("text/event-stream" if response.ok else "application/json")
 
 
-def leads_somewhere(case: Case[Any], http: httpx.Client) -> None:
-    """Put the id of a new job or batch into half of the addresses: none would ever be guessed."""
-    given = case.path_parameters
-    for name, found in (("job_id", "job_id"), ("batch_id", "batch_id")):
-        if name in given and zlib.crc32(str(given[name]).encode(errors="replace")) % 2:
-            body = {"job_type": "echo", "parameters": {"track": "A"}}
-            many = name == "batch_id"
-            response = http.post(
-                f"/api/events/{'batches' if many else 'jobs'}", json={"jobs": [body]} if many else body
-            )
-            given[name] = response.json()[found]
+def use_existing_ids(case: Case[Any], http: httpx.Client) -> None:
+    """Put the ID of a new job or batch into half of the paths, because no generated ID exists."""
+    job = {"job_type": "echo", "parameters": {"track": "A"}}
+    for name, path, body in (("job_id", "jobs", job), ("batch_id", "batches", {"jobs": [job]})):
+        value = case.path_parameters.get(name)
+        if value is not None and zlib.crc32(str(value).encode(errors="replace")) % 2:
+            case.path_parameters[name] = http.post(f"/api/events/{path}", json=body).json()[name]
 
 
-def waits_for_nothing(case: Case[Any]) -> None:
-    """Leave out what a right response may take long for: a position that the views have not reached, an end."""
+def remove_waits(case: Case[Any]) -> None:
+    """Remove positions and preferences for which a valid request may wait long."""
     for name in [name for name in case.headers or () if name.lower() in ("ledger-position", "prefer")]:
         if case.headers[name].isdecimal() or "wait" in case.headers[name]:
             del case.headers[name]

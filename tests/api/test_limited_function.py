@@ -1,4 +1,4 @@
-"""A limited function costs its caller bounded time, whatever it does, and the next call has a process again."""
+"""Test that a limited function has bounded cost for its caller, and that the next call gets a working process."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from jobledger.api.processes.limited_function import (
 FUNCTION = """
 import os, re
 
-def act(deed):
+def act(action):
     return {
-        "echo": lambda: deed,
+        "echo": lambda: action,
         "print": lambda: print("noise"),
         "loop": lambda: re.match(r"(a+)+$", "a" * 60 + "b"),
         "memory": lambda: bytearray(1 << 32),
@@ -33,12 +33,12 @@ def act(deed):
         "large": lambda: "x" * 100_000_000,
         "not JSON": lambda: os.write(results(), (4).to_bytes(8, "big") + b"nope"),
         "endless": lambda: os.write(results(), (1 << 62).to_bytes(8, "big")),
-    }[deed]()
+    }[action]()
 
 def results():
-    "The descriptor to which results are written: foreign code can find it."
-    pipes = [int(it) for it in os.listdir("/proc/self/fd") if int(it) > 2]
-    return next(it for it in pipes if os.path.exists(f"/proc/self/fd/{it}") and is_writable_pipe(it))
+    "Return the descriptor to which results are written. Foreign code can find it."
+    descriptors = [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
+    return next(fd for fd in descriptors if os.path.exists(f"/proc/self/fd/{fd}") and is_writable_pipe(fd))
 
 def is_writable_pipe(descriptor):
     is_pipe = os.readlink(f"/proc/self/fd/{descriptor}").startswith(("pipe:", "socket:"))
@@ -49,19 +49,19 @@ def is_writable_pipe(descriptor):
 
 @pytest.fixture
 async def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LimitedFunction]:
-    (tmp_path / "limited_deeds.py").write_text(FUNCTION)
+    (tmp_path / "misbehaving_function.py").write_text(FUNCTION)
     monkeypatch.syspath_prepend(str(tmp_path))
-    made = LimitedFunction("limited_deeds:act", processes=1, queue_seconds=30)
-    yield made
-    await made.close()
+    function = LimitedFunction("misbehaving_function:act", processes=1, queue_seconds=30)
+    yield function
+    await function.close()
 
 
-async def call(function: LimitedFunction, deed: str, seconds: float = 60) -> Any:
-    return await function.call(json.dumps(deed).encode(), seconds)
+async def call(function: LimitedFunction, action: str, seconds: float = 60) -> Any:
+    return await function.call(json.dumps(action).encode(), seconds)
 
 
 @pytest.mark.parametrize(
-    ("deed", "seconds", "error"),
+    ("action", "seconds", "error"),
     [
         ("loop", 0.2, CallTimeout),
         ("memory", 60, ProcessEnded),
@@ -74,11 +74,11 @@ async def call(function: LimitedFunction, deed: str, seconds: float = 60) -> Any
     ],
 )
 async def test_call_that_fails_raises_and_leaves_the_next_call_unaffected(
-    function: LimitedFunction, deed: str, seconds: float, error: type[CallFailed]
+    function: LimitedFunction, action: str, seconds: float, error: type[CallFailed]
 ) -> None:
-    with pytest.raises(error) as raised:
-        await call(function, deed, seconds)
-    assert deed != "exit" or "exit code 7" in str(raised.value)
+    with pytest.raises(error) as failure:
+        await call(function, action, seconds)
+    assert action != "exit" or "exit code 7" in str(failure.value)
     assert await call(function, "print") is None
     assert await call(function, "echo") == "echo"
 
@@ -95,7 +95,7 @@ async def test_call_without_a_free_process_raises() -> None:
     function = LimitedFunction("json:dumps", processes=1, queue_seconds=0)
     outcomes = await asyncio.gather(*(call(function, "echo") for _ in range(3)), return_exceptions=True)
     assert outcomes[0] == '"echo"'
-    assert [type(it) for it in outcomes[1:]] == [ProcessPoolBusy, ProcessPoolBusy]
+    assert [type(outcome) for outcome in outcomes[1:]] == [ProcessPoolBusy, ProcessPoolBusy]
     await function.close()
 
 

@@ -1,4 +1,4 @@
-"""Lists: every filter finds what it should, from an index, a page at a time; totals are right."""
+"""Test lists of jobs and batches: filters, totals, paging and the use of indexes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ STRANGER = Principal("zoe")
 TRACKS = ("Main", "Databases", "Web")
 
 
-async def listed(api: Api, position: int | str | None = None, **query: Any) -> Any:
+async def list_jobs(api: Api, position: int | str | None = None, **query: Any) -> Any:
     headers = {} if position is None else {"Ledger-Position": str(position)}
     response = await api.http.get("/api/events/jobs", params=query, headers=headers)
     assert response.status_code == 200, response.text
     return response.json()
 
 
-async def some_jobs(api: Api) -> str:
+async def create_jobs(api: Api) -> str:
     """Submit 30 jobs of three tracks, two languages and two users, five of them cancelled; return the position."""
     for number in range(30):
         await api.post(
@@ -45,14 +45,14 @@ async def some_jobs(api: Api) -> str:
             },
             **principal_header("alice" if number < 20 else "bob"),
         )
-    found = (await listed(api, await api.event_store.head_position()))["jobs"]
-    for job in found[:5]:
+    jobs = (await list_jobs(api, await api.event_store.head_position()))["jobs"]
+    for job in jobs[:5]:
         await api.post(f"/api/events/jobs/{job['job_id']}/cancel")
     return str(await api.event_store.head_position())
 
 
 async def test_job_list_filter_returns_matches_and_total(header_auth_api: Api) -> None:
-    position = await some_jobs(header_auth_api)
+    position = await create_jobs(header_auth_api)
     for query, number in [
         ({}, 30),
         ({"status": "cancelled"}, 5),
@@ -71,44 +71,44 @@ async def test_job_list_filter_returns_matches_and_total(header_auth_api: Api) -
         ({"q": "TALK 7"}, 1),
         ({"q": "lovelace"}, 1),
         ({"q": "trees", "track": "Web"}, 10),
-        ({"q": "nothing of the kind"}, 0),
+        ({"q": "no such job"}, 0),
         ({"archived": "false"}, 30),
         ({"archived": "true"}, 0),
         ({"created_after": "2001-01-01T00:00:00Z"}, 30),
         ({"created_before": "2001-01-01T00:00:00Z"}, 0),
     ]:
-        content = await listed(header_auth_api, position, **query)
+        content = await list_jobs(header_auth_api, position, **query)
         assert (content["total"], len(content["jobs"])) == (number, number), query
 
 
 async def test_job_list_filters_by_error_code(api: Api) -> None:
     job_id = await api.submit({"fail": "permanent"})
-    ended = await api.wait_until_finished(job_id)
+    failed = await api.wait_until_finished(job_id)
     await api.submit()
-    assert ended["status"] == "failed"
-    found = await listed(api, ended["position"], error_code=ended["error"]["code"])
-    assert [job["job_id"] for job in found["jobs"]] == [job_id]
-    assert (await listed(api, error_code="OTHER"))["jobs"] == []
+    assert failed["status"] == "failed"
+    content = await list_jobs(api, failed["position"], error_code=failed["error"]["code"])
+    assert [job["job_id"] for job in content["jobs"]] == [job_id]
+    assert (await list_jobs(api, error_code="OTHER"))["jobs"] == []
 
 
 @pytest.mark.parametrize("sort", ["-created_at", "created_at"])
 async def test_job_list_pages_are_stable_while_jobs_change(header_auth_api: Api, sort: str) -> None:
-    position = await some_jobs(header_auth_api)
-    whole = [job["job_id"] for job in (await listed(header_auth_api, position, sort=sort))["jobs"]]
-    seen: list[str] = []
+    position = await create_jobs(header_auth_api)
+    existing = [job["job_id"] for job in (await list_jobs(header_auth_api, position, sort=sort))["jobs"]]
+    listed: list[str] = []
     query: dict[str, Any] = {"limit": 7, "sort": sort}
     while True:
-        content = await listed(header_auth_api, position, **query)
-        seen += [job["job_id"] for job in content["jobs"]]
+        content = await list_jobs(header_auth_api, position, **query)
+        listed += [job["job_id"] for job in content["jobs"]]
         if "next_cursor" not in content:
             break
         query |= {"cursor": content["next_cursor"]}
-        await header_auth_api.http.delete(f"/api/events/jobs/{seen[0]}")
+        await header_auth_api.http.delete(f"/api/events/jobs/{listed[0]}")
         position = (await header_auth_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})).headers[
             "ledger-position"
         ]
-    assert [job_id for job_id in seen if job_id in whole] == whole
-    assert len(seen) == len(set(seen))
+    assert [job_id for job_id in listed if job_id in existing] == existing
+    assert len(listed) == len(set(listed))
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ async def test_jobs_of_batch_are_paged_with_total(api_without_worker: Api) -> No
     assert first["total"] == rest["total"] == 12
     assert sorted(job["job_id"] for job in first["jobs"] + rest["jobs"]) == sorted(batch["job_ids"])
     assert "next_cursor" not in rest
-    none = await api_without_worker.get("/api/events/batches/batch-000000000000000000000000/jobs")
-    assert (none.status_code, none.json()["code"]) == (404, "batch_not_found")
+    missing = await api_without_worker.get("/api/events/batches/batch-000000000000000000000000/jobs")
+    assert (missing.status_code, missing.json()["code"]) == (404, "batch_not_found")
 
 
 async def test_batch_list_filters_by_status_user_and_name(header_auth_api: Api) -> None:
@@ -139,23 +139,23 @@ async def test_batch_list_filters_by_status_user_and_name(header_auth_api: Api) 
         await header_auth_api.post("/api/events/batches", content, **principal_header(user))
     position = await header_auth_api.event_store.head_position()
 
-    async def names(**query: Any) -> list[str]:
+    async def list_names(**query: Any) -> list[str]:
         headers = {"Ledger-Position": str(position)}
-        found = await header_auth_api.http.get("/api/events/batches", params=query, headers=headers)
-        assert found.json()["total"] == len(found.json()["batches"])
-        return [batch["batch_name"] for batch in found.json()["batches"]]
+        response = await header_auth_api.http.get("/api/events/batches", params=query, headers=headers)
+        assert response.json()["total"] == len(response.json()["batches"])
+        return [batch["batch_name"] for batch in response.json()["batches"]]
 
-    assert await names() == ["PyCon", "FOSDEM other", "FOSDEM main track"]
-    assert await names(sort="created_at") == ["FOSDEM main track", "FOSDEM other", "PyCon"]
-    assert await names(q="fosdem") == ["FOSDEM other", "FOSDEM main track"]
-    assert await names(user_id="alice", status="processing") == ["PyCon", "FOSDEM main track"]
-    assert await names(status="failed") == []
-
-
-# From an index ----------------------------------------------------------------------------------------------------
+    assert await list_names() == ["PyCon", "FOSDEM other", "FOSDEM main track"]
+    assert await list_names(sort="created_at") == ["FOSDEM main track", "FOSDEM other", "PyCon"]
+    assert await list_names(q="fosdem") == ["FOSDEM other", "FOSDEM main track"]
+    assert await list_names(user_id="alice", status="processing") == ["PyCon", "FOSDEM main track"]
+    assert await list_names(status="failed") == []
 
 
-def a_job(number: int) -> Document:
+# Use of indexes -----------------------------------------------------------------------------------------------------
+
+
+def make_job_document(number: int) -> Document:
     owner = ("alice", "bob", "carol")[number % 3]
     status = ("completed", "completed", "completed", "failed", "pending")[number % 5]
     job: Document = {
@@ -189,9 +189,9 @@ def a_job(number: int) -> Document:
 
 @pytest.mark.parametrize("principal", [ADMIN, ALICE, STRANGER], ids=["admin", "alice", "stranger"])
 async def test_every_job_list_query_examines_few_index_keys(api_without_worker: Api, principal: Principal) -> None:
-    await api_without_worker.db.jobs.insert_many([a_job(number) for number in range(3000)])
+    await api_without_worker.db.jobs.insert_many([make_job_document(number) for number in range(3000)])
     cursor = paging.PageCursor(datetime(2026, 1, 1, 0, 20, tzinfo=UTC), "job-1")
-    for wanted in [
+    for job_filter in [
         job_list.JobFilter(),
         job_list.JobFilter(status="failed"),
         job_list.JobFilter(batch_id="batch-7"),
@@ -210,22 +210,21 @@ async def test_every_job_list_query_examines_few_index_keys(api_without_worker: 
     ]:
         for after in (None, cursor):
             for newest_first in (True, False):
-                await assert_looks_at_little(
-                    api_without_worker, wanted.build_query(principal), after, newest_first=newest_first
+                await check_query_plan(
+                    api_without_worker, job_filter.build_query(principal), after, newest_first=newest_first
                 )
 
 
-async def assert_looks_at_little(
-    api: Api, query: Document, after: paging.PageCursor | None, *, newest_first: bool
-) -> None:
-    asked, order = paging.build_page_query(query, after, newest_first=newest_first)
+async def check_query_plan(api: Api, query: Document, after: paging.PageCursor | None, *, newest_first: bool) -> None:
+    """Check that a page is read from an index without a sort, and that few more keys are examined than returned."""
+    page_query, order = paging.build_page_query(query, after, newest_first=newest_first)
     hint = dict(list_index.index_for(query))
-    command = {"find": "jobs", "filter": asked, "sort": dict(order), "limit": 50, "hint": hint}
-    told = await api.db.command({"explain": command, "verbosity": "executionStats"})
-    stats = told["executionStats"]
-    assert "COLLSCAN" not in str(told["queryPlanner"]["winningPlan"]), query
-    assert "'stage': 'SORT'" not in str(told["queryPlanner"]["winningPlan"]), query
-    # One key more ends each range; every scope that the principal looks from is a range.
+    command = {"find": "jobs", "filter": page_query, "sort": dict(order), "limit": 50, "hint": hint}
+    explanation = await api.db.command({"explain": command, "verbosity": "executionStats"})
+    stats = explanation["executionStats"]
+    assert "COLLSCAN" not in str(explanation["queryPlanner"]["winningPlan"]), query
+    assert "'stage': 'SORT'" not in str(explanation["queryPlanner"]["winningPlan"]), query
+    # Each scope of the principal is a range of the index, and one additional key ends each range.
     assert stats["totalKeysExamined"] <= 2 * stats["nReturned"] + 8, (
         query,
         stats["totalKeysExamined"],

@@ -1,4 +1,4 @@
-"""The log page by page: in order, filtered, never more work than one request may make, and how far it goes."""
+"""Test pages of the log: order, filters, bounded work for each request, streams, and the head of the log."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain.commands import CancelJob
-from jobledger.ledger.domain.events import EventMetadata
-from jobledger.ledger.store.command_handler import handle_command
 from tests.api.conftest import Api
 
+CANCEL = CancelJob("user:local")
 
-async def page(api: Api, **query: Any) -> dict[str, Any]:
+
+async def load_page(api: Api, **query: Any) -> dict[str, Any]:
     response = await api.http.get("/api/ledger/events", params=query, headers=api.principal_headers)
     assert response.status_code == 200, response.text
     content: dict[str, Any] = response.json()
@@ -20,21 +20,21 @@ async def page(api: Api, **query: Any) -> dict[str, Any]:
     return content
 
 
-def positions(content: dict[str, Any]) -> list[int]:
+def get_positions(content: dict[str, Any]) -> list[int]:
     return [event["position"] for event in content["events"]]
 
 
 async def test_log_pages_have_no_gaps_or_duplicates(api_without_worker: Api) -> None:
     job_ids = [await api_without_worker.submit({"number": number}) for number in range(7)]
-    first = await page(api_without_worker, limit=3)
-    assert (positions(first), first["last_position"], first["head"]) == ([1, 2, 3], 3, 7)
+    first = await load_page(api_without_worker, limit=3)
+    assert (get_positions(first), first["last_position"], first["head"]) == ([1, 2, 3], 3, 7)
     assert [event["stream"] for event in first["events"]] == job_ids[:3]
     assert first["events"][0]["data"]["parameters"] == {"number": 0}
-    second = await page(api_without_worker, limit=3, after=first["last_position"])
-    assert (positions(second), second["last_position"]) == ([4, 5, 6], 6)
-    assert positions(await page(api_without_worker, after=6)) == [7]
+    second = await load_page(api_without_worker, limit=3, after=first["last_position"])
+    assert (get_positions(second), second["last_position"]) == ([4, 5, 6], 6)
+    assert get_positions(await load_page(api_without_worker, after=6)) == [7]
     for after in (7, 10_000):
-        end = await page(api_without_worker, after=after)
+        end = await load_page(api_without_worker, after=after)
         assert (end["events"], end["last_position"], end["head"]) == ([], after, 7)
 
 
@@ -42,7 +42,7 @@ async def test_log_page_event_equals_live_stream_event(api_without_worker: Api) 
     await api_without_worker.submit({"text": "ä"})
     [live] = await api_without_worker.take_events(1, after=0)
     del live["sse_id"]
-    assert (await page(api_without_worker))["events"] == [live]
+    assert (await load_page(api_without_worker))["events"] == [live]
 
 
 async def test_log_page_filtered_by_type_advances_by_scanned_events(
@@ -51,38 +51,35 @@ async def test_log_page_filtered_by_type_advances_by_scanned_events(
     monkeypatch.setattr("jobledger.api.routes.log._MAX_EVENTS_SCANNED", 10)
     monkeypatch.setattr("jobledger.api.routes.log._READ_BATCH_EVENTS", 5)
     job_ids = [await api_without_worker.submit() for _ in range(24)]
-    await handle_command(
-        api_without_worker.event_store, job_ids[0], CancelJob("user:local"), meta=EventMetadata("test")
-    )
-    found = [await page(api_without_worker, types="JobCancelled,JobFailed")]
-    while found[-1]["last_position"] < found[-1]["head"]:
-        found.append(await page(api_without_worker, types="JobCancelled,JobFailed", after=found[-1]["last_position"]))
-    assert [content["last_position"] for content in found] == [10, 20, 25]
-    assert [positions(content) for content in found] == [[], [], [25]]
+    await api_without_worker.handle_commands(job_ids[0], CANCEL)
+    types = "JobCancelled,JobFailed"
+    pages = [await load_page(api_without_worker, types=types)]
+    while pages[-1]["last_position"] < pages[-1]["head"]:
+        pages.append(await load_page(api_without_worker, types=types, after=pages[-1]["last_position"]))
+    assert [content["last_position"] for content in pages] == [10, 20, 25]
+    assert [get_positions(content) for content in pages] == [[], [], [25]]
 
 
 async def test_log_page_of_large_events_ends_early(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.api.http.pagination.MAX_PAGE_BYTES", 10_000)
     for _ in range(4):
         await api_without_worker.submit({"text": "x" * 6000})
-    content = await page(api_without_worker)
-    assert (positions(content), content["last_position"]) == ([1, 2], 2)
+    content = await load_page(api_without_worker)
+    assert (get_positions(content), content["last_position"]) == ([1, 2], 2)
 
 
 async def test_events_of_one_stream_are_paged(api_without_worker: Api) -> None:
-    job_id, other = await api_without_worker.submit(), await api_without_worker.submit()
-    for stream in (other, job_id):
-        await handle_command(
-            api_without_worker.event_store, stream, CancelJob("user:local"), meta=EventMetadata("test")
-        )
-    first = await page(api_without_worker, stream=job_id, limit=1)
-    assert (positions(first), first["last_position"], first["head"]) == ([1], 1, 4)
-    assert positions(await page(api_without_worker, stream=job_id, after=1)) == [4]
-    assert positions(await page(api_without_worker, stream=job_id, after=3)) == [4]
-    assert positions(await page(api_without_worker, stream=job_id, types="JobCancelled")) == [4]
-    end = await page(api_without_worker, stream=job_id, after=4)
+    job_id, second_job_id = await api_without_worker.submit(), await api_without_worker.submit()
+    for stream in (second_job_id, job_id):
+        await api_without_worker.handle_commands(stream, CANCEL)
+    first = await load_page(api_without_worker, stream=job_id, limit=1)
+    assert (get_positions(first), first["last_position"], first["head"]) == ([1], 1, 4)
+    assert get_positions(await load_page(api_without_worker, stream=job_id, after=1)) == [4]
+    assert get_positions(await load_page(api_without_worker, stream=job_id, after=3)) == [4]
+    assert get_positions(await load_page(api_without_worker, stream=job_id, types="JobCancelled")) == [4]
+    end = await load_page(api_without_worker, stream=job_id, after=4)
     assert (end["events"], end["last_position"]) == ([], 4)
-    response = await api_without_worker.get("/api/ledger/events?stream=job-nobody")
+    response = await api_without_worker.get("/api/ledger/events?stream=job-missing")
     assert (response.status_code, response.json()["code"]) == (404, "stream_not_found")
 
 
@@ -90,22 +87,22 @@ async def test_events_of_one_stream_are_read_by_the_stream_index(api_without_wor
     job_id = await api_without_worker.submit()
     for _ in range(50):
         await api_without_worker.submit()
-    await handle_command(api_without_worker.event_store, job_id, CancelJob("user:local"), meta=EventMetadata("test"))
+    await api_without_worker.handle_commands(job_id, CANCEL)
     await api_without_worker.db.command("profile", 2)
     try:
-        content = await page(api_without_worker, stream=job_id, after=1)
+        content = await load_page(api_without_worker, stream=job_id, after=1)
     finally:
         await api_without_worker.db.command("profile", 0)
-    assert positions(content) == [52]
-    looked = [
-        entry
-        async for entry in api_without_worker.db["system.profile"].find({"ns": f"{api_without_worker.db.name}.events"})
-        if job_id in str(entry["command"].get("filter"))
+    assert get_positions(content) == [52]
+    queries = [
+        query
+        async for query in api_without_worker.db["system.profile"].find({"ns": f"{api_without_worker.db.name}.events"})
+        if job_id in str(query["command"].get("filter"))
     ]
-    assert looked
-    for entry in looked:
-        assert entry["planSummary"] == "IXSCAN { stream: 1, version: 1 }"
-        assert entry["docsExamined"] <= 2
+    assert queries
+    for query in queries:
+        assert query["planSummary"] == "IXSCAN { stream: 1, version: 1 }"
+        assert query["docsExamined"] <= 2
 
 
 @pytest.mark.parametrize(

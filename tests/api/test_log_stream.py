@@ -161,7 +161,7 @@ async def test_separators_of_lines_inside_a_text_do_not_tear_an_event_apart(api_
     assert b"\r" not in received
 
 
-# Where a client resumes -------------------------------------------------------------------------------------------
+# Where a client resumes ---------------------------------------------------------------------------------------------
 
 
 async def blocks(api: Api, number: int, **query: Any) -> list[list[str]]:

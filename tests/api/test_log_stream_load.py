@@ -68,7 +68,7 @@ async def read_until(reader: asyncio.StreamReader, text: bytes) -> None:
         seen = seen[-200:] + part
 
 
-# Many -------------------------------------------------------------------------------------------------------------
+# Many ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("header_auth")
@@ -109,7 +109,7 @@ async def change_streams(api: Api) -> int:
         return len(await found.to_list())
 
 
-# Slow -------------------------------------------------------------------------------------------------------------
+# Slow ---------------------------------------------------------------------------------------------------------------
 
 
 async def large_jobs(api: Api, number: int) -> None:
@@ -165,7 +165,7 @@ async def test_a_client_that_reads_slowly_but_does_read_gets_everything(
         assert time.monotonic() - begun > 1.0
 
 
-# The end of things ------------------------------------------------------------------------------------------------
+# The end of things --------------------------------------------------------------------------------------------------
 
 
 async def test_when_the_server_stops_its_streams_end_at_once(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:

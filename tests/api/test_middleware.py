@@ -43,7 +43,7 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
     return running
 
 
-# Headers of every answer ------------------------------------------------------------------------------------------
+# Headers of every answer --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/healthz", JOBS, "/nothing/here", f"{JOBS}/job-none", f"{JOBS}?limit=x"])
@@ -98,7 +98,7 @@ async def test_a_sane_request_id_is_kept_and_any_other_is_replaced(api_without_w
         assert (answer.headers["x-request-id"] == given) is kept
 
 
-# The access log ---------------------------------------------------------------------------------------------------
+# The access log -----------------------------------------------------------------------------------------------------
 
 
 async def test_the_access_log_says_who_asked_for_what_and_no_secrets(run: Any) -> None:
@@ -133,7 +133,7 @@ async def test_without_being_asked_there_is_no_access_log(api_without_worker: Ap
     assert [line for line in lines if line["event"] == "request"] == []
 
 
-# Other sites' pages -----------------------------------------------------------------------------------------------
+# Other sites' pages -------------------------------------------------------------------------------------------------
 
 
 async def test_pages_of_configured_origins_may_use_the_api_and_others_may_not(run: Any) -> None:
@@ -163,7 +163,7 @@ async def test_without_configured_origins_no_page_but_ours_may_read_or_write(api
     assert (await api_without_worker.post(JOBS, {}, Origin=FRIEND)).json()["code"] == "origin_not_allowed"
 
 
-# Limits -----------------------------------------------------------------------------------------------------------
+# Limits -------------------------------------------------------------------------------------------------------------
 
 
 async def test_who_asks_too_often_is_told_when_to_come_back_and_others_are_not_kept(

@@ -1,6 +1,6 @@
-"""Who may do what at which door: every kind of principal, at every door, with every visibility, from one table.
+"""Test permissions: every kind of principal, at every operation, with every visibility.
 
-The rights are written down here once more, in full, from the table of the reference: not asked of the code.
+The expected access levels are a table of their own, taken from the reference and not from the code.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-from jobledger.cli.composition import ALL_ROLES
 from tests.api.conftest import Api, run_api
-from tests.support.header_auth import HeaderAuthBackend, principal_header
+from tests.support.header_auth import principal_header
 
 NONE, READ, WRITE, ADMIN = range(4)
 ACCESS: Final[dict[str, Any]] = {
@@ -22,11 +21,11 @@ ACCESS: Final[dict[str, Any]] = {
     "admin_access": ["keeper", "team-keepers"],
 }
 OWNER: Final = principal_header("owner", ["team-o"])
-HOOK: Final = {"url": "https://hooks.invalid/secretname"}
+WEBHOOK: Final = {"url": "https://hooks.invalid/secretname"}
 
 
-class Who(NamedTuple):
-    """Somebody, and what they may do with what is private, for the team, public."""
+class Caller(NamedTuple):
+    """A principal and its access level to the owner's jobs and batches, by their visibility."""
 
     name: str
     headers: dict[str, str]
@@ -35,81 +34,80 @@ class Who(NamedTuple):
     public: int
 
 
-PEOPLE: Final = [
-    Who("owner", OWNER, ADMIN, ADMIN, ADMIN),
-    Who("admin", principal_header("ann", roles=["admin"]), ADMIN, ADMIN, ADMIN),
-    Who("named keeper", principal_header("keeper"), ADMIN, ADMIN, ADMIN),
-    Who("keeper by team", principal_header("k", ["team-keepers"]), ADMIN, ADMIN, ADMIN),
-    Who("named writer", principal_header("writer"), WRITE, WRITE, WRITE),
-    Who("writer by team", principal_header("w", ["team-writers"]), WRITE, WRITE, WRITE),
-    Who("named reader", principal_header("reader"), READ, READ, READ),
-    Who("reader by team", principal_header("r", ["team-readers"]), READ, READ, READ),
-    Who("in a team with the owner", principal_header("t", ["team-o", "team-x"]), NONE, READ, READ),
-    Who("in another team", principal_header("x", ["team-x"]), NONE, NONE, READ),
-    Who("stranger", principal_header("zoe"), NONE, NONE, READ),
-    Who("monitor", principal_header("mona", roles=["monitor"]), NONE, NONE, READ),
-    Who("named like a scope", principal_header("*"), NONE, NONE, READ),
-    Who("nobody", principal_header(), NONE, NONE, READ),
+CALLERS: Final = [
+    Caller("owner", OWNER, ADMIN, ADMIN, ADMIN),
+    Caller("admin", principal_header("ann", roles=["admin"]), ADMIN, ADMIN, ADMIN),
+    Caller("user in admin_access", principal_header("keeper"), ADMIN, ADMIN, ADMIN),
+    Caller("team in admin_access", principal_header("k", ["team-keepers"]), ADMIN, ADMIN, ADMIN),
+    Caller("user in write_access", principal_header("writer"), WRITE, WRITE, WRITE),
+    Caller("team in write_access", principal_header("w", ["team-writers"]), WRITE, WRITE, WRITE),
+    Caller("user in read_access", principal_header("reader"), READ, READ, READ),
+    Caller("team in read_access", principal_header("r", ["team-readers"]), READ, READ, READ),
+    Caller("user in a team of the owner", principal_header("t", ["team-o", "team-x"]), NONE, READ, READ),
+    Caller("user in another team", principal_header("x", ["team-x"]), NONE, NONE, READ),
+    Caller("other user", principal_header("zoe"), NONE, NONE, READ),
+    Caller("monitor", principal_header("mona", roles=["monitor"]), NONE, NONE, READ),
+    Caller("user named like a scope", principal_header("*"), NONE, NONE, READ),
+    Caller("anonymous", principal_header(), NONE, NONE, READ),
 ]
 VISIBILITIES: Final = ("private", "team", "public")
 
 
-class Door(NamedTuple):
-    """A request for something of a job or batch, and the right it takes."""
+class Operation(NamedTuple):
+    """A request for a job or batch, and the access level that it requires."""
 
     method: str
     path: str
-    needs: int
+    required: int
     body: Any = None
 
 
-READING: Final = [
-    Door("GET", "/api/events/jobs/{job}", READ),
-    Door("GET", "/api/events/jobs/{job}?as_of=999999", READ),
-    Door("GET", "/api/events/jobs/{job}/history", READ),
-    Door("GET", "/api/events/jobs/{job}/logs", READ),
-    Door("GET", "/api/events/jobs/{job}/download-archive", READ),
-    Door("GET", "/api/events/batches/{batch}", READ),
-    Door("GET", "/api/events/batches/{batch}/jobs", READ),
-    Door("GET", "/api/events/batches/{batch}/history", READ),
-    Door("GET", "/api/events/batches/{batch}/download-archive", READ),
-    Door("GET", "/api/events/files/{file}", READ),
-    Door("GET", "/api/ledger/events?stream={job}", READ),
-    Door("GET", "/api/ledger/events?stream={batch}", READ),
-    Door("GET", "/api/ledger/events?stream={delivery}", READ),
-    Door("GET", "/api/monitoring/events/webhooks/{delivery}", READ),
-    Door("GET", "/api/monitoring/events/webhooks?job_id={job}", READ),
+READ_OPERATIONS: Final = [
+    Operation("GET", "/api/events/jobs/{job}", READ),
+    Operation("GET", "/api/events/jobs/{job}?as_of=999999", READ),
+    Operation("GET", "/api/events/jobs/{job}/history", READ),
+    Operation("GET", "/api/events/jobs/{job}/logs", READ),
+    Operation("GET", "/api/events/jobs/{job}/download-archive", READ),
+    Operation("GET", "/api/events/batches/{batch}", READ),
+    Operation("GET", "/api/events/batches/{batch}/jobs", READ),
+    Operation("GET", "/api/events/batches/{batch}/history", READ),
+    Operation("GET", "/api/events/batches/{batch}/download-archive", READ),
+    Operation("GET", "/api/events/files/{file}", READ),
+    Operation("GET", "/api/ledger/events?stream={job}", READ),
+    Operation("GET", "/api/ledger/events?stream={batch}", READ),
+    Operation("GET", "/api/ledger/events?stream={delivery}", READ),
+    Operation("GET", "/api/monitoring/events/webhooks/{delivery}", READ),
+    Operation("GET", "/api/monitoring/events/webhooks?job_id={job}", READ),
 ]
-CHANGING: Final = [
-    Door("POST", "/api/monitoring/events/webhooks/{delivery}/redeliver", WRITE),
-    Door("POST", "/api/events/jobs/{job}/archive", WRITE),
-    Door("POST", "/api/events/jobs/{job}/unarchive", WRITE),
-    Door("POST", "/api/events/jobs/{job}/restart", WRITE),
-    Door("POST", "/api/events/jobs/{job}/cancel", WRITE),
-    Door("PUT", "/api/events/jobs/{job}", WRITE, {"priority": 2}),
-    Door("PUT", "/api/events/jobs/{job}", ADMIN, {"access_control": ACCESS}),
-    Door("POST", "/api/events/batches/{batch}/pause", WRITE),
-    Door("POST", "/api/events/batches/{batch}/resume", WRITE),
-    Door("POST", "/api/events/batches/{batch}/archive", WRITE),
-    Door("POST", "/api/events/batches/{batch}/unarchive", WRITE),
-    Door("POST", "/api/events/batches/{batch}/restart", WRITE),
-    Door("POST", "/api/events/batches/{batch}/cancel", WRITE),
-    Door("PUT", "/api/events/batches/{batch}", ADMIN, {"access_control": ACCESS}),
-    Door("DELETE", "/api/events/jobs/{job}", ADMIN),
-    Door("DELETE", "/api/events/batches/{batch}", ADMIN),
+WRITE_OPERATIONS: Final = [
+    Operation("POST", "/api/monitoring/events/webhooks/{delivery}/redeliver", WRITE),
+    Operation("POST", "/api/events/jobs/{job}/archive", WRITE),
+    Operation("POST", "/api/events/jobs/{job}/unarchive", WRITE),
+    Operation("POST", "/api/events/jobs/{job}/restart", WRITE),
+    Operation("POST", "/api/events/jobs/{job}/cancel", WRITE),
+    Operation("PUT", "/api/events/jobs/{job}", WRITE, {"priority": 2}),
+    Operation("PUT", "/api/events/jobs/{job}", ADMIN, {"access_control": ACCESS}),
+    Operation("POST", "/api/events/batches/{batch}/pause", WRITE),
+    Operation("POST", "/api/events/batches/{batch}/resume", WRITE),
+    Operation("POST", "/api/events/batches/{batch}/archive", WRITE),
+    Operation("POST", "/api/events/batches/{batch}/unarchive", WRITE),
+    Operation("POST", "/api/events/batches/{batch}/restart", WRITE),
+    Operation("POST", "/api/events/batches/{batch}/cancel", WRITE),
+    Operation("PUT", "/api/events/batches/{batch}", ADMIN, {"access_control": ACCESS}),
+    Operation("DELETE", "/api/events/jobs/{job}", ADMIN),
+    Operation("DELETE", "/api/events/batches/{batch}", ADMIN),
 ]
 
 
 @pytest.fixture
-async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    """All roles, and a header that says who asks."""
-    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda user_id: HeaderAuthBackend())
-    async for running in run_api(mongodb_uri, db_name, tmp_path, ALL_ROLES):
-        yield running
+async def api(header_auth: None, mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
+    """An API with all roles that authenticates by a header."""
+    async for api in run_api(mongodb_uri, db_name, tmp_path):
+        yield api
 
 
-class Thing(NamedTuple):
-    """A finished batch of one job with a file and a webhook, of the owner's."""
+class Resources(NamedTuple):
+    """The owner's finished batch with one job, which has a file and a webhook delivery."""
 
     batch: str
     job: str
@@ -117,112 +115,105 @@ class Thing(NamedTuple):
     delivery: str
 
 
-async def thing(api: Api, visibility: str) -> Thing:
+async def create_resources(api: Api, visibility: str) -> Resources:
     access = {**ACCESS, "visibility": visibility}
     content = {
         "batch_name": "secretname",
         "access_control": access,
-        "jobs": [{"job_type": "echo", "job_name": "secretname", "parameters": {"text": "x"}, "webhook": HOOK}],
+        "jobs": [{"job_type": "echo", "job_name": "secretname", "parameters": {"text": "x"}, "webhook": WEBHOOK}],
     }
     response = (await api.post("/api/events/batches", content, **OWNER)).json()
     job = await api.wait_until_finished(response["job_ids"][0])
     await api.wait_for_event(response["batch_id"], "BatchFinished")
     delivery = f"delivery-{job['job_id']}-{job['version']}"
-    return Thing(response["batch_id"], job["job_id"], job["results"]["files"][0]["path"], delivery)
+    return Resources(response["batch_id"], job["job_id"], job["results"]["files"][0]["path"], delivery)
 
 
-async def knock(api: Api, door: Door, what: Thing, who: Who) -> int:
-    path = door.path.format(**what._asdict())
-    response = await api.http.request(door.method, path, json=door.body, headers=who.headers)
+async def request_status(api: Api, operation: Operation, resources: Resources, caller: Caller) -> int:
+    path = operation.path.format(**resources._asdict())
+    response = await api.http.request(operation.method, path, json=operation.body, headers=caller.headers)
     if response.status_code >= 400:
         assert response.json()["status"] == "error"
         assert "secretname" not in response.text
     return response.status_code
 
 
-def expected(has: int, door: Door, who: Who) -> set[int]:
-    if door.method != "GET" and not who.headers["X-Test-Principal"]:
+def expected_statuses(access: int, operation: Operation, caller: Caller) -> set[int]:
+    if operation.method != "GET" and not caller.headers["X-Test-Principal"]:
         return {401, 404}
-    if has < READ:
+    if access < READ:
         return {404}
-    return {403} if has < door.needs else {200, 202, 409}  # 409: the right was there, but not the state
+    return {403} if access < operation.required else {200, 202, 409}  # 409: allowed, but in the wrong state
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("visibility", VISIBILITIES)
 async def test_operation_is_allowed_only_with_sufficient_access(api: Api, visibility: str) -> None:
-    wrong: list[str] = []
-    what = await thing(api, visibility)
-    owner, *others = PEOPLE
-    for door in [*READING, *CHANGING]:
-        if "access_control" in (door.body or {}):
-            door = door._replace(body={"access_control": {**ACCESS, "visibility": visibility}})
-        for who in [*others, owner]:  # the owner last: what they do changes things for the others
-            has = getattr(who, visibility)
-            if has >= door.needs > READ and who.name != "owner":
-                continue  # changes things for those who come after; each right is seen with the owner, below the others
-            got = await knock(api, door, what, who)
-            if got not in expected(has, door, who):
-                wrong.append(f"{who.name} at {door.method} {door.path}: {got}, not {expected(has, door, who)}")
-        if door.method == "DELETE":
-            what = await thing(api, visibility)
-    assert wrong == []
+    failures: list[str] = []
+    resources = await create_resources(api, visibility)
+    owner, *other_callers = CALLERS
+    for operation in [*READ_OPERATIONS, *WRITE_OPERATIONS]:
+        if "access_control" in (operation.body or {}):
+            operation = operation._replace(body={"access_control": {**ACCESS, "visibility": visibility}})
+        for caller in [*other_callers, owner]:  # the owner last, because the owner's writes change the state
+            access = getattr(caller, visibility)
+            if access >= operation.required > READ and caller.name != "owner":
+                continue  # would change the state for the next callers; the next test calls these operations
+            status = await request_status(api, operation, resources, caller)
+            expected = expected_statuses(access, operation, caller)
+            if status not in expected:
+                failures.append(f"{caller.name}, {operation.method} {operation.path}: {status}, not in {expected}")
+        if operation.method == "DELETE":
+            resources = await create_resources(api, visibility)
+    assert failures == []
 
 
 @pytest.mark.timeout(300)
 async def test_operation_with_sufficient_access_succeeds(api: Api) -> None:
-    wrong: list[str] = []
-    for who in PEOPLE:
-        for door in CHANGING:
-            if who.private >= door.needs and who.name != "owner":
-                what = await thing(api, "private") if door.method == "DELETE" or door is CHANGING[0] else what_was(who)
-                remembered[who.name] = what
-                if await knock(api, door, what, who) not in (200, 202, 409):
-                    wrong.append(f"{who.name} at {door.method} {door.path}")
-    assert wrong == []
-
-
-remembered: dict[str, Thing] = {}
-
-
-def what_was(who: Who) -> Thing:
-    return remembered[who.name]
+    failures: list[str] = []
+    for caller in CALLERS:
+        resources: Resources | None = None
+        for operation in WRITE_OPERATIONS:
+            if caller.private >= operation.required and caller.name != "owner":
+                if resources is None or operation.method == "DELETE":
+                    resources = await create_resources(api, "private")
+                status = await request_status(api, operation, resources, caller)
+                if status not in (200, 202, 409):
+                    failures.append(f"{caller.name}, {operation.method} {operation.path}: {status}")
+    assert failures == []
 
 
 @pytest.mark.timeout(300)
 async def test_lists_and_totals_contain_only_readable_jobs_and_batches(api: Api) -> None:
-    things = {visibility: await thing(api, visibility) for visibility in VISIBILITIES}
+    resources = {visibility: await create_resources(api, visibility) for visibility in VISIBILITIES}
     position = str(await api.event_store.head_position())
-    for who in PEOPLE:
-        headers = {**who.headers, "Ledger-Position": position}
-        jobs = {things[visibility].job for visibility in VISIBILITIES if getattr(who, visibility) >= READ}
-        batches = {things[visibility].batch for visibility in VISIBILITIES if getattr(who, visibility) >= READ}
+    for caller in CALLERS:
+        headers = {**caller.headers, "Ledger-Position": position}
+        readable = [resources[visibility] for visibility in VISIBILITIES if getattr(caller, visibility) >= READ]
+        jobs, batches = {item.job for item in readable}, {item.batch for item in readable}
         for query in ("", "?status=completed", "?q=secretname", "?user_id=owner", "?job_type=echo", "?skip=0&limit=50"):
             content = (await api.http.get(f"/api/events/jobs{query}", headers=headers)).json()
-            assert ({job["job_id"] for job in content["jobs"]}, content["total"]) == (jobs, len(jobs)), (who, query)
+            listed = {job["job_id"] for job in content["jobs"]}
+            assert (listed, content["total"]) == (jobs, len(jobs)), (caller, query)
         for query in ("", "?status=completed", "?q=secretname", "?user_id=owner"):
             content = (await api.http.get(f"/api/events/batches{query}", headers=headers)).json()
-            found = {batch["batch_id"] for batch in content["batches"]}
-            assert (found, content["total"]) == (batches, len(batches)), (who, query)
+            listed = {batch["batch_id"] for batch in content["batches"]}
+            assert (listed, content["total"]) == (batches, len(batches)), (caller, query)
 
 
 @pytest.mark.timeout(300)
 async def test_log_page_contains_only_events_of_readable_streams(api: Api) -> None:
-    things = {visibility: await thing(api, visibility) for visibility in VISIBILITIES}
-    for who in PEOPLE:
-        content = (await api.http.get("/api/ledger/events?after=0&limit=1000", headers=who.headers)).json()
-        seen = {event["stream"] for event in content["events"]} - {"void"}
-        may = {
-            stream
-            for visibility in VISIBILITIES
-            if getattr(who, visibility) >= READ
-            for stream in (things[visibility].batch, things[visibility].job, things[visibility].delivery)
-        }
-        assert seen == may, who.name
+    resources = {visibility: await create_resources(api, visibility) for visibility in VISIBILITIES}
+    for caller in CALLERS:
+        content = (await api.http.get("/api/ledger/events?after=0&limit=1000", headers=caller.headers)).json()
+        streams = {event["stream"] for event in content["events"]} - {"void"}
+        readable = [resources[visibility] for visibility in VISIBILITIES if getattr(caller, visibility) >= READ]
+        expected = {stream for item in readable for stream in (item.batch, item.job, item.delivery)}
+        assert streams == expected, caller.name
 
 
 @pytest.mark.parametrize(
-    ("who", "status"),
+    ("headers", "status"),
     [
         (principal_header("ann", roles=["admin"]), 200),
         (principal_header("mona", roles=["monitor"]), 200),
@@ -230,12 +221,13 @@ async def test_log_page_contains_only_events_of_readable_streams(api: Api) -> No
         (principal_header("zoe", ["team-x"]), 403),
         (principal_header(), 401),
     ],
+    ids=["admin", "monitor", "user", "user with a team", "anonymous"],
 )
 async def test_statistics_require_the_role_monitor_or_admin(
-    header_auth_api: Api, who: dict[str, str], status: int
+    header_auth_api: Api, headers: dict[str, str], status: int
 ) -> None:
     for path in ("/api/monitoring/events/stats", "/metrics"):
-        assert (await header_auth_api.http.get(path, headers=who)).status_code == status, path
+        assert (await header_auth_api.http.get(path, headers=headers)).status_code == status, path
 
 
 async def test_submission_for_another_user_requires_admin(header_auth_api: Api) -> None:
@@ -245,18 +237,19 @@ async def test_submission_for_another_user_requires_admin(header_auth_api: Api) 
         ("batches", {"jobs": [job], "user_id": "bob"}),
         ("batches", {"jobs": [{**job, "user_id": "bob"}]}),
     ):
-        for who, status in (
+        for headers, status in (
             (principal_header("zoe"), 403),
             (principal_header(), 401),
             (principal_header("ann", roles=["admin"]), 202),
             (principal_header("bob"), 202),
         ):
-            assert (await header_auth_api.post(f"/api/events/{path}", content, **who)).status_code == status
+            assert (await header_auth_api.post(f"/api/events/{path}", content, **headers)).status_code == status
 
 
 async def test_batch_operation_skips_jobs_without_read_access(header_auth_api: Api) -> None:
-    hidden = {"job_type": "echo", "parameters": {}, "access_control": {"visibility": "private"}}
-    content = {"access_control": {"write_access": ["writer"]}, "jobs": [hidden, {"job_type": "echo", "parameters": {}}]}
+    job = {"job_type": "echo", "parameters": {}}
+    private_job = {**job, "access_control": {"visibility": "private"}}
+    content = {"access_control": {"write_access": ["writer"]}, "jobs": [private_job, job]}
     batch = (await header_auth_api.post("/api/events/batches", content, **OWNER)).json()
     await header_auth_api.get("/api/events/jobs", await header_auth_api.event_store.head_position())
 

@@ -1,8 +1,7 @@
-"""Who is shown what: no field without a rule, and nothing of the owner's at any door to those with fewer rights."""
+"""Test redaction: every field has a rule, and principals without admin access see no secrets of the owner."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,13 +30,14 @@ from jobledger.api.schemas.webhooks import DeliveryAttempt, DeliveryFilter, Deli
 from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.events import EVENT_TYPES, EventMetadata, JobLeaseExpired, JobReleased, RecordedEvent
 from jobledger.projections.views.job_log import log_lines_of_event
-from tests.api.conftest import Api, run_api
-from tests.support.header_auth import HeaderAuthBackend, principal_header
+from tests.api.conftest import Api, poll_response_until, run_api
+from tests.support.header_auth import principal_header
 from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
 
 OWNER: Final = principal_header("owner", ["team-hidden-team"])
 HOST: Final = "hidden-host"
-MARKS: Final = ("hidden-path", "hidden-query", "hidden-header", "hidden-response", "hidden-user", "hidden-team", HOST)
+SECRETS: Final = ("hidden-path", "hidden-query", "hidden-header", "hidden-response", "hidden-user", "hidden-team", HOST)
+"""Parts of values that only the owner and admins see."""
 STRANGER: Final = Viewer(Principal("zoe"), AccessLevel.READ)
 VIEWERS: Final = {
     "reader": principal_header("reader"),
@@ -55,7 +55,7 @@ def test_every_event_field_has_a_redaction_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "model", "extra"),
+    ("rules", "model", "fields_without_rule"),
     [
         (JOB_RULES, JobResource, {"paused"}),
         (BATCH_RULES, BatchResource, set()),
@@ -64,8 +64,10 @@ def test_every_event_field_has_a_redaction_rule() -> None:
         (METADATA_RULES, EventMetadataResource, {"request_fingerprint", "traceparent"}),
     ],
 )
-def test_every_response_field_has_a_redaction_rule(rules: dict[str, Any], model: Any, extra: set[str]) -> None:
-    assert model.model_fields.keys() == rules.keys() | extra
+def test_every_response_field_has_a_redaction_rule(
+    rules: dict[str, Any], model: Any, fields_without_rule: set[str]
+) -> None:
+    assert model.model_fields.keys() == rules.keys() | fields_without_rule
     assert set(EventMetadata.__dataclass_fields__) == METADATA_RULES.keys() | {"request_fingerprint", "traceparent"}
 
 
@@ -91,18 +93,19 @@ def test_worker_pseudonym_is_stable_and_has_32_bits() -> None:
 
 
 @pytest.fixture
-async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
+async def api(
+    header_auth: None, mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Api]:
     monkeypatch.setattr("socket.gethostname", lambda: HOST)
-    hooks = {"allowed_private_hosts": ["127.0.0.1"], "retry_delays_seconds": [0, 0.1], "jitter": 0}
-    async for running in run_api(mongodb_uri, db_name, tmp_path, webhooks=hooks):
-        yield running
+    webhooks = {"allowed_private_hosts": ["127.0.0.1"], "retry_delays_seconds": [0, 0.1], "jitter": 0}
+    async for api in run_api(mongodb_uri, db_name, tmp_path, webhooks=webhooks):
+        yield api
 
 
 @pytest.fixture
-async def cms() -> AsyncIterator[WebhookEndpoint]:
-    async with run_webhook_endpoint() as found:
-        yield found
+async def endpoint() -> AsyncIterator[WebhookEndpoint]:
+    async with run_webhook_endpoint() as endpoint:
+        yield endpoint
 
 
 ACCESS: Final = {
@@ -113,29 +116,34 @@ ACCESS: Final = {
 }
 
 
-async def finished(api: Api, cms: WebhookEndpoint) -> dict[str, str]:
-    """A finished batch of two jobs, one of which failed, each with a webhook that was told in vain."""
-    cms.script_responses("/hidden-path?token=hidden-query", 500)
-    cms.body = b"hidden-response"
-    hook = {"url": cms.url("/hidden-path?token=hidden-query"), "headers": {"X-hidden-header": "1"}}
+async def create_resources(api: Api, endpoint: WebhookEndpoint) -> dict[str, str]:
+    """Create a finished batch with a completed and a failed job, each with an abandoned webhook delivery.
+
+    Returns:
+        The IDs of the batch, the jobs and a delivery, and the head of the log, as path parameters.
+    """
+    endpoint.script_responses("/hidden-path?token=hidden-query", 500)
+    endpoint.body = b"hidden-response"
+    webhook = {"url": endpoint.url("/hidden-path?token=hidden-query"), "headers": {"X-hidden-header": "1"}}
     content = {
         "access_control": ACCESS,
-        "webhook": hook,
+        "webhook": webhook,
         "jobs": [
-            {"job_type": "echo", "parameters": {"text": "x"}, "webhook": hook},
-            {"job_type": "echo", "parameters": {"fail": "on purpose"}, "max_attempts": 1, "webhook": hook},
+            {"job_type": "echo", "parameters": {"text": "x"}, "webhook": webhook},
+            {"job_type": "echo", "parameters": {"fail": "on purpose"}, "max_attempts": 1, "webhook": webhook},
         ],
     }
     batch = (await api.post("/api/events/batches", content, **OWNER)).json()
-    found = api.as_user("ann", roles=["admin"])
-    jobs = [await found.wait_until_finished(job_id) for job_id in batch["job_ids"]]
-    ended = await found.wait_for_event(batch["batch_id"], "BatchFinished")
-    async with asyncio.timeout(30):
-        while await found.db.events.count_documents({"type": "DeliveryAbandoned"}) < 3:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-    head = await found.event_store.head_position()
-    await found.get("/api/events/jobs", head)
-    assert ended
+    admin = api.as_user("ann", roles=["admin"])
+    jobs = [await admin.wait_until_finished(job_id) for job_id in batch["job_ids"]]
+    assert await admin.wait_for_event(batch["batch_id"], "BatchFinished")
+
+    async def all_deliveries_abandoned() -> bool:
+        return await api.db.events.count_documents({"type": "DeliveryAbandoned"}) >= 3
+
+    await poll_response_until(all_deliveries_abandoned, "all deliveries are abandoned")
+    head = await admin.event_store.head_position()
+    await admin.get("/api/events/jobs", head)
     return {
         "batch": batch["batch_id"],
         "job": jobs[0]["job_id"],
@@ -145,7 +153,7 @@ async def finished(api: Api, cms: WebhookEndpoint) -> dict[str, str]:
     }
 
 
-DOORS: Final = (
+PATHS: Final = (
     "/api/events/jobs",
     "/api/events/jobs/{job}",
     "/api/events/jobs/{failed}",
@@ -172,53 +180,55 @@ DOORS: Final = (
 )
 
 
-async def test_owner_only_values_are_hidden_in_every_response(api: Api, cms: WebhookEndpoint) -> None:
-    what = await finished(api, cms)
-    wrong: list[str] = []
+async def test_owner_only_values_are_hidden_in_every_response(api: Api, endpoint: WebhookEndpoint) -> None:
+    resources = await create_resources(api, endpoint)
+    leaks: list[str] = []
     for name, headers in VIEWERS.items():
-        for door in DOORS:
-            response = await api.http.get(door.format(**what), headers=headers)
-            assert response.status_code == 200 or (name == "anonymous" and response.status_code == 303), (name, door)
-            wrong += [f"{name} at {door} sees {mark}" for mark in MARKS if mark in response.text]
+        for path in PATHS:
+            response = await api.http.get(path.format(**resources), headers=headers)
+            assert response.status_code == 200 or (name == "anonymous" and response.status_code == 303), (name, path)
+            leaks += [f"{name} at {path} sees {secret}" for secret in SECRETS if secret in response.text]
         stream = ""
         async with api.http.stream("GET", "/api/ledger/stream?after=0", headers=headers) as live:
             async for text in live.aiter_text():
                 stream += text
-                if f"id: {what['head']}\n" in stream or stream.count("DeliveryAbandoned") >= 6:
+                if f"id: {resources['head']}\n" in stream or stream.count("DeliveryAbandoned") >= 6:
                     break
         assert "DeliveryAttempted" in stream
-        wrong += [f"{name} sees {mark} live" for mark in MARKS if mark in stream]
-    assert wrong == []
+        leaks += [f"{name} sees {secret} in the live stream" for secret in SECRETS if secret in stream]
+    assert leaks == []
 
 
-async def test_reader_sees_own_name_and_outcome(api: Api, cms: WebhookEndpoint) -> None:
-    what = await finished(api, cms)
-    job = (await api.http.get(f"/api/events/jobs/{what['job']}", headers=VIEWERS["reader"])).json()["job"]
+async def test_reader_sees_own_name_and_outcome(api: Api, endpoint: WebhookEndpoint) -> None:
+    resources = await create_resources(api, endpoint)
+    job = (await api.http.get(f"/api/events/jobs/{resources['job']}", headers=VIEWERS["reader"])).json()["job"]
     JobResource.model_validate(job, extra="forbid")
     assert job["access_control"]["read_access"] == ["reader"]
     assert job["access_control"]["write_access"] == []
-    assert job["webhook"]["url"] == f"http://127.0.0.1:{cms.port}"
+    assert job["webhook"]["url"] == f"http://127.0.0.1:{endpoint.port}"
     assert job["worker_id"].startswith("worker-")
-    found = await api.http.get(f"/api/monitoring/events/webhooks/{what['delivery']}", headers=VIEWERS["reader"])
-    delivery = DeliveryResponse.model_validate_json(found.content, extra="forbid", strict=True).delivery
+    response = await api.http.get(f"/api/monitoring/events/webhooks/{resources['delivery']}", headers=VIEWERS["reader"])
+    delivery = DeliveryResponse.model_validate_json(response.content, extra="forbid", strict=True).delivery
     assert (delivery.status, delivery.attempts[0].status_code) == ("abandoned", 500)
-    history = await api.http.get(f"/api/events/jobs/{what['job']}/history", headers=VIEWERS["reader"])
+    history = await api.http.get(f"/api/events/jobs/{resources['job']}/history", headers=VIEWERS["reader"])
     HistoryResponse.model_validate_json(history.content, extra="forbid", strict=True)
-    assert "on purpose" in (await api.http.get(f"/api/events/jobs/{what['failed']}", headers=principal_header())).text
+    assert (
+        "on purpose" in (await api.http.get(f"/api/events/jobs/{resources['failed']}", headers=principal_header())).text
+    )
 
 
-async def test_owner_and_admins_see_all_values(api: Api, cms: WebhookEndpoint) -> None:
-    what = await finished(api, cms)
+async def test_owner_and_admins_see_all_values(api: Api, endpoint: WebhookEndpoint) -> None:
+    resources = await create_resources(api, endpoint)
     for headers in (OWNER, principal_header("keeper"), principal_header("ann", roles=["admin"])):
         text = ""
-        for door in DOORS:
-            text += (await api.http.get(door.format(**what), headers=headers)).text
-        assert [mark for mark in MARKS if mark not in text] == []
+        for path in PATHS:
+            text += (await api.http.get(path.format(**resources), headers=headers)).text
+        assert [secret for secret in SECRETS if secret not in text] == []
 
 
-async def test_etags_differ_by_access_and_writer_can_use_own_etag(api: Api, cms: WebhookEndpoint) -> None:
-    what = await finished(api, cms)
-    for path in (f"/api/events/jobs/{what['job']}", f"/api/events/batches/{what['batch']}"):
+async def test_etags_differ_by_access_and_writer_can_use_own_etag(api: Api, endpoint: WebhookEndpoint) -> None:
+    resources = await create_resources(api, endpoint)
+    for path in (f"/api/events/jobs/{resources['job']}", f"/api/events/batches/{resources['batch']}"):
         tags = {}
         for name, headers in {"owner": OWNER, **VIEWERS}.items():
             response = await api.http.get(path, headers=headers)
@@ -230,30 +240,30 @@ async def test_etags_differ_by_access_and_writer_can_use_own_etag(api: Api, cms:
             for tag in tags.values():
                 status = (await api.http.get(path, headers={**headers, "If-None-Match": tag})).status_code
                 assert status == (304 if tag == tags[name] else 200), (name, tag)
-    path = f"/api/events/jobs/{what['job']}"
+    path = f"/api/events/jobs/{resources['job']}"
     tag = (await api.http.get(path, headers=VIEWERS["writer"])).headers["etag"]
     changed = await api.http.post(f"{path}/archive", headers={**VIEWERS["writer"], "If-Match": tag})
     assert changed.status_code == 200, changed.text
 
 
-async def test_job_as_of_position_is_redacted_by_current_access(api: Api, cms: WebhookEndpoint) -> None:
-    what = await finished(api, cms)
-    path = f"/api/events/jobs/{what['job']}"
-    demoted = {"access_control": {"visibility": "public", "admin_access": []}}
-    changed = await api.http.put(path, json=demoted, headers=OWNER)
+async def test_job_as_of_position_is_redacted_by_current_access(api: Api, endpoint: WebhookEndpoint) -> None:
+    resources = await create_resources(api, endpoint)
+    path = f"/api/events/jobs/{resources['job']}"
+    without_admins = {"access_control": {"visibility": "public", "admin_access": []}}
+    changed = await api.http.put(path, json=without_admins, headers=OWNER)
     assert changed.status_code == 200
     headers = {**principal_header("keeper"), "Ledger-Position": changed.headers["ledger-position"]}
-    response = await api.http.get(f"{path}?as_of={what['head']}", headers=headers)
+    response = await api.http.get(f"{path}?as_of={resources['head']}", headers=headers)
     assert response.status_code == 200
     assert "hidden" not in response.text
 
 
-SHOWN_IN_PART: Final = {"error_code"}  # the code of an error is shown to all
+PARTLY_VISIBLE: Final = {"error_code"}  # the code of an error is visible to all
 
 
 def test_every_list_filter_is_visible_or_rejected() -> None:
     for rules, model in ((JOB_RULES, JobListQuery), (BATCH_RULES, BatchListQuery), (DELIVERY_RULES, DeliveryFilter)):
-        filters = model.model_fields.keys() - PageQuery.model_fields.keys() - {"q", "include"} - SHOWN_IN_PART
+        filters = model.model_fields.keys() - PageQuery.model_fields.keys() - {"q", "include"} - PARTLY_VISIBLE
         fields = {name: FILTER_FIELDS.get(name, name) for name in filters}
         assert set(fields.values()) <= rules.keys(), model
         sample = {"a": "b"}
@@ -265,27 +275,29 @@ def test_every_list_filter_is_visible_or_rejected() -> None:
 
 
 @pytest.mark.parametrize("viewer", ["reader", "writer", "stranger"])
-async def test_filter_by_hidden_field_is_rejected(api: Api, cms: WebhookEndpoint, viewer: str) -> None:
-    what = await finished(api, cms)
+async def test_filter_by_hidden_field_is_rejected(api: Api, endpoint: WebhookEndpoint, viewer: str) -> None:
+    resources = await create_resources(api, endpoint)
     path, bulk = "/api/monitoring/events/webhooks", "/api/monitoring/events/redeliver"
-    everything = (await api.http.get(f"{path}?job_id={what['job']}", headers=OWNER)).json()["deliveries"][0]
-    mine = (await api.http.get(f"{path}?job_id={what['job']}", headers=VIEWERS[viewer])).json()["deliveries"][0]
+    complete, redacted = [
+        (await api.http.get(f"{path}?job_id={resources['job']}", headers=headers)).json()["deliveries"][0]
+        for headers in (OWNER, VIEWERS[viewer])
+    ]
     for name in DeliveryFilter.model_fields.keys() - {"job_id"}:
         field = FILTER_FIELDS.get(name, name)
-        value = everything[field] if field != "sequence" else 0
-        asked = {"job_id": what["job"], name: value}
-        expected = 200 if field == "created_at" or mine[field] == everything[field] else 403
-        response = await api.http.get(path, params=asked, headers=VIEWERS[viewer])
+        value = complete[field] if field != "sequence" else 0
+        filters = {"job_id": resources["job"], name: value}
+        expected = 200 if field == "created_at" or redacted[field] == complete[field] else 403
+        response = await api.http.get(path, params=filters, headers=VIEWERS[viewer])
         assert response.status_code == expected, (name, response.text)
-        assert (await api.http.get(path, params=asked, headers=OWNER)).status_code == 200, name
+        assert (await api.http.get(path, params=filters, headers=OWNER)).status_code == 200, name
         if viewer == "writer":
-            response = await api.http.post(bulk, json=asked, headers=VIEWERS[viewer])
+            response = await api.http.post(bulk, json=filters, headers=VIEWERS[viewer])
             assert response.status_code == (202 if expected == 200 else 403), (name, response.text)
 
 
-async def test_filter_by_endpoint_is_rejected_for_non_owner(api: Api, cms: WebhookEndpoint) -> None:
-    what = await finished(api, cms)
-    path = f"/api/monitoring/events/webhooks?job_id={what['job']}"
-    known = (await api.http.get(path, headers=OWNER)).json()["deliveries"][0]["endpoint_id"]
-    assert (await api.http.get(f"{path}&endpoint_id={known}", headers=OWNER)).status_code == 200
-    assert (await api.http.get(f"{path}&endpoint_id={known}", headers=VIEWERS["writer"])).status_code == 403
+async def test_filter_by_endpoint_is_rejected_for_non_owner(api: Api, endpoint: WebhookEndpoint) -> None:
+    resources = await create_resources(api, endpoint)
+    path = f"/api/monitoring/events/webhooks?job_id={resources['job']}"
+    endpoint_id = (await api.http.get(path, headers=OWNER)).json()["deliveries"][0]["endpoint_id"]
+    assert (await api.http.get(f"{path}&endpoint_id={endpoint_id}", headers=OWNER)).status_code == 200
+    assert (await api.http.get(f"{path}&endpoint_id={endpoint_id}", headers=VIEWERS["writer"])).status_code == 403

@@ -1,5 +1,4 @@
-"""Real responses are what the models of api/schemas, and so the OpenAPI document, say: no field more or
-less."""
+"""Test that responses match the models of api/schemas, and so the OpenAPI document, without additional fields."""
 
 from __future__ import annotations
 
@@ -17,69 +16,71 @@ from jobledger.api.schemas.response_models import ErrorResponse, FieldError
 from tests.api.conftest import Api
 
 JOBS, BATCHES = "/api/events/jobs", "/api/events/batches"
-HOOK = {"url": "https://example.org/hook", "headers": {"X-Key": "hidden"}}
+WEBHOOK = {"url": "https://example.org/hook", "headers": {"X-Key": "hidden"}}
 
 
-def fits(response: httpx.Response) -> Any:
-    """Hold an response against the model that its route is described with; no unknown field passes."""
+def check_response(response: httpx.Response) -> Any:
+    """Check a response against the operation of its route, without unknown fields, and return its content."""
     method, path = response.request.method, response.request.url.path
-    door = next(
+    operation = next(
         OPERATIONS[route.endpoint]
         for route in ROUTES
         if method in (route.methods or ()) and route.path_regex.match(path) is not None
     )
-    assert response.status_code == door.status, response.text
-    assert isinstance(door.response, type)
-    assert issubclass(door.response, BaseModel)
-    door.response.model_validate_json(response.content, extra="forbid", strict=True)
-    for header in door.response_headers:
+    assert response.status_code == operation.status, response.text
+    assert isinstance(operation.response, type)
+    assert issubclass(operation.response, BaseModel)
+    operation.response.model_validate_json(response.content, extra="forbid", strict=True)
+    for header in operation.response_headers:
         assert header in response.headers
     return response.json()
 
 
 async def test_job_responses_match_their_models(api: Api) -> None:
-    submitted = fits(await api.post(JOBS, {"job_type": "echo", "parameters": {"track": "A"}, "webhook": HOOK}))
+    submitted = check_response(
+        await api.post(JOBS, {"job_type": "echo", "parameters": {"track": "A"}, "webhook": WEBHOOK})
+    )
     job_id = submitted["job_id"]
     await api.wait_until_finished(job_id)
-    assert fits(await api.get(f"{JOBS}/{job_id}"))["job"]["status"] == "completed"
+    assert check_response(await api.get(f"{JOBS}/{job_id}"))["job"]["status"] == "completed"
     failed = await api.submit({"fail": "on purpose"}, max_attempts=1)
     await api.wait_until_finished(failed)
-    assert fits(await api.get(f"{JOBS}/{failed}"))["job"]["error"]["code"] == "ECHO_FAILED"
-    assert fits(await api.get(f"{JOBS}?limit=1"))["next_cursor"]
+    assert check_response(await api.get(f"{JOBS}/{failed}"))["job"]["error"]["code"] == "ECHO_FAILED"
+    assert check_response(await api.get(f"{JOBS}?limit=1"))["next_cursor"]
     for path in (f"{JOBS}/{job_id}/history", f"{JOBS}/{job_id}/history?limit=1", f"{JOBS}/{failed}/logs"):
-        assert fits(await api.get(path))
+        assert check_response(await api.get(path))
     for action in ("archive", "unarchive", "restart", "cancel"):
-        assert fits(await api.post(f"{JOBS}/{failed}/{action}"))["job"]
+        assert check_response(await api.post(f"{JOBS}/{failed}/{action}"))["job"]
     await api.wait_for_event(failed, "JobCancelled", "JobFailed")
-    fits(await api.http.put(f"{JOBS}/{failed}", json={"access_control": {"visibility": "public"}}))
-    assert fits(await api.http.delete(f"{JOBS}/{failed}"))["job"] is None
+    check_response(await api.http.put(f"{JOBS}/{failed}", json={"access_control": {"visibility": "public"}}))
+    assert check_response(await api.http.delete(f"{JOBS}/{failed}"))["job"] is None
 
 
 async def test_batch_responses_match_their_models(api: Api) -> None:
-    jobs = [{"job_type": "echo", "parameters": given} for given in ({}, {"fail": "on purpose"})]
-    submitted = fits(await api.post(BATCHES, {"jobs": jobs, "batch_name": "two", "webhook": HOOK}))
+    jobs = [{"job_type": "echo", "parameters": parameters} for parameters in ({}, {"fail": "on purpose"})]
+    submitted = check_response(await api.post(BATCHES, {"jobs": jobs, "batch_name": "two", "webhook": WEBHOOK}))
     batch_id = submitted["batch_id"]
     finished = await api.wait_for_event(batch_id, "BatchFinished")
-    assert fits(await api.get(f"{BATCHES}/{batch_id}", finished["position"]))["batch"]["status"] == "partial"
+    assert check_response(await api.get(f"{BATCHES}/{batch_id}", finished["position"]))["batch"]["status"] == "partial"
     for path in (BATCHES, f"{BATCHES}/{batch_id}/jobs", f"{BATCHES}/{batch_id}/history"):
-        assert fits(await api.get(path, finished["position"]))
+        assert check_response(await api.get(path, finished["position"]))
     for action in ("pause", "resume", "archive", "unarchive", "restart"):
-        assert fits(await api.post(f"{BATCHES}/{batch_id}/{action}"))["batch"]
-    fits(await api.http.put(f"{BATCHES}/{batch_id}", json={"access_control": {"visibility": "team"}}))
-    fits(await api.post(f"{BATCHES}/{batch_id}/cancel"))
+        assert check_response(await api.post(f"{BATCHES}/{batch_id}/{action}"))["batch"]
+    check_response(await api.http.put(f"{BATCHES}/{batch_id}", json={"access_control": {"visibility": "team"}}))
+    check_response(await api.post(f"{BATCHES}/{batch_id}/cancel"))
     await api.wait_for_event(batch_id, "BatchFinished")
 
 
 async def test_batch_deletion_response_matches_its_model(api_without_worker: Api) -> None:
     batch_id = (await api_without_worker.submit_batch({}))["batch_id"]
-    fits(await api_without_worker.post(f"{BATCHES}/{batch_id}/cancel"))
+    check_response(await api_without_worker.post(f"{BATCHES}/{batch_id}/cancel"))
     await api_without_worker.wait_for_event(batch_id, "BatchFinished")
-    assert fits(await api_without_worker.http.delete(f"{BATCHES}/{batch_id}"))["batch"] is None
+    assert check_response(await api_without_worker.http.delete(f"{BATCHES}/{batch_id}"))["batch"] is None
 
 
 async def test_file_log_and_monitoring_responses_match_their_models(api: Api) -> None:
     job = await api.wait_until_finished(await api.submit({"track": "A"}))
-    fits(await api.post(f"/api/events/files/{job['results']['files'][0]['path']}/link"))
+    check_response(await api.post(f"/api/events/files/{job['results']['files'][0]['path']}/link"))
     for path in (
         "/api/ledger/events?limit=3",
         "/api/ledger/head",
@@ -88,7 +89,7 @@ async def test_file_log_and_monitoring_responses_match_their_models(api: Api) ->
         "/healthz",
         "/readyz",
     ):
-        fits(await api.get(path))
+        check_response(await api.get(path))
 
 
 async def test_live_stream_event_matches_its_model(api_without_worker: Api) -> None:
@@ -102,6 +103,6 @@ async def test_live_stream_event_matches_its_model(api_without_worker: Api) -> N
 async def test_error_response_matches_its_model(api_without_worker: Api, path: str) -> None:
     response = await api_without_worker.get(path)
     error = ErrorResponse.model_validate_json(response.content, extra="forbid", strict=True)
-    for problem in error.details.get("errors", ()):
-        FieldError.model_validate(problem, extra="forbid")
+    for field_error in error.details.get("errors", ()):
+        FieldError.model_validate(field_error, extra="forbid")
     assert re.fullmatch(r"[a-z_]+", error.code)

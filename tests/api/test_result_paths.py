@@ -16,7 +16,7 @@ from jobledger.ledger.domain.events import EventMetadata, JobSubmitted
 from jobledger.ledger.store.command_handler import handle_command, new_job_id
 from jobledger.workers.processor import JobContext, Results
 from tests.api.conftest import Api
-from tests.api.test_files import FILES, add_file
+from tests.api.result_files import FILES, add_file
 from tests.workers.inline_processor import install_processor
 from tests.workers.test_result_paths import PATHS, VALID, normalize_or_none
 

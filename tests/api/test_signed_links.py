@@ -1,8 +1,7 @@
-"""Signed links: they open one file to whoever has them, until they expire, and nothing else."""
+"""Test signed links: each gives access to one file, without authentication, until it expires."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,17 +14,15 @@ from starlette.requests import HTTPConnection
 
 from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.http.errors import ApiError
-from jobledger.cli import server as serving
-from jobledger.cli.composition import Role
 from jobledger.ledger.domain.access import Principal
 from jobledger.projections.slots import Views
 from jobledger.projections.views import files as view
-from tests.api.conftest import Api, run_api
-from tests.api.test_files import CONTENT, FILES, add_file
+from tests.api.conftest import DEADLINE_SECONDS, Api, RunApi, run_api
+from tests.api.result_files import CONTENT, FILES, add_file
 
 
-class OnlyWithKey:
-    """A sign-in for tests: the header X-User says who it is."""
+class RequiredUserBackend:
+    """Authenticates by the header `X-User`, which is required. The user `anonymous` has no ID."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -33,81 +30,81 @@ class OnlyWithKey:
     async def __call__(self, connection: HTTPConnection) -> Principal:
         user_id = connection.headers.get("x-user")
         if user_id is None:
-            raise ApiError(401, "authentication_required", "Say who you are.")
-        return Principal(None if user_id == "nobody" else user_id, roles=frozenset({"monitor"}))
+            raise ApiError(401, "authentication_required", "Authentication required.")
+        return Principal(None if user_id == "anonymous" else user_id, roles=frozenset({"monitor"}))
 
 
 @pytest.fixture
-async def guarded(
-    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Api]:
-    """An API that wants to know who asks. The client is `local`, whose files all are."""
-    monkeypatch.setattr(serving, "SingleUserBackend", OnlyWithKey)
-    async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
-        running.http.headers["x-user"] = "local"
-        yield running
+async def api(monkeypatch: pytest.MonkeyPatch, run_without_worker: RunApi) -> AsyncIterator[Api]:
+    """An API that requires authentication. Its client is the user `local`, who owns all files."""
+    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", RequiredUserBackend)
+    async with run_without_worker() as api:
+        api.http.headers["x-user"] = "local"
+        yield api
 
 
-async def link_to(api: Api, path: str, **body: Any) -> str:
+async def create_link(api: Api, path: str, **body: Any) -> str:
     response = await api.post(f"{FILES}{quote(path)}/link", body)
     assert response.status_code == 200, response.text
     return str(response.json()["url"])
 
 
-async def opened(api: Api, url: str, method: str = "GET", **headers: str) -> httpx.Response:
-    """What somebody gets who has nothing but the link."""
-    async with httpx.AsyncClient(base_url=api.http.base_url, trust_env=False) as stranger:
-        return await stranger.request(method, url, headers=headers)
+async def request_anonymously(api: Api, url: str, method: str = "GET", **headers: str) -> httpx.Response:
+    """Send a request without credentials."""
+    async with httpx.AsyncClient(base_url=api.http.base_url, timeout=DEADLINE_SECONDS, trust_env=False) as client:
+        return await client.request(method, url, headers=headers)
 
 
 @pytest.mark.parametrize("name", ["talk.md", "Umläute & 日本?.md", "a+b #1%2F.md", "link"])
-async def test_signed_link_opens_file_without_authentication(guarded: Api, name: str) -> None:
-    await add_file(guarded, f"c/{name}")
-    url = await link_to(guarded, f"c/{name}")
+async def test_signed_link_opens_file_without_authentication(api: Api, name: str) -> None:
+    await add_file(api, f"c/{name}")
+    url = await create_link(api, f"c/{name}")
 
-    assert (await opened(guarded, f"{FILES}c/{quote(name)}")).status_code == 401
-    assert (await opened(guarded, url)).content == CONTENT
-    assert (await opened(guarded, url, "HEAD")).headers["content-length"] == str(len(CONTENT))
-    part = await opened(guarded, f"{url}&download=1", Range="bytes=3-5")
+    assert (await request_anonymously(api, f"{FILES}c/{quote(name)}")).status_code == 401
+    assert (await request_anonymously(api, url)).content == CONTENT
+    assert (await request_anonymously(api, url, "HEAD")).headers["content-length"] == str(len(CONTENT))
+    part = await request_anonymously(api, f"{url}&download=1", Range="bytes=3-5")
     assert (part.status_code, part.content) == (206, CONTENT[3:6])
     assert part.headers["content-disposition"].startswith("attachment")
     assert part.headers["referrer-policy"] == "no-referrer"
 
 
-async def test_signed_link_expires_after_an_hour_or_the_given_time(guarded: Api) -> None:
-    await add_file(guarded, "a.bin")
+async def test_signed_link_expires_after_an_hour_or_the_given_time(api: Api) -> None:
+    await add_file(api, "a.bin")
     for body, seconds in ({}, 3600), ({"expires_in_s": 60}, 60), ({"expires_in_s": 30 * 86_400}, 30 * 86_400):
-        response = (await guarded.post(f"{FILES}a.bin/link", body)).json()
+        start = datetime.now(UTC)
+        response = (await api.post(f"{FILES}a.bin/link", body)).json()
         expires = datetime.fromtimestamp(int(parse_qs(urlsplit(response["url"]).query)["expires"][0]), UTC)
         assert datetime.fromisoformat(response["expires_at"]) == expires
-        assert abs(expires - datetime.now(UTC) - timedelta(seconds=seconds)) < timedelta(seconds=10)
-    assert (await guarded.post(f"{FILES}a.bin/link")).status_code == 200
+        created = expires - timedelta(seconds=seconds)
+        assert start - timedelta(seconds=1) < created <= datetime.now(UTC)  # expires in a whole second
+    assert (await api.post(f"{FILES}a.bin/link")).status_code == 200
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 30 * 86_400 + 1, "soon", 1e300, None])
-async def test_signed_link_with_invalid_lifetime_is_rejected(guarded: Api, seconds: Any) -> None:
-    await add_file(guarded, "a.bin")
-    response = await guarded.post(f"{FILES}a.bin/link", {"expires_in_s": seconds})
+async def test_signed_link_with_invalid_lifetime_is_rejected(api: Api, seconds: Any) -> None:
+    await add_file(api, "a.bin")
+    response = await api.post(f"{FILES}a.bin/link", {"expires_in_s": seconds})
     assert response.status_code == 422
     assert response.json()["details"]["errors"][0]["path"] == "expires_in_s"
 
 
-async def test_expired_link_is_rejected(guarded: Api) -> None:
-    await add_file(guarded, "a.bin")
-    row = await view.get(Views(guarded.db), "a.bin")
+async def test_expired_link_is_rejected(api: Api) -> None:
+    await add_file(api, "a.bin")
+    row = await view.get(Views(api.db), "a.bin")
     assert row is not None
-    url = await SignedLinks(guarded.db, None).create(row, datetime.now(UTC) - timedelta(seconds=1))
-    response = await opened(guarded, url)
+    url = await SignedLinks(api.db, None).create(row, datetime.now(UTC) - timedelta(seconds=1))
+    response = await request_anonymously(api, url)
     assert (response.status_code, response.json()["code"]) == (403, "link_expired")
 
 
-async def test_altered_link_is_rejected(guarded: Api) -> None:
-    await add_file(guarded, "a.bin")
-    await add_file(guarded, "b.bin", b"another")
-    url = await link_to(guarded, "a.bin")
+async def test_altered_link_is_rejected(api: Api) -> None:
+    await add_file(api, "a.bin")
+    await add_file(api, "b.bin", b"another")
+    url = await create_link(api, "a.bin")
     query = {name: value for name, [value] in parse_qs(urlsplit(url).query).items()}
     later, signature = str(int(query["expires"]) + 1), query["signature"]
-    for path, expires, signed in [
+    for path, expires, given_signature in [
         ("b.bin", query["expires"], signature),
         ("c.bin", query["expires"], signature),
         ("a.bin", later, signature),
@@ -122,18 +119,18 @@ async def test_altered_link_is_rejected(guarded: Api) -> None:
         ("a.bin", query["expires"], "ä"),
         ("a.bin", query["expires"], "0" * 64),
     ]:
-        changed = httpx.URL(f"{FILES}{path}", params={"expires": expires, "signature": signed})
-        response = await opened(guarded, str(changed))
+        changed = httpx.URL(f"{FILES}{path}", params={"expires": expires, "signature": given_signature})
+        response = await request_anonymously(api, str(changed))
         assert (response.status_code, response.json()["code"]) == (403, "link_invalid"), changed
-    without = await opened(guarded, f"{FILES}a.bin?expires={query['expires']}")
-    assert without.status_code == 401
+    unsigned = await request_anonymously(api, f"{FILES}a.bin?expires={query['expires']}")
+    assert unsigned.status_code == 401
 
 
-async def test_signed_link_gives_no_access_to_other_routes(guarded: Api) -> None:
-    await add_file(guarded, "a.bin")
-    url = await link_to(guarded, "a.bin")
+async def test_signed_link_gives_no_access_to_other_routes(api: Api) -> None:
+    await add_file(api, "a.bin")
+    url = await create_link(api, "a.bin")
     query = urlsplit(url).query
-    [row] = await guarded.db.files.find().to_list()
+    [row] = await api.db.files.find().to_list()
     for method, path in [
         ("GET", "/api/events/jobs"),
         ("GET", f"/api/events/jobs/{row['job_id']}"),
@@ -142,62 +139,58 @@ async def test_signed_link_gives_no_access_to_other_routes(guarded: Api) -> None
         ("POST", f"{FILES}a.bin/link"),
         ("DELETE", f"{FILES}a.bin"),
     ]:
-        response = await opened(guarded, f"{path}?{query}", method)
+        response = await request_anonymously(api, f"{path}?{query}", method)
         assert response.status_code == 401, path
 
 
-async def test_signed_link_of_deleted_file_is_rejected(guarded: Api) -> None:
-    await add_file(guarded, "a.bin")
-    url = await link_to(guarded, "a.bin")
-    [row] = await guarded.db.files.find().to_list()
-    deleted = await guarded.http.delete(f"/api/events/jobs/{row['job_id']}")
-    await guarded.get("/api/events/jobs", deleted.headers["ledger-position"])
-    gone = await opened(guarded, url)
-    assert (gone.status_code, gone.json()["code"]) == (403, "link_invalid")
-    await add_file(guarded, "a.bin", b"a later job's file under the same path")
-    assert (await opened(guarded, url)).status_code == 403
+async def test_signed_link_of_deleted_file_is_rejected(api: Api) -> None:
+    await add_file(api, "a.bin")
+    url = await create_link(api, "a.bin")
+    [row] = await api.db.files.find().to_list()
+    deleted = await api.http.delete(f"/api/events/jobs/{row['job_id']}")
+    await api.get("/api/events/jobs", deleted.headers["ledger-position"])
+    response = await request_anonymously(api, url)
+    assert (response.status_code, response.json()["code"]) == (403, "link_invalid")
+    await add_file(api, "a.bin", b"file of a later job with the same path")
+    assert (await request_anonymously(api, url)).status_code == 403
 
 
-async def test_link_creation_requires_authentication_and_read_access(guarded: Api) -> None:
-    await add_file(guarded, "a.bin")
-    stranger = await guarded.post(f"{FILES}a.bin/link", {}, **{"x-user": "stranger"})
-    unknown = await guarded.post(f"{FILES}b.bin/link", {})
-    assert (stranger.status_code, unknown.status_code) == (404, 404)
-    await guarded.db.jobs.update_one({}, {"$set": {"access_control.visibility": "public"}})
-    assert (await guarded.get(f"{FILES}a.bin", **{"x-user": "nobody"})).status_code == 200
-    nobody = await guarded.post(f"{FILES}a.bin/link", {}, **{"x-user": "nobody"})
-    assert (nobody.status_code, nobody.json()["code"]) == (401, "authentication_required")
+async def test_link_creation_requires_authentication_and_read_access(api: Api) -> None:
+    await add_file(api, "a.bin")
+    unreadable = await api.post(f"{FILES}a.bin/link", {}, **{"x-user": "stranger"})
+    missing = await api.post(f"{FILES}b.bin/link", {})
+    assert (unreadable.status_code, missing.status_code) == (404, 404)
+    await api.db.jobs.update_one({}, {"$set": {"access_control.visibility": "public"}})
+    assert (await api.get(f"{FILES}a.bin", **{"x-user": "anonymous"})).status_code == 200
+    unauthenticated = await api.post(f"{FILES}a.bin/link", {}, **{"x-user": "anonymous"})
+    assert (unauthenticated.status_code, unauthenticated.json()["code"]) == (401, "authentication_required")
 
 
-async def test_signing_key_is_shared_by_all_processes(
-    guarded: Api, mongodb_uri: str, db_name: str, tmp_path: Path
-) -> None:
-    await add_file(guarded, "a.bin")
-    url = await link_to(guarded, "a.bin")
-    async for other in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
-        assert (await opened(other, url)).content == CONTENT
-        other.http.headers["x-user"] = "local"
-        assert (await opened(guarded, await link_to(other, "a.bin"))).content == CONTENT
-    assert await guarded.db.secrets.count_documents({}) == 1
+async def test_signing_key_is_shared_by_all_processes(api: Api, mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    await add_file(api, "a.bin")
+    url = await create_link(api, "a.bin")
+    async for second_api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
+        assert (await request_anonymously(second_api, url)).content == CONTENT
+        second_api.http.headers["x-user"] = "local"
+        assert (await request_anonymously(api, await create_link(second_api, "a.bin"))).content == CONTENT
+    assert await api.db.secrets.count_documents({}) == 1
 
 
 async def test_deleted_signing_key_invalidates_every_link(
-    guarded: Api, mongodb_uri: str, db_name: str, tmp_path: Path
+    api: Api, mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
-    await add_file(guarded, "a.bin")
-    url = await link_to(guarded, "a.bin")
-    await guarded.db.secrets.delete_many({})
-    async for other in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
-        assert (await opened(other, url)).status_code == 403
+    await add_file(api, "a.bin")
+    url = await create_link(api, "a.bin")
+    await api.db.secrets.delete_many({})
+    async for second_api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
+        assert (await request_anonymously(second_api, url)).status_code == 403
 
 
-async def test_signed_link_starts_with_the_public_url(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-    address = f"http://localhost:{port}"
-    roles = frozenset[Role]({"api", "projector"})
-    async for api in run_api(mongodb_uri, db_name, tmp_path, roles, api={"port": port, "public_url": f"{address}/"}):
+async def test_signed_link_starts_with_the_public_url(run_without_worker: RunApi) -> None:
+    public_url = "http://jobs.example.org"
+    async with run_without_worker(api={"public_url": f"{public_url}/"}) as api:
         await add_file(api, "c/a.bin")
-        url = await link_to(api, "c/a.bin")
-        assert url.startswith(f"{address}{FILES}c/a.bin?expires=")
-        assert (await opened(api, url)).content == CONTENT
+        url = await create_link(api, "c/a.bin")
+        assert url.startswith(f"{public_url}{FILES}c/a.bin?expires=")
+        response = await request_anonymously(api, url.removeprefix(public_url), Host="jobs.example.org")
+        assert response.content == CONTENT

@@ -131,7 +131,7 @@ async def test_statistics_of_everything_are_for_monitors_and_admins(api_without_
         assert answer.status_code == status, (user_id, roles)
 
 
-# The arithmetic ---------------------------------------------------------------------------------------------------
+# The arithmetic -----------------------------------------------------------------------------------------------------
 
 
 def completed(seconds: float, *, at: datetime = NOON) -> dict[str, Any]:

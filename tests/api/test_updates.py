@@ -1,4 +1,4 @@
-"""Jobs and batches are changed over HTTP; `If-Match` keeps two from undoing each other's changes."""
+"""Test updates of jobs and batches over HTTP, preconditions with `If-Match`, and states as of a position or time."""
 
 from __future__ import annotations
 
@@ -11,35 +11,33 @@ import pytest
 from tests.api.conftest import Api
 
 
-async def put(api: Api, path: str, content: Any, **headers: str) -> httpx.Response:
+async def update(api: Api, path: str, content: Any, **headers: str) -> httpx.Response:
     return await api.http.put(f"/api/events/{path}", json=content, headers=headers)
 
 
 async def test_update_of_pending_job_keeps_omitted_fields(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit({"text": "old"}, priority=3)
 
-    response = await put(api_without_worker, f"jobs/{job_id}", {"parameters": {"text": "new"}})
+    response = await update(api_without_worker, f"jobs/{job_id}", {"parameters": {"text": "new"}})
 
     assert response.status_code == 200, response.text
     assert (response.json()["job"]["parameters"], response.json()["job"]["priority"]) == ({"text": "new"}, 3)
     assert response.headers["etag"].startswith('"2-')
-    seen = (await api_without_worker.get(f"/api/events/jobs/{job_id}", response.headers["ledger-position"])).json()[
-        "job"
-    ]
-    assert seen == response.json()["job"]
+    loaded = await api_without_worker.get(f"/api/events/jobs/{job_id}", response.headers["ledger-position"])
+    assert loaded.json()["job"] == response.json()["job"]
 
 
 async def test_update_of_finished_job_is_applied_completely_or_not_at_all(api: Api) -> None:
     job_id = await api.submit()
-    ended = await api.wait_until_finished(job_id)
+    finished = await api.wait_until_finished(job_id)
     public = {"visibility": "public"}
 
-    refused = await put(api, f"jobs/{job_id}", {"priority": 9, "access_control": public})
-    assert (refused.status_code, refused.json()["code"]) == (409, "invalid_state")
-    assert (await api.event_store.read_stream(job_id))[-1].version == ended["version"]
+    rejected = await update(api, f"jobs/{job_id}", {"priority": 9, "access_control": public})
+    assert (rejected.status_code, rejected.json()["code"]) == (409, "invalid_state")
+    assert (await api.event_store.read_stream(job_id))[-1].version == finished["version"]
 
-    allowed = await put(api, f"jobs/{job_id}", {"access_control": public})
-    assert allowed.json()["job"]["access_control"]["visibility"] == "public"
+    accepted = await update(api, f"jobs/{job_id}", {"access_control": public})
+    assert accepted.json()["job"]["access_control"]["visibility"] == "public"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +56,7 @@ async def test_update_with_invalid_field_is_rejected(
 ) -> None:
     job_id = await api_without_worker.submit()
 
-    response = await put(api_without_worker, f"jobs/{job_id}", content)
+    response = await update(api_without_worker, f"jobs/{job_id}", content)
 
     assert response.status_code == 422
     assert response.json()["details"]["errors"][0]["path"] == path
@@ -68,47 +66,47 @@ async def test_update_with_parameters_invalid_for_job_type_is_rejected(api_witho
     session = {"event": "E", "session": "S", "url": "https://example.org", "filename": "f", "track": "T"}
     response = await api_without_worker.post("/api/events/jobs", {"parameters": session})
 
-    refused = await put(
+    rejected = await update(
         api_without_worker, f"jobs/{response.json()['job_id']}", {"parameters": {**session, "track": " "}}
     )
 
-    assert refused.status_code == 422
-    assert refused.json()["details"]["errors"][0]["path"] == "parameters.track"
+    assert rejected.status_code == 422
+    assert rejected.json()["details"]["errors"][0]["path"] == "parameters.track"
 
 
 async def test_update_of_not_before_sets_due_time(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
 
-    response = await put(api_without_worker, f"jobs/{job_id}", {"not_before": tomorrow})
+    response = await update(api_without_worker, f"jobs/{job_id}", {"not_before": tomorrow})
 
     assert response.json()["job"]["due_at"][:19] == tomorrow[:19]
 
 
 async def test_write_with_outdated_if_match_is_rejected(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
-    seen = (await api_without_worker.get(f"/api/events/jobs/{job_id}")).headers["etag"]
-    first = await put(api_without_worker, f"jobs/{job_id}", {"priority": 5}, **{"If-Match": seen})
+    etag = (await api_without_worker.get(f"/api/events/jobs/{job_id}")).headers["etag"]
+    first = await update(api_without_worker, f"jobs/{job_id}", {"priority": 5}, **{"If-Match": etag})
 
-    late = await put(api_without_worker, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": seen})
-    cancelled_late = await api_without_worker.post(f"/api/events/jobs/{job_id}/cancel", **{"If-Match": seen})
+    second = await update(api_without_worker, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": etag})
+    cancel = await api_without_worker.post(f"/api/events/jobs/{job_id}/cancel", **{"If-Match": etag})
 
     assert first.status_code == 200
-    for refused in (late, cancelled_late):
-        assert (refused.status_code, refused.json()["code"]) == (412, "precondition_failed")
-        assert refused.json()["details"] == {"version": 2}
-    again = await put(
+    for rejected in (second, cancel):
+        assert (rejected.status_code, rejected.json()["code"]) == (412, "precondition_failed")
+        assert rejected.json()["details"] == {"version": 2}
+    repeated = await update(
         api_without_worker, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": f'"7", {first.headers["etag"]}'}
     )
-    assert again.json()["job"]["priority"] == 6
+    assert repeated.json()["job"]["priority"] == 6
 
 
 async def test_delete_of_running_job_with_other_version_is_rejected(api: Api) -> None:
     job_id = await api.submit({"seconds": 3600})
     await api.wait_for_event(job_id, "JobClaimed")
 
-    refused = await api.http.delete(f"/api/events/jobs/{job_id}", headers={"If-Match": '"1"'})
-    assert (refused.status_code, refused.json()["code"]) == (412, "precondition_failed")
+    rejected = await api.http.delete(f"/api/events/jobs/{job_id}", headers={"If-Match": '"1"'})
+    assert (rejected.status_code, rejected.json()["code"]) == (412, "precondition_failed")
     assert "JobCancelRequested" not in [event.type for event in await api.event_store.read_stream(job_id)]
 
     deleted = await api.http.delete(f"/api/events/jobs/{job_id}", headers={"If-Match": "*"})
@@ -119,16 +117,16 @@ async def test_get_job_with_current_etag_is_not_modified(api_without_worker: Api
     job_id = await api_without_worker.submit()
     etag = (await api_without_worker.get(f"/api/events/jobs/{job_id}")).headers["etag"]
 
-    same = await api_without_worker.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": etag})
-    other = await api_without_worker.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": '"99"'})
+    unchanged = await api_without_worker.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": etag})
+    changed = await api_without_worker.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": '"99"'})
 
-    assert (same.status_code, same.content, other.status_code) == (304, b"", 200)
+    assert (unchanged.status_code, unchanged.content, changed.status_code) == (304, b"", 200)
 
 
 async def test_update_of_batch_access_applies_to_its_jobs(api_without_worker: Api) -> None:
     batch = await api_without_worker.submit_batch({}, {})
 
-    response = await put(
+    response = await update(
         api_without_worker, f"batches/{batch['batch_id']}", {"access_control": {"read_access": ["bob"]}}
     )
 
@@ -143,26 +141,26 @@ async def test_update_of_batch_access_applies_to_its_jobs(api_without_worker: Ap
 
 async def test_job_as_of_position_or_time_has_past_status(api: Api) -> None:
     job_id = await api.submit({"text": "x"})
-    ended = await api.wait_until_finished(job_id)
+    finished = await api.wait_until_finished(job_id)
     events = await api.event_store.read_stream(job_id)
     claimed = next(event for event in events if event.type == "JobClaimed")
 
-    async def status(as_of: object) -> str:
+    async def load_status(as_of: object) -> str:
         response = await api.http.get(f"/api/events/jobs/{job_id}", params={"as_of": str(as_of)})
         assert response.status_code == 200, response.text
         return str(response.json()["job"]["status"])
 
-    assert await status(events[0].position) == "pending"
-    assert await status(claimed.position) == "processing"
-    assert await status(ended["position"]) == "completed"
-    assert await status(claimed.time.isoformat()) == "processing"
-    assert await status(datetime.now(UTC).isoformat()) == "completed"
+    assert await load_status(events[0].position) == "pending"
+    assert await load_status(claimed.position) == "processing"
+    assert await load_status(finished["position"]) == "completed"
+    assert await load_status(claimed.time.isoformat()) == "processing"
+    assert await load_status(datetime.now(UTC).isoformat()) == "completed"
     for before in (0, "2001-01-01T00:00:00Z"):
-        none = await api.http.get(f"/api/events/jobs/{job_id}", params={"as_of": str(before)})
-        assert (none.status_code, none.json()["code"]) == (404, "job_not_found")
-    for nonsense in ("yesterday", "-1", "9" * 30):
-        refused = await api.http.get(f"/api/events/jobs/{job_id}", params={"as_of": nonsense})
-        assert refused.status_code == 422, refused.text
+        missing = await api.http.get(f"/api/events/jobs/{job_id}", params={"as_of": str(before)})
+        assert (missing.status_code, missing.json()["code"]) == (404, "job_not_found")
+    for invalid in ("yesterday", "-1", "9" * 30):
+        rejected = await api.http.get(f"/api/events/jobs/{job_id}", params={"as_of": invalid})
+        assert rejected.status_code == 422, rejected.text
 
 
 async def test_batch_as_of_position_or_time_has_past_counts(api: Api) -> None:
@@ -170,13 +168,13 @@ async def test_batch_as_of_position_or_time_has_past_counts(api: Api) -> None:
     path = f"/api/events/batches/{batch['batch_id']}"
     finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     position = finished["position"]
-    now = (await api.get(path, position)).json()["batch"]
+    before_restart = (await api.get(path, position)).json()["batch"]
     await api.post(f"{path}/restart", {"only": "all"})
 
-    assert (await api.get(f"{path}?as_of={position}")).json()["batch"] == now
-    begun = (await api.get(f"{path}?as_of={batch['batch']['position'] + 3}")).json()["batch"]
-    assert (begun["status"], begun["pending_jobs"], begun["total_jobs"]) == ("processing", 3, 3)
-    then = (await api.get(f"{path}?as_of={finished['time']}")).json()["batch"]
-    assert (then["status"], then["completed_jobs"], then["failed_jobs"]) == ("partial", 2, 1)
-    none = await api.get(f"{path}?as_of=2001-01-01T00:00:00Z")
-    assert (none.status_code, none.json()["code"]) == (404, "batch_not_found")
+    assert (await api.get(f"{path}?as_of={position}")).json()["batch"] == before_restart
+    at_start = (await api.get(f"{path}?as_of={batch['batch']['position'] + 3}")).json()["batch"]
+    assert (at_start["status"], at_start["pending_jobs"], at_start["total_jobs"]) == ("processing", 3, 3)
+    at_end = (await api.get(f"{path}?as_of={finished['time']}")).json()["batch"]
+    assert (at_end["status"], at_end["completed_jobs"], at_end["failed_jobs"]) == ("partial", 2, 1)
+    missing = await api.get(f"{path}?as_of=2001-01-01T00:00:00Z")
+    assert (missing.status_code, missing.json()["code"]) == (404, "batch_not_found")
