@@ -117,17 +117,18 @@ def created_limits(monkeypatch: pytest.MonkeyPatch) -> list[ConnectionLimits]:
     """The limits of the servers that the test starts. They have short intervals."""
     created: list[ConnectionLimits] = []
 
-    def create_limits(**options: Any) -> ConnectionLimits:
-        limits = ConnectionLimits(
-            **options,
-            header_timeout_seconds=0.4,
-            body_interval_seconds=1.0,
-            body_min_bytes=1000,
-            read_interval_seconds=1.0,
-            read_min_bytes=1000,
-        )
-        created.append(limits)
-        return limits
+    create_with_short_intervals = partial(
+        ConnectionLimits,
+        header_timeout_seconds=0.4,
+        body_interval_seconds=1.0,
+        body_min_bytes=1000,
+        read_interval_seconds=1.0,
+        read_min_bytes=1000,
+    )
+
+    def create_limits(*arguments: Any) -> ConnectionLimits:
+        created.append(create_with_short_intervals(*arguments))
+        return created[-1]
 
     monkeypatch.setattr("jobledger.cli.server.ConnectionLimits", create_limits)
     return created
