@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import httpx
@@ -234,7 +234,9 @@ def run_without_worker(mongodb_uri: str, db_name: str, tmp_path: Path) -> RunApi
 
     @asynccontextmanager
     async def run(**sections: dict[str, Any]) -> AsyncIterator[Api]:
-        async for api in run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER, **sections):
-            yield api
+        running = run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER, **sections)
+        async with aclosing(cast("AsyncGenerator[Api, None]", running)) as apis:
+            async for api in apis:
+                yield api
 
     return run
