@@ -1,4 +1,4 @@
-"""This machine's clock decides nothing: modules that judge moments read the server's clock (`EventLog.clock`)."""
+"""Modules that compare times with the current time read the clock of the database server (`EventStore.clock`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-USE = re.compile(r"datetime\.now\(|\btime\.time\(|utcnow\(|date\.today\(|time\.localtime\(")
-JUDGING = (
+LOCAL_CLOCK_CALL = re.compile(r"datetime\.now\(|\btime\.time\(|utcnow\(|date\.today\(|time\.localtime\(")
+MODULES_WITH_DEADLINES = (
     "api/routes/files.py",
     "api/routes/metrics.py",
     "api/routes/monitoring.py",
@@ -33,8 +33,8 @@ JUDGING = (
 )
 
 
-@pytest.mark.parametrize("path", JUDGING)
-def test_module_that_judges_moments_does_not_read_this_machines_clock(path: str) -> None:
+@pytest.mark.parametrize("path", MODULES_WITH_DEADLINES)
+def test_module_with_deadlines_does_not_read_the_local_clock(path: str) -> None:
     lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
-    found = [f"{path}:{number}" for number, line in enumerate(lines, 1) if USE.search(line)]
-    assert not found, "use `EventLog.now()` or `EventLog.clock`"
+    calls = [f"{path}:{number}" for number, line in enumerate(lines, 1) if LOCAL_CLOCK_CALL.search(line)]
+    assert not calls, "use `EventStore.server_time()` or `EventStore.clock`"

@@ -1,110 +1,134 @@
-"""The embedded server is started again after every crash, and given up only when no start can work."""
+"""The embedded server is restarted after each crash. The supervisor gives up only if no start can succeed."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
-from jobledger.cli import embedded_supervisor as supervision
+from jobledger.cli import embedded_supervisor
 from jobledger.cli.embedded_supervisor import supervise_until_shutdown
 from jobledger.cli.shutdown import Shutdown
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from jobledger.ledger.system import disk_space as disk
+from jobledger.ledger.system import disk_space
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.role_runner import poll_until
 
 pytestmark = needs_local_mongod
 
 
+DEADLINE_SECONDS = 60.0
+
+
 @pytest.fixture
-async def stop() -> AsyncIterator[Shutdown]:
-    stop = Shutdown(3600)
-    yield stop
-    stop.cancel_timeout()
+async def shutdown() -> AsyncIterator[Shutdown]:
+    shutdown = Shutdown(3600)
+    yield shutdown
+    shutdown.cancel_timeout()
 
 
-async def test_a_crash_is_answered_by_a_start_while_the_event_loop_goes_on(tmp_path: Path, stop: Shutdown) -> None:
-    with EmbeddedServer.start(tmp_path) as server, capture_logs() as logged:
+def count_entries(entries: Sequence[Mapping[str, Any]], text: str) -> int:
+    """Count the log entries that contain a text."""
+    return sum(text in entry["event"] for entry in entries)
+
+
+async def test_crashed_server_is_restarted_without_blocking_the_event_loop(tmp_path: Path, shutdown: Shutdown) -> None:
+    with EmbeddedServer.start(tmp_path) as server, capture_logs() as log_entries:
         first = server.pid
-        running = asyncio.create_task(supervise_until_shutdown(server, stop))
+        running = asyncio.create_task(supervise_until_shutdown(server, shutdown))
         os.kill(first, signal.SIGKILL)
-        longest, last = 0.0, asyncio.get_running_loop().time()
+        killed_at = asyncio.get_running_loop().time()
+        longest_pause, last = 0.0, killed_at
 
-        def is_back() -> bool:
-            nonlocal longest, last
+        def is_restarted() -> bool:
+            nonlocal longest_pause, last
             now = asyncio.get_running_loop().time()
-            longest, last = max(longest, now - last), now
-            return any("server restarted" in entry["event"] for entry in logged)
+            longest_pause, last = max(longest_pause, now - last), now
+            return count_entries(log_entries, "server restarted") > 0
 
-        await poll_until(is_back, "the server is back", seconds=30)
-        assert longest < 1
+        await poll_until(is_restarted, "the server is restarted", seconds=DEADLINE_SECONDS)
+        assert longest_pause < max(1, (last - killed_at) / 2)
         assert server.pid != first
-        stop._handle_signal()
+        shutdown._handle_signal()
         await running
 
 
-async def test_a_disk_without_space_is_waited_for_and_stop_is_quick(
-    tmp_path: Path, stop: Shutdown, monkeypatch: pytest.MonkeyPatch
+async def test_full_disk_is_logged_once_and_waited_for_until_shutdown(
+    tmp_path: Path, shutdown: Shutdown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervision, "DISK_CHECK_SECONDS", 0.1)
-    real = disk.free_bytes
-    with EmbeddedServer.start(tmp_path) as server, capture_logs() as logged:
-        running = asyncio.create_task(supervise_until_shutdown(server, stop))
-        monkeypatch.setattr(disk, "free_bytes", lambda _directory: 1000)
+    monkeypatch.setattr(embedded_supervisor, "DISK_CHECK_SECONDS", 0.1)
+    free_bytes, checks = disk_space.free_bytes, 0
+
+    def report_full_disk(_directory: Path) -> int:
+        nonlocal checks
+        checks += 1
+        return 1000
+
+    with EmbeddedServer.start(tmp_path) as server, capture_logs() as log_entries:
+        running = asyncio.create_task(supervise_until_shutdown(server, shutdown))
+        monkeypatch.setattr(disk_space, "free_bytes", report_full_disk)
         os.kill(server.pid, signal.SIGKILL)
         await poll_until(
-            lambda: any("waiting for its disk" in entry["event"] for entry in logged), "it says so", seconds=30
+            lambda: count_entries(log_entries, "waiting for its disk") == 1,
+            "it is logged",
+            seconds=DEADLINE_SECONDS,
         )
-        await asyncio.sleep(0.5)
-        assert [entry["event"] for entry in logged if entry["log_level"] == "error"] == [
+        checks = 0
+        await poll_until(lambda: checks >= 5, "the disk is checked repeatedly", seconds=DEADLINE_SECONDS)
+        assert [entry["event"] for entry in log_entries if entry["log_level"] == "error"] == [
             "embedded MongoDB server exited, waiting for its disk"
         ]
-        assert "0 MiB are free, 128 MiB are needed" in logged[0]["reason"]
-        monkeypatch.setattr(disk, "free_bytes", real)
+        assert "0 MiB are free, 128 MiB are needed" in log_entries[0]["reason"]
+        monkeypatch.setattr(disk_space, "free_bytes", free_bytes)
         await poll_until(
-            lambda: any("server restarted" in entry["event"] for entry in logged), "it says so", seconds=30
+            lambda: count_entries(log_entries, "server restarted") == 1, "the server runs", seconds=DEADLINE_SECONDS
         )
-        monkeypatch.setattr(disk, "free_bytes", lambda _directory: 1000)
+        monkeypatch.setattr(disk_space, "free_bytes", report_full_disk)
+        monkeypatch.setattr(embedded_supervisor, "DISK_CHECK_SECONDS", 3600)
         os.kill(server.pid, signal.SIGKILL)
-        await asyncio.sleep(0.5)
-        stop._handle_signal()
-        await asyncio.wait_for(running, 2)
+        await poll_until(
+            lambda: count_entries(log_entries, "waiting for its disk") == 2,
+            "it is logged",
+            seconds=DEADLINE_SECONDS,
+        )
+        shutdown._handle_signal()
+        await asyncio.wait_for(running, 20)
 
 
-async def test_damaged_data_files_are_given_up_with_the_reason(tmp_path: Path, stop: Shutdown) -> None:
+async def test_damaged_data_files_end_the_supervisor_with_the_reason(tmp_path: Path, shutdown: Shutdown) -> None:
     with EmbeddedServer.start(tmp_path) as server:
-        running = asyncio.create_task(supervise_until_shutdown(server, stop))
+        running = asyncio.create_task(supervise_until_shutdown(server, shutdown))
         os.kill(server.pid, signal.SIGKILL)
         (tmp_path / "mongodb" / "WiredTiger.turtle").write_text("garbage")
         with pytest.raises(DatabaseUnsuitable, match="data files are damaged"):
             await asyncio.wait_for(running, 60)
 
 
-async def test_other_crashes_are_repeated_with_pauses(
-    tmp_path: Path, stop: Shutdown, monkeypatch: pytest.MonkeyPatch
+async def test_failed_restarts_are_repeated_with_delays(
+    tmp_path: Path, shutdown: Shutdown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervision, "_MAX_RESTART_DELAY_SECONDS", 0.1)
-    with EmbeddedServer.start(tmp_path) as server, capture_logs() as logged:
-        running = asyncio.create_task(supervise_until_shutdown(server, stop))
+    monkeypatch.setattr(embedded_supervisor, "_MAX_RESTART_DELAY_SECONDS", 0.1)
+    with EmbeddedServer.start(tmp_path) as server, capture_logs() as log_entries:
+        running = asyncio.create_task(supervise_until_shutdown(server, shutdown))
         with monkeypatch.context() as patch:
             (tmp_path / "bin").mkdir()
-            crashing = tmp_path / "bin" / "mongod"
-            crashing.write_text("#!/bin/sh\nexit 14\n")
-            crashing.chmod(0o755)
-            patch.setenv("PATH", f"{crashing.parent}:{os.environ['PATH']}")
+            crashing_mongod = tmp_path / "bin" / "mongod"
+            crashing_mongod.write_text("#!/bin/sh\nexit 14\n")
+            crashing_mongod.chmod(0o755)
+            patch.setenv("PATH", f"{crashing_mongod.parent}:{os.environ['PATH']}")
             os.kill(server.pid, signal.SIGKILL)
             await poll_until(
-                lambda: sum("failed to start" in entry["event"] for entry in logged) >= 4, "it says so", seconds=30
+                lambda: count_entries(log_entries, "failed to start") >= 4, "4 attempts", seconds=DEADLINE_SECONDS
             )
         await poll_until(
-            lambda: any("server restarted" in entry["event"] for entry in logged), "it says so", seconds=30
+            lambda: count_entries(log_entries, "server restarted") == 1, "the server runs", seconds=DEADLINE_SECONDS
         )
-        stop._handle_signal()
+        shutdown._handle_signal()
         await running

@@ -1,4 +1,4 @@
-"""Inline jobs share an event loop with everything else in the process; what they do to it affects only themselves."""
+"""Inline jobs share an event loop with the rest of the process. Their faults affect only themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.installation import Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.plugins import install_plugin
 
-ACTIONS = """
+HOSTILE_PROCESSOR = """
 import asyncio, threading, time
 
 def block_thread():
@@ -29,7 +29,7 @@ async def numbers():
 
 async def run(self, job):
     loop = asyncio.get_running_loop()
-    match job.parameters.do:
+    match job.parameters.action:
         case "cancel all tasks":
             for task in asyncio.all_tasks():
                 task.cancel()
@@ -52,12 +52,12 @@ async def run(self, job):
     return Results()
 
 class Parameters(BaseModel):
-    do: str
+    action: str
 
 ValidProcessor.Parameters = Parameters
 ValidProcessor.run = run
 """
-ENDS = {
+OUTCOMES = {
     "cancel all tasks": ("failed", "PROCESSOR_FAULT"),
     "stop the loop": ("failed", "PROCESSOR_FAULT"),
     "stop the loop later": ("completed", None),
@@ -73,17 +73,17 @@ ENDS = {
 def test_inline_job_that_attacks_the_event_loop_affects_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install_plugin(tmp_path / "plugins", "hostile", ACTIONS)
+    install_plugin(tmp_path / "plugins", "hostile", HOSTILE_PROCESSOR)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"))
-    with Installation(tmp_path / "here", event_worker={"shutdown_grace_seconds": 1}) as here:
-        up = here.start_up_command()
+    with Installation(tmp_path / "installation", event_worker={"shutdown_grace_seconds": 1}) as installation:
+        up = installation.start_up_command()
         with http_client(up) as client:
-            for do, (status, code) in ENDS.items():
+            for action, (status, code) in OUTCOMES.items():
                 for _ in range(2):
-                    asked = {"job_type": "hostile", "parameters": {"do": do}, "max_attempts": 1, "timeout_s": 1}
-                    answer = client.post("/api/events/jobs", json=asked, headers={"Prefer": "wait=20"})
-                    job = answer.json()["job"]
-                    assert (job["status"], (job["error"] or {}).get("code")) == (status, code), (do, answer.text)
+                    body = {"job_type": "hostile", "parameters": {"action": action}, "max_attempts": 1, "timeout_s": 1}
+                    response = client.post("/api/events/jobs", json=body, headers={"Prefer": "wait=20"})
+                    job = response.json()["job"]
+                    assert (job["status"], (job["error"] or {}).get("code")) == (status, code), (action, response.text)
             echo = client.post(
                 "/api/events/jobs", json={"job_type": "echo", "parameters": {}}, headers={"Prefer": "wait=20"}
             )
@@ -91,8 +91,8 @@ def test_inline_job_that_attacks_the_event_loop_affects_only_itself(
             assert job["status"] == "completed"
             assert client.get(job["results"]["markdown_url"]).status_code == 200
             assert client.get("/api/openapi.json").status_code == 200
-        begun = time.monotonic()
-        ended = up.stop(signal.SIGINT)
-        assert time.monotonic() - begun < 15
-        assert ended.exit_code == 0
-        assert "Traceback" not in ended.err
+        stopped_at = time.monotonic()
+        outcome = up.stop(signal.SIGINT)
+        assert time.monotonic() - stopped_at < 15
+        assert outcome.exit_code == 0
+        assert "Traceback" not in outcome.err

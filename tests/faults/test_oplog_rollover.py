@@ -1,4 +1,4 @@
-"""The oplog rolls over while a subscriber is away: it goes on where it was, misses nothing and gets nothing twice."""
+"""The oplog rolls over while a subscriber is suspended or stopped. It continues without missing or repeated events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import EmbeddedServer, find_mongod
-from jobledger.ledger.mongo.embedded_lock import wait_until as until_true
+from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
@@ -39,10 +39,10 @@ from tests.support.tcp_proxy import TcpProxy
 pytestmark = needs_local_mongod
 
 OPLOG_MB = 1
-QUICK = EventStoreLimits(gap_timeout_seconds=0.2)
-PATIENCE_SECONDS = 40.0
-HISTORY_LOST = {286, 136}  # ChangeStreamHistoryLost; CappedPositionLost, where the cursor was still open
-REOPENED = "change stream interrupted, reopening"
+LIMITS = EventStoreLimits(gap_timeout_seconds=0.2)
+DEADLINE_SECONDS = 60.0
+HISTORY_LOST_CODES = {286, 136}  # ChangeStreamHistoryLost, or CappedPositionLost if the cursor was still open
+REOPENED_MESSAGE = "change stream interrupted, reopening"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.faults.test_oplog_rollover"])
@@ -50,9 +50,9 @@ _context.set_forkserver_preload(["tests.faults.test_oplog_rollover"])
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of our own with an oplog of one megabyte, which it cuts every second.
+    """The URI of a server with an oplog of one megabyte, which it truncates every second.
 
-    It cuts no more than its last checkpoint allows, and the interval of these can only be set at its start.
+    The server truncates only up to its last checkpoint. The checkpoint interval can only be set at its start.
     """
     directory = tmp_path_factory.mktemp("oplog")
     program = directory / "bin" / "mongod"
@@ -73,12 +73,12 @@ def connection(uri: str, request: pytest.FixtureRequest) -> Connection:
 
 @pytest.fixture
 async def writer(connection: Connection) -> AsyncIterator[Ledger]:
-    async with open_ledger(connection, QUICK, with_change_stream=False) as ledger:
+    async with open_ledger(connection, LIMITS, with_change_stream=False) as ledger:
         yield ledger
 
 
-async def write(writer: Ledger) -> int:
-    """Single events, several together, and a number that gets lost; return the last position."""
+async def append_events(writer: Ledger) -> int:
+    """Append single events and a commit of several, with a position gap between. Return the last position."""
     await asyncio.gather(*(writer.submit_job() for _ in range(20)))
     await create_position_gap(writer.db)
     events = [JobProgressed(attempt=1, step="page", percent=number, message="") for number in range(30)]
@@ -88,38 +88,38 @@ async def write(writer: Ledger) -> int:
 
 
 def roll_over(uri: str) -> None:
-    """Write, elsewhere, until nothing of what is in the oplog now is there any more."""
+    """Write to another database until the oplog contains no entry that it contains now."""
     with MongoClient[Document](uri) as client:
         oplog = client["local"]["oplog.rs"]
         [last] = oplog.find(sort=[("$natural", -1)], limit=1)
 
-        def rolled() -> bool:
+        def has_rolled_over() -> bool:
             client["filler"]["filler"].insert_many([{"filler": "x" * 10_000} for _ in range(50)])
             [oldest] = oplog.find(sort=[("$natural", 1)], limit=1)
             return bool(oldest["ts"] > last["ts"])
 
-        assert until_true(rolled, PATIENCE_SECONDS), "the oplog did not roll over"
+        assert wait_until(has_rolled_over, DEADLINE_SECONDS), "the oplog did not roll over"
         client.drop_database("filler")
 
 
-async def check(writer: Ledger, delivered: list[tuple[int, str]]) -> None:
+async def check_delivered(writer: Ledger, delivered: list[tuple[int, str]]) -> None:
     documents = await load_event_documents(writer.db)
     check_log(documents)
     assert delivered == [(document["_id"], document["event_id"]) for document in documents]
     assert sum(document["stream"] == VOID_STREAM for document in documents) >= 3
 
 
-# A subscriber that is frozen --------------------------------------------------------------------------------------
+# A suspended subscriber -------------------------------------------------------------------------------------------
 
 
 class Subscriber:
-    """A process that subscribes, and notes what it is given, and which errors the server answered."""
+    """A process that subscribes and writes the delivered events and the error codes of the server to files."""
 
     def __init__(self, connection: Connection, after: int, directory: Path) -> None:
         self._events = directory / "events"
         self._errors = directory / "errors"
         self._process = _context.Process(
-            target=_subscribe, args=(connection, after, self._events, self._errors), daemon=True
+            target=_main, args=(connection, after, self._events, self._errors), daemon=True
         )
         self._process.start()
         assert self._process.pid
@@ -132,129 +132,128 @@ class Subscriber:
     def errors(self) -> set[int]:
         return {int(code) for code in self._errors.read_text().split()}
 
-    async def reaches(self, position: int) -> None:
-        await poll_until(lambda: self.delivered()[-1:] >= [(position, "")], PATIENCE_SECONDS)
+    async def wait_for_position(self, position: int) -> None:
+        await poll_until(lambda: self.delivered()[-1:] >= [(position, "")], DEADLINE_SECONDS)
 
-    async def freeze(self) -> None:
+    async def suspend(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
         await poll_until(lambda: is_suspended(self.pid))
 
-    def thaw(self) -> None:
+    def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self._process.kill()
         self._process.join(10)
 
 
-def _subscribe(connection: Connection, after: int, events: Path, errors: Path) -> None:
-    asyncio.run(_note(connection, after, events, errors))
+def _main(connection: Connection, after: int, events: Path, errors: Path) -> None:
+    asyncio.run(_subscribe(connection, after, events, errors))
 
 
-async def _note(connection: Connection, after: int, delivered: Path, errors: Path) -> None:
-    tally = CommandCounter()
-    with delivered.open("a", buffering=1) as notes, errors.open("a", buffering=1) as codes:
+async def _subscribe(connection: Connection, after: int, delivered: Path, errors: Path) -> None:
+    commands = CommandCounter()
+    with delivered.open("a", buffering=1) as events_file, errors.open("a", buffering=1) as errors_file:
         async with (
-            open_ledger(monitor_connection(connection, tally), QUICK) as ledger,
+            open_ledger(monitor_connection(connection, commands), LIMITS) as ledger,
             ledger.event_store.subscribe(after=after) as events,
         ):
             async for event in events:
-                if tally.failed_by_code:
-                    codes.write(" ".join(map(str, tally.failed_by_code)) + "\n")
-                notes.write(f"{event.position} {event.event_id}\n")
+                if commands.failed_by_code:
+                    errors_file.write(" ".join(map(str, commands.failed_by_code)) + "\n")
+                events_file.write(f"{event.position} {event.event_id}\n")
 
 
-async def test_a_subscriber_that_was_frozen_while_the_oplog_rolled_over_goes_on_where_it_was(
+async def test_subscriber_suspended_during_the_rollover_misses_no_event(
     connection: Connection, writer: Ledger, tmp_path: Path
 ) -> None:
     subscriber = Subscriber(connection, 0, tmp_path)
     try:
-        await subscriber.reaches(await write(writer))
-        assert subscriber.errors() & HISTORY_LOST == set()
-        await subscriber.freeze()
-        await write(writer)
+        await subscriber.wait_for_position(await append_events(writer))
+        assert subscriber.errors() & HISTORY_LOST_CODES == set()
+        await subscriber.suspend()
+        await append_events(writer)
         await asyncio.to_thread(roll_over, connection.uri)
-        last = await write(writer)
-        await asyncio.to_thread(
-            roll_over, connection.uri
-        )  # nothing of the log is left, whatever the stream begins with
-        subscriber.thaw()
-        await subscriber.reaches(last)
-        await subscriber.reaches(await write(writer))
-        assert subscriber.errors() & HISTORY_LOST, "the server still had what was missed"
-        await check(writer, subscriber.delivered())
+        last = await append_events(writer)
+        # Afterwards the oplog contains no event, wherever the change stream resumes.
+        await asyncio.to_thread(roll_over, connection.uri)
+        subscriber.resume()
+        await subscriber.wait_for_position(last)
+        await subscriber.wait_for_position(await append_events(writer))
+        assert subscriber.errors() & HISTORY_LOST_CODES, "the oplog still contained the missed events"
+        await check_delivered(writer, subscriber.delivered())
     finally:
-        subscriber.end()
+        subscriber.kill()
 
 
-async def test_a_subscriber_that_did_not_run_while_the_oplog_rolled_over_goes_on_after_its_position(
+async def test_subscriber_restarted_after_the_rollover_continues_at_its_position(
     connection: Connection, writer: Ledger, tmp_path: Path
 ) -> None:
-    before = Subscriber(connection, 0, tmp_path)
+    first = Subscriber(connection, 0, tmp_path)
     try:
-        await before.reaches(await write(writer))
+        await first.wait_for_position(await append_events(writer))
     finally:
-        before.end()
-    await write(writer)
-    last = await write(writer)
+        first.kill()
+    await append_events(writer)
+    last = await append_events(writer)
     await asyncio.to_thread(roll_over, connection.uri)
-    position, _ = before.delivered()[-1]
+    position, _ = first.delivered()[-1]
     assert position < last
-    after = Subscriber(connection, position, tmp_path)  # notes what it is given in the same place
+    second = Subscriber(connection, position, tmp_path)  # appends to the same files
     try:
-        await after.reaches(last)
-        await after.reaches(await write(writer))
-        await check(writer, after.delivered())
+        await second.wait_for_position(last)
+        await second.wait_for_position(await append_events(writer))
+        await check_delivered(writer, second.delivered())
     finally:
-        after.end()
+        second.kill()
 
 
-# A change stream that is cut off ----------------------------------------------------------------------------------
+# An interrupted change stream -------------------------------------------------------------------------------------
 
 
-async def test_a_stream_whose_place_in_the_oplog_is_gone_is_opened_anew_and_every_subscriber_goes_on(
+async def test_change_stream_with_lost_history_is_reopened_for_all_subscribers(
     connection: Connection, writer: Ledger
 ) -> None:
-    tally = CommandCounter()
+    commands = CommandCounter()
     with TcpProxy(connection.uri) as proxy, capture_logs() as warnings:
-        cut_off = monitor_connection(Connection(proxy.uri, connection.db_name), tally)
+        proxied = monitor_connection(Connection(proxy.uri, connection.db_name), commands)
         async with (
-            open_ledger(cut_off, QUICK) as reader,
-            subscribed(reader) as early,
+            open_ledger(proxied, LIMITS) as reader,
+            collect_events(reader) as early,
         ):
-            first = await write(writer)
-            await poll_until(lambda: len(early) == first, PATIENCE_SECONDS)
+            first = await append_events(writer)
+            await poll_until(lambda: len(early) == first, DEADLINE_SECONDS)
             proxy.suspend()
-            await write(writer)
+            await append_events(writer)
             await asyncio.to_thread(roll_over, connection.uri)
-            last = await write(writer)
+            last = await append_events(writer)
             await asyncio.to_thread(roll_over, connection.uri)
             assert len(early) == first
-            assert REOPENED not in [warning["event"] for warning in warnings]
-            proxy.close_connections()  # so the driver has to resume, with a token from before
+            assert REOPENED_MESSAGE not in [warning["event"] for warning in warnings]
+            proxy.close_connections()  # the driver resumes with an old token
             proxy.resume()
-            await poll_until(lambda: len(early) >= last, PATIENCE_SECONDS)
-            async with subscribed(reader, after=first) as late:
-                last = await write(writer)
-                await poll_until(lambda: len(early) >= last and len(late) >= last - first, PATIENCE_SECONDS)
-        assert tally.failed_by_code[286], "the server still had what was missed"
-        assert REOPENED in [warning["event"] for warning in warnings]
+            await poll_until(lambda: len(early) >= last, DEADLINE_SECONDS)
+            async with collect_events(reader, after=first) as late:
+                last = await append_events(writer)
+                await poll_until(lambda: len(early) >= last and len(late) >= last - first, DEADLINE_SECONDS)
+        assert commands.failed_by_code[286], "the oplog still contained the missed events"
+        assert REOPENED_MESSAGE in [warning["event"] for warning in warnings]
     assert late == early[first:]
-    await check(writer, [(event.position, event.event_id) for event in early])
+    await check_delivered(writer, [(event.position, event.event_id) for event in early])
     assert await read_all_events(writer.event_store) == early
 
 
 @asynccontextmanager
-async def subscribed(ledger: Ledger, *, after: int = 0) -> AsyncIterator[list[RecordedEvent]]:
-    """What a subscription delivers from now on."""
+async def collect_events(ledger: Ledger, *, after: int = 0) -> AsyncIterator[list[RecordedEvent]]:
+    """Subscribe inside the block. Yields the list to which delivered events are appended."""
     delivered: list[RecordedEvent] = []
 
-    async def take() -> None:
+    async def collect() -> None:
         async with ledger.event_store.subscribe(after=after) as events:
             async for event in events:
                 delivered.append(event)
 
-    task = asyncio.create_task(take())
+    task = asyncio.create_task(collect())
     try:
         yield delivered
     finally:

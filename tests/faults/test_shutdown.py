@@ -1,4 +1,4 @@
-"""A role that is told to stop ends within its grace and a few seconds, whatever the database does."""
+"""A role exits within its grace period and a few seconds after SIGTERM, whatever the database does."""
 
 from __future__ import annotations
 
@@ -22,35 +22,36 @@ from tests.support.tcp_proxy import TcpProxy
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(240)]
 GRACE_SECONDS = 1.0
-SLACK_SECONDS = 3.0
+SLACK_SECONDS = 5.0  # for a loaded machine
+OUTAGE_SECONDS = 1.0  # so that commands are in flight at the signal
 ALL_ROLES = ("api", "worker", "projector", "webhook-sender")
 
 
 @soak_only
-@pytest.mark.parametrize("away", ["frozen", "killed"])
-def test_stop_while_all_members_are_away_ends_every_role_in_time(tmp_path: Path, away: str) -> None:
-    with ReplicaSet(tmp_path / "replica-set") as replica_set, stopped_roles(tmp_path, replica_set.uri, ALL_ROLES):
+@pytest.mark.parametrize("fault", ["frozen", "killed"])
+def test_roles_stopped_during_a_database_outage_exit_in_time(tmp_path: Path, fault: str) -> None:
+    with ReplicaSet(tmp_path / "replica-set") as replica_set, check_shutdown_of(tmp_path, replica_set.uri, ALL_ROLES):
         for node in replica_set.nodes:
-            replica_set.suspend(node) if away == "frozen" else replica_set.kill(node)
+            replica_set.suspend(node) if fault == "frozen" else replica_set.kill(node)
 
 
 @pytest.mark.parametrize("roles", [("api", "worker", "projector"), pytest.param(ALL_ROLES, marks=soak_only)])
-def test_stop_while_the_network_is_silent_ends_every_role_in_time(
+def test_roles_stopped_while_the_network_hangs_exit_in_time(
     mongodb_uri: str, tmp_path: Path, roles: Sequence[str]
 ) -> None:
-    with TcpProxy(mongodb_uri) as proxy, stopped_roles(tmp_path, proxy.uri, roles):
+    with TcpProxy(mongodb_uri) as proxy, check_shutdown_of(tmp_path, proxy.uri, roles):
         proxy.suspend()
 
 
 @contextmanager
-def stopped_roles(tmp_path: Path, uri: str, names: Sequence[str]) -> Iterator[None]:
-    """Start roles, the API first, with a busy worker; behind the block, stop them and check that they end in time."""
+def check_shutdown_of(tmp_path: Path, uri: str, names: Sequence[str]) -> Iterator[None]:
+    """Start roles, the API first, and a job. After the block, stop the roles and check that they exit in time."""
     with Installation(
-        tmp_path / "here",
+        tmp_path / "installation",
         mongodb={"uri": uri, "db_name": f"stopping-{secrets.token_hex(4)}"},
         event_worker={"shutdown_grace_seconds": GRACE_SECONDS},
-    ) as here:
-        roles = [here.start(role) for role in names]
+    ) as installation:
+        roles = [installation.start(role) for role in names]
         for role in roles:
             role.wait_until_ready()
         with http_client(roles[0]) as client:
@@ -58,19 +59,18 @@ def stopped_roles(tmp_path: Path, uri: str, names: Sequence[str]) -> Iterator[No
             job = client.post("/api/events/jobs", json=body).raise_for_status().json()
             assert wait_until(lambda: _is_processing(client, job["job_id"]), 60)
         yield
-        time.sleep(1)
-        begun = time.monotonic()
+        time.sleep(OUTAGE_SECONDS)
+        stopped_at = time.monotonic()
         for role in roles:
             role.process.send_signal(signal.SIGTERM)
         for role in roles:
-            ended = role.wait_for_exit()
-            assert ended.exit_code == 0, ended
-            assert "Traceback" not in ended.err, ended.err
-        assert time.monotonic() - begun < GRACE_SECONDS + SHUTDOWN_MARGIN_SECONDS + SLACK_SECONDS
+            outcome = role.wait_for_exit()
+            assert outcome.exit_code == 0, outcome
+            assert "Traceback" not in outcome.err, outcome.err
+        assert time.monotonic() - stopped_at < GRACE_SECONDS + SHUTDOWN_MARGIN_SECONDS + SLACK_SECONDS
 
 
 def _is_processing(client: httpx.Client, job_id: str) -> bool:
-    history = client.get(f"/api/events/jobs/{job_id}/history").json()[
-        "events"
-    ]  # from the log: it is ahead of the views
+    """Return whether the log, which is ahead of the views, contains a claim."""
+    history = client.get(f"/api/events/jobs/{job_id}/history").json()["events"]
     return "JobClaimed" in [event["type"] for event in history]

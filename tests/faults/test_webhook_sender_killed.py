@@ -1,4 +1,4 @@
-"""Whoever sends webhooks is killed at every step: each end is told, under one id, and none under a second."""
+"""The process that sends webhooks is killed at each crash point. Each finished job has one message with one ID."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from tests.support.role_runner import FAST_WEBHOOKS, WorkerOptions, run_roles_in
 from tests.support.webhook_endpoint import run_webhook_endpoint
 
 JOBS = 6
-TIMES = 3
+CRASH_AFTER = 3  # times that the crash point is reached
 
 
-def dying(connection: Connection, store: Path, point: str) -> subprocess.Popen[bytes]:
-    arguments = [connection.uri, connection.db_name, str(store), point, str(TIMES)]
+def start_crashing_process(connection: Connection, store: Path, point: str) -> subprocess.Popen[bytes]:
+    arguments = [connection.uri, connection.db_name, str(store), point, str(CRASH_AFTER)]
     return subprocess.Popen([sys.executable, "-m", "tests.support.crash_points", *arguments], stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("point", CRASH_POINTS)
-async def test_killed_at_any_step_each_end_is_told_under_one_id(
+async def test_sender_killed_at_a_crash_point_delivers_each_message_under_one_id(
     mongodb_uri: str, db_name: str, tmp_path: Path, point: str
 ) -> None:
     connection, store = Connection(mongodb_uri, db_name), tmp_path / "results"
-    async with run_webhook_endpoint() as cms, run_roles_in_process(connection, store, projector=True) as here:
-        hook = Webhook(url=cms.url(), include_metadata=True)
-        job_ids = [await here.submit({"number": number}, webhook=hook) for number in range(JOBS)]
-        killed = dying(connection, store, point)
-        assert await asyncio.to_thread(killed.wait, 30) == -signal.SIGKILL
+    async with run_webhook_endpoint() as endpoint, run_roles_in_process(connection, store, projector=True) as roles:
+        webhook = Webhook(url=endpoint.url(), include_metadata=True)
+        job_ids = [await roles.submit({"number": number}, webhook=webhook) for number in range(JOBS)]
+        process = start_crashing_process(connection, store, point)
+        assert await asyncio.to_thread(process.wait, 60) == -signal.SIGKILL
         async with run_roles_in_process(
             connection,
             store,
@@ -43,22 +43,22 @@ async def test_killed_at_any_step_each_end_is_told_under_one_id(
             webhooks_lease_seconds=1.5,
         ):
             for job_id in job_ids:
-                await here.wait_until_finished(job_id)
-            told: set[str] = set()
-            async with asyncio.timeout(30), here.event_store.subscribe(after=0, types=(DeliverySucceeded,)) as events:
+                await roles.wait_until_finished(job_id)
+            delivered: set[str] = set()
+            async with asyncio.timeout(60), roles.event_store.subscribe(after=0, types=(DeliverySucceeded,)) as events:
                 async for event in events:
-                    told.add(event.stream)
-                    if len(told) == JOBS:
+                    delivered.add(event.stream)
+                    if len(delivered) == JOBS:
                         break
-        log = await here.read_all_events()
-    ends = {it.stream: it.version for it in log if it.type == "JobCompleted"}
-    assert ends.keys() == set(job_ids)
-    expected = {f"delivery-{job_id}-{version}" for job_id, version in ends.items()}
-    assert {it.stream for it in log if it.type == "DeliveryQueued"} == expected
-    assert {it.webhook_id for it in cms.requests} == expected
-    assert {it.json_body["job"]["job_id"] for it in cms.requests} == set(job_ids)
-    bodies = {(it.webhook_id, it.body) for it in cms.requests}
-    assert len(bodies) == JOBS, "sent again, it is the same to the letter"
-    assert len(cms.requests) <= JOBS + FAST_WEBHOOKS.limits.max_concurrent_per_host, (
-        "only what was on its way came twice"
+        log = await roles.read_all_events()
+    completed = {event.stream: event.version for event in log if event.type == "JobCompleted"}
+    assert completed.keys() == set(job_ids)
+    expected = {f"delivery-{job_id}-{version}" for job_id, version in completed.items()}
+    assert {event.stream for event in log if event.type == "DeliveryQueued"} == expected
+    assert {request.webhook_id for request in endpoint.requests} == expected
+    assert {request.json_body["job"]["job_id"] for request in endpoint.requests} == set(job_ids)
+    bodies = {(request.webhook_id, request.body) for request in endpoint.requests}
+    assert len(bodies) == JOBS, "a repeated message has an identical body"
+    assert len(endpoint.requests) <= JOBS + FAST_WEBHOOKS.limits.max_concurrent_per_host, (
+        "only messages in flight are repeated"
     )

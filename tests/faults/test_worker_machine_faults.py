@@ -1,6 +1,6 @@
-"""A worker whose machine has trouble costs no job an attempt: others take its jobs, and it recovers by itself.
+"""A fault of a worker's machine costs no job an attempt. Other workers take its jobs, and it recovers without help.
 
-In one process and therefore fast: `tests/workers/test_machine_health.py`.
+`tests/workers/test_machine_health.py` tests the same in one process, and therefore faster.
 """
 
 from __future__ import annotations
@@ -24,18 +24,13 @@ JOBS = 60
 
 
 @pytest.fixture
-def connection(mongodb_uri: str, db_name: str) -> Connection:
-    return Connection(mongodb_uri, db_name)
-
-
-@pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
 @contextmanager
-def scratch_lost(_worker: RolesSubprocess, scratch: Path) -> Iterator[None]:
-    """Put a file where the scratch directory was, as a mount that went wrong does."""
+def lost_scratch(_worker: RolesSubprocess, scratch: Path) -> Iterator[None]:
+    """Replace the scratch directory with a file, as a failed mount does."""
     scratch.rename(scratch.with_suffix(".away"))
     scratch.write_text("")
     yield
@@ -44,22 +39,22 @@ def scratch_lost(_worker: RolesSubprocess, scratch: Path) -> Iterator[None]:
 
 
 @contextmanager
-def descriptors_exhausted(worker: RolesSubprocess, _scratch: Path) -> Iterator[None]:
+def exhausted_descriptors(worker: RolesSubprocess, _scratch: Path) -> Iterator[None]:
     before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
-    used = max(int(name) for name in os.listdir(f"/proc/{worker.pid}/fd"))  # noqa: PTH208 - names are wanted
+    used = max(int(name) for name in os.listdir(f"/proc/{worker.pid}/fd"))  # noqa: PTH208 - the names are needed
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (used + 3, before[1]))
     yield
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
 
 
 @soak_only
-@pytest.mark.parametrize("sickness", [scratch_lost, descriptors_exhausted])
-async def test_sick_worker_costs_no_job_an_attempt_and_recovers(
+@pytest.mark.parametrize("fault", [lost_scratch, exhausted_descriptors])
+async def test_worker_with_a_machine_fault_costs_no_attempt_and_recovers(
     connection: Connection,
     store: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    sickness: Callable[[RolesSubprocess, Path], AbstractContextManager[None]],
+    fault: Callable[[RolesSubprocess, Path], AbstractContextManager[None]],
 ) -> None:
     install_plugin(tmp_path / "plugins", "apart", "ValidProcessor.isolation = 'process'")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "plugins"), str(Path.cwd())]))
@@ -70,25 +65,27 @@ async def test_sick_worker_costs_no_job_an_attempt_and_recovers(
         run_roles_subprocess(connection, store, "worker") as second,
     ):
         monkeypatch.setenv("TMPDIR", str(scratch))
-        with run_roles_subprocess(connection, store, "worker") as sick:
+        with run_roles_subprocess(connection, store, "worker") as faulty:
             monkeypatch.delenv("TMPDIR")
-            for real in (first, second, sick):
-                await real.wait_until_started()
-            async with run_roles_in_process(connection, store) as here:
-                await poll_until(lambda: bool(list(scratch.glob("*/*"))), "its scratch directory is there")
-                with sickness(sick, scratch):
-                    _, job_ids = await here.submit_batch(*({} for _ in range(JOBS)), job_type="apart")
-                    await here.wait_until_finished(*job_ids, seconds=40)
+            for process in (first, second, faulty):
+                await process.wait_until_started()
+            async with run_roles_in_process(connection, store) as roles:
+                await poll_until(
+                    lambda: bool(list(scratch.glob("*/*"))), "the worker has created its scratch directory"
+                )
+                with fault(faulty, scratch):
+                    _, job_ids = await roles.submit_batch(*({} for _ in range(JOBS)), job_type="apart")
+                    await roles.wait_until_finished(*job_ids, seconds=90)
                     for job_id in job_ids:
-                        history = await here.read_event_types(job_id)
+                        history = await roles.read_event_types(job_id)
                         assert history[-1] == "JobCompleted", history
                         assert history.count("JobClaimed") == 1 + history.count("JobReleased"), history
-                        assert (await here.load_job(job_id))["retries"] == 0
-                    workers = await here.db.workers.find().to_list()
-                    [problem] = [it["problem"] for it in workers if it["problem"]]
+                        assert (await roles.load_job(job_id))["retries"] == 0
+                    workers = await roles.db.workers.find().to_list()
+                    [problem] = [worker["problem"] for worker in workers if worker["problem"]]
                     assert problem
-                async with asyncio.timeout(20):
-                    while await here.db.workers.count_documents({"problem": None}) < 3:  # noqa: ASYNC110 - rare
+                async with asyncio.timeout(60):
+                    while await roles.db.workers.count_documents({"problem": None}) < 3:  # noqa: ASYNC110 - no notification
                         await asyncio.sleep(0.1)
-                job_ids = [await here.submit(job_type="apart") for _ in range(12)]
-                await here.wait_until_finished(*job_ids)
+                job_ids = [await roles.submit(job_type="apart") for _ in range(12)]
+                await roles.wait_until_finished(*job_ids)

@@ -1,6 +1,6 @@
-"""kill -9 on workers, their children, the projector and mongod while jobs are done: every job ends, and in good order.
+"""SIGKILL for workers, job processes, the projector and mongod while jobs run: each job finishes by the rules.
 
-What "in good order" means is in `tests/support/history_check.py`.
+`tests/support/history_check.py` contains the rules.
 """
 
 from __future__ import annotations
@@ -45,169 +45,176 @@ pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
 
 LEASE_SECONDS = 2.0
 WORKERS, SLOTS = 3, 5
-INLINE, IN_CHILDREN, BATCH = (240, 60, 20) if IS_SOAK_RUN else (120, 30, 20)
+INLINE, IN_JOB_PROCESSES, BATCH = (240, 60, 20) if IS_SOAK_RUN else (120, 30, 20)
 MANY_ATTEMPTS, FEW_ATTEMPTS = 50, 2
-WORKER, JOB, HELPER, PROJECTOR, MONGOD, WISH = "worker", "job", "helper", "projector", "mongod", "wish"
-FAULTS = [WORKER] * 4 + [JOB] * 4 + [HELPER] * 2 + [PROJECTOR] * 2 + [MONGOD] * 2 + [WISH] * 2
+WORKER, JOB, HELPER, PROJECTOR, MONGOD, CANCEL = "worker", "job", "helper", "projector", "mongod", "cancel"
+FAULTS = [WORKER] * 4 + [JOB] * 4 + [HELPER] * 2 + [PROJECTOR] * 2 + [MONGOD] * 2 + [CANCEL] * 2
 FAULTS *= 2 if IS_SOAK_RUN else 1
-BETWEEN_FAULTS = 8  # claims, at most
+MAX_CLAIMS_BETWEEN_FAULTS = 8
 DEADLINE_SECONDS = 90.0
 
 
 @dataclass
-class Stage:
-    """Everything that may be killed, started again at once; and what this process, which only watches, has seen."""
+class Cluster:
+    """The processes that may be killed and are replaced at once, and the events that this process has read."""
 
     server: EmbeddedServer
-    here: RunningRoles
+    observer: RunningRoles
     stack: ExitStack
     workers: list[RolesSubprocess] = field(default_factory=list)
     projectors: list[RolesSubprocess] = field(default_factory=list)
     killed: list[RolesSubprocess] = field(default_factory=list)
     submitted: set[str] = field(default_factory=set)
-    ended: set[str] = field(default_factory=set)
-    seen: list[RecordedEvent] = field(default_factory=list)
+    finished: set[str] = field(default_factory=set)
+    events: list[RecordedEvent] = field(default_factory=list)
     claims: int = 0
 
     @property
     def waiting(self) -> set[str]:
-        return self.submitted - self.ended
+        return self.submitted - self.finished
 
     async def start(self, role: str) -> RolesSubprocess:
-        connection, store = self.here.connection, self.here.store.root
-        real = self.stack.enter_context(
+        connection, store = self.observer.connection, self.observer.store.root
+        process = self.stack.enter_context(
             run_roles_subprocess(connection, store, role, lease_seconds=LEASE_SECONDS, slots=SLOTS)
         )
-        await real.wait_until_started()
-        assert real.process.stdout is not None
-        # What it has to say of a database that is away would fill the pipe some time, and then it would stand still.
-        Thread(target=real.process.stdout.read, daemon=True).start()
-        return real
+        await process.wait_until_started()
+        assert process.process.stdout is not None
+        # Its output during outages of the database would fill the pipe and block the process.
+        Thread(target=process.process.stdout.read, daemon=True).start()
+        return process
 
     async def follow(self) -> None:
-        """Take in everything that happens, whether or not the database is there."""
-        async with self.here.event_store.subscribe(after=0) as events:
+        """Collect all events, also after outages of the database."""
+        async with self.observer.event_store.subscribe(after=0) as events:
             while True:
                 try:
                     chunk = await events.next_chunk()
                 except LedgerUnavailable:
                     await asyncio.sleep(0.05)
                     continue
-                self.seen += chunk
+                self.events += chunk
                 self.claims += sum(event.type == "JobClaimed" for event in chunk)
-                self.ended |= {event.stream for event in chunk if event.type in TERMINAL_EVENT_TYPES}
+                self.finished |= {event.stream for event in chunk if event.type in TERMINAL_EVENT_TYPES}
 
-    async def claimed_again(self, times: int) -> None:
-        """Wait until jobs have been claimed so many times more, or all of them have ended."""
-        enough = self.claims + times
+    async def wait_for_claims(self, count: int) -> None:
+        """Wait for this number of claims, or until all jobs finished."""
+        target = self.claims + count
         await poll_until(
-            lambda: self.claims >= enough or not self.waiting, f"{enough} claims", seconds=DEADLINE_SECONDS
+            lambda: self.claims >= target or not self.waiting, f"{target} claims", seconds=DEADLINE_SECONDS
         )
 
-    async def befall(self, fault: str) -> None:
+    async def cause(self, fault: str) -> None:
         match fault:
             case "worker":
-                await self.replace_one_of(self.workers, fault)
+                await self.replace_random(self.workers, fault)
             case "projector":
-                await self.replace_one_of(self.projectors, fault)
+                await self.replace_random(self.projectors, fault)
             case "job":
                 await poll_until(
-                    lambda: not self.waiting or any(map(list_job_processes, self.workers)), "a job runs in a child"
+                    lambda: not self.waiting or any(map(list_job_processes, self.workers)), "a job process runs"
                 )
-                kill_one_of(pid for worker in self.workers for pid in list_job_processes(worker))
-            case "helper":  # the server process that forks children, or Python's own that clears up; or a job again
-                kill_one_of(list_descendants(random.choice(self.workers).pid))
+                kill_random(pid for worker in self.workers for pid in list_job_processes(worker))
+            case "helper":  # the fork server, the resource tracker of Python, or a job process
+                kill_random(list_descendants(random.choice(self.workers).pid))
             case "mongod":
                 os.kill(self.server.pid, signal.SIGKILL)
-                await self.server.restart()  # in the main thread, as it has to be: we do not watch meanwhile
-            case "wish":
+                await self.server.restart()  # it must run in the main thread, so `follow` pauses
+            case "cancel":
                 with suppress(LedgerUnavailable, CommandRejected):
-                    await self.here.handle_commands(random.choice(sorted(self.waiting)), CancelJob("user-1"))
+                    await self.observer.handle_commands(random.choice(sorted(self.waiting)), CancelJob("user-1"))
 
-    async def replace_one_of(self, processes: list[RolesSubprocess], role: str) -> None:
+    async def replace_random(self, processes: list[RolesSubprocess], role: str) -> None:
         victim = processes.pop(random.randrange(len(processes)))
         victim.send_signal(signal.SIGKILL)
-        assert await victim.wait_for_exit() == -signal.SIGKILL, f"a {role} has ended by itself"
+        assert await victim.wait_for_exit() == -signal.SIGKILL, f"a {role} exited by itself"
         self.killed.append(victim)
         processes.append(await self.start(role))
 
     def errors(self, type_: str) -> Counter[str]:
-        """Count, by their codes, the errors in all events of a type."""
-        return Counter(event.data["error"]["code"] for event in self.seen if event.type == type_)
+        """Count the errors in all events of a type by code."""
+        return Counter(event.data["error"]["code"] for event in self.events if event.type == type_)
 
 
-def kill_one_of(pids: Iterable[int]) -> None:
-    if there := sorted(pids):
-        with suppress(ProcessLookupError):  # it has just ended
-            os.kill(random.choice(there), signal.SIGKILL)
+def kill_random(pids: Iterable[int]) -> None:
+    if candidates := sorted(pids):
+        with suppress(ProcessLookupError):  # it exited meanwhile
+            os.kill(random.choice(candidates), signal.SIGKILL)
 
 
 @asynccontextmanager
-async def stage_on(server: EmbeddedServer, store: Path) -> AsyncIterator[Stage]:
+async def run_cluster(server: EmbeddedServer, store: Path) -> AsyncIterator[Cluster]:
     with ExitStack() as stack:
-        async with run_roles_in_process(Connection(server.uri, "test"), store) as here:
-            stage = Stage(server, here, stack)
-            following = asyncio.create_task(stage.follow())
+        async with run_roles_in_process(Connection(server.uri, "test"), store) as observer:
+            cluster = Cluster(server, observer, stack)
+            following = asyncio.create_task(cluster.follow())
             try:
-                stage.projectors.append(await stage.start(PROJECTOR))
-                stage.workers += [await stage.start(WORKER) for _ in range(WORKERS)]
-                yield stage
+                cluster.projectors.append(await cluster.start(PROJECTOR))
+                cluster.workers += [await cluster.start(WORKER) for _ in range(WORKERS)]
+                yield cluster
             finally:
                 following.cancel()
                 with suppress(asyncio.CancelledError):
                     await following
 
 
-async def submit(here: RunningRoles, site: SlowSite) -> set[str]:
-    """Submit jobs of both kinds in any order, some of them in batches; return their ids."""
+async def submit_jobs(observer: RunningRoles, site: SlowSite) -> set[str]:
+    """Submit inline jobs and jobs in processes in random order, some in batches. Return their IDs."""
 
-    def echo() -> dict[str, float]:
+    def echo_parameters() -> dict[str, float]:
         return {"seconds": random.uniform(0, 1.5)}
 
-    def attempts() -> int:
+    def choose_max_attempts() -> int:
         return random.choices([MANY_ATTEMPTS, FEW_ATTEMPTS], [9, 1])[0]
 
-    jobs = [here.submit(echo(), max_attempts=attempts()) for _ in range(INLINE // 2)]
+    jobs = [observer.submit(echo_parameters(), max_attempts=choose_max_attempts()) for _ in range(INLINE // 2)]
     jobs += [
-        here.submit(site.job_parameters(f"/talk-{number}"), job_type="session", max_attempts=attempts())
-        for number in range(IN_CHILDREN)
+        observer.submit(site.job_parameters(f"/talk-{number}"), job_type="session", max_attempts=choose_max_attempts())
+        for number in range(IN_JOB_PROCESSES)
     ]
     random.shuffle(jobs)
     batches = [
-        here.submit_batch(*(echo() for _ in range(BATCH)), max_attempts=MANY_ATTEMPTS)
+        observer.submit_batch(*(echo_parameters() for _ in range(BATCH)), max_attempts=MANY_ATTEMPTS)
         for _ in range(INLINE // 2 // BATCH)
     ]
     submitted = set(await asyncio.gather(*jobs))
     for _, job_ids in await asyncio.gather(*batches):
         submitted.update(job_ids)
-    assert len(submitted) == INLINE + IN_CHILDREN
+    assert len(submitted) == INLINE + IN_JOB_PROCESSES
     return submitted
 
 
-async def test_whatever_is_killed_every_job_ends_and_no_two_attempts_overlap(tmp_path: Path) -> None:
+async def test_killed_processes_let_each_job_finish_without_overlapping_attempts(tmp_path: Path) -> None:
     async def pause(path: str) -> None:
         await asyncio.sleep(random.uniform(0.1, 1))
 
     with EmbeddedServer.start(tmp_path / "data", oplog_mb=256) as server:
-        async with serve_site(SlowSite(pause)) as site, stage_on(server, tmp_path / "results") as stage:
-            stage.submitted = await submit(stage.here, site)
+        async with serve_site(SlowSite(pause)) as site, run_cluster(server, tmp_path / "results") as cluster:
+            cluster.submitted = await submit_jobs(cluster.observer, site)
             for fault in random.sample(FAULTS, len(FAULTS)):
-                await stage.claimed_again(random.randint(1, BETWEEN_FAULTS))
-                if stage.waiting:
-                    await stage.befall(fault)
-            await poll_until(lambda: not stage.waiting, "every job has ended", seconds=DEADLINE_SECONDS)
+                await cluster.wait_for_claims(random.randint(1, MAX_CLAIMS_BETWEEN_FAULTS))
+                if cluster.waiting:
+                    await cluster.cause(fault)
+            await poll_until(lambda: not cluster.waiting, "each job finished", seconds=DEADLINE_SECONDS)
 
-            documents = await load_event_documents(stage.here.db)
+            documents = await load_event_documents(cluster.observer.db)
             check_history(documents, all_finished=True)
-            few = {it["stream"] for it in documents if it["data"].get("max_attempts") == FEW_ATTEMPTS}
-            assert {it["stream"] for it in documents if it["type"] == "JobFailed"} <= few, "too soon"
-            await assert_views_match_log(stage.here)
+            jobs_with_few_attempts = {
+                document["stream"] for document in documents if document["data"].get("max_attempts") == FEW_ATTEMPTS
+            }
+            failed = {document["stream"] for document in documents if document["type"] == "JobFailed"}
+            assert failed <= jobs_with_few_attempts, "a job failed too early"
+            await assert_views_match_log(cluster.observer)
 
-            for role in stage.workers + stage.projectors:
-                assert role.process.poll() is None, "a process has ended by itself"
+            for role in cluster.workers + cluster.projectors:
+                assert role.process.poll() is None, "a process exited by itself"
             await poll_until(
-                lambda: not any(list_live_processes_in_session(role.pid) for role in stage.killed),
-                "nothing is left of the killed",
+                lambda: not any(list_live_processes_in_session(role.pid) for role in cluster.killed),
+                "no descendant of a killed process remains",
             )
-            assert sum(event.type == "JobLeaseExpired" for event in stage.seen) > WORKERS, "nobody was killed at work"
-            assert stage.errors("JobAttemptFailed")["PROCESS_KILLED"] > 0, "no child was killed at work"
+            assert sum(event.type == "JobLeaseExpired" for event in cluster.events) > WORKERS, (
+                "no worker was killed while it ran jobs"
+            )
+            assert cluster.errors("JobAttemptFailed")["PROCESS_KILLED"] > 0, (
+                "no job process was killed while it ran a job"
+            )
