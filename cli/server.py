@@ -47,6 +47,7 @@ from jobledger.workers.registry import load_processors, unusable_job_types
 
 _MAX_OPEN_FILES: Final = 65_536
 _KEEP_ALIVE_SECONDS: Final = 30
+_GRACEFUL_SHUTDOWN_SECONDS: Final = 3
 
 
 def raise_open_file_limit() -> None:
@@ -251,7 +252,7 @@ async def serve_api(
             log_level="warning",
             access_log=False,
             proxy_headers=False,  # auth.proxy and api.trusted_proxies define the trusted proxies
-            timeout_graceful_shutdown=3,
+            timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_SECONDS,
             lifespan="off",
         )
     )

@@ -41,6 +41,16 @@ class Api:
     store: Path
     principal_headers: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def url(self) -> str:
+        """The base URL without a slash at the end."""
+        return str(self.http.base_url).rstrip("/")
+
+    @property
+    def origin_header(self) -> dict[str, str]:
+        """The header that a browser sends with a request from a page of this API."""
+        return {"Origin": self.url}
+
     def as_user(self, user_id: str = "", groups: Collection[str] = (), roles: Collection[str] = ()) -> Api:
         """Return a copy with another principal. Requires the fixture `header_auth`."""
         return replace(self, principal_headers=principal_header(user_id, groups, roles))
@@ -123,8 +133,8 @@ class Api:
         return taken
 
 
-def check_error(response: httpx.Response, status: int, code: str) -> None:
-    """Check the status and the error object of a response."""
+def check_error(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """Check the status and the error object of a response. Return the error object."""
     assert response.status_code == status, response.text[:500]
     assert response.headers["content-type"] == "application/json"
     content: dict[str, Any] = response.json()
@@ -133,6 +143,7 @@ def check_error(response: httpx.Response, status: int, code: str) -> None:
     assert content["message"]
     assert "Traceback" not in response.text
     assert "pydantic" not in response.text.lower()
+    return content
 
 
 async def poll_response_until(condition: Callable[[], Awaitable[bool]], description: str) -> None:

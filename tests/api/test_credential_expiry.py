@@ -1,4 +1,4 @@
-"""What is open when a credential ends is ended with it: streams, live pages and long waits, in every mode."""
+"""Streams, live pages, long waits and downloads end when their credential ends, in every authentication mode."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ import pytest
 from starlette.requests import HTTPConnection
 from starlette.types import Message
 
-from jobledger.api.auth import api_keys
-from jobledger.api.auth import backends as sign_in
+from jobledger.api.auth import api_keys, backends
 from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
 from jobledger.api.auth.permissions import AuthenticationMiddleware, RevocationNotifier
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.streaming import CloseableStreamingResponse
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import Database
-from tests.api.conftest import Api, run_api
+from tests.api.conftest import DEADLINE_SECONDS, WITHOUT_WORKER, Api, run_api
 from tests.support.jwt_issuer import SECRET, make_token
 
 STREAM, VIEW_UPDATES, JOBS = "/api/ledger/stream", "/monitoring/events/view-updates", "/api/events/jobs"
 SIGN_IN, SIGN_OUT = "/monitoring/events/sign-in", "/monitoring/events/sign-out"
-SOON_SECONDS: Final = 3.0
-"""Within a second or so, on a machine that is busy with other tests."""
-Ends = Callable[[], Awaitable[None]]
+LIFETIME_SECONDS: Final = 4
+"""Long enough to open all streams on a busy machine."""
+EndCredential = Callable[[], Awaitable[None]]
 
 
 @pytest.fixture
 def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
+    """Return a context manager that runs an API without a worker in an authentication mode."""
+
     @asynccontextmanager
     async def running(mode: str) -> AsyncIterator[Api]:
         (tmp_path / "secret").write_text(SECRET)
@@ -42,55 +43,58 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
         auth: dict[str, Any] = {"mode": mode, **({"jwt": jwt} if mode == "jwt" else {})}
         if mode == "proxy":
             auth["proxy"] = {"trusted": ["127.0.0.1"], "user_header": "X-User", "groups_header": None}
-        async for api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}), auth=auth):
+        async for api in run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER, auth=auth):
             yield api
 
     return running
 
 
-async def key_for(db: Database, lifetime: timedelta | None = None) -> ApiKeyToken:
-    text, now = ApiKeyToken.generate(), datetime.now(UTC)
-    until = None if lifetime is None else now + lifetime
-    key = ApiKey(key_id=text.key_id, sha256=text.digest, user_id="alice", created_at=now, expires_at=until)
+async def create_key(db: Database, lifetime: timedelta | None = None) -> ApiKeyToken:
+    token, now = ApiKeyToken.generate(), datetime.now(UTC)
+    expires_at = None if lifetime is None else now + lifetime
+    key = ApiKey(key_id=token.key_id, sha256=token.digest, user_id="alice", created_at=now, expires_at=expires_at)
     await api_keys.store_key(db, key)
-    return text
+    return token
 
 
-async def nothing() -> None:
-    """The credential ends by itself."""
+async def wait_for_expiry() -> None:
+    """Do nothing: the credential expires."""
 
 
-async def credential(api: Api, case: str, patch: pytest.MonkeyPatch) -> tuple[dict[str, str], Ends]:
-    """Return the headers of somebody who is signed in, and what ends that."""
-    ours = {"Origin": str(api.http.base_url).rstrip("/")}
-    if case == "proxy that has to say it again":
-        patch.setattr(sign_in, "_PROXY_TRUST", timedelta(seconds=2))
-        return {"X-User": "alice"}, nothing
+async def obtain_credential(
+    api: Api, case: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, str], EndCredential]:
+    """Return the headers of an authenticated request, and a function that ends the credential."""
+    if case == "proxy header that expires":
+        monkeypatch.setattr(backends, "_PROXY_TRUST", timedelta(seconds=2))
+        return {"X-User": "alice"}, wait_for_expiry
     if case == "token that expires":
-        return {"Authorization": f"Bearer {make_token(exp=int(time.time()) + 3)}"}, nothing
+        return {"Authorization": f"Bearer {make_token(exp=int(time.time()) + LIFETIME_SECONDS)}"}, wait_for_expiry
     if case == "session of a token that expires":
-        answer = await api.http.post(SIGN_IN, data={"credential": make_token(exp=int(time.time()) + 3)}, headers=ours)
+        response = await api.http.post(
+            SIGN_IN, data={"credential": make_token(exp=int(time.time()) + LIFETIME_SECONDS)}, headers=api.origin_header
+        )
         api.http.cookies.clear()
-        return {"Cookie": f"jobledger={answer.cookies['jobledger']}"}, nothing
-    text = await key_for(api.db, timedelta(seconds=3) if case == "key that expires" else None)
-    bearer = {"Authorization": f"Bearer {text}"}
-    async with asyncio.timeout(SOON_SECONDS):
-        while (await api.http.get(JOBS, headers=bearer)).status_code == 401:  # noqa: ASYNC110
+        return {"Cookie": f"jobledger={response.cookies['jobledger']}"}, wait_for_expiry
+    token = await create_key(api.db, timedelta(seconds=LIFETIME_SECONDS) if case == "key that expires" else None)
+    bearer = {"Authorization": f"Bearer {token}"}
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while (await api.http.get(JOBS, headers=bearer)).status_code == 401:  # noqa: ASYNC110 - no event signals it
             await asyncio.sleep(0.02)
 
-    async def revoked() -> None:
-        await api_keys.revoke_key(api.db, text.key_id)
+    async def revoke() -> None:
+        await api_keys.revoke_key(api.db, token.key_id)
 
     if not case.startswith("session"):
-        return bearer, nothing if case == "key that expires" else revoked
-    answer = await api.http.post(SIGN_IN, data={"credential": str(text)}, headers=ours)
+        return bearer, wait_for_expiry if case == "key that expires" else revoke
+    response = await api.http.post(SIGN_IN, data={"credential": str(token)}, headers=api.origin_header)
     api.http.cookies.clear()
-    cookie = {"Cookie": f"jobledger={answer.cookies['jobledger']}"}
+    cookie = {"Cookie": f"jobledger={response.cookies['jobledger']}"}
 
-    async def signed_out() -> None:
-        await api.http.post(SIGN_OUT, headers={**cookie, **ours})
+    async def sign_out() -> None:
+        await api.http.post(SIGN_OUT, headers={**cookie, **api.origin_header})
 
-    return cookie, revoked if case == "session of a key that is revoked" else signed_out
+    return cookie, revoke if case == "session of a key that is revoked" else sign_out
 
 
 CASES: Final = [
@@ -100,30 +104,30 @@ CASES: Final = [
     ("keys", "session of a key that is revoked"),
     ("jwt", "token that expires"),
     ("jwt", "session of a token that expires"),
-    ("proxy", "proxy that has to say it again"),
+    ("proxy", "proxy header that expires"),
 ]
 
 
 @pytest.mark.parametrize(("mode", "case"), CASES)
-async def test_streams_and_waits_end_with_their_credential_and_others_go_on(
+async def test_streams_and_waits_end_with_their_credential_only(
     run: Any, mode: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with run(mode) as api, httpx.AsyncClient(base_url=api.http.base_url, timeout=60, trust_env=False) as client:
-        headers, end = await credential(api, case, monkeypatch)
-        other = await key_for(api.db)
+        headers, end_credential = await obtain_credential(api, case, monkeypatch)
+        other_token = await create_key(api.db)
         submitted = await client.post(
             JOBS,
             json={"job_type": "echo", "parameters": {}},
-            headers={**headers, "Origin": str(api.http.base_url).rstrip("/")},
+            headers={**headers, **api.origin_header},
         )
         job_id = submitted.json()["job_id"]
         opened = asyncio.Queue[str]()
 
-        async def follow(path: str, sent: dict[str, str]) -> str:
-            async with client.stream("GET", path, headers=sent) as answer:
-                assert answer.status_code == 200
+        async def follow(path: str, headers: dict[str, str]) -> str:
+            async with client.stream("GET", path, headers=headers) as response:
+                assert response.status_code == 200
                 opened.put_nowait(path)
-                async for _ in answer.aiter_bytes():
+                async for _ in response.aiter_bytes():
                     pass
             return path
 
@@ -134,24 +138,23 @@ async def test_streams_and_waits_end_with_their_credential_and_others_go_on(
         streams = [
             asyncio.create_task(follow(path, headers)) for path in (STREAM, f"{STREAM}?job_id={job_id}", VIEW_UPDATES)
         ]
-        waits = asyncio.create_task(wait())
-        unconcerned = None
+        waiting = asyncio.create_task(wait())
+        stream_of_other_key = None
         if mode == "keys":
-            unconcerned = asyncio.create_task(follow(STREAM, {"Authorization": f"Bearer {other}"}))
-        for _ in range(5 if unconcerned else 4):
+            stream_of_other_key = asyncio.create_task(follow(STREAM, {"Authorization": f"Bearer {other_token}"}))
+        for _ in range(5 if stream_of_other_key else 4):
             await opened.get()
-        await asyncio.sleep(0.2)
-        await end()
-        async with asyncio.timeout(SOON_SECONDS + 3):
+        await end_credential()
+        async with asyncio.timeout(DEADLINE_SECONDS):
             await asyncio.gather(*streams)
-            status = await waits if mode != "proxy" else None
+            status = await waiting if mode != "proxy" else None
         if mode == "proxy":
-            waits.cancel()
+            waiting.cancel()
         else:
             assert status == 401
-        if unconcerned is not None:
-            assert not unconcerned.done()
-            unconcerned.cancel()
+        if stream_of_other_key is not None:
+            assert not stream_of_other_key.done()
+            stream_of_other_key.cancel()
 
 
 @pytest.mark.parametrize(
@@ -159,28 +162,35 @@ async def test_streams_and_waits_end_with_their_credential_and_others_go_on(
     [
         ("revoked", True),
         ("expired", True),
-        ("another one", False),
+        ("another credential revoked", False),
         ("cannot be checked", False),
-        ("proxy that has to say it again", False),
+        ("proxy header that expires", False),
     ],
 )
-async def test_downloads_end_with_their_credential_and_no_others(case: str, is_cut: bool) -> None:
-    """A download cannot be continued by another request, so a proxy's word is good for all of it."""
-    now = datetime.now(UTC)
-    ends_soon = case in ("expired", "proxy that has to say it again")
-    principal = Principal("alice", valid_until=now + timedelta(seconds=0.2) if ends_soon else None)
-    revocations, is_closed, ended = RevocationNotifier(), asyncio.Event(), False
+async def test_download_ends_when_its_credential_ends(case: str, is_cut: bool) -> None:
+    """A download cannot be resumed by another request, so a proxy header stays valid until its end."""
+    expires_at = datetime.now(UTC) + timedelta(seconds=0.2)
+    is_expiring = case in ("expired", "proxy header that expires")
+    principal = Principal("alice", valid_until=expires_at if is_expiring else None)
+    revocations, first_checked, checked_at_end = RevocationNotifier(), asyncio.Event(), asyncio.Event()
+    is_notified = False
 
     async def check(connection: HTTPConnection) -> Principal:
+        first_checked.set()
+        has_ended = is_notified and (not is_expiring or datetime.now(UTC) >= expires_at)
+        if has_ended:
+            checked_at_end.set()
         if case == "cannot be checked":
             raise ApiError(503, "jwks_unavailable", "")
-        if ended or (case == "expired" and datetime.now(UTC) >= now + timedelta(seconds=0.2)):
+        if has_ended and is_cut:
             raise ApiError(401, "invalid_credentials", "")
         return principal
 
+    has_client_read = asyncio.Event()
+
     async def content() -> AsyncGenerator[bytes, None]:
         yield b"first"
-        await is_closed.wait()  # as long as the client reads slowly
+        await has_client_read.wait()
 
     aborted = asyncio.Event()
     scope = {
@@ -207,13 +217,19 @@ async def test_downloads_end_with_their_credential_and_no_others(case: str, is_c
         closed.set()
 
     download = asyncio.create_task(CloseableStreamingResponse(content(), 200, {}, on_close=close)(scope, receive, send))
-    await asyncio.sleep(0.05)
-    ended = case == "revoked"
-    revocations.notify()
-    await asyncio.sleep(0.3)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await first_checked.wait()
+        is_notified = True
+        revocations.notify()
+        await checked_at_end.wait()
+        if is_cut:
+            await aborted.wait()
+            await asyncio.wait({download})
+        for _ in range(100):  # a wrong abort follows the check within a few iterations of the event loop
+            await asyncio.sleep(0)
     assert aborted.is_set() is is_cut
     assert download.done() is is_cut
-    is_closed.set()
-    await asyncio.wait_for(download, 5)
+    has_client_read.set()
+    await asyncio.wait_for(download, DEADLINE_SECONDS)
     assert closed.is_set()
     assert (sent[-1].get("more_body") is False) is not is_cut

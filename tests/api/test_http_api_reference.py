@@ -1,4 +1,4 @@
-"""The reference describes the routes that there are, and no others."""
+"""`docs/reference/http-api.md` lists exactly the routes of the API, and its examples work."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.api.conftest import Api
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "http-api.md"
 
 
-def described() -> Iterator[tuple[str, str]]:
-    """Method and path of each request in the table; `/restart` behind `POST …/cancel` is its sibling."""
+def parse_requests() -> Iterator[tuple[str, str]]:
+    """Yield method and path of each request in the table. A second path in a cell replaces the last segment."""
     for cell in re.findall(
         r"^\| (`(?:GET|POST|PUT|DELETE) .*?) \|", REFERENCE.read_text(encoding="utf-8"), re.MULTILINE
     ):
@@ -29,34 +29,32 @@ def described() -> Iterator[tuple[str, str]]:
             yield method, path
 
 
-def test_the_reference_describes_every_route_and_no_other() -> None:
+def test_reference_lists_exactly_the_routes_of_the_api() -> None:
     routes = {
         (method, route.path.replace(":path}", "}"))
         for route in ROUTES
         for method in (route.methods or ())
         if method != "HEAD" and route.path != "/"
     }
-    assert set(described()) == routes
+    assert set(parse_requests()) == routes
 
 
-REPLACED = ("/process-events-async", "/process-many-events", "/test-webhook-callback", "/test-webhook-logs")
+REPLACED_ENDPOINTS = ("/process-events-async", "/process-many-events", "/test-webhook-callback", "/test-webhook-logs")
 
 
-@pytest.mark.parametrize("old", REPLACED)
-async def test_the_example_in_the_place_of_an_old_endpoint_works_as_it_stands(
-    api_without_worker: Api, old: str
-) -> None:
+@pytest.mark.parametrize("endpoint", REPLACED_ENDPOINTS)
+async def test_example_for_replaced_endpoint_works(api_without_worker: Api, endpoint: str) -> None:
     text = REFERENCE.read_text(encoding="utf-8")
-    assert f"| `{old}` | " in text
-    found = re.search(rf"^In the place of `{old}`.*?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert found, f"no example in the place of {old}"
-    command, address, *options = shlex.split(found[1])
+    assert f"| `{endpoint}` | " in text
+    example = re.search(rf"^In the place of `{endpoint}`.*?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert example, f"no example in the place of {endpoint}"
+    command, url, *arguments = shlex.split(example[1])
     assert command == "curl"
-    given = dict(zip(options[::2], options[1::2], strict=True))
-    path = address.removeprefix("http://127.0.0.1:5001")
-    if "-d" in given:
-        name, _, value = given["-H"].partition(": ")
-        answer = await api_without_worker.http.post(path, content=given["-d"], headers={name: value})
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    path = url.removeprefix("http://127.0.0.1:5001")
+    if "-d" in options:
+        name, _, value = options["-H"].partition(": ")
+        response = await api_without_worker.http.post(path, content=options["-d"], headers={name: value})
     else:
-        answer = await api_without_worker.get(path)
-    assert answer.status_code == (202 if "-d" in given else 200), answer.text
+        response = await api_without_worker.get(path)
+    assert response.status_code == (202 if "-d" in options else 200), response.text

@@ -1,4 +1,4 @@
-"""Live streams under load and in trouble: a thousand at once, clients that do not read, a server that stops."""
+"""Live streams of the log: a thousand clients, clients that do not read, server shutdown and database outages."""
 
 from __future__ import annotations
 
@@ -17,43 +17,44 @@ import httpx
 import pytest
 
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from tests.api.conftest import DEADLINE_SECONDS, Api, run_api
+from tests.api.conftest import DEADLINE_SECONDS, WITHOUT_WORKER, Api, run_api
 from tests.support.mongodb_provider import needs_local_mongod
 
 CLIENTS = 1000
-SOME_KB = 60
+ECHO: dict[str, Any] = {"job_type": "echo", "parameters": {}}
+JOB_KB = 60
 
 
-def memory_mb() -> float:
+def measure_memory_mb() -> float:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
-def open_streams() -> int:
+def count_open_streams() -> int:
     return sum(task.get_name() == "live" for task in asyncio.all_tasks())
 
 
-def connections(api: Api) -> int:
-    """How many connections the server holds."""
+def count_connections(api: Api) -> int:
+    """Return the number of connections that the server has open."""
     rows = [row.split() for row in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]]
     port = f":{api.http.base_url.port:04X}"
     return sum(row[1].endswith(port) and row[3] == "01" for row in rows)
 
 
 @asynccontextmanager
-async def connected(api: Api, path: str, **headers: str) -> AsyncIterator[tuple[asyncio.StreamReader, socket.socket]]:
-    """A bare connection that has asked for a stream. What it has not read stays with the server."""
+async def open_stream(api: Api, path: str, **headers: str) -> AsyncIterator[asyncio.StreamReader]:
+    """Request a stream over a connection with small buffers, so that unread data stays in the server."""
     url = api.http.base_url
-    wire = socket.socket()
-    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-    wire.settimeout(0)
-    await asyncio.get_running_loop().sock_connect(wire, (url.host, url.port))
-    # The reader takes 4 KB at most before somebody asks it for more.
-    reader, writer = await asyncio.open_connection(sock=wire, limit=2048)
+    client_socket = socket.socket()
+    client_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    client_socket.settimeout(0)
+    await asyncio.get_running_loop().sock_connect(client_socket, (url.host, url.port))
+    # The reader buffers at most 4 KB (twice the limit) before it stops reading.
+    reader, writer = await asyncio.open_connection(sock=client_socket, limit=2048)
     lines = [f"GET {path} HTTP/1.1", f"Host: {url.host}", *(f"{name}: {value}" for name, value in headers.items())]
     writer.write("\r\n".join([*lines, "", ""]).encode())
     try:
-        yield reader, wire
+        yield reader
     finally:
         writer.close()
         with suppress(ConnectionError):
@@ -61,41 +62,41 @@ async def connected(api: Api, path: str, **headers: str) -> AsyncIterator[tuple[
 
 
 async def read_until(reader: asyncio.StreamReader, text: bytes) -> None:
-    seen = b""
-    while text not in seen:
-        part = await reader.read(65536)
-        assert part, f"the stream has ended without {text!r}"
-        seen = seen[-200:] + part
+    received = b""
+    while text not in received:
+        chunk = await reader.read(65536)
+        assert chunk, f"the stream ended without {text!r}"
+        received = received[-200:] + chunk
 
 
-# Many ---------------------------------------------------------------------------------------------------------------
+# Many clients -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("header_auth")
-async def test_a_thousand_clients_share_one_change_stream_and_all_hear_within_seconds(api_without_worker: Api) -> None:
+async def test_thousand_clients_share_one_change_stream_and_get_events_in_seconds(api_without_worker: Api) -> None:
     first = await api_without_worker.submit(access_control={"visibility": "public"})
-    before = memory_mb()
+    before = measure_memory_mb()
     async with asyncio.timeout(3 * DEADLINE_SECONDS), AsyncExitStack() as stack:
         readers = []
-        for number in range(CLIENTS):  # half of them may see everything, half what is public
-            who = {"X-Test-Principal": f"user-{number};;"} if number % 2 else {}
-            connection = connected(api_without_worker, "/api/ledger/stream?after=0", **who)
-            readers.append((await stack.enter_async_context(connection))[0])
+        for number in range(CLIENTS):  # half of them are users, half anonymous
+            principal = {"X-Test-Principal": f"user-{number};;"} if number % 2 else {}
+            connection = open_stream(api_without_worker, "/api/ledger/stream?after=0", **principal)
+            readers.append(await stack.enter_async_context(connection))
         await asyncio.gather(*(read_until(reader, first.encode()) for reader in readers))
-        assert open_streams() == CLIENTS
-        begun = time.monotonic()
+        assert count_open_streams() == CLIENTS
+        start = time.monotonic()
         job_id = await api_without_worker.submit(access_control={"visibility": "public"})
         await asyncio.gather(*(read_until(reader, job_id.encode()) for reader in readers))
-        seconds, grown = time.monotonic() - begun, memory_mb() - before
+        seconds, growth_mb = time.monotonic() - start, measure_memory_mb() - before
         assert seconds < 10
-        assert grown < 250, "both ends of all connections are in this process"
-        assert await change_streams(api_without_worker) == 1
+        assert growth_mb < 250, "server and clients together: both run in this process"
+        assert await count_change_streams(api_without_worker) == 1
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while open_streams():  # noqa: ASYNC110 - for what no event tells
+        while count_open_streams():  # noqa: ASYNC110 - no event signals it
             await asyncio.sleep(0.05)
 
 
-async def change_streams(api: Api) -> int:
+async def count_change_streams(api: Api) -> int:
     pipeline: list[dict[str, Any]] = [
         {"$currentOp": {"allUsers": True, "idleCursors": True}},
         {
@@ -105,117 +106,119 @@ async def change_streams(api: Api) -> int:
             }
         },
     ]
-    async with await api.db.client.admin.aggregate(pipeline) as found:
-        return len(await found.to_list())
+    async with await api.db.client.admin.aggregate(pipeline) as cursor:
+        return len(await cursor.to_list())
 
 
-# Slow ---------------------------------------------------------------------------------------------------------------
+# Slow clients -------------------------------------------------------------------------------------------------------
 
 
-async def large_jobs(api: Api, number: int) -> None:
-    jobs = [{"job_type": "echo", "parameters": {"text": "x" * SOME_KB * 1024}} for _ in range(20)]
+async def submit_large_jobs(api: Api, number: int) -> None:
+    jobs = [{"job_type": "echo", "parameters": {"text": "x" * JOB_KB * 1024}} for _ in range(20)]
     for _ in range(number // 20):
-        answer = await api.post("/api/events/batches", {"jobs": jobs})
-        assert answer.status_code == 202
+        response = await api.post("/api/events/batches", {"jobs": jobs})
+        assert response.status_code == 202
 
 
-async def test_a_client_that_does_not_read_is_cut_and_nothing_is_kept_for_it(
+async def test_client_that_does_not_read_is_disconnected_and_uses_bounded_memory(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.api.http.sse.SEND_TIMEOUT_SECONDS", 1.0)
-    await large_jobs(api_without_worker, 300)  # 18 MB, more than lies between two sockets
-    before, held = memory_mb(), connections(api_without_worker)
+    await submit_large_jobs(api_without_worker, 300)  # 18 MB, more than the buffers of two sockets
+    memory_before, connections_before = measure_memory_mb(), count_connections(api_without_worker)
     async with asyncio.timeout(DEADLINE_SECONDS), AsyncExitStack() as stack:
         readers = []
         for _ in range(10):
-            connection = connected(api_without_worker, "/api/ledger/stream?after=0")
-            readers.append((await stack.enter_async_context(connection))[0])
+            connection = open_stream(api_without_worker, "/api/ledger/stream?after=0")
+            readers.append(await stack.enter_async_context(connection))
         await asyncio.gather(*(reader.readline() for reader in readers))
-        most = before
-        while open_streams():
-            most = max(most, memory_mb())
+        peak = memory_before
+        while count_open_streams():
+            peak = max(peak, measure_memory_mb())
             await asyncio.sleep(0.05)
-        assert most - before < 80, "for ten clients that have read nothing of 18 MB"
-        while connections(api_without_worker) > held:  # noqa: ASYNC110 - for what no event tells
+        assert peak - memory_before < 80, "for ten clients that have read nothing of 18 MB"
+        while count_connections(api_without_worker) > connections_before:  # noqa: ASYNC110 - no event signals it
             await asyncio.sleep(0.05)
-        read = 0
+        received_bytes = 0
         with suppress(ConnectionError):
-            while part := await readers[0].read(65536):
-                read += len(part)
-                assert not part.endswith(b"0\r\n\r\n"), "ended in good order, and not cut"
-        assert read < 300 * SOME_KB * 1024
+            while chunk := await readers[0].read(65536):
+                received_bytes += len(chunk)
+                assert not chunk.endswith(b"0\r\n\r\n"), "the stream ended regularly instead of being cut"
+        assert received_bytes < 300 * JOB_KB * 1024
 
 
-async def test_a_client_that_reads_slowly_but_does_read_gets_everything(
+async def test_client_that_reads_slowly_gets_all_events(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.api.http.sse.SEND_TIMEOUT_SECONDS", 1.0)
-    await large_jobs(api_without_worker, 300)
+    await submit_large_jobs(api_without_worker, 300)
     last = await api_without_worker.submit()
     async with (
         asyncio.timeout(DEADLINE_SECONDS),
-        connected(api_without_worker, "/api/ledger/stream?after=0") as (reader, _),
+        open_stream(api_without_worker, "/api/ledger/stream?after=0") as reader,
     ):
-        begun, seen = time.monotonic(), b""
-        while last.encode() not in seen:
-            part = await reader.read(256 * 1024)
-            assert part, "cut although it reads"
-            seen = seen[-200:] + part
+        start, received = time.monotonic(), b""
+        while last.encode() not in received:
+            chunk = await reader.read(256 * 1024)
+            assert chunk, "the server cut a client that reads"
+            received = received[-200:] + chunk
             await asyncio.sleep(0.001)
-        assert time.monotonic() - begun > 1.0
+        assert time.monotonic() - start > 1.0, "it took longer than the send timeout"
 
 
-# The end of things --------------------------------------------------------------------------------------------------
+# Shutdown and outage ------------------------------------------------------------------------------------------------
 
 
-async def test_when_the_server_stops_its_streams_end_at_once(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    running = run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}))
+async def test_server_shutdown_ends_streams_immediately(
+    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobledger.cli.server._GRACEFUL_SHUTDOWN_SECONDS", 300)  # then the server cancels streams
+    running = run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER)
     api = await anext(running)
     async with asyncio.timeout(DEADLINE_SECONDS), AsyncExitStack() as stack:
         readers = []
         for _ in range(50):
-            connection = connected(api, "/api/ledger/stream")
-            readers.append((await stack.enter_async_context(connection))[0])
+            connection = open_stream(api, "/api/ledger/stream")
+            readers.append(await stack.enter_async_context(connection))
         await asyncio.gather(*(read_until(reader, b"retry:") for reader in readers))
-        begun = time.monotonic()
-        await running.aclose()  # type: ignore[attr-defined]  # it is a generator
-        assert time.monotonic() - begun < 2, "the server would wait for three seconds, and then cancel them"
-        rests = await asyncio.gather(*(reader.read() for reader in readers))
-        assert {rest[-5:] for rest in rests} == {b"0\r\n\r\n"}, "each ends in good order"
+        await running.aclose()  # type: ignore[attr-defined]  # run_api is a generator
+        remainders = await asyncio.gather(*(reader.read() for reader in readers))
+        assert {remainder[-5:] for remainder in remainders} == {b"0\r\n\r\n"}, "each stream ends regularly"
 
 
 @needs_local_mongod
-async def test_over_an_outage_of_the_database_a_client_misses_nothing(tmp_path: Path) -> None:
+async def test_database_outage_loses_no_event_of_a_stream(tmp_path: Path) -> None:
     with EmbeddedServer.start(tmp_path / "server", oplog_mb=990) as server:
         mongodb = {"uri": server.uri, "db_name": "away", "connect_timeout_ms": 1000}
         async for api in run_api(server.uri, "away", tmp_path, mongodb=mongodb):
-            seen: list[int] = []
-            watching = asyncio.create_task(_follow(api, seen))
+            positions: list[int] = []
+            following = asyncio.create_task(follow_stream(api, positions))
             await api.wait_until_finished(await api.submit())
             os.kill(server.pid, signal.SIGKILL)
             await server.wait_exited()
-            await asyncio.sleep(2)
-            assert not watching.done()
+            while (await api.get("/readyz")).status_code != 503:  # noqa: ASYNC110 - no event signals it
+                await asyncio.sleep(0.1)
+            assert not following.done()
             await server.restart()
             async with asyncio.timeout(2 * DEADLINE_SECONDS):
-                while (answer := await api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})).is_error:
-                    assert answer.status_code == 503
+                while (response := await api.post("/api/events/jobs", ECHO)).is_error:
+                    assert response.status_code == 503
                     await asyncio.sleep(0.5)
-                job_id = answer.json()["job_id"]
-                while (await api.get(f"/api/ledger/events?stream={job_id}")).status_code == 503:  # noqa: ASYNC110 - it catches up
-                    await asyncio.sleep(0.1)  # the process does not know yet who may see the job
-                ended = await api.wait_for_event(job_id, "JobCompleted")
-                while not seen or seen[-1] < ended["position"]:  # noqa: ASYNC110 - for what no event tells
+                job_id = response.json()["job_id"]
+                while (await api.get(f"/api/ledger/events?stream={job_id}")).status_code == 503:  # noqa: ASYNC110 - no event signals it
+                    await asyncio.sleep(0.1)  # the process has not loaded yet who may see the job
+                completed = await api.wait_for_event(job_id, "JobCompleted")
+                while not positions or positions[-1] < completed["position"]:  # noqa: ASYNC110 - no event signals it
                     await asyncio.sleep(0.05)
-            watching.cancel()
-            everything = await api.event_store.read(after=0)
-            assert seen == [event.position for event in everything if event.type != "PositionVoided"][: len(seen)]
+            following.cancel()
+            stored = [event.position for event in await api.event_store.read(after=0) if event.type != "PositionVoided"]
+            assert positions == stored[: len(positions)]
 
 
-async def _follow(api: Api, seen: list[int]) -> None:
-    """Read the stream as a browser does: come back after an interruption, with the last id."""
+async def follow_stream(api: Api, positions: list[int]) -> None:
+    """Read the stream as a browser does: reconnect after an interruption, with the last ID."""
     while True:
         with suppress(httpx.HTTPError, AssertionError):
-            async for event in api.stream_events(last_event_id=seen[-1] if seen else 0):
-                seen.append(event["position"])
+            async for event in api.stream_events(last_event_id=positions[-1] if positions else 0):
+                positions.append(event["position"])
         await asyncio.sleep(0.1)

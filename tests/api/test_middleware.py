@@ -1,4 +1,4 @@
-"""What is done to every request and every answer: ids, headers, limits, other sites' pages, the access log."""
+"""Middleware: security headers, request IDs, access log, CORS, and limits of rate, streams and sizes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from structlog.testing import capture_logs
 from jobledger.api.http.limits import TokenBuckets
 from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.request_context import RequestContextMiddleware
-from tests.api.conftest import Api, run_api
+from tests.api.conftest import DEADLINE_SECONDS, WITHOUT_WORKER, Api, run_api
 from tests.support.header_auth import principal_header
 
 JOBS, STREAM, STATS = "/api/events/jobs", "/api/ledger/stream", "/api/monitoring/events/stats"
-FRIEND = "https://conference.example.org"
-EVERYWHERE = {
+ALLOWED_ORIGIN = "https://conference.example.org"
+SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
@@ -32,156 +32,164 @@ EVERYWHERE = {
 
 @pytest.fixture
 def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
-    """Run an API without a worker, with these settings."""
+    """Return a context manager that runs an API without a worker with given settings."""
 
     @asynccontextmanager
     async def running(**sections: dict[str, Any]) -> AsyncIterator[Api]:
-        wanted = frozenset({"api", "projector"})
-        async for api in run_api(mongodb_uri, db_name, tmp_path, wanted, **sections):  # type: ignore[arg-type]  # a literal set is a set of str
+        async for api in run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER, **sections):
             yield api
 
     return running
 
 
-# Headers of every answer --------------------------------------------------------------------------------------------
+# Headers of every response ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/healthz", JOBS, "/nothing/here", f"{JOBS}/job-none", f"{JOBS}?limit=x"])
-async def test_every_answer_has_the_security_headers_and_an_id(api_without_worker: Api, path: str) -> None:
-    answer = await api_without_worker.get(path)
+async def test_every_response_has_security_headers_and_request_id(api_without_worker: Api, path: str) -> None:
+    response = await api_without_worker.get(path)
 
-    assert EVERYWHERE.items() <= dict(answer.headers).items()
-    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
-    assert "strict-transport-security" not in answer.headers
-    assert len(answer.headers["x-request-id"]) == 32
+    assert SECURITY_HEADERS.items() <= dict(response.headers).items()
+    assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+    assert "strict-transport-security" not in response.headers
+    assert len(response.headers["x-request-id"]) == 32
 
 
-async def test_refusals_of_the_outermost_doors_have_them_too(api_without_worker: Api) -> None:
-    for answer in (
+async def test_rejections_of_outer_middleware_have_security_headers(api_without_worker: Api) -> None:
+    for response in (
         await api_without_worker.get(JOBS, Host="elsewhere.example.org"),
         await api_without_worker.post(JOBS, {}, Origin="https://elsewhere.example.org"),
     ):
-        assert answer.json()["status"] == "error"
-        assert EVERYWHERE.items() <= dict(answer.headers).items()
-        assert "x-request-id" in answer.headers
+        assert response.json()["status"] == "error"
+        assert SECURITY_HEADERS.items() <= dict(response.headers).items()
+        assert "x-request-id" in response.headers
 
 
-async def test_a_fault_is_answered_with_all_headers_and_the_id_under_which_it_is_logged(
+async def test_internal_error_response_has_security_headers_and_request_id(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError("what nobody should be told")
+    async def raise_error(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("an internal detail")
 
-    monkeypatch.setattr("jobledger.projections.views.statistics.load_statistics", broken)
-    answer = await api_without_worker.get(STATS, **{"X-Request-ID": "mine-1"})
+    monkeypatch.setattr("jobledger.projections.views.statistics.load_statistics", raise_error)
+    response = await api_without_worker.get(STATS, **{"X-Request-ID": "mine-1"})
 
-    assert answer.status_code == 500
-    assert EVERYWHERE.items() <= dict(answer.headers).items()
-    assert answer.headers["x-request-id"] == "mine-1"
-    assert answer.json()["details"] == {"request_id": "mine-1"}
-    assert "nobody" not in answer.text
+    assert response.status_code == 500
+    assert SECURITY_HEADERS.items() <= dict(response.headers).items()
+    assert response.headers["x-request-id"] == "mine-1"
+    assert response.json()["details"] == {"request_id": "mine-1"}
+    assert "internal detail" not in response.text
 
 
-async def test_browsers_are_told_to_stay_with_https_where_others_reach_us_by_it() -> None:
+async def test_hsts_header_is_sent_only_behind_https() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await PlainTextResponse("hello")(scope, receive, send)
 
-    for https, told in ((True, "max-age=31536000"), (False, None)):
+    for https, header in ((True, "max-age=31536000"), (False, None)):
         transport = httpx.ASGITransport(RequestContextMiddleware(app, HttpOptions(is_https=https)))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            assert (await client.get("/")).headers.get("strict-transport-security") == told
+            assert (await client.get("/")).headers.get("strict-transport-security") == header
 
 
-async def test_a_sane_request_id_is_kept_and_any_other_is_replaced(api_without_worker: Api) -> None:
-    for given, kept in (("abc-DEF_1.2:3", True), ("a" * 100, True), ("a" * 101, False), ("a b", False), ("", False)):
-        answer = await api_without_worker.get("/healthz", **{"X-Request-ID": given})
-        assert (answer.headers["x-request-id"] == given) is kept
+async def test_request_id_is_kept_if_valid_and_replaced_otherwise(api_without_worker: Api) -> None:
+    for request_id, is_kept in (
+        ("abc-DEF_1.2:3", True),
+        ("a" * 100, True),
+        ("a" * 101, False),
+        ("a b", False),
+        ("", False),
+    ):
+        response = await api_without_worker.get("/healthz", **{"X-Request-ID": request_id})
+        assert (response.headers["x-request-id"] == request_id) is is_kept
 
 
-# The access log -----------------------------------------------------------------------------------------------------
+# Access log ---------------------------------------------------------------------------------------------------------
 
 
-async def test_the_access_log_says_who_asked_for_what_and_no_secrets(run: Any) -> None:
+async def test_access_log_has_user_and_request_but_no_secrets(run: Any) -> None:
     async with run(logging={"access_log": True}) as api:
-        with capture_logs() as lines:
+        with capture_logs() as log:
             headers = {
                 "Authorization": "Bearer hidden-a",
                 "Idempotency-Key": "hidden-b",
                 "X-Request-ID": "mine-1",
                 "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
             }
-            answer = await api.get(f"{JOBS}/job-n%0aone?signature=hidden-c", **headers)
-    [line] = [line for line in lines if line["event"] == "request"]
+            response = await api.get(f"{JOBS}/job-n%0aone?signature=hidden-c", **headers)
+    [entry] = [entry for entry in log if entry["event"] == "request"]
 
-    assert line.pop("duration_ms") > 0
-    assert line == {
+    assert entry.pop("duration_ms") > 0
+    assert entry == {
         "event": "request",
         "log_level": "info",
         "method": "GET",
         "path": f"{JOBS}/job-n%0aone",
         "user_id": "local",
         "status": 422,
-        "response_bytes": len(answer.content),
+        "response_bytes": len(response.content),
         "request_id": "mine-1",
         "trace_id": "0af7651916cd43dd8448eb211c80319c",
     }
 
 
-async def test_without_being_asked_there_is_no_access_log(api_without_worker: Api) -> None:
-    with capture_logs() as lines:
+async def test_access_log_is_off_by_default(api_without_worker: Api) -> None:
+    with capture_logs() as log:
         await api_without_worker.get(JOBS)
-    assert [line for line in lines if line["event"] == "request"] == []
+    assert [entry for entry in log if entry["event"] == "request"] == []
 
 
-# Other sites' pages -------------------------------------------------------------------------------------------------
+# CORS ---------------------------------------------------------------------------------------------------------------
 
 
-async def test_pages_of_configured_origins_may_use_the_api_and_others_may_not(run: Any) -> None:
-    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,idempotency-key"}
-    async with run(api={"cors_origins": [FRIEND]}) as api:
-        preflight = await api.http.options(JOBS, headers={"Origin": FRIEND, **asks})
-        posted = await api.post(JOBS, {"job_type": "echo", "parameters": {}}, Origin=FRIEND)
-        read = await api.get(f"{JOBS}/job-none", Origin=FRIEND)
-        stranger = await api.http.options(JOBS, headers={"Origin": f"{FRIEND}.evil.org", **asks})
-        strangers_read = await api.get(JOBS, Origin="https://evil.org")
-        strangers_post = await api.post(JOBS, {"job_type": "echo", "parameters": {}}, Origin="https://evil.org")
+async def test_cors_allows_configured_origins_only(run: Any) -> None:
+    preflight_headers = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type,idempotency-key",
+    }
+    async with run(api={"cors_origins": [ALLOWED_ORIGIN]}) as api:
+        preflight = await api.http.options(JOBS, headers={"Origin": ALLOWED_ORIGIN, **preflight_headers})
+        posted = await api.post(JOBS, {"job_type": "echo", "parameters": {}}, Origin=ALLOWED_ORIGIN)
+        read = await api.get(f"{JOBS}/job-none", Origin=ALLOWED_ORIGIN)
+        foreign_preflight = await api.http.options(
+            JOBS, headers={"Origin": f"{ALLOWED_ORIGIN}.evil.org", **preflight_headers}
+        )
+        foreign_read = await api.get(JOBS, Origin="https://evil.org")
+        foreign_post = await api.post(JOBS, {"job_type": "echo", "parameters": {}}, Origin="https://evil.org")
 
     assert preflight.status_code == 200
-    assert preflight.headers["access-control-allow-origin"] == FRIEND
+    assert preflight.headers["access-control-allow-origin"] == ALLOWED_ORIGIN
     assert posted.status_code == 202
     assert "Ledger-Position" in posted.headers["access-control-expose-headers"]
-    assert read.headers["access-control-allow-origin"] == FRIEND
+    assert read.headers["access-control-allow-origin"] == ALLOWED_ORIGIN
     assert "access-control-allow-credentials" not in read.headers
-    assert (stranger.status_code, stranger.json()["code"]) == (403, "origin_not_allowed")
-    assert "access-control-allow-origin" not in strangers_read.headers
-    assert strangers_post.json()["code"] == "origin_not_allowed"
+    assert (foreign_preflight.status_code, foreign_preflight.json()["code"]) == (403, "origin_not_allowed")
+    assert "access-control-allow-origin" not in foreign_read.headers
+    assert foreign_post.json()["code"] == "origin_not_allowed"
 
 
-async def test_without_configured_origins_no_page_but_ours_may_read_or_write(api_without_worker: Api) -> None:
-    answer = await api_without_worker.get(JOBS, Origin=FRIEND)
-    assert not [name for name in answer.headers if name.startswith("access-control")]
-    assert (await api_without_worker.post(JOBS, {}, Origin=FRIEND)).json()["code"] == "origin_not_allowed"
+async def test_cors_without_configured_origins_allows_own_origin_only(api_without_worker: Api) -> None:
+    response = await api_without_worker.get(JOBS, Origin=ALLOWED_ORIGIN)
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    assert (await api_without_worker.post(JOBS, {}, Origin=ALLOWED_ORIGIN)).json()["code"] == "origin_not_allowed"
 
 
 # Limits -------------------------------------------------------------------------------------------------------------
 
 
-async def test_who_asks_too_often_is_told_when_to_come_back_and_others_are_not_kept(
-    header_auth: None, run: Any
-) -> None:
+async def test_request_rate_over_limit_returns_429_for_that_user_only(header_auth: None, run: Any) -> None:
     async with run(api={"requests_per_second": 0.1, "burst": 3}) as api:
-        mine = [await api.get(JOBS, **principal_header("alice")) for _ in range(4)]
-        others = await api.get(JOBS, **principal_header("bob"))
+        alice = [await api.get(JOBS, **principal_header("alice")) for _ in range(4)]
+        bob = await api.get(JOBS, **principal_header("bob"))
         health = [await api.get("/healthz", **principal_header("alice")) for _ in range(5)]
 
-    assert [answer.status_code for answer in mine] == [200, 200, 200, 429]
-    assert mine[3].json()["code"] == "too_many_requests"
-    assert 1 <= int(mine[3].headers["retry-after"]) <= 10
-    assert others.status_code == 200
-    assert {answer.status_code for answer in health} == {200}
+    assert [response.status_code for response in alice] == [200, 200, 200, 429]
+    assert alice[3].json()["code"] == "too_many_requests"
+    assert 1 <= int(alice[3].headers["retry-after"]) <= 10
+    assert bob.status_code == 200
+    assert {response.status_code for response in health} == {200}
 
 
-def test_a_bucket_is_filled_again_as_time_passes_but_never_beyond_its_size() -> None:
+def test_token_bucket_refills_over_time_up_to_its_size() -> None:
     now = 0.0
     buckets = TokenBuckets(2, 3, clock=lambda: now)
     assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
@@ -191,7 +199,7 @@ def test_a_bucket_is_filled_again_as_time_passes_but_never_beyond_its_size() -> 
     assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
 
 
-def test_buckets_that_are_full_again_take_up_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_buckets_that_are_full_again_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.api.http.limits._MAX_BUCKETS", 10)
     now = 0.0
     buckets = TokenBuckets(1, 1, clock=lambda: now)
@@ -202,52 +210,54 @@ def test_buckets_that_are_full_again_take_up_no_memory(monkeypatch: pytest.Monke
     assert len(buckets) == 1
 
 
-async def test_so_many_live_streams_of_one_user_and_no_more_until_one_is_closed(header_auth: None, run: Any) -> None:
+async def test_streams_per_user_are_limited_until_one_is_closed(header_auth: None, run: Any) -> None:
     async with run(api={"max_streams_per_user": 2}) as api:
-        opened = [api.http.stream("GET", STREAM, headers=principal_header("alice")) for _ in range(2)]
-        for stream in opened:
+        streams = [api.http.stream("GET", STREAM, headers=principal_header("alice")) for _ in range(2)]
+        for stream in streams:
             assert (await stream.__aenter__()).status_code == 200
-        refused = await api.get(STREAM, **principal_header("alice"))
-        async with api.http.stream("GET", STREAM, headers=principal_header("bob")) as others:
-            assert others.status_code == 200
+        rejected = await api.get(STREAM, **principal_header("alice"))
+        async with api.http.stream("GET", STREAM, headers=principal_header("bob")) as stream_of_bob:
+            assert stream_of_bob.status_code == 200
         assert (await api.get(JOBS, **principal_header("alice"))).status_code == 200
-        await opened.pop().__aexit__(None, None, None)
-        async with asyncio.timeout(10):
-            while True:  # the server notices a moment later
-                async with api.http.stream("GET", STREAM, headers=principal_header("alice")) as again:
-                    if again.status_code == 200:
+        await streams.pop().__aexit__(None, None, None)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while True:  # the server counts a closed stream down a moment later
+                async with api.http.stream("GET", STREAM, headers=principal_header("alice")) as reopened:
+                    if reopened.status_code == 200:
                         break
-        await opened.pop().__aexit__(None, None, None)
+        await streams.pop().__aexit__(None, None, None)
 
-    assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
-    assert refused.headers["retry-after"] == "5"
-
-
-async def test_what_is_too_long_is_refused_in_the_envelope(api_without_worker: Api) -> None:
-    address = await api_without_worker.get(f"{JOBS}?q={'x' * 17_000}")
-    many = await api_without_worker.get(JOBS, **{f"X-{number}": "y" for number in range(150)})
-    large = await api_without_worker.get(JOBS, **{"X-Large": "y" * 40_000})
-
-    assert (address.status_code, address.json()["code"]) == (414, "uri_too_long")
-    assert (many.status_code, many.json()["code"]) == (431, "headers_too_large")
-    assert (large.status_code, large.json()["code"]) == (431, "headers_too_large")
+    assert (rejected.status_code, rejected.json()["code"]) == (429, "too_many_streams")
+    assert rejected.headers["retry-after"] == "5"
 
 
-async def test_a_request_whose_head_has_no_end_is_cut(api_without_worker: Api) -> None:
-    where = urlsplit(str(api_without_worker.http.base_url))
-    answer = await asyncio.to_thread(_endless_head, where.hostname or "", where.port or 0)
-    assert answer.startswith(b"HTTP/1.1 400 ")
+async def test_too_long_uri_or_headers_return_error_document(api_without_worker: Api) -> None:
+    long_uri = await api_without_worker.get(f"{JOBS}?q={'x' * 17_000}")
+    many_headers = await api_without_worker.get(JOBS, **{f"X-{number}": "y" for number in range(150)})
+    large_header = await api_without_worker.get(JOBS, **{"X-Large": "y" * 40_000})
+
+    assert (long_uri.status_code, long_uri.json()["code"]) == (414, "uri_too_long")
+    assert (many_headers.status_code, many_headers.json()["code"]) == (431, "headers_too_large")
+    assert (large_header.status_code, large_header.json()["code"]) == (431, "headers_too_large")
 
 
-def _endless_head(host: str, port: int) -> bytes:
-    with socket.create_connection((host, port), timeout=10) as connection:
+async def test_endless_request_head_returns_400(api_without_worker: Api) -> None:
+    url = urlsplit(str(api_without_worker.http.base_url))
+    response = await asyncio.to_thread(send_endless_head, url.hostname or "", url.port or 0)
+    assert response.startswith(b"HTTP/1.1 400 ")
+
+
+def send_endless_head(host: str, port: int) -> bytes:
+    with socket.create_connection((host, port), timeout=DEADLINE_SECONDS) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"y" * 200_000)
         return connection.recv(1000)
 
 
-async def test_json_that_is_nested_too_deep_is_said_to_be(api_without_worker: Api) -> None:
+async def test_json_nested_too_deep_is_rejected_with_the_limit(api_without_worker: Api) -> None:
     for depth, status in ((90, 202), (110, 422), (300, 400), (100_000, 400)):
         content = f'{{"job_type": "echo", "parameters": {{"a": {"[" * depth}{"]" * depth}}}}}'
-        answer = await api_without_worker.http.post(JOBS, content=content, headers={"Content-Type": "application/json"})
-        assert answer.status_code == status
-        assert status == 202 or "100 levels deep" in answer.json()["message"]
+        response = await api_without_worker.http.post(
+            JOBS, content=content, headers={"Content-Type": "application/json"}
+        )
+        assert response.status_code == status
+        assert status == 202 or "100 levels deep" in response.json()["message"]

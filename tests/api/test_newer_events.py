@@ -1,4 +1,4 @@
-"""What a later version has written is shown as it was stored, and the API goes on answering."""
+"""Events of a newer version are shown as stored, and the API keeps working beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
-from tests.api.conftest import Api, run_api
+from tests.api.conftest import WITHOUT_WORKER, Api, run_api
 from tests.support.ledger_setup import load_event_documents
 
 UNKNOWN: type[Event] = create_model("JobRepainted", __base__=Event, colour=(str, ...))
@@ -24,35 +24,35 @@ NEWER.schema_version = JobSubmitted.schema_version + 1
 DAMAGED: type[Event] = create_model("JobClaimed", __base__=Event, attempt=(str, ...))
 
 
-async def go_on(log: EventStore, stream: str, *events: Event) -> None:
-    """Append to a stream without reading what stands there."""
-    there = await log.read_stream(stream)
-    head = StreamHead(there[-1].version, there[-1].position, there[-1].hash) if there else StreamHead()
-    await log.append(StreamAppend(stream, head, events, EventMetadata("user:tomorrow"), datetime.now(UTC)))
+async def append_unchecked(event_store: EventStore, stream: str, *events: Event) -> None:
+    """Append to a stream without decoding its events."""
+    stored = await event_store.read_stream(stream)
+    head = StreamHead(stored[-1].version, stored[-1].position, stored[-1].hash) if stored else StreamHead()
+    await event_store.append(StreamAppend(stream, head, events, EventMetadata("user:tomorrow"), datetime.now(UTC)))
 
 
 @pytest.fixture
 async def job_id(mongodb_uri: str, db_name: str, tmp_path: Path) -> str:
-    """A job that is in the views."""
-    submitted = []
-    async for api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
-        submitted.append(await api.submit({"text": "hello"}))
-        assert (await api.get(f"/api/events/jobs/{submitted[0]}", 1)).status_code == 200
-    return submitted[0]
+    """ID of a job that is in the views."""
+    job_ids = []
+    async for api in run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER):
+        job_ids.append(await api.submit({"text": "hello"}))
+        assert (await api.get(f"/api/events/jobs/{job_ids[0]}", 1)).status_code == 200
+    return job_ids[0]
 
 
 @pytest.fixture
-async def older(mongodb_uri: str, db_name: str, tmp_path: Path, job_id: str) -> AsyncIterator[Api]:
-    """The API alone, as this version has it, over a log to which a later one has written since."""
+async def older_api(mongodb_uri: str, db_name: str, tmp_path: Path, job_id: str) -> AsyncIterator[Api]:
+    """An API without projector over a log to which a newer version has appended."""
     async for api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
-        damaged = DAMAGED.model_validate({"attempt": "often"})
-        await go_on(api.event_store, job_id, UNKNOWN.model_validate({"colour": "red"}), damaged)
+        damaged = DAMAGED.model_validate({"attempt": "invalid"})
+        await append_unchecked(api.event_store, job_id, UNKNOWN.model_validate({"colour": "red"}), damaged)
         newer = NEWER.model_validate({"job_type": "echo", "parameters": {}, "user_id": "alice"})
-        await go_on(api.event_store, new_job_id(), newer)
+        await append_unchecked(api.event_store, new_job_id(), newer)
         yield api
 
 
-def as_shown(document: Document) -> Document:
+def format_event(document: Document) -> Document:
     return {
         "position": document["_id"],
         "event_id": document["event_id"],
@@ -67,57 +67,57 @@ def as_shown(document: Document) -> Document:
     }
 
 
-def same(event: Document, document: Document) -> None:
-    """A whole number of milliseconds may be written with three digits or with six."""
-    shown = as_shown(document)
+def assert_same_event(event: Document, document: Document) -> None:
+    """Compare an event of a response with a stored document. Times may have three or six decimals."""
+    expected = format_event(document)
     assert datetime.fromisoformat(event["time"]) == document["time"]
-    assert {**event, "time": shown["time"]} == shown
+    assert {**event, "time": expected["time"]} == expected
 
 
-async def test_the_history_of_a_job_shows_what_this_version_cannot_read(older: Api, job_id: str) -> None:
-    answer = await older.get(f"/api/events/jobs/{job_id}/history")
-    assert answer.status_code == 200
-    events = answer.json()["events"]
+async def test_history_shows_newer_events_as_stored(older_api: Api, job_id: str) -> None:
+    response = await older_api.get(f"/api/events/jobs/{job_id}/history")
+    assert response.status_code == 200
+    events = response.json()["events"]
     assert [event["type"] for event in events] == ["JobSubmitted", "JobRepainted", "JobClaimed"]
     assert events[1]["data"] == {"colour": "red"}
-    for event, document in zip(events, await load_event_documents(older.db, {"stream": job_id}), strict=True):
-        same(event, document)
+    for event, document in zip(events, await load_event_documents(older_api.db, {"stream": job_id}), strict=True):
+        assert_same_event(event, document)
 
 
-async def test_the_live_stream_shows_what_this_version_cannot_read(older: Api, job_id: str) -> None:
-    documents = await load_event_documents(older.db)
-    events = await older.take_events(4, after=0)
+async def test_live_stream_shows_newer_events_as_stored(older_api: Api, job_id: str) -> None:
+    documents = await load_event_documents(older_api.db)
+    events = await older_api.take_events(4, after=0)
     for event, document in zip(events, documents, strict=True):
         assert event.pop("sse_id") == str(document["_id"])
-        same(event, document)
-    assert [event["type"] for event in await older.take_events(3, after=0, job_id=job_id)] == [
+        assert_same_event(event, document)
+    assert [event["type"] for event in await older_api.take_events(3, after=0, job_id=job_id)] == [
         "JobSubmitted",
         "JobRepainted",
         "JobClaimed",
     ]
-    live = asyncio.create_task(older.take_events(2, after=4))
-    await go_on(older.event_store, job_id, UNKNOWN.model_validate({"colour": "blue"}))
-    later = await older.submit()
+    live = asyncio.create_task(older_api.take_events(2, after=4))
+    await append_unchecked(older_api.event_store, job_id, UNKNOWN.model_validate({"colour": "blue"}))
+    submitted = await older_api.submit()
     assert [(event["type"], event["stream"]) for event in await live] == [
         ("JobRepainted", job_id),
-        ("JobSubmitted", later),
+        ("JobSubmitted", submitted),
     ]
 
 
-async def test_the_job_itself_the_lists_and_new_jobs_are_still_answered(older: Api, job_id: str) -> None:
+async def test_jobs_lists_and_submissions_work_beside_newer_events(older_api: Api, job_id: str) -> None:
     for path in (f"/api/events/jobs/{job_id}", "/api/events/jobs", "/api/monitoring/events/stats", "/readyz"):
-        assert (await older.get(path)).status_code == 200, path
-    assert (await older.get(f"/api/events/jobs/{await older.submit()}")).status_code == 200
+        assert (await older_api.get(path)).status_code == 200, path
+    assert (await older_api.get(f"/api/events/jobs/{await older_api.submit()}")).status_code == 200
 
 
-async def test_what_cannot_be_decided_on_is_refused_with_the_reason(older: Api, job_id: str) -> None:
-    before = await older.event_store.head_position()
-    newer = (await load_event_documents(older.db))[-1]["stream"]
-    for answer in (
-        await older.post(f"/api/events/jobs/{job_id}/cancel"),
-        await older.get(f"/api/events/jobs/{newer}"),
-        await older.get(f"/api/events/jobs/{newer}/history"),
+async def test_command_on_stream_with_newer_events_is_rejected_with_reason(older_api: Api, job_id: str) -> None:
+    before = await older_api.event_store.head_position()
+    newer_stream = (await load_event_documents(older_api.db))[-1]["stream"]
+    for response in (
+        await older_api.post(f"/api/events/jobs/{job_id}/cancel"),
+        await older_api.get(f"/api/events/jobs/{newer_stream}"),
+        await older_api.get(f"/api/events/jobs/{newer_stream}/history"),
     ):
-        assert (answer.status_code, answer.json()["code"]) == (500, "unreadable_event")
-        assert "which this version of Jobledger does not know" in answer.json()["message"]
-    assert await older.event_store.head_position() == before
+        assert (response.status_code, response.json()["code"]) == (500, "unreadable_event")
+        assert "which this version of Jobledger does not know" in response.json()["message"]
+    assert await older_api.event_store.head_position() == before

@@ -1,4 +1,4 @@
-"""Which pages may change something: the whole origin decides, for every way to be reached and every kind of request."""
+"""Pages of which origins may change data: the whole origin counts, for every way to reach the API and every method."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from starlette.types import Receive, Scope, Send
 
 from jobledger.api.http.origins import HostOriginMiddleware, parse_origin
 
-NAMES: Final = ("localhost", "127.0.0.1", "[::1]", "ledger.example.org")
-FRIEND: Final = "https://cms.example.org"
-PUBLIC: Final = "https://ledger.example.org/tools/jobs"
+ALLOWED_HOSTS: Final = ("localhost", "127.0.0.1", "[::1]", "ledger.example.org")
+CORS_ORIGIN: Final = "https://cms.example.org"
+PUBLIC_URL: Final = "https://ledger.example.org/tools/jobs"
 
 
-async def status_of(
-    headers: Mapping[str, str], *, public: str | None = None, method: str = "POST", path: str = "/api/events/jobs"
+async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+    await PlainTextResponse("hello")(scope, receive, send)
+
+
+async def request_status(
+    headers: Mapping[str, str], *, public_url: str | None = None, method: str = "POST", path: str = "/api/events/jobs"
 ) -> int:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await PlainTextResponse("hello")(scope, receive, send)
-
-    hosts = HostOriginMiddleware(
-        app, NAMES, public_origin=public, cors_origins=[FRIEND], session_cookie_name="jobledger"
+    middleware = HostOriginMiddleware(
+        respond, ALLOWED_HOSTS, public_origin=public_url, cors_origins=[CORS_ORIGIN], session_cookie_name="jobledger"
     )
-    transport = httpx.ASGITransport(hosts)
+    transport = httpx.ASGITransport(middleware)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:5001") as client:
         return (await client.request(method, path, headers=dict(headers))).status_code
 
 
 @pytest.mark.parametrize(
-    ("origin", "host", "public", "expected"),
+    ("origin", "host", "public_url", "expected"),
     [
         ("http://localhost:5001", "localhost:5001", None, 200),
         ("http://LOCALHOST:5001", "localhost:5001", None, 200),
@@ -40,7 +41,7 @@ async def status_of(
         ("http://[::1]:5001", "[::1]:5001", None, 200),
         ("http://localhost", "localhost", None, 200),
         ("http://localhost", "localhost:80", None, 200),
-        (FRIEND, "localhost:5001", None, 200),
+        (CORS_ORIGIN, "localhost:5001", None, 200),
         ("http://localhost:8000", "localhost:5001", None, 403),
         ("http://localhost", "localhost:5001", None, 403),
         ("https://localhost:5001", "localhost:5001", None, 403),
@@ -58,27 +59,27 @@ async def status_of(
         ("http://localhost:99999", "localhost:5001", None, 403),
         ("http://cms.example.org", "localhost:5001", None, 403),
         ("https://cms.example.org:8443", "localhost:5001", None, 403),
-        ("https://ledger.example.org", "ledger.example.org", PUBLIC, 200),
-        ("https://ledger.example.org:443", "127.0.0.1:5001", PUBLIC, 200),
-        (FRIEND, "ledger.example.org", PUBLIC, 200),
-        ("http://ledger.example.org", "ledger.example.org", PUBLIC, 403),
-        ("https://ledger.example.org:8443", "ledger.example.org:8443", PUBLIC, 403),
-        ("http://localhost:5001", "localhost:5001", PUBLIC, 403),
-        ("https://other.example.org", "ledger.example.org", PUBLIC, 403),
+        ("https://ledger.example.org", "ledger.example.org", PUBLIC_URL, 200),
+        ("https://ledger.example.org:443", "127.0.0.1:5001", PUBLIC_URL, 200),
+        (CORS_ORIGIN, "ledger.example.org", PUBLIC_URL, 200),
+        ("http://ledger.example.org", "ledger.example.org", PUBLIC_URL, 403),
+        ("https://ledger.example.org:8443", "ledger.example.org:8443", PUBLIC_URL, 403),
+        ("http://localhost:5001", "localhost:5001", PUBLIC_URL, 403),
+        ("https://other.example.org", "ledger.example.org", PUBLIC_URL, 403),
     ],
 )
-async def test_change_from_a_page_needs_exactly_our_origin(
-    origin: str, host: str, public: str | None, expected: int
+async def test_change_with_origin_header_requires_exact_own_origin(
+    origin: str, host: str, public_url: str | None, expected: int
 ) -> None:
     headers = {"Origin": origin, "Host": host}
     for method in ("POST", "PUT", "DELETE", "PATCH"):
-        assert await status_of(headers, public=public, method=method) == expected
+        assert await request_status(headers, public_url=public_url, method=method) == expected
     for method in ("GET", "HEAD"):
-        assert await status_of(headers, public=public, method=method) == 200
+        assert await request_status(headers, public_url=public_url, method=method) == 200
 
 
 @pytest.mark.parametrize(
-    ("headers", "expected", "signing_in"),
+    ("headers", "expected", "expected_sign_in"),
     [
         ({}, 200, 403),
         ({"Cookie": "jobledger=x"}, 403, 403),
@@ -89,30 +90,27 @@ async def test_change_from_a_page_needs_exactly_our_origin(
         ({"Sec-Fetch-Site": "same-site"}, 403, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403, 403),
         ({"Sec-Fetch-Site": "anything"}, 403, 403),
-        ({"Origin": FRIEND}, 200, 403),
+        ({"Origin": CORS_ORIGIN}, 200, 403),
     ],
 )
-async def test_change_without_our_origin_needs_proof_where_a_browser_may_have_sent_it(
-    headers: dict[str, str], expected: int, signing_in: int
+async def test_change_without_own_origin_requires_same_site_fetch_metadata(
+    headers: dict[str, str], expected: int, expected_sign_in: int
 ) -> None:
-    assert await status_of(headers) == expected
+    assert await request_status(headers) == expected
     for path in ("/monitoring/events/sign-in", "/monitoring/events/sign-out"):
-        assert await status_of(headers, path=path) == signing_in
+        assert await request_status(headers, path=path) == expected_sign_in
 
 
-async def test_two_origins_are_refused() -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await PlainTextResponse("hello")(scope, receive, send)
-
-    transport = httpx.ASGITransport(HostOriginMiddleware(app, NAMES))
+async def test_two_origin_headers_are_rejected() -> None:
+    transport = httpx.ASGITransport(HostOriginMiddleware(respond, ALLOWED_HOSTS))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:5001") as client:
-        ours = ("Origin", "http://localhost:5001")
-        answer = await client.post("/", headers=[ours, ("Origin", "http://evil.example")])
-        assert answer.status_code == 403
-        assert "api.public_url" in answer.json()["message"]
+        own_origin = ("Origin", "http://localhost:5001")
+        response = await client.post("/", headers=[own_origin, ("Origin", "http://evil.example")])
+        assert response.status_code == 403
+        assert "api.public_url" in response.json()["message"]
 
 
-def test_origin_of_url_has_scheme_host_and_port() -> None:
+def test_parse_origin_returns_scheme_host_and_port() -> None:
     assert parse_origin("https://Ledger.example.org/tools") == "https://ledger.example.org:443"
     assert parse_origin("http://[::1]:5001") == "http://[::1]:5001"
     assert parse_origin("null") is None

@@ -1,4 +1,4 @@
-"""Validators of plug-ins: a slow one holds up no other job type, and a batch has a limit of time."""
+"""ParameterValidator: a slow plug-in does not block other job types, and validation of a batch has a time limit."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jobledger.api.submission import parameters
 from jobledger.api.submission.parameters import ParameterCheck, ParameterValidator
 
 
-class Slow(BaseModel):
-    """Takes for ever."""
+class SlowParameters(BaseModel):
+    """Parameters whose validation never ends."""
 
     text: str
 
@@ -27,42 +27,42 @@ class Slow(BaseModel):
         return text
 
 
-class Quick(BaseModel):
-    """Takes no time."""
+class QuickParameters(BaseModel):
+    """Parameters whose validation is fast."""
 
     text: str
 
 
-def check(job_type: str, model: type[BaseModel], content: dict[str, Any]) -> ParameterCheck:
+def make_check(job_type: str, model: type[BaseModel], content: dict[str, Any]) -> ParameterCheck:
     return ParameterCheck(job_type, model, content, ("parameters",))
 
 
-SLOW, QUICK = check("slow", Slow, {"text": ""}), check("quick", Quick, {"text": ""})
+SLOW, QUICK = make_check("slow", SlowParameters, {"text": ""}), make_check("quick", QuickParameters, {"text": ""})
 
 
 @pytest.fixture
 async def validator() -> AsyncIterator[ParameterValidator]:
-    made = ParameterValidator(timeout_seconds=60)
-    yield made
-    await made.close()
+    validator = ParameterValidator(timeout_seconds=60)
+    yield validator
+    await validator.close()
 
 
-async def test_slow_validators_hold_up_no_other_job_type(validator: ParameterValidator) -> None:
-    slow = [asyncio.create_task(validator.check([SLOW])) for _ in range(4)]
+async def test_slow_validator_does_not_block_other_job_types(validator: ParameterValidator) -> None:
+    slow_checks = [asyncio.create_task(validator.check([SLOW])) for _ in range(4)]
     await asyncio.sleep(0.1)
     try:
         async with asyncio.timeout(30):
             await validator.check([QUICK])
-        assert not any(it.done() for it in slow)
+        assert not any(task.done() for task in slow_checks)
         with pytest.raises(ApiError, match="text"):
-            await validator.check([QUICK, check("quick", Quick, {})])
+            await validator.check([QUICK, make_check("quick", QuickParameters, {})])
     finally:
-        for it in slow:
-            it.cancel()
-        await asyncio.gather(*slow, return_exceptions=True)
+        for task in slow_checks:
+            task.cancel()
+        await asyncio.gather(*slow_checks, return_exceptions=True)
 
 
-async def test_no_batch_is_validated_for_longer_than_the_limit(
+async def test_batch_validation_stops_at_time_limit(
     validator: ParameterValidator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parameters, "_MAX_TIMEOUT_SECONDS", 0.1)

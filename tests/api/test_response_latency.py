@@ -1,4 +1,4 @@
-"""How answers travel."""
+"""Latency of small responses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import time
 from tests.api.conftest import Api
 
 
-async def test_a_small_answer_does_not_wait_for_the_clients_acknowledgement(api_without_worker: Api) -> None:
-    """With Nagle's algorithm on, the body of every answer after the first few came 40 ms after its head."""
+async def test_small_response_is_not_delayed_by_nagle(api_without_worker: Api) -> None:
+    """With Nagle's algorithm, the body of each response after the first few arrived 40 ms after the headers."""
     seconds = []
     for _ in range(31):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         assert (await api_without_worker.get("/healthz")).status_code == 200
-        seconds.append(time.perf_counter() - begun)
-    assert statistics.median(seconds) < 0.03
+        seconds.append(time.perf_counter() - start)
+    # Every response would be late, so the fastest ones show the delay even on a busy machine.
+    assert statistics.quantiles(seconds[10:], n=4)[0] < 0.03

@@ -1,4 +1,4 @@
-"""Lists and pages end by bytes, whatever they hold; large fields are left out of lists unless they are asked for."""
+"""Lists and pages are limited by bytes. Lists omit large fields unless the client includes them."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from jobledger.projections.views.job_list import OMITTABLE_FIELDS
 from jobledger.projections.views.paging import MAX_PAGE_BYTES
 from tests.api.conftest import Api
 
-LARGEST_ANSWER = 3 * MAX_PAGE_BYTES
-"""One item more than fits is not sent; one that is larger than a page alone is."""
+MAX_RESPONSE_BYTES = 3 * MAX_PAGE_BYTES
+"""A page ends before the item that exceeds its limit. A single item may be larger than a page."""
 
 
-async def pages(api: Api, path: str, name: str, **query: Any) -> list[list[dict[str, Any]]]:
-    """Follow a list to its end; each answer is small enough."""
-    found: list[list[dict[str, Any]]] = []
+async def load_pages(api: Api, path: str, name: str, **query: Any) -> list[list[dict[str, Any]]]:
+    """Return all pages of a list. Check the size of each response."""
+    pages: list[list[dict[str, Any]]] = []
     cursor: dict[str, Any] = {}
     while True:
-        answer = await api.http.get(path, params={**query, **cursor}, headers=api.principal_headers)
-        assert answer.status_code == 200, answer.text[:300]
-        assert len(answer.content) < LARGEST_ANSWER
-        content = answer.json()
-        found.append(content[name])
+        response = await api.http.get(path, params={**query, **cursor}, headers=api.principal_headers)
+        assert response.status_code == 200, response.text[:300]
+        assert len(response.content) < MAX_RESPONSE_BYTES
+        content = response.json()
+        pages.append(content[name])
         if "next_cursor" not in content:
-            return found
-        assert content[name], "a page with a next one is not empty"
+            return pages
+        assert content[name], "a page with a next page is not empty"
         cursor = {"cursor": content["next_cursor"]}
 
 
-async def test_large_fields_are_left_out_of_lists_and_there_in_the_job(api_without_worker: Api) -> None:
+async def test_lists_omit_large_fields_unless_included(api_without_worker: Api) -> None:
     ids = [await api_without_worker.submit({"text": "x" * 3_000_000, "track": "Main"}) for _ in range(4)]
     small = await api_without_worker.submit({"track": "Main"})
     head = await api_without_worker.event_store.head_position()
-    [listed] = await pages(api_without_worker, "/api/events/jobs", "jobs", min_position=head)
+    [listed] = await load_pages(api_without_worker, "/api/events/jobs", "jobs", min_position=head)
     assert [job["job_id"] for job in listed] == [small, *reversed(ids)]
     for job in listed[1:]:
         assert (job["parameters"], job["omitted"], job["status"]) == ({}, ["parameters"], "pending")
     single = (await api_without_worker.get(f"/api/events/jobs/{small}")).json()["job"]
-    assert listed[0] == single, "a small job is listed as it is"
+    assert listed[0] == single, "a small job is listed in full"
     assert (
         len((await api_without_worker.get(f"/api/events/jobs/{ids[0]}")).json()["job"]["parameters"]["text"])
         == 3_000_000
     )
-    asked_for = await pages(api_without_worker, "/api/events/jobs", "jobs", include="parameters", track="Main")
-    assert [len(page) for page in asked_for] == [2, 1, 1, 1]
-    assert [job["job_id"] for page in asked_for for job in page] == [small, *reversed(ids)]
-    assert all(len(job["parameters"]["text"]) == 3_000_000 for page in asked_for for job in page if "text" in str(job))
+    included = await load_pages(api_without_worker, "/api/events/jobs", "jobs", include="parameters", track="Main")
+    assert [len(page) for page in included] == [2, 1, 1, 1]
+    assert [job["job_id"] for page in included for job in page] == [small, *reversed(ids)]
+    assert all(len(job["parameters"]["text"]) == 3_000_000 for page in included for job in page if "text" in str(job))
 
 
-async def test_every_field_that_can_be_large_is_left_out(api_without_worker: Api) -> None:
+async def test_lists_omit_every_field_that_can_be_large(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.head_position())
     large = {
@@ -68,30 +68,30 @@ async def test_every_field_that_can_be_large_is_left_out(api_without_worker: Api
         },
     }
     await api_without_worker.db.jobs.update_one({"_id": job_id}, {"$set": large})
-    [[job]] = await pages(api_without_worker, "/api/events/jobs", "jobs")
+    [[job]] = await load_pages(api_without_worker, "/api/events/jobs", "jobs")
     assert sorted(job["omitted"]) == sorted(OMITTABLE_FIELDS)
     assert job["results"]["markdown_url"] == "/api/events/files/a.md"
     assert job["results"]["metadata"] == {"processed_at": None, "duration": 1.5, "tokens_used": 3, "warnings": []}
-    [[job]] = await pages(api_without_worker, "/api/events/jobs", "jobs", include=",".join(OMITTABLE_FIELDS))
+    [[job]] = await load_pages(api_without_worker, "/api/events/jobs", "jobs", include=",".join(OMITTABLE_FIELDS))
     assert "omitted" not in job
     assert {name: job[name] for name in large} == large
-    answer = await api_without_worker.get("/api/events/jobs?include=everything")
-    assert (answer.status_code, "parameters, results" in answer.text) == (422, True)
+    response = await api_without_worker.get("/api/events/jobs?include=everything")
+    assert (response.status_code, "parameters, results" in response.text) == (422, True)
 
 
-async def test_lists_of_many_medium_items_end_by_bytes(api_without_worker: Api) -> None:
-    given = {"text": "x" * 14_000}
-    batch = await api_without_worker.submit_batch(*[given] * 400, parameters={"more": "y" * 100})
+async def test_list_pages_of_medium_items_are_limited_by_bytes(api_without_worker: Api) -> None:
+    parameters = {"text": "x" * 14_000}
+    batch = await api_without_worker.submit_batch(*[parameters] * 400, parameters={"more": "y" * 100})
     large = await api_without_worker.submit_batch({}, {}, parameters={"text": "x" * 2_000_000})
     head = await api_without_worker.event_store.head_position()
-    every = [job["job_id"] for job in (await api_without_worker.get("/api/events/jobs?limit=1", head)).json()["jobs"]]
-    assert every
+    job_ids = [job["job_id"] for job in (await api_without_worker.get("/api/events/jobs?limit=1", head)).json()["jobs"]]
+    assert job_ids
     path = f"/api/events/batches/{batch['batch_id']}/jobs"
-    found = await pages(api_without_worker, path, "jobs", limit=1000)
-    assert len(found) == 2
-    assert len({job["job_id"] for page in found for job in page}) == 400
-    [batches] = await pages(api_without_worker, "/api/events/batches", "batches")
-    by_id = {it["batch_id"]: it for it in batches}
+    pages = await load_pages(api_without_worker, path, "jobs", limit=1000)
+    assert len(pages) == 2
+    assert len({job["job_id"] for page in pages for job in page}) == 400
+    [batches] = await load_pages(api_without_worker, "/api/events/batches", "batches")
+    by_id = {batch["batch_id"]: batch for batch in batches}
     assert by_id[large["batch_id"]]["omitted"] == ["parameters"]
     assert "omitted" not in by_id[batch["batch_id"]]
     single = (await api_without_worker.get(f"/api/events/batches/{large['batch_id']}")).json()["batch"]
@@ -99,32 +99,32 @@ async def test_lists_of_many_medium_items_end_by_bytes(api_without_worker: Api) 
 
 
 @pytest.mark.parametrize("path", ["/api/ledger/events", "history"])
-async def test_pages_of_events_end_by_bytes(api_without_worker: Api, path: str) -> None:
+async def test_event_pages_are_limited_by_bytes(api_without_worker: Api, path: str) -> None:
     job_id = await api_without_worker.submit()
     for _ in range(5):
-        answer = await api_without_worker.http.put(
+        response = await api_without_worker.http.put(
             f"/api/events/jobs/{job_id}", json={"parameters": {"text": "x" * 3_000_000}}
         )
-        assert answer.status_code == 200
-    seen, after = 0, 0
-    while seen < 6:
+        assert response.status_code == 200
+    event_count, after = 0, 0
+    while event_count < 6:
         if path == "history":
-            answer = await api_without_worker.get(f"/api/events/jobs/{job_id}/history?after_version={after}")
-            after = answer.json().get("next_after_version", after)
+            response = await api_without_worker.get(f"/api/events/jobs/{job_id}/history?after_version={after}")
+            after = response.json().get("next_after_version", after)
         else:
-            answer = await api_without_worker.get(f"{path}?after={after}")
-            after = answer.json()["last_position"]
-        assert len(answer.content) < LARGEST_ANSWER
-        assert answer.json()["events"]
-        seen += len(answer.json()["events"])
-    assert seen == 6
+            response = await api_without_worker.get(f"{path}?after={after}")
+            after = response.json()["last_position"]
+        assert len(response.content) < MAX_RESPONSE_BYTES
+        assert response.json()["events"]
+        event_count += len(response.json()["events"])
+    assert event_count == 6
 
 
-async def test_pages_of_the_dashboard_show_large_jobs(api_without_worker: Api) -> None:
+async def test_dashboard_pages_with_large_jobs_stay_small(api_without_worker: Api) -> None:
     ids = [await api_without_worker.submit({"text": "x" * 3_000_000}, job_name="Large") for _ in range(3)]
     await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.head_position())
-    pages_of = ("/monitoring/events/jobs", "/monitoring/events", f"/monitoring/events/jobs/{ids[0]}")
-    for answer in await asyncio.gather(*(api_without_worker.get(path) for path in pages_of)):
-        assert answer.status_code == 200
-        assert "Large" in answer.text or "events" in str(answer.url)
-        assert len(answer.content) < LARGEST_ANSWER
+    paths = ("/monitoring/events/jobs", "/monitoring/events", f"/monitoring/events/jobs/{ids[0]}")
+    for response in await asyncio.gather(*(api_without_worker.get(path) for path in paths)):
+        assert response.status_code == 200
+        assert "Large" in response.text or "events" in str(response.url)
+        assert len(response.content) < MAX_RESPONSE_BYTES

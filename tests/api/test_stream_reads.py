@@ -1,4 +1,4 @@
-"""What the API reads of many streams at once: only what the answer needs, whatever the streams hold."""
+"""Reads of many streams at once load only the fields that the response needs."""
 
 from __future__ import annotations
 
@@ -23,70 +23,72 @@ FILES = [ResultFile(path=f"{n}", sha256="a" * 64, size=1, media_type="a/b") for 
 NOON = datetime(2026, 2, 1, 12, tzinfo=UTC)
 
 
-async def talkative_batch(api: Api) -> tuple[str, list[str]]:
-    """Submit a batch of jobs that are large in every respect: one completes, one fails, one is cancelled, one waits."""
+async def submit_large_batch(api: Api) -> tuple[str, list[str]]:
+    """Submit a batch of large jobs: one completed, one failed, one cancelled, one pending."""
     batch = await api.submit_batch(*({"text": LARGE} for _ in range(4)))
-    done, failed, cancelled, _ = batch["job_ids"]
+    completed, failed, cancelled, _ = batch["job_ids"]
 
-    async def do(job_id: str, *commands: Any) -> None:
+    async def handle_commands(job_id: str, *commands: Any) -> None:
         for command in commands:
             await handle_command(api.event_store, job_id, command, meta=EventMetadata("worker:w"))
 
     metadata = ResultMetadata(processed_at=NOON, duration=2.5, tokens_used=7, text=LARGE)
     lines = tuple(LogEntry(timestamp=NOON, level="info", message=LARGE) for _ in range(3))
-    for job_id in (done, failed):
+    for job_id in (completed, failed):
         step = CompleteStep("w", 1, "s", "k", {"text": LARGE}, 0.1)
-        await do(job_id, ClaimJob("w", datetime.now(UTC)), AddLogEntries("w", 1, lines), step)
-    await do(done, CompleteJob("w", 1, JobResults(files=FILES, metadata=metadata)))
+        await handle_commands(job_id, ClaimJob("w", datetime.now(UTC)), AddLogEntries("w", 1, lines), step)
+    await handle_commands(completed, CompleteJob("w", 1, JobResults(files=FILES, metadata=metadata)))
     error = Failure(code="X", message=LARGE[:1000], details={"text": LARGE[:10_000]})
-    await do(failed, FailAttempt("w", 1, error, None))
-    await do(cancelled, CancelJob("user:a"))
+    await handle_commands(failed, FailAttempt("w", 1, error, None))
+    await handle_commands(cancelled, CancelJob("user:a"))
     return batch["batch_id"], batch["job_ids"]
 
 
 @pytest.fixture
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the parts that are read of several streams at once."""
+    """Sizes in bytes of the batches of events that are read from several streams at once."""
     sizes: list[int] = []
-    real = EventStore.iterate_stream_batches
+    iterate_stream_batches = EventStore.iterate_stream_batches
 
-    async def watched(
+    async def record_sizes(
         self: EventStore,
         streams: Collection[str],
         *,
         exclude_types: Collection[str] = (),
         data_expression: Document | None = None,
     ) -> AsyncGenerator[Any, None]:
-        async for part in real(self, streams, exclude_types=exclude_types, data_expression=data_expression):
-            sizes.append(sum(len(bson.encode(event.document)) for event in part))
-            yield part
+        async for batch in iterate_stream_batches(
+            self, streams, exclude_types=exclude_types, data_expression=data_expression
+        ):
+            sizes.append(sum(len(bson.encode(event.document)) for event in batch))
+            yield batch
 
-    monkeypatch.setattr(EventStore, "iterate_stream_batches", watched)
+    monkeypatch.setattr(EventStore, "iterate_stream_batches", record_sizes)
     return sizes
 
 
-async def test_batch_as_of_reads_little_of_large_jobs_and_is_the_same(
+async def test_batch_as_of_equals_view_and_reads_few_bytes_of_large_jobs(
     api_without_worker: Api, read_bytes: list[int]
 ) -> None:
-    batch_id, _ = await talkative_batch(api_without_worker)
+    batch_id, _ = await submit_large_batch(api_without_worker)
     head = await api_without_worker.event_store.head_position()
     now = (await api_without_worker.get(f"/api/events/batches/{batch_id}", head)).json()["batch"]
     assert read_bytes == []
-    then = (await api_without_worker.get(f"/api/events/batches/{batch_id}?as_of={head}")).json()["batch"]
-    assert then == now
-    assert then["summary"] == {"duration": 2.5, "tokens_used": 7}
+    as_of = (await api_without_worker.get(f"/api/events/batches/{batch_id}?as_of={head}")).json()["batch"]
+    assert as_of == now
+    assert as_of["summary"] == {"duration": 2.5, "tokens_used": 7}
     assert 0 < sum(read_bytes) < 10_000
 
 
-async def test_visibility_reads_little_of_large_jobs_and_finds_the_same_access(
+async def test_visibility_loads_access_with_few_bytes_of_large_jobs(
     api_without_worker: Api, read_bytes: list[int]
 ) -> None:
-    batch_id, job_ids = await talkative_batch(api_without_worker)
+    batch_id, job_ids = await submit_large_batch(api_without_worker)
     visibility = Visibility(api_without_worker.event_store, Checkpoint(api_without_worker.db))
     await visibility.load_access([batch_id, *job_ids])
     assert 0 < sum(read_bytes) < 10_000
-    found = [visibility._access[stream] for stream in (batch_id, *job_ids)]
-    for access in found:
+    accesses = [visibility._access[stream] for stream in (batch_id, *job_ids)]
+    for access in accesses:
         assert access is not None
         assert not access.unreadable
         assert (access.owner, access.version) == ("local", 1)

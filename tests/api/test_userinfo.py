@@ -1,4 +1,4 @@
-"""No user name or password in a URL of a job is accepted, wherever it stands and however it is written."""
+"""URLs with user name or password (userinfo) are rejected in every field of a job and in every spelling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jobledger.ledger.net.url_policy import has_userinfo, strip_userinfo
 from tests.api.conftest import Api
 
 JOBS: Final = "/api/events/jobs"
-WITH: Final = [
+URLS_WITH_USERINFO: Final = [
     "https://user:hunter2@example.org/talk",
     "http://user@example.org/",
     "https://:hunter2@example.org/",
@@ -43,7 +43,7 @@ WITH: Final = [
     "mongodb://us er:\\hunter2@example.org/db",
     "postgres+asyncpg://user:hunter2@example.org/db",
 ]
-WITHOUT: Final = [
+TEXTS_WITHOUT_USERINFO: Final = [
     "https://example.org/@user",
     "https://example.org/a?b=c@d",
     "https://example.org#a@b",
@@ -63,41 +63,42 @@ WITHOUT: Final = [
 ]
 
 
-@pytest.mark.parametrize("url", WITH)
-def test_userinfo_is_found_and_removed(url: str) -> None:
+@pytest.mark.parametrize("url", URLS_WITH_USERINFO)
+def test_userinfo_is_detected_and_removed(url: str) -> None:
     assert has_userinfo(url)
-    plain = strip_userinfo(url)
-    assert "hunter2" not in plain
-    assert not has_userinfo(plain)
+    stripped = strip_userinfo(url)
+    assert "hunter2" not in stripped
+    assert not has_userinfo(stripped)
 
 
 @given(
     st.sampled_from(["http", "HTTPS", "ftp", "wss"]),
     st.text(st.sampled_from("ab:@\\\t/?#[]%.\u00a0\u3000\x1f\x7f\uff20"), max_size=12),
 )
-def test_userinfo_that_a_client_would_send_is_found(scheme: str, rest: str) -> None:
-    """What httpx or urllib reads as a user name or password is found, and gone when it was removed.
+def test_userinfo_that_a_client_would_send_is_detected(scheme: str, rest: str) -> None:
+    """What httpx or urllib reads as userinfo is detected, and removed by strip_userinfo().
 
-    With spaces it may be prose, which they would read in the same way: see the tables.
+    The generated text has no spaces: with spaces it may be prose, which these libraries read in the same way. The
+    tables above contain such cases.
     """
     url = f"{scheme}://{rest}"
-    if _reads_userinfo(url):
+    if is_read_as_userinfo(url):
         assert has_userinfo(url)
-    assert not _reads_userinfo(strip_userinfo(url))
+    assert not is_read_as_userinfo(strip_userinfo(url))
 
 
-@pytest.mark.parametrize("begin", ["http:", "http://", "x://", ""])
+@pytest.mark.parametrize("prefix", ["http:", "http://", "x://", ""])
 @pytest.mark.parametrize("middle", ["\\", "/", ":", " ", "a.", "a b:", "@", "é"])
-@pytest.mark.parametrize("end", ["#@", "@", " @x"])
-def test_long_text_takes_no_longer_than_its_length_deserves(begin: str, middle: str, end: str) -> None:
-    text = begin + middle * 200_000 + end
-    began = time.thread_time()
+@pytest.mark.parametrize("suffix", ["#@", "@", " @x"])
+def test_userinfo_check_of_long_text_takes_linear_time(prefix: str, middle: str, suffix: str) -> None:
+    text = prefix + middle * 200_000 + suffix
+    start = time.thread_time()
     has_userinfo(text)
     strip_userinfo(text)
-    assert time.thread_time() - began < 0.5
+    assert time.thread_time() - start < 0.5
 
 
-def _reads_userinfo(url: str) -> bool:
+def is_read_as_userinfo(url: str) -> bool:
     with suppress(httpx.InvalidURL, ValueError):
         if httpx.URL(url).userinfo:
             return True
@@ -106,28 +107,28 @@ def _reads_userinfo(url: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("text", WITHOUT)
-def test_other_text_stays_as_it_is(text: str) -> None:
+@pytest.mark.parametrize("text", TEXTS_WITHOUT_USERINFO)
+def test_text_without_userinfo_is_unchanged(text: str) -> None:
     assert not has_userinfo(text)
     assert strip_userinfo(text) == text
 
 
-def session(**more: Any) -> dict[str, Any]:
+def session_job(**more: Any) -> dict[str, Any]:
     fields = {"event": "E", "session": "S", "url": "https://example.org/", "filename": "S.md", "track": "T"}
     return {"job_type": "session", "parameters": {**fields, **more}}
 
 
-async def test_submission_and_update_refuse_it_at_every_place(api_without_worker: Api) -> None:
-    waiting = await api_without_worker.submit({"url": "https://example.org/"})
-    for url in WITH:
+async def test_submission_and_update_reject_userinfo_in_every_field(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit({"url": "https://example.org/"})
+    for url in URLS_WITH_USERINFO:
         bodies: list[tuple[str, Any]] = [
-            (JOBS, session(url=url)),
-            (JOBS, session(video_url=url)),
-            (JOBS, session(attachments_url=url)),
-            (JOBS, session(extra={"source": {"more": [url]}})),
+            (JOBS, session_job(url=url)),
+            (JOBS, session_job(video_url=url)),
+            (JOBS, session_job(attachments_url=url)),
+            (JOBS, session_job(extra={"source": {"more": [url]}})),
             (JOBS, {"job_type": "echo", "parameters": {"any": {"thing": ["x", {"there": url}]}}}),
             (JOBS, {"job_type": "echo", "parameters": {}, "webhook": {"url": url}}),
-            ("/api/events/batches", {"jobs": [session(), session(url=url)]}),
+            ("/api/events/batches", {"jobs": [session_job(), session_job(url=url)]}),
             ("/api/events/batches", {"parameters": {"from": url}, "jobs": [{"job_type": "echo", "parameters": {}}]}),
             (
                 "/api/events/batches",
@@ -135,24 +136,26 @@ async def test_submission_and_update_refuse_it_at_every_place(api_without_worker
             ),
         ]
         for path, body in bodies:
-            answer = await api_without_worker.post(path, body)
-            assert answer.status_code == 422, (url, body, answer.text)
-            assert "hunter2" not in answer.text
-        answer = await api_without_worker.http.put(f"{JOBS}/{waiting}", json={"parameters": {"url": url}})
-        assert answer.status_code == 422
+            response = await api_without_worker.post(path, body)
+            assert response.status_code == 422, (url, body, response.text)
+            assert "hunter2" not in response.text
+        response = await api_without_worker.http.put(f"{JOBS}/{job_id}", json={"parameters": {"url": url}})
+        assert response.status_code == 422
     assert (await api_without_worker.get(JOBS, await api_without_worker.event_store.head_position())).json()[
         "total"
     ] == 1
 
 
-async def test_refusal_names_the_place_and_what_to_do(api_without_worker: Api) -> None:
-    body = {"jobs": [session(), {"job_type": "echo", "parameters": {"a": [{"b": "https://u:hunter2@example.org/"}]}}]}
-    answer = (await api_without_worker.post("/api/events/batches", body)).json()
-    [problem] = answer["details"]["errors"]
+async def test_userinfo_error_has_field_path_and_advice(api_without_worker: Api) -> None:
+    body = {
+        "jobs": [session_job(), {"job_type": "echo", "parameters": {"a": [{"b": "https://u:hunter2@example.org/"}]}}]
+    }
+    response = (await api_without_worker.post("/api/events/batches", body)).json()
+    [problem] = response["details"]["errors"]
     assert problem["path"] == "jobs[1].parameters.a[0].b"
     assert "without them" in problem["message"]
 
 
-@pytest.mark.parametrize("text", WITHOUT)
-async def test_other_text_is_accepted(api_without_worker: Api, text: str) -> None:
+@pytest.mark.parametrize("text", TEXTS_WITHOUT_USERINFO)
+async def test_submission_accepts_text_without_userinfo(api_without_worker: Api, text: str) -> None:
     assert await api_without_worker.submit({"text": text, "more": [text]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -13,37 +14,50 @@ import standardwebhooks
 
 from jobledger.ledger.store import endpoint_secrets
 from jobledger.ledger.store.endpoint_secrets import Endpoint
-from tests.api.conftest import Api, run_api
-from tests.support.header_auth import HeaderAuthBackend
+from tests.api.conftest import DEADLINE_SECONDS, Api, run_api
 from tests.support.webhook_endpoint import ReceivedRequest, WebhookEndpoint, run_webhook_endpoint
 
 ENDPOINTS: Final = "/api/monitoring/events/webhook-endpoints"
-HOOKS: Final = {"allowed_private_hosts": ["127.0.0.1"], "retry_delays_seconds": [0, 0.2, 0.2, 0.2], "jitter": 0}
+WEBHOOK_SETTINGS: Final = {
+    "allowed_private_hosts": ["127.0.0.1"],
+    "retry_delays_seconds": [0, 0.2, 2, 10],
+    "jitter": 0,
+}
 
 
 @pytest.fixture
-async def cms() -> AsyncIterator[WebhookEndpoint]:
-    async with run_webhook_endpoint() as found:
-        yield found
+async def endpoint() -> AsyncIterator[WebhookEndpoint]:
+    async with run_webhook_endpoint() as running:
+        yield running
 
 
 @pytest.fixture
-async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
-    async for running in run_api(mongodb_uri, db_name, tmp_path, webhooks=HOOKS):
+async def api(header_auth: None, mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
+    """An API with all roles and header authentication, as an admin."""
+    async for running in run_api(mongodb_uri, db_name, tmp_path, webhooks=WEBHOOK_SETTINGS):
         yield running.as_user("ann", roles=["admin"])
 
 
-async def submitted(api: Api, url: str, **more: Any) -> list[dict[str, str]]:
-    """Submit a job and return the secrets that the answer shows."""
+async def submit_with_webhook(api: Api, url: str, **more: Any) -> list[dict[str, str]]:
+    """Submit a job and return the secrets that the response shows."""
     body = {"job_type": "echo", "parameters": {}, "webhook": {"url": url, **more.pop("webhook", {})}}
-    answer = await api.post("/api/events/jobs", body | more.pop("body", {}), **more)
-    assert answer.status_code == 202, answer.text
-    shown: list[dict[str, str]] = answer.json().get("webhook_secrets", [])
-    return shown
+    response = await api.post("/api/events/jobs", body | more.pop("body", {}), **more)
+    assert response.status_code == 202, response.text
+    secrets: list[dict[str, str]] = response.json().get("webhook_secrets", [])
+    return secrets
 
 
-def validates(secret: str, request: ReceivedRequest) -> bool:
+async def wait_for_failed_attempt(api: Api, code: str) -> None:
+    async with (
+        asyncio.timeout(DEADLINE_SECONDS),
+        aclosing(api.stream_events(after=0, types="DeliveryAttempted")) as events,
+    ):
+        async for event in events:
+            if (event["data"].get("error") or {}).get("code") == code:
+                break
+
+
+def is_valid_signature(secret: str, request: ReceivedRequest) -> bool:
     try:
         standardwebhooks.Webhook(secret).verify(request.body, request.headers)
     except standardwebhooks.WebhookVerificationError:
@@ -51,12 +65,12 @@ def validates(secret: str, request: ReceivedRequest) -> bool:
     return True
 
 
-async def test_secret_is_shown_by_the_first_submission_only_and_nowhere_else(api: Api, cms: WebhookEndpoint) -> None:
+async def test_secret_is_shown_once_by_first_submission(api: Api, endpoint: WebhookEndpoint) -> None:
     alice = api.as_user("alice")
-    [new] = await submitted(alice, cms.url())
-    assert await submitted(alice, cms.url()) == []
-    requests = await cms.wait_for_requests(2)
-    assert all(validates(new["secret"], request) for request in requests)
+    [new] = await submit_with_webhook(alice, endpoint.url())
+    assert await submit_with_webhook(alice, endpoint.url()) == []
+    requests = await endpoint.wait_for_requests(2)
+    assert all(is_valid_signature(new["secret"], request) for request in requests)
     position = await api.event_store.head_position()
     for path in (
         "/api/ledger/events?limit=1000",
@@ -70,88 +84,89 @@ async def test_secret_is_shown_by_the_first_submission_only_and_nowhere_else(api
     assert new["secret"] not in repr(endpoint_secrets.RevealedSecret(**new))
 
 
-async def test_no_users_message_validates_at_a_receiver_of_another(api: Api, cms: WebhookEndpoint) -> None:
-    """Whatever they submit: the same URL, another one, a batch, own secrets, again, or by an admin for somebody."""
+async def test_message_of_one_user_fails_validation_at_endpoint_of_another(api: Api, endpoint: WebhookEndpoint) -> None:
+    """Holds for the same URL, other URLs, batches, own secrets, repetitions, and submissions by an admin."""
     mallory, alice = api.as_user("mallory"), api.as_user("alice")
-    [victim] = await submitted(alice, cms.url("/alice"))
-    [theirs] = await submitted(mallory, cms.url("/alice"))
-    assert theirs["secret"] != victim["secret"]
-    await submitted(mallory, cms.url("/alice"), webhook={"secrets": [theirs["secret"]]})
-    job = {"job_type": "echo", "parameters": {}, "webhook": {"url": cms.url("/alice")}}
-    answer = await mallory.post("/api/events/batches", {"jobs": [job, job], "webhook": job["webhook"]})
-    assert answer.status_code == 202
-    await submitted(mallory, cms.url("/alice") + "?x=1")
-    await submitted(mallory, cms.url("/alice") + "#x")
-    await submitted(api, cms.url("/alice"), body={"user_id": "mallory"})
-    requests = await cms.wait_for_requests(9)
-    by_alice = [it for it in requests if (it.json_body.get("job") or it.json_body["batch"])["user_id"] == "alice"]
-    others = [it for it in requests if it not in by_alice]
-    assert len(by_alice) == 1
-    assert validates(victim["secret"], by_alice[0])
-    assert len(others) == 8
-    assert not any(validates(victim["secret"], request) for request in others)
-    for body in ({"user_id": "alice"},):
-        refused = await mallory.post("/api/events/jobs", {**job, **body})
-        assert refused.status_code == 403
+    [victim] = await submit_with_webhook(alice, endpoint.url("/alice"))
+    [secret_of_mallory] = await submit_with_webhook(mallory, endpoint.url("/alice"))
+    assert secret_of_mallory["secret"] != victim["secret"]
+    await submit_with_webhook(mallory, endpoint.url("/alice"), webhook={"secrets": [secret_of_mallory["secret"]]})
+    job = {"job_type": "echo", "parameters": {}, "webhook": {"url": endpoint.url("/alice")}}
+    response = await mallory.post("/api/events/batches", {"jobs": [job, job], "webhook": job["webhook"]})
+    assert response.status_code == 202
+    await submit_with_webhook(mallory, endpoint.url("/alice") + "?x=1")
+    await submit_with_webhook(mallory, endpoint.url("/alice") + "#x")
+    await submit_with_webhook(api, endpoint.url("/alice"), body={"user_id": "mallory"})
+    requests = await endpoint.wait_for_requests(9)
+    users = [(request.json_body.get("job") or request.json_body["batch"])["user_id"] for request in requests]
+    from_alice = [request for request, user in zip(requests, users, strict=True) if user == "alice"]
+    from_mallory = [request for request, user in zip(requests, users, strict=True) if user != "alice"]
+    assert len(from_alice) == 1
+    assert is_valid_signature(victim["secret"], from_alice[0])
+    assert len(from_mallory) == 8
+    assert not any(is_valid_signature(victim["secret"], request) for request in from_mallory)
+    rejected = await mallory.post("/api/events/jobs", {**job, "user_id": "alice"})
+    assert rejected.status_code == 403
 
 
-async def test_batch_shows_each_new_secret_once(api: Api, cms: WebhookEndpoint) -> None:
+async def test_batch_submission_shows_each_new_secret_once(api: Api, endpoint: WebhookEndpoint) -> None:
     jobs = [
-        {"job_type": "echo", "parameters": {}, "webhook": {"url": cms.url(f"/{number % 2}")}} for number in range(4)
+        {"job_type": "echo", "parameters": {}, "webhook": {"url": endpoint.url(f"/{number % 2}")}}
+        for number in range(4)
     ]
-    body = {"jobs": jobs, "webhook": {"url": cms.url("/2")}}
+    body = {"jobs": jobs, "webhook": {"url": endpoint.url("/2")}}
     first = (await api.as_user("alice").post("/api/events/batches", body)).json()["webhook_secrets"]
-    assert {it["url"] for it in first} == {cms.url("/0"), cms.url("/1"), cms.url("/2")}
+    assert {shown["url"] for shown in first} == {endpoint.url("/0"), endpoint.url("/1"), endpoint.url("/2")}
     assert "webhook_secrets" not in (await api.as_user("alice").post("/api/events/batches", body)).json()
-    secrets = {it["url"]: it["secret"] for it in first}
-    for request in await cms.wait_for_requests(10):
-        assert validates(secrets[cms.url(request.path)], request)
+    secrets = {shown["url"]: shown["secret"] for shown in first}
+    for request in await endpoint.wait_for_requests(10):
+        assert is_valid_signature(secrets[endpoint.url(request.path)], request)
 
 
-async def test_repeated_request_does_not_show_the_secret_again(api: Api, cms: WebhookEndpoint) -> None:
+async def test_repeated_request_does_not_show_secret_again(api: Api, endpoint: WebhookEndpoint) -> None:
     alice = api.as_user("alice")
     once = {"Idempotency-Key": "k"}
-    assert len(await submitted(alice, cms.url(), **once)) == 1
-    assert await submitted(alice, cms.url(), **once) == []
+    assert len(await submit_with_webhook(alice, endpoint.url(), **once)) == 1
+    assert await submit_with_webhook(alice, endpoint.url(), **once) == []
 
 
-async def test_refused_submission_keeps_the_secret_for_the_next(api: Api, cms: WebhookEndpoint) -> None:
-    await endpoint_secrets.ensure_secrets(
-        api.db, [Endpoint("alice", cms.url())]
-    )  # as one that failed after this step leaves it
-    [new] = await submitted(api.as_user("alice"), cms.url())
-    [request] = await cms.wait_for_requests(1)
-    assert validates(new["secret"], request)
+async def test_rejected_submission_keeps_secret_for_the_next(api: Api, endpoint: WebhookEndpoint) -> None:
+    # A submission that fails after this step leaves the same state.
+    await endpoint_secrets.ensure_secrets(api.db, [Endpoint("alice", endpoint.url())])
+    [new] = await submit_with_webhook(api.as_user("alice"), endpoint.url())
+    [request] = await endpoint.wait_for_requests(1)
+    assert is_valid_signature(new["secret"], request)
 
 
-async def test_many_processes_create_one_secret_and_one_shows_it(api: Api) -> None:
-    wanted = [Endpoint("alice", f"https://example.org/{number}") for number in range(5)]
+async def test_concurrent_submissions_create_one_secret_and_reveal_it_once(api: Api) -> None:
+    endpoints = [Endpoint("alice", f"https://example.org/{number}") for number in range(5)]
 
-    async def use() -> list[endpoint_secrets.RevealedSecret]:
-        await endpoint_secrets.ensure_secrets(api.db, wanted)
-        return await endpoint_secrets.reveal_new_secrets(api.db, wanted)
+    async def create_and_reveal() -> list[endpoint_secrets.RevealedSecret]:
+        await endpoint_secrets.ensure_secrets(api.db, endpoints)
+        return await endpoint_secrets.reveal_new_secrets(api.db, endpoints)
 
-    shown = [it for found in await asyncio.gather(*(use() for _ in range(10))) for it in found]
-    assert len(shown) == len({it.endpoint_id for it in shown}) == 5
-    for endpoint in wanted:
-        [secret] = await endpoint_secrets.load_signing_secrets(api.db, endpoint)
-        assert secret in {it.secret for it in shown}
+    results = await asyncio.gather(*(create_and_reveal() for _ in range(10)))
+    revealed = [shown for result in results for shown in result]
+    assert len(revealed) == len({shown.endpoint_id for shown in revealed}) == 5
+    for owned in endpoints:
+        [secret] = await endpoint_secrets.load_signing_secrets(api.db, owned)
+        assert secret in {shown.secret for shown in revealed}
 
 
-async def test_old_secret_signs_beside_the_new_one_for_the_grace_period(api: Api, cms: WebhookEndpoint) -> None:
+async def test_old_secret_signs_beside_new_one_during_grace_period(api: Api, endpoint: WebhookEndpoint) -> None:
     alice = api.as_user("alice")
-    [old] = await submitted(alice, cms.url())
+    [old] = await submit_with_webhook(alice, endpoint.url())
     path = f"{ENDPOINTS}/{old['endpoint_id']}/rotate-secret"
     new = (await alice.post(path, {"grace_period_s": 3600})).json()
-    await cms.wait_for_requests(1)
-    await submitted(alice, cms.url())
-    both = (await cms.wait_for_requests(2))[1]
-    assert validates(new["secret"], both)
-    assert validates(old["secret"], both)
+    await endpoint.wait_for_requests(1)
+    await submit_with_webhook(alice, endpoint.url())
+    during_grace = (await endpoint.wait_for_requests(2))[1]
+    assert is_valid_signature(new["secret"], during_grace)
+    assert is_valid_signature(old["secret"], during_grace)
     last = (await alice.post(path, {"grace_period_s": 0})).json()
-    await submitted(alice, cms.url())
-    one = (await cms.wait_for_requests(3))[2]
-    assert [validates(it["secret"], one) for it in (last, new, old)] == [True, False, False]
+    await submit_with_webhook(alice, endpoint.url())
+    after_grace = (await endpoint.wait_for_requests(3))[2]
+    assert [is_valid_signature(key["secret"], after_grace) for key in (last, new, old)] == [True, False, False]
     [listed] = (await alice.get(ENDPOINTS)).json()["endpoints"]
     assert (listed["endpoint_id"], listed["revoked"], listed["previous_secret_expires_at"]) == (
         old["endpoint_id"],
@@ -160,60 +175,64 @@ async def test_old_secret_signs_beside_the_new_one_for_the_grace_period(api: Api
     )
 
 
-async def test_rotations_at_the_same_moment_lose_no_secret_that_was_shown(api: Api) -> None:
-    endpoint = Endpoint("alice", "https://example.org/")
-    await endpoint_secrets.ensure_secrets(api.db, [endpoint])
+async def test_concurrent_rotations_keep_every_revealed_secret(api: Api) -> None:
+    owned = Endpoint("alice", "https://example.org/")
+    await endpoint_secrets.ensure_secrets(api.db, [owned])
     grace = timedelta(hours=1)
-    shown = await asyncio.gather(
-        *(endpoint_secrets.rotate_secret(api.db, endpoint.endpoint_id, grace) for _ in range(3))
+    revealed = await asyncio.gather(
+        *(endpoint_secrets.rotate_secret(api.db, owned.endpoint_id, grace) for _ in range(3))
     )
-    assert {it.secret for it in shown if it} <= set(await endpoint_secrets.load_signing_secrets(api.db, endpoint))
+    assert {shown.secret for shown in revealed if shown} <= set(
+        await endpoint_secrets.load_signing_secrets(api.db, owned)
+    )
 
 
-async def test_revoked_secret_sends_nothing_until_it_is_rotated(api: Api, cms: WebhookEndpoint) -> None:
+async def test_revoked_secret_stops_deliveries_until_rotation(api: Api, endpoint: WebhookEndpoint) -> None:
     alice = api.as_user("alice")
-    [old] = await submitted(alice, cms.url())
-    await cms.wait_for_requests(1)
+    [old] = await submit_with_webhook(alice, endpoint.url())
+    await endpoint.wait_for_requests(1)
     revoked = await alice.http.delete(f"{ENDPOINTS}/{old['endpoint_id']}/secret", headers=alice.principal_headers)
     assert revoked.status_code == 200
-    assert await submitted(alice, cms.url()) == []
-    await asyncio.sleep(0.3)
-    assert len(cms.requests) == 1
+    assert await submit_with_webhook(alice, endpoint.url()) == []
+    await wait_for_failed_attempt(alice, "BODY_UNAVAILABLE")
+    assert len(endpoint.requests) == 1
     new = (await alice.post(f"{ENDPOINTS}/{old['endpoint_id']}/rotate-secret")).json()
-    second = (await cms.wait_for_requests(2))[1]
-    assert validates(new["secret"], second)
-    assert not validates(old["secret"], second)
+    second = (await endpoint.wait_for_requests(2))[1]
+    assert is_valid_signature(new["secret"], second)
+    assert not is_valid_signature(old["secret"], second)
 
 
-async def test_endpoints_are_for_their_owner_and_admins(api: Api, cms: WebhookEndpoint) -> None:
-    [mine] = await submitted(api.as_user("alice"), cms.url())
+async def test_endpoints_are_accessible_to_owner_and_admins_only(api: Api, endpoint: WebhookEndpoint) -> None:
+    [secret_of_alice] = await submit_with_webhook(api.as_user("alice"), endpoint.url())
     bob = api.as_user("bob", groups=["team-x"], roles=["monitor"])
     assert (await bob.get(ENDPOINTS)).json()["endpoints"] == []
-    for who in (bob, api.as_user()):
+    for caller in (bob, api.as_user()):
         for method, path in (("POST", "rotate-secret"), ("DELETE", "secret")):
-            answer = await api.http.request(
-                method, f"{ENDPOINTS}/{mine['endpoint_id']}/{path}", headers=who.principal_headers
+            response = await api.http.request(
+                method, f"{ENDPOINTS}/{secret_of_alice['endpoint_id']}/{path}", headers=caller.principal_headers
             )
-            assert answer.status_code in (401, 404)
+            assert response.status_code in (401, 404)
     assert len((await api.get(ENDPOINTS)).json()["endpoints"]) == 1
-    assert (await api.post(f"{ENDPOINTS}/{mine['endpoint_id']}/rotate-secret")).status_code == 200
+    assert (await api.post(f"{ENDPOINTS}/{secret_of_alice['endpoint_id']}/rotate-secret")).status_code == 200
 
 
-async def test_admin_gives_nobody_their_own_groups(api: Api) -> None:
+async def test_submission_for_another_user_does_not_get_groups_of_admin(api: Api) -> None:
     admin = api.as_user("ann", groups=["team-admins"], roles=["admin"])
     job = {"job_type": "echo", "parameters": {}, "access_control": {"visibility": "team"}}
-    theirs = (await admin.post("/api/events/jobs", {**job, "user_id": "bob"})).json()["job_id"]
-    mine = (await admin.post("/api/events/jobs", job)).json()["job_id"]
+    job_of_bob = (await admin.post("/api/events/jobs", {**job, "user_id": "bob"})).json()["job_id"]
+    job_of_admin = (await admin.post("/api/events/jobs", job)).json()["job_id"]
     jobs = [job, {**job, "user_id": "ann"}, {**job, "user_id": "eve"}]
     batch = (await admin.post("/api/events/batches", {"user_id": "bob", "jobs": jobs})).json()
-    streams = [theirs, mine, batch["batch_id"], *batch["job_ids"]]
+    streams = [job_of_bob, job_of_admin, batch["batch_id"], *batch["job_ids"]]
     teams = [(await api.event_store.read_stream(stream, limit=1))[0].data.get("teams", []) for stream in streams]
     assert teams == [[], ["team-admins"], [], [], ["team-admins"], []]
-    await admin.wait_until_finished(theirs)
-    changed = [
-        await admin.post(f"/api/events/jobs/{theirs}/restart"),
+    await admin.wait_until_finished(job_of_bob)
+    responses = [
+        await admin.post(f"/api/events/jobs/{job_of_bob}/restart"),
         await admin.http.put(
-            f"/api/events/jobs/{mine}", json={"access_control": {"visibility": "team"}}, headers=admin.principal_headers
+            f"/api/events/jobs/{job_of_admin}",
+            json={"access_control": {"visibility": "team"}},
+            headers=admin.principal_headers,
         ),
     ]
-    assert [it.json()["job"]["teams"] for it in changed] == [[], ["team-admins"]]
+    assert [response.json()["job"]["teams"] for response in responses] == [[], ["team-admins"]]

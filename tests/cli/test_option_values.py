@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from jobledger.cli.main import app
-from tests.api.test_openapi import DOCUMENT, DOCUMENTED
+from tests.api.test_openapi import DOCUMENT, OPERATIONS_BY_ROUTE
 
 _QUERY_PARAMETERS = {
     "jobs list --status": ("GET /api/events/jobs", "status"),
@@ -58,11 +58,13 @@ def list_schema_values(schema: dict[str, Any]) -> set[str]:
 def list_api_choices() -> Iterator[tuple[str, set[str]]]:
     for option, (route, name) in _QUERY_PARAMETERS.items():
         [parameter] = [
-            schema for schema in map(resolve_reference, DOCUMENTED[route]["parameters"]) if schema["name"] == name
+            schema
+            for schema in map(resolve_reference, OPERATIONS_BY_ROUTE[route]["parameters"])
+            if schema["name"] == name
         ]
         yield option, list_schema_values(parameter["schema"])
     for option, (route, name) in _BODY_FIELDS.items():
-        body = resolve_reference(DOCUMENTED[route]["requestBody"])["content"]["application/json"]["schema"]
+        body = resolve_reference(OPERATIONS_BY_ROUTE[route]["requestBody"])["content"]["application/json"]["schema"]
         yield option, list_schema_values(resolve_reference(body)["properties"][name])
 
 

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager, suppress
 
 
 @asynccontextmanager
-async def run_path_proxy(port: int | list[int], prefix: str, *, strip_prefix: bool = True) -> AsyncIterator[int]:
+async def run_path_proxy(port: int, prefix: str, *, strip_prefix: bool = True) -> AsyncIterator[int]:
     """Forward requests below `prefix` and return 404 for others, one request per connection. Yield the port.
 
     Args:
-        port: Port of the server. A list that is filled later, for a server that needs the proxy's port.
+        port: Port of the server.
         prefix: The path, such as `/tools/jobs`.
         strip_prefix: Whether the server gets the path without the prefix.
     """
@@ -25,21 +25,21 @@ async def run_path_proxy(port: int | list[int], prefix: str, *, strip_prefix: bo
             if not target.startswith(start + b"/"):
                 writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             else:
-                there, back = await asyncio.open_connection("127.0.0.1", port if isinstance(port, int) else port[0])
-                kept = [line for line in rest.split(b"\r\n") if not line.lower().startswith(b"connection:") and line]
-                passed_on = target.removeprefix(start) if strip_prefix else target
-                head = [b" ".join((method, passed_on, version)), *kept, b"Connection: close"]
-                back.write(b"\r\n".join(head) + b"\r\n\r\n")
-                sending = asyncio.create_task(pump(reader, back))
-                await pump(there, writer)
+                server_reader, server_writer = await asyncio.open_connection("127.0.0.1", port)
+                headers = [line for line in rest.split(b"\r\n") if not line.lower().startswith(b"connection:") and line]
+                path = target.removeprefix(start) if strip_prefix else target
+                head = [b" ".join((method, path, version)), *headers, b"Connection: close"]
+                server_writer.write(b"\r\n".join(head) + b"\r\n\r\n")
+                sending = asyncio.create_task(pump(reader, server_writer))
+                await pump(server_reader, writer)
                 sending.cancel()
-                back.close()
+                server_writer.close()
         writer.close()
 
     async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
-            while part := await source.read(65_536):
-                target.write(part)
+            while chunk := await source.read(65_536):
+                target.write(chunk)
                 await target.drain()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)

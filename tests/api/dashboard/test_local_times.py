@@ -9,11 +9,10 @@ from zoneinfo import ZoneInfo
 from playwright.async_api import Browser, expect
 
 from tests.api.conftest import Api
-from tests.api.dashboard.conftest import needs_browser
-from tests.api.dashboard.test_pages import at
+from tests.api.dashboard.conftest import needs_browser, page_url
 from tests.api.dashboard.test_translations import TEMPLATES
 
-CLOCK = re.compile(r"\d{1,2}:\d{2}:\d{2}")
+CLOCK_TIME = re.compile(r"\d{1,2}:\d{2}:\d{2}")
 TIMES = """() => [...document.querySelectorAll("time")].map((time) => [time.dateTime, time.textContent])"""
 TEXT_WITHOUT_TIMES = """() => {
     const main = document.querySelector("main").cloneNode(true);
@@ -30,8 +29,8 @@ def test_templates_output_timestamps_only_through_the_time_element() -> None:
                 assert "time_element(" in expression, (name, expression)
 
 
-async def retrying_job(api: Api) -> str:
-    """Return a job that has failed once and waits for its next attempt, and is in an outcome and in the log."""
+async def submit_retrying_job(api: Api) -> str:
+    """Submit a job that fails once. Return its ID when it waits for the next attempt."""
     job_id = await api.submit({"fail": "not yet", "transient": True}, max_attempts=3)
     await api.wait_for_event(job_id, "JobAttemptFailed")
     await api.get("/api/events/jobs", await api.event_store.head_position())
@@ -39,12 +38,13 @@ async def retrying_job(api: Api) -> str:
 
 
 @needs_browser
-async def test_all_times_of_a_page_are_in_the_time_zone_of_the_browser(api: Api, browser: Browser) -> None:
-    job_id = await retrying_job(api)
-    context = await browser.new_context(locale="en-GB", timezone_id="Asia/Kathmandu")  # UTC+05:45: no minute is right
+async def test_page_times_are_in_time_zone_of_browser(api: Api, browser: Browser) -> None:
+    job_id = await submit_retrying_job(api)
+    # UTC+05:45: even the minutes differ from UTC.
+    context = await browser.new_context(locale="en-GB", timezone_id="Asia/Kathmandu")
     page = await context.new_page()
     for path in (f"/jobs/{job_id}", "/jobs", "/log", ""):
-        await page.goto(at(api, path))
+        await page.goto(page_url(api, path))
         await expect(page.locator("html.js")).to_be_attached()
         await expect(page.locator("[data-time-zone]")).to_have_text(re.compile("Asia/(Kathmandu|Katmandu)"))
         times = await page.evaluate(TIMES)
@@ -52,18 +52,18 @@ async def test_all_times_of_a_page_are_in_the_time_zone_of_the_browser(api: Api,
         for iso, text in times:
             local = datetime.fromisoformat(iso).astimezone(ZoneInfo("Asia/Kathmandu"))
             assert f"{local:%H:%M:%S}" in text, (path, iso, text)
-        assert not CLOCK.search(await page.evaluate(TEXT_WITHOUT_TIMES)), path
-    await page.goto(at(api, f"/jobs/{job_id}"))
+        assert not CLOCK_TIME.search(await page.evaluate(TEXT_WITHOUT_TIMES)), path
+    await page.goto(page_url(api, f"/jobs/{job_id}"))
     await expect(page.locator("#attempts td.wide-column time").first).to_be_visible()
     await context.close()
 
 
 @needs_browser
-async def test_all_times_of_a_page_are_in_utc_without_javascript(api: Api, browser: Browser) -> None:
-    job_id = await retrying_job(api)
+async def test_page_times_without_javascript_are_in_utc(api: Api, browser: Browser) -> None:
+    job_id = await submit_retrying_job(api)
     context = await browser.new_context(java_script_enabled=False, timezone_id="Asia/Kathmandu")
     page = await context.new_page()
-    await page.goto(at(api, f"/jobs/{job_id}"))
+    await page.goto(page_url(api, f"/jobs/{job_id}"))
     texts = await page.locator("time").all_text_contents()
     assert texts
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", text) for text in texts), texts

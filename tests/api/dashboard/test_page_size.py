@@ -17,17 +17,17 @@ from jobledger.api.dashboard.attempt_timeline import build_attempt_timeline
 from jobledger.api.dashboard.markdown import MAX_HTML_BYTES
 from jobledger.api.dashboard.markdown_preview import MAX_MARKDOWN_BYTES, MarkdownPreviewer
 from tests.api.conftest import Api
-from tests.api.dashboard.test_pages import at
+from tests.api.dashboard.conftest import page_url
 
-LARGEST_PAGE_BYTES = 2_000_000
+MAX_PAGE_BYTES = 2_000_000
 TEMPLATES = Path(rendering.__file__).parent / "templates"
 TIME = "2026-01-01T00:00:00.000Z"
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 TEXTS = {"markup": "<", "quotes": "'", "beyond 16 bits": "\U0001f986", "words": "x "}
 
 
-def job(text: str) -> dict[str, Any]:
-    """A job with more in each field than a view keeps."""
+def make_job(text: str) -> dict[str, Any]:
+    """Return a job with more in each field than a view stores."""
     files = [{"path": f"{text[:1000]}/{place}-thumb.jpg", "size": 1, "media_type": text} for place in range(2000)]
     logs = [{"timestamp": TIME, "level": "info", "message": text * 10}] * 1000
     return {
@@ -54,18 +54,20 @@ def job(text: str) -> dict[str, Any]:
     }
 
 
-def events(text: str) -> list[dict[str, Any]]:
-    """More events than a page is given, each with more than fits into a page."""
+def make_events(text: str) -> list[dict[str, Any]]:
+    """Return more events than a page gets, each larger than a page."""
     data = {"attempt": 1, "worker_id": text, "step": text, "duration_s": 1, "output": text * 100, "message": text}
     types = ["JobSubmitted", "JobClaimed", *["StepCompleted"] * 1000, "JobReleased"]
     return [
-        {"position": place, "time": TIME, "type": it, "stream": text, "meta": {"actor": text}, "data": data}
-        for place, it in enumerate(types)
+        {"position": place, "time": TIME, "type": type_, "stream": text, "meta": {"actor": text}, "data": data}
+        for place, type_ in enumerate(types)
     ]
 
 
-def batch(text: str, number: int = 0) -> dict[str, Any]:
-    counts = {f"{it}_jobs": 2000 for it in ("pending", "processing", "completed", "failed", "cancelled", "total")}
+def make_batch(text: str, number: int = 0) -> dict[str, Any]:
+    counts = {
+        f"{status}_jobs": 2000 for status in ("pending", "processing", "completed", "failed", "cancelled", "total")
+    }
     return {
         "batch_id": f"batch-{number:024}",
         "batch_name": text,
@@ -78,34 +80,34 @@ def batch(text: str, number: int = 0) -> dict[str, Any]:
     }
 
 
-def content_of(template: str, text: str) -> dict[str, Any]:
-    """What a page is given: much of everything."""
-    one = job(text)
-    jobs = [{**one, "job_id": f"job-{number:024}"} for number in range(200)]
-    found = {"jobs": jobs, "batches": [batch(text, number) for number in range(1000)], "total": 1000}
-    filters, told = dict.fromkeys(("q", "status", "track", "stream", "types"), text), events(text)
+def make_context(template: str, text: str) -> dict[str, Any]:
+    """Return variables for a template, all larger than the API returns."""
+    first = make_job(text)
+    jobs = [{**first, "job_id": f"job-{number:024}"} for number in range(200)]
+    result_page = {"jobs": jobs, "batches": [make_batch(text, number) for number in range(1000)], "total": 1000}
+    filters, events = dict.fromkeys(("q", "status", "track", "stream", "types"), text), make_events(text)
     permissions = {"write": True}
     match template:
         case "job.html.j2":
             deliveries = [
                 {"delivery_id": text, "status": "pending", "url": text, "attempts": [{"error": {"code": text}}] * 50}
             ] * 20
-            shown = {
+            variables = {
                 "job": jobs[0],
-                "attempts": build_attempt_timeline(told, NOW),
+                "attempts": build_attempt_timeline(events, NOW),
                 "slides": jobs[0]["results"]["assets"],
             }
             preview = Markup("x" * MAX_HTML_BYTES)
             return {
-                **shown,
-                "events": told,
+                **variables,
+                "events": events,
                 "deliveries": deliveries,
                 "preview": preview,
                 "permissions": permissions,
                 "has_more_events": True,
             }
         case "batch.html.j2":
-            return {"batch": batch(text), "result_page": found, "events": told, "permissions": permissions}
+            return {"batch": make_batch(text), "result_page": result_page, "events": events, "permissions": permissions}
         case "overview.html.j2":
             workers = [{"worker_id": f"{number}{text}", "host": text, "problem": text * 10} for number in range(100)]
             stats = {
@@ -117,7 +119,7 @@ def content_of(template: str, text: str) -> dict[str, Any]:
             by_worker = {workers[0]["worker_id"]: jobs}
             return {
                 "stats": stats,
-                "active_batches": found["batches"],
+                "active_batches": result_page["batches"],
                 "jobs_by_worker": by_worker,
                 "throughput_chart": bars,
                 "run_time_chart": bars,
@@ -126,67 +128,67 @@ def content_of(template: str, text: str) -> dict[str, Any]:
         case _:
             return {
                 "filters": filters,
-                "result_page": found,
-                "events": told,
+                "result_page": result_page,
+                "events": events,
                 "job_types": [text] * 1000,
                 "message": text * 100,
             }
 
 
-PAGES = sorted(it.name for it in TEMPLATES.glob("*.j2") if it.name not in ("base.html.j2", "macros.html.j2"))
+PAGES = sorted(file.name for file in TEMPLATES.glob("*.j2") if file.name not in ("base.html.j2", "macros.html.j2"))
 
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("template", PAGES)
 def test_page_with_more_than_maximal_content_stays_small(template: str, text: str) -> None:
     scope = {"type": "http", "path": "/monitoring/events/jobs/x", "query_string": b"", "headers": []}
-    content = content_of(template, TEXTS[text] * 10_000)
-    begun = time.thread_time()
+    content = make_context(template, TEXTS[text] * 10_000)
+    start = time.thread_time()
     body = rendering.render_page(Request(scope), template, **content).body
-    used = time.thread_time() - begun
-    assert len(body) < LARGEST_PAGE_BYTES
+    cpu_seconds = time.thread_time() - start
+    assert len(body) < MAX_PAGE_BYTES
     assert bytes(body).rstrip().endswith(b"</html>")
-    assert used < 3, "CPU seconds: it takes about 0.2"
+    assert cpu_seconds < 3, "usually about 0.2"
 
 
-@pytest.mark.parametrize("template", sorted(it.name for it in TEMPLATES.glob("*.j2")))
-def test_loops_of_templates_are_over_constants_or_end_with_the_budget(template: str) -> None:
+@pytest.mark.parametrize("template", sorted(file.name for file in TEMPLATES.glob("*.j2")))
+def test_template_loops_are_over_constants_or_limited_rows(template: str) -> None:
     parsed = Environment(autoescape=True).parse((TEMPLATES / template).read_text(encoding="utf-8"))
     for loop in parsed.find_all(nodes.For):
-        over = loop.iter
-        assert isinstance(over, nodes.Tuple) or (isinstance(over, nodes.Filter) and over.name == "limit_rows"), (
+        items = loop.iter
+        assert isinstance(items, nodes.Tuple) or (isinstance(items, nodes.Filter) and items.name == "limit_rows"), (
             loop.lineno
         )
 
 
-async def test_page_that_shows_only_the_beginning_says_where_the_rest_is(api_without_worker: Api) -> None:
+async def test_truncated_page_links_to_the_full_document(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit({"file": False, "a": "<" * 7_400_000})
     await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.head_position())
     for path in (f"/jobs/{job_id}", "/jobs", "/log", ""):
-        answer = await api_without_worker.get(at(api_without_worker, path))
-        assert answer.status_code == 200
-        assert len(answer.content) < LARGEST_PAGE_BYTES
-        assert ('id="truncation-notice"' in answer.text) == (path in (f"/jobs/{job_id}", "/log"))
-    answer = await api_without_worker.get(at(api_without_worker, f"/jobs/{job_id}"))
-    assert f'href="../../../api/events/jobs/{job_id}"' in answer.text
+        response = await api_without_worker.get(page_url(api_without_worker, path))
+        assert response.status_code == 200
+        assert len(response.content) < MAX_PAGE_BYTES
+        assert ('id="truncation-notice"' in response.text) == (path in (f"/jobs/{job_id}", "/log"))
+    response = await api_without_worker.get(page_url(api_without_worker, f"/jobs/{job_id}"))
+    assert f'href="../../../api/events/jobs/{job_id}"' in response.text
 
 
-# Previews ---------------------------------------------------------------------------------------------------------
+# Previews -----------------------------------------------------------------------------------------------------------
 
 FOLDER = "../files/"
-LARGEST = MAX_MARKDOWN_BYTES
+MAX_BYTES = MAX_MARKDOWN_BYTES
 HOSTILE = {
-    "images without an end": "![" * (LARGEST // 2),
-    "links without an end": "[" * LARGEST,
-    "nested links": "[" * (LARGEST // 8) + "a" + "](b)" * (LARGEST // 8),
+    "unclosed images": "![" * (MAX_BYTES // 2),
+    "unclosed links": "[" * MAX_BYTES,
+    "nested links": "[" * (MAX_BYTES // 8) + "a" + "](b)" * (MAX_BYTES // 8),
     "a wide table with short rows": "|".join("a" * 500) + "\n" + "|".join("-" * 500) + "\n" + "x\n" * 4250,
-    "nested quotes": ">" * LARGEST,
+    "nested quotes": ">" * MAX_BYTES,
     "nested lists": "\n".join(" " * (2 * depth) + "- a" for depth in range(500)),
-    "emphasis": "*a_" * (LARGEST // 3),
+    "emphasis": "*a_" * (MAX_BYTES // 3),
     "backticks": "".join("`" * number + " " for number in range(700)),
-    "references": "[a]: /b\n" * (LARGEST // 16) + "[a]" * (LARGEST // 8),
-    "entities": "&quot;" * (LARGEST // 6),
-    "front matter without an end": "---\n" * (LARGEST // 4),
+    "references": "[a]: /b\n" * (MAX_BYTES // 16) + "[a]" * (MAX_BYTES // 8),
+    "entities": "&quot;" * (MAX_BYTES // 6),
+    "unclosed front matter": "---\n" * (MAX_BYTES // 4),
 }
 
 
@@ -194,18 +196,18 @@ HOSTILE = {
 async def test_preview_of_hostile_markdown_leaves_event_loop_free(markdown: str) -> None:
     previews = MarkdownPreviewer(timeout_seconds=1)
     try:
-        begun = time.thread_time()
+        start = time.thread_time()
         html = await previews.render("digest", HOSTILE[markdown], files_url=FOLDER)
-        again = await previews.render("digest", HOSTILE[markdown], files_url=FOLDER)
-        used = time.thread_time() - begun
+        cached = await previews.render("digest", HOSTILE[markdown], files_url=FOLDER)
+        cpu_seconds = time.thread_time() - start
         assert html is None or len(html.encode()) <= MAX_HTML_BYTES
-        assert again is html, "the outcome is kept"
-        assert used < 0.5, "CPU seconds of the thread with the event loop"
+        assert cached is html, "the result is cached"
+        assert cpu_seconds < 0.5, "of the thread with the event loop"
     finally:
         await previews.close()
 
 
-async def test_preview_shows_images_from_the_folder_of_the_result() -> None:
+async def test_preview_shows_images_from_result_folder() -> None:
     previews = MarkdownPreviewer(timeout_seconds=60)
     try:
         html = await previews.render("digest", "---\na: 1\n---\n*fine* ![](a.png)", files_url=FOLDER)
@@ -214,11 +216,11 @@ async def test_preview_shows_images_from_the_folder_of_the_result() -> None:
         await previews.close()
 
 
-async def test_job_page_shows_text_where_the_result_is_too_large_for_a_preview(api: Api) -> None:
-    ids = [await api.submit({"text": text}) for text in ("![" * 100_000, "x" * LARGEST, "fine")]
+async def test_job_page_shows_text_if_result_is_too_large_for_preview(api: Api) -> None:
+    ids = [await api.submit({"text": text}) for text in ("![" * 100_000, "x" * MAX_BYTES, "fine")]
     pages = []
     for job_id in ids:
         await api.wait_until_finished(job_id)
-        pages.append((await api.get(at(api, f"/jobs/{job_id}"))).text)
+        pages.append((await api.get(page_url(api, f"/jobs/{job_id}"))).text)
     assert ['<article class="preview" id="preview"><pre' in page for page in pages] == [False, True, False]
     assert "<code" in pages[2]
