@@ -170,7 +170,7 @@ async def test_programs_of_a_job_end_with_it(roles: RunningRoles, tmp_path: Path
 
     async def check(end: str) -> None:
         file = tmp_path / end
-        limit = 8 if end == "timeout" else 60
+        limit = 5 if end == "timeout" else 60
         job_id = await submit(roles, file, "start programs", end=end, timeout_s=limit)
         pid = await wait_for_start(file)
         helpers = [read_number(f"{file}-{name}") for name in ("daemon", "stopped", "holder")]

@@ -355,7 +355,7 @@ async def test_save_of_irregular_file_fails_at_once_and_names_it(connection: Con
                 error = (await roles.load_job(job_id))["error"]
                 assert error["code"] == "INVALID_RESULT", error
                 assert f"{IRREGULAR[kind]}. Give the path of a regular file, or bytes." in error["message"]
-                assert ("/dev/zero" if kind == "device" else "/it'") in error["message"]
+                assert ("/dev/zero" if kind == "device" else "/file'") in error["message"]
             for kind in ("link to a file", "custom path"):
                 job = await roles.wait_until_finished(
                     await roles.submit({"action": "save irregular file", "kind": kind}, job_type=job_type)
