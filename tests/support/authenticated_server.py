@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import ctypes
 import os
 import re
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +19,13 @@ from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.mongo.embedded import PR_SET_PDEATHSIG, find_mongod
+from jobledger.ledger.mongo.embedded import find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until
+from tests.support.replica_set import exit_with_parent, free_port
 
-WAIT_TIMEOUT_SECONDS: Final = 30.0
-_REFUSAL: Final = re.compile(r"not authorized on (\w+) to execute command \{ (\w+): \W*([\w.$]+)")
+WAIT_TIMEOUT_SECONDS: Final = 60.0
+_REJECTION: Final = re.compile(r"not authorized on (\w+) to execute command \{ (\w+): \W*([\w.$]+)")
 _ADMINISTRATOR: Final = "administrator"
-_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +42,12 @@ class AuthenticatedServer:
         return self.uri_for(_ADMINISTRATOR, self.password, "admin")
 
     def uri_for(self, user: str, password: str, auth_source: str) -> str:
-        signed_in = f"{quote_plus(user)}:{quote_plus(password)}"
-        return f"mongodb://{signed_in}@{self.address}/?replicaSet=rs0&directConnection=true&authSource={auth_source}"
+        credentials = f"{quote_plus(user)}:{quote_plus(password)}"
+        return f"mongodb://{credentials}@{self.address}/?replicaSet=rs0&directConnection=true&authSource={auth_source}"
 
     def authorization_failures(self, db_name: str) -> set[tuple[str, str]]:
         """Return the commands, and their collections, that the server rejected as unauthorized, from its log."""
-        rejections = _REFUSAL.findall(self.log.read_text(errors="replace"))
+        rejections = _REJECTION.findall(self.log.read_text(errors="replace"))
         return {(command, collection) for db, command, collection in rejections if db == db_name}
 
 
@@ -59,21 +56,21 @@ def start_authenticated_server(directory: Path) -> Iterator[AuthenticatedServer]
     """Start the server in the main thread, because the kernel ends it with the thread that started it."""
     data, log = directory / "data", directory / "mongod.log"
     data.mkdir(parents=True)
-    port, parent = _free_port(), os.getpid()
-    command = [str(find_mongod()), "--replSet", "rs0", "--auth", "--keyFile", str(_key_file(directory))]
+    port, parent = free_port(), os.getpid()
+    command = [str(find_mongod()), "--replSet", "rs0", "--auth", "--keyFile", str(_write_key_file(directory))]
     command += ["--bind_ip", "127.0.0.1", "--port", str(port), "--dbpath", str(data), "--quiet", "--nounixsocket"]
     command += ["--wiredTigerCacheSizeGB", "0.25", "--oplogSize", "64"]
     command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=lambda: _die_with(parent)
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=lambda: exit_with_parent(parent)
         )
     server = AuthenticatedServer(f"127.0.0.1:{port}", secrets.token_hex(8), log)
     try:
         if not wait_until(lambda: process.poll() is not None or _is_primary(server.address), WAIT_TIMEOUT_SECONDS):
-            raise AssertionError(f"no primary within {WAIT_TIMEOUT_SECONDS:.0f} s; its log is {log}")
-        assert process.returncode is None, f"it has ended by itself; its log is {log}"
-        _make_administrator(server)
+            raise AssertionError(f"no primary within {WAIT_TIMEOUT_SECONDS:.0f} s; see {log}")
+        assert process.returncode is None, f"the server exited; see {log}"
+        _create_administrator(server)
         yield server
     finally:
         process.kill()
@@ -81,7 +78,7 @@ def start_authenticated_server(directory: Path) -> Iterator[AuthenticatedServer]
         shutil.rmtree(data)
 
 
-def _key_file(directory: Path) -> Path:
+def _write_key_file(directory: Path) -> Path:
     """Write the key file of the replica set. mongod rejects a file that others can read."""
     path = directory / "key"
     path.touch(mode=0o600)
@@ -91,7 +88,7 @@ def _key_file(directory: Path) -> Path:
 
 def _is_primary(address: str) -> bool:
     """Initiate the replica set and return whether it has a primary. Local clients need no authentication yet."""
-    with _anonymous_client(address) as client:
+    with _connect_anonymously(address) as client:
         try:
             hello = client.admin.command("hello")
             if "setName" not in hello:
@@ -102,25 +99,11 @@ def _is_primary(address: str) -> bool:
             return False
 
 
-def _make_administrator(server: AuthenticatedServer) -> None:
+def _create_administrator(server: AuthenticatedServer) -> None:
     """Create the first user. Further users require authentication."""
-    with _anonymous_client(server.address) as client:
+    with _connect_anonymously(server.address) as client:
         client.admin.command("createUser", _ADMINISTRATOR, pwd=server.password, roles=["root"])
 
 
-def _anonymous_client(address: str) -> MongoClient[Document]:
+def _connect_anonymously(address: str) -> MongoClient[Document]:
     return MongoClient(address, directConnection=True, serverSelectionTimeoutMS=1000)
-
-
-def _die_with(parent: int) -> None:
-    """Run between fork and exec: let the kernel kill this process with its parent."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port

@@ -1,7 +1,7 @@
 """Run short commands in processes forked from one with loaded modules, which saves a second per command.
 
-Each is a process of its own, with its own directory, environment, input and output, and ends with its own exit code.
-Commands that stay (`Installation.start`) and those whose start is itself under test are real.
+Each command has its own process, directory, environment, input, output and exit code. Commands that keep running
+(`Installation.start`), and those whose start is under test, are started normally.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ while True:
         continue
     server.close()
     os.setsid()
-    for place, descriptor in enumerate(descriptors):
-        os.dup2(descriptor, place)
+    for standard_descriptor, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, standard_descriptor)
     os.chdir(request["directory"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -52,8 +52,8 @@ while True:
     try:
         jobledger.cli.main.main()
         code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -64,19 +64,19 @@ while True:
 
 
 @cache
-def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+def _start_server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     env = {name: value for name, value in os.environ.items() if not name.startswith("JOBLEDGER_")}
-    with theirs:
+    with server:
         process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-c", _PROGRAM, str(server.fileno())],
+            pass_fds=[server.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=None,
             env={**env, "COLUMNS": "200", "NO_COLOR": "1"},
         )
-    return ours, process
+    return client, process
 
 
 def run_command(
@@ -85,22 +85,22 @@ def run_command(
     """Run `jobledger` with these arguments. Return exit code, standard output and standard error.
 
     Raises:
-        TimeoutError: it was still running, and was killed.
+        TimeoutError: The command did not finish within `seconds` and was killed.
     """
-    server, _ = _server()
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        given.write(stdin)
-        given.seek(0)
+    server, _ = _start_server()
+    with tempfile.TemporaryFile() as stdin_file, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        stdin_file.write(stdin)
+        stdin_file.seek(0)
         request = {"arguments": list(arguments), "directory": str(directory), "env": dict(env)}
-        server.settimeout(30)
-        socket.send_fds(server, [json.dumps(request).encode()], [given.fileno(), out.fileno(), err.fileno()])
+        server.settimeout(60)
+        socket.send_fds(server, [json.dumps(request).encode()], [stdin_file.fileno(), out.fileno(), err.fileno()])
         pid = int(json.loads(server.recv(100)))
         server.settimeout(seconds)
         try:
             code = int(json.loads(server.recv(100)))
         except TimeoutError:
             os.killpg(pid, signal.SIGKILL)
-            server.settimeout(30)
+            server.settimeout(60)
             server.recv(100)
             raise
         out.seek(0)

@@ -1,8 +1,7 @@
 """Golden events: one stored event of every type that all later versions must be able to read.
 
-They are made once, by `python -m tests.support.golden_events`, which records the types that have none yet. What is
-recorded
-is never overwritten: a payload that changed gets a higher schema number and a file of its own.
+`python -m tests.support.golden_events` records the types that have no golden event. Golden events are never
+overwritten: a changed payload gets a higher schema number and another file.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ def golden_path(event: type[Event], directory: Path = GOLDEN_DIRECTORY) -> Path:
 
 
 def load_golden_events(directory: Path = GOLDEN_DIRECTORY) -> list[Document]:
-    as_the_driver_reads = json_util.JSONOptions(tz_aware=True, tzinfo=UTC)
+    driver_options = json_util.JSONOptions(tz_aware=True, tzinfo=UTC)
     texts = [path.read_text(encoding="utf-8") for path in sorted(directory.glob("*.json"))]
-    return [json_util.loads(text, json_options=as_the_driver_reads) for text in texts]
+    return [json_util.loads(text, json_options=driver_options) for text in texts]
 
 
 def write_golden_event(document: Document, path: Path) -> None:
@@ -52,22 +51,22 @@ def write_golden_event(document: Document, path: Path) -> None:
 async def record_golden_events(uri: str, examples: Sequence[Event], directory: Path = GOLDEN_DIRECTORY) -> None:
     """Append the examples to a log and record the stored documents."""
     async with open_ledger(Connection(uri, "golden"), with_change_stream=False) as ledger:
-        for stream, members in (
+        for stream, event_types in (
             (new_job_id(), JOB_EVENTS),
             (new_batch_id(), BATCH_EVENTS),
             (delivery_id_for("job-1", 5), DELIVERY_EVENTS),
         ):
-            if events := [example for example in examples if type(example) in members]:
+            if events := [example for example in examples if type(example) in event_types]:
                 await ledger.event_store.append(StreamAppend(stream, StreamHead(), events, EVENT_METADATA, NOON))
         if any(isinstance(example, PositionVoided) for example in examples):
             await create_position_gap(ledger.db)
             after = await ledger.event_store.head_position()
             await ledger.event_store.append(
-                StreamAppend("job-behind-the-hole", StreamHead(), EVENT_EXAMPLES[:1], EVENT_METADATA, NOON)
+                StreamAppend("job-after-gap", StreamHead(), EVENT_EXAMPLES[:1], EVENT_METADATA, NOON)
             )
             await ledger.event_store.read(after=after)
         paths = {type(example).__name__: golden_path(type(example), directory) for example in examples}
-        for document in await load_event_documents(ledger.db, {"stream": {"$ne": "job-behind-the-hole"}}):
+        for document in await load_event_documents(ledger.db, {"stream": {"$ne": "job-after-gap"}}):
             write_golden_event(document, paths[document["type"]])
 
 
@@ -75,4 +74,4 @@ if __name__ == "__main__":
     new = [example for example in EVENT_EXAMPLES if not golden_path(type(example)).exists()]
     with tempfile.TemporaryDirectory() as data, EmbeddedServer.start(Path(data)) as server:
         asyncio.run(record_golden_events(server.uri, new))
-    sys.stdout.write(f"recorded: {', '.join(type(example).__name__ for example in new) or 'nothing was missing'}\n")
+    sys.stdout.write(f"recorded: {', '.join(type(example).__name__ for example in new) or 'none'}\n")

@@ -22,7 +22,7 @@ from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
 from jobledger.ledger.store.subscription import Subscription
 from tests.support.event_examples import make_job_submitted
 
-DEADLINE_SECONDS = 15.0
+DEADLINE_SECONDS = 60.0
 EVENT_METADATA = EventMetadata("user:alice")
 
 
@@ -68,11 +68,11 @@ async def open_ledger(
 
 async def take_events(subscription: Subscription, count: int, seconds: float = DEADLINE_SECONDS) -> list[RecordedEvent]:
     """Return the next `count` events."""
-    taken: list[RecordedEvent] = []
+    events: list[RecordedEvent] = []
     async with asyncio.timeout(seconds):
-        while len(taken) < count:
-            taken.append(await anext(subscription))
-    return taken
+        while len(events) < count:
+            events.append(await anext(subscription))
+    return events
 
 
 async def read_first_events(log: EventStore, count: int, *, after: int = 0) -> list[RecordedEvent]:
@@ -139,5 +139,5 @@ def event_positions(events: Iterable[RecordedEvent]) -> list[int]:
 async def change_stream_operations(db: Database) -> list[dict[str, Any]]:
     """Return the open change streams of this database: running `getMore` commands and idle cursors."""
     namespaces = (f"{db.name}.$cmd", f"{db.name}.$cmd.aggregate")
-    seen = await db.client.admin.aggregate([{"$currentOp": {"allUsers": True, "idleCursors": True}}])
-    return [operation async for operation in seen if operation.get("cursor") and operation["ns"] in namespaces]
+    operations = await db.client.admin.aggregate([{"$currentOp": {"allUsers": True, "idleCursors": True}}])
+    return [operation async for operation in operations if operation.get("cursor") and operation["ns"] in namespaces]

@@ -9,15 +9,15 @@ MODULE_TEMPLATE = """
 from pydantic import BaseModel
 from jobledger.workers.processor import Results
 
-class Anything(BaseModel):
+class AnyFields(BaseModel):
     model_config = {"extra": "allow"}
 
 class ValidProcessor:
     job_type = "JOB_TYPE"
     isolation = "inline"
     preload = ()
-    Parameters = Anything
-    Settings = Anything
+    Parameters = AnyFields
+    Settings = AnyFields
 
     def __init__(self, settings):
         pass
@@ -43,5 +43,5 @@ def install_plugin(
     info = directory / f"{module}-1.0.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n", encoding="utf-8")
-    entry = f"[jobledger.processors]\n{job_type} = {module}:{attribute}\n"
-    (info / "entry_points.txt").write_text(entry, encoding="utf-8")
+    entry_point = f"[jobledger.processors]\n{job_type} = {module}:{attribute}\n"
+    (info / "entry_points.txt").write_text(entry_point, encoding="utf-8")

@@ -30,7 +30,7 @@ from jobledger.ledger.mongo.embedded_lock import wait_until
 NODES: Final = 3
 ELECTION_TIMEOUT_MS: Final = 1500
 RESPONSE_TIMEOUT_MS: Final = 2000
-WAIT_TIMEOUT_SECONDS: Final = 30.0
+WAIT_TIMEOUT_SECONDS: Final = 60.0
 STEP_DOWN_SECONDS: Final = 20
 """How long a primary that stepped down is not electable unless another one is elected before."""
 
@@ -63,7 +63,7 @@ class Node:
             retryWrites=False,
             w=1,
         )
-        """Return an event store that reads from this node only, including data that is not replicated."""
+        """A client that reads from this node only, including data that is not replicated."""
 
     def __repr__(self) -> str:
         return self.address
@@ -113,11 +113,11 @@ class Node:
     def is_in_sync_with(self, primary: Node) -> bool:
         """Return whether the node is a secondary with a write of this primary, so its rollback is finished."""
         try:
-            mine = self.client.admin.command("replSetGetStatus")
+            status = self.client.admin.command("replSetGetStatus")
             term = primary.client.admin.command("replSetGetStatus")["term"]
         except PyMongoError:
             return False
-        return bool(mine["myState"] == SECONDARY and mine["optimes"]["appliedOpTime"]["t"] == term)
+        return bool(status["myState"] == SECONDARY and status["optimes"]["appliedOpTime"]["t"] == term)
 
     def read_rolled_back_documents(self) -> list[Document]:
         """Return the documents that this node rolled back."""
@@ -166,26 +166,26 @@ class ReplicaSet:
         return max(primaries, key=lambda primary: primary[0])[1] if primaries else None
 
     def other_nodes(self, node: Node) -> list[Node]:
-        return [other for other in self.nodes if other is not node]
+        return [candidate for candidate in self.nodes if candidate is not node]
 
     def wait_for_primary(self, excluding: Node | None = None) -> Node:
         candidates: list[Node] = []
 
-        def elected() -> bool:
+        def has_primary() -> bool:
             candidates[:] = [node] if (node := self.primary()) is not None and node is not excluding else []
             return bool(candidates)
 
-        _wait(elected, f"a primary other than {excluding}")
+        _wait(has_primary, f"a primary other than {excluding}")
         return candidates[0]
 
     def wait_until_in_sync(self) -> Node:
         """Wait until all other nodes replicate from a primary, and return it."""
 
-        def whole() -> bool:
+        def is_in_sync() -> bool:
             primary = self.primary()
             return primary is not None and all(node.is_in_sync_with(primary) for node in self.other_nodes(primary))
 
-        _wait(whole, "a primary that all others follow")
+        _wait(is_in_sync, "a primary that all other nodes replicate from")
         return self.wait_for_primary()
 
     # Faults --------------------------------------------------------------------------------------------------------
@@ -215,12 +215,12 @@ class ReplicaSet:
             "force": force,
         }
 
-        def gave_up() -> bool:
+        def has_stepped_down() -> bool:
             with suppress(PyMongoError), pymongo.timeout(10):  # rejected while no other node is in sync
                 primary.client.admin.command(command)
             return self.primary() is not primary
 
-        _wait(gave_up, f"{primary} to step down")
+        _wait(has_stepped_down, f"{primary} to step down")
         successor = self.wait_for_primary(excluding=primary)
         with suppress(PyMongoError):  # the node may still roll back
             primary.client.admin.command({"replSetFreeze": 0})
@@ -239,7 +239,7 @@ class ReplicaSet:
                 node.client.admin.command({"configureFailPoint": "stopReplProducer", "mode": "off"})
 
     def _initiate(self) -> None:
-        _wait(lambda: all(node.hello() for node in self.nodes), "all nodes to answer")
+        _wait(lambda: all(node.hello() for node in self.nodes), "all nodes to respond")
         config = {
             "_id": "rs0",
             "members": [{"_id": number, "host": node.address} for number, node in enumerate(self.nodes)],
@@ -260,8 +260,8 @@ def _is_primary(hello: Mapping[str, Any]) -> bool:
     return bool(hello.get("isWritablePrimary")) and "electionId" in hello
 
 
-def _wait(condition: Callable[[], bool], what: str) -> None:
-    assert wait_until(condition, WAIT_TIMEOUT_SECONDS), f"timeout after {WAIT_TIMEOUT_SECONDS:.0f} s: {what}"
+def _wait(condition: Callable[[], bool], expected: str) -> None:
+    assert wait_until(condition, WAIT_TIMEOUT_SECONDS), f"timeout after {WAIT_TIMEOUT_SECONDS:.0f} s: {expected}"
 
 
 def exit_with_parent(parent: int) -> None:

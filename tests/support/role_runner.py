@@ -1,8 +1,8 @@
 """Run the roles against the database of a test, in the test's process or as subprocesses.
 
-    async with run_roles_in_process(connection, tmp_path, projector=True, worker=WorkerOptions()) as here:
-        job_id = await here.submit({"text": "hello"})
-        job = await here.wait_until_finished(job_id)
+    async with run_roles_in_process(connection, tmp_path, projector=True, worker=WorkerOptions()) as roles:
+        job_id = await roles.submit({"text": "hello"})
+        job = await roles.wait_until_finished(job_id)
 
 `python -m tests.support.role_runner URI DB_NAME STORE ROLES [key=value …]` runs the same in a process.
 """
@@ -40,7 +40,7 @@ from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.webhooks.deliverer import Deliverer, DeliverySettings
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
 
-WAIT_TIMEOUT_SECONDS = 20.0
+WAIT_TIMEOUT_SECONDS = 60.0
 TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
 
 
@@ -97,8 +97,8 @@ class RunningRoles:
         batch_id, job_ids = new_batch_id(), [new_job_id() for _ in parameters]
         batch = BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id="user-1")
         commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
-        for job_id, given in zip(job_ids, parameters, strict=True):
-            commands.append((job_id, SubmitJob(make_echo_job(given, batch_id=batch_id, **fields))))
+        for job_id, job_parameters in zip(job_ids, parameters, strict=True):
+            commands.append((job_id, SubmitJob(make_echo_job(job_parameters, batch_id=batch_id, **fields))))
         await create_streams(self.event_store, commands, meta=EventMetadata("test"))
         return batch_id, job_ids
 
@@ -218,8 +218,8 @@ async def run_roles_in_process(
         log, checkpoint = store_class(db), Checkpoint(db)
         changes = ChangeStream(db, event_types=SUBSCRIBED_EVENT_TYPES if worker_events_only else None)
         results = DirectoryStore(store, marker=StoreMarker(STORE_ID, is_new=True))
-        here = RunningRoles(connection, db, log, checkpoint, changes, results)
-        here.store.prepare()
+        roles = RunningRoles(connection, db, log, checkpoint, changes, results)
+        roles.store.prepare()
         await log.prepare()
         stack.push_async_callback(log.aclose)
         leader = projector_class(
@@ -230,19 +230,19 @@ async def run_roles_in_process(
         if not worker_events_only:
             changes.add_listener(log)
         if projector:
-            here.projector = leader
+            roles.projector = leader
             leader.register_listeners(changes)
         if worker is not None:
             if worker.gridfs:
                 await GridFSStore(db).prepare()
-            here.worker = _worker(here, worker)
+            roles.worker = _create_worker(roles, worker)
         deliverer = None
         if webhooks is not None:
             holder = f"test-{os.getpid()}"
             deliverer = Deliverer(
                 db,
                 log,
-                here.store,
+                roles.store,
                 checkpoint,
                 changes,
                 connection,
@@ -252,26 +252,26 @@ async def run_roles_in_process(
             )
         await stack.enter_async_context(changes.running())
         if projector:
-            here.projector_task = asyncio.create_task(leader.run(), name="projector")
-            stack.push_async_callback(_stop, here.projector_task)
+            roles.projector_task = asyncio.create_task(leader.run(), name="projector")
+            stack.push_async_callback(_stop, roles.projector_task)
         if deliverer is not None:
-            here.webhooks_task = asyncio.create_task(deliverer.run(), name="webhooks")
-            stack.push_async_callback(_stop, here.webhooks_task)
-        if here.worker is not None:
-            here.worker_task = asyncio.create_task(here.worker.run(), name="worker")
-            stack.push_async_callback(_stop_worker, here.worker, here.worker_task)
-        yield here
+            roles.webhooks_task = asyncio.create_task(deliverer.run(), name="webhooks")
+            stack.push_async_callback(_stop, roles.webhooks_task)
+        if roles.worker is not None:
+            roles.worker_task = asyncio.create_task(roles.worker.run(), name="worker")
+            stack.push_async_callback(_stop_worker, roles.worker, roles.worker_task)
+        yield roles
 
 
-def _worker(here: RunningRoles, options: WorkerOptions) -> Worker:
+def _create_worker(roles: RunningRoles, options: WorkerOptions) -> Worker:
     return Worker(
-        here.db,
-        here.event_store,
-        here.checkpoint,
-        here.changes,
-        here.connection,
+        roles.db,
+        roles.event_store,
+        roles.checkpoint,
+        roles.changes,
+        roles.connection,
         settings=ExecutorSettings(
-            GridFSStore(here.db) if options.gridfs else here.store,
+            GridFSStore(roles.db) if options.gridfs else roles.store,
             options.processors or {},
             memory_limit_mb=options.memory_limit_mb,
             confinement=options.confinement,

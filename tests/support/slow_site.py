@@ -16,7 +16,7 @@ class SlowSite:
 
     def __init__(self, pause: Callable[[str], Awaitable[None]]) -> None:
         self._pause = pause
-        self._answering: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._pending: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self.requested_paths = asyncio.Queue[str]()
         """The requested paths in order."""
         self.port = 0
@@ -32,27 +32,27 @@ class SlowSite:
 
     def handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Handle one connection."""
-        task = asyncio.create_task(self._answer(reader, writer))
-        self._answering[task] = writer
-        task.add_done_callback(self._answering.pop)
+        task = asyncio.create_task(self._respond(reader, writer))
+        self._pending[task] = writer
+        task.add_done_callback(self._pending.pop)
 
     async def aclose(self) -> None:
         """Close all connections that wait for a response."""
-        for writer in self._answering.values():
+        for writer in self._pending.values():
             writer.close()
-        await asyncio.gather(*self._answering)
+        await asyncio.gather(*self._pending)
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _respond(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):  # the client was killed
             path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
             self.requested_paths.put_nowait(path)
-            pause, gone = asyncio.ensure_future(self._pause(path)), asyncio.ensure_future(reader.read())
-            await asyncio.wait({pause, gone}, return_when=asyncio.FIRST_COMPLETED)
-            answering = pause.done()
-            for waiting in (pause, gone):
-                waiting.cancel()
-            await asyncio.gather(pause, gone, return_exceptions=True)
-            if answering:
+            pause, disconnect = asyncio.ensure_future(self._pause(path)), asyncio.ensure_future(reader.read())
+            await asyncio.wait({pause, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            is_connected = pause.done()
+            for future in (pause, disconnect):
+                future.cancel()
+            await asyncio.gather(pause, disconnect, return_exceptions=True)
+            if is_connected:
                 await self.write_response(path, writer)
         writer.close()
 

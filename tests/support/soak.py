@@ -25,46 +25,46 @@ SEED: Final = os.environ.setdefault("JOBLEDGER_SEED", str(random.randrange(10**9
 DELAYED_METHODS: Final = ("bulk_write", "delete_many", "find_one", "find_one_and_update", "insert_many", "update_one")
 _LONGEST_DELAY_SECONDS: Final = 0.01
 _DELAYED_SHARE: Final = 0.1
-_NAMED: Final = re.compile(r"`(tests/[\w/]+\.py)`")
-_MARKED: Final = re.compile(r"^@soak_only|marks=soak_only", re.MULTILINE)
+_FILE_NAME: Final = re.compile(r"`(tests/[\w/]+\.py)`")
+_SOAK_MARK: Final = re.compile(r"^@soak_only|marks=soak_only", re.MULTILINE)
 
 
 def list_soak_files() -> list[str]:
     """Return the test files that `make soak` runs."""
-    named = _NAMED.findall((ROOT / "docs/fault-matrix.md").read_text(encoding="utf-8"))
+    named = _FILE_NAME.findall((ROOT / "docs/fault-matrix.md").read_text(encoding="utf-8"))
     files = (ROOT / "tests").rglob("test_*.py")
-    marked = [str(file.relative_to(ROOT)) for file in files if _MARKED.search(file.read_text(encoding="utf-8"))]
+    marked = [str(file.relative_to(ROOT)) for file in files if _SOAK_MARK.search(file.read_text(encoding="utf-8"))]
     return sorted({*named, *marked})
 
 
 def shuffle_tests(items: Sequence[pytest.Item], seed: str) -> list[pytest.Item]:
     """Return tests in random order. Those of one module stay together, because they share fixtures."""
-    dice = random.Random(seed)
+    generator = random.Random(seed)
     modules: dict[str, list[pytest.Item]] = {}
     for item in items:
         modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
     order = list(modules.values())
-    dice.shuffle(order)
-    for of_module in order:
-        dice.shuffle(of_module)
-    return [item for of_module in order for item in of_module]
+    generator.shuffle(order)
+    for module_items in order:
+        generator.shuffle(module_items)
+    return [item for module_items in order for item in module_items]
 
 
 def delay_database_calls(patch: pytest.MonkeyPatch, seed: str) -> None:
     """Delay a tenth of this process's database calls by some milliseconds, so that tasks interleave differently."""
-    dice = random.Random(seed)
+    generator = random.Random(seed)
 
-    def delayed(real: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(real)
-        async def call(*given: Any, **options: Any) -> Any:
-            if dice.random() < _DELAYED_SHARE:
-                await asyncio.sleep(dice.uniform(0, _LONGEST_DELAY_SECONDS))
-            return await real(*given, **options)
+    def delay(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        async def call(*args: Any, **options: Any) -> Any:
+            if generator.random() < _DELAYED_SHARE:
+                await asyncio.sleep(generator.uniform(0, _LONGEST_DELAY_SECONDS))
+            return await method(*args, **options)
 
         return call
 
     for name in DELAYED_METHODS:
-        patch.setattr(AsyncCollection, name, delayed(getattr(AsyncCollection, name)))
+        patch.setattr(AsyncCollection, name, delay(getattr(AsyncCollection, name)))
 
 
 if __name__ == "__main__":

@@ -8,4 +8,4 @@ from typing import Final
 import pytest
 
 IS_SOAK_RUN: Final = bool(os.environ.get("JOBLEDGER_SOAK"))
-soak_only: Final = pytest.mark.skipif(not IS_SOAK_RUN, reason="takes long for what it finds: make soak")
+soak_only: Final = pytest.mark.skipif(not IS_SOAK_RUN, reason="a long search for rare faults: make soak")

@@ -27,9 +27,9 @@ TIMESTAMPS = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=
 
 def model_instances(model: type[BaseModel]) -> st.SearchStrategy[Any]:
     """Return instances of a model. Fields with a default are sometimes omitted."""
-    needed = {name: values_of(info.annotation) for name, info in model.model_fields.items() if info.is_required()}
+    required = {name: values_of(info.annotation) for name, info in model.model_fields.items() if info.is_required()}
     optional = {name: values_of(info.annotation) for name, info in model.model_fields.items() if not info.is_required()}
-    return st.fixed_dictionaries(needed, optional=optional).map(model.model_validate)
+    return st.fixed_dictionaries(required, optional=optional).map(model.model_validate)
 
 
 def event_instances(event: type[Event]) -> st.SearchStrategy[Any]:
@@ -37,7 +37,7 @@ def event_instances(event: type[Event]) -> st.SearchStrategy[Any]:
 
 
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
-    simple: dict[Any, st.SearchStrategy[Any]] = {
+    strategies: dict[Any, st.SearchStrategy[Any]] = {
         str: TEXT,
         int: INTEGERS,
         float: FLOATS,
@@ -46,8 +46,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
         Any: JSON,
         types.NoneType: st.none(),
     }
-    if kind in simple:
-        return simple[kind]
+    if kind in strategies:
+        return strategies[kind]
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return model_instances(kind)
     origin, arguments = get_origin(kind), get_args(kind)

@@ -44,10 +44,10 @@ class TcpProxy:
 
     def close_connections(self) -> None:
         sockets, self._sockets = self._sockets, []
-        for wire in sockets:
+        for connection in sockets:
             with suppress(OSError):
-                wire.shutdown(socket.SHUT_RDWR)
-            wire.close()
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
 
     def _accept(self) -> None:
         while True:

@@ -61,20 +61,20 @@ class WebhookEndpoint:
         return [request for request in self.requests if request.path == path]
 
     async def wait_for_requests(
-        self, number: int, path: str | None = None, *, seconds: float = 20.0
+        self, number: int, path: str | None = None, *, seconds: float = 60.0
     ) -> list[ReceivedRequest]:
         """Wait for `number` requests and return all requests."""
         try:
             async with asyncio.timeout(seconds):
-                while len(self._those(path)) < number:
+                while len(self._select_requests(path)) < number:
                     self.request_received.clear()
                     await self.request_received.wait()
         except TimeoutError:
-            came = len(self._those(path))
-            raise AssertionError(f"received {came} of {number} requests within {seconds} s") from None
-        return self._those(path)
+            count = len(self._select_requests(path))
+            raise AssertionError(f"received {count} of {number} requests within {seconds} s") from None
+        return self._select_requests(path)
 
-    def _those(self, path: str | None) -> list[ReceivedRequest]:
+    def _select_requests(self, path: str | None) -> list[ReceivedRequest]:
         return self.requests if path is None else self.requests_to(path)
 
     async def handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -87,19 +87,19 @@ class WebhookEndpoint:
             body = await reader.readexactly(int(headers.get("content-length", 0)))
             path = head[0].split(" ")[1]
             script = self.scripted_responses.get(path, [200])
-            answer = script.pop(0) if len(script) > 1 else script[0]
-            status = answer[0] if isinstance(answer, tuple) else answer
+            response = script.pop(0) if len(script) > 1 else script[0]
+            status = response[0] if isinstance(response, tuple) else response
             self.requests.append(ReceivedRequest(path, headers, body, status, asyncio.get_running_loop().time(), raw))
             self.request_received.set()
-            if answer == "hang":
+            if response == "hang":
                 await reader.read()  # until the client disconnects
-            elif answer == "reset":
+            elif response == "reset":
                 writer.transport.abort()
                 return
             else:
-                more = answer[1] if isinstance(answer, tuple) else {}
-                lines = [f"HTTP/1.1 {status} Told", f"Content-Length: {len(self.body)}", "Connection: close"]
-                lines += [f"{name}: {value}" for name, value in more.items()]
+                more_headers = response[1] if isinstance(response, tuple) else {}
+                lines = [f"HTTP/1.1 {status} Scripted", f"Content-Length: {len(self.body)}", "Connection: close"]
+                lines += [f"{name}: {value}" for name, value in more_headers.items()]
                 writer.write("\r\n".join([*lines, "", ""]).encode() + self.body)
                 await writer.drain()
         writer.close()

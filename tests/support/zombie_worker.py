@@ -24,7 +24,7 @@ from jobledger.ledger.mongo.connection import Connection
 from tests.support import role_runner
 from tests.support.role_runner import RolesSubprocess, list_live_processes_in_session
 
-WAIT_TIMEOUT_SECONDS = 10.0
+WAIT_TIMEOUT_SECONDS = 60.0
 
 
 class DelayedHeartbeat(monitoring.CommandListener):
@@ -32,22 +32,22 @@ class DelayedHeartbeat(monitoring.CommandListener):
 
     def __init__(self, lease_seconds: float) -> None:
         self._lease_seconds = lease_seconds
-        self._beat_at = time.monotonic()
-        self._refusal: int | None = None
-        self._refused = threading.Event()
+        self._last_heartbeat_at = time.monotonic()
+        self._rejection_request_id: int | None = None
+        self._rejected = threading.Event()
 
     def started(self, event: monitoring.CommandStartedEvent) -> None:
         if event.command_name == "insert" and event.command["insert"] == "events":
             if any(document["type"] == "WorkerFenced" for document in event.command["documents"]):
-                self._refusal = event.request_id
+                self._rejection_request_id = event.request_id
         elif event.command_name == "update" and event.command["update"] == "workers":
-            if time.monotonic() - self._beat_at > self._lease_seconds:
-                self._refused.wait(WAIT_TIMEOUT_SECONDS)
-            self._beat_at = time.monotonic()
+            if time.monotonic() - self._last_heartbeat_at > self._lease_seconds:
+                self._rejected.wait(WAIT_TIMEOUT_SECONDS)
+            self._last_heartbeat_at = time.monotonic()
 
     def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
-        if event.request_id == self._refusal:
-            self._refused.set()
+        if event.request_id == self._rejection_request_id:
+            self._rejected.set()
 
     def failed(self, event: monitoring.CommandFailedEvent) -> None:
         """Ignore the failed heartbeat. It is retried."""
@@ -72,16 +72,16 @@ def run_zombie_worker(
     connection: Connection, store: Path, *, lease_seconds: float, **options: Any
 ) -> Iterator[RolesSubprocess]:
     """Run a worker like `run_roles_subprocess`. It behaves normally unless it is suspended."""
-    real = ZombieWorkerProcess(connection, store, lease_seconds=lease_seconds, **options)
+    worker = ZombieWorkerProcess(connection, store, lease_seconds=lease_seconds, **options)
     try:
-        yield real
+        yield worker
     finally:
-        real.process.kill()
-        real.process.wait()
-        for pid in list_live_processes_in_session(real.pid):
+        worker.process.kill()
+        worker.process.wait()
+        for pid in list_live_processes_in_session(worker.pid):
             os.kill(pid, signal.SIGKILL)
-        assert real.process.stdout is not None
-        real.process.stdout.close()
+        assert worker.process.stdout is not None
+        worker.process.stdout.close()
 
 
 if __name__ == "__main__":
