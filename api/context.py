@@ -57,7 +57,7 @@ class ApiContext:
     Attributes:
         job_types: Maps a job type to the model of its parameters.
         unavailable_job_types: Maps a job type whose processor is installed but cannot be used to the reason.
-        get_groups: Returns the groups of a user, as far as they are ctx.
+        get_groups: Returns the groups of a user, as far as they are known.
         public_origin: The origin of `api.public_url`; None without it.
         browser_sessions: None in authentication modes without sessions.
     """

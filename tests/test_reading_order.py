@@ -30,6 +30,7 @@ PATH_OF_A_JOB = (
     "workers.child.process",
     "workers.processor",
     "workers.attempt_recorder",
+    "workers.outcome_recorder",
 )
 """From the request to the completed job: the modules that a submitted job passes, in this order."""
 

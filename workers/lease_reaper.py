@@ -1,4 +1,4 @@
-"""Expire the leases of dead workers and release their jobs.
+"""Expire the leases of dead workers and make their jobs pending again.
 
 Each worker process holds one lease, a document in the collection `workers`. Heartbeats are not in the event store. All
 workers observe each other's heartbeats through the change stream and set timers. A reaper that observes no heartbeat of
@@ -54,7 +54,7 @@ _UNKNOWN_WORKERS: Final = ""  # stands for all workers that have running jobs an
 
 
 class LeaseReaper:
-    """Detects workers without heartbeats, and releases their jobs."""
+    """Detects workers without heartbeats, and makes their jobs pending again."""
 
     def __init__(
         self, db: Database, event_store: EventStore, checkpoint: Checkpoint, change_stream: ChangeStream

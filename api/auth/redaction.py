@@ -238,7 +238,7 @@ METADATA_RULES: Final[Mapping[str, FieldRule]] = {
     "correlation_id": _keep,
     "causation_id": _keep,
 }
-"""`request` and `traceparent` have no rule: they are digests of requests, and IDs of other systems."""
+"""`request_fingerprint` and `traceparent` have no rule: they are digests of requests, and IDs of other systems."""
 
 _SUBMISSION_FIELDS: Final[Mapping[str, FieldRule]] = {
     "user_id": _keep,

@@ -117,6 +117,8 @@ async def handle_command(
 
     Raises:
         CommandRejected: The state does not allow the command.
+        VersionConflict: Other processes appended to the stream each time, in all attempts.
+        UnreadableEvent: The stream has a damaged event, or one of a newer version of Jobledger.
         InvalidEvent: As `EventStore.append`.
         LedgerBusy: As `EventStore.append`.
         LedgerUnavailable: As `EventStore.append`.
@@ -248,7 +250,7 @@ async def create_streams(
     """Handle commands that each begin a stream, such as a batch and its jobs: all or none.
 
     Raises:
-        CommandRejected: A stream exists already.
+        CommandRejected: A command is not valid for a new stream.
         VersionConflict: A stream exists already.
         InvalidEvent: As `EventStore.append`.
         LedgerBusy: As `EventStore.append`.

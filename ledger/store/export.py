@@ -38,7 +38,7 @@ async def export_log(
     *,
     after: int = 0,
     up_to: int | None = None,
-    on_progress: ProgressCallback = lambda position, upto: None,
+    on_progress: ProgressCallback = lambda position, up_to: None,
 ) -> ExportSummary:
     """Write the events after `after`, up to `up_to` or the current end, to a file. Return what the file contains.
 

@@ -30,7 +30,7 @@ STAGING_COLLECTION: Final = "events.import"
 
 
 async def import_log(
-    db: Database, paths: Sequence[Path], *, on_progress: ProgressCallback = lambda position, upto: None
+    db: Database, paths: Sequence[Path], *, on_progress: ProgressCallback = lambda position, up_to: None
 ) -> ExportSummary:
     """Import the events of consecutive export files into a database without a log.
 

@@ -76,7 +76,7 @@ async def verify_log(
     after: int = 0,
     up_to: int | None = None,
     expected_digest: tuple[int, bytes] | None = None,
-    on_progress: Callable[[int, int], None] = lambda position, upto: None,
+    on_progress: Callable[[int, int], None] = lambda position, up_to: None,
 ) -> VerificationResult:
     """Verify the events after `after`, up to `up_to` or the current end. Stops at the first problem.
 

@@ -60,7 +60,7 @@ class Chunk:
         position, hash: Position and hash of the last applied event.
         unstorable: Documents that cannot be stored completely, with their problems.
         skipped: Documents of `unstorable`, and rows of jobs, that are not stored at all.
-        unfoldable: Documents that could not be isolated, with their problems.
+        unfoldable: Streams whose event could not be applied and whose document does not show the problem.
         isolated: Keys and problems to log after the chunk was written.
         list_index_bytes: Estimated memory of the list index that the chunk writes.
     """
