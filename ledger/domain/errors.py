@@ -90,7 +90,7 @@ class VersionConflict(JobledgerError):
     """The stream is not at the expected version. `found` is its current version."""
 
     def __init__(self, stream: str, expected: int, found: int) -> None:
-        super().__init__(f"{stream} is at version {found}, not {expected}: somebody else was first")
+        super().__init__(f"{stream} is at version {found}, not {expected}: another process appended first")
         self.stream = stream
         self.expected = expected
         self.found = found

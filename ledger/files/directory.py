@@ -208,9 +208,8 @@ class DirectoryStore:
 
     def _make_directory(self, directory: Path) -> None:
         if not directory.exists():
-            directory.mkdir(
-                mode=DIRECTORY_MODE, exist_ok=True
-            )  # not its parents: a store that has gone is waited for, not made anew
+            # Not its parents: a store that is not mounted is waited for, not created again.
+            directory.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
             if self._durable:
                 sync_directory(directory.parent)
 

@@ -33,8 +33,8 @@ from jobledger.ledger.store.event_store import EventStore, ReadPosition, StoredD
 from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
 from jobledger.ledger.store.storage_format import are_canonical, find_deviation
 
-_REMEMBERED_STREAMS = 50_000
-_LOOKS_AT_A_HOLE = 5
+_MAX_CACHED_HEADS = 50_000
+_MAX_GAP_READS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,11 @@ async def verify_log(
         raise ValueError(
             f"`expected_digest` covers all events up to position {expected_digest[0]}: the range must include them"
         )
-    if (wrong := await _beyond_positions(log, after)) is not None:
-        return VerificationResult(0, 0, after, None, wrong)
-    check = _Check(log)
+    if (problem := await _find_global_problem(log, after)) is not None:
+        return VerificationResult(0, 0, after, None, problem)
+    checker = _StreamChecker(log)
     readers = await log.list_reader_positions()  # before the head, which only grows: a reader is never ahead of it
-    handed_out = await log.last_reserved_position()
+    last_reserved = await log.last_reserved_position()
     head = await log.head_position()
     end = head if up_to is None else min(up_to, head)
     position, events, voided = after, 0, 0
@@ -108,37 +108,38 @@ async def verify_log(
         async for page in pages:
             if isinstance(page, IntegrityProblem):
                 return VerificationResult(events, voided, position, digest, page)
-            await check.prepare(page)
-            exact = are_canonical(page)
+            await checker.prepare(page)
+            is_canonical = are_canonical(page)
             for document, raw in page:
-                if (wrong := check.event(document, None if exact else raw)) is not None:
-                    return VerificationResult(events, voided, position, digest, wrong)
+                if (problem := checker.check_event(document, None if is_canonical else raw)) is not None:
+                    return VerificationResult(events, voided, position, digest, problem)
                 position, events = document["_id"], events + 1
                 voided += document["stream"] == VOID_STREAM
                 if digest is not None:
                     digest = hashlib.sha256(digest + document["hash"]).digest()
                     if expected_digest is not None and position == expected_digest[0] and digest != expected_digest[1]:
-                        wrong = IntegrityProblem(
-                            position, "what stands up to here is not what was noted; each event fits the others"
+                        problem = IntegrityProblem(
+                            position,
+                            "the log up to here does not match the expected digest, although its hashes are correct",
                         )
-                        return VerificationResult(events, voided, position, digest, wrong)
+                        return VerificationResult(events, voided, position, digest, problem)
             on_progress(position, end)
     if expected_digest is not None and position < expected_digest[0]:
-        wrong = IntegrityProblem(
+        problem = IntegrityProblem(
             expected_digest[0],
             f"missing: the log ends at position {position}, but the expected digest covers position "
             f"{expected_digest[0]}",
         )
-        return VerificationResult(events, voided, position, digest, wrong)
+        return VerificationResult(events, voided, position, digest, problem)
     if up_to is not None and up_to <= head:
         return VerificationResult(events, voided, position, digest, None)
-    wrong = await _removed_end(log, readers)
-    return VerificationResult(events, voided, position, digest, wrong, handed_out if handed_out > head else 0)
+    problem = await _find_removed_end(log, readers)
+    return VerificationResult(events, voided, position, digest, problem, last_reserved if last_reserved > head else 0)
 
 
-async def _removed_end(log: EventStore, readers: Mapping[str, ReadPosition]) -> IntegrityProblem | None:
+async def _find_removed_end(log: EventStore, readers: Mapping[str, ReadPosition]) -> IntegrityProblem | None:
     """Look for evidence of removed events: readers that were further, or that had read other events."""
-    for reader, read in sorted(readers.items(), key=lambda it: it[1].position, reverse=True):
+    for reader, read in sorted(readers.items(), key=lambda item: item[1].position, reverse=True):
         try:
             await log.check_not_truncated(read, reader)
         except LogTruncated as truncated:
@@ -149,15 +150,14 @@ async def _removed_end(log: EventStore, readers: Mapping[str, ReadPosition]) -> 
     return None
 
 
-async def _beyond_positions(log: EventStore, after: int) -> IntegrityProblem | None:
+async def _find_global_problem(log: EventStore, after: int) -> IntegrityProblem | None:
     """Look for problems that a walk through the positions does not find."""
     if (stray := await log.find_invalid_position()) is not None:
-        return IntegrityProblem(after, f"there is an event at {stray['_id']!r}, which is no position")
-    if (
-        not await log.has_unique_version_index() and await log.head_position()
-    ):  # before the first event, nobody has made the index
+        return IntegrityProblem(after, f"there is an event at {stray['_id']!r}, which is not a valid position")
+    # The first append creates the index, so an empty log has none.
+    if not await log.has_unique_version_index() and await log.head_position():
         return IntegrityProblem(
-            after, "the unique index on (stream, version) is missing: versions may stand there twice"
+            after, "the unique index on (stream, version) is missing: a stream may contain the same version twice"
         )
     return None
 
@@ -169,40 +169,40 @@ async def _pages(
 
     The next page is read while the caller checks this one.
     """
-    looks, fetching = 0, asyncio.ensure_future(log.read_documents(after=after, limit=1000))
+    gap_reads, fetching = 0, asyncio.ensure_future(log.read_documents(after=after, limit=1000))
     try:
         while after < end:
             page = await fetching
-            places = range(after + 1, end + 1)
-            dense = [it for it, _ in takewhile(lambda it: it[0][0]["_id"] == it[1], zip(page, places, strict=False))]
+            numbered = zip(page, range(after + 1, end + 1), strict=False)
+            dense = [stored for stored, _ in takewhile(lambda pair: pair[0][0]["_id"] == pair[1], numbered)]
             if dense:
-                after, looks = dense[-1][0]["_id"], 0
-            elif looks == _LOOKS_AT_A_HOLE:
+                after, gap_reads = dense[-1][0]["_id"], 0
+            elif gap_reads == _MAX_GAP_READS:
                 yield IntegrityProblem(
                     after + 1,
-                    "missing. It was removed; or its writer died, and no reader has been there since to fill the place "
-                    "(then it is right once a projector or subscriber has run)",
+                    "missing. The event was removed, or its writer crashed and no reader has filled the gap yet. "
+                    "If a writer crashed, run a projector or subscriber, then verify again",
                 )
                 return
             else:
-                looks += 1
+                gap_reads += 1
                 await asyncio.sleep(log.gap_timeout_seconds / 2)
             if after < end:
                 fetching = asyncio.ensure_future(log.read_documents(after=after, limit=1000))
-                await asyncio.sleep(0)  # now the database has been asked
+                await asyncio.sleep(0)  # start the read
             if dense:
                 yield dense
     finally:
-        await _abandon(fetching)
+        await _cancel(fetching)
 
 
-async def _abandon(task: asyncio.Future[Any]) -> None:
+async def _cancel(task: asyncio.Future[Any]) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError, JobledgerError):
         await task
 
 
-class _Check:
+class _StreamChecker:
     """The heads of the most recent streams. Heads of other streams are loaded when they continue."""
 
     def __init__(self, log: EventStore) -> None:
@@ -211,56 +211,56 @@ class _Check:
 
     async def prepare(self, page: Sequence[StoredDocument]) -> None:
         """Load the heads of streams that continue in this page and are not in memory. Evict the oldest heads."""
-        while len(self._heads) > _REMEMBERED_STREAMS:
+        while len(self._heads) > _MAX_CACHED_HEADS:
             self._heads.popitem(last=False)
-        wanted: dict[str, int] = {}
+        previous: dict[str, int] = {}
         for document, _ in page:
             stream, version = document.get("stream"), document.get("version")
             if not isinstance(stream, str) or not isinstance(version, int):
-                continue  # as `event` will find out
+                continue  # `check_event` reports it
             if version > 1 and stream != VOID_STREAM and stream not in self._heads:
-                wanted.setdefault(stream, version - 1)
-        for stream, there in (await self._log.find_events_at(wanted)).items():
-            # Only what stands before: an end that comes later in the log is no end yet.
-            if there["_id"] < page[0][0]["_id"]:
-                self._heads[stream] = StreamHead(there["version"], there["_id"], there.get("hash", b""))
+                previous.setdefault(stream, version - 1)
+        for stream, event in (await self._log.find_events_at(previous)).items():
+            # Events of this page or later are checked in their turn.
+            if event["_id"] < page[0][0]["_id"]:
+                self._heads[stream] = StreamHead(event["version"], event["_id"], event.get("hash", b""))
 
-    def event(self, document: Document, raw: bytes | None) -> IntegrityProblem | None:
+    def check_event(self, document: Document, raw: bytes | None) -> IntegrityProblem | None:
         """Return the problem of the next event, if any, and keep it as the head of its stream."""
         data = try_canonical_json(document.get("data"))
-        if (what := find_deviation(document, raw, data)) is not None:
-            return _wrong(document, what)
+        if (deviation := find_deviation(document, raw, data)) is not None:
+            return _problem_of(document, deviation)
         try:
-            right = hashlib.sha256(hash_input(document, data)).digest() == document["hash"]
+            is_intact = hashlib.sha256(hash_input(document, data)).digest() == document["hash"]
         except InvalidEvent as error:
-            return _wrong(document, f"cannot be hashed: {error}")
-        if not right:
-            return _wrong(document, "its hash is not that of its content: one of the two was changed")
-        if (what := self._unchained(document)) is not None:
-            return _wrong(document, what)
+            return _problem_of(document, f"cannot be hashed: {error}")
+        if not is_intact:
+            return _problem_of(document, "its hash is not that of its content: one of the two was changed")
+        if (deviation := self._find_broken_link(document)) is not None:
+            return _problem_of(document, deviation)
         return None
 
-    def _unchained(self, document: Document) -> str | None:
+    def _find_broken_link(self, document: Document) -> str | None:
         stream, version, previous = document["stream"], document["version"], document["prev"]
         if stream == VOID_STREAM or document["type"] == PositionVoided.__name__:
             void: tuple[Any, ...] = (VOID_STREAM, document["_id"], PositionVoided.__name__, {}, GENESIS_HASH)
-            is_one = (stream, version, document["type"], document["data"], previous) == void
-            return None if is_one else "is neither an event nor a voided position"
+            is_void = (stream, version, document["type"], document["data"], previous) == void
+            return None if is_void else "is neither an event nor a voided position"
         before = self._heads.pop(stream, StreamHead())
         self._heads[stream] = StreamHead(version, document["_id"], document["hash"])
         if version != before.version + 1:
-            there = f"version {before.version}" if before.version else "nothing"
-            return f"in its stream, {there} stands before it: version {version - 1} is missing, or in the wrong place"
+            found = f"version {before.version}" if before.version else "no event"
+            return f"in its stream, {found} precedes it: version {version - 1} is missing, or in the wrong place"
         if previous != before.hash:
-            return "is not linked to the event before it in its stream: one of the two was made anew"
+            return "is not linked to the event before it in its stream: one of the two was replaced"
         return None
 
 
-def _wrong(document: Mapping[str, Any], what: str) -> IntegrityProblem:
+def _problem_of(document: Mapping[str, Any], description: str) -> IntegrityProblem:
     stream, version = document.get("stream"), document.get("version")
     return IntegrityProblem(
         int(document["_id"]),
-        what,
+        description,
         stream if isinstance(stream, str) else None,
         version if isinstance(version, int) and not isinstance(version, bool) else None,
     )

@@ -90,7 +90,7 @@ async def create_history(ledger: Ledger) -> list[Document]:
 
 
 LAST_POSITION = 11
-DIGEST_MISMATCH = "what stands up to here is not what was noted; each event fits the others"
+DIGEST_MISMATCH = "the log up to here does not match the expected digest, although its hashes are correct"
 
 
 async def append_every_type(ledger: Ledger) -> list[Document]:
@@ -525,7 +525,7 @@ async def test_event_replaced_by_voided_position_is_detected(
     check_problem_at(
         await verify_log(unstreamed_ledger.event_store),
         documents[9],
-        "version 1 stands before it: version 2 is missing",
+        "version 1 precedes it: version 2 is missing",
     )
 
 
@@ -539,7 +539,7 @@ async def test_removed_event_with_shifted_positions_is_detected(unstreamed_ledge
     check_problem_at(
         await verify_log(unstreamed_ledger.event_store),
         documents[2] | {"_id": 2},
-        "version 1 stands before it: version 2 is missing",
+        "version 1 precedes it: version 2 is missing",
     )
 
 
@@ -547,7 +547,7 @@ async def test_removed_start_of_stream_is_detected(unstreamed_ledger: Ledger) ->
     documents = await create_history(unstreamed_ledger)
     await replace_documents(unstreamed_ledger, build_void_document(1))
     check_problem_at(
-        await verify_log(unstreamed_ledger.event_store), documents[2], "nothing stands before it: version 1 is missing"
+        await verify_log(unstreamed_ledger.event_store), documents[2], "no event precedes it: version 1 is missing"
     )
 
 
@@ -562,7 +562,7 @@ async def test_swapped_events_of_stream_are_detected(unstreamed_ledger: Ledger) 
     check_problem_at(
         await verify_log(unstreamed_ledger.event_store),
         tenth | {"_id": 3},
-        "version 1 stands before it: version 2 is missing",
+        "version 1 precedes it: version 2 is missing",
     )
 
 
@@ -753,7 +753,7 @@ async def test_event_at_invalid_position_is_detected(unstreamed_ledger: Ledger, 
     )
     result = await verify_log(unstreamed_ledger.event_store)
     assert result.problem is not None
-    assert f"{position!r}, which is no position" in result.problem.description
+    assert f"{position!r}, which is not a valid position" in result.problem.description
 
 
 async def test_float_position_is_detected(unstreamed_ledger: Ledger) -> None:
@@ -762,7 +762,8 @@ async def test_float_position_is_detected(unstreamed_ledger: Ledger) -> None:
     result = await verify_log(unstreamed_ledger.event_store)
     assert result.problem is not None
     assert (
-        "its _id is a float" in result.problem.description or "3.0, which is no position" in result.problem.description
+        "its _id is a float" in result.problem.description
+        or "3.0, which is not a valid position" in result.problem.description
     )
 
 
@@ -772,7 +773,7 @@ async def test_event_moved_between_positions_is_detected(unstreamed_ledger: Ledg
     await move_document(unstreamed_ledger, documents[position - 1], position - 0.5)
     result = await verify_log(unstreamed_ledger.event_store)
     assert result.problem is not None
-    assert result.problem.position == position or "which is no position" in result.problem.description
+    assert result.problem.position == position or "which is not a valid position" in result.problem.description
 
 
 async def drop_index(ledger: Ledger) -> None:
@@ -857,7 +858,7 @@ async def test_misplaced_earlier_version_in_range_is_detected(
         check_problem_at(
             await verify_log(unstreamed_ledger.event_store, after=after),
             tenth | {"_id": 3},
-            "nothing stands before it: version 2 is missing, or in the wrong place",
+            "no event precedes it: version 2 is missing, or in the wrong place",
             after=after,
         )
 
@@ -913,7 +914,7 @@ class MeasuredDict(OrderedDict[str, StreamHead]):
 
 @pytest.fixture
 def low_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "_REMEMBERED_STREAMS", MAX_STREAMS)
+    monkeypatch.setattr(verification, "_MAX_CACHED_HEADS", MAX_STREAMS)
 
 
 async def append_alternately(ledger: Ledger) -> list[Document]:
@@ -940,7 +941,7 @@ async def test_more_streams_than_memory_limit_are_valid(connection: Connection, 
 
 async def test_one_stream_above_memory_limit_is_valid(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least recently used stream continues right after the first stream above the limit."""
-    monkeypatch.setattr(verification, "_REMEMBERED_STREAMS", 2 * PAGE_EVENTS)
+    monkeypatch.setattr(verification, "_MAX_CACHED_HEADS", 2 * PAGE_EVENTS)
     async with open_ledger(
         connection, SHORT_GAP_LIMITS, with_change_stream=False, store_class=SmallPageStore
     ) as ledger:
@@ -1020,7 +1021,7 @@ async def test_gap_of_dead_appender_is_reported_until_filled(unstreamed_ledger: 
     await unstreamed_ledger.submit_job()
     result = await verify_log(unstreamed_ledger.event_store)
     check_missing_at(result, 2)
-    assert "no reader has been there since" in str(result.problem)
+    assert "no reader has filled the gap yet" in str(result.problem)
     await read_all_events(unstreamed_ledger.event_store)
     assert check_valid(await verify_log(unstreamed_ledger.event_store)).voided == 1
 
