@@ -34,8 +34,8 @@ def _check_jwks_url(url: str) -> str:
     is_secure = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
     if not is_secure or not parts.hostname:
         raise ValueError(
-            "expected a URL that starts with https:// (http:// only on this machine), because whoever can modify the "
-            "keys in transit can impersonate any user"
+            "expected a URL that starts with https:// (http:// only on this machine), because anyone who can modify "
+            "the keys in transit can impersonate any user"
         )
     return url
 

@@ -126,7 +126,7 @@ class Claimer:
                 await self.queue.handle_rejection(job_id)
             return
         except UnreadableEvent as error:
-            _log.error("cannot claim a job: a later version wrote to it", job_id=job_id, error=str(error))
+            _log.error("cannot claim a job: a newer version of Jobledger wrote to it", job_id=job_id, error=str(error))
             self.queue.skip(job_id)
             return
         self.queue.mark_claimed(job_id, result.stream_state.head.position)

@@ -4,8 +4,8 @@ These are the secrets of its webhook, its pending deliveries, and its files, unl
 The log keeps everything else. Nothing is missed: a cursor stores how far the log was read, and it moves only when the
 files are recorded in `file_removals`. A record is deleted only when its file is removed or needed.
 
-No needed file is removed. First, the file is set aside, so its name no longer exists. Whoever saves the same content
-later finds no such file and writes a new one. Whoever saved it before either still runs or has ended:
+No needed file is removed. First, the file is set aside, so its name no longer exists. A process that saves the same
+content later finds no such file and writes a new one. A process that saved it before either still runs or has ended:
 
 - If the job still runs, the file's time is not before the start of the attempt, because saving an existing file renews
   its time. So the file is put back.

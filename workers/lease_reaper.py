@@ -7,8 +7,8 @@ every job of that worker. Several reapers may do so; one append wins.
 
 No clock can cause a wrong expiry. The update that expires a lease matches the last observed heartbeat, so a worker that
 has extended its lease in the meantime keeps it. The server's clock may shorten the wait only for workers that were
-never observed to extend their lease, and not below half the lease, in which a live worker would have extended it. After
-a crash of everything, leases have expired long ago. So it does not matter if another primary's clock wrote a lease.
+never observed to extend their lease. Even then a reaper waits for at least half the duration of the lease, in which a
+live worker extends it. Therefore the clock of an earlier primary, which may have written the lease, does no harm.
 
 A database outage expires no leases of healthy workers. Only a reaper that has extended its own lease for a while
 without a gap judges others. When it could not write heartbeats, the others could not either.
@@ -203,7 +203,11 @@ class LeaseReaper:
             except CommandRejected as error:
                 _log.info("job unchanged: expiry rejected", job_id=job["_id"], reason=str(error))
             except UnreadableEvent as error:
-                _log.error("cannot release a job: a later version wrote to it", job_id=job["_id"], error=str(error))
+                _log.error(
+                    "cannot expire a job's lease: a newer version of Jobledger wrote to the job",
+                    job_id=job["_id"],
+                    error=str(error),
+                )
                 has_unreadable = True
         if has_unreadable or worker is None:
             return  # keep the lease, so that workers of that version find the job

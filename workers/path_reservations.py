@@ -2,8 +2,7 @@
 
 The first job that saves a file under a path owns it until the job is deleted. Failing or restarting the job does not
 release it, because its finished steps refer to the path. Another job that saves the same path gets a different one,
-with
-a suffix before the extension.
+with a suffix before the extension.
 """
 
 from __future__ import annotations

@@ -681,7 +681,7 @@ class RecordedEvent:
                 raise UnreadableEvent(f"{self._place()} is a {name} with schema {schema}, and its hash is wrong")
             raise UnsupportedEvent(
                 f"{self._place()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
-                "a later version wrote it. Upgrade Jobledger."
+                "a newer version of Jobledger wrote it. Upgrade Jobledger."
             )
         try:
             data = document["data"]

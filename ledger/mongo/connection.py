@@ -165,7 +165,7 @@ async def check_server(db: Database, *, needs_write: bool = True) -> None:
             await checked.update_one({"_id": "write-check"}, {"$set": {"ok": True}}, upsert=True)
     except ServerSelectionTimeoutError as error:
         raise LedgerUnavailable(
-            f"No MongoDB answers at the address in mongodb.uri: {summarize_error(error)}. Is it running?"
+            f"No MongoDB server responds at the address in mongodb.uri: {summarize_error(error)}. Is it running?"
         ) from error
     except WTimeoutError as error:
         raise LedgerUnavailable(
@@ -196,8 +196,8 @@ class OplogWindow:
 
 
 OPLOG_ADVICE = (
-    "The ledger loses nothing by it (readers go back to the collection), but a member that is down for longer has to "
-    "be copied anew: make it larger with replSetResizeOplog."
+    "The ledger loses nothing (readers continue from the collection), but a member that is down for longer must be "
+    "resynchronized. Increase the oplog with replSetResizeOplog."
 )
 
 
@@ -239,8 +239,8 @@ async def read_transaction_limit_seconds(db: Database) -> int | None:
 
 
 _SHARDED = (
-    "This is the router (mongos) of a sharded cluster, and the ledger has not been tried on one: its log is one "
-    "collection on one replica set. Let mongodb.uri name the members of a replica set."
+    "This is the router (mongos) of a sharded cluster, which Jobledger does not support: its log is one "
+    "collection on one replica set. Set mongodb.uri to the members of a replica set."
 )
 _STANDALONE = (
     "This MongoDB is a standalone server, and the ledger needs a replica set (one node is enough): change streams and "

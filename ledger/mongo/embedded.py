@@ -56,7 +56,7 @@ LOG_LIMIT_BYTES = 10 * 2**20
 # How long entries of deleted documents stay in the indexes, for old snapshots. mongod's 300 s make claims from the head
 # of the queue slower and slower. A transaction keeps the snapshot it opened, whatever its age.
 SNAPSHOT_WINDOW_SECONDS = 5
-# A writer killed in a transaction holds its positions locked until the server ends that; 60 s unless told otherwise.
+# A writer killed in a transaction holds its positions locked until the server ends that; by default after 60 s.
 TRANSACTION_SECONDS = 10
 
 NOT_YET_INITIALIZED = 94  # the server's error codes
@@ -73,7 +73,7 @@ EXIT_CODES = {
     -signal.SIGILL: "This processor lacks instructions that MongoDB needs (AVX): set mongodb.uri to another server.",
     -signal.SIGKILL: "It was killed, perhaps because memory ran out.",
 }
-# What mongod logs when its data files will not get better by waiting. An error of the disk shows as some of these, too.
+# What mongod logs when waiting cannot repair its data files. A disk error causes some of these messages, too.
 PERMANENT_ERROR_PATTERNS = {
     r"unsupported WiredTiger[^\n]{0,80}|IncompatibleServerVersion|featureCompatibilityVersion[^\n]{0,60}"
     r"(?:invalid|unsupported)": "the data files were written by a MongoDB of another version",
@@ -218,12 +218,12 @@ class EmbeddedServer:
         while self._predecessor() is not None:  # noqa: ASYNC110 - a file lock has no event
             await asyncio.sleep(0.2)
         process = self._process = self._spawn()
-        begun = told = time.monotonic()
+        begun = reported = time.monotonic()
         while process.poll() is None and not await asyncio.to_thread(self._is_primary):
             await asyncio.sleep(0.05)
-            if time.monotonic() - told > START_SECONDS:
-                told = time.monotonic()
-                log.warning("mongod still recovering its data", duration_seconds=round(told - begun))
+            if time.monotonic() - reported > START_SECONDS:
+                reported = time.monotonic()
+                log.warning("mongod still recovering its data", duration_seconds=round(reported - begun))
         if process.returncode is not None:
             raise DatabaseUnsuitable(self._why_it_failed())
         write_server_info(self.data_dir, ServerInfo(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
@@ -372,16 +372,14 @@ def find_running_server(data_dir: Path) -> str | None:
 
 @contextmanager
 def attach_or_start(data_dir: Path, *, oplog_mb: int | None = None) -> Iterator[str]:
-    """Yield the URI of the server on `data_dir`: the running one, or one that is started here and stopped at the
-    end.
-    """
+    """Yield the URI of the server on `data_dir`. If none is running, start one and stop it at the end."""
     uri, own = _attach(data_dir), None
     if uri is None:
         try:
             own = EmbeddedServer.start(data_dir, oplog_mb=oplog_mb)
             uri = own.uri
         except DatabaseUnsuitable:
-            uri = _attach(data_dir)  # somebody else may have started it at the same moment
+            uri = _attach(data_dir)  # another process may have started it at the same time
             if uri is None:
                 raise
     try:
@@ -404,7 +402,8 @@ def _configure(client: MongoClient[dict[str, Any]], host: str) -> None:
     except OperationFailure as error:
         if error.code != NOT_YET_INITIALIZED:
             raise
-        # mongod says the same while it still reads its configuration; initiating is then refused and we come again.
+        # mongod returns the same error while it still reads its configuration. It then rejects replSetInitiate, and the
+        # caller tries again.
         client.admin.command("replSetInitiate", {"_id": "rs0", "members": [{"_id": 0, "host": host}]})
     else:
         if [member["host"] for member in config["members"]] != [host]:
@@ -414,9 +413,7 @@ def _configure(client: MongoClient[dict[str, Any]], host: str) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Run between fork and exec: request a SIGTERM from the kernel when the parent dies. Exit if it has died
-    already.
-    """
+    """Run between fork and exec: request a SIGTERM for the parent's death. Exit if the parent is dead already."""
     os.umask(0o077)
     if sys.platform == "linux":
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

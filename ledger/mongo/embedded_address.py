@@ -89,7 +89,7 @@ def _make_own_directory(path: Path) -> None:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise DatabaseUnsuitable(
-            f"{path}, the directory for the embedded server's socket, belongs to somebody else. Remove it, or set "
+            f"{path}, the directory for the embedded server's socket, belongs to another user. Remove it, or set "
             "mongodb.data_dir to a directory with a shorter path of plain letters, which holds the socket itself."
         )
     make_private_directory(path)

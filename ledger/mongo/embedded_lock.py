@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from jobledger.ledger.domain.errors import ServerInUse
 from jobledger.ledger.system.private_files import open_private
 
-# Somebody who asks `is_owned` holds a shared lock for a moment; an owner-to-be waits this long before giving up.
+# A process that calls `is_owned` holds a shared lock for a moment. A process that acquires the lock waits this long.
 LOCK_TIMEOUT_SECONDS = 0.5
 
 
@@ -47,8 +47,8 @@ class OwnerLock:
         if not wait_until(lambda: try_lock(self._fd, fcntl.LOCK_EX), LOCK_TIMEOUT_SECONDS):
             os.close(self._fd)
             raise ServerInUse(
-                f"{data_dir} is used by another jobledger (process {path.read_text().strip() or 'unknown'}). "
-                "Stop that one first, or set mongodb.data_dir to another directory."
+                f"{data_dir} is used by another Jobledger process (ID {path.read_text().strip() or 'unknown'}). "
+                "Stop it first, or set mongodb.data_dir to another directory."
             )
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
@@ -71,11 +71,11 @@ def is_owned(data_dir: Path) -> bool:
         os.close(fd)
 
 
-def write_server_info(data_dir: Path, note: ServerInfo) -> None:
+def write_server_info(data_dir: Path, info: ServerInfo) -> None:
     """Write the file atomically."""
     fresh = data_dir / "server.json.new"
     with open_private(fresh, "w") as file:
-        file.write(note.model_dump_json() + "\n")
+        file.write(info.model_dump_json() + "\n")
     fresh.replace(data_dir / "server.json")
 
 

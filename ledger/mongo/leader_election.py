@@ -1,8 +1,8 @@
 """Leader election: one process leads, and others stand by to take over.
 
-The change stream delivers the leader's heartbeats, which extend its lease. A standby takes over when there was none for
-the duration of the lease by its own steady clock, whatever the server's clock says, or at once when the leader releases
-the lease. `fencing_token`, which grows with each leader, fences what a leader writes.
+The change stream delivers the leader's heartbeats, which extend its lease. A standby takes over when it has seen no
+heartbeat for the duration of the lease by its own steady clock, whatever the server's clock says, or at once when the
+leader releases the lease. `fencing_token`, which grows with each leader, fences what a leader writes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class LeaderElection:
         return self._lease.fencing_token
 
     async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
-        """Stand by and lead repeatedly, until cancelled. `lead` is cancelled with the lease; it may raise
-        LeadershipLost.
+        """Stand by and lead repeatedly, until cancelled.
+
+        `lead` is cancelled when the lease is lost. It may raise LeadershipLost.
         """
         while True:
             await self.run_once(lead)

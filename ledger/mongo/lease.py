@@ -3,8 +3,9 @@
 Each extension increments `heartbeat`. To an observer, a lease has expired when the observer has seen no new heartbeat
 for the duration of the lease, by its own steady clock. Then another process may acquire it, or the lease reaper may
 expire it if only its owner can hold it. Both updates require the heartbeat that was observed, so a holder that has
-extended its lease meanwhile keeps it. Both increment `fencing_token`, and then the old holder cannot extend the lease.
-Until then it can. So a database outage, during which no process can extend a lease, costs no process its lease.
+extended its lease meanwhile keeps it. Both increment `fencing_token`; from then on the old holder cannot extend the
+lease. Until then it can, although the lease has expired. Therefore a database outage, during which no process can
+extend a lease, costs no process its lease.
 
 A separate thread with its own client extends leases, so a busy event loop cannot delay it. If the event loop makes no
 progress for the duration of a lease, the thread stops extending it, and other processes take over.
@@ -59,12 +60,12 @@ class LeaseObservation:
     def __init__(self) -> None:
         self.heartbeat: int | None = None
         self.was_extended = False
-        """Whether it was extended while we looked on."""
+        """Whether it was extended while this process observed it."""
         self._since = time.monotonic()
         self._seconds = 0.0
 
     def record(self, heartbeat: int | None, seconds: float | None = None) -> None:
-        """Take in the heartbeat that the lease has now, and its time in seconds."""
+        """Record the current heartbeat of the lease, and its duration in seconds."""
         if heartbeat != self.heartbeat:
             self.was_extended = self.heartbeat is not None
             self.heartbeat, self._since = heartbeat, time.monotonic()

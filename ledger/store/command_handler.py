@@ -183,7 +183,7 @@ async def _catch_up(log: EventStore, stream: str, stream_state: StreamState) -> 
 
 
 def _correlated(meta: EventMetadata, state: State | None) -> EventMetadata:
-    """Add the batch of a job as correlation ID, whoever caused the event. So all events of a batch can be found."""
+    """Add the batch of a job as correlation ID, so that all events of a batch can be found."""
     if meta.correlation_id is None and isinstance(state, Job | Delivery) and state.spec.batch_id is not None:
         return replace(meta, correlation_id=state.spec.batch_id)
     return meta

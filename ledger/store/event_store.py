@@ -139,7 +139,7 @@ class EventStore:
     async def aclose(self) -> None:
         """Stop background tasks after pending appends have finished."""
         await self._appender.wait_until_idle()
-        for task in tuple(self._gap_tasks):  # whoever ends leaves the set
+        for task in tuple(self._gap_tasks):  # a task that ends removes itself from the set
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task

@@ -138,6 +138,6 @@ def _read_progress(part: Path, after: int) -> _ExportProgress | None:
                     digest = hashlib.sha256(digest + bytes.fromhex(found["hash"])).digest()
                     position = found["position"]
                 except (ValueError, KeyError, TypeError) as error:
-                    raise InvalidExportFile(f"{part} is damaged: remove it, and the export begins anew") from error
+                    raise InvalidExportFile(f"{part} is damaged: remove it, and start the export again") from error
         good = size
     return None if about is None else _ExportProgress(about["to"], position, digest, good)

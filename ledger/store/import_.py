@@ -38,7 +38,7 @@ async def import_log(
 
     Args:
         db: The database.
-        paths: The files, in any order.
+        paths: The files, in the order of positions or any other.
         on_progress: Called twice for each event, when it is written and when it is verified.
 
     Raises:
@@ -60,7 +60,7 @@ async def import_log(
             if position >= summary.last:
                 continue
             for page in iterate_documents(path, after=position):
-                await db[STAGING_COLLECTION].insert_many(page)  # in order: whoever goes on finds where by the last one
+                await db[STAGING_COLLECTION].insert_many(page)  # ordered: a continued import starts after the last
                 position = page[-1]["_id"]
                 on_progress(position, 2 * last.last)
     try:
@@ -76,7 +76,7 @@ async def import_log(
         wrong = str(error)
     if wrong is not None:
         await db.drop_collection(STAGING_COLLECTION)
-        raise InvalidExportFile(f"What was exported is not in these files: {wrong}. Nothing was imported.")
+        raise InvalidExportFile(f"These files do not contain what was exported: {wrong}. Nothing was imported.")
     await _publish_staged_log(db, last.last)
     return ExportSummary(1, last.last, last.log_digest, last.log_digest)
 
@@ -135,5 +135,6 @@ async def _publish_staged_log(db: Database, last: int) -> None:
             ) from error
         raise
     raise ConfigurationError(
-        f"somebody has written to the database {db.name} meanwhile: stop everything before an import"
+        f"another process wrote to the database {db.name} during the import: stop all Jobledger processes, then "
+        "import again"
     )

@@ -27,8 +27,8 @@ class LiveTail:
     """
 
     def __init__(self, max_events: int, max_bytes: int) -> None:
-        self._most_events = max_events
-        self._most_bytes = max_bytes
+        self._max_events = max_events
+        self._max_bytes = max_bytes
         self._kept: deque[_Sized] = deque()
         self._bytes = 0
         self._early: dict[int, _Sized] = {}
@@ -42,10 +42,10 @@ class LiveTail:
         """The last position that arrived before an earlier one; None if all are in order."""
         return max(self._early) if self._early else None
 
-    def missing_below(self, evidence: int, most: int) -> list[int]:
+    def missing_below(self, evidence: int, limit: int) -> list[int]:
         """Return the first missing positions below `evidence`, a later position that has arrived."""
         awaited = (position for position in range(self._high + 1, evidence) if position not in self._early)
-        return list(islice(awaited, most))
+        return list(islice(awaited, limit))
 
     def reset_to(self, head: int) -> None:
         """Restart after `head`. The collection has all events up to it."""
@@ -77,14 +77,14 @@ class LiveTail:
     def _hold_back(self, position: int, sized: _Sized) -> None:
         self._early[position] = sized
         self._early_bytes += sized.size
-        if len(self._early) > self._most_events or self._early_bytes > self._most_bytes:
+        if len(self._early) > self._max_events or self._early_bytes > self._max_bytes:
             self.reset_to(max(self._early))
 
     def _keep(self, sized: _Sized) -> None:
         self._high += 1
         self._kept.append(sized)
         self._bytes += sized.size
-        while len(self._kept) > self._most_events or (self._bytes > self._most_bytes and len(self._kept) > 1):
+        while len(self._kept) > self._max_events or (self._bytes > self._max_bytes and len(self._kept) > 1):
             self._bytes -= self._kept.popleft().size
 
     def covers(self, position: int) -> bool:
@@ -100,7 +100,7 @@ class LiveTail:
         await self._grown.wait()
 
     def _notify(self) -> None:
-        if self._awaited:  # most events come while nobody waits: the subscribers are still at the ones before
+        if self._awaited:  # usually no subscriber waits, because all are still processing earlier events
             self._awaited = False
             self._grown.set()
             self._grown = asyncio.Event()

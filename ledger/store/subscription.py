@@ -60,7 +60,7 @@ class Subscription:
                 events = await self._read_history(
                     limit if self._max_chunk_bytes is None else min(limit, self._page_events)
                 )
-                if not events:  # the tail was reset while we read, or somebody took the end of the log away
+                if not events:  # the tail was reset meanwhile, or another program removed the end of the log
                     await asyncio.sleep(_EMPTY_READ_PAUSE_SECONDS)
                     continue
                 if len(events) == limit and self._max_chunk_bytes is None:  # there is more
@@ -94,7 +94,7 @@ class Subscription:
     async def _fetch_ahead(self, after: int, limit: int) -> None:
         """Start reading the next page while the caller processes this one."""
         self._ahead = after, asyncio.create_task(self._read(after=after, limit=limit), name="read-ahead")
-        await asyncio.sleep(0)  # now the database has been asked
+        await asyncio.sleep(0)  # starts the read
 
     def rewind(self, position: int) -> None:
         """Continue after an earlier position."""
@@ -106,7 +106,7 @@ class Subscription:
         if self._ahead is not None:
             (_, ahead), self._ahead = self._ahead, None
             if not ahead.cancel() and not ahead.cancelled():
-                ahead.exception()  # has been seen, and concerns nobody any more
+                ahead.exception()  # retrieve it, so asyncio does not log it
 
     def __aiter__(self) -> Subscription:
         return self

@@ -211,7 +211,7 @@ def test_socket_directory_of_other_owner_is_rejected(tmp_path: Path, monkeypatch
     symlink = Path("/tmp" if len(str(tmp_path)) >= 50 else tmp_path) / name
     symlink.symlink_to(tmp_path)
     try:
-        with pytest.raises(DatabaseUnsuitable, match=r"belongs to somebody else.*mongodb\.data_dir"):
+        with pytest.raises(DatabaseUnsuitable, match=r"belongs to another user.*mongodb\.data_dir"):
             EmbeddedServer.start(data_dir)
     finally:
         symlink.unlink()
@@ -294,7 +294,7 @@ def test_mongod_that_does_not_stop_is_killed_with_warning(tmp_path: Path, monkey
 
 
 def test_second_start_is_rejected_with_process_id(server: EmbeddedServer) -> None:
-    with pytest.raises(DatabaseUnsuitable, match=rf"another jobledger \(process {os.getpid()}\).*mongodb\.data_dir"):
+    with pytest.raises(DatabaseUnsuitable, match=rf"another Jobledger process \(ID {os.getpid()}\).*mongodb\.data_dir"):
         EmbeddedServer.start(server.data_dir)
     assert server.is_alive
 

@@ -2,8 +2,7 @@
 
 Everything that the processor reports becomes a message (`messages.py`) to the worker. Only the worker writes to the
 event store. The methods of the job context may be called concurrently from any number of tasks, and from the event
-loops
-of other threads.
+loops of other threads.
 """
 
 from __future__ import annotations

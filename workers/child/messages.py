@@ -1,9 +1,8 @@
 """The messages between a job and its worker, and their framing on a socket.
 
 A frame consists of a length (four bytes, big-endian) and that many bytes of JSON. JSON rather than pickle: a job
-process
-that was taken over by hostile input must not be able to run code in the worker. A request has an ID, and its answer
-carries the same ID, so any number of requests may be pending.
+process that was taken over by hostile input must not be able to run code in the worker. A request has an ID, and its
+answer carries the same ID, so any number of requests may be pending.
 """
 
 from __future__ import annotations
