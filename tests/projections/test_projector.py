@@ -338,9 +338,10 @@ async def test_standby_notices_a_release_right_after_its_rejection(
 
             monkeypatch.setattr(standby._leader_election._lease, "acquire", acquire_and_stop_leader)
             standby_task = asyncio.create_task(standby.run())
+            await asyncio.wait([leader], timeout=PROMPT_SECONDS)
+            assert leader.done()
             await second.submit()
             await second.wait_for_views(2, seconds=PROMPT_SECONDS)
-            assert leader.done()
             assert not standby_task.done()
             standby_task.cancel()
             await asyncio.gather(standby_task, return_exceptions=True)
