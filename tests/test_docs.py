@@ -150,7 +150,7 @@ def test_authentication_how_to_api_key_is_created_used_and_revoked(
             installation, CREATE_KEY, wait_for_key, USE_KEY, END_SESSIONS, REVOKE_KEY, wait_for_revocation
         )
     assert '"total":0' in output
-    assert "1 jobs accepted" in output
+    assert "1 job accepted" in output
     assert "completed" in output
     assert "Sessions ended: 0" in output
     assert "is revoked." in output

@@ -103,7 +103,9 @@ async def _submit_and_follow(url: str, batch: dict[str, Any], *, wait: bool) -> 
     console = SafeConsole()
     async with open_client(url) as client:
         submitted, position = await submit_batch(client, batch)
-        console.print(f"{submitted['batch_id']}: {len(submitted['job_ids'])} jobs accepted", highlight=False)
+        count = len(submitted["job_ids"])
+        jobs = "1 job" if count == 1 else f"{count} jobs"
+        console.print(f"{submitted['batch_id']}: {jobs} accepted", highlight=False)
         for endpoint in submitted.get("webhook_secrets", ()):
             echo(f"Signing secret of {endpoint['url']}: {endpoint['secret']} (not shown again)", err=True)
         if not wait:

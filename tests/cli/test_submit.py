@@ -36,7 +36,7 @@ def test_submit_without_wait_prints_accepted_batch(running_installation: Install
     outcome = running_installation.run(
         "submit", "-", stdin=json.dumps({"batch_name": "x", "jobs": [ECHO]}), JOBLEDGER_URL=url
     )
-    assert_outcome(outcome, 0, "batch-", "1 jobs accepted")
+    assert_outcome(outcome, 0, "batch-", "1 job accepted")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_submit_without_wait_prints_accepted_batch(running_installation: Install
 )
 def test_submit_json_or_yaml_is_accepted_and_followed(running_installation: Installation, url: str, text: str) -> None:
     outcome = running_installation.run("submit", "-", "--wait", "--url", url, stdin=text)
-    assert_outcome(outcome, 0, "1 jobs accepted", "completed")
+    assert_outcome(outcome, 0, "1 job accepted", "completed")
 
 
 def test_submit_type_option_applies_to_plain_sessions(running_installation: Installation, url: str) -> None:
