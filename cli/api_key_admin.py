@@ -111,7 +111,7 @@ async def end_sessions(connection: Connection, owner: str) -> int:
 
 
 def parse_key_id(text: str) -> str:
-    """Return the ID in `text`, which is a key ID or a whole key. A leaked key is often at hand without its ID."""
+    """Return the ID in `text`, which is a key ID or a whole key. The owner of a leaked key often knows only the key."""
     token = ApiKeyToken.parse(text)
     return text if token is None else token.key_id
 
