@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from jobledger.api.http.errors import ERROR_RESPONSES, ApiError
-from jobledger.api.http.idempotency import IdempotencyKey
+from jobledger.api.http.idempotency import IdempotentRequest
 from jobledger.ledger.domain import job as decider
 from jobledger.ledger.domain.commands import JobCommand
 from jobledger.ledger.domain.errors import CommandRejected, JobledgerError, NotFound, UnreadableEvent, VersionConflict
@@ -74,7 +74,7 @@ async def apply_to_jobs(
     meta: EventMetadata,
     statuses: Collection[JobStatus],
     check: Callable[[StreamState], None] = lambda stream_state: None,
-    idempotency_key: IdempotencyKey | None = None,
+    idempotency_key: IdempotentRequest | None = None,
 ) -> BulkResult:
     """Apply a command to the jobs that have one of the statuses.
 

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Final
 
-from jobledger.api.auth.visibility import Visibility
+from jobledger.api.auth.visibility import VisibilityCache
 from jobledger.api.http.errors import ApiError
 from jobledger.api.resources import BATCH, JOB
 from jobledger.ledger.domain.access import Principal
@@ -50,7 +50,7 @@ def parse_event_types(text: str | None) -> frozenset[str]:
     return frozenset(names)
 
 
-async def wait_for_visibility(visibility: Visibility, position: int) -> None:
+async def wait_for_visibility(visibility: VisibilityCache, position: int) -> None:
     """Wait until this process knows all access changes up to a position.
 
     Raises:
@@ -64,7 +64,7 @@ async def wait_for_visibility(visibility: Visibility, position: int) -> None:
         raise ApiError(503, "visibility_not_ready", message, retry_after_seconds=2) from None
 
 
-async def check_readable(visibility: Visibility, principal: Principal, stream: str) -> None:
+async def check_readable(visibility: VisibilityCache, principal: Principal, stream: str) -> None:
     """Check that a job or batch exists and that a principal may read it.
 
     Raises:

@@ -18,7 +18,7 @@ from jobledger.api.auth.permissions import can_read, timeout_while_authenticated
 from jobledger.api.auth.redaction import Viewer
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position, wait_for_views
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.idempotency import IdempotencyKey
+from jobledger.api.http.idempotency import IdempotentRequest
 from jobledger.api.http.preferences import preferred_wait, prefers_wait
 from jobledger.api.schemas.request_models import AsOfQuery
 from jobledger.api.submission.builder import format_new_secrets
@@ -183,7 +183,7 @@ def build_submission(
 
 
 async def find_earlier_submission(
-    request: Request, resource: Resource, resource_id: str, idempotency_key: IdempotencyKey | None
+    request: Request, resource: Resource, resource_id: str, idempotency_key: IdempotentRequest | None
 ) -> Submission | None:
     """Return the submission of an earlier request with the same key.
 

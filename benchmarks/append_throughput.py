@@ -24,24 +24,24 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
     """Measure appends by many callers, of lists, by one caller, and by several processes."""
     async with connection.client() as client:
         db = client[connection.db_name]
-        log = EventStore(db)
-        await prepare_collections(db, log)
+        event_store = EventStore(db)
+        await prepare_collections(db, event_store)
         results = [
             await compare_rates(
                 f"append: {CONCURRENCY:,} callers, one event each; driver: insert_many of {CONCURRENCY:,}",
                 lambda: _insert_batches(db, events),
-                lambda: _append_singly(log, events, CONCURRENCY),
+                lambda: _append_singly(event_store, events, CONCURRENCY),
                 rounds=rounds,
                 min_ratio=0.7,
             ),
             await compare_rates(
                 f"append: 3 callers, atomic lists of {CONCURRENCY:,}; driver: 3 concurrent transactions",
                 lambda: _insert_in_transactions(db, events, concurrency=3),
-                lambda: _append_lists(log, events, concurrency=3),
+                lambda: _append_lists(event_store, events, concurrency=3),
                 rounds=rounds,
                 min_ratio=0.5,
             ),
-            await _measure_latency(db, log, rounds * 40),
+            await _measure_latency(db, event_store, rounds * 40),
         ]
         processes = await compare_rates(
             f"append: {PROCESSES} processes, {CONCURRENCY // 4} callers; driver: insert_many of {CONCURRENCY // 4}",
@@ -51,14 +51,14 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
             min_ratio=0.6,
         )
         voided = await db.events.count_documents({"stream": VOID_STREAM})
-        share = f"{voided} of {await log.head_position():,} positions were voided"
-        await log.aclose()
+        share = f"{voided} of {await event_store.head_position():,} positions were voided"
+        await event_store.aclose()
     return [*results, replace(processes, notes=(share,))]
 
 
-async def prepare_collections(db: Database, log: EventStore) -> None:
+async def prepare_collections(db: Database, event_store: EventStore) -> None:
     """Create the index of `events` on the baseline collection."""
-    await log.prepare()
+    await event_store.prepare()
     await db.baseline.create_index([("stream", 1), ("version", 1)], unique=True)
 
 
@@ -88,39 +88,39 @@ async def _insert_in_transactions(db: Database, events: int, *, concurrency: int
     return watch.rate(events)
 
 
-async def _append_singly(log: EventStore, events: int, callers: int) -> float:
+async def _append_singly(event_store: EventStore, events: int, callers: int) -> float:
     appends = iter(make_appends(events))
 
     async def caller() -> None:
         for append in appends:
-            await log.append(append)
+            await event_store.append(append)
 
     with Stopwatch() as watch:
         await asyncio.gather(*(caller() for _ in range(callers)))
     return watch.rate(events)
 
 
-async def _append_lists(log: EventStore, events: int, *, concurrency: int) -> float:
+async def _append_lists(event_store: EventStore, events: int, *, concurrency: int) -> float:
     documents = make_appends(events)
     begins = iter(range(0, events, CONCURRENCY))
 
     async def caller() -> None:
         for begin in begins:
-            await log.append(*documents[begin : begin + CONCURRENCY])
+            await event_store.append(*documents[begin : begin + CONCURRENCY])
 
     with Stopwatch() as watch:
         await asyncio.gather(*(caller() for _ in range(concurrency)))
     return watch.rate(events)
 
 
-async def _measure_latency(db: Database, log: EventStore, number: int) -> Result:
+async def _measure_latency(db: Database, event_store: EventStore, number: int) -> Result:
     baseline = db.get_collection("baseline", write_concern=DURABLE)
     baseline_seconds, jobledger_seconds = [], []
     for document, append in zip(make_documents(number), make_appends(number), strict=True):
         begin = time.perf_counter()
         await baseline.insert_one(document)
         middle = time.perf_counter()
-        await log.append(append)
+        await event_store.append(append)
         baseline_seconds.append(middle - begin)
         jobledger_seconds.append(time.perf_counter() - middle)
     return compare_latencies(
@@ -166,13 +166,13 @@ async def _write_events(connection: Connection, writer: str, events: int, number
         db = client[connection.db_name]
         await client.admin.command("ping")
         if writer == "jobledger":
-            log = EventStore(db)
+            event_store = EventStore(db)
             tune_garbage_collector()
             appends = iter(make_appends(events))
 
             async def caller() -> None:
                 for append in appends:
-                    await log.append(append)
+                    await event_store.append(append)
 
             _begin.wait()
             start = time.time()

@@ -112,17 +112,19 @@ def _format_latencies(seconds: Sequence[float]) -> str:
 
 
 async def _submit_job(db: Database, connection: Connection) -> str:
-    """Submit a job through the log, and write its view document as the projector would."""
-    log = EventStore(db)
-    await log.prepare()
-    await Projector(db, log, connection, Checkpoint(db), holder="bench").prepare()
+    """Submit a job through the event_store, and write its view document as the projector would."""
+    event_store = EventStore(db)
+    await event_store.prepare()
+    await Projector(db, event_store, connection, Checkpoint(db), holder="bench").prepare()
     job_id = new_job_id()
     submission = JobSubmitted(job_type="session", parameters={**_PARAMETERS, "track": "Main"}, user_id="bench")
-    [submitted] = (await handle_command(log, job_id, SubmitJob(submission), meta=EventMetadata("user:bench"))).events
+    [submitted] = (
+        await handle_command(event_store, job_id, SubmitJob(submission), meta=EventMetadata("user:bench"))
+    ).events
     document = jobs.fold(None, submitted)
     assert document is not None  # noqa: S101 - narrows the type
     await db.jobs.insert_one(document)
-    await log.aclose()
+    await event_store.aclose()
     return job_id
 
 

@@ -142,14 +142,14 @@ async def _open_database(
     async with connection.client() as client:
         await client.drop_database(connection.db_name)
         db = client[connection.db_name]
-        log, changes, checkpoint = EventStore(db), ChangeStream(db), Checkpoint(db)
+        event_store, changes, checkpoint = EventStore(db), ChangeStream(db), Checkpoint(db)
         if follows_log:
-            changes.add_listener(log)
+            changes.add_listener(event_store)
         changes.add_listener(checkpoint)
-        await log.prepare()
+        await event_store.prepare()
         async with changes.running():
-            yield db, log, checkpoint
-        await log.aclose()
+            yield db, event_store, checkpoint
+        await event_store.aclose()
 
 
 # Measurements --------------------------------------------------------------------------------------------------
@@ -167,9 +167,9 @@ async def _measure_pickup(connection: Connection, store: Path, number: int) -> l
     """
     baseline_seconds, jobledger_seconds = [], []
     async with (
-        _open_database(connection, follows_log=True) as (db, log, _checkpoint),
+        _open_database(connection, follows_log=True) as (db, event_store, _checkpoint),
         _run_processes(connection, store, projector=1, worker=FEW_WORKERS) as processes,
-        log.subscribe(after=0, types=[JobCompleted]) as ends,
+        event_store.subscribe(after=0, types=[JobCompleted]) as ends,
         _run_baseline_claimer(connection) as claim_times,
     ):
         orders = db.get_collection("orders", write_concern=DURABLE)
@@ -180,7 +180,7 @@ async def _measure_pickup(connection: Connection, store: Path, number: int) -> l
             await asyncio.sleep(_PAUSE_SECONDS)
             started = time.time()
             await handle_command(
-                log, new_job_id(), SubmitJob(_build_job("clock")), meta=_META, stream_state=StreamState()
+                event_store, new_job_id(), SubmitJob(_build_job("clock")), meta=_META, stream_state=StreamState()
             )
             [completed] = await ends.next_chunk()
             jobledger_seconds.append(completed.data["results"]["metadata"]["started"] - started)
@@ -253,7 +253,7 @@ async def _drain_baseline(
 ) -> float:
     """Return the jobs per second of a usual MongoDB queue: findAndModify claims a document, an update completes it.
 
-    It has the same durability and the same number of processes, but no log, history, leases or views.
+    It has the same durability and the same number of processes, but no event_store, history, leases or views.
     """
     async with connection.client() as client:
         await client.drop_database(connection.db_name)
@@ -306,19 +306,19 @@ async def _measure_backlog(
     Without files, the baseline is a queue with the plain driver.
     """
     baseline = None if files else await _drain_baseline(connection, jobs, workers)
-    async with _open_database(connection) as (db, log, checkpoint):
+    async with _open_database(connection) as (db, event_store, checkpoint):
         async with _run_processes(connection, store, projector=1, worker=workers):
             due = datetime.now(UTC) + timedelta(seconds=6 + 2 * workers)  # when all processes are ready
             for begin in range(0, jobs, 1000):
                 commands = [SubmitJob(_build_job("echo", due, file=files)) for _ in range(min(1000, jobs - begin))]
-                await create_streams(log, [(new_job_id(), command) for command in commands], meta=_META)
-            head = await log.head_position()
+                await create_streams(event_store, [(new_job_id(), command) for command in commands], meta=_META)
+            head = await event_store.head_position()
             await checkpoint.wait_for_position(head)
             assert datetime.now(UTC) < due, "the machine is too slow for this benchmark"  # noqa: S101 - checks the benchmark itself
             await checkpoint.wait_for_position(head + 2 * jobs)
             position = head + 2 * jobs
             while await db.jobs.count_documents({"status": "completed"}) < jobs:  # voided positions count as well
-                position = max(position + 1, await log.head_position())
+                position = max(position + 1, await event_store.head_position())
                 await checkpoint.wait_for_position(position)
             rate = jobs / (datetime.now(UTC) - due).total_seconds()
         claims = await db.events.count_documents({"type": "JobClaimed"})

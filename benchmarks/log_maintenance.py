@@ -51,25 +51,29 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
     async with connection.client() as client:
         await client.drop_database(connection.db_name)
         db = client[connection.db_name]
-        log = EventStore(db)
-        await log.prepare()
+        event_store = EventStore(db)
+        await event_store.prepare()
         await _fill(db, number)
         baseline = _measure_rate(number, lambda: _read_cursor(db))
         return [
             await compare_rates(
                 "log verify: hashes, links, versions, positions",
                 baseline,
-                _measure_rate(number, lambda: _verify(log)),
+                _measure_rate(number, lambda: _verify(event_store)),
                 rounds=rounds,
                 min_ratio=0.15,
             ),
             await compare_rates(
-                "log export", baseline, _measure_rate(number, lambda: _export(log)), rounds=rounds, min_ratio=0.3
+                "log export",
+                baseline,
+                _measure_rate(number, lambda: _export(event_store)),
+                rounds=rounds,
+                min_ratio=0.3,
             ),
             await compare_rates(
                 "log export, compressed",
                 baseline,
-                _measure_rate(number, lambda: _export(log, "log.ndjson.zst")),
+                _measure_rate(number, lambda: _export(event_store, "log.ndjson.zst")),
                 rounds=rounds,
                 min_ratio=0.3,
             ),
@@ -102,15 +106,15 @@ async def _read_cursor(db: Database) -> None:
         seen += 1
 
 
-async def _verify(log: EventStore) -> None:
-    result = await verify_log(log)
+async def _verify(event_store: EventStore) -> None:
+    result = await verify_log(event_store)
     if result.problem is not None:
         raise ValueError(f"the log of the benchmark is invalid: {result.problem}")
 
 
-async def _export(log: EventStore, name: str = "log.ndjson") -> None:
+async def _export(event_store: EventStore, name: str = "log.ndjson") -> None:
     with TemporaryDirectory() as directory:
-        await export_log(log, Path(directory) / name)
+        await export_log(event_store, Path(directory) / name)
 
 
 def _measure_rebuild(connection: Connection, number: int) -> Callable[[], Awaitable[float]]:

@@ -27,12 +27,12 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
     """Measure live events, reading the history, and the latency between an append and its subscriber."""
     async with connection.client() as client:
         db = client[connection.db_name]
-        log = EventStore(db)
-        await prepare_collections(db, log)
+        event_store = EventStore(db)
+        await prepare_collections(db, event_store)
         live = await compare_rates(
             "subscribe: live events of another process; driver: change stream",
             lambda: _read_change_stream(connection, db, events),
-            lambda: _read_subscription(connection, db, log, events),
+            lambda: _read_subscription(connection, db, event_store, events),
             rounds=rounds,
             min_ratio=0.7,
         )
@@ -48,8 +48,8 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
                 rounds=rounds,
                 min_ratio=0.6,
             )
-        latency = await _measure_latency(db, log, rounds * 40)
-        await log.aclose()
+        latency = await _measure_latency(db, event_store, rounds * 40)
+        await event_store.aclose()
     return [live, history, latency]
 
 
@@ -68,12 +68,12 @@ async def _read_change_stream(connection: Connection, db: Database, events: int)
     return watch.rate(events)
 
 
-async def _read_subscription(connection: Connection, db: Database, log: EventStore, events: int) -> float:
-    head = await log.head_position()
+async def _read_subscription(connection: Connection, db: Database, event_store: EventStore, events: int) -> float:
+    head = await event_store.head_position()
     changes = ChangeStream(db)
-    changes.add_listener(log)
+    changes.add_listener(event_store)
     with await _start_writer(connection, "events", head + 1, events) as start:
-        async with changes.running(), log.subscribe(after=head) as subscription:
+        async with changes.running(), event_store.subscribe(after=head) as subscription:
             with Stopwatch() as watch:
                 start()
                 seen = 0
@@ -134,11 +134,11 @@ async def _read_cursor(db: Database) -> float:
     return watch.rate(seen)
 
 
-async def _read_history(log: EventStore) -> float:
-    head = await log.head_position()
+async def _read_history(event_store: EventStore) -> float:
+    head = await event_store.head_position()
     with Stopwatch() as watch:
         seen = 0
-        async with log.subscribe(after=0) as subscription:
+        async with event_store.subscribe(after=0) as subscription:
             while subscription.position < head:
                 seen += _count_payloads(await subscription.next_chunk())
     return watch.rate(seen)
@@ -152,7 +152,7 @@ def _count_payloads(events: Sequence[RecordedEvent]) -> int:
 # Latency ----------------------------------------------------------------------------------------------------------
 
 
-async def _measure_latency(db: Database, log: EventStore, number: int) -> Result:
+async def _measure_latency(db: Database, event_store: EventStore, number: int) -> Result:
     """Measure the time from the call of append until the subscriber has the event.
 
     The baseline is insert_one with a plain change stream.
@@ -160,11 +160,11 @@ async def _measure_latency(db: Database, log: EventStore, number: int) -> Result
     baseline_seconds, jobledger_seconds = [], []
     baseline = db.get_collection("baseline", write_concern=DURABLE)
     changes = ChangeStream(db)
-    changes.add_listener(log)
+    changes.add_listener(event_store)
     async with (
         await db.watch(_PIPELINE) as stream,
         changes.running(),
-        log.subscribe(after=await log.head_position()) as subscription,
+        event_store.subscribe(after=await event_store.head_position()) as subscription,
     ):
         await stream.try_next()
         for document, append in zip(
@@ -177,7 +177,7 @@ async def _measure_latency(db: Database, log: EventStore, number: int) -> Result
             baseline_seconds.append(time.perf_counter() - begin)
             await inserting
             begin = time.perf_counter()
-            appending = asyncio.create_task(log.append(append))
+            appending = asyncio.create_task(event_store.append(append))
             await subscription.next_chunk()
             jobledger_seconds.append(time.perf_counter() - begin)
             await appending

@@ -58,7 +58,7 @@ def ledger_client(uri: str, *, db_name: str = "event_processing", connect_timeou
 @dataclass(frozen=True, slots=True)
 class _Opened:
     db: Database
-    log: EventStore
+    event_store: EventStore
     change_stream_task: asyncio.Task[None]
 
 
@@ -102,10 +102,10 @@ class LedgerClient:
             place = SubscriptionCursor(opened.db, name) if name is not None else None
             if place is not None:
                 read = await place.acquire(initial_position=begin)
-                await opened.log.check_not_truncated(read, f"the subscription {name!r}")
+                await opened.event_store.check_not_truncated(read, f"the subscription {name!r}")
                 begin = read.position
-            async with opened.log.subscribe(after=begin) as subscription:
-                events = SubscriptionEvents(opened.log, subscription, wanted, place, opened.change_stream_task)
+            async with opened.event_store.subscribe(after=begin) as subscription:
+                events = SubscriptionEvents(opened.event_store, subscription, wanted, place, opened.change_stream_task)
                 finished = False
                 try:
                     yield events
@@ -187,13 +187,13 @@ class SubscriptionEvents:
 
     def __init__(
         self,
-        log: EventStore,
+        event_store: EventStore,
         subscription: Subscription,
         types: frozenset[str] | None,
         place: SubscriptionCursor | None,
         change_stream_task: asyncio.Task[None],
     ) -> None:
-        self._log = log
+        self._event_store = event_store
         self._subscription = subscription
         self._types = types
         self._place = place
@@ -237,7 +237,7 @@ class SubscriptionEvents:
         async with self._saving:
             if self._place is not None and self._done > self._saved:
                 done = self._done
-                await self._place.save(ReadPosition(done, await self._log.hash_at(done)))
+                await self._place.save(ReadPosition(done, await self._event_store.hash_at(done)))
                 self._saved = done
 
     def _count_as_done(self) -> None:

@@ -97,7 +97,7 @@ def _apply_event(access: StreamAccess | None, event: RecordedEvent) -> StreamAcc
     return access if changed is None else replace(access, version=version, access_control=changed.model_dump())
 
 
-class Visibility:
+class VisibilityCache:
     """Cache of the access rights to jobs and batches, most recently used first. One for each process."""
 
     def __init__(self, event_store: EventStore, checkpoint: Checkpoint) -> None:

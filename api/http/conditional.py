@@ -50,7 +50,7 @@ def compute_etag(content: bytes, *metadata: str, version: int | None = None) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Conditional:
+class ConditionalRequest:
     """Compares the conditions of a request with the validators of the current representation.
 
     Attributes:
@@ -167,7 +167,7 @@ def build_conditional_response(request: Request, name: str, document: Document) 
         ApiError: 412.
     """
     text = encode_json(document)
-    conditional = Conditional(request.headers, compute_etag(text, version=document["version"]))
+    conditional = ConditionalRequest(request.headers, compute_etag(text, version=document["version"]))
     headers = conditional.headers | {"Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
     if conditional.is_not_modified():
         return Response(status_code=304, headers=headers)

@@ -25,7 +25,7 @@ _KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
-class IdempotencyKey:
+class IdempotentRequest:
     """A request with an Idempotency-Key.
 
     Attributes:
@@ -37,7 +37,7 @@ class IdempotencyKey:
     body_digest: str
 
     @classmethod
-    def from_request(cls, request: Request, content: Any) -> IdempotencyKey | None:
+    def from_request(cls, request: Request, content: Any) -> IdempotentRequest | None:
         """Return the key of a request; None without the header. Users do not share keys.
 
         Args:
@@ -82,7 +82,7 @@ class IdempotencyKey:
         return caused[-1]
 
 
-def get_request_marker(idempotency_key: IdempotencyKey | None) -> str | None:
+def get_request_marker(idempotency_key: IdempotentRequest | None) -> str | None:
     """Return the value of `request_fingerprint` for the events of a request; None without an Idempotency-Key."""
     return None if idempotency_key is None else idempotency_key.request_marker
 

@@ -18,7 +18,7 @@ from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.conditional import require_if_match
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
+from jobledger.api.http.idempotency import IdempotentRequest, get_request_marker
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import BATCH, load_events
 from jobledger.api.schemas.batches import BatchActionResponse, BatchRestartBody, BatchUpdateBody, BulkActionResponse
@@ -169,7 +169,7 @@ async def _execute_once(
     request: Request, content: Any, command: BatchCommand, job_command: JobCommand | None = None
 ) -> Response:
     """Handle a command of the batch, unless the same request has done it before, then `job_command` for each job."""
-    loaded, idempotency_key = await _load_batch_state(request), IdempotencyKey.from_request(request, content)
+    loaded, idempotency_key = await _load_batch_state(request), IdempotentRequest.from_request(request, content)
     if idempotency_key is not None and idempotency_key.find_in(loaded.events) is not None:
         state = loaded.stream_state
     else:
@@ -184,14 +184,14 @@ async def _execute_for_jobs(
     request: Request, content: Any, command: JobCommand, statuses: Collection[JobStatus]
 ) -> Response:
     """Handle a command for each job of the batch that has one of the statuses."""
-    idempotency_key = IdempotencyKey.from_request(request, content)
+    idempotency_key = IdempotentRequest.from_request(request, content)
     loaded = await _load_batch_state(request)
     result = await _apply_to_jobs(request, loaded, command, statuses, idempotency_key=idempotency_key)
     return _build_response(loaded.batch_id, loaded.stream_state, result)
 
 
 async def _handle(
-    request: Request, loaded: _LoadedBatch, command: BatchCommand, idempotency_key: IdempotencyKey | None = None
+    request: Request, loaded: _LoadedBatch, command: BatchCommand, idempotency_key: IdempotentRequest | None = None
 ) -> StreamState:
     """Handle a command of the batch itself. Return the state after it."""
     result = await handle_command(
@@ -211,7 +211,7 @@ async def _apply_to_jobs(
     command: JobCommand,
     statuses: Collection[JobStatus],
     right: AccessLevel = AccessLevel.WRITE,
-    idempotency_key: IdempotencyKey | None = None,
+    idempotency_key: IdempotentRequest | None = None,
 ) -> bulk_commands.BulkResult:
     not_found = ApiError(404, "job_not_found", "Job not found.")
     return await bulk_commands.apply_to_jobs(
@@ -225,7 +225,7 @@ async def _apply_to_jobs(
     )
 
 
-def _build_metadata(request: Request, loaded: _LoadedBatch, idempotency_key: IdempotencyKey | None) -> EventMetadata:
+def _build_metadata(request: Request, loaded: _LoadedBatch, idempotency_key: IdempotentRequest | None) -> EventMetadata:
     return EventMetadata(get_actor(request), loaded.batch_id, request_fingerprint=get_request_marker(idempotency_key))
 
 

@@ -18,7 +18,7 @@ from jobledger.api.context import check_disk_space, get_api_context, parse_query
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.conditional import build_conditional_response
 from jobledger.api.http.errors import translate_damaged_events
-from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
+from jobledger.api.http.idempotency import IdempotentRequest, get_request_marker
 from jobledger.api.http.pagination import list_response
 from jobledger.api.job_documents import list_jobs_response
 from jobledger.api.openapi.operation import Operation
@@ -115,7 +115,7 @@ async def _submit(request: Request) -> Submission:
     """
     ctx = get_api_context(request)
     body, content = await read_json_body(request, BatchBody)
-    idempotency_key = await run_off_loop(request, IdempotencyKey.from_request, request, content)
+    idempotency_key = await run_off_loop(request, IdempotentRequest.from_request, request, content)
     batch_id = f"batch-{idempotency_key.derive_id()}" if idempotency_key else new_batch_id()
     if (earlier := await find_earlier_submission(request, BATCH, batch_id, idempotency_key)) is not None:
         return earlier

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.context import get_api_context
-from jobledger.api.http.conditional import Conditional, compute_etag
+from jobledger.api.http.conditional import ConditionalRequest, compute_etag
 from jobledger.api.http.errors import json_response
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.schemas.response_models import IndexResponse
@@ -61,7 +61,7 @@ class _StaticContent:
 
     def build_response(self, request: Request) -> Response:
         """Return the content, or 304 if the client has it."""
-        return Conditional(request.headers, self._etag).respond(self._body, self._media_type, self._headers)
+        return ConditionalRequest(request.headers, self._etag).respond(self._body, self._media_type, self._headers)
 
 
 @Operation(summary="List the URLs of the service", response=IndexResponse)

@@ -14,7 +14,7 @@ from jobledger.api.auth.permissions import can_read, require_user_id
 from jobledger.api.auth.signed_links import FILES_URL, is_signed_link_request
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.bodies import read_optional_json_body
-from jobledger.api.http.conditional import Conditional, Range
+from jobledger.api.http.conditional import ConditionalRequest, Range
 from jobledger.api.http.errors import ApiError, error_response, json_response
 from jobledger.api.http.streaming import CloseableStreamingResponse, content_disposition, content_type
 from jobledger.api.openapi.operation import Operation
@@ -54,7 +54,7 @@ async def get_file(request: Request) -> Response:
         row = await _load_by_signed_link(request, query)
     else:
         row = await _load_readable(request)
-    conditional = Conditional(request.headers, compute_file_etag(row), row["modified_at"])
+    conditional = ConditionalRequest(request.headers, compute_file_etag(row), row["modified_at"])
     headers = {**UNTRUSTED_CONTENT_HEADERS, **conditional.headers}
     if conditional.is_not_modified():
         return Response(status_code=304, headers=headers)
@@ -131,7 +131,7 @@ async def _load_by_signed_link(request: Request, query: FileQuery) -> Document:
 
 
 async def _file_response(
-    request: Request, file: OpenFile, conditional: Conditional, headers: dict[str, str]
+    request: Request, file: OpenFile, conditional: ConditionalRequest, headers: dict[str, str]
 ) -> Response:
     """Return the file or the requested parts of it. The response closes the file."""
     if request.method == "HEAD":  # RFC 9110, 14.2 defines Range for GET only

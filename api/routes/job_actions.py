@@ -14,7 +14,7 @@ from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body, run_off_loop
 from jobledger.api.http.conditional import compute_etag, require_if_match
 from jobledger.api.http.errors import ApiError, encode_json, json_response
-from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
+from jobledger.api.http.idempotency import IdempotentRequest, get_request_marker
 from jobledger.api.http.limits import track_waiting_request
 from jobledger.api.job_documents import render_jobs
 from jobledger.api.openapi.operation import Operation
@@ -185,7 +185,7 @@ async def _execute(
         The job as it was directly after the command.
     """
     job_id = JOB.id_in_path(request)
-    idempotency_key = await run_off_loop(request, IdempotencyKey.from_request, request, content)
+    idempotency_key = await run_off_loop(request, IdempotentRequest.from_request, request, content)
     events = await load_events(request, JOB, job_id)
     if not events:
         raise JOB.not_found_error(job_id)
@@ -210,7 +210,7 @@ async def _append(
     events: list[RecordedEvent],
     command: JobCommand,
     check: Callable[[StreamState], None],
-    idempotency_key: IdempotencyKey | None,
+    idempotency_key: IdempotentRequest | None,
 ) -> tuple[RecordedEvent, list[RecordedEvent]]:
     """Handle a command. Return the last event of the state to respond with, and the events of the stream."""
     event_store, job_id = get_api_context(request).event_store, JOB.id_in_path(request)

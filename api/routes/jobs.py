@@ -12,7 +12,7 @@ from jobledger.api.context import check_disk_space, get_api_context, parse_query
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.conditional import build_conditional_response
 from jobledger.api.http.errors import translate_damaged_events
-from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
+from jobledger.api.http.idempotency import IdempotentRequest, get_request_marker
 from jobledger.api.job_documents import find_paused_batches, list_jobs_response, render_job, render_jobs
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import (
@@ -70,7 +70,7 @@ async def _submit(request: Request) -> Submission:
     """
     ctx = get_api_context(request)
     body, content = await read_json_body(request, JobBody)
-    idempotency_key = await run_off_loop(request, IdempotencyKey.from_request, request, content)
+    idempotency_key = await run_off_loop(request, IdempotentRequest.from_request, request, content)
     webhook, secrets = extract_webhook_secrets(body.webhook, ctx)
     job = build_job_submitted(
         body,

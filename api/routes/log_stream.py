@@ -16,7 +16,7 @@ from starlette.requests import Request
 
 from jobledger.api.auth.permissions import get_principal
 from jobledger.api.auth.redaction import Viewer
-from jobledger.api.auth.visibility import Visibility
+from jobledger.api.auth.visibility import VisibilityCache
 from jobledger.api.context import ApiContext, get_api_context, parse_query
 from jobledger.api.event_filter import EventFilter, check_readable, parse_event_types, wait_for_visibility
 from jobledger.api.http.errors import ApiError
@@ -133,7 +133,7 @@ async def _generate_blocks(
             sent_at = clock()
 
 
-async def _can_follow_all(visibility: Visibility, principal: Principal, stream_ids: Collection[str]) -> bool:
+async def _can_follow_all(visibility: VisibilityCache, principal: Principal, stream_ids: Collection[str]) -> bool:
     for stream_id in stream_ids:
         if not await visibility.can_follow(principal, stream_id):
             return False

@@ -23,7 +23,7 @@ from jobledger.api.auth.redaction import DELIVERY_RULES, Viewer, find_hidden_fil
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
+from jobledger.api.http.idempotency import IdempotentRequest, get_request_marker
 from jobledger.api.http.pagination import list_response
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import JOB, load_document
@@ -107,7 +107,7 @@ async def redeliver_webhook(request: Request) -> Response:
     if await is_deleted(ctx.event_store, current.state.spec.source):
         message = f"{current.state.spec.source} was deleted, so its webhook cannot be redelivered."
         raise ApiError(410, "source_deleted", message)
-    idempotency_key = IdempotencyKey.from_request(request, content)
+    idempotency_key = IdempotentRequest.from_request(request, content)
     requeued = idempotency_key.find_in(events) if idempotency_key else None
     if requeued is None:
         command = RequeueDelivery(get_actor(request), body.reason)
@@ -141,7 +141,7 @@ async def redeliver_webhooks(request: Request) -> Response:
     """
     body, content = await read_json_body(request, RedeliverBody)
     ctx, actor = get_api_context(request), get_actor(request)
-    idempotency_key = IdempotencyKey.from_request(request, content)
+    idempotency_key = IdempotentRequest.from_request(request, content)
     await wait_for_requested_position(request)
     if body.job_id is not None:
         await _check_may_redeliver_of_job(request, body.job_id)

@@ -95,7 +95,7 @@ def decider_for(stream: str) -> Decider:
 
 
 async def handle_command(
-    log: EventStore,
+    event_store: EventStore,
     stream: str,
     command: Command,
     *,
@@ -126,11 +126,11 @@ async def handle_command(
     decider = decider_for(stream)
     is_current = stream_state is None
     if stream_state is None:
-        stream_state = await load_stream_state(log, stream)
+        stream_state = await load_stream_state(event_store, stream)
     attempts = 0
     while True:
         attempts += 1
-        now = log.clock.estimate()
+        now = event_store.clock.estimate()
         check(stream_state)
         try:
             events = decider.decide(command, stream_state.state)
@@ -139,7 +139,7 @@ async def handle_command(
                 raise
             events = []
         if not events and not is_current:  # only an append detects a stale state; without one we read
-            stream_state, is_current = await _catch_up(log, stream, stream_state), True
+            stream_state, is_current = await _catch_up(event_store, stream, stream_state), True
             continue
         try:
             correlated = _correlated(meta, stream_state.state)
@@ -147,13 +147,13 @@ async def handle_command(
                 StreamAppend(stream, stream_state.head, events, correlated, now),
                 *_consequences(stream, stream_state, events, now),
             ]
-            recorded = (await log.append(*appends))[: len(events)] if events else []
+            recorded = (await event_store.append(*appends))[: len(events)] if events else []
         except VersionConflict:
             if attempts == _MAX_ATTEMPTS:
                 raise
             if attempts > 1:  # many writers of this stream: spread their retries
                 await asyncio.sleep(random.uniform(0, 0.002 * attempts))  # noqa: S311 - spreads load, guards no secret
-            stream_state, is_current = await _catch_up(log, stream, stream_state), True
+            stream_state, is_current = await _catch_up(event_store, stream, stream_state), True
         else:
             return CommandResult(recorded, stream_state.apply(recorded))
 
@@ -174,9 +174,9 @@ def _consequences(
             yield StreamAppend(delivery.delivery_id_for(stream, version), StreamHead(), [queued], meta, now)
 
 
-async def _catch_up(log: EventStore, stream: str, stream_state: StreamState) -> StreamState:
+async def _catch_up(event_store: EventStore, stream: str, stream_state: StreamState) -> StreamState:
     """Apply the later events of the stream one by one: all of them together may exceed the memory."""
-    async with aclosing(log.iterate_stream(stream, after_version=stream_state.head.version)) as events:
+    async with aclosing(event_store.iterate_stream(stream, after_version=stream_state.head.version)) as events:
         async for event in events:
             stream_state = stream_state.apply([event])
     return stream_state
@@ -190,7 +190,7 @@ def _correlated(meta: EventMetadata, state: State | None) -> EventMetadata:
 
 
 async def find_outcome(
-    log: EventStore, stream: str, command: Command, *, stream_state: StreamState
+    event_store: EventStore, stream: str, command: Command, *, stream_state: StreamState
 ) -> CommandResult | None:
     """Find out, after `LedgerUnavailable`, whether a command took effect. Return None if it did not and may be
     repeated.
@@ -201,7 +201,7 @@ async def find_outcome(
         LedgerUnavailable: The database still does not respond.
     """
     expected = decider_for(stream).decide(command, stream_state.state)
-    later_events = await log.read_stream(stream, after_version=stream_state.head.version)
+    later_events = await event_store.read_stream(stream, after_version=stream_state.head.version)
     own_events = later_events[: len(expected)]
     if expected and [it.event for it in own_events] == list(expected):
         return CommandResult(own_events, stream_state.apply(later_events))
@@ -209,7 +209,7 @@ async def find_outcome(
 
 
 async def handle_command_until_known(
-    log: EventStore,
+    event_store: EventStore,
     stream: str,
     command: Command,
     *,
@@ -235,17 +235,17 @@ async def handle_command_until_known(
     """
     while True:
         try:
-            return await handle_command(log, stream, command, meta=meta, stream_state=stream_state)
+            return await handle_command(event_store, stream, command, meta=meta, stream_state=stream_state)
         except (LedgerUnavailable, LedgerBusy) as error:
             on_retry(error)
         await asyncio.sleep(retry_seconds)
         with suppress(LedgerUnavailable):
-            if (result := await find_outcome(log, stream, command, stream_state=stream_state)) is not None:
+            if (result := await find_outcome(event_store, stream, command, stream_state=stream_state)) is not None:
                 return result
 
 
 async def create_streams(
-    log: EventStore, commands: Sequence[tuple[str, Command]], *, meta: EventMetadata
+    event_store: EventStore, commands: Sequence[tuple[str, Command]], *, meta: EventMetadata
 ) -> list[RecordedEvent]:
     """Handle commands that each begin a stream, such as a batch and its jobs: all or none.
 
@@ -256,28 +256,30 @@ async def create_streams(
         LedgerBusy: As `EventStore.append`.
         LedgerUnavailable: As `EventStore.append`.
     """
-    now = log.clock.estimate()
+    now = event_store.clock.estimate()
     appends = [
         StreamAppend(stream, StreamHead(), decider_for(stream).decide(command, None), meta, now)
         for stream, command in commands
     ]
-    return await log.append(*appends)
+    return await event_store.append(*appends)
 
 
-async def load_stream_state(log: EventStore, stream: str) -> StreamState:
+async def load_stream_state(event_store: EventStore, stream: str) -> StreamState:
     """Load the current state of a stream."""
-    return await _catch_up(log, stream, StreamState())
+    return await _catch_up(event_store, stream, StreamState())
 
 
-async def is_deleted(log: EventStore, stream: str) -> bool:
+async def is_deleted(event_store: EventStore, stream: str) -> bool:
     """Return whether a job or batch was deleted."""
-    return bool(await log.read_stream(stream, types=(JobDeleted, BatchDeleted), limit=1))
+    return bool(await event_store.read_stream(stream, types=(JobDeleted, BatchDeleted), limit=1))
 
 
-async def load_stream_states(log: EventStore, streams: Collection[str]) -> dict[str, StreamState | UnreadableEvent]:
+async def load_stream_states(
+    event_store: EventStore, streams: Collection[str]
+) -> dict[str, StreamState | UnreadableEvent]:
     """Load the current states of many streams. A stream that cannot be read has the error as its value."""
     found: dict[str, StreamState | UnreadableEvent] = dict.fromkeys(streams, StreamState())
-    async with aclosing(log.iterate_stream_batches(streams)) as parts:
+    async with aclosing(event_store.iterate_stream_batches(streams)) as parts:
         async for events in parts:
             for event in events:
                 stream_state = found[event.stream]

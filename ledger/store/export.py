@@ -33,7 +33,7 @@ PAGE_EVENTS: Final = 2000
 
 
 async def export_log(
-    log: EventStore,
+    event_store: EventStore,
     path: Path,
     *,
     after: int = 0,
@@ -53,7 +53,7 @@ async def export_log(
     """
     if path.exists():  # noqa: ASYNC240 - files are written here all the time, and nothing else goes on
         raise ConfigurationError(f"{path} exists already: choose another name, or remove it")
-    head = await log.head_position()
+    head = await event_store.head_position()
     part = path.with_name(f"{path.name}.part")
     begun = _read_progress(part, after) if part.exists() else None
     end = begun.last if begun is not None else min(up_to or head, head)
@@ -75,7 +75,7 @@ async def export_log(
             }
             write([orjson.dumps(about)])
         while position < end:
-            page = await log.read_documents(after=position, limit=min(PAGE_EVENTS, end - position))
+            page = await event_store.read_documents(after=position, limit=min(PAGE_EVENTS, end - position))
             for expected, (document, _) in enumerate(page, position + 1):
                 if document["_id"] != expected:
                     raise InvalidExportFile(

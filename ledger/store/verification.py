@@ -71,7 +71,7 @@ class VerificationResult:
 
 
 async def verify_log(
-    log: EventStore,
+    event_store: EventStore,
     *,
     after: int = 0,
     up_to: int | None = None,
@@ -95,16 +95,17 @@ async def verify_log(
         raise ValueError(
             f"`expected_digest` covers all events up to position {expected_digest[0]}: the range must include them"
         )
-    if (problem := await _find_global_problem(log, after)) is not None:
+    if (problem := await _find_global_problem(event_store, after)) is not None:
         return VerificationResult(0, 0, after, None, problem)
-    checker = _StreamChecker(log)
-    readers = await log.list_reader_positions()  # before the head, which only grows: a reader is never ahead of it
-    last_reserved = await log.last_reserved_position()
-    head = await log.head_position()
+    checker = _StreamChecker(event_store)
+    # Before the head, which only grows: a reader is never ahead of it.
+    readers = await event_store.list_reader_positions()
+    last_reserved = await event_store.last_reserved_position()
+    head = await event_store.head_position()
     end = head if up_to is None else min(up_to, head)
     position, events, voided = after, 0, 0
     digest = None if after else GENESIS_HASH
-    async with aclosing(_pages(log, after, end)) as pages:
+    async with aclosing(_pages(event_store, after, end)) as pages:
         async for page in pages:
             if isinstance(page, IntegrityProblem):
                 return VerificationResult(events, voided, position, digest, page)
@@ -133,29 +134,29 @@ async def verify_log(
         return VerificationResult(events, voided, position, digest, problem)
     if up_to is not None and up_to <= head:
         return VerificationResult(events, voided, position, digest, None)
-    problem = await _find_removed_end(log, readers)
+    problem = await _find_removed_end(event_store, readers)
     return VerificationResult(events, voided, position, digest, problem, last_reserved if last_reserved > head else 0)
 
 
-async def _find_removed_end(log: EventStore, readers: Mapping[str, ReadPosition]) -> IntegrityProblem | None:
+async def _find_removed_end(event_store: EventStore, readers: Mapping[str, ReadPosition]) -> IntegrityProblem | None:
     """Look for evidence of removed events: readers that were further, or that had read other events."""
     for reader, read in sorted(readers.items(), key=lambda item: item[1].position, reverse=True):
         try:
-            await log.check_not_truncated(read, reader)
+            await event_store.check_not_truncated(read, reader)
         except LogTruncated as truncated:
-            head = await log.head_position()
+            head = await event_store.head_position()
             if head < read.position:
                 return IntegrityProblem(head + 1, f"missing. {truncated}")
             return IntegrityProblem(read.position, f"replaced. {truncated}")
     return None
 
 
-async def _find_global_problem(log: EventStore, after: int) -> IntegrityProblem | None:
+async def _find_global_problem(event_store: EventStore, after: int) -> IntegrityProblem | None:
     """Look for problems that a walk through the positions does not find."""
-    if (stray := await log.find_invalid_position()) is not None:
+    if (stray := await event_store.find_invalid_position()) is not None:
         return IntegrityProblem(after, f"there is an event at {stray['_id']!r}, which is not a valid position")
     # The first append creates the index, so an empty log has none.
-    if not await log.has_unique_version_index() and await log.head_position():
+    if not await event_store.has_unique_version_index() and await event_store.head_position():
         return IntegrityProblem(
             after, "the unique index on (stream, version) is missing: a stream may contain the same version twice"
         )
@@ -163,13 +164,13 @@ async def _find_global_problem(log: EventStore, after: int) -> IntegrityProblem 
 
 
 async def _pages(
-    log: EventStore, after: int, end: int
+    event_store: EventStore, after: int, end: int
 ) -> AsyncGenerator[Sequence[StoredDocument] | IntegrityProblem, None]:
     """Yield pages without gaps, or the problem if a gap stays open. A writer may be slow, but not for ever.
 
     The next page is read while the caller checks this one.
     """
-    gap_reads, fetching = 0, asyncio.ensure_future(log.read_documents(after=after, limit=1000))
+    gap_reads, fetching = 0, asyncio.ensure_future(event_store.read_documents(after=after, limit=1000))
     try:
         while after < end:
             page = await fetching
@@ -186,9 +187,9 @@ async def _pages(
                 return
             else:
                 gap_reads += 1
-                await asyncio.sleep(log.gap_timeout_seconds / 2)
+                await asyncio.sleep(event_store.gap_timeout_seconds / 2)
             if after < end:
-                fetching = asyncio.ensure_future(log.read_documents(after=after, limit=1000))
+                fetching = asyncio.ensure_future(event_store.read_documents(after=after, limit=1000))
                 await asyncio.sleep(0)  # start the read
             if dense:
                 yield dense
@@ -205,8 +206,8 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
 class _StreamChecker:
     """The heads of the most recent streams. Heads of other streams are loaded when they continue."""
 
-    def __init__(self, log: EventStore) -> None:
-        self._log = log
+    def __init__(self, event_store: EventStore) -> None:
+        self._event_store = event_store
         self._heads: OrderedDict[str, StreamHead] = OrderedDict()
 
     async def prepare(self, page: Sequence[StoredDocument]) -> None:
@@ -220,7 +221,7 @@ class _StreamChecker:
                 continue  # `check_event` reports it
             if version > 1 and stream != VOID_STREAM and stream not in self._heads:
                 previous.setdefault(stream, version - 1)
-        for stream, event in (await self._log.find_events_at(previous)).items():
+        for stream, event in (await self._event_store.find_events_at(previous)).items():
             # Events of this page or later are checked in their turn.
             if event["_id"] < page[0][0]["_id"]:
                 self._heads[stream] = StreamHead(event["version"], event["_id"], event.get("hash", b""))

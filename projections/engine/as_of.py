@@ -85,8 +85,8 @@ class HistoricalState:
             job does not exist.
     """
 
-    def __init__(self, log: EventStore) -> None:
-        self._log = log
+    def __init__(self, event_store: EventStore) -> None:
+        self._event_store = event_store
         self.position = 0
         self.time: datetime | None = None
         self.open_jobs: dict[str, OpenJob] = {}
@@ -153,7 +153,7 @@ class HistoricalState:
         """Return the state of a job that is not open before an event, from its stream."""
         job: Job | None = None
         if event.version > 1:
-            for earlier in await self._log.read_stream(event.stream):
+            for earlier in await self._event_store.read_stream(event.stream):
                 if earlier.position >= event.position:
                     break
                 job = job_rules.evolve(job, earlier.event)  # type: ignore[arg-type]  # streams hold events of one kind
@@ -194,7 +194,7 @@ def _status(job: Job | None) -> str | None:
 
 
 async def load_state_as_of(
-    log: EventStore,
+    event_store: EventStore,
     as_of: PointInTime,
     *,
     until: PointInTime | None = None,
@@ -215,11 +215,11 @@ async def load_state_as_of(
     Raises:
         LedgerUnavailable, UnreadableEvent: As `HistoricalState.apply`.
     """
-    state = HistoricalState(log)
-    head = await log.head_position()
+    state = HistoricalState(event_store)
+    head = await event_store.head_position()
 
     async def apply_until(end: PointInTime) -> dict[str, Any]:
-        async for event in _iter_events(log, end, after=state.position):
+        async for event in _iter_events(event_store, end, after=state.position):
             await state.apply(event)
             if event.position % _EVENTS_PER_REPORT == 0:
                 on_progress(event.position, head)
@@ -234,9 +234,9 @@ async def load_state_as_of(
     return first, second, changes
 
 
-async def _iter_events(log: EventStore, end: PointInTime, *, after: int) -> AsyncIterator[RecordedEvent]:
+async def _iter_events(event_store: EventStore, end: PointInTime, *, after: int) -> AsyncIterator[RecordedEvent]:
     """Yield the events up to a position, or before the first event with a later time."""
-    while page := await log.read(after=after, limit=_PAGE_EVENTS, without_metadata=True):
+    while page := await event_store.read(after=after, limit=_PAGE_EVENTS, without_metadata=True):
         for event in page:
             if (event.position if isinstance(end, int) else event.time) > end:  # type: ignore[operator]  # alike
                 return

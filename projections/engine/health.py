@@ -70,8 +70,8 @@ class StallDetector:
 
     collection: Final = EVENTS_COLLECTION
 
-    def __init__(self, log: EventStore, checkpoint: Checkpoint) -> None:
-        self._log = log
+    def __init__(self, event_store: EventStore, checkpoint: Checkpoint) -> None:
+        self._event_store = event_store
         self._checkpoint = checkpoint
         self._head = 0
         self._position = 0
@@ -94,7 +94,7 @@ class StallDetector:
 
     async def resync(self, session: AsyncClientSession) -> None:
         """Read the head of the log when the change stream starts."""
-        self._update_head(await self._log.head_position(session))
+        self._update_head(await self._event_store.head_position(session))
 
     def on_change(self, change: Mapping[str, Any]) -> None:
         """Process a change of the log."""

@@ -71,7 +71,7 @@ class Projector:
     def __init__(
         self,
         db: Database,
-        log: EventStore,
+        event_store: EventStore,
         connection: Connection,
         checkpoint: Checkpoint,
         *,
@@ -81,10 +81,10 @@ class Projector:
     ) -> None:
         self._leader_task = leader_task
         self._db = db
-        self._log = log
+        self._event_store = event_store
         self._checkpoint = checkpoint
         self._leader_election = LeaderElection(connection, "projector", holder=holder, lease_seconds=lease_seconds)
-        self._rebuild = Rebuild(db, log, connection, holder=holder, lease_seconds=lease_seconds)
+        self._rebuild = Rebuild(db, event_store, connection, holder=holder, lease_seconds=lease_seconds)
 
     def register_listeners(self, change_stream: ChangeStream) -> None:
         """Add the listeners of the projector. Call this before the change stream runs, and before `run`."""
@@ -135,17 +135,17 @@ class Projector:
 
     async def _run_as_leader(self) -> None:
         writer = await self._take_over()
-        self._log.may_have_lost_events = False
-        await self._log.check_not_truncated(writer.last_applied, "the views")
+        self._event_store.may_have_lost_events = False
+        await self._event_store.check_not_truncated(writer.last_applied, "the views")
         _log.info(
             "projector elected leader", position=writer.position, fencing_token=self._leader_election.fencing_token
         )
         clearing = asyncio.create_task(self._clear_shadow_after_switch(), name="clear-shadow-views")
         leader_task = asyncio.create_task(self._leader_task(), name="projector-leader-task")
         try:
-            async with self._log.subscribe(after=writer.position) as events:
+            async with self._event_store.subscribe(after=writer.position) as events:
                 changed_batches: dict[str, Document] = {}
-                head = await self._log.head_position()
+                head = await self._event_store.head_position()
                 while writer.position < head:
                     await writer.apply(await self._read_chunk(events, writer))
                 await self._append_follow_ups(await batches.find_unsettled(writer.views))
@@ -153,7 +153,7 @@ class Projector:
                     chunk = await self._read_chunk(events, writer)
                     changed_batches |= {batch["_id"]: batch for batch in await writer.apply(chunk)}
                     # If the log contains more events, the documents are already outdated.
-                    if len(chunk) < CHUNK_EVENTS or await self._log.head_position() <= writer.position:
+                    if len(chunk) < CHUNK_EVENTS or await self._event_store.head_position() <= writer.position:
                         await self._append_follow_ups(changed_batches.values())
                         changed_batches.clear()
         finally:
@@ -194,10 +194,10 @@ class Projector:
         """
         while True:
             chunk = await events.next_chunk(CHUNK_EVENTS)
-            if not self._log.may_have_lost_events:
+            if not self._event_store.may_have_lost_events:
                 return chunk
-            self._log.may_have_lost_events = False
-            await self._log.check_not_truncated(writer.last_applied, "the views")
+            self._event_store.may_have_lost_events = False
+            await self._event_store.check_not_truncated(writer.last_applied, "the views")
             events.rewind(writer.position)  # the chunk may have been read before its events were removed
 
     async def _append_follow_ups(self, changed_batches: Iterable[Document]) -> None:
@@ -207,7 +207,7 @@ class Projector:
             try:
                 if (command := batches.follow_up_command(batch)) is None:
                     continue
-                await handle_command(self._log, batch_id, command, meta=EventMetadata("system", batch_id))
+                await handle_command(self._event_store, batch_id, command, meta=EventMetadata("system", batch_id))
             except CommandRejected as rejected:
                 _log.info("batch not finished: command rejected", batch_id=batch_id, reason=str(rejected))
             except (LedgerUnavailable, LedgerBusy):
@@ -235,7 +235,7 @@ class Projector:
                 with translate_errors("reading the checkpoint of the rebuild"):
                     checkpoint = await self._db.checkpoints.find_one({"_id": REBUILD_CHECKPOINT_ID}) or {}
                 if (switched_at := checkpoint.get("switched_at")) is not None:
-                    age_seconds = (self._log.clock.estimate() - switched_at).total_seconds()
+                    age_seconds = (self._event_store.clock.estimate() - switched_at).total_seconds()
                     await asyncio.sleep(max(0.0, SHADOW_RETENTION_SECONDS - age_seconds))
                     await self._rebuild.clear_shadow(switched_at)
             except LedgerUnavailable as error:

@@ -66,10 +66,10 @@ class Rebuild:
     """Rebuilds views in one process at a time. Another process continues an interrupted rebuild."""
 
     def __init__(
-        self, db: Database, log: EventStore, connection: Connection, *, holder: str, lease_seconds: float = 10.0
+        self, db: Database, event_store: EventStore, connection: Connection, *, holder: str, lease_seconds: float = 10.0
     ) -> None:
         self._db = db
-        self._log = log
+        self._event_store = event_store
         self.leader_election = LeaderElection(
             connection, REBUILD_CHECKPOINT_ID, holder=holder, lease_seconds=lease_seconds
         )
@@ -111,16 +111,16 @@ class Rebuild:
             writer, slots = await self._shadow.open(max_position=None if ahead_position is None else 0)
             _log.info("view rebuild started", after=writer.position)
             switch = self._switch_function(slots, names, ahead_position=ahead_position)
-            await self._apply_history(writer, await self._log.head_position(), on_progress)
+            await self._apply_history(writer, await self._event_store.head_position(), on_progress)
             # Much faster than maintaining the indexes with each document of the history.
             with translate_errors("creating the indexes of the views"):
                 for view in ALL_VIEWS:
                     if view.INDEXES:
                         await writer.views[view.NAME].create_indexes(list(view.INDEXES))
-            async with self._log.subscribe(after=writer.position) as events:
+            async with self._event_store.subscribe(after=writer.position) as events:
                 is_switched = False
                 while not is_switched:
-                    head = await self._log.head_position()
+                    head = await self._event_store.head_position()
                     on_progress(writer.position, head)
                     if writer.position == head:
                         is_switched = await self._switch_when_idle(head, switch)
@@ -164,7 +164,7 @@ class Rebuild:
             await self._require_events(ReadPosition.from_document(await load_checkpoint(self._db)))
             writer, _ = await self._shadow.open(max_position=(await load_checkpoint(self._db))["position"])
             await self._apply_history(writer, (await load_checkpoint(self._db))["position"], on_progress)
-            async with self._log.subscribe(after=writer.position) as events:
+            async with self._event_store.subscribe(after=writer.position) as events:
                 compared_position = await self._compare_or_explain(writer, events, names, on_difference)
             with translate_errors("emptying the shadow views"):
                 await self._shadow.reset()
@@ -186,7 +186,7 @@ class Rebuild:
 
         def start_reading(after: int) -> asyncio.Task[list[RecordedEvent]]:
             return asyncio.create_task(
-                self._log.read(after=after, limit=CHUNK_EVENTS, without_metadata=True), name="read-ahead"
+                self._event_store.read(after=after, limit=CHUNK_EVENTS, without_metadata=True), name="read-ahead"
             )
 
         reading: asyncio.Task[list[RecordedEvent]] | None = None
@@ -232,7 +232,7 @@ class Rebuild:
             writer.discard_unwritten()
         while writer.position < end:
             limit = min(CHUNK_EVENTS, end - writer.position)
-            await writer.apply(await self._log.read(after=writer.position, limit=limit))
+            await writer.apply(await self._event_store.read(after=writer.position, limit=limit))
 
     async def _apply(
         self, writer: ProjectionWriter, events: Sequence[RecordedEvent], switch: SwitchFunction | None
@@ -266,7 +266,7 @@ class Rebuild:
         """Return the position of the active views if they contain events that the log lacks, else None."""
         last_applied = ReadPosition.from_document(await load_checkpoint(self._db))
         try:
-            await self._log.check_not_truncated(last_applied, "the views")
+            await self._event_store.check_not_truncated(last_applied, "the views")
         except LogTruncated as truncated:
             _log.warning("log truncated, rebuilding views from remaining events", error=str(truncated))
             return last_applied.position
@@ -292,11 +292,11 @@ class Rebuild:
 
         async def switch(session: AsyncClientSession, position: int) -> bool:
             # The first operation is a write, so a projector that writes at the same time waits for this transaction.
-            now = self._log.clock.estimate()
+            now = self._event_store.clock.estimate()
             required: Document = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$lte": position} if all_views else position}
             if ahead_position is not None:
                 required = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$in": [ahead_position, position]}}
-            update = {"position": position, "hash": await self._log.hash_at(position), "switched_at": now}
+            update = {"position": position, "hash": await self._event_store.hash_at(position), "switched_at": now}
             active = await self._db.checkpoints.find_one_and_update(required, {"$set": update}, session=session)
             if active is None:
                 return False
@@ -357,7 +357,7 @@ class Rebuild:
             NotComparable: Events are missing.
         """
         try:
-            await self._log.check_not_truncated(last_applied, "the views")
+            await self._event_store.check_not_truncated(last_applied, "the views")
         except LogTruncated as truncated:
             raise NotComparable(
                 f"{truncated} To rebuild the views from the remaining events: `jobledger views rebuild`."

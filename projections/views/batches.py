@@ -315,12 +315,12 @@ _LIST_PROJECTION: Final[Document] = {
 """The fields of a batch in a list: those of a single batch, with the first job IDs and without large parameters."""
 
 
-async def get(views: Views, log: EventStore, batch_id: str) -> Document | None:
+async def get(views: Views, event_store: EventStore, batch_id: str) -> Document | None:
     """Return a batch's document, or None. A batch that the projector has not reached yet is folded from the log."""
     with translate_errors(f"reading {batch_id}"):
         batch = await views[NAME].find_one({"_id": batch_id})
     if batch is None:
-        for event in await log.read_stream(batch_id):
+        for event in await event_store.read_stream(batch_id):
             batch = fold(batch, event)
         batch = with_submitted_counts(batch)
     return batch

@@ -398,7 +398,7 @@ _ALL_JOBS: Final = list_index.unrestricted_list_key(list_index.NO_FACET)
 _RUNNING: Final[Document] = {"list_keys": _ALL_JOBS, "status": "processing"}
 
 
-async def get(views: Views, log: EventStore, job_id: str) -> Document | None:
+async def get(views: Views, event_store: EventStore, job_id: str) -> Document | None:
     """Return a job's document, or None if the job does not exist.
 
     A job that the projector has not reached yet is folded from the log, so its submitter can read it at once.
@@ -406,7 +406,7 @@ async def get(views: Views, log: EventStore, job_id: str) -> Document | None:
     with translate_errors(f"reading {job_id}"):
         job = await views[NAME].find_one({"_id": job_id})
     if job is None:
-        for event in await log.read_stream(job_id):
+        for event in await event_store.read_stream(job_id):
             job = fold(job, event)
     return job
 

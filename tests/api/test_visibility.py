@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobledger.api.auth.visibility import _IRRELEVANT_EVENT_TYPES, Visibility
+from jobledger.api.auth.visibility import _IRRELEVANT_EVENT_TYPES, VisibilityCache
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.commands import CancelJob, ChangeAccess, Delete, SubmitJob
 from jobledger.ledger.domain.events import EVENT_TYPES, AccessControl, EventMetadata, RecordedEvent
@@ -270,7 +270,7 @@ class ConcurrentCommandStore(EventStore):
     """Handles a command after the access of a job was read, and lets it be processed before the result is stored."""
 
     concurrent_command: Command | None = None
-    visibility: Visibility
+    visibility: VisibilityCache
 
     async def iterate_stream_batches(
         self, streams: Collection[str], *, exclude_types: Collection[str] = (), data_expression: Document | None = None
@@ -285,8 +285,8 @@ class ConcurrentCommandStore(EventStore):
 
 
 @asynccontextmanager
-async def run_visibility(ledger: Ledger) -> AsyncIterator[Visibility]:
-    visibility = Visibility(ledger.event_store, Checkpoint(ledger.db))
+async def run_visibility(ledger: Ledger) -> AsyncIterator[VisibilityCache]:
+    visibility = VisibilityCache(ledger.event_store, Checkpoint(ledger.db))
     task = asyncio.create_task(visibility.run())
     try:
         yield visibility
@@ -296,7 +296,7 @@ async def run_visibility(ledger: Ledger) -> AsyncIterator[Visibility]:
 
 
 @asynccontextmanager
-async def open_ledger_with_visibility(uri: str, db_name: str) -> AsyncIterator[tuple[Ledger, Visibility]]:
+async def open_ledger_with_visibility(uri: str, db_name: str) -> AsyncIterator[tuple[Ledger, VisibilityCache]]:
     async with (
         asyncio.timeout(DEADLINE_SECONDS),
         open_ledger(Connection(uri, db_name)) as ledger,
@@ -347,7 +347,7 @@ async def test_late_event_does_not_undo_newer_access(mongodb_uri: str, db_name: 
 
 async def test_get_viewer_waits_for_earlier_events(mongodb_uri: str, db_name: str) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS), open_ledger(Connection(mongodb_uri, db_name)) as ledger:
-        visibility = Visibility(ledger.event_store, Checkpoint(ledger.db))
+        visibility = VisibilityCache(ledger.event_store, Checkpoint(ledger.db))
         event = await submit_job(ledger.event_store, access_control=AccessControl(visibility="public"))
         viewer = asyncio.create_task(visibility.get_viewer(Principal("bob"), event))
         await asyncio.wait({viewer}, timeout=0.2)

@@ -116,20 +116,20 @@ def _make_append(stream: str, head: StreamHead, events: int, meta: EventMetadata
     return StreamAppend(stream, head, [progress] * events, meta, datetime.now(UTC))
 
 
-async def _append_to_own_stream(log: EventStore, record: RecordAcknowledged) -> None:
+async def _append_to_own_stream(event_store: EventStore, record: RecordAcknowledged) -> None:
     """Append to a stream that no other writer appends to. A version conflict would be an error."""
     stream, head = new_job_id(), StreamHead()
     for count in (1, 1, 1, 3, 1, 1):
-        events = await log.append(_make_append(stream, head, count))
+        events = await event_store.append(_make_append(stream, head, count))
         record(events)
         head = StreamHead(events[-1].version, events[-1].position, events[-1].hash)
 
 
-async def _append_to_several_streams(log: EventStore, record: RecordAcknowledged) -> None:
+async def _append_to_several_streams(event_store: EventStore, record: RecordAcknowledged) -> None:
     """Append to several streams in one commit: all events are written or none."""
     streams = [new_job_id() for _ in range(COMMIT_STREAMS)]
     record(
-        await log.append(
+        await event_store.append(
             *(
                 _make_append(stream, StreamHead(), 1, replace(EVENT_METADATA, correlation_id=streams[0]))
                 for stream in streams
@@ -138,10 +138,10 @@ async def _append_to_several_streams(log: EventStore, record: RecordAcknowledged
     )
 
 
-async def _append_to_shared_stream(stream: str, log: EventStore, record: RecordAcknowledged) -> None:
+async def _append_to_shared_stream(stream: str, event_store: EventStore, record: RecordAcknowledged) -> None:
     """Append to a stream that every writer appends to."""
     command = ChangeAccess(f"user:{os.getpid()}", ACCESS)
-    record((await handle_command(log, stream, command, meta=EVENT_METADATA)).events)
+    record((await handle_command(event_store, stream, command, meta=EVENT_METADATA)).events)
     await asyncio.sleep(random.uniform(0, 0.2))  # otherwise a writer may exceed the attempts of `handle_command`
 
 

@@ -107,9 +107,9 @@ async def test_concurrent_appends_at_one_version_succeed_once(connection: Connec
         head = head_after(submitted)
         for _ in range(5):
             attempts = [
-                log.append(create_append(create_progress(writer), stream="job-1", head=head))
+                event_store.append(create_append(create_progress(writer), stream="job-1", head=head))
                 for writer in range(10)
-                for log in (one.event_store, two.event_store)
+                for event_store in (one.event_store, two.event_store)
             ]
             results = await asyncio.gather(*attempts, return_exceptions=True)
             winners = [result for result in results if isinstance(result, list)]
@@ -223,11 +223,13 @@ async def test_two_appends_to_one_stream_in_one_call_conflict(unstreamed_ledger:
 
 
 async def test_queued_single_events_get_consecutive_positions(connection: Connection) -> None:
-    async with open_pausable_store(connection) as log:
-        first_append = await log.append_and_pause(create_append(make_job_submitted()))
-        queued_appends = [asyncio.create_task(log.append(create_append(make_job_submitted()))) for _ in range(50)]
+    async with open_pausable_store(connection) as event_store:
+        first_append = await event_store.append_and_pause(create_append(make_job_submitted()))
+        queued_appends = [
+            asyncio.create_task(event_store.append(create_append(make_job_submitted()))) for _ in range(50)
+        ]
         await asyncio.sleep(0)
-        log.may_insert.set()
+        event_store.may_insert.set()
         recorded = await asyncio.gather(first_append, *queued_appends)
         assert [event.position for events in recorded for event in events] == list(range(1, 52))
 
@@ -273,61 +275,63 @@ async def test_invalid_event_does_not_fail_other_appends(unstreamed_ledger: Ledg
 
 
 async def test_cancelled_append_does_not_cancel_write(connection: Connection) -> None:
-    async with open_pausable_store(connection) as log:
-        first_append = await log.append_and_pause(create_append(make_job_submitted(), stream="job-1"))
-        cancelled_append = asyncio.create_task(log.append(create_append(make_job_submitted(), stream="job-2")))
-        remaining_append = asyncio.create_task(log.append(create_append(make_job_submitted(), stream="job-3")))
+    async with open_pausable_store(connection) as event_store:
+        first_append = await event_store.append_and_pause(create_append(make_job_submitted(), stream="job-1"))
+        cancelled_append = asyncio.create_task(event_store.append(create_append(make_job_submitted(), stream="job-2")))
+        remaining_append = asyncio.create_task(event_store.append(create_append(make_job_submitted(), stream="job-3")))
         await asyncio.sleep(0)
         first_append.cancel()
         cancelled_append.cancel()
-        log.may_insert.set()
+        event_store.may_insert.set()
         [recorded] = await asyncio.wait_for(remaining_append, DEADLINE_SECONDS)
         assert recorded.position == 3
-        await log._appender.wait_until_idle()  # the first write may end last, and a reader would void its position
-        assert [event.stream for event in await log.read()] == ["job-1", "job-2", "job-3"]
+        await (
+            event_store._appender.wait_until_idle()
+        )  # the first write may end last, and a reader would void its position
+        assert [event.stream for event in await event_store.read()] == ["job-1", "job-2", "job-3"]
         assert first_append.cancelled()
         assert cancelled_append.cancelled()
 
 
 async def test_aclose_finishes_pending_appends(connection: Connection) -> None:
-    async with open_pausable_store(connection) as log:
-        first_append = await log.append_and_pause(create_append(make_job_submitted()))
-        pending = asyncio.create_task(log.append(create_append(make_job_submitted())))
+    async with open_pausable_store(connection) as event_store:
+        first_append = await event_store.append_and_pause(create_append(make_job_submitted()))
+        pending = asyncio.create_task(event_store.append(create_append(make_job_submitted())))
         await asyncio.sleep(0)
-        closing = asyncio.create_task(log.aclose())
-        log.may_insert.set()
+        closing = asyncio.create_task(event_store.aclose())
+        event_store.may_insert.set()
         await asyncio.wait_for(closing, DEADLINE_SECONDS)
         assert first_append.done()
         assert (await pending)[0].position == 2
 
 
 async def test_append_above_pending_event_limit_is_rejected(connection: Connection) -> None:
-    async with open_pausable_store(connection, EventStoreLimits(max_pending_events=3)) as log:
-        first_append = await log.append_and_pause(create_append(make_job_submitted()))
-        pending = [asyncio.create_task(log.append(create_append(make_job_submitted()))) for _ in range(3)]
+    async with open_pausable_store(connection, EventStoreLimits(max_pending_events=3)) as event_store:
+        first_append = await event_store.append_and_pause(create_append(make_job_submitted()))
+        pending = [asyncio.create_task(event_store.append(create_append(make_job_submitted()))) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(LedgerBusy):
-            await log.append(create_append(make_job_submitted()))
-        log.may_insert.set()
+            await event_store.append(create_append(make_job_submitted()))
+        event_store.may_insert.set()
         await asyncio.gather(first_append, *pending)
-        await log.append(create_append(make_job_submitted()))
-        assert await log.head_position() == 5
+        await event_store.append(create_append(make_job_submitted()))
+        assert await event_store.head_position() == 5
 
 
 async def test_append_above_pending_byte_limit_is_rejected(connection: Connection) -> None:
     large = make_job_submitted(parameters={"text": "x" * 60_000})
     async with open_pausable_store(
         connection, EventStoreLimits(max_pending_bytes=150_000, max_concurrent_writes=1)
-    ) as log:
-        first_append = await log.append_and_pause(create_append(make_job_submitted()))
-        pending = [asyncio.create_task(log.append(create_append(large))) for _ in range(3)]
+    ) as event_store:
+        first_append = await event_store.append_and_pause(create_append(make_job_submitted()))
+        pending = [asyncio.create_task(event_store.append(create_append(large))) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(LedgerBusy, match="bytes"):
-            await log.append(create_append(make_job_submitted()))
-        log.may_insert.set()
+            await event_store.append(create_append(make_job_submitted()))
+        event_store.may_insert.set()
         await asyncio.gather(first_append, *pending)
-        await log.append(create_append(large))
-        assert await log.head_position() == 5
+        await event_store.append(create_append(large))
+        assert await event_store.head_position() == 5
 
 
 @pytest.mark.parametrize(
@@ -432,17 +436,18 @@ async def test_append_larger_than_one_message_is_atomic(unstreamed_ledger: Ledge
 async def test_appends_are_grouped_while_other_writes_are_in_progress(connection: Connection) -> None:
     async with open_pausable_store(
         connection, EventStoreLimits(max_concurrent_writes=3, max_events_per_write=10)
-    ) as log:
-        log.may_insert.clear()
+    ) as event_store:
+        event_store.may_insert.clear()
         appending = [
-            asyncio.create_task(log.append(create_append(make_job_submitted(), stream=f"job-{n}"))) for n in range(50)
+            asyncio.create_task(event_store.append(create_append(make_job_submitted(), stream=f"job-{n}")))
+            for n in range(50)
         ]
-        await poll_until(lambda: log.write_sizes == [10, 10, 10])
-        log.may_insert.set()
+        await poll_until(lambda: event_store.write_sizes == [10, 10, 10])
+        event_store.may_insert.set()
         recorded = await asyncio.gather(*appending)
         assert sorted(event.position for [event] in recorded) == list(range(1, 51))
-        assert log.write_sizes == [10] * 5
-        check_log(await load_event_documents(log.db))
+        assert event_store.write_sizes == [10] * 5
+        check_log(await load_event_documents(event_store.db))
 
 
 async def test_permanent_database_error_fails_append_at_once(connection: Connection) -> None:

@@ -48,10 +48,12 @@ CLOCK_ERROR = timedelta(seconds=1)
 """Events have the estimated server time. Its error is up to half a round trip, which is long on a busy machine."""
 
 
-async def submit_job(log: EventStore, max_attempts: int = 3) -> tuple[str, StreamState]:
+async def submit_job(event_store: EventStore, max_attempts: int = 3) -> tuple[str, StreamState]:
     job_id = new_job_id()
     return job_id, (
-        await handle_command(log, job_id, SubmitJob(make_job_submitted(max_attempts=max_attempts)), meta=EVENT_METADATA)
+        await handle_command(
+            event_store, job_id, SubmitJob(make_job_submitted(max_attempts=max_attempts)), meta=EVENT_METADATA
+        )
     ).stream_state
 
 

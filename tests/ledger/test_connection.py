@@ -272,32 +272,32 @@ async def test_non_unique_index_is_rejected_until_dropped(connection: Connection
     async with connection.client() as client:
         db = client[connection.db_name]
         name = await db.events.create_index(VERSIONS)
-        log = EventStore(db)
+        event_store = EventStore(db)
         with pytest.raises(DatabaseUnsuitable, match="is not unique: drop it"):
-            await log.prepare()
-        assert not await log.has_unique_version_index()
+            await event_store.prepare()
+        assert not await event_store.has_unique_version_index()
 
         await db.events.drop_index(name)
-        await log.prepare()
-        assert await log.has_unique_version_index()
+        await event_store.prepare()
+        assert await event_store.has_unique_version_index()
 
 
 async def test_prepare_creates_unique_index_beside_other_index(connection: Connection) -> None:
     async with connection.client() as client:
         db = client[connection.db_name]
         await db.events.create_index(VERSIONS, name="of_another_program")
-        log = EventStore(db)
-        await log.prepare()
-        assert await log.has_unique_version_index()
+        event_store = EventStore(db)
+        await event_store.prepare()
+        assert await event_store.has_unique_version_index()
 
 
 async def test_unique_index_with_other_name_is_accepted(connection: Connection) -> None:
     async with connection.client() as client:
         db = client[connection.db_name]
         await db.events.create_index(VERSIONS, unique=True, name="of_another_program")
-        log = EventStore(db)
-        assert await log.has_unique_version_index()
-        await log.prepare()
+        event_store = EventStore(db)
+        assert await event_store.has_unique_version_index()
+        await event_store.prepare()
 
 
 async def test_log_with_duplicate_version_is_rejected(connection: Connection) -> None:

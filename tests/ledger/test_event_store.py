@@ -141,5 +141,5 @@ async def test_resync_reads_missed_events_without_duplicates(
                 await asyncio.sleep(0.02)
 
 
-def deliver_change(log: EventStore, document: Document) -> None:
-    log.on_change({"operationType": "insert", "fullDocument": document})
+def deliver_change(event_store: EventStore, document: Document) -> None:
+    event_store.on_change({"operationType": "insert", "fullDocument": document})

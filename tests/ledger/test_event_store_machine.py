@@ -255,8 +255,8 @@ class EventStoreMachine(RuleBasedStateMachine):
             appends.insert(
                 0, StreamAppend(f"job-{next(self.numbers)}", StreamHead(), self.events(1), EVENT_METADATA, NOON)
             )
-        log = self.process(process).ledger.event_store
-        self.run_step(self.expect_conflict(name, log.append(*appends), expected=stale_head.version))
+        event_store = self.process(process).ledger.event_store
+        self.run_step(self.expect_conflict(name, event_store.append(*appends), expected=stale_head.version))
 
     @rule(stream=indexes, processes=st.lists(indexes, min_size=2, max_size=5), length=counts)
     def race_for_a_version(self, stream: int, processes: list[int], length: int) -> None:

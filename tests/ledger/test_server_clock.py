@@ -174,24 +174,24 @@ def test_sleep_seconds_are_bounded_and_never_negative(steady_clock: SteadyClock)
 
 
 @pytest.fixture
-async def log(connection: Connection) -> AsyncIterator[EventStore]:
+async def event_store(connection: Connection) -> AsyncIterator[EventStore]:
     client = connection.client()
     yield EventStore(client[connection.db_name])
     await client.close()
 
 
-async def test_first_answer_of_real_server_sets_clock(log: EventStore) -> None:
-    await log.head_position()
-    answer = await log._db.client.admin.command("hello")
-    assert abs((log.clock.estimate() - answer["localTime"].replace(tzinfo=UTC)).total_seconds()) < 1
-    assert get_server_clock(log._db.client) is log.clock
-    assert not log.clock.is_uncertain
+async def test_first_answer_of_real_server_sets_clock(event_store: EventStore) -> None:
+    await event_store.head_position()
+    answer = await event_store._db.client.admin.command("hello")
+    assert abs((event_store.clock.estimate() - answer["localTime"].replace(tzinfo=UTC)).total_seconds()) < 1
+    assert get_server_clock(event_store._db.client) is event_store.clock
+    assert not event_store.clock.is_uncertain
 
 
-async def test_unreachable_server_keeps_last_estimate(log: EventStore) -> None:
-    await log.head_position()
-    log.clock.is_uncertain = True
-    await log._db.client.close()
-    before = log.clock.estimate()
-    assert timedelta(0) <= await log.server_time() - before < timedelta(seconds=5)
+async def test_unreachable_server_keeps_last_estimate(event_store: EventStore) -> None:
+    await event_store.head_position()
+    event_store.clock.is_uncertain = True
+    await event_store._db.client.close()
+    before = event_store.clock.estimate()
+    assert timedelta(0) <= await event_store.server_time() - before < timedelta(seconds=5)
     await asyncio.sleep(0)

@@ -75,9 +75,9 @@ async def take_events(subscription: Subscription, count: int, seconds: float = D
     return events
 
 
-async def read_first_events(log: EventStore, count: int, *, after: int = 0) -> list[RecordedEvent]:
+async def read_first_events(event_store: EventStore, count: int, *, after: int = 0) -> list[RecordedEvent]:
     """Return the first `count` events after a position from a subscription."""
-    async with log.subscribe(after=after) as events:
+    async with event_store.subscribe(after=after) as events:
         return await take_events(events, count)
 
 
@@ -97,10 +97,10 @@ async def create_position_gap(db: Database, count: int = 1) -> int:
     return int(counter["next"]) - count + 1
 
 
-async def read_all_events(log: EventStore) -> list[RecordedEvent]:
+async def read_all_events(event_store: EventStore) -> list[RecordedEvent]:
     """Read the log to its end and void all gaps."""
     events: list[RecordedEvent] = []
-    while page := await log.read(after=len(events)):
+    while page := await event_store.read(after=len(events)):
         events += page
     return events
 

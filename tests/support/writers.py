@@ -61,30 +61,30 @@ def _record(descriptor: int, events: Sequence[RecordedEvent]) -> None:
     os.write(descriptor, "".join(f"{event.event_id} {event.position}\n" for event in events).encode())
 
 
-async def _append_single_events(log: EventStore, descriptor: int) -> None:
+async def _append_single_events(event_store: EventStore, descriptor: int) -> None:
     while True:
         job_id = new_job_id()
-        submitted = await handle_command(log, job_id, SubmitJob(make_job_submitted()), meta=EVENT_METADATA)
+        submitted = await handle_command(event_store, job_id, SubmitJob(make_job_submitted()), meta=EVENT_METADATA)
         _record(descriptor, submitted.events)
         changed = await handle_command(
-            log, job_id, ChangeAccess("alice", ACCESS), meta=EVENT_METADATA, stream_state=submitted.stream_state
+            event_store, job_id, ChangeAccess("alice", ACCESS), meta=EVENT_METADATA, stream_state=submitted.stream_state
         )
         _record(descriptor, changed.events)
 
 
-async def _submit_batches(log: EventStore, descriptor: int) -> None:
+async def _submit_batches(event_store: EventStore, descriptor: int) -> None:
     while True:
         batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(random.randint(1, MAX_BATCH_JOBS))]
         batch = SubmitBatch(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id="alice"))
         jobs = [(job_id, SubmitJob(make_job_submitted(batch_id=batch_id))) for job_id in job_ids]
-        _record(descriptor, await create_streams(log, [(batch_id, batch), *jobs], meta=EVENT_METADATA))
+        _record(descriptor, await create_streams(event_store, [(batch_id, batch), *jobs], meta=EVENT_METADATA))
 
 
-async def _append_to_shared_stream(log: EventStore, stream: str, descriptor: int) -> None:
+async def _append_to_shared_stream(event_store: EventStore, stream: str, descriptor: int) -> None:
     while True:
         with suppress(VersionConflict):  # expected with many writers of one stream
             handled = await handle_command(
-                log, stream, ChangeAccess(f"user:{os.getpid()}", ACCESS), meta=EVENT_METADATA
+                event_store, stream, ChangeAccess(f"user:{os.getpid()}", ACCESS), meta=EVENT_METADATA
             )
             _record(descriptor, handled.events)
         await asyncio.sleep(random.uniform(0, 0.02))

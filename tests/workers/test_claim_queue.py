@@ -249,8 +249,8 @@ async def test_job_claimed_by_another_worker_during_the_load_is_not_tried(
 ) -> None:
     loading, release = asyncio.Event(), asyncio.Event()
 
-    async def load_slowly(log: EventStore, streams: list[str]) -> Any:
-        states = await load_stream_states(log, streams)
+    async def load_slowly(event_store: EventStore, streams: list[str]) -> Any:
+        states = await load_stream_states(event_store, streams)
         loading.set()
         await release.wait()
         return states
@@ -281,10 +281,10 @@ async def test_rows_keep_their_order_after_a_failed_load(
 ) -> None:
     failures = [LedgerUnavailable("the database is unavailable")]
 
-    async def fail_first(log: EventStore, streams: list[str]) -> Any:
+    async def fail_first(event_store: EventStore, streams: list[str]) -> Any:
         if failures:
             raise failures.pop()
-        return await load_stream_states(log, streams)
+        return await load_stream_states(event_store, streams)
 
     monkeypatch.setattr(claiming, "load_stream_states", fail_first)
     async with run_roles_in_process(connection, store, projector=True) as roles:

@@ -267,11 +267,11 @@ async def test_excessive_logging_is_truncated_and_job_completes(
 async def test_log_lines_survive_cancellation_of_their_request(
     job_type: str, end: str, connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def handle_slowly(log: EventStore, stream: str, command: Any, **options: Any) -> CommandResult:
+    async def handle_slowly(event_store: EventStore, stream: str, command: Any, **options: Any) -> CommandResult:
         if isinstance(command, AddLogEntries):
             writing.set()
             await asyncio.sleep(0.2)
-        return await handle_command_until_known(log, stream, command, **options)
+        return await handle_command_until_known(event_store, stream, command, **options)
 
     writing = asyncio.Event()
     monkeypatch.setattr(recorder, "handle_command_until_known", handle_slowly)

@@ -30,11 +30,11 @@ NEWER = create_model("JobSubmitted", __base__=JobSubmitted)
 NEWER.schema_version = JobSubmitted.schema_version + 1
 
 
-async def append_blindly(log: EventStore, stream: str, event: Event) -> None:
+async def append_blindly(event_store: EventStore, stream: str, event: Event) -> None:
     """Append to a stream without decoding its events."""
-    events = await log.read_stream(stream)
+    events = await event_store.read_stream(stream)
     head = StreamHead(events[-1].version, events[-1].position, events[-1].hash) if events else StreamHead()
-    await log.append(StreamAppend(stream, head, [event], EventMetadata("user:tomorrow"), datetime.now(UTC)))
+    await event_store.append(StreamAppend(stream, head, [event], EventMetadata("user:tomorrow"), datetime.now(UTC)))
 
 
 async def test_projector_skips_streams_of_unknown_kind(connection: Connection, tmp_path: Path) -> None:

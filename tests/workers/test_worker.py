@@ -541,8 +541,8 @@ class LostResponse:
         self.is_lost = False
         append = EventStore.append
 
-        async def append_without_response(log: EventStore, *appends: StreamAppend) -> list[RecordedEvent]:
-            recorded = await append(log, *appends)
+        async def append_without_response(event_store: EventStore, *appends: StreamAppend) -> list[RecordedEvent]:
+            recorded = await append(event_store, *appends)
             if not self.is_lost and isinstance(appends[0].events[0], kind):
                 self.is_lost = True
                 raise LedgerUnavailable("no response")
