@@ -160,9 +160,9 @@ async def _apply_to_job(
     try:
         if loaded.unreadable is not None:
             raise loaded.unreadable
-        job = current.state
+        job = current.aggregate
         assert isinstance(job, Job)  # noqa: S101 - narrows the type; one commit wrote the batch and its jobs
-        if job.deleted:
+        if job.is_deleted:
             raise NotFound("the job was deleted")
         check(current)
         if job.status in statuses and decider.decide(command, job):

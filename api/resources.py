@@ -80,7 +80,11 @@ async def _find_job_completion(event_store: EventStore, job_id: str) -> tuple[bo
 
 async def _find_batch_completion(event_store: EventStore, batch_id: str) -> tuple[bool, int]:
     current = await load_stream_state(event_store, batch_id)
-    is_finished = not isinstance(current.state, Batch) or current.state.status != "processing" or current.state.deleted
+    is_finished = (
+        not isinstance(current.aggregate, Batch)
+        or current.aggregate.status != "processing"
+        or current.aggregate.is_deleted
+    )
     return is_finished, current.head.position
 
 

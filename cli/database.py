@@ -107,14 +107,14 @@ async def _open_directory_store(root: Path, db: Database) -> DirectoryStore:
     """Return the store in a directory. Only a new ledger creates the directory: see `ledger/files/store_marker.py`."""
     marker = await find_store_marker(root, db)
     if marker.store_id:
-        marker = await store_marker.record_marker(db, marker, created=False)
+        marker = await store_marker.record_marker(db, marker, is_created=False)
     store = DirectoryStore(root, marker=marker)
     try:
         await asyncio.to_thread(store.prepare)
     except ResourceUnavailable as error:
         _log.warning("result store not writable, workers are waiting", reason=str(error))
     else:
-        await store_marker.record_marker(db, marker, created=True)
+        await store_marker.record_marker(db, marker, is_created=True)
     return store
 
 
@@ -128,7 +128,7 @@ async def find_store_marker(root: Path, db: Database) -> StoreMarker:
     checkpoint = await load_checkpoint(db)
     try:
         has_files = partial(has_any_file, Views(db, checkpoint.get("slots")))
-        return await store_marker.find_marker(db, root, has_files=has_files)
+        return await store_marker.determine_marker(db, root, has_files=has_files)
     except OSError as error:
         raise classify_os_error(error, f"results.store: cannot read {root}: {error.strerror}") from error
 

@@ -234,7 +234,7 @@ def format_verification(result: VerificationResult) -> list[str]:
     ]
     if result.last_reserved_position:
         lines.append(
-            f"note: positions up to {result.last_reserved_position} were allocated to writers, but the log ends at "
+            f"note: positions up to {result.last_reserved_position} were reserved by writers, but the log ends at "
             f"{result.position}. Either these writers crashed, or events at the end were removed."
         )
     digest = format_digest(result)
@@ -316,7 +316,7 @@ def verification_to_json(
         "voided_positions": result.voided,
         "position": result.position,
         "digest": format_digest(result),
-        "last_allocated_position": result.last_reserved_position or None,
+        "last_reserved_position": result.last_reserved_position or None,
         "first_error": problem
         and {
             "position": problem.position,

@@ -68,8 +68,8 @@ class AttemptRecorder:
     def add_log_entries(self, entries: list[LogLine]) -> None:
         """Add entries to the job's log."""
         if self._log_buffer is None:
-            assert isinstance(self._stream_state.state, Job)  # noqa: S101 - a job's stream has a job's state
-            self._log_buffer = LogBuffer(self._stream_state.state.log_bytes)
+            assert isinstance(self._stream_state.aggregate, Job)  # noqa: S101 - a job's stream has a job's state
+            self._log_buffer = LogBuffer(self._stream_state.aggregate.log_bytes)
         for entry in entries:
             self._log_buffer.add(entry)
         self._flush_soon()

@@ -303,7 +303,7 @@ class ClaimQueue:
         candidates: list[ClaimCandidate] = []
         for row in rows:
             state = self._loaded_states.pop(row.job_id)
-            if not isinstance(state, StreamState) or not isinstance(state.state, Job):
+            if not isinstance(state, StreamState) or not isinstance(state.aggregate, Job):
                 self.skip(row.job_id)
             elif not self._is_excluded(row):
                 candidates.append(ClaimCandidate(row.job_id, state, row.job_type, row.batch_id))

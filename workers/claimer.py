@@ -164,6 +164,6 @@ class Claimer:
             except UnreadableEvent as error:
                 self._on_unreadable(error)
                 raise
-            job = stream_state.state
+            job = stream_state.aggregate
             is_ours = isinstance(job, Job) and job.status == "processing" and job.worker_id == self._worker_id
             return CommandResult([], stream_state) if is_ours else None

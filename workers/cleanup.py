@@ -182,7 +182,7 @@ class Cleanup:
             delivery_id = delivery_id_for(stream, version)
             try:
                 state = await load_stream_state(self._event_store, delivery_id)
-                if isinstance(state.state, Delivery) and state.state.status == "pending":
+                if isinstance(state.aggregate, Delivery) and state.aggregate.status == "pending":
                     command = AbandonDelivery(f"{stream} was deleted.")
                     await handle_command(
                         self._event_store, delivery_id, command, meta=self._metadata, stream_state=state

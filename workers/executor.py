@@ -113,9 +113,9 @@ class JobExecutor:
         health: WorkerHealth,
         path_reservations: PathReservations,
     ) -> None:
-        assert isinstance(stream_state.state, Job)  # noqa: S101 - the state of a job's stream is a Job
+        assert isinstance(stream_state.aggregate, Job)  # noqa: S101 - the state of a job's stream is a Job
         self.job_id = job_id
-        self._job = job = stream_state.state
+        self._job = job = stream_state.aggregate
         self.attempt = job.attempt
         self._settings = settings
         self._scratch = scratch

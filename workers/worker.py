@@ -340,7 +340,7 @@ class Worker:
                     stream_state = await load_stream_state(self._event_store, job_id)
                 except UnreadableEvent:  # its next append raises the error, and stops this process
                     continue
-                if isinstance(stream_state.state, Job) and stream_state.state.cancel_request is not None:
+                if isinstance(stream_state.aggregate, Job) and stream_state.aggregate.cancel_request is not None:
                     executor.cancel()
         except LedgerUnavailable:
             self._may_have_missed_cancels = True

@@ -275,8 +275,8 @@ def require_right(request: Request, right: AccessLevel, *, not_found_error: ApiE
     principal = get_principal(request)
 
     def check(stream_state: StreamState) -> None:
-        state = stream_state.state
-        if not isinstance(state, Job | Batch) or state.deleted:
+        state = stream_state.aggregate
+        if not isinstance(state, Job | Batch) or state.is_deleted:
             raise not_found_error
         granted = get_state_right(principal, state)
         if granted < AccessLevel.READ:

@@ -161,8 +161,8 @@ async def _load_batch_state(request: Request, right: AccessLevel = AccessLevel.W
     state = StreamState().apply(events)
     check = require_if_match(request, require_right(request, right, not_found_error=BATCH.not_found_error(batch_id)))
     check(state)
-    assert isinstance(state.state, Batch)  # noqa: S101 - narrows the type; a batch's stream has a batch's state
-    return _LoadedBatch(batch_id, state, state.state, events, check)
+    assert isinstance(state.aggregate, Batch)  # noqa: S101 - narrows the type; a batch's stream has a batch's state
+    return _LoadedBatch(batch_id, state, state.aggregate, events, check)
 
 
 async def _execute_once(
@@ -241,15 +241,15 @@ def _build_response(batch_id: str, current: StreamState, result: bulk_commands.B
 
 def _render_state(batch_id: str, current: StreamState) -> Document | None:
     """Return the batch according to its own events. The job counts come from the views, which are behind the log."""
-    batch = current.state
-    if not isinstance(batch, Batch) or batch.deleted:
+    batch = current.aggregate
+    if not isinstance(batch, Batch) or batch.is_deleted:
         return None
     return {
         "batch_id": batch_id,
         "batch_name": batch.spec.batch_name,
         "status": batch.status,
-        "paused": batch.paused,
-        "archived": batch.archived,
+        "paused": batch.is_paused,
+        "archived": batch.is_archived,
         "version": current.head.version,
         "position": current.head.position,
     }

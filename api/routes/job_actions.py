@@ -161,7 +161,7 @@ async def _stop(request: Request, job_id: str, check: Callable[[StreamState], No
 
 
 def _is_running(current: StreamState) -> bool:
-    return isinstance(current.state, Job) and current.state.status == "processing"
+    return isinstance(current.aggregate, Job) and current.aggregate.status == "processing"
 
 
 async def _execute(

@@ -101,11 +101,11 @@ async def redeliver_webhook(request: Request) -> Response:
     ctx, delivery_id = get_api_context(request), request.path_params["delivery_id"]
     events = await ctx.event_store.read_stream(delivery_id) if delivery_id.startswith("delivery-") else []
     current = StreamState().apply(events)
-    if not isinstance(current.state, Delivery):
+    if not isinstance(current.aggregate, Delivery):
         raise _not_found_error(delivery_id)
-    await _check_may_redeliver(request, current.state, _not_found_error(delivery_id))
-    if await is_deleted(ctx.event_store, current.state.spec.source):
-        message = f"{current.state.spec.source} was deleted, so its webhook cannot be redelivered."
+    await _check_may_redeliver(request, current.aggregate, _not_found_error(delivery_id))
+    if await is_deleted(ctx.event_store, current.aggregate.spec.source):
+        message = f"{current.aggregate.spec.source} was deleted, so its webhook cannot be redelivered."
         raise ApiError(410, "source_deleted", message)
     idempotency_key = IdempotentRequest.from_request(request, content)
     requeued = idempotency_key.find_in(events) if idempotency_key else None

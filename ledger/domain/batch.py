@@ -40,9 +40,9 @@ class Batch:
 
     spec: BatchSubmitted
     status: BatchStatus = "processing"
-    paused: bool = False
-    archived: bool = False
-    deleted: bool = False
+    is_paused: bool = False
+    is_archived: bool = False
+    is_deleted: bool = False
 
 
 def decide(command: BatchCommand, batch: Batch | None) -> list[BatchEvent]:
@@ -57,13 +57,13 @@ def decide(command: BatchCommand, batch: Batch | None) -> list[BatchEvent]:
         if batch is not None:
             raise AlreadyExists("a batch with this ID already exists")
         return [command.batch]
-    if batch is None or batch.deleted:
+    if batch is None or batch.is_deleted:
         raise NotFound("there is no such batch")
     match command:
         case PauseBatch():
-            return [] if batch.paused else [BatchPaused(by=command.by, reason=command.reason)]
+            return [] if batch.is_paused else [BatchPaused(by=command.by, reason=command.reason)]
         case ResumeBatch():
-            return [BatchResumed(by=command.by, reason=command.reason)] if batch.paused else []
+            return [BatchResumed(by=command.by, reason=command.reason)] if batch.is_paused else []
         case FinishBatch():
             return _finish(command, batch)
         case ReopenBatch():
@@ -71,9 +71,9 @@ def decide(command: BatchCommand, batch: Batch | None) -> list[BatchEvent]:
         case ChangeAccess():
             return [BatchAccessChanged(by=command.by, access_control=command.access_control)]
         case Archive():
-            return [] if batch.archived else [BatchArchived(by=command.by, reason=command.reason)]
+            return [] if batch.is_archived else [BatchArchived(by=command.by, reason=command.reason)]
         case Unarchive():
-            return [BatchUnarchived(by=command.by, reason=command.reason)] if batch.archived else []
+            return [BatchUnarchived(by=command.by, reason=command.reason)] if batch.is_archived else []
         case Delete():
             if batch.status == "processing":
                 raise InvalidState("the batch is still processing: cancel it first")
@@ -106,9 +106,9 @@ def evolve(batch: Batch | None, event: BatchEvent) -> Batch:
         raise NotFound(f"{type(event).__name__} in a stream that does not begin with BatchSubmitted")
     match event:
         case BatchPaused():
-            return replace(batch, paused=True)
+            return replace(batch, is_paused=True)
         case BatchResumed():
-            return replace(batch, paused=False)
+            return replace(batch, is_paused=False)
         case BatchFinished():
             return replace(batch, status=event.status)
         case BatchReopened():
@@ -116,10 +116,10 @@ def evolve(batch: Batch | None, event: BatchEvent) -> Batch:
         case BatchAccessChanged():
             return replace(batch, spec=batch.spec.model_copy(update={"access_control": event.access_control}))
         case BatchArchived():
-            return replace(batch, archived=True)
+            return replace(batch, is_archived=True)
         case BatchUnarchived():
-            return replace(batch, archived=False)
+            return replace(batch, is_archived=False)
         case BatchDeleted():
-            return replace(batch, deleted=True)
+            return replace(batch, is_deleted=True)
         case _:
             assert_never(event)

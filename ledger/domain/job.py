@@ -75,8 +75,8 @@ class Job:
     worker_id: str | None = None
     due_at: datetime | None = None
     cancel_request: JobCancelRequested | None = None
-    archived: bool = False
-    deleted: bool = False
+    is_archived: bool = False
+    is_deleted: bool = False
     steps: Mapping[str, StepCompleted] = field(default_factory=dict)
     is_full_restart: bool = False
     consecutive_machine_failures: int = 0
@@ -110,7 +110,7 @@ def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
         if job is not None:
             raise AlreadyExists("a job with this ID already exists")
         return [command.job]
-    if job is None or job.deleted:
+    if job is None or job.is_deleted:
         raise NotFound("there is no such job")
     match command:
         case ClaimJob():
@@ -137,9 +137,9 @@ def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
         case ChangeAccess():
             return [JobAccessChanged(by=command.by, access_control=command.access_control)]
         case Archive():
-            return [] if job.archived else [JobArchived(by=command.by, reason=command.reason)]
+            return [] if job.is_archived else [JobArchived(by=command.by, reason=command.reason)]
         case Unarchive():
-            return [JobUnarchived(by=command.by, reason=command.reason)] if job.archived else []
+            return [JobUnarchived(by=command.by, reason=command.reason)] if job.is_archived else []
         case Delete():
             _require(
                 job.status != "processing", job, "deleted", "cancel it first: only a job that is not running can be"
@@ -330,11 +330,11 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
         case JobAccessChanged():
             return replace(job, spec=job.spec.model_copy(update={"access_control": event.access_control}))
         case JobArchived():
-            return replace(job, archived=True)
+            return replace(job, is_archived=True)
         case JobUnarchived():
-            return replace(job, archived=False)
+            return replace(job, is_archived=False)
         case JobDeleted():
-            return replace(job, deleted=True)
+            return replace(job, is_deleted=True)
         case _:
             assert_never(event)
 

@@ -47,7 +47,7 @@ class DirectoryStore:
     without `async` block: call them from a thread.
     """
 
-    def __init__(self, root: Path, *, durable: bool = True, marker: StoreMarker | None = None) -> None:
+    def __init__(self, root: Path, *, is_durable: bool = True, marker: StoreMarker | None = None) -> None:
         """Use a directory, which need not exist yet.
 
         Args:
@@ -57,7 +57,7 @@ class DirectoryStore:
         """
         self.root = root
         self.integrity = IntegrityChecker()
-        self._durable = durable
+        self._durable = is_durable
         self._marker = marker
 
     def prepare(self) -> None:
@@ -285,18 +285,18 @@ class DirectoryStore:
                 return datetime.fromtimestamp(aside.stat().st_mtime, UTC)
         return None
 
-    async def cancel_removal(self, sha256: str, token: str) -> None:
+    async def cancel_removal(self, sha256: str, removal_id: str) -> None:
         """Rename a file back. If its content was saved again meanwhile, either copy is valid."""
-        await asyncio.to_thread(self._put_back, sha256, token)
+        await asyncio.to_thread(self._put_back, sha256, removal_id)
 
     def _put_back(self, sha256: str, token: str) -> None:
         self.check_marker()
         with suppress(FileNotFoundError):
             self._aside(sha256, token).replace(self.path(sha256))
 
-    async def finish_removal(self, sha256: str, token: str) -> None:
+    async def finish_removal(self, sha256: str, removal_id: str) -> None:
         """Delete a file whose removal has begun."""
-        await asyncio.to_thread(self._remove, sha256, token)
+        await asyncio.to_thread(self._remove, sha256, removal_id)
 
     def _remove(self, sha256: str, token: str) -> None:
         self.check_marker()

@@ -109,8 +109,8 @@ class FileStore(Protocol):
         name whose removal another caller has begun passes to this caller.
         """
 
-    async def cancel_removal(self, sha256: str, token: str) -> None:
+    async def cancel_removal(self, sha256: str, removal_id: str) -> None:
         """Restore the name of a file whose removal has begun."""
 
-    async def finish_removal(self, sha256: str, token: str) -> None:
+    async def finish_removal(self, sha256: str, removal_id: str) -> None:
         """Delete a file whose removal has begun. Harmless if another caller has taken it over."""

@@ -192,19 +192,19 @@ class GridFSStore:
                     return saved_at
         return None
 
-    async def cancel_removal(self, sha256: str, token: str) -> None:
+    async def cancel_removal(self, sha256: str, removal_id: str) -> None:
         """Restore the digest. If the content was saved again meanwhile, delete this copy."""
         change = {"$set": {_DIGEST: sha256}, "$unset": {_REMOVED: "", _TOKEN: ""}}
         with translate_errors("putting a file back"):
             try:
-                await self._files.update_one({_REMOVED: sha256, _TOKEN: token}, change)
+                await self._files.update_one({_REMOVED: sha256, _TOKEN: removal_id}, change)
             except DuplicateKeyError:
-                await self.finish_removal(sha256, token)
+                await self.finish_removal(sha256, removal_id)
 
-    async def finish_removal(self, sha256: str, token: str) -> None:
+    async def finish_removal(self, sha256: str, removal_id: str) -> None:
         """Delete a file whose removal has begun: the chunks first, so that none remain without an entry."""
         with translate_errors("removing a file"):
-            async for entry in self._files.find({_REMOVED: sha256, _TOKEN: token}, {"_id": 1}):
+            async for entry in self._files.find({_REMOVED: sha256, _TOKEN: removal_id}, {"_id": 1}):
                 await self._chunks.delete_many({"files_id": entry["_id"]})
                 await self._files.delete_one({"_id": entry["_id"]})
 

@@ -100,7 +100,7 @@ def read_marker(root: Path) -> str | None:
     return found if _ID.fullmatch(found) else None
 
 
-async def find_marker(db: Database, root: Path, *, has_files: Callable[[], Awaitable[bool]]) -> StoreMarker:
+async def determine_marker(db: Database, root: Path, *, has_files: Callable[[], Awaitable[bool]]) -> StoreMarker:
     """Return the marker that the store of a ledger has or will get. Writes nothing.
 
     A ledger without files gets a new store. So does a ledger whose files were stored before markers existed.
@@ -125,13 +125,13 @@ async def find_marker(db: Database, root: Path, *, has_files: Callable[[], Await
     return StoreMarker(store_id or secrets.token_hex(16), is_new=True)
 
 
-async def record_marker(db: Database, marker: StoreMarker, *, created: bool) -> StoreMarker:
+async def record_marker(db: Database, marker: StoreMarker, *, is_created: bool) -> StoreMarker:
     """Record the ID of the store, unless one is recorded. Return the marker with the recorded ID.
 
     Raises:
         LedgerUnavailable: The database failed.
     """
-    change = {"$setOnInsert": {"store_id": marker.store_id}, "$max": {"created": created}}
+    change = {"$setOnInsert": {"store_id": marker.store_id}, "$max": {"created": is_created}}
     with translate_errors("recording the ID of the result store"):
         # Of two first starts the server repeats the upsert of the second, as an update.
         found = await db[COLLECTION].find_one_and_update(

@@ -29,7 +29,7 @@ from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 
 Command = JobCommand | BatchCommand | DeliveryCommand
-State = Job | Batch | Delivery
+Aggregate = Job | Batch | Delivery
 _MAX_ATTEMPTS = 20  # a job has few writers at a time, so twenty conflicts in a row mean a loop
 
 
@@ -47,7 +47,7 @@ def new_batch_id() -> str:
 class StreamState:
     """The state of a stream and its head. May be stale; an append then fails with a version conflict."""
 
-    state: State | None = None
+    aggregate: Aggregate | None = None
     head: StreamHead = StreamHead()  # noqa: RUF009 - frozen
 
     def apply(self, events: Iterable[RecordedEvent]) -> StreamState:
@@ -61,7 +61,7 @@ class StreamState:
             version, digest = stream_state.head.version + 1, event.hash
             if event.version != version or not digest:
                 raise UnreadableEvent(f"Version {version} of {event.stream} is damaged or missing.")
-            state = decider_for(event.stream).evolve(stream_state.state, event.event)
+            state = decider_for(event.stream).evolve(stream_state.aggregate, event.event)
             stream_state = StreamState(state, StreamHead(version, event.position, digest))
         return stream_state
 
@@ -78,7 +78,7 @@ class Decider(Protocol):
 
     def decide(self, command: Any, state: Any) -> Sequence[Event]: ...
 
-    def evolve(self, state: Any, event: Any) -> State: ...
+    def evolve(self, state: Any, event: Any) -> Aggregate: ...
 
 
 def decider_for(stream: str) -> Decider:
@@ -133,7 +133,7 @@ async def handle_command(
         now = event_store.clock.estimate()
         check(stream_state)
         try:
-            events = decider.decide(command, stream_state.state)
+            events = decider.decide(command, stream_state.aggregate)
         except CommandRejected:
             if is_current:
                 raise
@@ -142,7 +142,7 @@ async def handle_command(
             stream_state, is_current = await _catch_up(event_store, stream, stream_state), True
             continue
         try:
-            correlated = _correlated(meta, stream_state.state)
+            correlated = _correlated(meta, stream_state.aggregate)
             appends = [
                 StreamAppend(stream, stream_state.head, events, correlated, now),
                 *_consequences(stream, stream_state, events, now),
@@ -165,10 +165,10 @@ def _consequences(
 
     The ID of a delivery is derived from the event. So each end has exactly one delivery, whichever process dies.
     """
-    if not isinstance(stream_state.state, Job | Batch) or stream_state.state.spec.webhook is None:
+    if not isinstance(stream_state.aggregate, Job | Batch) or stream_state.aggregate.spec.webhook is None:
         return
     for version, event in enumerate(events, stream_state.head.version + 1):
-        queued = delivery.delivery_for_event(stream, stream_state.state, event, version)
+        queued = delivery.delivery_for_event(stream, stream_state.aggregate, event, version)
         if queued is not None:
             meta = EventMetadata("system", queued.batch_id or stream)
             yield StreamAppend(delivery.delivery_id_for(stream, version), StreamHead(), [queued], meta, now)
@@ -182,7 +182,7 @@ async def _catch_up(event_store: EventStore, stream: str, stream_state: StreamSt
     return stream_state
 
 
-def _correlated(meta: EventMetadata, state: State | None) -> EventMetadata:
+def _correlated(meta: EventMetadata, state: Aggregate | None) -> EventMetadata:
     """Add the batch of a job as correlation ID, so that all events of a batch can be found."""
     if meta.correlation_id is None and isinstance(state, Job | Delivery) and state.spec.batch_id is not None:
         return replace(meta, correlation_id=state.spec.batch_id)
@@ -200,7 +200,7 @@ async def find_outcome(
     Raises:
         LedgerUnavailable: The database still does not respond.
     """
-    expected = decider_for(stream).decide(command, stream_state.state)
+    expected = decider_for(stream).decide(command, stream_state.aggregate)
     later_events = await event_store.read_stream(stream, after_version=stream_state.head.version)
     own_events = later_events[: len(expected)]
     if expected and [it.event for it in own_events] == list(expected):

@@ -123,8 +123,8 @@ class HistoricalState:
             return
         before = batch_rules.Batch(state.submission, state.status, state.paused)  # type: ignore[arg-type]  # a status from the log
         after = batch_rules.evolve(before, payload)
-        state.status, state.paused = after.status, after.paused
-        if after.deleted:
+        state.status, state.paused = after.status, after.is_paused
+        if after.is_deleted:
             del self.batches[event.stream]
 
     async def _apply_to_job(self, event: RecordedEvent) -> None:
@@ -190,7 +190,7 @@ class HistoricalState:
 
 
 def _status(job: Job | None) -> str | None:
-    return None if job is None or job.deleted else job.status
+    return None if job is None or job.is_deleted else job.status
 
 
 async def load_state_as_of(

@@ -156,7 +156,7 @@ def test_log_verify_json_has_same_result(verified_log: VerifiedLog) -> None:
         "voided_positions": 1,
         "position": 5,
         "digest": read_digest(verified_log.verify()),
-        "last_allocated_position": None,
+        "last_reserved_position": None,
         "first_error": None,
         "views": None,
         "files": None,
@@ -203,7 +203,7 @@ def test_log_verify_empty_log_succeeds(empty_log: VerifiedLog) -> None:
 
     empty_log.run_with_ledger(do_nothing)
     assert empty_log.verify() == CommandOutcome(0, "There are no events to verify.\n", "")
-    empty_fields = {"digest": None, "last_allocated_position": None, "first_error": None, "views": None, "files": None}
+    empty_fields = {"digest": None, "last_reserved_position": None, "first_error": None, "views": None, "files": None}
     assert empty_log.json(0) == {"events": 0, "voided_positions": 0, "position": 0, **empty_fields}
 
 
@@ -235,7 +235,7 @@ def test_log_verify_changed_event_names_first_error_and_exits_1(verified_log: Ve
             "version": 2,
             "message": "its hash is not that of its content: one of the two was changed",
         },
-        "last_allocated_position": None,
+        "last_reserved_position": None,
         "views": None,
         "files": None,
     }
@@ -357,8 +357,8 @@ def test_log_verify_allocated_unwritten_positions_are_noted(verified_log: Verifi
     verified_log.run_with_ledger(lambda ledger: create_position_gap(ledger.db))
     outcome = verified_log.verify()
     assert outcome.exit_code == 0
-    assert "note: positions up to 6 were allocated to writers, but the log ends at 5." in outcome.out
-    assert verified_log.json(0)["last_allocated_position"] == 6
+    assert "note: positions up to 6 were reserved by writers, but the log ends at 5." in outcome.out
+    assert verified_log.json(0)["last_reserved_position"] == 6
 
 
 def test_commands_with_missing_end_do_not_wait_and_views_rebuild_repairs(

@@ -73,8 +73,8 @@ async def test_handle_command_returns_events_and_new_stream_state(unstreamed_led
     assert before - CLOCK_ERROR <= event.time <= datetime.now(UTC) + CLOCK_ERROR
     assert handled.stream_state == await load_stream_state(unstreamed_ledger.event_store, job_id)
     assert handled.stream_state.head == StreamHead(2, 2, event.hash)
-    assert isinstance(handled.stream_state.state, Job)
-    assert handled.stream_state.state.status == "processing"
+    assert isinstance(handled.stream_state.aggregate, Job)
+    assert handled.stream_state.aggregate.status == "processing"
 
 
 async def test_command_without_events_appends_nothing(unstreamed_ledger: Ledger) -> None:

@@ -18,7 +18,7 @@ from jobledger.ledger.files.store_marker import (
     MARKER_FILE_NAME,
     StoreMarker,
     accept_directory,
-    find_marker,
+    determine_marker,
     record_marker,
 )
 from jobledger.ledger.mongo.connection import Connection, Database
@@ -48,12 +48,12 @@ async def has_no_files() -> bool:
 
 async def start(db: Database, root: Path, files: Callable[[], Awaitable[bool]] = has_no_files) -> DirectoryStore:
     """Open the store as a role does when it starts."""
-    marker = await find_marker(db, root, has_files=files)
+    marker = await determine_marker(db, root, has_files=files)
     if marker.store_id:
-        marker = await record_marker(db, marker, created=False)
+        marker = await record_marker(db, marker, is_created=False)
     store = DirectoryStore(root, marker=marker)
     store.prepare()
-    await record_marker(db, marker, created=True)
+    await record_marker(db, marker, is_created=True)
     return store
 
 
@@ -247,7 +247,7 @@ async def test_first_start_on_full_disk_creates_store_later(
     def raise_disk_full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    marker = await record_marker(db, await find_marker(db, root, has_files=has_no_files), created=False)
+    marker = await record_marker(db, await determine_marker(db, root, has_files=has_no_files), is_created=False)
     store = DirectoryStore(root, marker=marker)
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", raise_disk_full)
@@ -281,7 +281,7 @@ async def test_start_with_files_and_missing_store_fails_until_restored(
 async def test_restored_ledger_adopts_store_copied_with_it(db: Database, root: Path) -> None:
     OTHERS.write(root)
     await start(db, root, has_files)
-    assert (await find_marker(db, root, has_files=has_files)).store_id == OTHERS.store_id
+    assert (await determine_marker(db, root, has_files=has_files)).store_id == OTHERS.store_id
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ async def test_accepted_directory_becomes_store(
     replace_store(root, tmp_path / "moved", replacement)
     store_id = await accept_directory(db, root)
     (await start(db, root, has_files)).check_writable()
-    assert (await find_marker(db, root, has_files=has_files)).store_id == store_id
+    assert (await determine_marker(db, root, has_files=has_files)).store_id == store_id
 
 
 # Errors of `open` -------------------------------------------------------------------------------------------------

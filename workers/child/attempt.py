@@ -293,7 +293,7 @@ class _JobContext:
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
         path, media_type = normalize_path(to_json(path, "save() path")), to_json(media_type, "save() media_type")
-        store_content = _make_store_call(DirectoryStore(self._assignment.inbox_dir, durable=False), content)
+        store_content = _make_store_call(DirectoryStore(self._assignment.inbox_dir, is_durable=False), content)
         try:
             stored = await asyncio.get_running_loop().run_in_executor(_file_threads, store_content)
         except NotARegularFile as error:

@@ -245,7 +245,7 @@ class Deliverer:
         is_responsive = True
         try:
             state = await load_stream_state(self._event_store, due.delivery_id)
-            delivery, now = state.state, self._event_store.clock.estimate()
+            delivery, now = state.aggregate, self._event_store.clock.estimate()
             if not isinstance(delivery, Delivery):
                 return
             if delivery.status != "pending" or (delivery.due_at is not None and delivery.due_at > now):
