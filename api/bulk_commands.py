@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from jobledger.api.http.errors import ERROR_RESPONSES, ApiError
-from jobledger.api.http.idempotency import IdempotentRequest
+from jobledger.api.http.idempotency import RequestFingerprint
 from jobledger.ledger.domain import job as decider
 from jobledger.ledger.domain.commands import JobCommand
 from jobledger.ledger.domain.errors import CommandRejected, JobledgerError, NotFound, UnreadableEvent, VersionConflict
@@ -74,7 +74,7 @@ async def apply_to_jobs(
     meta: EventMetadata,
     statuses: Collection[JobStatus],
     check: Callable[[StreamState], None] = lambda stream_state: None,
-    idempotency_key: IdempotentRequest | None = None,
+    fingerprint: RequestFingerprint | None = None,
 ) -> BulkResult:
     """Apply a command to the jobs that have one of the statuses.
 
@@ -88,7 +88,7 @@ async def apply_to_jobs(
         meta: Metadata of the new events.
         statuses: The statuses that the command applies to.
         check: Raises an error if the command is not allowed for a job.
-        idempotency_key: If the same request has changed a job before, the job is not changed again.
+        fingerprint: If the same request has changed a job before, the job is not changed again.
 
     Raises:
         InvalidEvent, LedgerBusy, LedgerUnavailable: As `handle_command`. Some jobs may be changed already.
@@ -96,7 +96,7 @@ async def apply_to_jobs(
     result = BulkResult()
 
     async def apply(job: _LoadedJob) -> None:
-        done = idempotency_key is not None and idempotency_key.find_in(job.keyed_events) is not None
+        done = fingerprint is not None and fingerprint.find_in(job.keyed_events) is not None
         await _apply_to_job(result, event_store, job, command, meta, () if done else statuses, check)
 
     for start in range(0, len(job_ids), JOBS_PER_CHUNK):

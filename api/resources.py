@@ -18,7 +18,7 @@ from jobledger.api.auth.permissions import can_read, timeout_while_authenticated
 from jobledger.api.auth.redaction import Viewer
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position, wait_for_views
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.idempotency import IdempotentRequest
+from jobledger.api.http.idempotency import RequestFingerprint
 from jobledger.api.http.preferences import preferred_wait, prefers_wait
 from jobledger.api.schemas.request_models import AsOfQuery
 from jobledger.api.submission.builder import format_new_secrets
@@ -187,17 +187,17 @@ def build_submission(
 
 
 async def find_earlier_submission(
-    request: Request, resource: Resource, resource_id: str, idempotency_key: IdempotentRequest | None
+    request: Request, resource: Resource, resource_id: str, fingerprint: RequestFingerprint | None
 ) -> Submission | None:
     """Return the submission of an earlier request with the same key.
 
     Raises:
         ApiError: 422, the earlier request had another body.
     """
-    if idempotency_key is None:
+    if fingerprint is None:
         return None
     events = await get_api_context(request).event_store.read_stream(resource_id, limit=1)
-    first_event = idempotency_key.find_in(events)
+    first_event = fingerprint.find_in(events)
     return None if first_event is None else build_submission(request, resource, first_event)
 
 

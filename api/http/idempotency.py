@@ -1,7 +1,7 @@
 """Idempotency-Key: repeat a request without repeating its effect.
 
 Keys need no store of their own. The ID of a submitted job or batch is derived from the key, so the event store rejects
-a second submission. The events of an action hold a marker of the request. A key therefore works for as long as the
+a second submission. The events of each such request hold its fingerprint. A key therefore works for as long as the
 events are kept.
 """
 
@@ -17,32 +17,28 @@ from typing import Any, Final
 import orjson
 from starlette.requests import Request
 
-from jobledger.api.auth.permissions import require_user_id
+from jobledger.api.auth.permissions import get_actor, require_user_id
 from jobledger.api.http.errors import ApiError
-from jobledger.ledger.domain.events import RecordedEvent
+from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
 
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
-class IdempotentRequest:
-    """A request with an Idempotency-Key.
+class RequestFingerprint:
+    """Identifies a request with an Idempotency-Key. Its text is `request_fingerprint` of the events it causes.
 
     Attributes:
-        key_digest: Identifies the key together with the user, method and path.
-        body_digest: Identifies the body.
+        key_digest: Digest of the user, method, path and key.
+        body_digest: Digest of the parsed body.
     """
 
     key_digest: str
     body_digest: str
 
     @classmethod
-    def from_request(cls, request: Request, content: Any) -> IdempotentRequest | None:
-        """Return the key of a request; None without the header. Users do not share keys.
-
-        Args:
-            request: The request.
-            content: The parsed body.
+    def from_request(cls, request: Request, content: Any) -> RequestFingerprint | None:
+        """Return the fingerprint of a request with this parsed body; None without an Idempotency-Key.
 
         Raises:
             ApiError: 400, the key is malformed; 401, the caller is anonymous.
@@ -56,14 +52,12 @@ class IdempotentRequest:
         user_id = require_user_id(request)
         return cls(_digest(user_id, request.method, request.url.path, value), _digest(_serialize(content)))
 
+    def __str__(self) -> str:
+        return f"{self.key_digest} {self.body_digest}"
+
     def derive_id(self, number: int = 0) -> str:
         """Return 24 hexadecimal digits for the ID of the `number`th resource that the request creates."""
         return _digest(self.key_digest, str(number))[:24]
-
-    @property
-    def request_marker(self) -> str:
-        """The value that the events of this request have in `request_fingerprint`."""
-        return f"{self.key_digest} {self.body_digest}"
 
     def find_in(self, events: Iterable[RecordedEvent]) -> RecordedEvent | None:
         """Return the last event that an earlier request with this key has caused; None if there is none.
@@ -76,15 +70,22 @@ class IdempotentRequest:
         ]
         if not caused:
             return None
-        if caused[-1].meta.request_fingerprint != self.request_marker:
+        if caused[-1].meta.request_fingerprint != str(self):
             message = "This Idempotency-Key was used with another body. Use a new key for a new request."
             raise ApiError(422, "idempotency_key_reused", message)
         return caused[-1]
 
 
-def get_request_marker(idempotency_key: IdempotentRequest | None) -> str | None:
-    """Return the value of `request_fingerprint` for the events of a request; None without an Idempotency-Key."""
-    return None if idempotency_key is None else idempotency_key.request_marker
+def build_metadata(
+    request: Request, fingerprint: RequestFingerprint | None, batch_id: str | None = None
+) -> EventMetadata:
+    """Return the metadata of the events that a request causes.
+
+    Raises:
+        ApiError: 401, the caller is anonymous.
+    """
+    text = None if fingerprint is None else str(fingerprint)
+    return EventMetadata(get_actor(request), batch_id, request_fingerprint=text)
 
 
 def _serialize(content: Any) -> str:

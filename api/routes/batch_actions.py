@@ -18,7 +18,7 @@ from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.conditional import require_if_match
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.idempotency import IdempotentRequest, get_request_marker
+from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import BATCH, load_events
 from jobledger.api.schemas.batches import BatchActionResponse, BatchRestartBody, BatchUpdateBody, BulkActionResponse
@@ -169,14 +169,14 @@ async def _execute_once(
     request: Request, content: Any, command: BatchCommand, job_command: JobCommand | None = None
 ) -> Response:
     """Handle a command of the batch, unless the same request has done it before, then `job_command` for each job."""
-    loaded, idempotency_key = await _load_batch_state(request), IdempotentRequest.from_request(request, content)
-    if idempotency_key is not None and idempotency_key.find_in(loaded.events) is not None:
+    loaded, fingerprint = await _load_batch_state(request), RequestFingerprint.from_request(request, content)
+    if fingerprint is not None and fingerprint.find_in(loaded.events) is not None:
         state = loaded.stream_state
     else:
-        state = await _handle(request, loaded, command, idempotency_key)
+        state = await _handle(request, loaded, command, fingerprint)
     if job_command is None:
         return _build_response(loaded.batch_id, state)
-    result = await _apply_to_jobs(request, loaded, job_command, _ALL_STATUSES, idempotency_key=idempotency_key)
+    result = await _apply_to_jobs(request, loaded, job_command, _ALL_STATUSES, fingerprint=fingerprint)
     return _build_response(loaded.batch_id, state, result)
 
 
@@ -184,21 +184,21 @@ async def _execute_for_jobs(
     request: Request, content: Any, command: JobCommand, statuses: Collection[JobStatus]
 ) -> Response:
     """Handle a command for each job of the batch that has one of the statuses."""
-    idempotency_key = IdempotentRequest.from_request(request, content)
+    fingerprint = RequestFingerprint.from_request(request, content)
     loaded = await _load_batch_state(request)
-    result = await _apply_to_jobs(request, loaded, command, statuses, idempotency_key=idempotency_key)
+    result = await _apply_to_jobs(request, loaded, command, statuses, fingerprint=fingerprint)
     return _build_response(loaded.batch_id, loaded.stream_state, result)
 
 
 async def _handle(
-    request: Request, loaded: _LoadedBatch, command: BatchCommand, idempotency_key: IdempotentRequest | None = None
+    request: Request, loaded: _LoadedBatch, command: BatchCommand, fingerprint: RequestFingerprint | None = None
 ) -> StreamState:
     """Handle a command of the batch itself. Return the state after it."""
     result = await handle_command(
         get_api_context(request).event_store,
         loaded.batch_id,
         command,
-        meta=_build_metadata(request, loaded, idempotency_key),
+        meta=_build_metadata(request, loaded, fingerprint),
         stream_state=loaded.stream_state,
         check=loaded.check,
     )
@@ -211,22 +211,22 @@ async def _apply_to_jobs(
     command: JobCommand,
     statuses: Collection[JobStatus],
     right: AccessLevel = AccessLevel.WRITE,
-    idempotency_key: IdempotentRequest | None = None,
+    fingerprint: RequestFingerprint | None = None,
 ) -> bulk_commands.BulkResult:
     not_found = ApiError(404, "job_not_found", "Job not found.")
     return await bulk_commands.apply_to_jobs(
         get_api_context(request).event_store,
         loaded.batch.spec.job_ids,
         command,
-        meta=_build_metadata(request, loaded, idempotency_key),
+        meta=_build_metadata(request, loaded, fingerprint),
         statuses=statuses,
         check=require_right(request, right, not_found_error=not_found),
-        idempotency_key=idempotency_key,
+        fingerprint=fingerprint,
     )
 
 
-def _build_metadata(request: Request, loaded: _LoadedBatch, idempotency_key: IdempotentRequest | None) -> EventMetadata:
-    return EventMetadata(get_actor(request), loaded.batch_id, request_fingerprint=get_request_marker(idempotency_key))
+def _build_metadata(request: Request, loaded: _LoadedBatch, fingerprint: RequestFingerprint | None) -> EventMetadata:
+    return build_metadata(request, fingerprint, loaded.batch_id)
 
 
 def _build_response(batch_id: str, current: StreamState, result: bulk_commands.BulkResult | None = None) -> Response:

@@ -12,13 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api import bulk_commands
-from jobledger.api.auth.permissions import get_actor, get_principal, resolve_owner, resolve_teams, viewer_for
+from jobledger.api.auth.permissions import get_principal, resolve_owner, resolve_teams, viewer_for
 from jobledger.api.auth.redaction import BATCH_RULES, redact_document
 from jobledger.api.context import check_disk_space, get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.conditional import build_conditional_response
 from jobledger.api.http.errors import translate_damaged_events
-from jobledger.api.http.idempotency import IdempotentRequest, get_request_marker
+from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.http.pagination import list_response
 from jobledger.api.job_documents import list_jobs_response
 from jobledger.api.openapi.operation import Operation
@@ -48,7 +48,6 @@ from jobledger.ledger.domain.errors import InvalidEvent, VersionConflict
 from jobledger.ledger.domain.events import (
     AccessControl,
     BatchSubmitted,
-    EventMetadata,
     JobLogged,
     JobProgressed,
     StepCompleted,
@@ -115,9 +114,9 @@ async def _submit(request: Request) -> Submission:
     """
     ctx = get_api_context(request)
     body, content = await read_json_body(request, BatchBody)
-    idempotency_key = await run_off_loop(request, IdempotentRequest.from_request, request, content)
-    batch_id = f"batch-{idempotency_key.derive_id()}" if idempotency_key else new_batch_id()
-    if (earlier := await find_earlier_submission(request, BATCH, batch_id, idempotency_key)) is not None:
+    fingerprint = await run_off_loop(request, RequestFingerprint.from_request, request, content)
+    batch_id = f"batch-{fingerprint.derive_id()}" if fingerprint else new_batch_id()
+    if (earlier := await find_earlier_submission(request, BATCH, batch_id, fingerprint)) is not None:
         return earlier
     check_disk_space(ctx)
     webhook, secrets = extract_webhook_secrets(body.webhook, ctx)
@@ -125,8 +124,7 @@ async def _submit(request: Request) -> Submission:
     teams = resolve_teams(request, user_id, ctx.get_groups)
     jobs, job_secrets = await build_batch_jobs(request, body, batch_id, user_id)
     job_ids = [
-        f"job-{idempotency_key.derive_id(number)}" if idempotency_key else new_job_id()
-        for number in range(1, len(jobs) + 1)
+        f"job-{fingerprint.derive_id(number)}" if fingerprint else new_job_id() for number in range(1, len(jobs) + 1)
     ]
     batch = BatchSubmitted(
         batch_name=body.batch_name,
@@ -142,11 +140,11 @@ async def _submit(request: Request) -> Submission:
     await store_webhook_secrets(ctx, secrets, *job_secrets, endpoints=endpoints)
     commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
     commands += [(job_id, SubmitJob(job)) for job_id, job in zip(job_ids, jobs, strict=True)]
-    meta = EventMetadata(get_actor(request), batch_id, request_fingerprint=get_request_marker(idempotency_key))
+    meta = build_metadata(request, fingerprint, batch_id)
     try:
         recorded = await create_streams(ctx.event_store, commands, meta=meta)
     except VersionConflict:  # a concurrent request with the same key was faster
-        if (earlier := await find_earlier_submission(request, BATCH, batch_id, idempotency_key)) is None:
+        if (earlier := await find_earlier_submission(request, BATCH, batch_id, fingerprint)) is None:
             raise
         return earlier
     except InvalidEvent:

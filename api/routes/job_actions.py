@@ -14,7 +14,7 @@ from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body, run_off_loop
 from jobledger.api.http.conditional import compute_etag, require_if_match
 from jobledger.api.http.errors import ApiError, encode_json, json_response
-from jobledger.api.http.idempotency import IdempotentRequest, get_request_marker
+from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.http.limits import track_waiting_request
 from jobledger.api.job_documents import render_jobs
 from jobledger.api.openapi.operation import Operation
@@ -185,17 +185,17 @@ async def _execute(
         The job as it was directly after the command.
     """
     job_id = JOB.id_in_path(request)
-    idempotency_key = await run_off_loop(request, IdempotentRequest.from_request, request, content)
+    fingerprint = await run_off_loop(request, RequestFingerprint.from_request, request, content)
     events = await load_events(request, JOB, job_id)
     if not events:
         raise JOB.not_found_error(job_id)
     check = require_right(request, right, not_found_error=JOB.not_found_error(job_id))
-    last_event = idempotency_key.find_in(events) if idempotency_key else None
+    last_event = fingerprint.find_in(events) if fingerprint else None
     if last_event is not None:
         check(StreamState().apply(events))
     else:
         check = require_if_match(request, check) if check_if_match else check
-        last_event, events = await _append(request, events, command, check, idempotency_key)
+        last_event, events = await _append(request, events, command, check, fingerprint)
     job = fold_events(view.fold, events_up_to(events, last_event))
     headers = {"Ledger-Position": str(last_event.position)}
     if job is None:
@@ -210,20 +210,20 @@ async def _append(
     events: list[RecordedEvent],
     command: JobCommand,
     check: Callable[[StreamState], None],
-    idempotency_key: IdempotentRequest | None,
+    fingerprint: RequestFingerprint | None,
 ) -> tuple[RecordedEvent, list[RecordedEvent]]:
     """Handle a command. Return the last event of the state to respond with, and the events of the stream."""
     event_store, job_id = get_api_context(request).event_store, JOB.id_in_path(request)
-    meta = EventMetadata(get_actor(request), request_fingerprint=get_request_marker(idempotency_key))
+    meta = build_metadata(request, fingerprint)
     try:
         result = await handle_command(
             event_store, job_id, command, meta=meta, stream_state=StreamState().apply(events), check=check
         )
     except (CommandRejected, ApiError):
-        if idempotency_key is None:
+        if fingerprint is None:
             raise
         current = await event_store.read_stream(job_id)
-        if (earlier := idempotency_key.find_in(current)) is None:
+        if (earlier := fingerprint.find_in(current)) is None:
             raise
         return earlier, current  # a concurrent request with the same key was faster
     version = result.stream_state.head.version

@@ -7,12 +7,12 @@ from datetime import datetime
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import get_actor, resolve_owner, resolve_teams
+from jobledger.api.auth.permissions import resolve_owner, resolve_teams
 from jobledger.api.context import check_disk_space, get_api_context, parse_query
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.conditional import build_conditional_response
 from jobledger.api.http.errors import translate_damaged_events
-from jobledger.api.http.idempotency import IdempotentRequest, get_request_marker
+from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.job_documents import find_paused_batches, list_jobs_response, render_job, render_jobs
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import (
@@ -36,7 +36,6 @@ from jobledger.api.submission.builder import (
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain.commands import SubmitJob
 from jobledger.ledger.domain.errors import AlreadyExists
-from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, new_job_id
 from jobledger.ledger.store.endpoint_secrets import reveal_new_secrets
@@ -70,7 +69,7 @@ async def _submit(request: Request) -> Submission:
     """
     ctx = get_api_context(request)
     body, content = await read_json_body(request, JobBody)
-    idempotency_key = await run_off_loop(request, IdempotentRequest.from_request, request, content)
+    fingerprint = await run_off_loop(request, RequestFingerprint.from_request, request, content)
     webhook, secrets = extract_webhook_secrets(body.webhook, ctx)
     job = build_job_submitted(
         body,
@@ -81,19 +80,19 @@ async def _submit(request: Request) -> Submission:
     )
     model = ctx.job_types[body.job_type]
     await check_parameters(request, [ParameterCheck(body.job_type, model, body.parameters, ("parameters",))])
-    job_id = f"job-{idempotency_key.derive_id()}" if idempotency_key else new_job_id()
-    if (earlier := await find_earlier_submission(request, JOB, job_id, idempotency_key)) is not None:
+    job_id = f"job-{fingerprint.derive_id()}" if fingerprint else new_job_id()
+    if (earlier := await find_earlier_submission(request, JOB, job_id, fingerprint)) is not None:
         return earlier
     check_disk_space(ctx)
     endpoints = collect_signing_endpoints(job)
     await store_webhook_secrets(ctx, secrets, endpoints=endpoints)
-    meta = EventMetadata(get_actor(request), request_fingerprint=get_request_marker(idempotency_key))
+    meta = build_metadata(request, fingerprint)
     try:
         [submitted] = (
             await handle_command(ctx.event_store, job_id, SubmitJob(job), meta=meta, stream_state=StreamState())
         ).events
     except AlreadyExists:  # a concurrent request with the same key was faster
-        if (earlier := await find_earlier_submission(request, JOB, job_id, idempotency_key)) is None:
+        if (earlier := await find_earlier_submission(request, JOB, job_id, fingerprint)) is None:
             raise
         return earlier
     return build_submission(request, JOB, submitted, await reveal_new_secrets(ctx.db, endpoints))

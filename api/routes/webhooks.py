@@ -23,7 +23,7 @@ from jobledger.api.auth.redaction import DELIVERY_RULES, Viewer, find_hidden_fil
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.idempotency import IdempotentRequest, get_request_marker
+from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.http.pagination import list_response
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import JOB, load_document
@@ -39,7 +39,6 @@ from jobledger.api.schemas.webhooks import (
 from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.commands import RequeueDelivery
 from jobledger.ledger.domain.delivery import Delivery, parse_source
-from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, is_deleted, load_stream_state
 from jobledger.projections.engine.stream_fold import events_up_to
@@ -107,11 +106,11 @@ async def redeliver_webhook(request: Request) -> Response:
     if await is_deleted(ctx.event_store, current.aggregate.spec.source):
         message = f"{current.aggregate.spec.source} was deleted, so its webhook cannot be redelivered."
         raise ApiError(410, "source_deleted", message)
-    idempotency_key = IdempotentRequest.from_request(request, content)
-    requeued = idempotency_key.find_in(events) if idempotency_key else None
+    fingerprint = RequestFingerprint.from_request(request, content)
+    requeued = fingerprint.find_in(events) if fingerprint else None
     if requeued is None:
         command = RequeueDelivery(get_actor(request), body.reason)
-        meta = EventMetadata(get_actor(request), request_fingerprint=get_request_marker(idempotency_key))
+        meta = build_metadata(request, fingerprint)
         result = await handle_command(ctx.event_store, delivery_id, command, meta=meta, stream_state=current)
         [requeued] = result.events
         events = [*events, requeued]
@@ -141,7 +140,7 @@ async def redeliver_webhooks(request: Request) -> Response:
     """
     body, content = await read_json_body(request, RedeliverBody)
     ctx, actor = get_api_context(request), get_actor(request)
-    idempotency_key = IdempotentRequest.from_request(request, content)
+    fingerprint = RequestFingerprint.from_request(request, content)
     await wait_for_requested_position(request)
     if body.job_id is not None:
         await _check_may_redeliver_of_job(request, body.job_id)
@@ -152,12 +151,12 @@ async def redeliver_webhooks(request: Request) -> Response:
         newest_first=False,
         max_bytes=_MAX_REDELIVERY_BYTES,
     )
-    meta = EventMetadata(actor, request_fingerprint=get_request_marker(idempotency_key))
+    meta = build_metadata(request, fingerprint)
 
     async def requeue(delivery_id: str) -> int:
         """Queue a delivery again. Return the position of its last event, 0 if its job or batch was deleted."""
         events = await ctx.event_store.read_stream(delivery_id)
-        if idempotency_key is not None and (earlier := idempotency_key.find_in(events)) is not None:
+        if fingerprint is not None and (earlier := fingerprint.find_in(events)) is not None:
             return earlier.position
         if await is_deleted(ctx.event_store, parse_source(delivery_id)):
             return 0
