@@ -29,9 +29,9 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import load_stream_state
 from jobledger.ledger.store.endpoint_secrets import RevealedSecret
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.stream_fold import fold_events
 from jobledger.projections.slots import Views
 from jobledger.projections.views import batches, jobs
+from jobledger.projections.views.documents import fold_events
 
 _UNFINISHED: Final = frozenset({"pending", "processing"})
 

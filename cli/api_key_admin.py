@@ -77,14 +77,14 @@ async def store_key(connection: Connection, key: ApiKey) -> None:
         await api_keys.store_key(db, key)
 
 
-async def list_keys(connection: Connection) -> tuple[list[ApiKey], dict[str, int]]:
+async def list_api_keys(connection: Connection) -> tuple[list[ApiKey], dict[str, int]]:
     """Return all keys, and the number of dashboard sessions by key ID.
 
     Raises:
         LedgerUnavailable, DatabaseUnsuitable: the database cannot be used.
     """
     async with open_database(connection) as db:
-        keys, counts = await api_keys.list_keys(db), await browser_sessions.count_sessions(db)
+        keys, counts = await api_keys.list_api_keys(db), await browser_sessions.count_sessions(db)
         return keys, {key.key_id: counts.get(browser_sessions.get_session_owner(key_id=key.key_id), 0) for key in keys}
 
 

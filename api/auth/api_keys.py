@@ -95,7 +95,7 @@ async def store_key(db: Database, key: ApiKey) -> None:
         await db[COLLECTION].insert_one(key.model_dump(by_alias=True))
 
 
-async def list_keys(db: Database) -> list[ApiKey]:
+async def list_api_keys(db: Database) -> list[ApiKey]:
     """Return all keys, oldest first.
 
     Raises:

@@ -56,9 +56,8 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import Command, create_streams, new_batch_id, new_job_id
 from jobledger.ledger.store.endpoint_secrets import reveal_new_secrets
 from jobledger.ledger.store.event_store import override_payload_fields
-from jobledger.projections.engine.chunk import Chunk
-from jobledger.projections.engine.registry import FOLDED_VIEWS
-from jobledger.projections.engine.stream_fold import as_of_filter
+from jobledger.projections.engine.as_of import as_of_filter
+from jobledger.projections.engine.view_changes import ViewChanges
 from jobledger.projections.views import batches as view
 from jobledger.projections.views import statistics
 from jobledger.projections.views.paging import MAX_COUNT
@@ -210,12 +209,12 @@ async def _load_as_of(request: Request, batch_id: str, as_of: int | datetime) ->
             ) as parts:
                 async for job_events in parts:
                     events += job_events
-        chunk = Chunk({name: {} for name in FOLDED_VIEWS})
+        changes = ViewChanges()
         for number, event in enumerate(sorted(filter(as_of_filter(as_of), events), key=attrgetter("position"))):
-            chunk.apply(event)
+            changes.apply(event)
             if number % _EVENTS_PER_YIELD == 0:  # lets other requests run
                 await asyncio.sleep(0)
-        batch = chunk.get("batches", batch_id)
+        batch = changes.get("batches", batch_id)
     if batch is None:
         raise BATCH.not_found_as_of_error(batch_id)
     return batch

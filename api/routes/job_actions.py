@@ -29,8 +29,9 @@ from jobledger.ledger.domain.errors import CommandRejected, InvalidState
 from jobledger.ledger.domain.events import AccessControl, EventMetadata, RecordedEvent
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import StreamState, handle_command, load_stream_state
-from jobledger.projections.engine.stream_fold import events_up_to, fold_events
+from jobledger.projections.engine.as_of import events_up_to
 from jobledger.projections.views import jobs as view
+from jobledger.projections.views.documents import fold_events
 
 _STOP_TIMEOUT_SECONDS: Final = 30.0
 

@@ -39,9 +39,10 @@ from jobledger.ledger.domain.errors import AlreadyExists
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, new_job_id
 from jobledger.ledger.store.endpoint_secrets import reveal_new_secrets
-from jobledger.projections.engine.stream_fold import as_of_filter, fold_events
+from jobledger.projections.engine.as_of import as_of_filter
 from jobledger.projections.views import batches
 from jobledger.projections.views import jobs as view
+from jobledger.projections.views.documents import fold_events
 
 
 @Operation(

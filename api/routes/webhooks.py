@@ -41,7 +41,7 @@ from jobledger.ledger.domain.commands import RequeueDelivery
 from jobledger.ledger.domain.delivery import Delivery, parse_source
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, is_deleted, load_stream_state
-from jobledger.projections.engine.stream_fold import events_up_to
+from jobledger.projections.engine.as_of import events_up_to
 from jobledger.projections.views import deliveries as view
 from jobledger.projections.views.paging import MAX_COUNT
 

@@ -54,13 +54,13 @@ def create(
 
 
 @app.command("list")
-def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def list_api_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """List API keys with user, expiry and number of dashboard sessions"""
     from jobledger.cli import api_key_admin
 
     settings = load_settings(config)
     with open_any_database_server(settings) as uri:
-        keys, sessions = asyncio.run(api_key_admin.list_keys(settings.mongodb.make_connection(uri)))
+        keys, sessions = asyncio.run(api_key_admin.list_api_keys(settings.mongodb.make_connection(uri)))
     if as_json:
         _print_json([{**api_key_admin.key_to_json(key), "sessions": sessions[key.key_id]} for key in keys])
     else:

@@ -7,7 +7,7 @@ jobs with later events are read again from their streams.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -35,6 +35,18 @@ _PAGE_EVENTS: Final = 5000
 _EVENTS_PER_REPORT: Final = 1000
 PointInTime = int | datetime
 """A position of the log, or a time."""
+
+
+def as_of_filter(as_of: PointInTime) -> Callable[[RecordedEvent], bool]:
+    """Return a predicate for the events up to a position of the log or a time, inclusive."""
+    if isinstance(as_of, int):
+        return lambda event: event.position <= as_of
+    return lambda event: isinstance(event.document.get("time"), datetime) and event.time <= as_of
+
+
+def events_up_to(events: Sequence[RecordedEvent], last: RecordedEvent) -> list[RecordedEvent]:
+    """Return the events of a stream up to one of them, inclusive."""
+    return [event for event in events if event.version <= last.version]
 
 
 @dataclass(slots=True)

@@ -40,10 +40,10 @@ from jobledger.ledger.mongo.transactions import run_transaction
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.store.subscription import Subscription
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, load_checkpoint
-from jobledger.projections.engine.chunk import ChunkTooLarge
 from jobledger.projections.engine.comparison import Difference, find_differences
 from jobledger.projections.engine.registry import ALL_VIEWS, PROJECTION_VERSION, VIEW_NAMES
 from jobledger.projections.engine.shadow import REBUILD_CHECKPOINT_ID, ShadowViews
+from jobledger.projections.engine.view_changes import ChunkTooLarge
 from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.slots import Views, ViewSlots
 

@@ -26,8 +26,8 @@ from jobledger.ledger.mongo.connection import Database, Document, is_transient, 
 from jobledger.ledger.mongo.leader_election import LeadershipLost
 from jobledger.ledger.mongo.transactions import run_transaction
 from jobledger.ledger.store.event_store import ReadPosition
-from jobledger.projections.engine.chunk import Chunk, ChunkTooLarge, Write
-from jobledger.projections.engine.chunk_loader import QUEUE_CHANGING_EVENTS, ChunkLoader
+from jobledger.projections.engine.document_loader import QUEUE_CHANGING_EVENTS, DocumentLoader
+from jobledger.projections.engine.view_changes import ChunkTooLarge, ViewChanges, Write
 from jobledger.projections.slots import Views
 from jobledger.projections.views import projection_errors, statistics
 
@@ -68,8 +68,8 @@ class ProjectionWriter:
         self.views = views
         self._checkpoint = checkpoint
         self._fence = fence
-        self._loader = ChunkLoader(db, views)
-        self._unwritten: Chunk | None = None
+        self._loader = DocumentLoader(db, views)
+        self._unwritten: ViewChanges | None = None
         self._written = asyncio.Event()
         self._max_chunk_events = _MAX_CHUNK_EVENTS
         self.position, self._hash = last_applied
@@ -99,15 +99,15 @@ class ProjectionWriter:
             LedgerUnavailable: The database failed.
             UnsupportedEvent: A later version of the program wrote one of the events.
         """
-        changed_batches: dict[str, Document] = {}
+        changed_batches: dict[str, Document | None] = {}
         begin = 0
         while begin < len(events):
             part = events[begin : begin + self._max_chunk_events]
             is_last = begin + len(part) == len(events)
             started = time.monotonic()
             try:
-                chunk = await self.prepare(part)
-                await self.write(chunk, before_write=before_write if is_last else None)
+                changes = await self.prepare(part)
+                await self.write(changes, before_write=before_write if is_last else None)
             except ChunkTooLarge as error:
                 self.discard_unwritten()
                 if len(part) == 1:
@@ -121,10 +121,10 @@ class ProjectionWriter:
                 self._max_chunk_events = max(1, len(part) // 2)
             elif self._max_chunk_events < _MAX_CHUNK_EVENTS:
                 self._max_chunk_events *= 2
-            changed_batches |= {batch["_id"]: batch for batch in chunk.current["batches"].values() if batch is not None}
-        return list(changed_batches.values())
+            changed_batches |= changes.current["batches"]
+        return [batch for batch in changed_batches.values() if batch is not None]
 
-    async def prepare(self, events: Sequence[RecordedEvent]) -> Chunk:
+    async def prepare(self, events: Sequence[RecordedEvent]) -> ViewChanges:
         """Apply the next events in memory, for `write`. The previous chunk may still be being written.
 
         Raises:
@@ -135,22 +135,22 @@ class ProjectionWriter:
         with translate_errors("loading documents of the views"):
             if self._unwritten is not None and any(event.type in QUEUE_CHANGING_EVENTS for event in events):
                 await self._written.wait()  # a query for the pending jobs must see the previous chunk
-            chunk = await self._loader.load(events, unwritten=self._unwritten, position=self.position)
+            changes = await self._loader.load(events, unwritten=self._unwritten, position=self.position)
         digest = events[-1].document.get("hash")  # events read without metadata have no hash
-        chunk.hash = digest if isinstance(digest, bytes) else None
+        changes.hash = digest if isinstance(digest, bytes) else None
         remaining = _drop_superseded_progress(events)
         if len(remaining) < len(events):
-            chunk.counter_increments[statistics.EVENTS, JobProgressed.__name__] += len(events) - len(remaining)
+            changes.counter_increments[statistics.EVENTS, JobProgressed.__name__] += len(events) - len(remaining)
         for number, event in enumerate(remaining, 1):
-            chunk.apply(event)
-            if chunk.list_index_bytes > MAX_LIST_INDEX_BYTES and number < len(remaining):
-                raise ChunkTooLarge(f"its documents have {chunk.list_index_bytes} bytes of list index")
+            changes.apply(event)
+            if changes.list_index_bytes > MAX_LIST_INDEX_BYTES and number < len(remaining):
+                raise ChunkTooLarge(f"its documents have {changes.list_index_bytes} bytes of list index")
             if number % _EVENTS_PER_YIELD == 0 and self._unwritten is not None:
                 await asyncio.sleep(0)  # lets the write of the previous chunk continue
-        self._loader.cache_documents(chunk)
-        return chunk
+        self._loader.cache_documents(changes)
+        return changes
 
-    async def write(self, chunk: Chunk, *, before_write: BeforeWrite | None = None) -> None:
+    async def write(self, changes: ViewChanges, *, before_write: BeforeWrite | None = None) -> None:
         """Write a prepared chunk. Chunks must be written one after the other in the order of the log.
 
         After an exception, this writer must not be used any more.
@@ -159,20 +159,20 @@ class ProjectionWriter:
             ChunkTooLarge: The chunk exceeds the limits of a transaction.
             LeadershipLost, LedgerUnavailable: As `apply`.
         """
-        self._unwritten = chunk
+        self._unwritten = changes
         self._written.clear()
         try:
             with translate_errors("writing the views"):
-                await self._write_or_isolate(chunk, before_write)
+                await self._write_or_isolate(changes, before_write)
         finally:
             self._written.set()  # also after an error: otherwise `prepare` would wait forever
-        for key, problem in chunk.isolated:
+        for key, problem in changes.new_problems:
             _log.error("document isolated after projection failure", document=key, **problem)
         reduced = self._loader.reduced
-        if reduced or chunk.unstorable:
-            reduced.difference_update((view, key) for view, documents in chunk.current.items() for key in documents)
-            reduced.update(chunk.unstorable)
-        self.position, self._hash = chunk.position, chunk.hash
+        if reduced or changes.unstorable:
+            reduced.difference_update((view, key) for view, documents in changes.current.items() for key in documents)
+            reduced.update(changes.unstorable)
+        self.position, self._hash = changes.position, changes.hash
         self._unwritten = None
 
     def discard_unwritten(self) -> None:
@@ -181,39 +181,41 @@ class ProjectionWriter:
         self._unwritten = None
         self._written.set()
 
-    async def _write_or_isolate(self, chunk: Chunk, before_write: BeforeWrite | None) -> None:
+    async def _write_or_isolate(self, changes: ViewChanges, before_write: BeforeWrite | None) -> None:
         try:
-            await self._write(chunk, before_write, chunk.build_writes(replaced=self._loader.reduced))
+            await self._write(changes, before_write, changes.build_writes(replaced=self._loader.reduced))
         except (_WriteRejected, PyMongoError, BSONError, ValueError, OverflowError) as error:
             if not _is_write_rejection(error):
                 raise
-            _log.warning("chunk write failed, writing documents one by one", position=chunk.position, error=str(error))
-            await self._write_without_unstorable(chunk, before_write)
+            _log.warning(
+                "chunk rejected, isolating documents that cannot be stored", position=changes.position, error=str(error)
+            )
+            await self._write_without_unstorable(changes, before_write)
 
-    async def _write_without_unstorable(self, chunk: Chunk, before_write: BeforeWrite | None) -> None:
+    async def _write_without_unstorable(self, changes: ViewChanges, before_write: BeforeWrite | None) -> None:
         """Write a chunk without the documents that cannot be stored."""
-        chunk.mark_unstorable_documents()
+        changes.mark_unstorable_documents()
         for _ in range(_MAX_REJECTED_WRITES):
-            writes = chunk.build_writes(replaced=self._loader.reduced, upserts=True)
+            writes = changes.build_writes(replaced=self._loader.reduced, upserts=True)
             try:
-                return await self._write(chunk, before_write, writes)
+                return await self._write(changes, before_write, writes)
             except _WriteRejected as rejected:
                 view, key = rejected.view, rejected.key
-                if (view, key) in chunk.skipped or view in (projection_errors.NAME, statistics.NAME):
+                if (view, key) in changes.skipped or view in (projection_errors.NAME, statistics.NAME):
                     raise rejected.error from None
                 message = f"The database rejected the document: {_server_message(rejected.error)}"
-                chunk.mark_unstorable(view, key, message)
+                changes.mark_unstorable(view, key, message)
         raise LedgerUnavailable(f"The database rejected more than {_MAX_REJECTED_WRITES} writes of one chunk.")
 
     async def _write(
         self,
-        chunk: Chunk,
+        changes: ViewChanges,
         before_write: BeforeWrite | None,
         writes: Mapping[str, Sequence[tuple[str, Write]]],
     ) -> None:
         """Write a chunk and the checkpoint in one transaction."""
         own_checkpoint = {"_id": self._checkpoint, "position": self.position, **self._fence}
-        update = {"$set": {"position": chunk.position, "hash": chunk.hash}}
+        update = {"$set": {"position": changes.position, "hash": changes.hash}}
         tries, started = 0, time.monotonic()
 
         async def write(session: AsyncClientSession) -> None:
@@ -226,13 +228,15 @@ class ProjectionWriter:
             result = await self._db.checkpoints.update_one(own_checkpoint, update, session=session)
             if not result.matched_count:
                 raise LeadershipLost
-            for view, changes in writes.items():
+            for view, view_writes in writes.items():
                 try:
-                    await self.views[view].bulk_write([change for _, change in changes], ordered=False, session=session)
+                    await self.views[view].bulk_write(
+                        [write for _, write in view_writes], ordered=False, session=session
+                    )
                 except BulkWriteError as error:
                     write_errors = error.details.get("writeErrors", [])
                     if write_errors and _is_write_rejection(error):
-                        raise _WriteRejected(view, changes[write_errors[0]["index"]][0], error) from error
+                        raise _WriteRejected(view, view_writes[write_errors[0]["index"]][0], error) from error
                     raise
 
         try:

@@ -43,7 +43,7 @@ from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import list_index, paging, projection_errors
-from jobledger.projections.views.document_fields import mark_truncated, redact_webhook
+from jobledger.projections.views.documents import mark_truncated, redact_webhook
 from jobledger.projections.views.paging import OMITTED, PageCursor, PageOptions
 
 NAME: Final = "batches"

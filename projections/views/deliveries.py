@@ -32,7 +32,7 @@ from jobledger.ledger.domain.limits import MAX_REASON_CHARACTERS, MAX_RESPONSE_C
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.slots import Views
 from jobledger.projections.views import endpoints, list_index, paging, projection_errors
-from jobledger.projections.views.document_fields import shorten_error
+from jobledger.projections.views.documents import shorten_error
 from jobledger.projections.views.paging import PageCursor, PageOptions
 
 NAME: Final = "deliveries"

@@ -20,7 +20,7 @@ from jobledger.ledger.domain.limits import (
 )
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import step_files
-from jobledger.projections.views.document_fields import mark_truncated, set_field_flag
+from jobledger.projections.views.documents import mark_truncated, set_field_flag
 
 LARGE_BYTES: Final = 64 * 1024
 """A field with more bytes of JSON is named in `large_fields`. The projector does not cache such a document."""

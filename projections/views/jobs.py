@@ -54,7 +54,7 @@ from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import list_index, paging, projection_errors, step_files
-from jobledger.projections.views.document_fields import mark_truncated, redact_webhook, shorten_error
+from jobledger.projections.views.documents import mark_truncated, redact_webhook, shorten_error
 from jobledger.projections.views.job_budgets import BUDGETED_FIELDS, apply_budgets
 from jobledger.projections.views.job_log import append_log_lines
 from jobledger.projections.views.list_index import Facet

@@ -12,9 +12,9 @@ import pytest
 from jobledger.ledger.domain.commands import UpdateJob
 from jobledger.ledger.domain.events import AccessControl
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.projections.engine import chunk_loader, document_cache, rebuild, writer
-from jobledger.projections.engine.chunk import Chunk
+from jobledger.projections.engine import document_cache, document_loader, rebuild, writer
 from jobledger.projections.engine.document_cache import MAX_CACHED_BYTES, DocumentCache, estimate_memory
+from jobledger.projections.engine.view_changes import ViewChanges
 from jobledger.projections.views import jobs, list_index
 from tests.projections.rebuild_runner import compare_views
 from tests.support.role_runner import run_roles_in_process
@@ -85,18 +85,18 @@ async def test_chunk_of_too_many_bytes_is_applied_in_parts(
     async with run_roles_in_process(connection, store, projector=True) as roles:
         large_jobs = [await roles.submit({"text": "x" * 70_000}) for _ in range(10)]
         await roles.wait_for_views()
-    monkeypatch.setattr(chunk_loader, "MAX_LOADED_BYTES", 200_000)
+    monkeypatch.setattr(document_loader, "MAX_LOADED_BYTES", 200_000)
     monkeypatch.setattr(writer, "MAX_LIST_INDEX_BYTES", 1_000_000)
     large_jobs_per_part: list[int] = []
     list_index_bytes_per_part: list[int] = []
     write = writer.ProjectionWriter.write
 
-    async def measure_and_write(self: writer.ProjectionWriter, chunk: Chunk, **options: Any) -> None:
-        large_jobs_per_part.append(sum("large_fields" in job for job in chunk.loaded[jobs.NAME].values()))
+    async def measure_and_write(self: writer.ProjectionWriter, changes: ViewChanges, **options: Any) -> None:
+        large_jobs_per_part.append(sum("large_fields" in job for job in changes.loaded[jobs.NAME].values()))
         list_index_bytes_per_part.append(
-            sum(list_index.estimate_list_index_memory(job) for job in chunk.current[jobs.NAME].values() if job)
+            sum(list_index.estimate_list_index_memory(job) for job in changes.current[jobs.NAME].values() if job)
         )
-        await write(self, chunk, **options)
+        await write(self, changes, **options)
 
     monkeypatch.setattr(writer.ProjectionWriter, "write", measure_and_write)
     async with run_roles_in_process(connection, store) as roles:

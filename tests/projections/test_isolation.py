@@ -44,8 +44,7 @@ from jobledger.ledger.store import envelope
 from jobledger.ledger.store.command_handler import StreamState, load_stream_states
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.projections.engine import projector, rebuild, writer
-from jobledger.projections.engine.chunk import Chunk, ChunkTooLarge
-from jobledger.projections.engine.registry import FOLDED_VIEWS
+from jobledger.projections.engine.view_changes import ChunkTooLarge, ViewChanges
 from jobledger.projections.views import job_list, jobs, projection_errors
 from tests.projections.expected_views import load_views, make_empty_results
 from tests.projections.rebuild_runner import compare_views, rebuild_views
@@ -372,11 +371,11 @@ async def test_chunk_of_a_long_transaction_is_written_in_parts(
     written: list[int] = []
     write = writer.ProjectionWriter._write
 
-    async def write_small_chunk(self: writer.ProjectionWriter, chunk: Chunk, first: Any, writes: Any) -> None:
-        if len(chunk.current["jobs"]) > 3:
+    async def write_small_chunk(self: writer.ProjectionWriter, changes: ViewChanges, first: Any, writes: Any) -> None:
+        if len(changes.current["jobs"]) > 3:
             raise ChunkTooLarge("simulated")
-        written.append(len(chunk.current["jobs"]))
-        await write(self, chunk, first, writes)
+        written.append(len(changes.current["jobs"]))
+        await write(self, changes, first, writes)
 
     monkeypatch.setattr(writer.ProjectionWriter, "_write", write_small_chunk)
     async with run_roles_in_process(connection, store) as roles:
@@ -503,10 +502,10 @@ async def test_file_rows_of_one_event_are_bounded_in_bytes(connection: Connectio
         results = make_empty_results().model_copy(update={"files": files})
         await roles.handle_commands(job_id, CompleteJob("worker-1", 1, results))
         events = await roles.event_store.read_stream(job_id)
-    chunk = Chunk({view: {} for view in FOLDED_VIEWS})
+    changes = ViewChanges()
     for event in events:
-        chunk.apply(event)
-    rows = chunk.changed_rows()["files"].values()
+        changes.apply(event)
+    rows = changes.changed_rows()["files"].values()
     assert len(rows) == limits.MAX_RESULT_FILES
     assert sum(len(bson.encode(row)) for row in rows if row) < 2 * limits.MAX_RESULTS_BYTES
 

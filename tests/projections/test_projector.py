@@ -26,9 +26,9 @@ from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.projections.engine import health, projector, writer
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
-from jobledger.projections.engine.chunk import Chunk
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.engine.registry import FOLDED_VIEWS, PROJECTION_VERSION
+from jobledger.projections.engine.view_changes import ViewChanges
 from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.views import queue, statistics
 from tests.projections.expected_views import (
@@ -145,34 +145,34 @@ async def test_chunk_writes_do_not_depend_on_the_chunk_size(connection: Connecti
     async with run_roles_in_process(connection, store) as roles:
         await run_random_history(roles, random.Random(5), steps=30)
         events = await roles.read_all_events()
-    single_chunk = Chunk({view: {} for view in FOLDED_VIEWS})
+    at_once = ViewChanges()
     for event in events:
-        single_chunk.apply(event)
+        at_once.apply(event)
     loaded: dict[str, dict[str, Document]] = {view: {} for view in FOLDED_VIEWS}
     increments: Counter[tuple[str, str]] = Counter()
-    rows: dict[str, dict[str, Document]] = {view: {} for view in single_chunk.changed_rows()}
+    rows: dict[str, dict[str, Document]] = {view: {} for view in at_once.changed_rows()}
     for event in events:
-        chunk = Chunk(loaded, [job for job in loaded["jobs"].values() if job["status"] == "pending"])
-        chunk.apply(event)
-        increments.update(chunk.counter_increments)
-        for _, write in chunk.build_writes().get(queue.NAME, ()):
+        changes = ViewChanges(loaded, [job for job in loaded["jobs"].values() if job["status"] == "pending"])
+        changes.apply(event)
+        increments.update(changes.counter_increments)
+        for _, write in changes.build_writes().get(queue.NAME, ()):
             if isinstance(write, InsertOne):
                 assert write._doc["_id"] not in rows[queue.NAME]
             elif isinstance(write, ReplaceOne):
-                assert write._filter["_id"] in rows[queue.NAME], "missing rows are inserted: see chunk.py"
-        for view, changed in chunk.changed_rows().items():
+                assert write._filter["_id"] in rows[queue.NAME], "missing rows are inserted: see view_changes.py"
+        for view, changed in changes.changed_rows().items():
             rows[view] = {key: row for key, row in {**rows[view], **changed}.items() if row is not None}
-        for view, documents in chunk.current.items():
+        for view, documents in changes.current.items():
             for key, document in documents.items():
                 loaded[view].pop(key, None)
                 if document is not None:
                     loaded[view][key] = document
-    assert increments == single_chunk.counter_increments
+    assert increments == at_once.counter_increments
     for view in FOLDED_VIEWS:
         assert loaded[view] == {
-            key: document for key, document in single_chunk.current[view].items() if document is not None
+            key: document for key, document in at_once.current[view].items() if document is not None
         }
-    assert rows == single_chunk.changed_rows()
+    assert rows == at_once.changed_rows()
 
 
 async def test_superseded_progress_in_a_chunk_is_counted_but_not_applied(connection: Connection, store: Path) -> None:

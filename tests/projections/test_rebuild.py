@@ -18,9 +18,9 @@ from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.mongo.leader_election import LeadershipLost
 from jobledger.projections.engine import projector, rebuild, shadow
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, load_checkpoint
-from jobledger.projections.engine.chunk import Chunk
 from jobledger.projections.engine.rebuild import Rebuild
 from jobledger.projections.engine.registry import PROJECTION_VERSION, VIEW_NAMES
+from jobledger.projections.engine.view_changes import ViewChanges
 from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.slots import SLOTS, Slot, Views, collection_name, other_slot
 from jobledger.projections.views import deliveries
@@ -212,11 +212,11 @@ async def test_interrupted_rebuild_continues_at_its_checkpoint(
     written: list[int] = []
     write = ProjectionWriter.write
 
-    async def write_three_chunks(self: ProjectionWriter, chunk: Chunk, **options: Any) -> None:
+    async def write_three_chunks(self: ProjectionWriter, changes: ViewChanges, **options: Any) -> None:
         if len(written) == 3:
             raise InterruptedRebuild
-        written.append(chunk.position)
-        await write(self, chunk, **options)
+        written.append(changes.position)
+        await write(self, changes, **options)
 
     async with run_roles_in_process(connection, store, projector=True) as roles:
         await run_random_history(roles, random.Random(23), steps=100)

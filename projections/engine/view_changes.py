@@ -1,4 +1,4 @@
-"""Apply a chunk of events in memory and plan the writes to the views. This module does no I/O.
+"""Apply a chunk of events in memory, and plan the writes to the views. This module does no I/O.
 
 If an event cannot be applied, or a document cannot be stored, only its stream is isolated
 (projections/views/projection_errors.py).
@@ -49,8 +49,8 @@ class ChunkTooLarge(Exception):
 
 
 @dataclass(slots=True)
-class Chunk:
-    """The effect of consecutive events on the views.
+class ViewChanges:
+    """The changes that a chunk of events makes to the views. A chunk is a sequence of consecutive events.
 
     Attributes:
         loaded: Documents as they were before the chunk, by view and key.
@@ -65,7 +65,7 @@ class Chunk:
         list_index_bytes: Estimated memory of the list index that the chunk writes.
     """
 
-    loaded: dict[str, dict[str, Document]]
+    loaded: dict[str, dict[str, Document]] = field(default_factory=lambda: {view: {} for view in FOLDED_VIEWS})
     pending_jobs: Sequence[Document] = ()
     current: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {view: {} for view in FOLDED_VIEWS})
     counter_increments: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -73,8 +73,8 @@ class Chunk:
     hash: bytes | None = None
     unstorable: dict[DocumentKey, Document] = field(default_factory=dict)
     skipped: set[DocumentKey] = field(default_factory=set)
-    unfoldable: dict[DocumentKey, Document] = field(default_factory=dict)
-    isolated: list[tuple[str, Document]] = field(default_factory=list)
+    problems_without_document: dict[DocumentKey, Document] = field(default_factory=dict)
+    new_problems: list[tuple[str, Document]] = field(default_factory=list)
     list_index_bytes: int = 0
 
     # Applying events ------------------------------------------------------------------------------------------------
@@ -170,13 +170,13 @@ class Chunk:
     def _isolate(self, kind: str, event: RecordedEvent, error: Exception) -> None:
         """Continue without an event that cannot be applied, and record the problem."""
         problem = projection_errors.event_problem(event, error)
-        self.isolated.append((event.stream, problem))
+        self.new_problems.append((event.stream, problem))
         try:
             self._record_problem(kind, event, problem)
         except MemoryError:
             raise
         except Exception:  # noqa: BLE001 - whatever it is, it must not stop the other streams
-            self.unfoldable[_VIEW_OF_KIND[kind], event.stream] = problem
+            self.problems_without_document[_VIEW_OF_KIND[kind], event.stream] = problem
 
     def _record_problem(self, kind: str, event: RecordedEvent, problem: Document) -> None:
         """Record a problem in the stream's document, or, without a document, only in the view of errors."""
@@ -189,7 +189,7 @@ class Chunk:
         elif (delivery := self.get(deliveries.NAME, event.stream)) is not None:
             self._set_delivery(delivery, deliveries.isolate(delivery, event, problem))
         else:
-            self.unfoldable[deliveries.NAME, event.stream] = problem
+            self.problems_without_document[deliveries.NAME, event.stream] = problem
 
     def mark_unstorable(self, view: str, key: str, message: str) -> None:
         """Store a document reduced from now on, because it cannot be stored completely.
@@ -205,7 +205,7 @@ class Chunk:
         if (view, key) not in self.unstorable:
             problem = projection_errors.document_problem(self.current.get(view, {}).get(key) or {}, message)
             self.unstorable[view, key] = problem
-            self.isolated.append((key, problem))
+            self.new_problems.append((key, problem))
 
     def mark_unstorable_documents(self) -> None:
         """Mark all documents and rows that the database cannot store."""
@@ -312,7 +312,7 @@ class Chunk:
     def _projection_error_writes(self, replaced: Collection[DocumentKey]) -> list[tuple[str, Write]]:
         """Return the writes to the view of errors. Nearly all chunks have none."""
         writes: list[tuple[str, Write]] = []
-        for (view, key), problem in {**self.unfoldable, **self.unstorable}.items():
+        for (view, key), problem in {**self.problems_without_document, **self.unstorable}.items():
             row = projection_errors.build_row(view, key, problem)
             writes.append((row["_id"], ReplaceOne({"_id": row["_id"]}, row, upsert=True)))
         for view in _REDUCE:
@@ -332,10 +332,10 @@ class Chunk:
 
 
 _VIEW_OF_KIND: Final = {"job": jobs.NAME, "batch": batches.NAME, "delivery": deliveries.NAME}
-_APPLY: Final[Mapping[str, Callable[[Chunk, RecordedEvent], None]]] = {
-    "job": Chunk._apply_to_job,
-    "batch": Chunk._apply_to_batch,
-    "delivery": Chunk._apply_to_delivery,
+_APPLY: Final[Mapping[str, Callable[[ViewChanges, RecordedEvent], None]]] = {
+    "job": ViewChanges._apply_to_job,
+    "batch": ViewChanges._apply_to_batch,
+    "delivery": ViewChanges._apply_to_delivery,
 }
 
 

@@ -20,9 +20,8 @@ from jobledger.ledger.domain.events import (
 )
 from jobledger.ledger.mongo.connection import LENIENT_CODEC, Database, Document
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.chunk import Chunk, ChunkTooLarge
 from jobledger.projections.engine.document_cache import DocumentCache, DocumentKey
-from jobledger.projections.engine.registry import FOLDED_VIEWS
+from jobledger.projections.engine.view_changes import ChunkTooLarge, ViewChanges
 from jobledger.projections.slots import Views
 from jobledger.projections.views import batches, deliveries, endpoints, jobs, projection_errors, statistics
 
@@ -34,7 +33,7 @@ _FIRST_EVENTS: Final = frozenset({JobSubmitted.__name__, BatchSubmitted.__name__
 """The first events of streams. Their documents do not exist yet."""
 
 
-class ChunkLoader:
+class DocumentLoader:
     """Reads documents from the chunk that is being written, from a cache, or from the views.
 
     Attributes:
@@ -47,12 +46,14 @@ class ChunkLoader:
         self._cache = DocumentCache()
         self.reduced: set[DocumentKey] = set()
 
-    async def load(self, events: Sequence[RecordedEvent], *, unwritten: Chunk | None, position: int) -> Chunk:
+    async def load(
+        self, events: Sequence[RecordedEvent], *, unwritten: ViewChanges | None, position: int
+    ) -> ViewChanges:
         """Return an empty chunk with all documents that the events may change.
 
         Args:
             events: The events to be applied.
-            unwritten: The previous chunk, if the database does not contain it yet.
+            unwritten: The changes of the previous chunk, if the database does not contain them yet.
             position: The last position that the views contain.
 
         Raises:
@@ -83,11 +84,11 @@ class ChunkLoader:
         job_ids = [
             job_id for batch_id in sorted(changed_queues) for job_id in loaded[batches.NAME][batch_id]["job_ids"]
         ]
-        return Chunk(loaded, await jobs.find_pending_jobs(self._views, job_ids) if job_ids else ())
+        return ViewChanges(loaded, await jobs.find_pending_jobs(self._views, job_ids) if job_ids else ())
 
-    def cache_documents(self, chunk: Chunk) -> None:
-        """Keep the changed documents of a chunk for the next chunks, except large ones."""
-        for view, documents in chunk.current.items():
+    def cache_documents(self, changes: ViewChanges) -> None:
+        """Keep the changed documents for the next chunks, except large ones."""
+        for view, documents in changes.current.items():
             for key, document in documents.items():
                 is_cached = document is not None and "large_fields" not in document
                 self._cache.put((view, key), document if is_cached else None)
@@ -98,7 +99,7 @@ class ChunkLoader:
         self._cache.clear()
 
     async def _load_documents(
-        self, view: str, keys: set[str], max_bytes: int | None, unwritten: Chunk | None, position: int
+        self, view: str, keys: set[str], max_bytes: int | None, unwritten: ViewChanges | None, position: int
     ) -> dict[str, Document]:
         """Return documents by key.
 
@@ -107,7 +108,7 @@ class ChunkLoader:
         """
         being_written = unwritten.current[view] if unwritten is not None else {}
         loaded = {key: document for key in keys if (document := self._cache.get((view, key))) is not None}
-        # The database does not contain this chunk yet, and the cache does not contain its large documents.
+        # The database does not contain these changes yet, and the cache does not contain the large documents.
         loaded |= {key: document for key in being_written.keys() & keys if (document := being_written[key]) is not None}
         if missing := keys - loaded.keys() - being_written.keys():
             async for document in self._read_documents(view, missing, max_bytes):
@@ -131,11 +132,11 @@ class ChunkLoader:
 
     async def _refold_job(self, job_id: str, position: int) -> Document:
         """Return the complete document of a job that is stored reduced, from its events up to a position."""
-        chunk = Chunk({view: {} for view in FOLDED_VIEWS})
+        changes = ViewChanges()
         for event in await EventStore(self._db).read_stream(job_id):
             if event.position <= position:
-                chunk.apply(event)
-        job = chunk.get(jobs.NAME, job_id)
+                changes.apply(event)
+        job = changes.get(jobs.NAME, job_id)
         assert job is not None  # noqa: S101 - the view contains the job, so it is not deleted
         return job
 

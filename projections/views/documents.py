@@ -1,10 +1,34 @@
-"""Fields that the documents of jobs, batches and deliveries have in common."""
+"""What the documents of jobs, batches and deliveries have in common: how they are folded, and some of their fields."""
 
 from __future__ import annotations
 
-from jobledger.ledger.domain.events import Failure, Webhook
+from collections.abc import Callable, Iterable
+
+from jobledger.ledger.domain.errors import UnreadableEvent
+from jobledger.ledger.domain.events import Failure, RecordedEvent, Webhook
 from jobledger.ledger.domain.limits import truncate_failure
 from jobledger.ledger.mongo.connection import Document
+from jobledger.projections.views import projection_errors
+
+Fold = Callable[[Document | None, RecordedEvent], Document | None]
+"""Returns the document after an event, from the document before it. None: the document does not exist."""
+
+
+def fold_events(fold: Fold, events: Iterable[RecordedEvent]) -> Document | None:
+    """Return the document after the events. At the first unreadable event, stop and name it in `projection_error`.
+
+    Raises:
+        UnreadableEvent: The first event cannot be read.
+    """
+    document: Document | None = None
+    for event in events:
+        try:
+            document = fold(document, event)
+        except UnreadableEvent as error:
+            if document is None:
+                raise
+            return {**document, projection_errors.ERROR_FIELD: projection_errors.event_problem(event, error)}
+    return document
 
 
 def shorten_error(error: Failure) -> Document:
