@@ -13,12 +13,12 @@ from jobledger.api.auth.permissions import AuthenticationMiddleware
 from jobledger.api.auth.signed_links import SignedLinkBackend
 from jobledger.api.context import ApiContext
 from jobledger.api.dashboard import pages as dashboard
-from jobledger.api.dashboard.errors import auth_error_response
-from jobledger.api.dashboard.session_cookie import SessionCookieBackend, cookie_name
+from jobledger.api.dashboard.errors import build_auth_error_response
+from jobledger.api.dashboard.session_cookie import SessionCookieBackend, get_cookie_name
 from jobledger.api.http.errors import ApiError, on_api_error, on_http_exception, on_ledger_error, on_unexpected_error
 from jobledger.api.http.limits import AuthFailureLimitMiddleware, RateLimitMiddleware
 from jobledger.api.http.memory_budget import MemoryLimitMiddleware
-from jobledger.api.http.origins import HostOriginMiddleware, cors_middleware
+from jobledger.api.http.origins import HostOriginMiddleware, build_cors_middleware
 from jobledger.api.http.request_context import PathPrefixMiddleware, RequestContextMiddleware
 from jobledger.api.http.routing import DocumentedRoute
 from jobledger.api.openapi import document as openapi
@@ -119,9 +119,9 @@ def create_app(ctx: ApiContext) -> ASGIApp:
                 allowed_hosts=ctx.allowed_hosts,
                 public_origin=ctx.public_origin,
                 cors_origins=options.cors_origins,
-                session_cookie_name=cookie_name(https=options.is_https),
+                session_cookie_name=get_cookie_name(https=options.is_https),
             ),
-            *cors_middleware(options.cors_origins),
+            *build_cors_middleware(options.cors_origins),
             Middleware(AuthFailureLimitMiddleware, options=options),
             Middleware(
                 AuthenticationMiddleware,
@@ -129,7 +129,7 @@ def create_app(ctx: ApiContext) -> ASGIApp:
                     SessionCookieBackend(ctx.auth_backend, ctx.browser_sessions, https=options.is_https)
                 ),
                 revocation_notifier=ctx.revocation_notifier,
-                on_error=auth_error_response,
+                on_error=build_auth_error_response,
             ),
             Middleware(RateLimitMiddleware, options=options),
             Middleware(MemoryLimitMiddleware, budget=ctx.memory_budget),

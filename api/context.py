@@ -13,7 +13,7 @@ from starlette.requests import Request
 from jobledger.api.auth.browser_sessions import BrowserSessions
 from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier
 from jobledger.api.auth.signed_links import SignedLinks
-from jobledger.api.auth.visibility import VisibilityCache
+from jobledger.api.auth.stream_access import StreamAccessCache
 from jobledger.api.completion_waiter import CompletionWaiter
 from jobledger.api.dashboard.markdown_preview import MarkdownPreviewer
 from jobledger.api.http.errors import ApiError
@@ -81,7 +81,7 @@ class ApiContext:
     get_groups: Callable[[str], Collection[str]]
     completion_waiter: CompletionWaiter
     http_options: HttpOptions
-    visibility: VisibilityCache
+    stream_access: StreamAccessCache
     stall_detector: StallDetector
     live_streams: LiveStreams
     signed_links: SignedLinks

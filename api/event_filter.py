@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Final
 
-from jobledger.api.auth.visibility import VisibilityCache
+from jobledger.api.auth.stream_access import StreamAccessCache
 from jobledger.api.http.errors import ApiError
 from jobledger.api.resources import BATCH, JOB
 from jobledger.ledger.domain.access import Principal
@@ -50,7 +50,7 @@ def parse_event_types(text: str | None) -> frozenset[str]:
     return frozenset(names)
 
 
-async def wait_for_visibility(visibility: VisibilityCache, position: int) -> None:
+async def wait_for_stream_access(stream_access: StreamAccessCache, position: int) -> None:
     """Wait until this process knows all access changes up to a position.
 
     Raises:
@@ -58,19 +58,19 @@ async def wait_for_visibility(visibility: VisibilityCache, position: int) -> Non
     """
     try:
         async with asyncio.timeout(_VISIBILITY_TIMEOUT_SECONDS):
-            await visibility.wait_for_position(position)
+            await stream_access.wait_for_position(position)
     except TimeoutError:
         message = "This process has not read all access changes yet. Retry in a moment."
         raise ApiError(503, "visibility_not_ready", message, retry_after_seconds=2) from None
 
 
-async def check_readable(visibility: VisibilityCache, principal: Principal, stream: str) -> None:
+async def check_readable(stream_access: StreamAccessCache, principal: Principal, stream: str) -> None:
     """Check that a job or batch exists and that a principal may read it.
 
     Raises:
         ApiError: 404.
     """
-    if not await visibility.can_follow(principal, stream) or (
-        principal.is_admin and await visibility.get_access(stream) is None
+    if not await stream_access.can_follow(principal, stream) or (
+        principal.is_admin and await stream_access.get_access(stream) is None
     ):
         raise (BATCH if BATCH.is_id(stream) else JOB).not_found_error(stream)

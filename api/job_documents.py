@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import get_principal, viewer_for
-from jobledger.api.auth.redaction import JOB_RULES, Viewer, redact_document
+from jobledger.api.auth.permissions import get_principal, get_viewer
+from jobledger.api.auth.redaction import JOB_FIELD_RULES, Viewer, redact_document
 from jobledger.api.context import get_api_context, wait_for_requested_position
 from jobledger.api.http.pagination import list_response
 from jobledger.api.schemas.jobs import JobListQuery
@@ -53,12 +53,12 @@ async def _count(request: Request, job_filter: job_list.JobFilter, db_query: Doc
 async def render_jobs(request: Request, jobs: Sequence[Document]) -> list[Document]:
     """Return jobs as the caller may see them."""
     paused = await find_paused_batches(request, jobs)
-    return [render_job(request, job, viewer_for(request, job), paused) for job in jobs]
+    return [render_job(request, job, get_viewer(request, job), paused) for job in jobs]
 
 
 def render_job(request: Request, job: Document, viewer: Viewer, paused_batches: Collection[str]) -> Document:
     """Return a job as `viewer` may see it. It is `paused` if it is pending and its batch is in `paused_batches`."""
-    document = redact_document(job, JOB_RULES, viewer)
+    document = redact_document(job, JOB_FIELD_RULES, viewer)
     if results := document.get("results"):
         document["results"] = prefix_result_urls(get_api_context(request).signed_links.path_prefix, results)
     return {**document, "paused": job["status"] == "pending" and job["batch_id"] in paused_batches}

@@ -14,12 +14,12 @@ from typing import Any, Final, Literal
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import can_read, timeout_while_authenticated, viewer_for
+from jobledger.api.auth.permissions import can_read, get_viewer, timeout_while_authenticated
 from jobledger.api.auth.redaction import Viewer
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position, wait_for_views
 from jobledger.api.http.errors import ApiError, json_response
 from jobledger.api.http.idempotency import RequestFingerprint
-from jobledger.api.http.preferences import preferred_wait, prefers_wait
+from jobledger.api.http.preferences import apply_wait_preference, prefers_wait
 from jobledger.api.schemas.request_models import AsOfQuery
 from jobledger.api.submission.builder import format_new_secrets
 from jobledger.ledger.domain.batch import Batch
@@ -141,7 +141,7 @@ async def load_for_read(request: Request, resource: Resource) -> tuple[Document,
     if as_of is None and prefers_wait(request) and (await load_or_404(request, resource))["status"] in _UNFINISHED:
         await wait_for_completion(request, resource, resource.id_in_path(request))
     document = await load_or_404(request, resource)
-    return document, viewer_for(request, document), as_of
+    return document, get_viewer(request, document), as_of
 
 
 async def wait_for_completion(request: Request, resource: Resource, resource_id: str) -> None:
@@ -150,7 +150,7 @@ async def wait_for_completion(request: Request, resource: Resource, resource_id:
     Later reads of the resource, its files or lists then agree with the response.
     """
     ctx = get_api_context(request)
-    with preferred_wait(request) as seconds, suppress(TimeoutError):
+    with apply_wait_preference(request) as seconds, suppress(TimeoutError):
         if not seconds:
             return
         async with timeout_while_authenticated(request, seconds), ctx.completion_waiter.watch(resource_id) as completed:

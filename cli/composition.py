@@ -138,7 +138,7 @@ async def start_roles(
             await stack.enter_async_context(run_in_background(sender.run(), on_failure))
         url = None
         if listener is not None and context is not None:
-            await stack.enter_async_context(run_in_background(context.visibility.run(), on_failure))
+            await stack.enter_async_context(run_in_background(context.stream_access.run(), on_failure))
             await stack.enter_async_context(run_in_background(context.disk_monitor.run(), on_failure))
             url = await stack.enter_async_context(serve_api(listener, settings.api, context, on_failure))
         try:

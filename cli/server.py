@@ -22,7 +22,7 @@ from jobledger.api.auth.browser_sessions import BrowserSessions
 from jobledger.api.auth.jwks import JwksKeySource, KeySource, StaticKeySource, create_hs256_key, load_public_key
 from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier, SingleUserBackend
 from jobledger.api.auth.signed_links import SignedLinks
-from jobledger.api.auth.visibility import VisibilityCache
+from jobledger.api.auth.stream_access import StreamAccessCache
 from jobledger.api.completion_waiter import CompletionWaiter
 from jobledger.api.context import ApiContext, WebhookOptions
 from jobledger.api.dashboard.markdown_preview import MarkdownPreviewer
@@ -122,7 +122,7 @@ def build_context(
         public_origin=settings.api.public_url,
         get_groups=backend.get_groups if isinstance(backend, ApiKeyBackend) else lambda _user_id: frozenset[str](),
         completion_waiter=completion_waiter,
-        visibility=VisibilityCache(event_store, checkpoint),
+        stream_access=StreamAccessCache(event_store, checkpoint),
         stall_detector=stall_detector,
         live_streams=LiveStreams(),
         signed_links=SignedLinks(db, settings.api.public_url),

@@ -244,30 +244,30 @@ def resolve_teams(request: Request, user_id: str, get_groups: Callable[[str], Co
 
 def can_read(request: Request, document: Document) -> bool:
     """Return whether the caller may read a job or batch. The document has `user_id`, `access_control`, `teams`."""
-    return _get_document_right(get_principal(request), document) >= AccessLevel.READ
+    return _get_document_access_level(get_principal(request), document) >= AccessLevel.READ
 
 
-def viewer_for(request: Request, document: Document) -> Viewer:
-    """Return the caller with their right to the job or batch that a document belongs to."""
+def get_viewer(request: Request, document: Document) -> Viewer:
+    """Return the caller with their access level to the job or batch that a document belongs to."""
     principal = get_principal(request)
-    return Viewer(principal, _get_document_right(principal, document))
+    return Viewer(principal, _get_document_access_level(principal, document))
 
 
-def _get_document_right(principal: Principal, document: Document) -> AccessLevel:
+def _get_document_access_level(principal: Principal, document: Document) -> AccessLevel:
     return get_access_level(
         principal, owner=document["user_id"], access=document["access_control"], teams=document["teams"]
     )
 
 
-def get_state_right(principal: Principal, state: Job | Batch) -> AccessLevel:
-    """Return a principal's right to a job or batch in its current state in the log."""
+def get_state_access_level(principal: Principal, state: Job | Batch) -> AccessLevel:
+    """Return a principal's access level to a job or batch in its current state in the log."""
     spec = state.spec
     access = spec.access_control.model_dump()
     return get_access_level(principal, owner=spec.user_id, access=access, teams=spec.teams)
 
 
-def require_right(request: Request, right: AccessLevel, *, not_found_error: ApiError) -> Callable[[StreamState], None]:
-    """Return a check for a command: the job or batch exists, and the caller has this right to it.
+def require_access(request: Request, level: AccessLevel, *, not_found_error: ApiError) -> Callable[[StreamState], None]:
+    """Return a check for a command: the job or batch exists, and the principal has this access level.
 
     The returned check raises `not_found_error` if the caller may not read it. If the caller may read it but lacks the
     right, it raises ApiError 403, or 401 for an anonymous caller.
@@ -278,17 +278,17 @@ def require_right(request: Request, right: AccessLevel, *, not_found_error: ApiE
         state = stream_state.aggregate
         if not isinstance(state, Job | Batch) or state.is_deleted:
             raise not_found_error
-        granted = get_state_right(principal, state)
+        granted = get_state_access_level(principal, state)
         if granted < AccessLevel.READ:
             raise not_found_error
-        if granted < right:
+        if granted < level:
             require_user_id(request)
-            raise ApiError(403, "forbidden", f"Forbidden: this action requires {_RIGHT_NAMES[right]}.")
+            raise ApiError(403, "forbidden", f"Forbidden: this action requires {_ACCESS_LISTS[level]}.")
 
     return check
 
 
-_RIGHT_NAMES = {AccessLevel.READ: "read_access", AccessLevel.WRITE: "write_access", AccessLevel.ADMIN: "admin_access"}
+_ACCESS_LISTS = {AccessLevel.READ: "read_access", AccessLevel.WRITE: "write_access", AccessLevel.ADMIN: "admin_access"}
 
 
 def require_monitor_role(request: Request) -> None:

@@ -29,12 +29,12 @@ class Viewer:
     """A principal and their right to a job, batch or delivery."""
 
     principal: Principal
-    right: AccessLevel
+    access_level: AccessLevel
 
     @property
     def has_full_access(self) -> bool:
         """Whether everything except secrets is shown."""
-        return self.right >= AccessLevel.ADMIN
+        return self.access_level >= AccessLevel.ADMIN
 
 
 FieldRule = Callable[[Any, Viewer], Any]
@@ -98,7 +98,7 @@ def _redact_delivery_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> 
 
 
 def _redact_attempts(attempts: Any, viewer: Viewer) -> list[Document]:
-    return [_apply_rules(attempt, ATTEMPT_RULES, viewer) for attempt in attempts]
+    return [_apply_rules(attempt, DELIVERY_ATTEMPT_FIELD_RULES, viewer) for attempt in attempts]
 
 
 def pseudonymize_worker(worker_id: Any, _viewer: Viewer | None = None) -> str | None:
@@ -134,7 +134,7 @@ _PARTIAL_FIELDS: Final[Mapping[str, FieldRule]] = {
     "omitted": _keep,
     "projection_error": _redact_projection_error,
 }
-JOB_RULES: Final[Mapping[str, FieldRule]] = {
+JOB_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
     "job_id": _keep,
     "job_type": _keep,
     "job_name": _keep,
@@ -167,7 +167,7 @@ JOB_RULES: Final[Mapping[str, FieldRule]] = {
     "position": _keep,
     **_PARTIAL_FIELDS,
 }
-BATCH_RULES: Final[Mapping[str, FieldRule]] = {
+BATCH_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
     "batch_id": _keep,
     "batch_name": _keep,
     "status": _keep,
@@ -193,7 +193,7 @@ BATCH_RULES: Final[Mapping[str, FieldRule]] = {
     "position": _keep,
     **_PARTIAL_FIELDS,
 }
-DELIVERY_RULES: Final[Mapping[str, FieldRule]] = {
+DELIVERY_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
     "delivery_id": _keep,
     "status": _keep,
     "type": _keep,
@@ -223,7 +223,7 @@ def _blank(_value: Any, _viewer: Viewer) -> str:
     return ""
 
 
-ATTEMPT_RULES: Final[Mapping[str, FieldRule]] = {
+DELIVERY_ATTEMPT_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
     "attempt": _keep,
     "attempted_at": _keep,
     "status_code": _keep,
@@ -233,7 +233,7 @@ ATTEMPT_RULES: Final[Mapping[str, FieldRule]] = {
     "body_sha256": _hide,
     "next_attempt_at": _keep,
 }
-METADATA_RULES: Final[Mapping[str, FieldRule]] = {
+METADATA_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
     "actor": _redact_actor,
     "correlation_id": _keep,
     "causation_id": _keep,
@@ -250,7 +250,7 @@ _SUBMISSION_FIELDS: Final[Mapping[str, FieldRule]] = {
 _WORKER_FIELDS: Final[Mapping[str, FieldRule]] = {"worker_id": pseudonymize_worker, "attempt": _keep}
 _ACTION_FIELDS: Final[Mapping[str, FieldRule]] = {"by": _redact_actor, "reason": _keep}
 _ACCESS_FIELDS: Final[Mapping[str, FieldRule]] = {"by": _redact_actor, "access_control": _redact_access_lists}
-EVENT_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
+EVENT_FIELD_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     "JobSubmitted": {
         **_SUBMISSION_FIELDS,
         **dict.fromkeys(("job_type", "batch_id", "job_name", "priority", "not_before", "max_attempts"), _keep),
@@ -290,7 +290,7 @@ EVENT_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
         **dict.fromkeys(("source", "source_version", "event_type", "user_id", "batch_id"), _keep),
         "webhook": _redact_webhook,
     },
-    "DeliveryAttempted": {name: rule for name, rule in ATTEMPT_RULES.items() if name != "attempted_at"},
+    "DeliveryAttempted": {name: rule for name, rule in DELIVERY_ATTEMPT_FIELD_RULES.items() if name != "attempted_at"},
     "DeliverySucceeded": {"attempt": _keep},
     "DeliveryAbandoned": {"reason": _blank},
     "DeliveryRequeued": _ACTION_FIELDS,
@@ -316,7 +316,7 @@ def find_hidden_filters(names: Iterable[str], rules: Mapping[str, FieldRule]) ->
 
 
 def redact_document(document: Document, rules: Mapping[str, FieldRule], viewer: Viewer) -> Document:
-    """Return a document as the viewer sees it. The rules are JOB_RULES, BATCH_RULES or DELIVERY_RULES."""
+    """Return a document as the viewer sees it. `rules` is such as JOB_FIELD_RULES."""
     if viewer.has_full_access:
         return {name: value for name, value in document.items() if name in rules}
     return _apply_rules(document, rules, viewer)
@@ -334,7 +334,7 @@ def redact_event(event: RecordedEvent, viewer: Viewer) -> Document:
         "type": event.type,
         "time": event.time,
         "schema": event.schema,
-        "data": _apply_rules(event.payload, EVENT_RULES.get(event.type, {}), viewer) if is_redacted else data,
-        "meta": _apply_rules(meta, METADATA_RULES, viewer) if is_redacted else meta,
+        "data": _apply_rules(event.payload, EVENT_FIELD_RULES.get(event.type, {}), viewer) if is_redacted else data,
+        "meta": _apply_rules(meta, METADATA_FIELD_RULES, viewer) if is_redacted else meta,
         "hash": None if is_redacted else digest,
     }

@@ -42,7 +42,7 @@ def render_errors(handler: RouteHandler) -> RouteHandler:
     return handle
 
 
-def auth_error_response(scope: Scope, error: ApiError) -> ASGIApp:
+def build_auth_error_response(scope: Scope, error: ApiError) -> ASGIApp:
     """Return the response to an unauthenticated request: a redirect for pages, otherwise the error as JSON."""
     path = scope["path"]
     is_page = (scope["method"] in ("GET", "HEAD") and path in _PAGE_PATHS) or path.startswith(_PAGE_PATH_PREFIXES)

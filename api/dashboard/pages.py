@@ -21,10 +21,10 @@ from jobledger.api.dashboard.errors import RouteHandler, render_errors
 from jobledger.api.dashboard.markdown_preview import render_result_preview
 from jobledger.api.dashboard.rendering import (
     DASHBOARD_PATH,
+    build_static_file_response,
     get_root_path,
     has_monitor_access,
     render_page,
-    static_file_response,
 )
 from jobledger.api.dashboard.sign_in import show_sign_in, sign_in, sign_out
 from jobledger.api.dashboard.view_updates import watch_views
@@ -226,7 +226,7 @@ async def stream_view_updates(request: Request) -> EventStreamResponse:
 
 async def get_static_file(request: Request) -> Response:
     """GET /monitoring/events/static/{version}/{name}"""
-    response = static_file_response(request.path_params["name"])
+    response = build_static_file_response(request.path_params["name"])
     if response is None:
         raise ApiError(404, "not_found", "File not found.")
     return response

@@ -21,9 +21,9 @@ from jobledger.api.dashboard.html_budget import HtmlBudget
 from jobledger.api.dashboard.session_cookie import uses_session_cookie
 from jobledger.api.dashboard.translations import (
     format_number,
+    get_script_messages,
+    get_translator,
     negotiate_language,
-    script_messages,
-    translator_for,
 )
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.events import EVENT_TYPES
@@ -61,15 +61,15 @@ def render_page(request: Request, template: str, *, status: int = 200, **context
         _environment()
         .get_template(template)
         .render(
-            t=translator_for(language),
-            script_messages=script_messages(language),
+            t=get_translator(language),
+            script_messages=get_script_messages(language),
             language=language,
             root_path=get_root_path(request),
             path=request.url.path,
             budget=budget,
             principal=principal,
             event_types=sorted(EVENT_TYPES),
-            static_version=static_files_digest(),
+            static_version=compute_static_files_digest(),
             uses_session_cookie=uses_session_cookie(request),
             status=status,
             **{"position": None, "live_source": None, **context},
@@ -105,7 +105,7 @@ def load_static_files() -> Mapping[str, bytes]:
 
 
 @cache
-def static_files_digest() -> str:
+def compute_static_files_digest() -> str:
     """Return a digest of all static files. It is part of their URLs, so browsers load changed files again."""
     digest = sha256()
     for name, content in sorted(load_static_files().items()):
@@ -113,7 +113,7 @@ def static_files_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def static_file_response(name: str) -> Response | None:
+def build_static_file_response(name: str) -> Response | None:
     """Return a static file, or None if there is none of this name. Its URL changes with it, so caches may keep it."""
     content = load_static_files().get(name)
     if content is None:

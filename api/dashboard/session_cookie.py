@@ -33,7 +33,7 @@ _MAX_CREDENTIAL_CHARACTERS: Final = 16_384
 _SCOPE_KEY: Final = "uses_session_cookie"
 
 
-def cookie_name(*, https: bool) -> str:
+def get_cookie_name(*, https: bool) -> str:
     """Return the name of the session cookie."""
     return SECURE_COOKIE_NAME if https else COOKIE_NAME
 
@@ -55,7 +55,7 @@ class SessionCookieBackend:
         """
         self._auth_backend = auth_backend
         self._sessions = sessions
-        self._cookie_name = cookie_name(https=https)
+        self._cookie_name = get_cookie_name(https=https)
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
         session_id = connection.cookies.get(self._cookie_name)
@@ -114,7 +114,9 @@ async def start_browser_session(
     key = ApiKeyToken.parse(credential)
     session_id = await sessions.create(principal, None if key is None else key.key_id)
     del response.headers["set-cookie"]
-    response.set_cookie(cookie_name(https=https), session_id, path="/", httponly=True, samesite="strict", secure=https)
+    response.set_cookie(
+        get_cookie_name(https=https), session_id, path="/", httponly=True, samesite="strict", secure=https
+    )
     return response
 
 
@@ -126,7 +128,7 @@ async def end_browser_session(
     Raises:
         LedgerUnavailable: The database failed or does not respond.
     """
-    name = cookie_name(https=https)
+    name = get_cookie_name(https=https)
     if sessions is not None and (session_id := request.cookies.get(name)):
         await sessions.end(session_id)
     response.delete_cookie(name, path="/", httponly=True, samesite="strict", secure=https)

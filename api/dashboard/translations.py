@@ -39,7 +39,7 @@ def load_messages(language: str) -> Mapping[str, tuple[str, ...]]:
     return messages
 
 
-def translator_for(language: str) -> Callable[..., str]:
+def get_translator(language: str) -> Callable[..., str]:
     """Return the function `translate(key, *args)` that templates call `t`."""
     messages = load_messages(language)
 
@@ -59,7 +59,7 @@ def format_number(number: float, language: str) -> str:
     return format_decimal(number, locale=language)
 
 
-def script_messages(language: str) -> dict[str, tuple[str, ...]]:
+def get_script_messages(language: str) -> dict[str, tuple[str, ...]]:
     """Return the messages that scripts show, with their plural forms and placeholders."""
     messages = load_messages(language)
     return {key: messages[key] for key in SCRIPT_MESSAGE_KEYS}

@@ -28,7 +28,7 @@ def is_in_networks(address: str, networks: Collection[Network]) -> bool:
     return any(parsed in network for network in networks)
 
 
-def client_address(scope: Scope, trusted: Collection[Network]) -> str:
+def get_client_address(scope: Scope, trusted: Collection[Network]) -> str:
     """Return the address of the client. If a trusted proxy is connected, use its X-Forwarded-For.
 
     The header is read from the end. Each proxy appends the address of its own client, so the first entry from the end

@@ -14,7 +14,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobledger.api.http.client_address import Network, client_address, get_rate_limit_key
+from jobledger.api.http.client_address import Network, get_client_address, get_rate_limit_key
 from jobledger.api.http.errors import ApiError, error_response
 from jobledger.api.http.options import HttpOptions
 from jobledger.ledger.domain.access import Principal
@@ -92,7 +92,7 @@ class AuthFailureLimitMiddleware:
         if self._buckets is None or credentials is None:
             return await self._app(scope, receive, send)
         buckets = self._buckets
-        address = get_rate_limit_key(client_address(scope, self._trusted_proxies))
+        address = get_rate_limit_key(get_client_address(scope, self._trusted_proxies))
         digest = blake2b(address.encode() + b"\0" + credentials, key=self._salt, digest_size=16).digest()
         holds_token = digest not in self._accepted and digest not in self._being_checked
         if holds_token and (wait_seconds := buckets.take(address)) > 0:
@@ -248,4 +248,4 @@ def _get_client_key(scope: Scope, trusted_proxies: Collection[Network]) -> str |
         return None
     if principal.user_id is not None:
         return f"user:{principal.user_id}"
-    return f"address:{get_rate_limit_key(client_address(scope, trusted_proxies))}"
+    return f"address:{get_rate_limit_key(get_client_address(scope, trusted_proxies))}"

@@ -49,7 +49,7 @@ _CORS_RESPONSE_HEADERS: Final = (
 )
 
 
-def cors_middleware(origins: Sequence[str]) -> list[Middleware]:
+def build_cors_middleware(origins: Sequence[str]) -> list[Middleware]:
     """Return the CORS middleware for `api.cors_origins`; none without origins."""
     if not origins:
         return []

@@ -14,7 +14,7 @@ MAX_WAIT_SECONDS: Final = 60
 
 
 @contextmanager
-def preferred_wait(request: Request) -> Iterator[float]:
+def apply_wait_preference(request: Request) -> Iterator[float]:
     """Yield how many seconds to wait, 0 for not at all. Count the request as waiting while the block runs.
 
     Releases the memory that was reserved for the body, because nothing of it is used after the wait. Adds the applied

@@ -70,7 +70,7 @@ class CloseableStreamingResponse(StreamingResponse):
             await asyncio.gather(sending, signed_out, return_exceptions=True)
 
 
-def content_type(media_type: str) -> str:
+def format_content_type(media_type: str) -> str:
     """Return the Content-Type of a media type: with a charset for text, application/octet-stream if malformed."""
     if not _MEDIA_TYPE.fullmatch(media_type):
         return "application/octet-stream"
@@ -79,7 +79,7 @@ def content_type(media_type: str) -> str:
     return media_type
 
 
-def content_disposition(name: str, *, attachment: bool) -> str:
+def format_content_disposition(name: str, *, attachment: bool) -> str:
     """Return the header for a file name with any characters (RFC 6266).
 
     Clients without support of `filename*` get an ASCII name.

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from jobledger.api.auth.permissions import can_read
 from jobledger.api.context import get_api_context, wait_for_requested_position
 from jobledger.api.http.errors import ApiError
-from jobledger.api.http.streaming import CloseableStreamingResponse, content_disposition
+from jobledger.api.http.streaming import CloseableStreamingResponse, format_content_disposition
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import BATCH, JOB, load_or_404
 from jobledger.api.result_files import UNTRUSTED_CONTENT_HEADERS, open_result_file
@@ -90,7 +90,7 @@ async def _archive_response(
     headers = {
         **UNTRUSTED_CONTENT_HEADERS,
         "Content-Type": "application/zip",
-        "Content-Disposition": content_disposition(f"{name}.zip", attachment=True),
+        "Content-Disposition": format_content_disposition(f"{name}.zip", attachment=True),
     }
     # Open one file before the response starts: an error can be returned only until then.
     await (await open_result_file(request, first)).close()

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api import bulk_commands
-from jobledger.api.auth.permissions import get_actor, require_right
+from jobledger.api.auth.permissions import get_actor, require_access
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.conditional import require_if_match
@@ -150,7 +150,7 @@ class _LoadedBatch:
     check: Callable[[StreamState], None]
 
 
-async def _load_batch_state(request: Request, right: AccessLevel = AccessLevel.WRITE) -> _LoadedBatch:
+async def _load_batch_state(request: Request, access_level: AccessLevel = AccessLevel.WRITE) -> _LoadedBatch:
     """Load the batch in the path, and check the caller's access and If-Match.
 
     Raises:
@@ -159,7 +159,9 @@ async def _load_batch_state(request: Request, right: AccessLevel = AccessLevel.W
     batch_id = BATCH.id_in_path(request)
     events = await load_events(request, BATCH, batch_id)
     state = StreamState().apply(events)
-    check = require_if_match(request, require_right(request, right, not_found_error=BATCH.not_found_error(batch_id)))
+    check = require_if_match(
+        request, require_access(request, access_level, not_found_error=BATCH.not_found_error(batch_id))
+    )
     check(state)
     assert isinstance(state.aggregate, Batch)  # noqa: S101 - narrows the type; a batch's stream has a batch's state
     return _LoadedBatch(batch_id, state, state.aggregate, events, check)
@@ -210,7 +212,7 @@ async def _apply_to_jobs(
     loaded: _LoadedBatch,
     command: JobCommand,
     statuses: Collection[JobStatus],
-    right: AccessLevel = AccessLevel.WRITE,
+    access_level: AccessLevel = AccessLevel.WRITE,
     fingerprint: RequestFingerprint | None = None,
 ) -> bulk_commands.BulkResult:
     not_found = ApiError(404, "job_not_found", "Job not found.")
@@ -220,7 +222,7 @@ async def _apply_to_jobs(
         command,
         meta=_build_metadata(request, loaded, fingerprint),
         statuses=statuses,
-        check=require_right(request, right, not_found_error=not_found),
+        check=require_access(request, access_level, not_found_error=not_found),
         fingerprint=fingerprint,
     )
 

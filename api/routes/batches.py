@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api import bulk_commands
-from jobledger.api.auth.permissions import get_principal, resolve_owner, resolve_teams, viewer_for
-from jobledger.api.auth.redaction import BATCH_RULES, redact_document
+from jobledger.api.auth.permissions import get_principal, get_viewer, resolve_owner, resolve_teams
+from jobledger.api.auth.redaction import BATCH_FIELD_RULES, redact_document
 from jobledger.api.context import check_disk_space, get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.conditional import build_conditional_response
@@ -100,7 +100,7 @@ async def submit_batch(request: Request) -> Response:
     """POST /api/events/batches"""
     submission = await _submit(request)
     batch = await load_submitted(request, BATCH, submission)
-    rendered = redact_document(batch, BATCH_RULES, viewer_for(request, batch))
+    rendered = redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch))
     content = {"job_ids": batch["job_ids"], "batch": rendered}
     return accepted_response(request, BATCH, submission, batch["position"], content)
 
@@ -163,7 +163,7 @@ async def list_batches(request: Request) -> Response:
     batches, next_page = await view.find_page(
         ctx.views, db_query, limit=query.limit, skip=query.skip, after=query.cursor, newest_first=query.newest_first
     )
-    rendered = [redact_document(batch, BATCH_RULES, viewer_for(request, batch)) for batch in batches]
+    rendered = [redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch)) for batch in batches]
     if principal.is_admin and not query.model_dump(exclude=set(PageQuery.model_fields), exclude_none=True):
         total, max_count = await statistics.count_batches(ctx.views), None
         return list_response("batches", rendered, next_page, total, max_count=max_count)
@@ -186,7 +186,7 @@ async def get_batch(request: Request) -> Response:
     batch, viewer, as_of = await load_for_read(request, BATCH)
     if as_of is not None:
         batch = await _load_as_of(request, batch["batch_id"], as_of)
-    return build_conditional_response(request, "batch", redact_document(batch, BATCH_RULES, viewer))
+    return build_conditional_response(request, "batch", redact_document(batch, BATCH_FIELD_RULES, viewer))
 
 
 async def _load_as_of(request: Request, batch_id: str, as_of: int | datetime) -> Document:

@@ -16,7 +16,7 @@ from jobledger.api.context import get_api_context, parse_query, wait_for_request
 from jobledger.api.http.bodies import read_optional_json_body
 from jobledger.api.http.conditional import ConditionalRequest, Range
 from jobledger.api.http.errors import ApiError, error_response, json_response
-from jobledger.api.http.streaming import CloseableStreamingResponse, content_disposition, content_type
+from jobledger.api.http.streaming import CloseableStreamingResponse, format_content_disposition, format_content_type
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.result_files import UNTRUSTED_CONTENT_HEADERS, open_result_file
 from jobledger.api.schemas.files import FileQuery, LinkBody, SignedLinkResponse
@@ -61,8 +61,8 @@ async def get_file(request: Request) -> Response:
     name = row["path"].rpartition("/")[2]
     headers |= {
         "Accept-Ranges": "bytes",
-        "Content-Type": content_type(row["media_type"]),
-        "Content-Disposition": content_disposition(name, attachment=query.download),
+        "Content-Type": format_content_type(row["media_type"]),
+        "Content-Disposition": format_content_disposition(name, attachment=query.download),
     }
     file = await open_result_file(request, row)
     try:

@@ -10,7 +10,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import viewer_for
+from jobledger.api.auth.permissions import get_viewer
 from jobledger.api.context import get_api_context, parse_query
 from jobledger.api.http.errors import json_response
 from jobledger.api.http.event_json import EPOCH, encode_event
@@ -39,7 +39,7 @@ async def get_batch_history(request: Request) -> Response:
 
 async def _get_history(request: Request, resource: Resource) -> Response:
     document = await load_or_404(request, resource)
-    viewer = viewer_for(request, document)
+    viewer = get_viewer(request, document)
     return await _page_response(
         request, resource.id_in_path(request), "events", lambda event: [encode_event(event, viewer)]
     )

@@ -9,7 +9,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import get_actor, require_right, timeout_while_authenticated
+from jobledger.api.auth.permissions import get_actor, require_access, timeout_while_authenticated
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body, run_off_loop
 from jobledger.api.http.conditional import compute_etag, require_if_match
@@ -118,8 +118,8 @@ async def delete_job(request: Request) -> Response:
     A running job is cancelled first. It is deleted when its worker has stopped it, or when the worker's lease expired.
     """
     job_id = JOB.id_in_path(request)
-    check_right = require_right(request, AccessLevel.ADMIN, not_found_error=JOB.not_found_error(job_id))
-    await _stop(request, job_id, require_if_match(request, check_right))
+    check_access = require_access(request, AccessLevel.ADMIN, not_found_error=JOB.not_found_error(job_id))
+    await _stop(request, job_id, require_if_match(request, check_access))
     # The cancellation may have changed the version, so If-Match is not checked again.
     return await _execute(request, None, Delete(get_actor(request)), AccessLevel.ADMIN, check_if_match=False)
 
@@ -169,7 +169,7 @@ async def _execute(
     request: Request,
     content: Any,
     command: JobCommand,
-    right: AccessLevel = AccessLevel.WRITE,
+    access_level: AccessLevel = AccessLevel.WRITE,
     *,
     check_if_match: bool = True,
 ) -> Response:
@@ -179,7 +179,7 @@ async def _execute(
         request: The request.
         content: Its body, which identifies a repeated request.
         command: The command.
-        right: The access that it requires.
+        access_level: The access that it requires.
         check_if_match: Reject the command if `If-Match` names another version.
 
     Returns:
@@ -190,7 +190,7 @@ async def _execute(
     events = await load_events(request, JOB, job_id)
     if not events:
         raise JOB.not_found_error(job_id)
-    check = require_right(request, right, not_found_error=JOB.not_found_error(job_id))
+    check = require_access(request, access_level, not_found_error=JOB.not_found_error(job_id))
     last_event = fingerprint.find_in(events) if fingerprint else None
     if last_event is not None:
         check(StreamState().apply(events))

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from jobledger.api.auth.permissions import get_principal, require_user_id
 from jobledger.api.context import ApiContext, get_api_context, parse_query
-from jobledger.api.event_filter import EventFilter, check_readable, parse_event_types, wait_for_visibility
+from jobledger.api.event_filter import EventFilter, check_readable, parse_event_types, wait_for_stream_access
 from jobledger.api.http.errors import ApiError, json_response
 from jobledger.api.http.event_json import encode_event
 from jobledger.api.http.pagination import JsonPage
@@ -59,7 +59,7 @@ async def list_events(request: Request) -> Response:
     event_filter = EventFilter(parse_event_types(query.types))
     head = await ctx.event_store.head_position()
     if not principal.is_admin or query.stream is not None:
-        await wait_for_visibility(ctx.visibility, head)
+        await wait_for_stream_access(ctx.stream_access, head)
     scan = _Scan(ctx, principal, event_filter, JsonPage(query.limit), query.after)
     if query.stream is None:
         await _scan_log(scan)
@@ -92,12 +92,12 @@ class _Scan:
 
     async def add_events(self, events: Sequence[RecordedEvent]) -> None:
         """Scan events in order until the page is full. Add those that match and that the principal may read."""
-        visibility, matches = self.ctx.visibility, self.event_filter.matches
+        stream_access, matches = self.ctx.stream_access, self.event_filter.matches
         if not self.principal.is_admin:
-            await visibility.wait_for_position(events[-1].position)
-            await visibility.load_access({event.stream for event in events if matches(event)})
+            await stream_access.wait_for_position(events[-1].position)
+            await stream_access.load_access({event.stream for event in events if matches(event)})
         for event in events:
-            if matches(event) and (viewer := await visibility.get_viewer(self.principal, event)) is not None:
+            if matches(event) and (viewer := await stream_access.get_viewer(self.principal, event)) is not None:
                 self.page.add(encode_event(event, viewer))
             self.scanned_count += 1
             self.last_position = event.position
@@ -119,7 +119,7 @@ async def _scan_stream(scan: _Scan, stream: str) -> None:
     """
     event_store = scan.ctx.event_store
     if not scan.principal.is_admin:
-        await check_readable(scan.ctx.visibility, scan.principal, stream)
+        await check_readable(scan.ctx.stream_access, scan.principal, stream)
     version = await event_store.version_at(stream, scan.last_position)
     if scan.principal.is_admin and not version and not await event_store.read_stream(stream, limit=1):
         raise ApiError(404, "stream_not_found", f"Stream {stream} not found.")

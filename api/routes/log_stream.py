@@ -16,9 +16,9 @@ from starlette.requests import Request
 
 from jobledger.api.auth.permissions import get_principal
 from jobledger.api.auth.redaction import Viewer
-from jobledger.api.auth.visibility import VisibilityCache
+from jobledger.api.auth.stream_access import StreamAccessCache
 from jobledger.api.context import ApiContext, get_api_context, parse_query
-from jobledger.api.event_filter import EventFilter, check_readable, parse_event_types, wait_for_visibility
+from jobledger.api.event_filter import EventFilter, check_readable, parse_event_types, wait_for_stream_access
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.event_json import encode_event
 from jobledger.api.http.sse import EventStreamResponse
@@ -63,9 +63,9 @@ async def stream_events(request: Request) -> EventStreamResponse:
     if after > head:
         raise ApiError(422, "invalid_content", f"after: got {after}, but the log ends at position {head}.")
     if event_filter.stream_ids or not principal.is_admin:
-        await wait_for_visibility(ctx.visibility, head)
+        await wait_for_stream_access(ctx.stream_access, head)
     for stream_id in event_filter.stream_ids:
-        await check_readable(ctx.visibility, principal, stream_id)
+        await check_readable(ctx.stream_access, principal, stream_id)
     return EventStreamResponse(_generate_blocks(ctx, principal, event_filter, after), ctx.live_streams)
 
 
@@ -81,7 +81,7 @@ async def _generate_blocks(
     ctx: ApiContext, principal: Principal, event_filter: EventFilter, after: int
 ) -> AsyncGenerator[bytes, None]:
     """Yield blocks until the time is over, the client may no longer read a stream, or the log is unavailable."""
-    visibility, sees_all = ctx.visibility, principal.is_admin
+    stream_access, sees_all = ctx.stream_access, principal.is_admin
     clock = asyncio.get_running_loop().time
     # A random pause, so that clients do not reconnect all at once when this process ends.
     yield b"retry: %d\nid: %d\n\n" % (random.randint(1000, 5000), after)  # noqa: S311 - spreads load, guards no secret
@@ -99,20 +99,20 @@ async def _generate_blocks(
             except LedgerUnavailable:
                 return  # the client reconnects with Last-Event-ID and misses nothing
             if chunk and not sees_all:
-                await visibility.wait_for_position(events.position)
+                await stream_access.wait_for_position(events.position)
             matching = [event for event in chunk if event_filter.matches(event)]
             if not sees_all:
-                await visibility.load_access({event.stream for event in matching})
+                await stream_access.load_access({event.stream for event in matching})
             buffer, shown_count = bytearray(), 0
             for event in matching:
-                if (viewer := await visibility.get_viewer(principal, event)) is not None:
+                if (viewer := await stream_access.get_viewer(principal, event)) is not None:
                     buffer += _encode_block(event, viewer)
                     shown_count += 1
                 if len(buffer) >= _SEND_BYTES:
                     yield bytes(buffer)
                     buffer.clear()
                     sent_position, sent_at = event.position, clock()
-            if chunk and not await _can_follow_all(visibility, principal, event_filter.stream_ids):
+            if chunk and not await _can_follow_all(stream_access, principal, event_filter.stream_ids):
                 yield bytes(buffer) + b": access was revoked\n\n"
                 return
             # Events of the live tail cost no reads, so only those of the catch-up count.
@@ -133,9 +133,9 @@ async def _generate_blocks(
             sent_at = clock()
 
 
-async def _can_follow_all(visibility: VisibilityCache, principal: Principal, stream_ids: Collection[str]) -> bool:
+async def _can_follow_all(stream_access: StreamAccessCache, principal: Principal, stream_ids: Collection[str]) -> bool:
     for stream_id in stream_ids:
-        if not await visibility.can_follow(principal, stream_id):
+        if not await stream_access.can_follow(principal, stream_id):
             return False
     return True
 

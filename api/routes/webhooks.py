@@ -15,11 +15,11 @@ from jobledger.api.auth.permissions import (
     can_read,
     get_actor,
     get_principal,
-    require_right,
+    get_viewer,
+    require_access,
     require_user_id,
-    viewer_for,
 )
-from jobledger.api.auth.redaction import DELIVERY_RULES, Viewer, find_hidden_filters, redact_document
+from jobledger.api.auth.redaction import DELIVERY_FIELD_RULES, Viewer, find_hidden_filters, redact_document
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.errors import ApiError, json_response
@@ -68,7 +68,7 @@ async def list_deliveries(request: Request) -> Response:
     )
     total = await view.count(views, db_query)
     rendered = [
-        redact_document(delivery, DELIVERY_RULES, await _viewer_of_delivery(request, delivery))
+        redact_document(delivery, DELIVERY_FIELD_RULES, await _viewer_of_delivery(request, delivery))
         for delivery in deliveries
     ]
     return list_response("deliveries", rendered, next_page, total, max_count=MAX_COUNT)
@@ -81,9 +81,9 @@ async def get_delivery(request: Request) -> Response:
     delivery_id = request.path_params["delivery_id"]
     delivery = await view.get(get_api_context(request).views, delivery_id)
     viewer = None if delivery is None else await _viewer_of_delivery(request, delivery)
-    if delivery is None or viewer is None or viewer.right < AccessLevel.READ:
+    if delivery is None or viewer is None or viewer.access_level < AccessLevel.READ:
         raise _not_found_error(delivery_id)
-    return json_response({"status": "success", "delivery": redact_document(delivery, DELIVERY_RULES, viewer)})
+    return json_response({"status": "success", "delivery": redact_document(delivery, DELIVERY_FIELD_RULES, viewer)})
 
 
 @Operation(
@@ -121,7 +121,7 @@ async def redeliver_webhook(request: Request) -> Response:
     projected = await view.get(ctx.views, delivery_id)  # only the views have the sequence number
     delivery = {**delivery, "sequence": projected["sequence"] if projected else None}
     viewer = await _viewer_of_delivery(request, delivery)
-    rendered = redact_document(delivery, DELIVERY_RULES, viewer)
+    rendered = redact_document(delivery, DELIVERY_FIELD_RULES, viewer)
     return json_response({"status": "success", "delivery": rendered}, 202, {"Ledger-Position": str(requeued.position)})
 
 
@@ -186,8 +186,8 @@ async def _build_query(request: Request, filters: DeliveryFilter) -> Document:
         if source is None or not can_read(request, source):
             raise JOB.not_found_error(filters.job_id)
         used = {name for name in DeliveryFilter.model_fields if getattr(filters, name) is not None}
-        hidden = find_hidden_filters(used, DELIVERY_RULES)
-        if hidden and not viewer_for(request, source).has_full_access:
+        hidden = find_hidden_filters(used, DELIVERY_FIELD_RULES)
+        if hidden and not get_viewer(request, source).has_full_access:
             message = f"Forbidden: the filter `{hidden[0]}` requires admin access to the job."
             raise ApiError(403, "forbidden", message)
         principal = _UNRESTRICTED
@@ -211,7 +211,7 @@ async def _viewer_of_delivery(request: Request, delivery: Document) -> Viewer:
     if principal.is_admin or delivery["user_id"] == principal.user_id:
         return Viewer(principal, AccessLevel.ADMIN)
     source = await load_document(request, str(delivery["job_id"] or delivery["batch_id"]))
-    return Viewer(principal, AccessLevel.NONE) if source is None else viewer_for(request, source)
+    return Viewer(principal, AccessLevel.NONE) if source is None else get_viewer(request, source)
 
 
 async def _check_may_redeliver(request: Request, delivery: Delivery, not_found_error: ApiError) -> None:
@@ -223,7 +223,7 @@ async def _check_may_redeliver(request: Request, delivery: Delivery, not_found_e
     principal = get_principal(request)
     if principal.is_admin or delivery.spec.user_id == principal.user_id:
         return
-    check = require_right(request, AccessLevel.WRITE, not_found_error=not_found_error)
+    check = require_access(request, AccessLevel.WRITE, not_found_error=not_found_error)
     check(await load_stream_state(get_api_context(request).event_store, delivery.spec.source))
 
 
@@ -232,7 +232,7 @@ async def _check_may_redeliver_of_job(request: Request, job_id: str) -> None:
     if not JOB.is_id(job_id):
         raise not_found_error
     require_user_id(request)
-    check = require_right(request, AccessLevel.WRITE, not_found_error=not_found_error)
+    check = require_access(request, AccessLevel.WRITE, not_found_error=not_found_error)
     check(await load_stream_state(get_api_context(request).event_store, job_id))
 
 

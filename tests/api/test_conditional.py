@@ -12,7 +12,7 @@ import httpx
 import pytest
 from starlette.requests import Request
 
-from jobledger.api.auth.redaction import BATCH_RULES, JOB_RULES
+from jobledger.api.auth.redaction import BATCH_FIELD_RULES, JOB_FIELD_RULES
 from jobledger.api.routes.docs import Docs
 from jobledger.projections.slots import Views
 from tests.api.conftest import Api
@@ -69,8 +69,8 @@ async def test_etag_changes_with_each_field_of_a_job_or_batch(api: Api, kind: st
     await api.wait_until_finished(job_id)
     await api.wait_for_event(batch_id, "BatchFinished")
     path, view, key, rules = {
-        "job": (f"/api/events/jobs/{job_id}", "jobs", job_id, JOB_RULES),
-        "batch": (f"/api/events/batches/{batch_id}", "batches", batch_id, BATCH_RULES),
+        "job": (f"/api/events/jobs/{job_id}", "jobs", job_id, JOB_FIELD_RULES),
+        "batch": (f"/api/events/batches/{batch_id}", "batches", batch_id, BATCH_FIELD_RULES),
     }[kind]
     rows = Views(api.db)[view]
     webhook = {"url": "https://example.org/hook", "headers": {"a": "***"}, "include_markdown": False}

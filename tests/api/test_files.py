@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 import httpx
 import pytest
 
-from jobledger.api.http.streaming import content_disposition, content_type
+from jobledger.api.http.streaming import format_content_disposition, format_content_type
 from jobledger.api.routes.files import compute_file_etag
 from tests.api.conftest import DEADLINE_SECONDS, Api
 from tests.api.result_files import (
@@ -398,7 +398,7 @@ async def test_download_parameter_sets_attachment_disposition(api_without_worker
 
 @pytest.mark.parametrize("name", ["a\r\nX: y", 'a"; x="', "a\\", "\x00\x7f", "‮gpj.exe", "日本", ""])
 def test_content_disposition_escapes_any_name(name: str) -> None:
-    header = content_disposition(name, attachment=True)
+    header = format_content_disposition(name, attachment=True)
     disposition, ascii_name, *encoded = re.split(r"; (?=filename)", header)
     assert (disposition, header.isascii(), header.isprintable()) == ("attachment", True, True)
     assert re.fullmatch(r'filename="[^"\\]*"', ascii_name)
@@ -419,7 +419,7 @@ def test_content_disposition_escapes_any_name(name: str) -> None:
     ],
 )
 def test_content_type_of_invalid_media_type_is_octet_stream(media_type: str, expected: str) -> None:
-    assert content_type(media_type) == expected
+    assert format_content_type(media_type) == expected
 
 
 # Large files and files that are damaged in the store ----------------------------------------------------------------

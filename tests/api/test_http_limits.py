@@ -16,7 +16,7 @@ import pytest
 from starlette.types import Message
 
 from jobledger.api.event_filter import EventFilter
-from jobledger.api.http.client_address import client_address, get_rate_limit_key
+from jobledger.api.http.client_address import get_client_address, get_rate_limit_key
 from jobledger.api.http.limits import SIGN_IN_PATH, AuthFailureLimitMiddleware
 from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.sse import Throttle
@@ -200,7 +200,7 @@ def test_rate_limit_key_is_ipv4_address_or_ipv6_network() -> None:
 def test_client_address_is_the_last_untrusted_address(peer: str, forwarded: list[str], expected: str) -> None:
     headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
     scope = {"type": "http", "client": (peer, 1), "headers": headers}
-    assert client_address(scope, [ip_network("10.0.0.0/8")]) == expected
+    assert get_client_address(scope, [ip_network("10.0.0.0/8")]) == expected
 
 
 async def test_log_stream_throttles_only_hidden_events_of_the_past() -> None:
@@ -225,7 +225,7 @@ async def test_log_stream_throttles_only_hidden_events_of_the_past() -> None:
         throttled.append(amount)
 
     ctx: Any = SimpleNamespace(
-        visibility=None,
+        stream_access=None,
         event_store=SimpleNamespace(subscribe=subscription),
         live_streams=SimpleNamespace(history_throttle=SimpleNamespace(wait=wait)),
     )

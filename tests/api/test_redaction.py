@@ -10,13 +10,13 @@ from typing import Any, Final, get_args
 import pytest
 
 from jobledger.api.auth.redaction import (
-    ATTEMPT_RULES,
-    BATCH_RULES,
-    DELIVERY_RULES,
-    EVENT_RULES,
+    BATCH_FIELD_RULES,
+    DELIVERY_ATTEMPT_FIELD_RULES,
+    DELIVERY_FIELD_RULES,
+    EVENT_FIELD_RULES,
     FILTER_FIELDS,
-    JOB_RULES,
-    METADATA_RULES,
+    JOB_FIELD_RULES,
+    METADATA_FIELD_RULES,
     Viewer,
     find_hidden_filters,
     pseudonymize_worker,
@@ -49,26 +49,29 @@ VIEWERS: Final = {
 
 
 def test_every_event_field_has_a_redaction_rule() -> None:
-    assert EVENT_RULES.keys() == EVENT_TYPES.keys()
+    assert EVENT_FIELD_RULES.keys() == EVENT_TYPES.keys()
     for name, event in EVENT_TYPES.items():
-        assert EVENT_RULES[name].keys() == event.model_fields.keys(), name
+        assert EVENT_FIELD_RULES[name].keys() == event.model_fields.keys(), name
 
 
 @pytest.mark.parametrize(
     ("rules", "model", "fields_without_rule"),
     [
-        (JOB_RULES, JobResource, {"paused"}),
-        (BATCH_RULES, BatchResource, set()),
-        (DELIVERY_RULES, DeliveryResource, set()),
-        (ATTEMPT_RULES, DeliveryAttempt, set()),
-        (METADATA_RULES, EventMetadataResource, {"request_fingerprint", "traceparent"}),
+        (JOB_FIELD_RULES, JobResource, {"paused"}),
+        (BATCH_FIELD_RULES, BatchResource, set()),
+        (DELIVERY_FIELD_RULES, DeliveryResource, set()),
+        (DELIVERY_ATTEMPT_FIELD_RULES, DeliveryAttempt, set()),
+        (METADATA_FIELD_RULES, EventMetadataResource, {"request_fingerprint", "traceparent"}),
     ],
 )
 def test_every_response_field_has_a_redaction_rule(
     rules: dict[str, Any], model: Any, fields_without_rule: set[str]
 ) -> None:
     assert model.model_fields.keys() == rules.keys() | fields_without_rule
-    assert set(EventMetadata.__dataclass_fields__) == METADATA_RULES.keys() | {"request_fingerprint", "traceparent"}
+    assert set(EventMetadata.__dataclass_fields__) == METADATA_FIELD_RULES.keys() | {
+        "request_fingerprint",
+        "traceparent",
+    }
 
 
 @pytest.mark.parametrize(
@@ -262,7 +265,11 @@ PARTLY_VISIBLE: Final = {"error_code"}  # the code of an error is visible to all
 
 
 def test_every_list_filter_is_visible_or_rejected() -> None:
-    for rules, model in ((JOB_RULES, JobListQuery), (BATCH_RULES, BatchListQuery), (DELIVERY_RULES, DeliveryFilter)):
+    for rules, model in (
+        (JOB_FIELD_RULES, JobListQuery),
+        (BATCH_FIELD_RULES, BatchListQuery),
+        (DELIVERY_FIELD_RULES, DeliveryFilter),
+    ):
         filters = model.model_fields.keys() - PageQuery.model_fields.keys() - {"q", "include"} - PARTLY_VISIBLE
         fields = {name: FILTER_FIELDS.get(name, name) for name in filters}
         assert set(fields.values()) <= rules.keys(), model

@@ -9,7 +9,7 @@ from typing import Any
 import bson
 import pytest
 
-from jobledger.api.auth.visibility import VisibilityCache
+from jobledger.api.auth.stream_access import StreamAccessCache
 from jobledger.ledger.domain.commands import AddLogEntries, CancelJob, ClaimJob, CompleteJob, CompleteStep, FailAttempt
 from jobledger.ledger.domain.events import EventMetadata, Failure, JobResults, LogEntry, ResultFile, ResultMetadata
 from jobledger.ledger.mongo.connection import Document
@@ -84,11 +84,11 @@ async def test_visibility_loads_access_with_few_bytes_of_large_jobs(
     api_without_worker: Api, read_bytes: list[int]
 ) -> None:
     batch_id, job_ids = await submit_large_batch(api_without_worker)
-    visibility = VisibilityCache(api_without_worker.event_store, Checkpoint(api_without_worker.db))
-    await visibility.load_access([batch_id, *job_ids])
+    stream_access = StreamAccessCache(api_without_worker.event_store, Checkpoint(api_without_worker.db))
+    await stream_access.load_access([batch_id, *job_ids])
     assert 0 < sum(read_bytes) < 10_000
-    accesses = [visibility._access[stream] for stream in (batch_id, *job_ids)]
+    accesses = [stream_access._access[stream] for stream in (batch_id, *job_ids)]
     for access in accesses:
         assert access is not None
-        assert not access.unreadable
+        assert not access.is_unreadable
         assert (access.owner, access.version) == ("local", 1)

@@ -14,10 +14,10 @@ from jobledger.api.dashboard.attempt_timeline import OUTCOMES
 from jobledger.api.dashboard.translations import (
     SCRIPT_MESSAGE_KEYS,
     SUPPORTED_LANGUAGES,
+    get_script_messages,
+    get_translator,
     load_messages,
     negotiate_language,
-    script_messages,
-    translator_for,
 )
 from jobledger.ledger.domain.statuses import BatchStatus, DeliveryStatus, JobStatus
 
@@ -89,11 +89,11 @@ def test_every_key_of_templates_and_scripts_exists_and_no_key_is_unused() -> Non
 
 def test_scripts_get_exactly_the_messages_they_use() -> None:
     assert set(SCRIPT_MESSAGE_KEYS) == keys_of_scripts()
-    assert script_messages("de")["selection"] == ("Auswahl: {0} Job", "Auswahl: {0} Jobs")
+    assert get_script_messages("de")["selection"] == ("Auswahl: {0} Job", "Auswahl: {0} Jobs")
 
 
 def test_translator_selects_plural_form_by_first_argument() -> None:
-    t = translator_for("de")
+    t = get_translator("de")
     assert [t("selection", number) for number in (0, 1, 12)] == [
         "Auswahl: 0 Jobs",
         "Auswahl: 1 Job",
@@ -102,14 +102,14 @@ def test_translator_selects_plural_form_by_first_argument() -> None:
 
 
 def test_translator_writes_numbers_as_in_its_language() -> None:
-    assert translator_for("de")("throughput_summary", 5.0, 0.0834) == (
+    assert get_translator("de")("throughput_summary", 5.0, 0.0834) == (
         "Letzte Minute: 5, Durchschnitt der letzten Stunde: 0,083"
     )
-    assert translator_for("en")("event_count", 1234) == "1,234 events"
+    assert get_translator("en")("event_count", 1234) == "1,234 events"
 
 
 def test_translator_escapes_text_beside_markup() -> None:
-    t = translator_for("en")
+    t = get_translator("en")
     assert t("throughput_summary", Markup("<b>1</b>"), "<i>") == Markup(
         "Last minute: <b>1</b>, average of the last hour: &lt;i&gt;"
     )

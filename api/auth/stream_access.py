@@ -2,7 +2,7 @@
 
 No revocation is missed, for these reasons:
 
-- `Visibility` subscribes to the whole log without gaps. It updates the rights to a job or batch at each event that
+- The cache subscribes to the whole log without gaps. It updates the rights to a job or batch at each event that
   changes them.
 - It has processed the position of an event before it returns the rights to that event, so it has all earlier changes.
 - It reads unknown rights from the log. If a change arrives during the read, it reads again.
@@ -64,18 +64,18 @@ class StreamAccess:
     owner: str = ""
     access_control: dict[str, Any] = field(default_factory=dict)
     teams: tuple[str, ...] = ()
-    deleted: bool = False
-    unreadable: bool = False
+    is_deleted: bool = False
+    is_unreadable: bool = False
 
-    def get_right(self, principal: Principal) -> AccessLevel:
+    def get_level(self, principal: Principal) -> AccessLevel:
         """Return a principal's right; after deletion, the right before it."""
-        if self.unreadable:
+        if self.is_unreadable:
             return AccessLevel.NONE
         return get_access_level(principal, owner=self.owner, access=self.access_control, teams=self.teams)
 
     def allows(self, principal: Principal) -> bool:
         """Return whether a principal may read it; after deletion, whether they could before."""
-        return self.get_right(principal) >= AccessLevel.READ
+        return self.get_level(principal) >= AccessLevel.READ
 
 
 def _apply_event(access: StreamAccess | None, event: RecordedEvent) -> StreamAccess | None:
@@ -86,18 +86,18 @@ def _apply_event(access: StreamAccess | None, event: RecordedEvent) -> StreamAcc
     try:
         payload: Event = event.event
     except UnreadableEvent:
-        return StreamAccess(version, unreadable=True)
+        return StreamAccess(version, is_unreadable=True)
     if isinstance(payload, JobSubmitted | BatchSubmitted):
         return StreamAccess(version, payload.user_id, payload.access_control.model_dump(), tuple(payload.teams))
-    if access is None or access.unreadable:
+    if access is None or access.is_unreadable:
         return access
     if isinstance(payload, _DELETED):
-        return replace(access, version=version, deleted=True)
+        return replace(access, version=version, is_deleted=True)
     changed = getattr(payload, "access_control", None)
     return access if changed is None else replace(access, version=version, access_control=changed.model_dump())
 
 
-class VisibilityCache:
+class StreamAccessCache:
     """Cache of the access rights to jobs and batches, most recently used first. One for each process."""
 
     def __init__(self, event_store: EventStore, checkpoint: Checkpoint) -> None:
@@ -116,7 +116,7 @@ class VisibilityCache:
             try:
                 await self._process_events()
             except LedgerUnavailable as error:
-                _log.warning("visibility updates interrupted, retrying", error=str(error))
+                _log.warning("updates of access rights interrupted, retrying", error=str(error))
                 await asyncio.sleep(0.5)
 
     async def _process_events(self) -> None:
@@ -164,9 +164,9 @@ class VisibilityCache:
         if principal.is_admin:
             return Viewer(principal, AccessLevel.ADMIN)
         access = await self.get_access(event.stream, at=event.position)
-        if access is None or (access.deleted and event.type not in _DELETION_EVENT_TYPES):
+        if access is None or (access.is_deleted and event.type not in _DELETION_EVENT_TYPES):
             return None
-        right = access.get_right(principal)
+        right = access.get_level(principal)
         return Viewer(principal, right) if right >= AccessLevel.READ else None
 
     async def can_follow(self, principal: Principal, stream: str) -> bool:
@@ -178,7 +178,7 @@ class VisibilityCache:
         if principal.is_admin:
             return True
         access = await self.get_access(stream)
-        return access is not None and not access.deleted and access.allows(principal)
+        return access is not None and not access.is_deleted and access.allows(principal)
 
     async def get_access(self, stream: str, *, at: int = 0) -> StreamAccess | None:
         """Return the access rights to a stream, with all changes up to position `at`; None without an owner."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobledger.api.auth.visibility import _IRRELEVANT_EVENT_TYPES, VisibilityCache
+from jobledger.api.auth.stream_access import _IRRELEVANT_EVENT_TYPES, StreamAccessCache
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.commands import CancelJob, ChangeAccess, Delete, SubmitJob
 from jobledger.ledger.domain.events import EVENT_TYPES, AccessControl, EventMetadata, RecordedEvent
@@ -270,7 +270,7 @@ class ConcurrentCommandStore(EventStore):
     """Handles a command after the access of a job was read, and lets it be processed before the result is stored."""
 
     concurrent_command: Command | None = None
-    visibility: VisibilityCache
+    stream_access: StreamAccessCache
 
     async def iterate_stream_batches(
         self, streams: Collection[str], *, exclude_types: Collection[str] = (), data_expression: Document | None = None
@@ -281,28 +281,28 @@ class ConcurrentCommandStore(EventStore):
         if (command := self.concurrent_command) is not None:
             self.concurrent_command = None
             recorded = (await handle_command(self, next(iter(streams)), command, meta=EventMetadata("test"))).events
-            await self.visibility.wait_for_position(recorded[-1].position)
+            await self.stream_access.wait_for_position(recorded[-1].position)
 
 
 @asynccontextmanager
-async def run_visibility(ledger: Ledger) -> AsyncIterator[VisibilityCache]:
-    visibility = VisibilityCache(ledger.event_store, Checkpoint(ledger.db))
-    task = asyncio.create_task(visibility.run())
+async def run_stream_access(ledger: Ledger) -> AsyncIterator[StreamAccessCache]:
+    stream_access = StreamAccessCache(ledger.event_store, Checkpoint(ledger.db))
+    task = asyncio.create_task(stream_access.run())
     try:
-        yield visibility
+        yield stream_access
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager
-async def open_ledger_with_visibility(uri: str, db_name: str) -> AsyncIterator[tuple[Ledger, VisibilityCache]]:
+async def open_ledger_with_stream_access(uri: str, db_name: str) -> AsyncIterator[tuple[Ledger, StreamAccessCache]]:
     async with (
         asyncio.timeout(DEADLINE_SECONDS),
         open_ledger(Connection(uri, db_name)) as ledger,
-        run_visibility(ledger) as visibility,
+        run_stream_access(ledger) as stream_access,
     ):
-        yield ledger, visibility
+        yield ledger, stream_access
 
 
 async def submit_job(event_store: EventStore, **fields: Any) -> RecordedEvent:
@@ -313,62 +313,62 @@ async def submit_job(event_store: EventStore, **fields: Any) -> RecordedEvent:
 async def test_access_change_during_load_is_not_lost(
     mongodb_uri: str, db_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.auth.visibility._MAX_STREAMS", 1)
+    monkeypatch.setattr("jobledger.api.auth.stream_access._MAX_STREAMS", 1)
     async with (
         asyncio.timeout(DEADLINE_SECONDS),
         open_ledger(Connection(mongodb_uri, db_name), store_class=ConcurrentCommandStore) as ledger,
     ):
         event_store = ledger.event_store
         assert isinstance(event_store, ConcurrentCommandStore)
-        async with run_visibility(ledger) as visibility:
-            event_store.visibility = visibility
+        async with run_stream_access(ledger) as stream_access:
+            event_store.stream_access = stream_access
             event = await submit_job(event_store, access_control=AccessControl(**FOR_BOB))
-            await visibility.wait_for_position(
+            await stream_access.wait_for_position(
                 (await submit_job(event_store)).position
             )  # the first job leaves the cache
             event_store.concurrent_command = ChangeAccess("user:alice", PRIVATE)
-            assert not await visibility.get_viewer(Principal("bob"), event)
+            assert not await stream_access.get_viewer(Principal("bob"), event)
 
 
 async def test_late_event_does_not_undo_newer_access(mongodb_uri: str, db_name: str) -> None:
-    async with open_ledger_with_visibility(mongodb_uri, db_name) as (ledger, visibility):
+    async with open_ledger_with_stream_access(mongodb_uri, db_name) as (ledger, stream_access):
         event = await submit_job(ledger.event_store)
         for access in (AccessControl(visibility="public"), PRIVATE):
             await handle_command(
                 ledger.event_store, event.stream, ChangeAccess("user:alice", access), meta=EventMetadata("test")
             )
-        await visibility.wait_for_position(event.position + 2)
+        await stream_access.wait_for_position(event.position + 2)
         _, public, _ = await ledger.event_store.read_stream(event.stream)
-        visibility._access.clear()
-        assert not await visibility.get_viewer(Principal("bob"), event)
-        visibility._process_event(public)
-        assert not await visibility.get_viewer(Principal("bob"), event)
+        stream_access._access.clear()
+        assert not await stream_access.get_viewer(Principal("bob"), event)
+        stream_access._process_event(public)
+        assert not await stream_access.get_viewer(Principal("bob"), event)
 
 
 async def test_get_viewer_waits_for_earlier_events(mongodb_uri: str, db_name: str) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS), open_ledger(Connection(mongodb_uri, db_name)) as ledger:
-        visibility = VisibilityCache(ledger.event_store, Checkpoint(ledger.db))
+        stream_access = StreamAccessCache(ledger.event_store, Checkpoint(ledger.db))
         event = await submit_job(ledger.event_store, access_control=AccessControl(visibility="public"))
-        viewer = asyncio.create_task(visibility.get_viewer(Principal("bob"), event))
+        viewer = asyncio.create_task(stream_access.get_viewer(Principal("bob"), event))
         await asyncio.wait({viewer}, timeout=0.2)
         assert not viewer.done()
-        processing = asyncio.create_task(visibility.run())
+        processing = asyncio.create_task(stream_access.run())
         assert await viewer
         processing.cancel()
 
 
 async def test_unknown_event_type_hides_job_from_all_but_admins(mongodb_uri: str, db_name: str) -> None:
-    async with open_ledger_with_visibility(mongodb_uri, db_name) as (ledger, visibility):
+    async with open_ledger_with_stream_access(mongodb_uri, db_name) as (ledger, stream_access):
         event = await submit_job(ledger.event_store, access_control=AccessControl(visibility="public"))
-        assert await visibility.get_viewer(Principal("bob"), event)
+        assert await stream_access.get_viewer(Principal("bob"), event)
         [(stored, _)] = await ledger.event_store.read_documents(after=0, limit=1)
         unknown_event = {**stored, "_id": 2, "version": 2, "type": "JobHidden", "event_id": "later"}
         await ledger.db.events.insert_one(unknown_event)
-        await visibility.wait_for_position(2)
-        assert not await visibility.get_viewer(Principal("bob"), event)
-        visibility._access.clear()
-        assert not await visibility.get_viewer(Principal("bob"), event)
-        assert await visibility.get_viewer(Principal("root", roles=frozenset({"admin"})), event)
+        await stream_access.wait_for_position(2)
+        assert not await stream_access.get_viewer(Principal("bob"), event)
+        stream_access._access.clear()
+        assert not await stream_access.get_viewer(Principal("bob"), event)
+        assert await stream_access.get_viewer(Principal("root", roles=frozenset({"admin"})), event)
 
 
 def test_relevant_event_types_are_those_that_change_access() -> None:
