@@ -19,6 +19,7 @@ from jobledger.ledger.store.event_store import EventStore
 from tests.api.conftest import Api, run_api
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.soak_only import soak_only
+from tests.support.suspension import suspend
 
 pytestmark = needs_local_mongod
 
@@ -99,7 +100,7 @@ async def test_killed_database_gives_503_until_it_returns(api: Api, server: Embe
 
 async def test_readyz_with_frozen_database_gives_503_within_seconds(api: Api, server: EmbeddedServer) -> None:
     assert (await api.get("/readyz")).status_code == 200
-    os.kill(server.pid, signal.SIGSTOP)
+    suspend(server.pid)
     try:
         await check_unavailable(api, "GET", "/readyz", 7)  # without a time limit, until the driver's next heartbeat
     finally:
@@ -110,7 +111,7 @@ async def test_readyz_with_frozen_database_gives_503_within_seconds(api: Api, se
 async def test_frozen_database_gives_503_in_bounded_time(api: Api, server: EmbeddedServer) -> None:
     job_id = await api.submit()
     await api.wait_until_finished(job_id)
-    os.kill(server.pid, signal.SIGSTOP)
+    suspend(server.pid)
     try:
         for path in ("/api/events/jobs", f"/api/events/jobs/{job_id}", "/readyz"):
             await check_unavailable(api, "GET", path)

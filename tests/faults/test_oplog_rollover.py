@@ -21,7 +21,7 @@ from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
-from tests.support.driver_hooks import CommandCounter, is_suspended, monitor_connection
+from tests.support.driver_hooks import CommandCounter, monitor_connection
 from tests.support.event_examples import NOON
 from tests.support.ledger_setup import (
     EVENT_METADATA,
@@ -34,6 +34,7 @@ from tests.support.ledger_setup import (
     read_all_events,
 )
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.suspension import suspend
 from tests.support.tcp_proxy import TcpProxy
 
 pytestmark = needs_local_mongod
@@ -135,9 +136,8 @@ class Subscriber:
     async def wait_for_position(self, position: int) -> None:
         await poll_until(lambda: self.delivered()[-1:] >= [(position, "")], DEADLINE_SECONDS)
 
-    async def suspend(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
-        await poll_until(lambda: is_suspended(self.pid))
+    def suspend(self) -> None:
+        suspend(self.pid)
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
@@ -171,7 +171,7 @@ async def test_subscriber_suspended_during_the_rollover_misses_no_event(
     try:
         await subscriber.wait_for_position(await append_events(writer))
         assert subscriber.errors() & HISTORY_LOST_CODES == set()
-        await subscriber.suspend()
+        subscriber.suspend()
         await append_events(writer)
         await asyncio.to_thread(roll_over, connection.uri)
         last = await append_events(writer)

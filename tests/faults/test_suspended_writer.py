@@ -19,7 +19,7 @@ from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
-from tests.support.driver_hooks import HookPoint, OneTimeHook, is_suspended, monitor_connection, suspend_own_process
+from tests.support.driver_hooks import HookPoint, OneTimeHook, monitor_connection, suspend_own_process
 from tests.support.event_examples import NOON, make_job_submitted
 from tests.support.ledger_setup import (
     EVENT_METADATA,
@@ -32,6 +32,7 @@ from tests.support.ledger_setup import (
     read_all_events,
 )
 from tests.support.mongodb_provider import transaction_lifetime
+from tests.support.suspension import is_suspended
 
 VOID_AFTER_SECONDS = 0.3
 LIMITS = EventStoreLimits(gap_timeout_seconds=VOID_AFTER_SECONDS)

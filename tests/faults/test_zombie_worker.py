@@ -14,7 +14,6 @@ import pytest
 
 from jobledger.ledger.domain.events import JobClaimed, JobLeaseExpired, JobProgressed, WorkerFenced
 from jobledger.ledger.mongo.connection import Connection, Document
-from tests.support.driver_hooks import is_suspended
 from tests.support.history_check import check_history
 from tests.support.job_processes import list_job_processes
 from tests.support.ledger_setup import load_event_documents
@@ -27,6 +26,7 @@ from tests.support.role_runner import (
 )
 from tests.support.slow_site import SlowSite, serve_site
 from tests.support.soak_only import soak_only
+from tests.support.suspension import is_suspended
 from tests.support.zombie_worker import run_zombie_worker
 
 LEASE_SECONDS = 2.0

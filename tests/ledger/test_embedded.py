@@ -31,6 +31,7 @@ from jobledger.ledger.mongo.embedded import EmbeddedServer, attach_or_start, fin
 from jobledger.ledger.mongo.embedded_lock import ServerInfo, read_server_info, wait_until, write_server_info
 from tests.support.ledger_setup import DEADLINE_SECONDS
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.suspension import suspend
 
 pytestmark = needs_local_mongod
 
@@ -286,7 +287,7 @@ async def test_wait_exited_returns_zero_after_stop(tmp_path: Path) -> None:
 def test_mongod_that_does_not_stop_is_killed_with_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "STOP_SECONDS", 0.5)
     server = EmbeddedServer.start(tmp_path)
-    os.kill(server.pid, signal.SIGSTOP)
+    suspend(server.pid)
     with capture_logs() as log_entries:
         server.stop()
     assert [entry["log_level"] for entry in log_entries] == ["warning"]
@@ -346,6 +347,7 @@ ATTACH_PROGRAM = """
 import sys
 from pathlib import Path
 from jobledger.ledger.mongo.embedded import attach_or_start
+from tests.support.suspension import suspend
 with attach_or_start(Path(sys.argv[1])) as uri:
     print(uri, flush=True)
     sys.stdin.read()

@@ -11,7 +11,6 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
@@ -78,7 +77,3 @@ class CommandCounter(CommandListener):
 
 def suspend_own_process() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def is_suspended(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

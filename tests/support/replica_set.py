@@ -26,6 +26,7 @@ from pymongo.errors import PyMongoError
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.mongo.embedded import PR_SET_PDEATHSIG, find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until
+from tests.support.suspension import suspend
 
 NODES: Final = 3
 ELECTION_TIMEOUT_MS: Final = 1500
@@ -96,9 +97,15 @@ class Node:
         self.kill()
         shutil.rmtree(self._data)
 
-    def send_signal(self, signum: signal.Signals) -> None:
+    def suspend(self) -> None:
         assert self._process is not None, f"{self} is not running"
-        self._process.send_signal(signum)
+        suspend(self._process.pid)
+        self.is_suspended = True
+
+    def resume(self) -> None:
+        assert self._process is not None, f"{self} is not running"
+        self._process.send_signal(signal.SIGCONT)
+        self.is_suspended = False
 
     def hello(self) -> Mapping[str, Any]:
         """Return the response to `hello`, or an empty document without one."""
@@ -200,12 +207,10 @@ class ReplicaSet:
 
     def suspend(self, node: Node) -> None:
         """Suspend a node with SIGSTOP. The other nodes see it as unreachable."""
-        node.send_signal(signal.SIGSTOP)
-        node.is_suspended = True
+        node.suspend()
 
     def resume(self, node: Node) -> None:
-        node.send_signal(signal.SIGCONT)
-        node.is_suspended = False
+        node.resume()
 
     def step_down(self, primary: Node, *, force: bool = False) -> Node:
         """Make a primary step down and return the next one. With `force`, ignore unreplicated writes."""

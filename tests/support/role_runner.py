@@ -39,6 +39,7 @@ from jobledger.workers.executor import ExecutorSettings
 from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.webhooks.deliverer import Deliverer, DeliverySettings
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
+from tests.support.suspension import suspend
 
 WAIT_TIMEOUT_SECONDS = 60.0
 TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
@@ -332,7 +333,11 @@ class RolesSubprocess:
         assert line == "running\n", "the process exited during startup"
 
     def send_signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        """Send a signal. SIGSTOP returns after all threads have stopped."""
+        if number == signal.SIGSTOP:
+            suspend(self.pid)
+        else:
+            self.process.send_signal(number)
 
     async def wait_for_exit(self, seconds: float = WAIT_TIMEOUT_SECONDS) -> int:
         """Wait for the exit and return the exit code."""

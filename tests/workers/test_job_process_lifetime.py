@@ -27,6 +27,7 @@ from tests.support.role_runner import (
 )
 from tests.support.slow_site import SlowSite
 from tests.support.slow_site import serve_site as serve_slow_site
+from tests.support.suspension import suspend
 
 EXIT_SECONDS = 15.0
 """Within this time a job process ends. It is less than any timeout that would end the process anyway."""
@@ -153,7 +154,7 @@ async def test_programs_of_a_processor_end_with_its_job_process(
 async def test_cancelled_job_process_is_killed_when_stopped_by_sigstop(roles: RunningRoles, site: SlowSite) -> None:
     job_id = await roles.submit(site.job_parameters(), job_type="session")
     pid = await wait_for_job_process(site)
-    os.kill(pid, signal.SIGSTOP)
+    suspend(pid)
     await roles.handle_commands(job_id, CancelJob("user-1"))
     await poll_until(lambda: has_exited(pid), "the job process has exited", seconds=EXIT_SECONDS)
     assert (await roles.wait_until_finished(job_id))["status"] == "cancelled"

@@ -37,6 +37,7 @@ from tests.support.role_runner import (
     run_roles_in_process,
     run_roles_subprocess,
 )
+from tests.support.suspension import suspend
 from tests.workers.misbehaving_processors import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
@@ -254,7 +255,7 @@ async def test_unresponsive_job_process_ends_on_cancel_timeout_and_shutdown(
             limit = 3 if end == "timeout" else 60
             job_ids = {action: await submit(roles, tmp_path / action, action, timeout_s=limit) for action in actions}
             pids = {action: await wait_for_start(tmp_path / action) for action in actions}
-            os.kill(pids["sleep"], signal.SIGSTOP)
+            suspend(pids["sleep"])
             await assert_other_jobs_complete(roles)
             if end == "cancel":
                 for job_id in job_ids.values():
@@ -281,7 +282,7 @@ async def test_hanging_fork_server_is_replaced(
     pid = await wait_for_start(file)
     server = parent_pid(parent_pid(pid))
     monkeypatch.setattr(fork_server_client, "START_SECONDS", 1.0)
-    os.kill(server, signal.SIGSTOP)
+    suspend(server)
     await assert_other_jobs_complete(roles)
     await poll_until(lambda: has_exited(server), "the fork server is replaced", seconds=EXIT_SECONDS)
     assert not has_exited(pid), "jobs that it started continue"
@@ -296,7 +297,7 @@ async def test_hanging_process_start_does_not_delay_shutdown(connection: Connect
         async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
             await assert_other_jobs_complete(roles)
             server = next(pid for pid in list_descendants(os.getpid()) if is_fork_server(pid))
-            os.kill(server, signal.SIGSTOP)
+            suspend(server)
             job_id = await submit(roles, file, "sleep")
             await roles.wait_for_event(JobClaimed, job_id)
             await asyncio.sleep(0.2)  # the worker waits for the stopped fork server
