@@ -29,7 +29,7 @@ PATH_OF_A_JOB = (
     "workers.executor",
     "workers.child.process",
     "workers.processor",
-    "workers.attempt_recorder",
+    "workers.attempt_writer",
     "workers.outcome_recorder",
 )
 """From the request to the completed job: the modules that a submitted job passes, in this order."""

@@ -12,7 +12,7 @@ content later finds no such file and writes a new one. A process that saved it b
 - If the job has ended, its steps and results are in the views when these have reached the head that was read after the
   file was set aside.
 
-A job that reuses a finished step of another job records that before its lease ends, or is fenced. So a removal waits
+A job that reuses a completed step of another job records that before its lease ends, or is fenced. So a removal waits
 longer than a lease. While the views do not contain all files of some job, nothing is removed.
 """
 

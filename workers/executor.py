@@ -14,22 +14,21 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
-from jobledger.ledger.domain.job import Job
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.store.command_handler import StreamState
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.workers import process_runner
-from jobledger.workers.attempt_recorder import AttemptRecorder, Fenced
 from jobledger.workers.attempt_timeout import AttemptTimeout
-from jobledger.workers.child import fork_server_client
-from jobledger.workers.child.attempt import Assignment, FinishedStep, run_attempt
-from jobledger.workers.child.confinement import ConfinementSettings, check_confinement
+from jobledger.workers.attempt_writer import AttemptFenced, AttemptWriter
+from jobledger.workers.child.attempt import Assignment, run_attempt
+from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.containment import Containment, outside_containment
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message
 from jobledger.workers.directory_removal import removal_executor, remove_tree
@@ -38,14 +37,15 @@ from jobledger.workers.machine_health import (
     WorkerHealth,
     check_descriptors,
     check_memory,
+    check_process_start,
+    find_failing_check,
     find_machine_failure,
 )
+from jobledger.workers.message_handler import MessageHandler
 from jobledger.workers.outcome_recorder import Outcome, OutcomeRecorder, StopReason, worker_fault
 from jobledger.workers.path_reservations import PathReservations
 from jobledger.workers.process_runner import ProcessRunner, run_blocking
 from jobledger.workers.registry import get_processor
-from jobledger.workers.request_handler import RequestHandler
-from jobledger.workers.result_conversion import to_text
 from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.step_cache import StepCache
 
@@ -76,27 +76,6 @@ class ExecutorSettings:
     confinement: ConfinementSettings = field(default_factory=ConfinementSettings)
 
 
-def check_job_processes(settings: ExecutorSettings) -> None:
-    """Check that job processes can run with these settings. Call once, before the first job.
-
-    Raises:
-        ConfigurationError: The settings require confinement, and the system does not support it.
-    """
-    check_confinement(settings.confinement.mode)
-
-
-def check_process_start() -> None:
-    """Start a program and wait for its end. Blocks.
-
-    Raises:
-        MachineFailure: The program could not be started.
-    """
-    try:
-        fork_server_client.check_process_start()
-    except Exception as error:  # any error - the machine cannot run a process
-        raise find_machine_failure(error) or MachineFailure(f"No process can be started: {error!r}") from error
-
-
 class JobExecutor:
     """Runs one attempt at one job, from its claim to its end."""
 
@@ -106,34 +85,22 @@ class JobExecutor:
         stream_state: StreamState,
         *,
         job_id: str,
-        worker_id: str,
         settings: ExecutorSettings,
         step_cache: StepCache,
         scratch: ScratchDirectory,
         health: WorkerHealth,
         path_reservations: PathReservations,
     ) -> None:
-        assert isinstance(stream_state.aggregate, Job)  # noqa: S101 - the state of a job's stream is a Job
+        self._writer = AttemptWriter(event_store, stream_state, job_id, on_fenced=self.fence)
         self.job_id = job_id
-        self._job = job = stream_state.aggregate
-        self.attempt = job.attempt
+        self.attempt = self._writer.attempt
+        self._job = self._writer.job
         self._settings = settings
         self._scratch = scratch
         self._scratch_repairs = 0
         """`ScratchDirectory.repair_count` before the attempt."""
-        self._recorder = AttemptRecorder(
-            event_store,
-            stream_state,
-            job_id=job_id,
-            worker_id=worker_id,
-            attempt=job.attempt,
-            on_fenced=self.abandon,
-        )
-        self._requests = RequestHandler(
-            job,
-            job_id=job_id,
-            worker_id=worker_id,
-            recorder=self._recorder,
+        self._messages = MessageHandler(
+            self._writer,
             file_store=settings.file_store,
             step_cache=step_cache,
             path_reservations=path_reservations,
@@ -141,11 +108,8 @@ class JobExecutor:
         )
         self._outcome_recorder = OutcomeRecorder(
             event_store,
-            job,
-            job_id=job_id,
-            worker_id=worker_id,
-            recorder=self._recorder,
-            requests=self._requests,
+            self._writer,
+            self._messages,
             health=health,
             retry_base_seconds=settings.retry_base_seconds,
             retry_max_seconds=settings.retry_max_seconds,
@@ -153,7 +117,7 @@ class JobExecutor:
         self._assignment: Assignment | None = None
         self._work: asyncio.Task[Outcome] | None = None
         self._recording: asyncio.Task[Any] | None = None
-        """The task of `run()` while it records the outcome. `abandon()` cancels it."""
+        """The task of `run()` while it records the outcome. `fence()` cancels it."""
         self._stop_reason: StopReason | None = None
         self._timeout: AttemptTimeout | None = None
         self._containment: Containment | None = None
@@ -172,15 +136,15 @@ class JobExecutor:
         """Stop and release the job, because the worker shuts down."""
         self._stop("release")
 
-    def abandon(self) -> None:
-        """Stop and record nothing. The worker lost its lease, so another worker owns the job."""
-        self._recorder.is_abandoned = True
-        self._stop("abandon")
+    def fence(self) -> None:
+        """Stop and record nothing more, because the worker lost its lease and another worker may have the job."""
+        self._writer.is_fenced = True
+        self._stop("fence")
         if self._recording is not None:
             self._recording.cancel()
 
     def _stop(self, reason: StopReason) -> None:
-        if self._stop_reason is None or reason == "abandon":
+        if self._stop_reason is None or reason == "fence":
             self._stop_reason = reason
             if self._work is not None:
                 self._interrupt(self._work)
@@ -213,24 +177,24 @@ class JobExecutor:
                 removal = asyncio.create_task(self._remove_directory(), name=f"remove-{self.job_id}")
                 _removals.add(removal)
                 removal.add_done_callback(_removals.discard)
-                if self._stop_reason != "abandon":
+                if self._stop_reason != "fence":
                     await asyncio.shield(removal)
 
     async def _run_and_record(self) -> None:
         try:
             outcome = await self._run_attempt()
-            if self._stop_reason == "abandon":
+            if self._stop_reason == "fence":
                 return
             self._recording = asyncio.current_task()
             await self._outcome_recorder.record(outcome, self._stop_reason)
-        except Fenced:
+        except AttemptFenced:
             _log.warning("attempt fenced: another worker has the job", job_id=self.job_id, attempt=self.attempt)
         except asyncio.CancelledError:
-            if self._stop_reason != "abandon":
+            if self._stop_reason != "fence":
                 raise
         finally:
             self._recording = None
-            self._recorder.close()
+            self._writer.close()
 
     async def _run_attempt(self) -> Outcome | None:
         """Run the processor and return the outcome; None if it was stopped. Never raise: the job would hang."""
@@ -272,8 +236,8 @@ class JobExecutor:
                 environment_variables=self._settings.confinement.environment_variables,
                 create_directories=self._create_directories,
                 start_timeout=self._start_timeout,
-                handle_message=self._requests.handle,
-                add_log_entries=self._recorder.add_log_entries,
+                handle_message=self._messages.handle,
+                add_log_entries=self._writer.add_log_entries,
             )
             self._work = asyncio.create_task(runner.run(), name=f"run-{self.job_id}")
         if self._stop_reason is not None:
@@ -296,7 +260,7 @@ class JobExecutor:
     def _start_timeout(self) -> AttemptTimeout:
         assert self._assignment is not None  # noqa: S101 - set before the work starts
         self._timeout = AttemptTimeout(self._job.spec.timeout_s, self._on_timeout)
-        self._requests.start(self._assignment, self._timeout)
+        self._messages.start(self._assignment, self._timeout)
         return self._timeout
 
     def _on_timeout(self) -> None:
@@ -305,20 +269,19 @@ class JobExecutor:
     async def _handle_inline_message(self, message: Message) -> Any:
         with outside_containment():
             try:
-                return await self._requests.handle(message)
-            except Fenced:
-                self.abandon()  # even if the processor catches everything
+                return await self._messages.handle(message)
+            except AttemptFenced:
+                self.fence()  # even if the processor catches everything
                 raise
 
     def _outcome_of(self, work: asyncio.Task[Outcome]) -> Outcome | None:
         if work.cancelled():
             return None
-        if (error := work.exception()) is not None:
-            if isinstance(error, Fenced):
-                self.abandon()
-                return None
-            return find_machine_failure(error, scratch_dir=self._scratch.path) or worker_fault(error, self.job_id)
-        outcome = work.result()
+        try:
+            outcome = work.result()
+        except AttemptFenced:
+            self.fence()
+            return None
         # Stopped work often ends with an error caused by the stop, so only results count.
         return outcome if self._stop_reason is None or isinstance(outcome, AttemptCompleted) else None
 
@@ -329,10 +292,7 @@ class JobExecutor:
             job_type=self.job_type,
             parameters=self._job.spec.parameters,
             settings=dict(self._settings.processor_settings.get(self.job_type, {})),
-            finished_steps={
-                key: FinishedStep(output=step.output, tokens_used=step.tokens_used, warnings=step.warnings)
-                for key, step in self._job.steps.items()
-            },
+            completed_steps=dict(self._job.steps),
             can_use_shared_steps=not self._job.is_full_restart,
             attempt_dir=attempt_dir,
             confinement=self._settings.confinement,
@@ -345,15 +305,14 @@ class JobExecutor:
         """
         scratch = self._scratch
         # Quick check first: the full check creates a missing directory, which would hide that it was missing.
-        for check in (scratch.check_quickly, scratch.check, check_descriptors, check_memory, check_process_start):
-            try:
-                await run_blocking(check)
-            except Exception as error:  # noqa: BLE001 - any error of a check means that the machine is unhealthy
-                _log.warning("a job failed because of its machine", job_id=self.job_id, error=failed.message)
-                return find_machine_failure(error) or MachineFailure(to_text(error, 500))
-        if scratch.repair_count != self._scratch_repairs:
-            return MachineFailure("The mode of the scratch directory was changed, perhaps by another job, and restored")
-        return None
+        checks = (scratch.check_quickly, scratch.check, check_descriptors, check_memory, check_process_start)
+        failure = await run_blocking(partial(find_failing_check, checks))
+        if failure is not None:
+            _log.warning("a job failed because of its machine", job_id=self.job_id, error=failed.message)
+        elif scratch.repair_count != self._scratch_repairs:
+            text = "The mode of the scratch directory was changed, perhaps by another job, and restored"
+            failure = MachineFailure(text)
+        return failure
 
 
 async def _wait_for(task: asyncio.Task[Any]) -> None:

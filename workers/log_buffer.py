@@ -14,16 +14,16 @@ from typing import Final
 
 from jobledger.ledger.domain.events import LogEntry
 from jobledger.ledger.domain.limits import LOG_ENTRY_OVERHEAD_BYTES, MAX_JOB_LOG_BYTES
-from jobledger.workers.child.messages import LogLine
+from jobledger.workers.child.messages import RawLogEntry
 
-BURST_LINES: Final = 10_000
-LINES_PER_SECOND: Final = 200
+BURST_ENTRIES: Final = 10_000
+ENTRIES_PER_SECOND: Final = 200
 BURST_BYTES: Final = 4 * 1024 * 1024
 BYTES_PER_SECOND: Final = 64 * 1024
-FLOOD_TAIL_LINES: Final = 100  # the last entries of a flood, which are always kept
+FLOOD_TAIL_ENTRIES: Final = 100  # the last entries of a flood, which are always kept
 MIN_ATTEMPT_BYTES: Final = 256 * 1024
 """Every attempt may log this much, whatever earlier attempts have logged."""
-MAX_EVENT_LINES: Final = 2000
+MAX_EVENT_ENTRIES: Final = 2000
 MAX_EVENT_BYTES: Final = 512 * 1024
 
 
@@ -36,13 +36,13 @@ class LogBuffer:
 
     def __init__(self, logged_bytes: int = 0) -> None:
         self._remaining_bytes = max(MIN_ATTEMPT_BYTES, MAX_JOB_LOG_BYTES - logged_bytes)
-        self._entries: list[LogLine] = []
+        self._entries: list[RawLogEntry] = []
         self._bytes = 0
-        self._tail: deque[LogLine] = deque()
+        self._tail: deque[RawLogEntry] = deque()
         self._tail_bytes = 0
         self._dropped = 0
         self._dropped_bytes = 0
-        self._entry_tokens = float(BURST_LINES)
+        self._entry_tokens = float(BURST_ENTRIES)
         self._byte_tokens = float(BURST_BYTES)
         self._refilled = time.monotonic()
 
@@ -51,7 +51,7 @@ class LogBuffer:
         """Whether no entries are left for `take`, now or later."""
         return not self._entries and not self._tail
 
-    def add(self, entry: LogLine) -> None:
+    def add(self, entry: RawLogEntry) -> None:
         """Add an entry, or count it as dropped."""
         size = len(entry[2])
         free = min(self._byte_tokens, self._remaining_bytes - LOG_ENTRY_OVERHEAD_BYTES)
@@ -60,7 +60,7 @@ class LogBuffer:
             return
         self._tail.append(entry)
         self._tail_bytes += size
-        if len(self._tail) > FLOOD_TAIL_LINES:
+        if len(self._tail) > FLOOD_TAIL_ENTRIES:
             size = len(self._tail.popleft()[2])
             self._tail_bytes -= size
             self._dropped += 1
@@ -73,8 +73,8 @@ class LogBuffer:
             final: Whether no more entries will come. If so, the last entries of a flood are returned as well.
         """
         self._refill()
-        free = min(self._byte_tokens, self._remaining_bytes - (FLOOD_TAIL_LINES + 1) * LOG_ENTRY_OVERHEAD_BYTES)
-        is_flood_over = self._entry_tokens >= FLOOD_TAIL_LINES and free >= self._tail_bytes
+        free = min(self._byte_tokens, self._remaining_bytes - (FLOOD_TAIL_ENTRIES + 1) * LOG_ENTRY_OVERHEAD_BYTES)
+        is_flood_over = self._entry_tokens >= FLOOD_TAIL_ENTRIES and free >= self._tail_bytes
         if self._tail and (final or is_flood_over):
             self._end_flood()
         entries, self._entries, self._bytes = self._entries, [], 0
@@ -83,14 +83,14 @@ class LogBuffer:
     def _refill(self) -> None:
         now = time.monotonic()
         elapsed, self._refilled = now - self._refilled, now
-        self._entry_tokens = min(BURST_LINES, self._entry_tokens + elapsed * LINES_PER_SECOND)
+        self._entry_tokens = min(BURST_ENTRIES, self._entry_tokens + elapsed * ENTRIES_PER_SECOND)
         self._byte_tokens = min(BURST_BYTES, self._byte_tokens + elapsed * BYTES_PER_SECOND)
 
     def _end_flood(self) -> None:
         if self._dropped:
             text = (
                 f"{self._dropped:,} log entries ({_format_size(self._dropped_bytes)}) were dropped here. A job may log "
-                f"{BURST_LINES:,} entries or {_format_size(BURST_BYTES)} at once, {LINES_PER_SECOND} entries or "
+                f"{BURST_ENTRIES:,} entries or {_format_size(BURST_BYTES)} at once, {ENTRIES_PER_SECOND} entries or "
                 f"{_format_size(BYTES_PER_SECOND)} per second, and {_format_size(MAX_JOB_LOG_BYTES)} in total."
             )
             self._keep((self._tail[0][0], "warning", text), len(text))
@@ -100,7 +100,7 @@ class LogBuffer:
         self._tail.clear()
         self._tail_bytes = 0
 
-    def _keep(self, entry: LogLine, size: int) -> None:
+    def _keep(self, entry: RawLogEntry, size: int) -> None:
         self._entries.append(entry)
         self._bytes += size + LOG_ENTRY_OVERHEAD_BYTES
         self._remaining_bytes -= size + LOG_ENTRY_OVERHEAD_BYTES
@@ -108,12 +108,12 @@ class LogBuffer:
         self._byte_tokens -= size
 
 
-def _split_into_chunks(entries: list[LogLine]) -> list[tuple[LogEntry, ...]]:
+def _split_into_chunks(entries: list[RawLogEntry]) -> list[tuple[LogEntry, ...]]:
     chunks: list[tuple[LogEntry, ...]] = []
     chunk: list[LogEntry] = []
     size = 0
     for at, level, message in entries:
-        if chunk and (len(chunk) >= MAX_EVENT_LINES or size + len(message) > MAX_EVENT_BYTES):
+        if chunk and (len(chunk) >= MAX_EVENT_ENTRIES or size + len(message) > MAX_EVENT_BYTES):
             chunks.append(tuple(chunk))
             chunk, size = [], 0
         chunk.append(LogEntry(timestamp=_to_datetime(at), level=level, message=message))

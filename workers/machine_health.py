@@ -12,6 +12,8 @@ import errno
 import os
 import random
 import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -211,7 +213,7 @@ class WorkerHealth:
         result: asyncio.Future[MachineFailure | None] = loop.create_future()
 
         def run() -> None:
-            failure = _run_until_failure(self._checks if checks is None else checks)
+            failure = find_failing_check(self._checks if checks is None else checks)
             with suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(_set_result, result, failure)
 
@@ -233,7 +235,8 @@ def _set_result(result: asyncio.Future[MachineFailure | None], failure: MachineF
         result.set_result(failure)
 
 
-def _run_until_failure(checks: Sequence[Callable[[], None]]) -> MachineFailure | None:
+def find_failing_check(checks: Sequence[Callable[[], None]]) -> MachineFailure | None:
+    """Run checks until one fails, and return its failure; None if all pass. Blocks."""
     for check in checks:
         try:
             check()
@@ -254,6 +257,15 @@ def check_descriptors() -> None:
     os.close(lowest_free)
     if limit != resource.RLIM_INFINITY and limit - lowest_free < MIN_DESCRIPTORS:
         raise MachineFailure(f"Fewer than {MIN_DESCRIPTORS} of {limit} file descriptors are free: {_DESCRIPTORS}")
+
+
+def check_process_start() -> None:
+    """Start a program and wait for its end. Blocks.
+
+    Raises:
+        OSError: The program could not be started.
+    """
+    subprocess.run([sys.executable, "-S", "-c", ""], stdin=subprocess.DEVNULL, check=True, timeout=20)
 
 
 def check_memory() -> None:

@@ -1,4 +1,4 @@
-"""Record in the event store how an attempt ended: completed, failed, cancelled, or released for another worker."""
+"""Record how an attempt ended: the job completed, failed, was cancelled, or is released for another worker."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from pydantic import ValidationError
 from jobledger.ledger.domain.commands import CompleteJob, ConfirmCancel, FailAttempt, ReleaseJob
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import Asset, Failure, JobResults, ResultFile, ResultMetadata
-from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES, Job
+from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers.attempt_recorder import AttemptRecorder, Fenced
+from jobledger.workers.attempt_writer import AttemptFenced, AttemptWriter
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed
 from jobledger.workers.machine_health import MachineFailure, WorkerHealth
+from jobledger.workers.message_handler import MessageHandler
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
-from jobledger.workers.request_handler import RequestHandler
 from jobledger.workers.result_conversion import format_validation_error, to_text
 
 _log = structlog.get_logger()
 _FILES_URL: Final = "/api/events/files/"
-StopReason = Literal["cancel", "timeout", "release", "abandon"]
+StopReason = Literal["cancel", "timeout", "release", "fence"]
 Outcome = AttemptCompleted | AttemptFailed | MachineFailure
+"""How the work of an attempt ended. `MachineFailure` is an exception that was caught: this machine cannot run the job.
+"""
 
 
 def worker_fault(error: BaseException, job_id: str) -> AttemptFailed:
@@ -36,27 +38,23 @@ def worker_fault(error: BaseException, job_id: str) -> AttemptFailed:
 
 
 class OutcomeRecorder:
-    """Records the outcome of one attempt, and applies the retry policy."""
+    """Chooses the last event of one attempt according to its outcome and the retry policy, and appends it."""
 
     def __init__(
         self,
         event_store: EventStore,
-        job: Job,
+        writer: AttemptWriter,
+        messages: MessageHandler,
         *,
-        job_id: str,
-        worker_id: str,
-        recorder: AttemptRecorder,
-        requests: RequestHandler,
         health: WorkerHealth,
         retry_base_seconds: float,
         retry_max_seconds: float,
     ) -> None:
         self._event_store = event_store
-        self._job = job
-        self._job_id = job_id
-        self._worker_id = worker_id
-        self._recorder = recorder
-        self._requests = requests
+        self._writer = writer
+        self._job = writer.job
+        self._claim = writer.worker_id, writer.attempt
+        self._messages = messages
         self._health = health
         self._retry_base_seconds = retry_base_seconds
         self._retry_max_seconds = retry_max_seconds
@@ -69,7 +67,7 @@ class OutcomeRecorder:
             stop_reason: Why it was stopped; None if the processor cancelled itself.
 
         Raises:
-            Fenced: Another worker has the job.
+            AttemptFenced: Another worker has the job.
             UnreadableEvent: A later version of the program wrote to the job's stream.
         """
         try:
@@ -77,7 +75,7 @@ class OutcomeRecorder:
         except UnreadableEvent:
             raise
         except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
-            await self._fail(worker_fault(error, self._job_id))
+            await self._fail(worker_fault(error, self._writer.job_id))
 
     async def _record(self, outcome: Outcome | None, stop_reason: StopReason | None) -> None:
         match outcome:
@@ -88,21 +86,20 @@ class OutcomeRecorder:
             case MachineFailure():
                 await self._release_for_machine_failure(outcome)
             case None if stop_reason == "cancel":
-                await self._recorder.append_final(ConfirmCancel(self._worker_id, self._job.attempt))
+                await self._writer.append_final(ConfirmCancel(*self._claim))
             case None if stop_reason == "release":
-                command = ReleaseJob(self._worker_id, self._job.attempt, "the worker shuts down")
-                await self._recorder.append_final(command)
+                await self._writer.append_final(ReleaseJob(*self._claim, "the worker shuts down"))
             case None if stop_reason == "timeout":
                 message = f"The job took longer than its time limit of {self._job.spec.timeout_s:g} seconds."
                 await self._fail(AttemptFailed("TIMEOUT", message, transient=True))
             case None if stop_reason is None:
                 await self._fail(AttemptFailed("PROCESSOR_FAULT", "The processor cancelled its own task."))
             case None:
-                raise Fenced
+                raise AttemptFenced
 
     async def _complete(self, completed: AttemptCompleted) -> None:
         try:
-            results = await self._requests.check_results(Results.model_validate(completed.results))
+            results = await self._messages.check_results(Results.model_validate(completed.results))
             job_results = _build_job_results(results, completed.warnings, completed.duration_s)
         except ValidationError as error:
             message = f"The results are invalid: {format_validation_error(error, 'results')}"
@@ -111,13 +108,13 @@ class OutcomeRecorder:
         except ProcessorError as error:
             await self._fail(AttemptFailed(error.code, error.message, details=error.details))
             return
-        await self._recorder.append_final(CompleteJob(self._worker_id, self._job.attempt, job_results))
+        await self._writer.append_final(CompleteJob(*self._claim, job_results))
 
     async def _fail(self, failed: AttemptFailed) -> None:
         retry_at = await self._event_store.server_time() + self._retry_delay() if failed.transient else None
         details = {**failed.details, "retryable": failed.transient}
         failure = Failure(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
-        await self._recorder.append_final(FailAttempt(self._worker_id, self._job.attempt, failure, retry_at))
+        await self._writer.append_final(FailAttempt(*self._claim, failure, retry_at))
 
     async def _release_for_machine_failure(self, failure: MachineFailure) -> None:
         """Release the job without counting the attempt, because this machine cannot run it.
@@ -131,8 +128,7 @@ class OutcomeRecorder:
             await self._fail(AttemptFailed("MACHINE_FAILURE", message, transient=True))
         else:
             reason = f"the worker's machine cannot run it: {failure}"
-            release = ReleaseJob(self._worker_id, self._job.attempt, reason, is_machine_failure=True)
-            await self._recorder.append_final(release)
+            await self._writer.append_final(ReleaseJob(*self._claim, reason, is_machine_failure=True))
 
     def _retry_delay(self) -> timedelta:
         """Return an exponential backoff with full jitter, so that jobs that failed together do not retry together."""

@@ -1,7 +1,7 @@
 """Reserve result paths for jobs.
 
 The first job that saves a file under a path owns it until the job is deleted. Failing or restarting the job does not
-release it, because its finished steps refer to the path. Another job that saves the same path gets a different one,
+release it, because its completed steps refer to the path. Another job that saves the same path gets a different one,
 with a suffix before the extension.
 """
 

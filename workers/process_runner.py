@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from jobledger.workers.attempt_timeout import AttemptTimeout
 from jobledger.workers.child.attempt import Assignment
-from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, LogLine, Message, MessageEnvelope
-from jobledger.workers.child.process import JobProcess, ProcessFailed, ProcessNotStarted
+from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message, MessageEnvelope, RawLogEntry
+from jobledger.workers.child.process import JobProcess, ProcessFailed
 from jobledger.workers.machine_health import MachineFailure, disk_timeout_failure, find_machine_failure
+from jobledger.workers.message_handler import SavedFileLost
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.request_handler import SavedFileLost
 from jobledger.workers.result_conversion import to_text
 
+_T = TypeVar("_T")
 DISK_TIMEOUT_SECONDS = 30.0
 """A blocking call that takes longer means that the disk does not respond."""
 _MAX_REQUESTS: Final = 100  # concurrent requests of one job process
@@ -53,7 +53,7 @@ class ProcessRunner:
         create_directories: Callable[[], None],
         start_timeout: Callable[[], AttemptTimeout],
         handle_message: Callable[[Message], Awaitable[Any]],
-        add_log_entries: Callable[[list[LogLine]], None],
+        add_log_entries: Callable[[list[RawLogEntry]], None],
     ) -> None:
         self._assignment = assignment
         self._memory_limit_mb = memory_limit_mb
@@ -64,19 +64,18 @@ class ProcessRunner:
         self._add_log_entries = add_log_entries
         self._requests: dict[asyncio.Task[None], int] = {}  # sizes in bytes
 
-    async def run(self) -> AttemptCompleted | AttemptFailed | MachineFailure:
-        """Run the attempt and return its outcome.
+    async def run(self) -> AttemptCompleted | AttemptFailed:
+        """Run the attempt and return its last message, or the failure that the end of the process means.
 
         Raises:
-            Fenced: The attempt is over.
+            AttemptFenced: Another worker has the job.
+            MachineFailure: The process could not be started.
         """
         starting = asyncio.create_task(self._start_process())
         try:
             process = await asyncio.shield(starting)
-        except (ProcessNotStarted, OSError, MachineFailure) as error:
-            errno = error.errno if isinstance(error, ProcessNotStarted) else None
-            failure = find_machine_failure(OSError(errno, os.strerror(errno)) if errno else error)
-            return failure or MachineFailure(to_text(error, 500))
+        except (OSError, MachineFailure) as error:
+            raise find_machine_failure(error) or MachineFailure(to_text(error, 500)) from error
         except asyncio.CancelledError:
             await _stop_after_start(starting)
             raise
@@ -99,30 +98,18 @@ class ProcessRunner:
         self._add_log_entries([(now, "info", to_text(line)) for line in text.splitlines() if line.strip()])
 
     async def _exchange_messages(self, process: JobProcess) -> AttemptCompleted | AttemptFailed:
-        """Send the assignment and handle messages until the last one."""
-        request_failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def on_request_done(request: asyncio.Task[None]) -> None:
-            self._requests.pop(request)
-            if not request.cancelled() and (error := request.exception()) is not None and not request_failed.done():
-                request_failed.set_exception(error)
-
-        receiving = asyncio.create_task(self._receive_messages(process, on_request_done))
-        either: set[asyncio.Future[Any]] = {receiving, request_failed}
+        """Send the assignment, handle messages until the last one, and cancel the requests that are pending then."""
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if request_failed.done():
-                request_failed.result()
-            return await receiving
-        finally:
-            request_failed.cancel()
-            requests = list(self._requests)
-            for task in (receiving, *requests):
-                task.cancel()
-            await asyncio.gather(receiving, *requests, return_exceptions=True)
+            async with asyncio.TaskGroup() as tasks:
+                outcome = await self._receive_messages(process, tasks)
+                for request in self._requests:
+                    request.cancel()
+        except BaseExceptionGroup as errors:  # of a request or of the process; the first one has ended the others
+            raise errors.exceptions[0] from None
+        return outcome
 
     async def _receive_messages(
-        self, process: JobProcess, on_request_done: Callable[[asyncio.Task[None]], None]
+        self, process: JobProcess, tasks: asyncio.TaskGroup
     ) -> AttemptCompleted | AttemptFailed:
         await process.send(self._assignment.model_dump(mode="json"))
         async with aclosing(process.iterate_messages()) as messages:
@@ -135,16 +122,16 @@ class ProcessRunner:
                     continue
                 while not _has_capacity(self._requests, size) and not process.exit_task.done():
                     await asyncio.wait({*self._requests, process.exit_task}, return_when=asyncio.FIRST_COMPLETED)
-                request = asyncio.create_task(self._handle_request(process, envelope))
+                request = tasks.create_task(self._handle_request(process, envelope))
                 self._requests[request] = size
-                request.add_done_callback(on_request_done)
+                request.add_done_callback(self._requests.pop)
         raise AssertionError("iterate_messages() ends with an exception")
 
     async def _handle_request(self, process: JobProcess, envelope: MessageEnvelope) -> None:
         answer: dict[str, Any] = {"id": envelope.request_id}
         try:
             answer["value"] = await self._handle_message(envelope.message)
-        except SavedFileLost as error:  # the timeout is paused for each retry, so the job could retry for ever
+        except SavedFileLost as error:  # the timeout is paused for each retry, so the job could retry forever
             raise ProcessFailed(AttemptFailed(error.code, error.message, details=error.details)) from error
         except ProcessorError as error:
             answer["error"] = {
@@ -163,15 +150,15 @@ def _has_capacity(requests: Mapping[asyncio.Task[None], int], size: int) -> bool
     return len(requests) < _MAX_REQUESTS and sum(requests.values()) + size <= _MAX_REQUEST_BYTES
 
 
-async def run_blocking(function: Callable[[], None]) -> None:
-    """Call a function in a thread.
+async def run_blocking(function: Callable[[], _T]) -> _T:
+    """Call a function in a thread and return its result.
 
     Raises:
         MachineFailure: The call did not return in time, because a disk does not respond.
     """
     try:
         async with asyncio.timeout(DISK_TIMEOUT_SECONDS):
-            await asyncio.get_running_loop().run_in_executor(_executor, function)
+            return await asyncio.get_running_loop().run_in_executor(_executor, function)
     except TimeoutError as error:
         raise disk_timeout_failure(DISK_TIMEOUT_SECONDS) from error
 

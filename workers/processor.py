@@ -114,8 +114,8 @@ class JobContext(Protocol):
     ) -> JSON:
         """Run a step whose output is stored, so that a later attempt does not repeat it.
 
-        If an earlier attempt finished the step with the same inputs, `function` is not called, and the stored output is
-        returned. The output must contain the files saved in the step, as `SavedFile.model_dump()`.
+        If an earlier attempt completed the step with the same inputs, `function` is not called, and the stored output
+        is returned. The output must contain the files saved in the step, as `SavedFile.model_dump()`.
 
         Args:
             name: Name of the step. Different names identify different steps.
@@ -124,7 +124,7 @@ class JobContext(Protocol):
             share_max_age: If set, jobs share the step: other jobs may reuse its output, and this job may reuse the
                 output of another job instead of calling `function`. Reuse requires the same owner, job type, step name,
                 inputs, and version of the processor's distribution. The reused step must also have been shared, have
-                finished without warnings, and not be older than `share_max_age`. Do not share a step with an effect
+                completed without warnings, and not be older than `share_max_age`. Do not share a step with an effect
                 that each job needs, such as sending a mail.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Look up finished steps that jobs share.
+"""Find completed steps of other jobs, for jobs that share steps.
 
 For example, the same session in another language reuses the fetched video.
 """
@@ -16,7 +16,7 @@ from jobledger.workers.registry import processor_version
 
 
 class StepCache:
-    """Finds finished steps of other jobs with the same owner, job type and processor version."""
+    """Finds completed steps of other jobs with the same owner, job type and processor version."""
 
     def __init__(self, views: Views, event_store: EventStore) -> None:
         self._views = views
@@ -34,7 +34,7 @@ class StepCache:
             max_age: Maximum age of the step.
 
         Returns:
-            The ID of the job that finished the step, and the step; None if there is none.
+            The ID of the job that completed the step, and the step; None if there is none.
 
         Raises:
             LedgerUnavailable: The database failed.

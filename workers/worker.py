@@ -29,11 +29,12 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.workers import claim_queue, lease_reaper
+from jobledger.workers.child.confinement import check_confinement
 from jobledger.workers.claimer import Claimer
 from jobledger.workers.directory_removal import removal_executor
-from jobledger.workers.executor import ExecutorSettings, JobExecutor, check_job_processes, check_process_start
+from jobledger.workers.executor import ExecutorSettings, JobExecutor
 from jobledger.workers.lease_reaper import LeaseReaper
-from jobledger.workers.machine_health import WorkerHealth, check_descriptors, check_memory
+from jobledger.workers.machine_health import WorkerHealth, check_descriptors, check_memory, check_process_start
 from jobledger.workers.path_reservations import PathReservations
 from jobledger.workers.registry import load_processors
 from jobledger.workers.scratch import ScratchDirectory
@@ -121,8 +122,8 @@ class Worker:
         self._wake.set()
 
     async def run(self) -> None:
-        """Work until `stop` is called. If the lease is lost, abandon all running jobs and continue with a new lease."""
-        check_job_processes(self._settings)
+        """Work until `stop` is called. If the lease is lost, fence all running jobs and continue with a new lease."""
+        check_confinement(self._settings.confinement.mode)
         await self._run_startup_checks()
         reaping = asyncio.create_task(self._lease_reaper.run(), name="lease-reaper")
         health_checks = asyncio.create_task(self.health.run(), name="health")
@@ -206,13 +207,13 @@ class Worker:
             if lease.is_held:
                 await self._finish_within_grace(lost)
             if not lease.is_held:
-                _log.error("lease lost: abandoning all running jobs", worker_id=self.worker_id, jobs=len(self._running))
+                _log.error("lease lost: stopping all running jobs", worker_id=self.worker_id, jobs=len(self._running))
         finally:
             for task in (claiming, lost, stopping):
                 task.cancel()
             await self._claimer.cancel_pending()
             await asyncio.gather(claiming, return_exceptions=True)
-            await self._abandon_all()
+            await self._fence_all()
             await lease.release()
             self._lease_reaper.worker_id, self._lease_reaper.lease = "", None
             self.worker_id = _new_worker_id()
@@ -228,10 +229,10 @@ class Worker:
             task.cancel()
             stopping.cancel()
 
-    async def _abandon_all(self) -> None:
-        """Abandon all running jobs. Cancel their last calls to a database that does not respond."""
+    async def _fence_all(self) -> None:
+        """Fence all running jobs. Cancel their last calls to a database that does not respond."""
         for executor, _ in list(self._running.values()):
-            executor.abandon()
+            executor.fence()
         if running := [task for _, task in self._running.values()]:
             _, pending = await asyncio.wait(running, timeout=_STOP_SECONDS)
             for task in pending:
@@ -351,7 +352,6 @@ class Worker:
             self._event_store,
             stream_state,
             job_id=job_id,
-            worker_id=self.worker_id,
             settings=self._settings,
             step_cache=self._step_cache,
             scratch=self._scratch,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobledger.workers import registry
-from jobledger.workers.child.fork_server_client import stop_fork_server
+from jobledger.workers.child.fork_server_client import fork_server_client
 from jobledger.workers.registry import processor_version
 
 _ENTRY_POINTS = """[jobledger.processors]
@@ -39,4 +39,4 @@ def misbehaving_processors(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def _clear_caches() -> None:
     registry._installed.cache_clear()
     processor_version.cache_clear()
-    stop_fork_server()
+    fork_server_client.stop()

@@ -58,7 +58,7 @@ async def test_inline_processor_with_largest_parameters_leaves_event_loop_free(
         job_type=job_type,
         parameters=parameters,
         settings={},
-        finished_steps={},
+        completed_steps={},
         attempt_dir=tmp_path / "attempt",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobledger.ledger.domain.limits import LOG_ENTRY_OVERHEAD_BYTES, MAX_JOB_LOG_BYTES
-from jobledger.workers.log_buffer import BURST_BYTES, FLOOD_TAIL_LINES, MIN_ATTEMPT_BYTES, LogBuffer
+from jobledger.workers.log_buffer import BURST_BYTES, FLOOD_TAIL_ENTRIES, MIN_ATTEMPT_BYTES, LogBuffer
 
 WIDTH = 1000
 DAY = 24 * 3600
@@ -41,13 +41,13 @@ def test_log_of_a_day_is_bounded_and_keeps_the_last_lines(monkeypatch: pytest.Mo
     assert (
         MAX_JOB_LOG_BYTES - BURST_BYTES
         < count_bytes(lines)
-        < MAX_JOB_LOG_BYTES + 2 * FLOOD_TAIL_LINES * (WIDTH + LOG_ENTRY_OVERHEAD_BYTES)
+        < MAX_JOB_LOG_BYTES + 2 * FLOOD_TAIL_ENTRIES * (WIDTH + LOG_ENTRY_OVERHEAD_BYTES)
     )
     notices = [line for line in lines if "were dropped here" in line]
     assert len(notices) == 1
     assert "16.0 MiB in total" in notices[0]
-    assert [int(line.split()[0]) for line in lines[-FLOOD_TAIL_LINES:]] == list(
-        range(100_000 - FLOOD_TAIL_LINES, 100_000)
+    assert [int(line.split()[0]) for line in lines[-FLOOD_TAIL_ENTRIES:]] == list(
+        range(100_000 - FLOOD_TAIL_ENTRIES, 100_000)
     )
 
 
@@ -59,7 +59,7 @@ def test_log_of_many_attempts_is_bounded_and_each_keeps_some_lines(monkeypatch: 
         assert lines[-1].startswith("9999 ")
         total += count_bytes(lines)
     assert total < MAX_JOB_LOG_BYTES + 8 * (
-        MIN_ATTEMPT_BYTES + 2 * FLOOD_TAIL_LINES * (WIDTH + LOG_ENTRY_OVERHEAD_BYTES)
+        MIN_ATTEMPT_BYTES + 2 * FLOOD_TAIL_ENTRIES * (WIDTH + LOG_ENTRY_OVERHEAD_BYTES)
     )
 
 

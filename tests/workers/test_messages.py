@@ -21,7 +21,7 @@ from jobledger.workers.child.messages import (
     LogEntries,
     Message,
     MessageEnvelope,
-    StepFinished,
+    StepResult,
     decode_message,
     encode_frame,
 )
@@ -33,7 +33,7 @@ from jobledger.workers.result_conversion import MAX_TEXT_LENGTH, MAX_VALUE_BYTES
 def test_decode_message_with_too_many_values_is_rejected_fast(value: bytes) -> None:
     output = b"[" + b",".join([value] * (MAX_FRAME_BYTES // (len(value) + 1))) + b"]"
     step = (
-        b'{"request_id":1,"message":{"kind":"step_finished","step":"s","key":"k","duration_s":1,"tokens_used":0,'
+        b'{"request_id":1,"message":{"kind":"step_completed","step":"s","key":"k","duration_s":1,"tokens_used":0,'
         b'"warnings":[],"output":'
     )
     started_at = time.process_time()
@@ -60,7 +60,7 @@ TEXTS = [*string.punctuation, "1,", '",', "\\,", '\\",[{', "[{", "\n,", "\x01", 
 def test_largest_texts_of_inline_jobs_are_accepted_from_job_processes(text: str) -> None:
     escaped = len(orjson.dumps(text)) - 2
     output: Any = to_json(text * ((MAX_VALUE_BYTES - 100) // max(escaped, len(text.encode()))), "output")
-    step = StepFinished(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
+    step = StepResult(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
     assert send_and_decode(step) == step
     line = to_text(text * MAX_TEXT_LENGTH)
     log = LogEntries([(0.0, "info", line)] * main._MAX_ENTRIES_PER_MESSAGE)
@@ -69,7 +69,7 @@ def test_largest_texts_of_inline_jobs_are_accepted_from_job_processes(text: str)
 
 def test_largest_values_of_inline_jobs_are_accepted_from_job_processes() -> None:
     output = to_json([1] * (MAX_VALUE_BYTES // 6 - 10), "output")
-    step = StepFinished(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
+    step = StepResult(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
     assert send_and_decode(step) == step
 
 

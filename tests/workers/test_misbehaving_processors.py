@@ -16,8 +16,8 @@ from jobledger.ledger.domain.events import JobLogged, StepCompleted
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.command_handler import CommandResult, handle_command_until_known
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers import attempt_recorder as recorder
 from jobledger.workers import attempt_timeout as time_limit
+from jobledger.workers import attempt_writer
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.result_conversion import to_text
 from tests.support import misbehaving
@@ -274,7 +274,7 @@ async def test_log_lines_survive_cancellation_of_their_request(
         return await handle_command_until_known(event_store, stream, command, **options)
 
     writing = asyncio.Event()
-    monkeypatch.setattr(recorder, "handle_command_until_known", handle_slowly)
+    monkeypatch.setattr(attempt_writer, "handle_command_until_known", handle_slowly)
     if end == "timeout":
         monkeypatch.setattr(time_limit, "PAUSE_AFTER_SECONDS", 60.0)
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
@@ -314,11 +314,11 @@ async def test_fork_server_that_cannot_preload_a_module_serves_others(
     from jobledger.workers.child import fork_server_client
 
     monkeypatch.setattr(fork_server_client, "PRELOAD_MODULES", ["no.such.module", "tests.support.exiting_preload"])
-    fork_server_client.stop_fork_server()
+    fork_server_client.fork_server_client.stop()
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
         job = await roles.wait_until_finished(await roles.submit({"action": "nothing"}, job_type="misbehaving"))
         assert job["status"] == "completed"
-    fork_server_client.stop_fork_server()
+    fork_server_client.fork_server_client.stop()
 
 
 async def test_tasks_of_a_job_end_with_it(connection: Connection, store: Path) -> None:

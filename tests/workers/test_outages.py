@@ -57,7 +57,7 @@ async def test_job_waits_while_the_store_is_unavailable(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.workers.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
-    monkeypatch.setattr("jobledger.workers.request_handler._STORE_RETRY_DELAYS", (0.2,))
+    monkeypatch.setattr("jobledger.workers.message_handler._STORE_RETRY_DELAYS", (0.2,))
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT)
     ) as roles:
@@ -111,7 +111,7 @@ async def test_worker_without_its_store_claims_nothing(
     monkeypatch: pytest.MonkeyPatch,
     replace: Callable[[Path], None],
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.request_handler._STORE_RETRY_DELAYS", (0.1,))
+    monkeypatch.setattr("jobledger.workers.message_handler._STORE_RETRY_DELAYS", (0.1,))
     monkeypatch.setattr("jobledger.workers.machine_health.MIN_BACKOFF_SECONDS", 0.1)
     options = WorkerOptions(confinement=NO_CONFINEMENT, slots=4)
     async with run_roles_in_process(connection, store, projector=True, worker=options) as roles:
@@ -137,7 +137,7 @@ async def test_worker_without_its_store_claims_nothing(
 async def test_inbox_file_that_cannot_be_opened_is_retried(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, job_type: str
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.request_handler._STORE_RETRY_DELAYS", (0.1,))
+    monkeypatch.setattr("jobledger.workers.message_handler._STORE_RETRY_DELAYS", (0.1,))
     open_file, failed = os.open, list[str]()
 
     def fail(path: Any, *arguments: Any, **options: Any) -> int:
@@ -169,7 +169,7 @@ async def test_every_error_of_the_store_is_retried(
         return adopt(self, file, target)
 
     monkeypatch.setattr(DirectoryStore, "_adopt", fail)
-    monkeypatch.setattr("jobledger.workers.request_handler._STORE_RETRY_DELAYS", (0.01,))
+    monkeypatch.setattr("jobledger.workers.message_handler._STORE_RETRY_DELAYS", (0.01,))
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT)
     ) as roles:

@@ -29,7 +29,7 @@ from jobledger.ledger.store.appender import Appender, EventStoreLimits, PendingA
 from jobledger.ledger.store.command_handler import CommandResult, handle_command
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers.attempt_recorder import FLUSH_INTERVAL_SECONDS
+from jobledger.workers.attempt_writer import FLUSH_INTERVAL_SECONDS
 from jobledger.workers.processor import JobContext, ProcessorError, Results
 from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
 from tests.workers.inline_processor import ConcurrencyProbe, install_processor

@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field
 
 from jobledger.ledger.domain.canonical_json import canonical_digest
 from jobledger.ledger.domain.errors import FileTooLarge, NotARegularFile
+from jobledger.ledger.domain.events import StepCompleted
 from jobledger.ledger.domain.limits import MAX_STEP_WARNING_BYTES
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.file_store import StoredFile
@@ -38,7 +39,7 @@ from jobledger.workers.child.messages import (
     LogEntries,
     Message,
     Progress,
-    StepFinished,
+    StepResult,
 )
 from jobledger.workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
 from jobledger.workers.result_conversion import (
@@ -69,8 +70,8 @@ class Assignment(BaseModel):
         job_type: The job type.
         parameters: The job's parameters.
         settings: The section `processors.<job_type>` of config.yaml.
-        finished_steps: Steps of earlier attempts, by digest of name and inputs.
-        can_use_shared_steps: Whether the attempt may use finished steps of other jobs.
+        completed_steps: Steps of earlier attempts, by digest of name and inputs.
+        can_use_shared_steps: Whether the attempt may use completed steps of other jobs.
         attempt_dir: The attempt's directory. It exists if the attempt runs in a job process.
         confinement: How the job process is confined.
         has_files: Whether the attempt may have files, because this process has used its directories.
@@ -81,7 +82,7 @@ class Assignment(BaseModel):
     job_type: str
     parameters: dict[str, Any]
     settings: dict[str, Any]
-    finished_steps: dict[str, FinishedStep]
+    completed_steps: dict[str, StepCompleted]
     can_use_shared_steps: bool = False
     attempt_dir: Path
     confinement: ConfinementSettings = ConfinementSettings()
@@ -98,17 +99,6 @@ class Assignment(BaseModel):
         """The processor's directory for temporary files."""
         self.has_files = True
         return self.attempt_dir / "scratch"
-
-
-class FinishedStep(BaseModel):
-    """The output of a finished step, with its cost and warnings."""
-
-    output: Any
-    tokens_used: int = 0
-    warnings: list[str] = Field(default_factory=list)
-
-
-Assignment.model_rebuild()
 
 
 async def run_attempt(
@@ -185,7 +175,7 @@ class _JobContext:
         self.attempt = assignment.attempt
         self._assignment = assignment
         self.parameters = parameters
-        self._finished_steps = assignment.finished_steps
+        self._completed_steps = assignment.completed_steps
         self._can_use_shared_steps = assignment.can_use_shared_steps
         self._send = send
         self._step = "starting"
@@ -221,12 +211,12 @@ class _JobContext:
         # The digest covers the whole name: truncated names of two steps may be equal.
         digest_name = name if full_name == name else ascii(full_name)
         key = canonical_digest({"step": digest_name, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
-        if (finished := self._finished_steps.get(key)) is not None:
-            for warning in finished.warnings:
+        if (completed := self._completed_steps.get(key)) is not None:
+            for warning in completed.warnings:
                 self._add_warning(warning)
-            self.add_tokens(finished.tokens_used)
+            self.add_tokens(completed.tokens_used)
             await self.log("info", f"Step {name} is reused from an earlier attempt.")
-            return finished.output
+            return completed.output
         started_at, scope = time.monotonic(), _StepScope(name, _scope.get())
         shared = None
         if share_max_age is not None and self._can_use_shared_steps:
@@ -238,7 +228,7 @@ class _JobContext:
             with _enter_scope(scope):
                 output = to_json(await function(), f'step "{name}" output')
         await self._send_message(
-            StepFinished(
+            StepResult(
                 step=name,
                 key=key,
                 output=output,
@@ -314,7 +304,7 @@ class _JobContext:
         return AttemptCompleted(data, self._warnings.to_list(), round(seconds, 3))
 
     def close(self) -> None:
-        """Reject further messages. Tasks that the processor left behind must not report for a finished attempt."""
+        """Reject further messages. Tasks that the processor left behind must not report after the attempt."""
         self._closed = True
 
     async def _send_message(self, message: Message) -> Any:

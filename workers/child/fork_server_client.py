@@ -127,17 +127,3 @@ class ForkServerClient:
 
 
 fork_server_client = ForkServerClient()
-
-
-def stop_fork_server() -> None:
-    """Stop this process's fork server. The next job process starts a new one, with the processors installed then."""
-    fork_server_client.stop()
-
-
-def check_process_start() -> None:
-    """Start a program and wait for its end. Blocks.
-
-    Raises:
-        OSError: The program could not be started.
-    """
-    subprocess.run([sys.executable, "-S", "-c", ""], stdin=subprocess.DEVNULL, check=True, timeout=20)

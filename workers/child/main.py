@@ -33,10 +33,10 @@ from jobledger.workers.child.messages import (
     AttemptCompleted,
     AttemptFailed,
     LogEntries,
-    LogLine,
     Message,
     MessageEnvelope,
     Progress,
+    RawLogEntry,
     encode_frame,
 )
 from jobledger.workers.processor import Processor, ProcessorError
@@ -122,7 +122,7 @@ class _WorkerConnection:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
-        self._queue: deque[bytes | list[LogLine] | Progress] = deque()
+        self._queue: deque[bytes | list[RawLogEntry] | Progress] = deque()
         self._queue_changed = threading.Condition()
         self._has_capacity = asyncio.Event()
         self._has_capacity.set()
@@ -190,7 +190,7 @@ class _WorkerConnection:
         except BaseException as error:  # noqa: BLE001 - see _die
             _die(error)
 
-    def _next_message(self) -> bytes | list[LogLine] | Progress | None:
+    def _next_message(self) -> bytes | list[RawLogEntry] | Progress | None:
         with self._queue_changed:
             while not self._queue:
                 if self._finished:

@@ -29,7 +29,7 @@ _NON_STRUCTURAL_BYTES: Final = bytes(set(range(256)) - set(b'",[{'))
 STOP_MESSAGE: Final = {"stop": True}
 """Sent by the worker instead of an answer when the job must stop."""
 
-LogLine = tuple[float, LogLevel, str]
+RawLogEntry = tuple[float, LogLevel, str]
 """An entry of the job's log: Unix time in seconds, level, text."""
 
 
@@ -37,7 +37,7 @@ LogLine = tuple[float, LogLevel, str]
 class LogEntries:
     """Entries for the job's log, in order."""
 
-    entries: list[LogLine]
+    entries: list[RawLogEntry]
     kind: Literal["log"] = "log"
 
 
@@ -70,8 +70,8 @@ class FileSaved:
 
 
 @dataclass(frozen=True, slots=True)
-class StepFinished:
-    """Reports a finished step. Answer: None, when the event is stored. `duration_s` is in seconds."""
+class StepResult:
+    """Reports a completed step. Answer: None, when the event is stored. `duration_s` is in seconds."""
 
     step: str
     key: str
@@ -81,7 +81,7 @@ class StepFinished:
     warnings: list[str]
     reused_from: str | None = None
     is_shared: bool = False
-    kind: Literal["step_finished"] = "step_finished"
+    kind: Literal["step_completed"] = "step_completed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class AttemptFailed:
     kind: Literal["failed"] = "failed"
 
 
-Message = LogEntries | Progress | FindSharedStep | FileSaved | StepFinished | AttemptCompleted | AttemptFailed
+Message = LogEntries | Progress | FindSharedStep | FileSaved | StepResult | AttemptCompleted | AttemptFailed
 
 
 @dataclass(frozen=True, slots=True)

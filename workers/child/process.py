@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -42,14 +42,6 @@ _BYTES_PER_SECOND: Final = 64 * 1024 * 1024
 _MAX_CONTROL_BYTES: Final = 1024 * 1024  # of one line from a supervisor
 
 
-class ProcessNotStarted(Exception):
-    """A job process could not be started. `errno` is the number of the system error, if there is one."""
-
-    def __init__(self, message: str, errno: int | None = None) -> None:
-        super().__init__(message)
-        self.errno = errno
-
-
 class ProcessFailed(Exception):
     """A job process ended or can no longer be used. `failure` is the failure of the attempt."""
 
@@ -69,19 +61,26 @@ class ProcessExit:
 class JobProcess:
     """A job process with its supervisor. Call `stop` after each successful `start`."""
 
-    def __init__(self, connection: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        supervisor: int,
+        on_output: Callable[[str], None],
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._reader = reader
         self._writer = writer
         self._writing = asyncio.Lock()
         self._buffer = bytearray()
-        self._closed = False  # the job process has closed its end or has died
-        self._supervisor = 0
-        self._on_output: Callable[[str], None] = lambda text: None
+        self._supervisor = supervisor
+        self._on_output = on_output
         self._state_changed = asyncio.Event()
-        self._exit_task: asyncio.Task[None] | None = None
         self._exit: ProcessExit | None = None
+        self.exit_task = asyncio.create_task(self._watch(), name="watch-job-process")
+        """Done when the job process and all its descendants have ended."""
 
     @classmethod
     async def start(
@@ -95,7 +94,6 @@ class JobProcess:
             environment: Names of variables that it gets besides the default ones.
 
         Raises:
-            ProcessNotStarted: The process could not be started.
             OSError: The process could not be started.
         """
         try:
@@ -104,49 +102,36 @@ class JobProcess:
             try:
                 return await cls._start(memory_limit_mb, on_output, environment)
             except (TimeoutError, ConnectionError) as error:
-                raise ProcessNotStarted(f"No job process could be started: {type(error).__name__} {error}") from error
+                raise OSError(f"No job process could be started: {type(error).__name__} {error}") from error
 
     @classmethod
     async def _start(
         cls, memory_limit_mb: int, on_output: Callable[[str], None], environment: Sequence[str]
     ) -> JobProcess:
-        with _SocketPairs() as sockets:
-            ours, theirs, control, their_control = sockets.pair() + sockets.pair()
-            server = fork_server_client.request_supervisor(memory_limit_mb, their_control, theirs, environment)
-            theirs.close()
+        with ExitStack() as unneeded:
+            connection, their_connection = map(unneeded.enter_context, socket.socketpair())
+            control, their_control = map(unneeded.enter_context, socket.socketpair())
+            connection.setblocking(False)  # noqa: FBT003 - a positional-only argument
+            server = fork_server_client.request_supervisor(
+                memory_limit_mb, their_control, their_connection, environment
+            )
+            their_connection.close()
             their_control.close()
             reader, writer = await asyncio.open_connection(sock=control, limit=_MAX_CONTROL_BYTES)
-            sockets.keep(control)
-            process = cls(ours, reader, writer)
+            unneeded.callback(writer.close)  # signals the supervisor that the job process is not needed
             try:
                 async with asyncio.timeout(fork_server_client.request_timeout):
                     line = await reader.readline()
                 if not line:
                     raise ConnectionError("the fork server died")
             except (TimeoutError, ConnectionError):
-                writer.close()
                 fork_server_client.replace(server)
-                raise
-            except BaseException:
-                writer.close()  # signals the supervisor that the job process is not needed
                 raise
             report = json.loads(line)
             if "fork_errno" in report:
-                writer.close()
-                raise ProcessNotStarted(
-                    f"No job process could be forked: {os.strerror(report['fork_errno'])}", report["fork_errno"]
-                )
-            sockets.keep(ours)
-        process._supervisor = report["supervisor"]
-        process._on_output = on_output
-        process._exit_task = asyncio.create_task(process._watch(), name="watch-job-process")
-        return process
-
-    @property
-    def exit_task(self) -> asyncio.Task[None]:
-        """Done when the job process and all its descendants have ended."""
-        assert self._exit_task is not None  # noqa: S101 - it is set by start
-        return self._exit_task
+                raise OSError(report["fork_errno"], os.strerror(report["fork_errno"]))
+            unneeded.pop_all()
+        return cls(connection, reader, writer, report["supervisor"], on_output)
 
     # Receiving ----------------------------------------------------------------------------------------------------
 
@@ -279,30 +264,6 @@ class JobProcess:
         self.exit_task.cancel()
         self._writer.close()
         self._connection.close()
-
-
-class _SocketPairs:
-    """Creates pairs of sockets, and closes them at the end of the block unless they are kept."""
-
-    def __init__(self) -> None:
-        self._open: set[socket.socket] = set()
-
-    def __enter__(self) -> _SocketPairs:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for sock in self._open:
-            sock.close()
-
-    def pair(self) -> tuple[socket.socket, socket.socket]:
-        """Return a pair: ours, which does not block, and theirs."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)  # noqa: FBT003 - a positional-only argument
-        self._open |= {ours, theirs}
-        return ours, theirs
-
-    def keep(self, sock: socket.socket) -> None:
-        self._open.discard(sock)
 
 
 class _RateLimiter:

@@ -17,7 +17,7 @@ from jobledger.ledger.domain.events import EventMetadata, Failure, WorkerFenced
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import StreamState, handle_command_until_known
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers.child.messages import LogLine
+from jobledger.workers.child.messages import RawLogEntry
 from jobledger.workers.log_buffer import LogBuffer
 from jobledger.workers.result_conversion import to_text
 
@@ -26,74 +26,75 @@ FLUSH_INTERVAL_SECONDS: Final = 0.5
 _RETRY_SECONDS: Final = 1.0
 
 
-class Fenced(BaseException):  # no Exception, so that an inline processor does not catch it
-    """The attempt is over: another worker has the job, or the job was deleted. All further commands are rejected."""
+class AttemptFenced(BaseException):  # no Exception, so that an inline processor does not catch it
+    """Another worker has the job, or the job was deleted. The attempt is over, and its commands are rejected."""
 
 
 class EventNotStorable(Exception):
     """An event cannot be stored. Nothing was written. The text contains the reason."""
 
 
-class AttemptRecorder:
-    """Appends the events of one attempt."""
+class AttemptWriter:
+    """Appends the events of one attempt. Only this class writes to the job's stream while the job runs.
+
+    Args:
+        event_store: The event store.
+        stream_state: The job's stream after the claim.
+        job_id: The ID of the job.
+        on_fenced: Called when the attempt turns out to be fenced while entries or progress are written.
+    """
 
     def __init__(
-        self,
-        event_store: EventStore,
-        stream_state: StreamState,
-        *,
-        job_id: str,
-        worker_id: str,
-        attempt: int,
-        on_fenced: Callable[[], None],
+        self, event_store: EventStore, stream_state: StreamState, job_id: str, on_fenced: Callable[[], None]
     ) -> None:
+        job = stream_state.aggregate
+        assert isinstance(job, Job)  # noqa: S101 - the state of a job's stream is a Job
+        assert job.worker_id is not None  # noqa: S101 - a worker has claimed it
+        self.job = job
+        """The state of the job after the claim."""
+        self.job_id = job_id
+        self.worker_id = job.worker_id
+        self.attempt = job.attempt
+        self.is_fenced = False
+        """Whether another worker may have the job. If so, commands are not retried."""
         self._event_store = event_store
         self._stream_state = stream_state
-        self._job_id = job_id
-        self._worker_id = worker_id
-        self._attempt = attempt
-        self._metadata = EventMetadata(f"worker:{worker_id}")
+        self._metadata = EventMetadata(f"worker:{self.worker_id}")
         self._on_fenced = on_fenced
         self._write_lock = asyncio.Lock()
         self._flush_lock = asyncio.Lock()
         self._progress: ReportProgress | None = None
-        self._log_buffer: LogBuffer | None = None
+        self._log_buffer = LogBuffer(job.log_bytes)
         self._flusher: asyncio.Task[None] | None = None
         self._flushes: set[asyncio.Task[None]] = set()
-        self.is_abandoned = False
-        """Whether another worker may have the job. If so, commands are not retried."""
 
     # Collecting ---------------------------------------------------------------------------------------------------
 
-    def add_log_entries(self, entries: list[LogLine]) -> None:
+    def add_log_entries(self, entries: list[RawLogEntry]) -> None:
         """Add entries to the job's log."""
-        if self._log_buffer is None:
-            assert isinstance(self._stream_state.aggregate, Job)  # noqa: S101 - a job's stream has a job's state
-            self._log_buffer = LogBuffer(self._stream_state.aggregate.log_bytes)
         for entry in entries:
             self._log_buffer.add(entry)
         self._flush_soon()
 
     def set_progress(self, step: str, percent: float, message: str) -> None:
         """Report the progress of the job. Of several reports within a flush interval, only the last one is stored."""
-        self._progress = ReportProgress(
-            self._worker_id, self._attempt, to_text(step, 200), percent, to_text(message, 1000)
-        )
+        step, message = to_text(step, 200), to_text(message, 1000)
+        self._progress = ReportProgress(self.worker_id, self.attempt, step, percent, message)
         self._flush_soon()
 
     def _flush_soon(self) -> None:
         if self._flusher is None or self._flusher.done():
-            self._flusher = asyncio.create_task(self._flush_later(), name=f"flush-later-{self._job_id}")
+            self._flusher = asyncio.create_task(self._flush_later(), name=f"flush-later-{self.job_id}")
 
     async def _flush_later(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_INTERVAL_SECONDS)
             try:
                 await self.flush()
-            except Fenced:
+            except AttemptFenced:
                 self._on_fenced()
                 return
-            if self._progress is None and (self._log_buffer is None or self._log_buffer.is_empty):
+            if self._progress is None and self._log_buffer.is_empty:
                 return
 
     async def flush(self, *, final: bool = False) -> None:
@@ -102,17 +103,17 @@ class AttemptRecorder:
         Args:
             final: Whether nothing more will be added.
         """
-        if self._log_buffer is None and self._progress is None and not self._flush_lock.locked():
+        if self._log_buffer.is_empty and self._progress is None and not self._flush_lock.locked():
             return
-        flush = asyncio.create_task(self._flush(final=final), name=f"flush-{self._job_id}")
+        flush = asyncio.create_task(self._flush(final=final), name=f"flush-{self.job_id}")
         self._flushes.add(flush)
         flush.add_done_callback(self._flushes.discard)
         await asyncio.shield(flush)
 
     async def _flush(self, *, final: bool) -> None:
         async with self._flush_lock:  # the last event of the attempt must come after a pending flush
-            for entries in self._log_buffer.take(final=final) if self._log_buffer is not None else ():
-                await self._append_text(AddLogEntries(self._worker_id, self._attempt, entries))
+            for entries in self._log_buffer.take(final=final):
+                await self._append_text(AddLogEntries(self.worker_id, self.attempt, entries))
             progress, self._progress = self._progress, None
             if progress is not None:
                 await self._append_text(progress)
@@ -122,7 +123,7 @@ class AttemptRecorder:
         try:
             await self.append(command)
         except EventNotStorable as error:
-            _log.warning("cannot store a job's log or progress", job_id=self._job_id, error=str(error))
+            _log.warning("cannot store a job's log or progress", job_id=self.job_id, error=str(error))
 
     def close(self) -> None:
         """Stop collecting, and discard what has not been written."""
@@ -136,14 +137,14 @@ class AttemptRecorder:
         """Append the events of a command. Retry while the database is unavailable, until the lease is lost.
 
         Raises:
-            Fenced: The attempt is over. A `WorkerFenced` event records the rejection.
+            AttemptFenced: Another worker has the job. A `WorkerFenced` event records the rejection.
             EventNotStorable: The event cannot be stored.
         """
         async with self._write_lock:
             try:
                 result = await handle_command_until_known(
                     self._event_store,
-                    self._job_id,
+                    self.job_id,
                     command,
                     meta=self._metadata,
                     stream_state=self._stream_state,
@@ -151,18 +152,18 @@ class AttemptRecorder:
                     on_retry=self._on_retry,
                 )
             except NotFound as error:
-                raise Fenced from error
+                raise AttemptFenced from error
             except InvalidEvent as error:
                 raise EventNotStorable(str(error)) from error
             self._stream_state = result.stream_state
         if any(isinstance(event.event, WorkerFenced) for event in result.events):
-            raise Fenced
+            raise AttemptFenced
 
     async def append_final(self, command: WorkerCommand) -> None:
         """Flush, then append the last event of the attempt. If it cannot be stored, fail the job instead.
 
         Raises:
-            Fenced: See `append`.
+            AttemptFenced: See `append`.
         """
         await self.flush(final=True)
         try:
@@ -173,12 +174,12 @@ class AttemptRecorder:
                 text = to_text(command.error.message, 2000)
                 failure = Failure(code=to_text(command.error.code, 100), message=f"{text} (Details omitted: {error}.)")
             try:
-                await self.append(FailAttempt(self._worker_id, self._attempt, failure, None))
+                await self.append(FailAttempt(self.worker_id, self.attempt, failure, None))
             except EventNotStorable:
                 failure = Failure(code="INVALID_RESULT", message="The result cannot be stored.")
-                await self.append(FailAttempt(self._worker_id, self._attempt, failure, None))
+                await self.append(FailAttempt(self.worker_id, self.attempt, failure, None))
 
     def _on_retry(self, error: JobledgerError) -> None:
-        if self.is_abandoned:
-            raise Fenced from error
-        _log.warning("cannot record an event yet", job_id=self._job_id, error=str(error))
+        if self.is_fenced:
+            raise AttemptFenced from error
+        _log.warning("cannot record an event yet", job_id=self.job_id, error=str(error))

@@ -1,4 +1,4 @@
-"""Handle what a processor reports during an attempt: log entries, progress, finished steps and saved files.
+"""Handle the messages of a processor: log entries, progress, completed steps and saved files.
 
 Job processes and inline jobs send the same messages (`child/messages.py`). A job process is not trusted: the handler
 checks that every file named in a step or in the results was saved by this job.
@@ -18,11 +18,10 @@ import structlog
 from jobledger.ledger.domain.commands import CompleteStep
 from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
 from jobledger.ledger.domain.events import ResultFile
-from jobledger.ledger.domain.job import Job
 from jobledger.ledger.domain.saved_files import find_saved_files
 from jobledger.ledger.files.file_store import FileStore
-from jobledger.workers.attempt_recorder import AttemptRecorder, EventNotStorable
 from jobledger.workers.attempt_timeout import AttemptTimeout
+from jobledger.workers.attempt_writer import AttemptWriter, EventNotStorable
 from jobledger.workers.child.attempt import Assignment
 from jobledger.workers.child.messages import (
     FileSaved,
@@ -30,7 +29,7 @@ from jobledger.workers.child.messages import (
     LogEntries,
     Message,
     Progress,
-    StepFinished,
+    StepResult,
 )
 from jobledger.workers.machine_health import WorkerHealth, find_machine_failure
 from jobledger.workers.path_reservations import PathReservations
@@ -48,25 +47,21 @@ class SavedFileLost(ProcessorError):
     """A saved file is missing from the inbox or has changed. Only the job itself can have caused that."""
 
 
-class RequestHandler:
-    """Handles the messages of one attempt's processor."""
+class MessageHandler:
+    """Handles the messages (`child/messages.py`) that the processor sends during one attempt."""
 
     def __init__(
         self,
-        job: Job,
+        writer: AttemptWriter,
         *,
-        job_id: str,
-        worker_id: str,
-        recorder: AttemptRecorder,
         file_store: FileStore,
         step_cache: StepCache,
         path_reservations: PathReservations,
         health: WorkerHealth,
     ) -> None:
-        self._job = job
-        self._job_id = job_id
-        self._worker_id = worker_id
-        self._recorder = recorder
+        self._writer = writer
+        self._job = writer.job
+        self._job_id = writer.job_id
         self._file_store = file_store
         self._step_cache = step_cache
         self._path_reservations = path_reservations
@@ -86,21 +81,21 @@ class RequestHandler:
         """Handle a message of the processor and return the answer.
 
         Raises:
-            Fenced: The attempt is over.
+            AttemptFenced: Another worker has the job.
             ProcessorError: The message is rejected. The processor receives the error.
         """
         match message:
             case LogEntries():
-                self._recorder.add_log_entries([(at, level, to_text(text)) for at, level, text in message.entries])
+                self._writer.add_log_entries([(at, level, to_text(text)) for at, level, text in message.entries])
             case Progress():
-                self._recorder.set_progress(message.step, message.percent, message.message)
+                self._writer.set_progress(message.step, message.percent, message.message)
             case FindSharedStep():
                 return await self._find_shared_step(message)
             case FileSaved():
                 await self._store_file(message.sha256)
                 return await self._reserve_path(message.path)
-            case StepFinished():
-                await self._finish_step(message)
+            case StepResult():
+                await self._complete_step(message)
             case _:
                 raise AssertionError(f"{message.kind} is not a request")
         return None
@@ -108,7 +103,7 @@ class RequestHandler:
     async def check_results(self, results: Results) -> Results:
         """Return the results with verified files, reserved paths and actual sizes.
 
-        Paths saved in this attempt are already reserved. Other paths come from a finished step, or a job process made
+        Paths saved in this attempt are already reserved. Other paths come from a completed step, or a job process made
         them up.
 
         Raises:
@@ -156,15 +151,15 @@ class RequestHandler:
         self._saved_sizes |= {file.sha256: file.size for file in find_saved_files(step.output)}
         return {"job_id": job_id, "output": step.output}
 
-    async def _finish_step(self, step: StepFinished) -> None:
+    async def _complete_step(self, step: StepResult) -> None:
         for file in find_saved_files(step.output):  # a later attempt trusts these files
             subject = f'step "{to_text(step.step, 200)}" output names'
             if (size := self._find_saved_size(file, subject)) != file.size:
                 text = f"{subject} the file '{to_text(file.path, 200)}' with the size {file.size}. It has {size} bytes."
                 raise ProcessorError("INVALID_RESULT", text)
         command = CompleteStep(
-            self._worker_id,
-            self._job.attempt,
+            self._writer.worker_id,
+            self._writer.attempt,
             step.step,
             step.key,
             step.output,
@@ -175,9 +170,9 @@ class RequestHandler:
             cache_version=processor_version(self._job.spec.job_type) if step.is_shared else None,
         )
         async with self._pause_timeout():
-            await self._recorder.flush()
+            await self._writer.flush()
             try:
-                await self._recorder.append(command)
+                await self._writer.append(command)
             except EventNotStorable as error:
                 text = f'step "{to_text(step.step, 200)}" output cannot be stored: {error}'
                 raise ProcessorError("INVALID_RESULT", text) from error
@@ -209,14 +204,16 @@ class RequestHandler:
                     if (reason := to_text(error, 500)) != last_reason:
                         last_reason = reason
                         _log.warning("waiting for result store", job_id=self._job_id, error=reason)
-                        self._add_log_line("warning", f"Waiting for the result store; the job's work is kept. {reason}")
+                        self._add_log_entry(
+                            "warning", f"Waiting for the result store; the job's work is kept. {reason}"
+                        )
                         if (failure := find_machine_failure(error)) is not None:
                             self._health.report(failure)
                 await asyncio.sleep(_STORE_RETRY_DELAYS[min(retries, len(_STORE_RETRY_DELAYS) - 1)])
                 retries += 1
         if last_reason:
             waited = asyncio.get_running_loop().time() - started_at
-            self._add_log_line("info", f"The result store is writable again after {waited:.0f} seconds.")
+            self._add_log_entry("info", f"The result store is writable again after {waited:.0f} seconds.")
 
     @cached_property
     def _ingest_locks(self) -> Sequence[asyncio.Lock]:
@@ -241,7 +238,7 @@ class RequestHandler:
                     return reserved
 
     def _find_saved_size(self, file: SavedFile | ResultFile, subject: str) -> int:
-        """Return the size of a file that this attempt or a finished step of this job saved.
+        """Return the size of a file that this attempt or a completed step of this job saved.
 
         The store holds the files of all jobs. A job that knows the digest of another job's file must not publish it.
 
@@ -259,8 +256,8 @@ class RequestHandler:
 
     @cached_property
     def _step_file_sizes(self) -> Mapping[str, int]:
-        """Sizes in bytes by digest of the files in outputs of steps that finished before this attempt."""
+        """Sizes in bytes by digest of the files in outputs of steps that earlier attempts completed."""
         return {file.sha256: file.size for step in self._job.steps.values() for file in find_saved_files(step.output)}
 
-    def _add_log_line(self, level: Literal["info", "warning"], text: str) -> None:
-        self._recorder.add_log_entries([(datetime.now(UTC).timestamp(), level, text)])
+    def _add_log_entry(self, level: Literal["info", "warning"], text: str) -> None:
+        self._writer.add_log_entries([(datetime.now(UTC).timestamp(), level, text)])
