@@ -1,4 +1,4 @@
-"""Field visibility of jobs, batches, deliveries and events for each role. All rules are in this module.
+"""Which fields of jobs, batches, deliveries and events a viewer sees. All rules are in this module.
 
 Each field has a rule. A field without a rule is hidden from everyone (documents) or shown only with admin access
 (events), so a new field stays hidden until a rule is added. tests/api/test_redaction.py compares the
@@ -26,7 +26,7 @@ from jobledger.ledger.mongo.connection import Document
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """A principal and their right to a job, batch or delivery."""
+    """A principal with their access level to a job, batch or delivery."""
 
     principal: Principal
     access_level: AccessLevel
@@ -43,6 +43,10 @@ FieldRule = Callable[[Any, Viewer], Any]
 
 def _keep(value: Any, _viewer: Viewer) -> Any:
     return value
+
+
+def _keep_all(*names: str) -> dict[str, FieldRule]:
+    return dict.fromkeys(names, _keep)
 
 
 def _hide(_value: Any, _viewer: Viewer) -> None:
@@ -129,93 +133,42 @@ def _redact_projection_error(error: Mapping[str, Any] | None, _viewer: Viewer) -
     )
 
 
-_PARTIAL_FIELDS: Final[Mapping[str, FieldRule]] = {
-    "truncated": _keep,
-    "omitted": _keep,
+_DOCUMENT_RULES: Final[Mapping[str, FieldRule]] = {
+    **_keep_all("user_id", "status", "created_at", "updated_at", "version", "position", "truncated", "omitted"),
     "projection_error": _redact_projection_error,
 }
-JOB_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
-    "job_id": _keep,
-    "job_type": _keep,
-    "job_name": _keep,
-    "status": _keep,
-    "created_at": _keep,
-    "updated_at": _keep,
-    "started_at": _keep,
-    "completed_at": _keep,
-    "parameters": _keep,
-    "webhook": _redact_webhook,
-    "batch_id": _keep,
-    "progress": _keep,
-    "results": _keep,
-    "error": _redact_error,
-    "logs": _keep,
-    "worker_id": pseudonymize_worker,
-    "attempt": _keep,
-    "retries": _keep,
-    "max_attempts": _keep,
-    "timeout_s": _keep,
-    "priority": _keep,
-    "due_at": _keep,
-    "user_id": _keep,
+"""Rules for fields of all documents."""
+_SUBMISSION_RULES: Final[Mapping[str, FieldRule]] = {
+    **_keep_all("user_id", "parameters"),
     "access_control": _redact_access_lists,
     "teams": _keep_own_names,
-    "cancel_requested": _keep,
-    "archived": _keep,
-    "steps": _keep,
-    "version": _keep,
-    "position": _keep,
-    **_PARTIAL_FIELDS,
+    "webhook": _redact_webhook,
+}
+"""Rules for fields of jobs, batches and their submission events."""
+JOB_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
+    **_DOCUMENT_RULES,
+    **_SUBMISSION_RULES,
+    **_keep_all("job_id", "job_type", "job_name", "batch_id", "priority", "max_attempts", "timeout_s", "due_at"),
+    **_keep_all("started_at", "completed_at", "attempt", "retries", "cancel_requested", "archived"),
+    **_keep_all("progress", "results", "logs", "steps"),
+    "error": _redact_error,
+    "worker_id": pseudonymize_worker,
 }
 BATCH_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
-    "batch_id": _keep,
-    "batch_name": _keep,
-    "status": _keep,
-    "created_at": _keep,
-    "updated_at": _keep,
-    "completed_at": _keep,
-    "job_ids": _keep,
-    "total_jobs": _keep,
-    "pending_jobs": _keep,
-    "processing_jobs": _keep,
-    "completed_jobs": _keep,
-    "failed_jobs": _keep,
-    "cancelled_jobs": _keep,
-    "webhook": _redact_webhook,
-    "parameters": _keep,
-    "summary": _keep,
-    "user_id": _keep,
-    "access_control": _redact_access_lists,
-    "teams": _keep_own_names,
-    "paused": _keep,
-    "archived": _keep,
-    "version": _keep,
-    "position": _keep,
-    **_PARTIAL_FIELDS,
+    **_DOCUMENT_RULES,
+    **_SUBMISSION_RULES,
+    **_keep_all("batch_id", "batch_name", "job_ids", "completed_at", "summary", "paused", "archived"),
+    **_keep_all("total_jobs", "pending_jobs", "processing_jobs", "completed_jobs", "failed_jobs", "cancelled_jobs"),
 }
 DELIVERY_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
-    "delivery_id": _keep,
-    "status": _keep,
-    "type": _keep,
-    "job_id": _keep,
-    "batch_id": _keep,
-    "source_version": _keep,
+    **_DOCUMENT_RULES,
+    **_keep_all("delivery_id", "type", "job_id", "batch_id", "source_version", "host", "attempt"),
+    **_keep_all("queued_at", "next_attempt_at", "delivered_at"),
     "url": _redact_url,
-    "host": _keep,
     "endpoint_id": _hide,  # a digest of the URL, with which guesses of a token in the URL could be checked
     "sequence": _hide,
-    "user_id": _keep,
-    "created_at": _keep,
-    "updated_at": _keep,
-    "queued_at": _keep,
-    "next_attempt_at": _keep,
-    "delivered_at": _keep,
     "reason": _hide,
-    "attempt": _keep,
     "attempts": _redact_attempts,
-    "version": _keep,
-    "position": _keep,
-    **_PARTIAL_FIELDS,
 }
 
 
@@ -224,76 +177,56 @@ def _blank(_value: Any, _viewer: Viewer) -> str:
 
 
 DELIVERY_ATTEMPT_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
-    "attempt": _keep,
-    "attempted_at": _keep,
-    "status_code": _keep,
+    **_keep_all("attempt", "attempted_at", "status_code", "duration_s", "next_attempt_at"),
     "error": _redact_delivery_error,
     "response": _blank,
-    "duration_s": _keep,
     "body_sha256": _hide,
-    "next_attempt_at": _keep,
 }
 METADATA_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
     "actor": _redact_actor,
-    "correlation_id": _keep,
-    "causation_id": _keep,
+    **_keep_all("correlation_id", "causation_id"),
 }
 """`request_fingerprint` and `traceparent` have no rule: they are digests of requests, and IDs of other systems."""
 
-_SUBMISSION_FIELDS: Final[Mapping[str, FieldRule]] = {
-    "user_id": _keep,
-    "access_control": _redact_access_lists,
-    "teams": _keep_own_names,
-    "webhook": _redact_webhook,
-    "parameters": _keep,
-}
-_WORKER_FIELDS: Final[Mapping[str, FieldRule]] = {"worker_id": pseudonymize_worker, "attempt": _keep}
-_ACTION_FIELDS: Final[Mapping[str, FieldRule]] = {"by": _redact_actor, "reason": _keep}
-_ACCESS_FIELDS: Final[Mapping[str, FieldRule]] = {"by": _redact_actor, "access_control": _redact_access_lists}
+_WORKER_RULES: Final[Mapping[str, FieldRule]] = {"worker_id": pseudonymize_worker, **_keep_all("attempt")}
+_ACTION_RULES: Final[Mapping[str, FieldRule]] = {"by": _redact_actor, **_keep_all("reason")}
+_ACCESS_RULES: Final[Mapping[str, FieldRule]] = {"by": _redact_actor, "access_control": _redact_access_lists}
+_ACTION_EVENTS: Final = (
+    *("JobCancelRequested", "JobCancelled", "JobArchived", "JobUnarchived", "JobDeleted", "DeliveryRequeued"),
+    *("BatchPaused", "BatchResumed", "BatchArchived", "BatchUnarchived", "BatchDeleted"),
+)
 EVENT_FIELD_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
+    **dict.fromkeys(_ACTION_EVENTS, _ACTION_RULES),
+    **dict.fromkeys(("JobClaimed", "JobLeaseExpired"), _WORKER_RULES),
+    **dict.fromkeys(("JobAccessChanged", "BatchAccessChanged"), _ACCESS_RULES),
     "JobSubmitted": {
-        **_SUBMISSION_FIELDS,
-        **dict.fromkeys(("job_type", "batch_id", "job_name", "priority", "not_before", "max_attempts"), _keep),
-        **dict.fromkeys(("timeout_s", "template"), _keep),
+        **_SUBMISSION_RULES,
+        **_keep_all("job_type", "batch_id", "job_name", "priority", "not_before", "max_attempts"),
+        **_keep_all("timeout_s", "template"),
     },
-    "JobClaimed": _WORKER_FIELDS,
-    "JobProgressed": dict.fromkeys(("attempt", "step", "percent", "message"), _keep),
-    "JobLogged": dict.fromkeys(("attempt", "entries"), _keep),
-    "StepCompleted": dict.fromkeys(
-        ("attempt", "step", "key", "output", "duration_s", "tokens_used", "warnings", "reused_from", "cache_version"),
-        _keep,
-    ),
-    "JobCompleted": dict.fromkeys(("attempt", "results"), _keep),
-    "JobAttemptFailed": {"attempt": _keep, "error": _redact_error, "retry_at": _keep},
-    "JobFailed": {"attempt": _keep, "error": _redact_error},
-    "JobLeaseExpired": _WORKER_FIELDS,
-    "JobReleased": {**_WORKER_FIELDS, "reason": _blank, "is_machine_failure": _keep},
-    "JobCancelRequested": _ACTION_FIELDS,
-    "JobCancelled": _ACTION_FIELDS,
-    "JobRestarted": {**_ACTION_FIELDS, "reuse_steps": _keep},
-    "JobUpdated": {"by": _redact_actor, **dict.fromkeys(("parameters", "priority", "not_before"), _keep)},
-    "JobAccessChanged": _ACCESS_FIELDS,
-    "JobArchived": _ACTION_FIELDS,
-    "JobUnarchived": _ACTION_FIELDS,
-    "JobDeleted": _ACTION_FIELDS,
-    "WorkerFenced": {**_WORKER_FIELDS, "rejected_event": _keep},
-    "BatchSubmitted": {**_SUBMISSION_FIELDS, **dict.fromkeys(("batch_name", "total_jobs", "job_ids"), _keep)},
-    "BatchPaused": _ACTION_FIELDS,
-    "BatchResumed": _ACTION_FIELDS,
-    "BatchFinished": dict.fromkeys(("status", "counts", "summary"), _keep),
+    "JobProgressed": _keep_all("attempt", "step", "percent", "message"),
+    "JobLogged": _keep_all("attempt", "entries"),
+    "StepCompleted": {
+        **_keep_all("attempt", "step", "key", "output", "duration_s", "tokens_used", "warnings"),
+        **_keep_all("reused_from", "cache_version"),
+    },
+    "JobCompleted": _keep_all("attempt", "results"),
+    "JobAttemptFailed": {"error": _redact_error, **_keep_all("attempt", "retry_at")},
+    "JobFailed": {"error": _redact_error, **_keep_all("attempt")},
+    "JobReleased": {**_WORKER_RULES, "reason": _blank, **_keep_all("is_machine_failure")},
+    "JobRestarted": {**_ACTION_RULES, **_keep_all("reuse_steps")},
+    "JobUpdated": {"by": _redact_actor, **_keep_all("parameters", "priority", "not_before")},
+    "WorkerFenced": {**_WORKER_RULES, **_keep_all("rejected_event")},
+    "BatchSubmitted": {**_SUBMISSION_RULES, **_keep_all("batch_name", "total_jobs", "job_ids")},
+    "BatchFinished": _keep_all("status", "counts", "summary"),
     "BatchReopened": {},
-    "BatchAccessChanged": _ACCESS_FIELDS,
-    "BatchArchived": _ACTION_FIELDS,
-    "BatchUnarchived": _ACTION_FIELDS,
-    "BatchDeleted": _ACTION_FIELDS,
     "DeliveryQueued": {
-        **dict.fromkeys(("source", "source_version", "event_type", "user_id", "batch_id"), _keep),
+        **_keep_all("source", "source_version", "event_type", "user_id", "batch_id"),
         "webhook": _redact_webhook,
     },
     "DeliveryAttempted": {name: rule for name, rule in DELIVERY_ATTEMPT_FIELD_RULES.items() if name != "attempted_at"},
-    "DeliverySucceeded": {"attempt": _keep},
+    "DeliverySucceeded": _keep_all("attempt"),
     "DeliveryAbandoned": {"reason": _blank},
-    "DeliveryRequeued": _ACTION_FIELDS,
     "PositionVoided": {},
 }
 
