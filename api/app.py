@@ -9,12 +9,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
+from jobledger.api.auth.browser_sessions import SessionCookieBackend
 from jobledger.api.auth.permissions import AuthenticationMiddleware
 from jobledger.api.auth.signed_links import SignedLinkBackend
 from jobledger.api.context import ApiContext
 from jobledger.api.dashboard import pages as dashboard
 from jobledger.api.dashboard.errors import build_auth_error_response
-from jobledger.api.dashboard.session_cookie import SessionCookieBackend, get_cookie_name
 from jobledger.api.http.errors import ApiError, on_api_error, on_http_exception, on_ledger_error, on_unexpected_error
 from jobledger.api.http.limits import AuthFailureLimitMiddleware, RateLimitMiddleware
 from jobledger.api.http.memory_budget import MemoryLimitMiddleware
@@ -119,14 +119,14 @@ def create_app(ctx: ApiContext) -> ASGIApp:
                 allowed_hosts=ctx.allowed_hosts,
                 public_origin=ctx.public_origin,
                 cors_origins=options.cors_origins,
-                session_cookie_name=get_cookie_name(https=options.is_https),
+                session_cookie_name=options.session_cookie_name,
             ),
             *build_cors_middleware(options.cors_origins),
             Middleware(AuthFailureLimitMiddleware, options=options),
             Middleware(
                 AuthenticationMiddleware,
                 auth_backend=SignedLinkBackend(
-                    SessionCookieBackend(ctx.auth_backend, ctx.browser_sessions, https=options.is_https)
+                    SessionCookieBackend(ctx.auth_backend, ctx.browser_sessions, options.session_cookie_name)
                 ),
                 revocation_notifier=ctx.revocation_notifier,
                 on_error=build_auth_error_response,

@@ -163,8 +163,8 @@ def _make_browser_sessions(
     """Return the sessions of the dashboard, or None in modes without its sign-in page."""
     if auth.mode not in ("keys", "jwt"):
         return None
-    get_key_holder = backend.get_key_holder if isinstance(backend, ApiKeyBackend) else None
-    sessions = BrowserSessions(db, revocations, policy=_policy_digest(auth), get_key_holder=get_key_holder)
+    is_key_valid = backend.is_key_valid if isinstance(backend, ApiKeyBackend) else lambda _key_id: False
+    sessions = BrowserSessions(db, revocations, policy=_policy_digest(auth), is_key_valid=is_key_valid)
     change_stream.add_listener(sessions)
     return sessions
 

@@ -89,7 +89,7 @@ async def store_key(db: Database, key: ApiKey) -> None:
     """Store a new key.
 
     Raises:
-        LedgerUnavailable: the database failed or does not respond.
+        LedgerUnavailable: The database failed or does not respond.
     """
     with translate_errors("storing an API key"):
         await db[COLLECTION].insert_one(key.model_dump(by_alias=True))
@@ -99,7 +99,7 @@ async def list_api_keys(db: Database) -> list[ApiKey]:
     """Return all keys, oldest first.
 
     Raises:
-        LedgerUnavailable: the database failed or does not respond.
+        LedgerUnavailable: The database failed or does not respond.
     """
     with translate_errors("reading the API keys"):
         documents = await db[COLLECTION].find(sort=[("created_at", 1), ("_id", 1)]).to_list()
@@ -110,7 +110,7 @@ async def revoke_key(db: Database, key_id: str) -> bool:
     """Delete a key, which revokes it immediately. Return whether it existed.
 
     Raises:
-        LedgerUnavailable: the database failed or does not respond.
+        LedgerUnavailable: The database failed or does not respond.
     """
     with translate_errors("revoking an API key"):
         removed = await db[COLLECTION].delete_one({"_id": key_id})
@@ -137,10 +137,10 @@ class ApiKeyCache:
         is_same = compare_digest(token.digest, _NO_DIGEST if key is None else key.sha256)
         return key if key is not None and is_same and key.is_valid(now) else None
 
-    def get_valid(self, key_id: str, now: datetime) -> ApiKey | None:
-        """Return the key with this ID; None if it is revoked or expired."""
+    def is_valid(self, key_id: str, now: datetime) -> bool:
+        """Return whether the key with this ID is neither revoked nor expired."""
         key = self._keys.get(key_id)
-        return key if key is not None and key.is_valid(now) else None
+        return key is not None and key.is_valid(now)
 
     def get_groups(self, user_id: str, now: datetime) -> frozenset[str]:
         """Return the groups of all valid keys of a user."""

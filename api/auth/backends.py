@@ -5,23 +5,23 @@ Wrong credentials always get the same 401 response. The log has the reason.
 
 from __future__ import annotations
 
-import ipaddress
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import jwt
 import structlog
 from starlette.requests import HTTPConnection
 
-from jobledger.api.auth.api_keys import ApiKey, ApiKeyCache, ApiKeyToken
+from jobledger.api.auth.api_keys import ApiKeyCache, ApiKeyToken
 from jobledger.api.auth.jwks import KeySource
+from jobledger.api.http.client_address import Network, is_in_networks
 from jobledger.api.http.errors import ApiError
 from jobledger.ledger.domain.access import Principal, parse_group_name, parse_user_name
 
 _log = structlog.get_logger()
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _ROLES: Final = frozenset({"admin", "monitor"})
 _PROXY_TRUST: Final = timedelta(seconds=70)
 """How long a live stream continues before the client must authenticate at the proxy again, because the proxy reports no
@@ -39,41 +39,61 @@ class RoleGrants:
     admins: frozenset[str] = frozenset()
     monitors: frozenset[str] = frozenset()
 
-    def build_principal(self, user_id: str, groups: Iterable[str], roles: Iterable[str]) -> Principal:
+    def build_principal(
+        self, user_id: str, groups: Iterable[str], roles: Iterable[str], valid_until: datetime | None
+    ) -> Principal:
         """Return the principal. Blank groups and unknown roles are ignored.
 
         Raises:
-            ValueError: a name is invalid.
+            ValueError: A name is invalid.
         """
-        principal = Principal(
-            parse_user_name(user_id), frozenset(parse_group_name(group) for group in groups if group.strip())
-        )
+        group_names = frozenset(parse_group_name(group) for group in groups if group.strip())
+        principal = Principal(parse_user_name(user_id), group_names, valid_until=valid_until)
         names_by_role = {"admin": self.admins, "monitor": self.monitors}
         granted_roles = {role for role, names in names_by_role.items() if not names.isdisjoint(principal.identities)}
-        return Principal(principal.user_id, principal.groups, frozenset(granted_roles | (_ROLES & set(roles))))
+        return replace(principal, roles=frozenset(granted_roles | (_ROLES & set(roles))))
 
 
-def _anonymous_or_401(connection: HTTPConnection, *, anonymous_read: bool, instruction: str) -> Principal:
-    """Return the anonymous principal if the request reads and `auth.anonymous_read` is on.
+class CredentialBackend(ABC):
+    """Authenticates requests by credentials in their headers.
 
-    Raises:
-        ApiError: 401.
+    Args:
+        anonymous_read: Whether requests without credentials may read public jobs.
     """
-    if anonymous_read and connection.scope.get("method") in ("GET", "HEAD"):
-        return Principal(None)
-    raise ApiError(401, "authentication_required", f"Authentication required: {instruction}.")
 
+    _instruction: ClassVar[str]
+    """How to authenticate, for the error message."""
 
-def _invalid_credentials_error(reason: object) -> ApiError:
-    _log.info("authentication failed", reason=str(reason))
-    return ApiError(401, "invalid_credentials", "The credentials are invalid, expired or revoked.")
+    def __init__(self, *, anonymous_read: bool) -> None:
+        self._anonymous_read = anonymous_read
+
+    async def __call__(self, connection: HTTPConnection) -> Principal:
+        try:
+            principal = await self._authenticate(connection)
+        except (_InvalidCredentials, jwt.PyJWTError, ValueError) as error:
+            _log.info("authentication failed", reason=str(error))
+            raise ApiError(401, "invalid_credentials", "The credentials are invalid, expired or revoked.") from None
+        if principal is not None:
+            return principal
+        if self._anonymous_read and connection.scope.get("method") in ("GET", "HEAD"):
+            return Principal(None)
+        raise ApiError(401, "authentication_required", f"Authentication required: {self._instruction}.")
+
+    @abstractmethod
+    async def _authenticate(self, connection: HTTPConnection) -> Principal | None:
+        """Return the principal; None without credentials.
+
+        Raises:
+            _InvalidCredentials, PyJWTError, ValueError: The credentials are not valid.
+            ApiError: 503, they cannot be checked now.
+        """
 
 
 def _read_bearer_token(connection: HTTPConnection) -> str | None:
     """Return the token of `Authorization: Bearer`; None without the header.
 
     Raises:
-        _InvalidCredentials: the header has another form.
+        _InvalidCredentials: The header has another form.
     """
     values = connection.headers.getlist("authorization")
     if not values:
@@ -84,31 +104,20 @@ def _read_bearer_token(connection: HTTPConnection) -> str | None:
     return token.strip()
 
 
-class ApiKeyBackend:
-    """Authenticates by API keys, which `jobledger keys create` creates.
+class ApiKeyBackend(CredentialBackend):
+    """Authenticates by API keys, which `jobledger keys create` creates."""
 
-    Args:
-        keys: The stored keys.
-        now: Returns the current time.
-        anonymous_read: Whether anonymous requests may read public jobs.
-    """
+    _instruction = "send an API key in the header Authorization: Bearer"
 
     def __init__(self, keys: ApiKeyCache, *, now: Callable[[], datetime], anonymous_read: bool) -> None:
+        super().__init__(anonymous_read=anonymous_read)
         self._keys = keys
         self._now = now
-        self._anonymous_read = anonymous_read
 
-    async def __call__(self, connection: HTTPConnection) -> Principal:
-        try:
-            token = _read_bearer_token(connection)
-            if token is not None:
-                return self._authenticate(token)
-        except _InvalidCredentials as error:
-            raise _invalid_credentials_error(error) from None
-        instruction = "send an API key in the header Authorization: Bearer"
-        return _anonymous_or_401(connection, anonymous_read=self._anonymous_read, instruction=instruction)
-
-    def _authenticate(self, token: str) -> Principal:
+    async def _authenticate(self, connection: HTTPConnection) -> Principal | None:
+        token = _read_bearer_token(connection)
+        if token is None:
+            return None
         key_token = ApiKeyToken.parse(token)
         if key_token is None:
             raise _InvalidCredentials("the token is not an API key")
@@ -117,20 +126,15 @@ class ApiKeyBackend:
             raise _InvalidCredentials(
                 f"API key {key_token.key_id} is unknown, revoked, expired, or its secret is wrong"
             )
-        return _build_key_holder(key)
+        return Principal(key.user_id, frozenset(key.groups), frozenset(key.roles), key.expires_at)
 
-    def get_key_holder(self, key_id: str) -> Principal | None:
-        """Return the holder of an API key by its ID; None if the key is revoked or expired."""
-        key = self._keys.get_valid(key_id, self._now())
-        return None if key is None else _build_key_holder(key)
+    def is_key_valid(self, key_id: str) -> bool:
+        """Return whether an API key is neither revoked nor expired."""
+        return self._keys.is_valid(key_id, self._now())
 
     def get_groups(self, user_id: str) -> frozenset[str]:
         """Return the groups of all valid keys of a user."""
         return self._keys.get_groups(user_id, self._now())
-
-
-def _build_key_holder(key: ApiKey) -> Principal:
-    return Principal(key.user_id, frozenset(key.groups), frozenset(key.roles), key.expires_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,24 +149,20 @@ class JwtOptions:
     roles_claim: str
 
 
-class JwtBackend:
+class JwtBackend(CredentialBackend):
     """Authenticates by JSON Web Tokens (RFC 7519) of an external issuer."""
 
+    _instruction = "send a token in the header Authorization: Bearer"
+
     def __init__(self, keys: KeySource, options: JwtOptions, grants: RoleGrants, *, anonymous_read: bool) -> None:
+        super().__init__(anonymous_read=anonymous_read)
         self._keys = keys
         self._options = options
         self._grants = grants
-        self._anonymous_read = anonymous_read
 
-    async def __call__(self, connection: HTTPConnection) -> Principal:
-        try:
-            token = _read_bearer_token(connection)
-            if token is not None:
-                return self._build_principal(await self._decode_claims(token))
-        except (_InvalidCredentials, jwt.PyJWTError, ValueError) as error:
-            raise _invalid_credentials_error(error) from None
-        instruction = "send a token in the header Authorization: Bearer"
-        return _anonymous_or_401(connection, anonymous_read=self._anonymous_read, instruction=instruction)
+    async def _authenticate(self, connection: HTTPConnection) -> Principal | None:
+        token = _read_bearer_token(connection)
+        return None if token is None else self._build_principal(await self._decode_claims(token))
 
     async def _decode_claims(self, token: str) -> Mapping[str, Any]:
         key = await self._keys.get_key(jwt.get_unverified_header(token).get("kid"))
@@ -184,14 +184,13 @@ class JwtBackend:
         user_id = _read_claim(claims, options.user_claim)
         if not isinstance(user_id, str):
             raise _InvalidCredentials(f"the claim {options.user_claim} is missing or not a string")
-        principal = self._grants.build_principal(
-            user_id, _read_names(claims, options.groups_claim), _read_names(claims, options.roles_claim)
-        )
         try:
             valid_until = datetime.fromtimestamp(float(claims["exp"]) + options.leeway_seconds, UTC)
         except (OverflowError, ValueError, OSError):
             valid_until = None  # beyond the range of datetime
-        return replace(principal, valid_until=valid_until)
+        return self._grants.build_principal(
+            user_id, _read_names(claims, options.groups_claim), _read_names(claims, options.roles_claim), valid_until
+        )
 
 
 def _read_claim(claims: Mapping[str, Any], name: str) -> Any:
@@ -223,47 +222,38 @@ class ProxyHeaders:
     roles: str | None
 
 
-class ProxyBackend:
+class ProxyBackend(CredentialBackend):
     """Authenticates by headers of a proxy that has authenticated the user. Only trusted addresses may send them."""
+
+    _instruction = "sign in at the proxy"
 
     def __init__(
         self, trusted: Collection[Network], headers: ProxyHeaders, grants: RoleGrants, *, anonymous_read: bool
     ) -> None:
-        self._trusted = tuple(trusted)
+        super().__init__(anonymous_read=anonymous_read)
+        self._trusted = trusted
         self._headers = headers
         self._grants = grants
-        self._anonymous_read = anonymous_read
 
-    async def __call__(self, connection: HTTPConnection) -> Principal:
-        try:
-            if not self._is_trusted(connection):
-                raise _InvalidCredentials("the connection does not come from an address in auth.proxy.trusted")
-            user_id = _read_header(connection, self._headers.user)
-            groups = _read_header(connection, self._headers.groups) or ""
-            roles = _read_header(connection, self._headers.roles) or ""
-            if user_id is not None:
-                principal = self._grants.build_principal(
-                    user_id, map(str.strip, groups.split(",")), map(str.strip, roles.split(","))
-                )
-                return replace(principal, valid_until=datetime.now(UTC) + _PROXY_TRUST)
-        except (_InvalidCredentials, ValueError) as error:
-            raise _invalid_credentials_error(error) from None
-        return _anonymous_or_401(connection, anonymous_read=self._anonymous_read, instruction="sign in at the proxy")
-
-    def _is_trusted(self, connection: HTTPConnection) -> bool:
-        if connection.client is None:
-            return False
-        address = ipaddress.ip_address(connection.client.host)
-        mapped = getattr(address, "ipv4_mapped", None)  # IPv4 clients of an IPv6 listener
-        return any((mapped or address) in network for network in self._trusted)
+    async def _authenticate(self, connection: HTTPConnection) -> Principal | None:
+        if connection.client is None or not is_in_networks(connection.client.host, self._trusted):
+            raise _InvalidCredentials("the connection does not come from an address in auth.proxy.trusted")
+        user_id = _read_header(connection, self._headers.user)
+        if user_id is None:
+            return None
+        groups, roles = (
+            map(str.strip, (_read_header(connection, name) or "").split(","))
+            for name in (self._headers.groups, self._headers.roles)
+        )
+        return self._grants.build_principal(user_id, groups, roles, datetime.now(UTC) + _PROXY_TRUST)
 
 
 def _read_header(connection: HTTPConnection, name: str | None) -> str | None:
     """Return a header's value. If there are two, the client may have sent one and the proxy may have added the other.
 
     Raises:
-        _InvalidCredentials: the header was sent several times.
-        ValueError: the value is not UTF-8.
+        _InvalidCredentials: The header was sent several times.
+        ValueError: The value is not UTF-8.
     """
     values = [] if name is None else connection.headers.getlist(name)
     if len(values) > 1:

@@ -1,11 +1,19 @@
-"""Browser sessions of the dashboard. The browser holds a random ID, the database holds the session.
+"""Browser sessions of the dashboard. The browser holds a random ID in a cookie, the database holds the session.
 
-The database stores only a digest of the ID, so the collection gives no access to sessions. A session does not outlive
-the credential that created it: it ends with its API key, or at the `exp` of its token.
+The database stores only a digest of the ID, so the collection gives no access to sessions. A session ends at sign-out,
+after 12 hours, and with the credential that created it: with its API key, or at the `exp` of its token.
 
 All sessions are in memory and follow the process's change stream. A session that is not in memory is read from the
 database, because another process may have just created it. Such a session is not kept in memory: the change stream may
 have reported its end already, and would not report it again.
+
+Browsers send a cookie to every port of its host, so the cookie must not contain the credential. Scripts cannot read it.
+With https its name starts with `__Host-`. Browsers then accept the cookie only from this host, over https and for all
+paths (RFC 6265bis, 4.1.3.2), and the server reads no other name. Plain http is for use on the same machine. There the
+name has no prefix, because browsers differ: Chromium accepts a `Secure` cookie from http://localhost, Safari does not.
+
+Other sites cannot use the cookie: browsers do not send it with their requests (SameSite=Strict). `SameSite` ignores
+port and scheme, so the API accepts changes only from its own origin (`HostOriginMiddleware`).
 """
 
 from __future__ import annotations
@@ -21,9 +29,12 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
+from starlette.requests import HTTPConnection
 
-from jobledger.api.auth.permissions import RevocationNotifier
+from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier
+from jobledger.api.http.errors import ApiError
 from jobledger.ledger.domain.access import Principal
+from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import MAJORITY, Database, Document, translate_errors
 
 _log = structlog.get_logger()
@@ -54,7 +65,7 @@ async def create_indexes(db: Database) -> None:
     """Create the indexes. The server removes expired sessions.
 
     Raises:
-        LedgerUnavailable: the database failed or does not respond.
+        LedgerUnavailable: The database failed or does not respond.
     """
     with translate_errors("preparing the sessions"):
         await db[COLLECTION].create_indexes(
@@ -74,7 +85,7 @@ async def end_sessions(db: Database, owner: str) -> int:
     """End all sessions of an owner. Return their number.
 
     Raises:
-        LedgerUnavailable: the database failed or does not respond.
+        LedgerUnavailable: The database failed or does not respond.
     """
     with translate_errors("ending sessions"):
         return (await db[COLLECTION].delete_many({"owner": owner})).deleted_count
@@ -84,7 +95,7 @@ async def count_sessions(db: Database) -> dict[str, int]:
     """Return the number of sessions that have not expired, by owner.
 
     Raises:
-        LedgerUnavailable: the database failed or does not respond.
+        LedgerUnavailable: The database failed or does not respond.
     """
     with translate_errors("counting sessions"):
         stages: list[Document] = [
@@ -101,7 +112,7 @@ class BrowserSessions:
         db: The database.
         revocation_notifier: Is notified when a session ends.
         policy: Identifies the authentication settings. Sessions that were created under others are rejected.
-        get_key_holder: Returns the holder of a valid API key by the key's ID. None unless `auth.mode` is `keys`.
+        is_key_valid: Returns whether the API key with an ID is valid.
     """
 
     collection = COLLECTION
@@ -112,13 +123,13 @@ class BrowserSessions:
         revocation_notifier: RevocationNotifier,
         *,
         policy: str,
-        get_key_holder: Callable[[str], Principal | None] | None = None,
+        is_key_valid: Callable[[str], bool],
     ) -> None:
         self._db = db
         self._stored = db.get_collection(COLLECTION, read_concern=MAJORITY)
         self._revocation_notifier = revocation_notifier
         self._policy = policy
-        self._get_key_holder = get_key_holder
+        self._is_key_valid = is_key_valid
         self._sessions: dict[str, BrowserSession] = {}
         self._ended: set[str] = set()
         """Digests of sessions that this process has ended. A late report of their insertion must not restore them."""
@@ -126,12 +137,15 @@ class BrowserSessions:
     async def create(self, principal: Principal, key_id: str | None) -> str:
         """Store a new session and return its secret ID.
 
+        Args:
+            principal: Who signs in.
+            key_id: The ID of the API key that they sign in with; None for a token.
+
         Raises:
-            LedgerUnavailable: the database failed or does not respond.
+            LedgerUnavailable: The database failed or does not respond.
         """
         session_id, now = secrets.token_urlsafe(32), datetime.now(UTC)
         user_id = principal.user_id or ""
-        key_id = key_id if self._get_key_holder is not None else None
         session = BrowserSession(
             digest=_digest(session_id),
             owner=get_session_owner(key_id=key_id, user_id=user_id),
@@ -156,7 +170,7 @@ class BrowserSessions:
         """Return the principal of a session; None if the session or its API key is unknown, expired or revoked.
 
         Raises:
-            LedgerUnavailable: the database failed or does not respond.
+            LedgerUnavailable: The database failed or does not respond.
         """
         if not _ID.fullmatch(session_id):
             return None
@@ -169,13 +183,7 @@ class BrowserSessions:
                 session = _parse_session(await self._stored.find_one({"_id": digest}))
         if session is None or session.policy != self._policy or session.expires_at <= datetime.now(UTC):
             return None
-        if (session.key_id is None) != (self._get_key_holder is None):
-            return None
-        if (
-            session.key_id is not None
-            and self._get_key_holder is not None
-            and self._get_key_holder(session.key_id) is None
-        ):
+        if session.key_id is not None and not self._is_key_valid(session.key_id):
             return None
         return Principal(session.user_id, frozenset(session.groups), frozenset(session.roles), session.expires_at)
 
@@ -183,7 +191,7 @@ class BrowserSessions:
         """End a session.
 
         Raises:
-            LedgerUnavailable: the database failed or does not respond.
+            LedgerUnavailable: The database failed or does not respond.
         """
         if not _ID.fullmatch(session_id):
             return
@@ -226,3 +234,36 @@ def _parse_session(document: Document | None) -> BrowserSession | None:
     except ValidationError:
         _log.warning("ignoring invalid document in browser_sessions")
         return None
+
+
+class SessionCookieBackend:
+    """Authenticates a request by its session cookie, unless it has an `Authorization` header.
+
+    The cookie works only on the dashboard's own pages. A page of another origin (`api.cors_origins`) must send a
+    credential.
+
+    Args:
+        auth_backend: Authenticates requests without a usable session cookie.
+        sessions: None in authentication modes without sessions.
+        cookie_name: The name of the session cookie.
+    """
+
+    def __init__(self, auth_backend: AuthBackend, sessions: BrowserSessions | None, cookie_name: str) -> None:
+        self._auth_backend = auth_backend
+        self._sessions = sessions
+        self._cookie_name = cookie_name
+
+    async def __call__(self, connection: HTTPConnection) -> Principal:
+        session_id = connection.cookies.get(self._cookie_name)
+        is_foreign = connection.scope.get("is_foreign_origin", False)
+        if self._sessions is None or not session_id or is_foreign or "authorization" in connection.headers:
+            return await self._auth_backend(connection)
+        try:
+            principal = await self._sessions.load_principal(session_id)
+        except LedgerUnavailable as error:
+            message = "Cannot check the session: the database does not respond. Try again later."
+            raise ApiError(503, "database_unavailable", message, retry_after_seconds=2) from error
+        if principal is None:
+            raise ApiError(401, "invalid_credentials", "The session has ended. Sign in again.")
+        connection.scope["uses_session_cookie"] = True
+        return principal

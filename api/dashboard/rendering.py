@@ -18,7 +18,6 @@ from starlette.responses import Response
 
 from jobledger.api.auth.permissions import get_principal
 from jobledger.api.dashboard.html_budget import HtmlBudget
-from jobledger.api.dashboard.session_cookie import uses_session_cookie
 from jobledger.api.dashboard.translations import (
     format_number,
     get_script_messages,
@@ -70,7 +69,7 @@ def render_page(request: Request, template: str, *, status: int = 200, **context
             principal=principal,
             event_types=sorted(EVENT_TYPES),
             static_version=compute_static_files_digest(),
-            uses_session_cookie=uses_session_cookie(request),
+            uses_session_cookie=request.scope.get("uses_session_cookie", False),
             status=status,
             **{"position": None, "live_source": None, **context},
         )

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import parse_qsl
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import RedirectResponse, Response
 
+from jobledger.api.auth.api_keys import ApiKeyToken
 from jobledger.api.context import get_api_context
-from jobledger.api.dashboard import session_cookie
 from jobledger.api.dashboard.errors import render_errors
 from jobledger.api.dashboard.rendering import DASHBOARD_PATH, render_page
 from jobledger.api.http.bodies import read_body_bytes
 from jobledger.api.http.errors import ApiError
+from jobledger.ledger.domain.access import Principal
 
 _MAX_FORM_BYTES: Final = 20_000
 
@@ -26,27 +27,62 @@ async def show_sign_in(request: Request) -> Response:
 
 @render_errors
 async def sign_in(request: Request) -> Response:
-    """POST /monitoring/events/sign-in"""
+    """POST /monitoring/events/sign-in: start a browser session. A session that the browser already has ends."""
     form = await _read_form(request)
     credential, next_path = form.get("credential", "").strip(), _safe_next_path(form.get("next", ""))
-    ctx = get_api_context(request)
-    principal = await session_cookie.authenticate_credential(ctx.auth_backend, request, credential)
+    principal = await _authenticate(request, credential)
     if principal is None:
         return render_page(request, "sign_in.html.j2", status=401, is_rejected=True, next_path=next_path)
     response = RedirectResponse(f"../../{next_path}", 303)
-    if ctx.browser_sessions is None:  # the authentication mode has no sessions
-        return response
-    return await session_cookie.start_browser_session(
-        response, request, ctx.browser_sessions, principal, credential, https=ctx.http_options.is_https
-    )
+    ctx = get_api_context(request)
+    if ctx.browser_sessions is not None:  # some authentication modes have none
+        await _end_browser_session(request)
+        key = ApiKeyToken.parse(credential)
+        session_id = await ctx.browser_sessions.create(principal, None if key is None else key.key_id)
+        # Without an expiry, the browser deletes the cookie when it is closed.
+        name, is_https = ctx.http_options.session_cookie_name, ctx.http_options.is_https
+        response.set_cookie(name, session_id, httponly=True, samesite="strict", secure=is_https)
+    return response
 
 
 async def sign_out(request: Request) -> Response:
     """POST /monitoring/events/sign-out"""
+    await _end_browser_session(request)
+    response = RedirectResponse("sign-in", 303)
+    options = get_api_context(request).http_options
+    response.delete_cookie(options.session_cookie_name, httponly=True, samesite="strict", secure=options.is_https)
+    return response
+
+
+async def _authenticate(request: Request, credential: str) -> Principal | None:
+    """Return the principal of an API key or token; None if it is not valid.
+
+    Raises:
+        ApiError: 503, the credential cannot be checked at the moment.
+    """
+    if not credential or not credential.isascii() or not credential.isprintable():
+        return None
+    headers = [header for header in request.scope["headers"] if header[0] not in (b"cookie", b"authorization")]
+    headers.append((b"authorization", b"Bearer " + credential.encode()))
+    try:
+        principal = await get_api_context(request).auth_backend(HTTPConnection({**request.scope, "headers": headers}))
+    except ApiError as error:
+        if error.status != 401:
+            raise
+        return None
+    return None if principal.user_id is None else principal
+
+
+async def _end_browser_session(request: Request) -> None:
+    """End the browser session of a request, if it has one.
+
+    Raises:
+        LedgerUnavailable: The database failed or does not respond.
+    """
     ctx = get_api_context(request)
-    return await session_cookie.end_browser_session(
-        RedirectResponse("sign-in", 303), request, ctx.browser_sessions, https=ctx.http_options.is_https
-    )
+    session_id = request.cookies.get(ctx.http_options.session_cookie_name)
+    if ctx.browser_sessions is not None and session_id:
+        await ctx.browser_sessions.end(session_id)
 
 
 def _safe_next_path(next_path: str) -> str:

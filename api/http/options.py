@@ -32,3 +32,8 @@ class HttpOptions:
     trusted_proxies: tuple[Network, ...] = ()
     is_https: bool = False
     access_log: bool = False
+
+    @property
+    def session_cookie_name(self) -> str:
+        """The name of the session cookie. The prefix `__Host-` protects it, but needs https."""
+        return "__Host-jobledger" if self.is_https else "jobledger"
