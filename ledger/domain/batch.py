@@ -1,36 +1,12 @@
-"""The decider of a batch. Its jobs have their own streams; the projector reports when they have ended. Pure."""
+"""The decider of a batch. Its jobs have their own streams; the projector reports when all are finished. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
-from jobledger.ledger.domain.commands import (
-    Archive,
-    BatchCommand,
-    ChangeAccess,
-    Delete,
-    FinishBatch,
-    PauseBatch,
-    ReopenBatch,
-    ResumeBatch,
-    SubmitBatch,
-    Unarchive,
-)
+from jobledger.ledger.domain import commands, events
 from jobledger.ledger.domain.errors import AlreadyExists, InvalidState, NotFound
-from jobledger.ledger.domain.events import (
-    BatchAccessChanged,
-    BatchArchived,
-    BatchCounts,
-    BatchDeleted,
-    BatchEvent,
-    BatchFinished,
-    BatchPaused,
-    BatchReopened,
-    BatchResumed,
-    BatchSubmitted,
-    BatchUnarchived,
-)
 from jobledger.ledger.domain.statuses import BatchStatus
 
 
@@ -38,14 +14,14 @@ from jobledger.ledger.domain.statuses import BatchStatus
 class Batch:
     """The state of a batch that decisions need."""
 
-    spec: BatchSubmitted
+    spec: events.BatchSubmitted
     status: BatchStatus = "processing"
     is_paused: bool = False
     is_archived: bool = False
     is_deleted: bool = False
 
 
-def decide(command: BatchCommand, batch: Batch | None) -> list[BatchEvent]:
+def decide(command: commands.BatchCommand, batch: Batch | None) -> list[events.BatchEvent]:
     """Return the events that a command causes.
 
     Raises:
@@ -53,43 +29,39 @@ def decide(command: BatchCommand, batch: Batch | None) -> list[BatchEvent]:
         AlreadyExists: A batch with this ID exists.
         InvalidState: The batch's state does not allow the command.
     """
-    if isinstance(command, SubmitBatch):
+    if isinstance(command, commands.SubmitBatch):
         if batch is not None:
             raise AlreadyExists("a batch with this ID already exists")
         return [command.batch]
     if batch is None or batch.is_deleted:
         raise NotFound("there is no such batch")
     match command:
-        case PauseBatch():
-            return [] if batch.is_paused else [BatchPaused(by=command.by, reason=command.reason)]
-        case ResumeBatch():
-            return [BatchResumed(by=command.by, reason=command.reason)] if batch.is_paused else []
-        case FinishBatch():
-            return _finish(command, batch)
-        case ReopenBatch():
-            return [] if batch.status == "processing" else [BatchReopened()]
-        case ChangeAccess():
-            return [BatchAccessChanged(by=command.by, access_control=command.access_control)]
-        case Archive():
-            return [] if batch.is_archived else [BatchArchived(by=command.by, reason=command.reason)]
-        case Unarchive():
-            return [BatchUnarchived(by=command.by, reason=command.reason)] if batch.is_archived else []
-        case Delete():
+        case commands.PauseBatch():
+            return [] if batch.is_paused else [events.BatchPaused(by=command.by, reason=command.reason)]
+        case commands.ResumeBatch():
+            return [events.BatchResumed(by=command.by, reason=command.reason)] if batch.is_paused else []
+        case commands.FinishBatch():
+            if batch.status != "processing":  # several processes may report it; only the first report has an effect
+                return []
+            status = final_status(command.counts)
+            return [events.BatchFinished(status=status, counts=command.counts, summary=command.summary)]
+        case commands.ReopenBatch():
+            return [] if batch.status == "processing" else [events.BatchReopened()]
+        case commands.ChangeAccess():
+            return [events.BatchAccessChanged(by=command.by, access_control=command.access_control)]
+        case commands.Archive():
+            return [] if batch.is_archived else [events.BatchArchived(by=command.by, reason=command.reason)]
+        case commands.Unarchive():
+            return [events.BatchUnarchived(by=command.by, reason=command.reason)] if batch.is_archived else []
+        case commands.Delete():
             if batch.status == "processing":
                 raise InvalidState("the batch is still processing: cancel it first")
-            return [BatchDeleted(by=command.by, reason=command.reason)]
+            return [events.BatchDeleted(by=command.by, reason=command.reason)]
         case _:
             assert_never(command)
 
 
-def _finish(command: FinishBatch, batch: Batch) -> list[BatchEvent]:
-    """Finish the batch once. Any number of processes may report the end; only the first report has an effect."""
-    if batch.status != "processing":
-        return []
-    return [BatchFinished(status=final_status(command.counts), counts=command.counts, summary=command.summary)]
-
-
-def final_status(counts: BatchCounts) -> Literal["completed", "partial", "failed"]:
+def final_status(counts: events.BatchCounts) -> Literal["completed", "partial", "failed"]:
     """Return the final status of a batch (konzept.md, `update_batch_progress`): `partial` if only some jobs
     completed.
     """
@@ -98,28 +70,28 @@ def final_status(counts: BatchCounts) -> Literal["completed", "partial", "failed
     return "partial" if counts.completed else "failed"
 
 
-def evolve(batch: Batch | None, event: BatchEvent) -> Batch:
+def evolve(batch: Batch | None, event: events.BatchEvent) -> Batch:
     """Return the batch after an event. Events of the log are trusted, so nothing is rejected here."""
-    if isinstance(event, BatchSubmitted):
+    if isinstance(event, events.BatchSubmitted):
         return Batch(spec=event)
     if batch is None:
         raise NotFound(f"{type(event).__name__} in a stream that does not begin with BatchSubmitted")
     match event:
-        case BatchPaused():
+        case events.BatchPaused():
             return replace(batch, is_paused=True)
-        case BatchResumed():
+        case events.BatchResumed():
             return replace(batch, is_paused=False)
-        case BatchFinished():
+        case events.BatchFinished():
             return replace(batch, status=event.status)
-        case BatchReopened():
+        case events.BatchReopened():
             return replace(batch, status="processing")
-        case BatchAccessChanged():
+        case events.BatchAccessChanged():
             return replace(batch, spec=batch.spec.model_copy(update={"access_control": event.access_control}))
-        case BatchArchived():
+        case events.BatchArchived():
             return replace(batch, is_archived=True)
-        case BatchUnarchived():
+        case events.BatchUnarchived():
             return replace(batch, is_archived=False)
-        case BatchDeleted():
+        case events.BatchDeleted():
             return replace(batch, is_deleted=True)
         case _:
             assert_never(event)

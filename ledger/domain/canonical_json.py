@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import orjson
@@ -106,9 +107,9 @@ def _plain(value: Any, depth: int) -> Any:
     if kind is dict:
         joined = "".join(value)
         if "$" in joined or "\0" in joined:
-            _refuse_names(value)
+            _reject_names(value)
         # RFC 8785 sorts by UTF-16 code units; for ASCII that is what Python's sort does.
-        names = sorted(value) if joined.isascii() else sorted(value, key=_utf16)
+        names = sorted(value) if joined.isascii() else sorted(value, key=lambda name: name.encode("utf-16-be"))
         return {name: _plain(value[name], depth + 1) for name in names}
     if isinstance(value, int):  # also BSON's Int64
         if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
@@ -139,7 +140,7 @@ def _encode_scalar(value: Any) -> str:
     raise InvalidEvent(f"JSON has no {type(value).__name__}: use a string, number, list or object")
 
 
-def _refuse_names(names: Iterable[str]) -> None:
+def _reject_names(names: Iterable[str]) -> None:
     """Reject names that MongoDB cannot store: it reads a leading `$` as an operator or reference, and NUL ends a
     name.
     """
@@ -148,31 +149,10 @@ def _refuse_names(names: Iterable[str]) -> None:
             raise InvalidEvent(f"the field name {name!r} cannot be stored: it begins with $ or contains NUL")
 
 
-def _utf16(name: str) -> bytes:
-    return name.encode("utf-16-be")
-
-
 def _number(value: float) -> bytes:
     """Encode a float as ECMAScript does (RFC 8785, section 3.2.2.3): the shortest digits that read back the same."""
     if not math.isfinite(value):
         raise InvalidEvent(f"{value} is not a JSON number")
-    if value == 0:
-        return b"0"
-    sign, (digits, exponent) = "-" if value < 0 else "", _digits(abs(value))
-    if 0 < exponent <= 21:
-        text = digits.ljust(exponent, "0") if len(digits) <= exponent else f"{digits[:exponent]}.{digits[exponent:]}"
-    elif -6 < exponent <= 0:
-        text = f"0.{'0' * -exponent}{digits}"
-    else:
-        mantissa = digits[0] + (f".{digits[1:]}" if len(digits) > 1 else "")
-        text = f"{mantissa}e{exponent - 1:+d}"
-    return (sign + text).encode()
-
-
-def _digits(value: float) -> tuple[str, int]:
-    """Return the shortest digits d and the exponent n with value = 0.d × 10^n."""
-    mantissa, _, power = f"{value!r}".partition("e")
-    whole, _, fraction = mantissa.partition(".")
-    digits = (whole + fraction).lstrip("0")
-    leading = len(whole) if whole != "0" else len(fraction.lstrip("0")) - len(fraction)
-    return digits.rstrip("0"), leading + int(power or 0)
+    shortest = Decimal(repr(value + 0.0)).normalize()  # the addition turns -0.0 into 0.0
+    is_plain = not shortest or -7 < shortest.adjusted() < 21
+    return f"{shortest:{'f' if is_plain else 'e'}}".encode()

@@ -1,6 +1,6 @@
 """The commands: one class each, in the imperative. `decide` in `job`, `batch` and `delivery` handles them. Pure.
 
-Commands of workers carry `attempt`. They are rejected if the job has moved on to another attempt.
+Commands of workers carry `attempt`, the fencing token. Only those of the current attempt are accepted.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jobledger.ledger.domain.events import (
-    AccessControl,
-    BatchCounts,
-    BatchSubmitted,
-    BatchSummary,
-    Failure,
-    JobResults,
-    JobSubmitted,
-    LogEntry,
-)
+from jobledger.ledger.domain import events
+
+
+@dataclass(frozen=True, slots=True)
+class _UserCommand:
+    by: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _AttemptCommand:
+    worker_id: str
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitJob:
     """Create a job. The event holds the whole submission."""
 
-    job: JobSubmitted
+    job: events.JobSubmitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +41,21 @@ class ClaimJob:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportProgress:
-    worker_id: str
-    attempt: int
+class ReportProgress(_AttemptCommand):
     step: str
     percent: float
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class AddLogEntries:
-    worker_id: str
-    attempt: int
-    entries: tuple[LogEntry, ...]
+class AddLogEntries(_AttemptCommand):
+    entries: tuple[events.LogEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class CompleteStep:
+class CompleteStep(_AttemptCommand):
     """Record a completed step. `key` is the digest of its inputs; `duration_s` is in seconds."""
 
-    worker_id: str
-    attempt: int
     step: str
     key: str
     output: Any
@@ -70,58 +67,42 @@ class CompleteStep:
 
 
 @dataclass(frozen=True, slots=True)
-class CompleteJob:
-    worker_id: str
-    attempt: int
-    results: JobResults
+class CompleteJob(_AttemptCommand):
+    results: events.JobResults
 
 
 @dataclass(frozen=True, slots=True)
-class FailAttempt:
+class FailAttempt(_AttemptCommand):
     """End the attempt with an error. `retry_at` is the time of the retry if the error is transient, else None."""
 
-    worker_id: str
-    attempt: int
-    error: Failure
+    error: events.Failure
     retry_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
-class ReleaseJob:
+class ReleaseJob(_AttemptCommand):
     """Return a running job to the queue. `is_machine_failure`: the worker's machine cannot run it."""
 
-    worker_id: str
-    attempt: int
     reason: str
     is_machine_failure: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ConfirmCancel:
+class ConfirmCancel(_AttemptCommand):
     """Report that the worker has stopped the job after a request to cancel it."""
 
-    worker_id: str
-    attempt: int
 
-
-@dataclass(frozen=True, slots=True)
-class ExpireLease:
+class ExpireLease(_AttemptCommand):
     """Report that the worker's lease has expired."""
 
-    worker_id: str
-    attempt: int
+
+class CancelJob(_UserCommand):
+    """Cancel a pending job, or request its worker to stop it."""
 
 
 @dataclass(frozen=True, slots=True)
-class CancelJob:
-    by: str
-    reason: str | None = None
+class RestartJob(_UserCommand):
+    """Start a finished job again. `reuse_steps`: with the outputs of its completed steps."""
 
-
-@dataclass(frozen=True, slots=True)
-class RestartJob:
-    by: str
-    reason: str | None = None
     reuse_steps: bool = True
 
 
@@ -133,60 +114,46 @@ class UpdateJob:
     parameters: Mapping[str, Any] | None = None
     priority: int | None = None
     not_before: datetime | None = None
-    access_control: AccessControl | None = None
+    access_control: events.AccessControl | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeAccess:
     by: str
-    access_control: AccessControl
+    access_control: events.AccessControl
 
 
-@dataclass(frozen=True, slots=True)
-class Archive:
+class Archive(_UserCommand):
     """Hide a job or batch from default lists."""
 
-    by: str
-    reason: str | None = None
+
+class Unarchive(_UserCommand):
+    """Show a job or batch in default lists again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unarchive:
-    by: str
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Delete:
+class Delete(_UserCommand):
     """Remove a job or batch from the views. Cancel a running job first."""
-
-    by: str
-    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitBatch:
-    batch: BatchSubmitted
+    batch: events.BatchSubmitted
 
 
-@dataclass(frozen=True, slots=True)
-class PauseBatch:
-    by: str
-    reason: str | None = None
+class PauseBatch(_UserCommand):
+    """Do not start the pending jobs of a batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class ResumeBatch:
-    by: str
-    reason: str | None = None
+class ResumeBatch(_UserCommand):
+    """Start the pending jobs of a paused batch again."""
 
 
 @dataclass(frozen=True, slots=True)
 class FinishBatch:
-    """Report that every job of the batch has ended, with the number of jobs per outcome."""
+    """Report that every job of the batch is finished, with the number of jobs per status."""
 
-    counts: BatchCounts
-    summary: BatchSummary
+    counts: events.BatchCounts
+    summary: events.BatchSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +163,12 @@ class ReopenBatch:
 
 @dataclass(frozen=True, slots=True)
 class RecordAttempt:
-    """Record a delivery attempt and its outcome. `retry_at` is the time of the next attempt; None means no retry."""
+    """Record a delivery attempt and its outcome. `next_attempt_at` is None if the delivery is not retried."""
 
     duration_s: float
     body_sha256: str | None
     status_code: int | None = None
-    error: Failure | None = None
+    error: events.Failure | None = None
     response: str = ""
     next_attempt_at: datetime | None = None
 
@@ -213,12 +180,8 @@ class AbandonDelivery:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequeueDelivery:
+class RequeueDelivery(_UserCommand):
     """Send a delivery again, whatever its status."""
-
-    by: str
-    reason: str | None = None
 
 
 WorkerCommand = ReportProgress | AddLogEntries | CompleteStep | CompleteJob | FailAttempt | ReleaseJob | ConfirmCancel

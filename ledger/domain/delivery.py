@@ -7,38 +7,22 @@ from datetime import datetime
 from hashlib import blake2b
 from typing import Final, assert_never
 
-from jobledger.ledger.domain import limits
+from jobledger.ledger.domain import commands, events, limits
 from jobledger.ledger.domain.batch import Batch
-from jobledger.ledger.domain.commands import AbandonDelivery, DeliveryCommand, RecordAttempt, RequeueDelivery
 from jobledger.ledger.domain.errors import InvalidState, NotFound
-from jobledger.ledger.domain.events import (
-    BatchFinished,
-    DeliveryAbandoned,
-    DeliveryAttempted,
-    DeliveryEvent,
-    DeliveryQueued,
-    DeliveryRequeued,
-    DeliverySucceeded,
-    Event,
-    JobCancelled,
-    JobCompleted,
-    JobFailed,
-    WebhookEventType,
-)
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.domain.statuses import DeliveryStatus
 
 _PREFIX: Final = "delivery-"
-_JOB_END_TYPES: Final[dict[type[Event], WebhookEventType]] = {
-    JobCompleted: "job.completed",
-    JobFailed: "job.failed",
-    JobCancelled: "job.cancelled",
-}
-_BATCH_END_TYPES: Final[dict[str, WebhookEventType]] = {
+_WEBHOOK_EVENT_TYPES: Final[dict[object, events.WebhookEventType]] = {
+    events.JobCompleted: "job.completed",
+    events.JobFailed: "job.failed",
+    events.JobCancelled: "job.cancelled",
     "completed": "batch.completed",
     "partial": "batch.partial",
     "failed": "batch.failed",
 }
+"""By the type of the last event of a job, or by the status of a finished batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +33,7 @@ class Delivery:
     is the time of the next call.
     """
 
-    spec: DeliveryQueued
+    spec: events.DeliveryQueued
     status: DeliveryStatus = "pending"
     attempt: int = 0
     counted_attempts: int = 0
@@ -71,18 +55,15 @@ def endpoint_id_for(user_id: str, url: str) -> str:
     return blake2b(f"{len(user_id)}{user_id}{url}".encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
 
-def delivery_for_event(stream: str, source: Job | Batch, event: Event, version: int) -> DeliveryQueued | None:
-    """Return the delivery for an event of a job or batch. None if the event is not an end, or no webhook was
-    requested.
-    """
-    if isinstance(event, BatchFinished):
-        event_type: WebhookEventType | None = _BATCH_END_TYPES[event.status]
-    else:
-        event_type = _JOB_END_TYPES.get(type(event))
+def delivery_for_event(
+    stream: str, source: Job | Batch, event: events.Event, version: int
+) -> events.DeliveryQueued | None:
+    """Return the delivery for an event that finishes a job or batch with a webhook, else None."""
+    event_type = _WEBHOOK_EVENT_TYPES.get(event.status if isinstance(event, events.BatchFinished) else type(event))
     webhook = source.spec.webhook
     if event_type is None or webhook is None:
         return None
-    return DeliveryQueued(
+    return events.DeliveryQueued(
         source=stream,
         source_version=version,
         event_type=event_type,
@@ -92,7 +73,7 @@ def delivery_for_event(stream: str, source: Job | Batch, event: Event, version: 
     )
 
 
-def decide(command: DeliveryCommand, delivery: Delivery | None) -> list[DeliveryEvent]:
+def decide(command: commands.DeliveryCommand, delivery: Delivery | None) -> list[events.DeliveryEvent]:
     """Return the events that a command causes.
 
     Raises:
@@ -102,57 +83,59 @@ def decide(command: DeliveryCommand, delivery: Delivery | None) -> list[Delivery
     if delivery is None:
         raise NotFound("there is no such delivery")
     match command:
-        case RecordAttempt():
+        case commands.RecordAttempt():
             return _record_attempt(command, delivery)
-        case AbandonDelivery():
+        case commands.AbandonDelivery():
             if delivery.status != "pending":
                 raise InvalidState(f"the delivery is already {delivery.status}")
-            return [DeliveryAbandoned(reason=limits.truncate_text(command.reason, limits.MAX_REASON_CHARACTERS))]
-        case RequeueDelivery():
-            return [DeliveryRequeued(by=command.by, reason=command.reason)]
+            return [events.DeliveryAbandoned(reason=limits.truncate_text(command.reason, limits.MAX_REASON_CHARACTERS))]
+        case commands.RequeueDelivery():
+            return [events.DeliveryRequeued(by=command.by, reason=command.reason)]
         case _:
             assert_never(command)
 
 
-def _record_attempt(command: RecordAttempt, delivery: Delivery) -> list[DeliveryEvent]:
-    """Record an attempt even if the delivery has ended: one of two senders may have been suspended for a while.
+def _record_attempt(command: commands.RecordAttempt, delivery: Delivery) -> list[events.DeliveryEvent]:
+    """Record an attempt even if the delivery is not pending: its sender may have been suspended for a while.
 
-    The outcome of an attempt after the end changes only the record.
+    An error then changes nothing else.
     """
-    pending = delivery.status == "pending"
+    is_pending = delivery.status == "pending"
     error = None if command.error is None else limits.truncate_failure(command.error)
-    attempted = DeliveryAttempted(
+    attempted = events.DeliveryAttempted(
         attempt=delivery.attempt + 1,
         status_code=command.status_code,
         error=error,
         response=limits.truncate_text(command.response, limits.MAX_RESPONSE_CHARACTERS),
         duration_s=command.duration_s,
         body_sha256=command.body_sha256,
-        next_attempt_at=command.next_attempt_at if pending and error is not None else None,
+        next_attempt_at=command.next_attempt_at if is_pending and error is not None else None,
     )
-    if error is None:
-        is_delivered = delivery.status == "delivered"
-        return [attempted] if is_delivered else [attempted, DeliverySucceeded(attempt=attempted.attempt)]
-    if not pending or command.next_attempt_at is not None:
+    if error is None and delivery.status != "delivered":
+        return [attempted, events.DeliverySucceeded(attempt=attempted.attempt)]
+    if error is None or not is_pending or command.next_attempt_at is not None:
         return [attempted]
-    return [attempted, DeliveryAbandoned(reason=limits.truncate_text(error.message, limits.MAX_REASON_CHARACTERS))]
+    return [
+        attempted,
+        events.DeliveryAbandoned(reason=limits.truncate_text(error.message, limits.MAX_REASON_CHARACTERS)),
+    ]
 
 
-def evolve(delivery: Delivery | None, event: DeliveryEvent) -> Delivery:
+def evolve(delivery: Delivery | None, event: events.DeliveryEvent) -> Delivery:
     """Return the delivery after an event. Events of the log are trusted, so nothing is rejected here."""
-    if isinstance(event, DeliveryQueued):
+    if isinstance(event, events.DeliveryQueued):
         return Delivery(spec=event)
     if delivery is None:
         raise NotFound(f"{type(event).__name__} in a stream that does not begin with DeliveryQueued")
     match event:
-        case DeliveryAttempted():
+        case events.DeliveryAttempted():
             due = event.next_attempt_at if delivery.status == "pending" else delivery.due_at
             return replace(delivery, attempt=event.attempt, counted_attempts=delivery.counted_attempts + 1, due_at=due)
-        case DeliverySucceeded():
+        case events.DeliverySucceeded():
             return replace(delivery, status="delivered", due_at=None)
-        case DeliveryAbandoned():
+        case events.DeliveryAbandoned():
             return replace(delivery, status="abandoned", due_at=None)
-        case DeliveryRequeued():
+        case events.DeliveryRequeued():
             return replace(delivery, status="pending", counted_attempts=0, due_at=None)
         case _:
             assert_never(event)

@@ -11,8 +11,9 @@ import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
@@ -37,17 +38,15 @@ def truncate_to_milliseconds(time: datetime) -> datetime:
     return time - _SUB_MILLISECONDS[time.microsecond % 1000]  # eight times as fast as replace()
 
 
-def _whole(number: float) -> float:
+def _to_compact(number: float) -> float:
     """Return a whole number as an integer: hashing 3600.0 takes ten times as long as 3600, and both mean the same."""
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
-def _is_none(value: object) -> bool:
-    return value is None
-
-
 UtcDatetime = Annotated[datetime, AfterValidator(truncate_to_milliseconds)]
-CompactFloat = Annotated[float, PlainSerializer(_whole)]
+CompactFloat = Annotated[float, PlainSerializer(_to_compact)]
+OptionalText = Annotated[str | None, Field(exclude_if=lambda value: value is None)]
+"""Omitted if None: a null in a payload makes hashing ten times slower."""
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -132,9 +131,8 @@ class ResultMetadata(_Value):
 class JobResults(_Value):
     """The results of a job."""
 
-    # Omitted if None: a null in a payload makes hashing ten times slower.
-    markdown_file: Annotated[str | None, Field(exclude_if=_is_none)] = None
-    markdown_url: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    markdown_file: OptionalText = None
+    markdown_url: OptionalText = None
     assets: list[Asset] = Field(default_factory=list)
     files: list[ResultFile] = Field(default_factory=list)
     metadata: ResultMetadata
@@ -148,20 +146,24 @@ class Event(BaseModel):
 
     def to_payload(self) -> dict[str, Any]:
         """Return the fields as the database stores them. Optional fields without a value are omitted."""
-        absent = {name for name in _optional(type(self)) if getattr(self, name) is None}
+        absent = {name for name in _optional_fields(type(self)) if getattr(self, name) is None}
         payload: dict[str, Any] = self.__pydantic_serializer__.to_python(self, exclude=absent or None)
         return payload
 
 
-def _optional(event: type[Event]) -> tuple[str, ...]:
-    names = _OPTIONAL.get(event)
-    if names is None:
-        names = tuple(name for name, info in event.model_fields.items() if info.default is None)
-        _OPTIONAL[event] = names
-    return names
+@cache
+def _optional_fields(event: type[Event]) -> tuple[str, ...]:
+    return tuple(name for name, info in event.model_fields.items() if info.default is None)
 
 
-_OPTIONAL: dict[type[Event], tuple[str, ...]] = {}
+class _UserEvent(Event):
+    by: str
+    reason: str | None = None
+
+
+class _AccessChanged(Event):
+    by: str
+    access_control: AccessControl
 
 
 # The job stream ---------------------------------------------------------------------------------------------------
@@ -267,25 +269,17 @@ class JobReleased(Event):
     is_machine_failure: bool = False
 
 
-class JobCancelRequested(Event):
+class JobCancelRequested(_UserEvent):
     """A user requested to cancel a running job. Its worker stops it."""
 
-    by: str
-    reason: str | None = None
 
-
-class JobCancelled(Event):
+class JobCancelled(_UserEvent):
     """The job was cancelled."""
 
-    by: str
-    reason: str | None = None
 
-
-class JobRestarted(Event):
+class JobRestarted(_UserEvent):
     """A finished job was restarted, with or without the outputs of its completed steps."""
 
-    by: str
-    reason: str | None = None
     reuse_steps: bool = True
 
 
@@ -298,32 +292,20 @@ class JobUpdated(Event):
     not_before: UtcDatetime | None = None
 
 
-class JobAccessChanged(Event):
+class JobAccessChanged(_AccessChanged):
     """The job's access control was replaced."""
 
-    by: str
-    access_control: AccessControl
 
-
-class JobArchived(Event):
+class JobArchived(_UserEvent):
     """The job was archived: default lists hide it."""
 
-    by: str
-    reason: str | None = None
 
-
-class JobUnarchived(Event):
+class JobUnarchived(_UserEvent):
     """The job was unarchived: default lists show it again."""
 
-    by: str
-    reason: str | None = None
 
-
-class JobDeleted(Event):
+class JobDeleted(_UserEvent):
     """The job was deleted from the views, and its files are no longer served. Its history stays."""
-
-    by: str
-    reason: str | None = None
 
 
 class WorkerFenced(Event):
@@ -365,18 +347,12 @@ class BatchSubmitted(Event):
     teams: Teams = Field(default_factory=list)
 
 
-class BatchPaused(Event):
+class BatchPaused(_UserEvent):
     """The batch was paused: its pending jobs do not start."""
 
-    by: str
-    reason: str | None = None
 
-
-class BatchResumed(Event):
+class BatchResumed(_UserEvent):
     """The batch was resumed: its pending jobs may start again."""
-
-    by: str
-    reason: str | None = None
 
 
 class BatchFinished(Event):
@@ -391,32 +367,20 @@ class BatchReopened(Event):
     """A job of the finished batch was restarted."""
 
 
-class BatchAccessChanged(Event):
+class BatchAccessChanged(_AccessChanged):
     """The batch's access control was replaced. Each of its jobs has an access control of its own."""
 
-    by: str
-    access_control: AccessControl
 
-
-class BatchArchived(Event):
+class BatchArchived(_UserEvent):
     """The batch was archived: default lists hide it."""
 
-    by: str
-    reason: str | None = None
 
-
-class BatchUnarchived(Event):
+class BatchUnarchived(_UserEvent):
     """The batch was unarchived: default lists show it again."""
 
-    by: str
-    reason: str | None = None
 
-
-class BatchDeleted(Event):
+class BatchDeleted(_UserEvent):
     """The batch was deleted from the views. Its history stays."""
-
-    by: str
-    reason: str | None = None
 
 
 # The delivery stream ----------------------------------------------------------------------------------------------
@@ -468,11 +432,8 @@ class DeliveryAbandoned(Event):
     reason: str
 
 
-class DeliveryRequeued(Event):
+class DeliveryRequeued(_UserEvent):
     """A user requested to send the message again. The retry schedule starts over."""
-
-    by: str
-    reason: str | None = None
 
 
 # Log housekeeping -------------------------------------------------------------------------------------------------
@@ -518,18 +479,7 @@ DeliveryEvent = DeliveryQueued | DeliveryAttempted | DeliverySucceeded | Deliver
 JOB_EVENTS: tuple[type[Event], ...] = get_args(JobEvent)
 BATCH_EVENTS: tuple[type[Event], ...] = get_args(BatchEvent)
 DELIVERY_EVENTS: tuple[type[Event], ...] = get_args(DeliveryEvent)
-VALUE_TYPES: tuple[type[BaseModel], ...] = (
-    AccessControl,
-    Webhook,
-    Failure,
-    LogEntry,
-    JobResults,
-    ResultFile,
-    Asset,
-    ResultMetadata,
-    BatchCounts,
-    BatchSummary,
-)
+VALUE_TYPES: tuple[type[BaseModel], ...] = tuple(_Value.__subclasses__())
 """The models of the objects in payloads."""
 EVENT_TYPES: Mapping[str, type[Event]] = {
     event.__name__: event for event in JOB_EVENTS + BATCH_EVENTS + DELIVERY_EVENTS + (PositionVoided,)
@@ -553,30 +503,15 @@ class EventMetadata:
 
     def to_document(self) -> dict[str, str]:
         """Return the fields that have a value, as the database stores them."""
-        payload = {"actor": self.actor}
-        if self.correlation_id is not None:
-            payload["correlation_id"] = self.correlation_id
-        if self.causation_id is not None:
-            payload["causation_id"] = self.causation_id
-        if self.traceparent is not None:
-            payload["traceparent"] = self.traceparent
-        if self.request_fingerprint is not None:
-            payload["request_fingerprint"] = self.request_fingerprint
-        return payload
+        return {name: value for name in _METADATA_FIELDS if (value := getattr(self, name)) is not None}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, str]) -> EventMetadata:
         """Return the metadata of a stored event. Fields of later versions are ignored."""
-        get = stored.get
-        return cls(
-            get("actor", "system"),
-            get("correlation_id"),
-            get("causation_id"),
-            get("traceparent"),
-            get("request_fingerprint"),
-        )
+        return cls(stored.get("actor", "system"), *map(stored.get, _METADATA_FIELDS[1:]))
 
 
+_METADATA_FIELDS: Final = tuple(it.name for it in fields(EventMetadata))
 _HASHED_FIELDS: Final = ("data", "event_id", "meta", "prev", "schema", "stream", "time", "type", "version")
 UNKNOWN_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 """The time of an event whose stored time is damaged."""
@@ -668,19 +603,19 @@ class RecordedEvent:
         document = self._document
         name, schema = self.type, document.get("schema")
         if not isinstance(document.get("type"), str):
-            raise UnreadableEvent(f"{self._place()} is an event without a type")
+            raise UnreadableEvent(f"{self._location()} is an event without a type")
         if not isinstance(document.get("time"), datetime):
-            raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: it has no time")
+            raise UnreadableEvent(f"{self._location()} is a {name} that cannot be read: it has no time")
         if not isinstance(schema, int) or schema < 1:
             raise UnreadableEvent(
-                f"{self._place()} is a {name} that cannot be read: {schema!r} is not a schema version"
+                f"{self._location()} is a {name} that cannot be read: {schema!r} is not a schema version"
             )
         event_type = EVENT_TYPES.get(name)
         if event_type is None or schema > event_type.schema_version:
             if "hash" in document and not self._is_intact():
-                raise UnreadableEvent(f"{self._place()} is a {name} with schema {schema}, and its hash is wrong")
+                raise UnreadableEvent(f"{self._location()} is a {name} with schema {schema}, and its hash is wrong")
             raise UnsupportedEvent(
-                f"{self._place()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
+                f"{self._location()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
                 "a newer version of Jobledger wrote it. Upgrade Jobledger."
             )
         try:
@@ -688,7 +623,7 @@ class RecordedEvent:
             data = data if schema == event_type.schema_version else upcast(name, schema, data)
             event: Event = event_type.__pydantic_validator__.validate_python(data)
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # the last of them also from pydantic
-            raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: {error}") from error
+            raise UnreadableEvent(f"{self._location()} is a {name} that cannot be read: {error}") from error
         return event
 
     def _is_intact(self) -> bool:
@@ -699,7 +634,7 @@ class RecordedEvent:
         except (AttributeError, InvalidEvent, LookupError, TypeError, ValueError):
             return False
 
-    def _place(self) -> str:
+    def _location(self) -> str:
         return f"At position {self.position} of the log ({self.stream}, version {self.version})"
 
     def __eq__(self, other: object) -> bool:
@@ -720,7 +655,7 @@ UPCASTERS: Mapping[str, Sequence[Upcaster]] = {}
 """How older payloads are upgraded when they are read: by type, from schema 1 to 2, from 2 to 3, and so on.
 
 A new field with a default needs no entry. If a meaning changes, increment `schema_version` and add the step here. Old
-payloads stay unchanged in the log, and in tests/golden for ever.
+payloads stay unchanged in the log, and in tests/golden forever.
 """
 
 

@@ -23,19 +23,8 @@ from typing import Any, Final
 import bson
 import orjson
 
+from jobledger.ledger.domain import events
 from jobledger.ledger.domain.errors import InvalidEvent
-from jobledger.ledger.domain.events import (
-    AccessControl,
-    BatchAccessChanged,
-    BatchSubmitted,
-    Event,
-    Failure,
-    JobAccessChanged,
-    JobCompleted,
-    JobSubmitted,
-    JobUpdated,
-    StepCompleted,
-)
 
 _KIB: Final = 1024
 _MIB: Final = 1024 * _KIB
@@ -98,7 +87,7 @@ _BSON_FACTOR: Final = 9
 """BSON takes up to this many times the bytes of JSON: 17 for `0,` in a long list."""
 
 
-def check_event(event: Event, text_bytes: int) -> None:
+def check_event(event: events.Event, text_bytes: int) -> None:
     """Reject an event that exceeds a limit.
 
     Args:
@@ -114,31 +103,22 @@ def check_event(event: Event, text_bytes: int) -> None:
         _check_text("reason", getattr(event, "reason", None), MAX_REASON_CHARACTERS)
 
 
-def check_steps(count: int) -> None:
-    """Reject one more completed step if the job has too many.
+def check_steps(count: int, output_bytes: int) -> None:
+    """Reject a completed step if the job then has too many steps, or too large outputs of all steps together.
 
     Raises:
         InvalidEvent: The message contains the limit.
     """
     _check_count("steps", count, MAX_STEPS, "completed steps of one job")
-
-
-def check_step_outputs(total_bytes: int) -> None:
-    """Reject one more completed step if the outputs of all steps together are too large.
-
-    Raises:
-        InvalidEvent: The message contains the limit.
-    """
-    if total_bytes > MAX_STEP_OUTPUT_BYTES:
+    if output_bytes > MAX_STEP_OUTPUT_BYTES:
         raise InvalidEvent(
-            f"steps: the outputs of all completed steps together take {total_bytes} bytes: at most "
-            f"{MAX_STEP_OUTPUT_BYTES} are "
-            "allowed. Save large content as files"
+            f"steps: the outputs of all completed steps together take {output_bytes} bytes: at most "
+            f"{MAX_STEP_OUTPUT_BYTES} are allowed. Save large content as files"
         )
 
 
 def check_changed_parameters(total_bytes: int) -> None:
-    """Reject one more change of a job's parameters if all changes together are too large.
+    """Reject a change of a job's parameters if all changes together are too large.
 
     Raises:
         InvalidEvent: The message contains the limit.
@@ -146,12 +126,11 @@ def check_changed_parameters(total_bytes: int) -> None:
     if total_bytes > MAX_CHANGED_PARAMETERS_BYTES:
         raise InvalidEvent(
             f"parameters: all changes of this job together take {total_bytes} bytes: at most "
-            f"{MAX_CHANGED_PARAMETERS_BYTES} are "
-            "allowed. Submit a new job"
+            f"{MAX_CHANGED_PARAMETERS_BYTES} are allowed. Submit a new job"
         )
 
 
-def _check_submission(submission: JobSubmitted | BatchSubmitted, text_bytes: int) -> None:
+def _check_submission(submission: events.JobSubmitted | events.BatchSubmitted, text_bytes: int) -> None:
     _check_access(submission.access_control)
     if submission.teams:
         _check_count("teams", len(submission.teams), MAX_TEAMS, "groups")
@@ -162,36 +141,36 @@ def _check_submission(submission: JobSubmitted | BatchSubmitted, text_bytes: int
     _check_parameters(submission, text_bytes)
 
 
-def _check_job(submission: JobSubmitted, text_bytes: int) -> None:
+def _check_job(submission: events.JobSubmitted, text_bytes: int) -> None:
     _check_submission(submission, text_bytes)
     if text_bytes > MAX_NAME_CHARACTERS:
         _check_text("job_name", submission.job_name, MAX_TITLE_CHARACTERS)
         _check_text("job_type", submission.job_type, MAX_NAME_CHARACTERS)
 
 
-def _check_batch(submission: BatchSubmitted, text_bytes: int) -> None:
+def _check_batch(submission: events.BatchSubmitted, text_bytes: int) -> None:
     _check_submission(submission, text_bytes)
     _check_text("batch_name", submission.batch_name, MAX_TITLE_CHARACTERS)
     _check_count("jobs", len(submission.job_ids), MAX_BATCH_JOBS, "jobs")
 
 
-def _check_parameters(event: JobSubmitted | BatchSubmitted | JobUpdated, text_bytes: int) -> None:
+def _check_parameters(event: events.JobSubmitted | events.BatchSubmitted | events.JobUpdated, text_bytes: int) -> None:
     if text_bytes * _BSON_FACTOR > MAX_PARAMETERS_BYTES:
         _check_bytes("parameters", event.parameters, MAX_PARAMETERS_BYTES)
 
 
-def _check_change_of_access(event: JobAccessChanged | BatchAccessChanged, _text_bytes: int) -> None:
+def _check_change_of_access(event: events.JobAccessChanged | events.BatchAccessChanged, _text_bytes: int) -> None:
     _check_access(event.access_control)
 
 
-def _check_step(event: StepCompleted, text_bytes: int) -> None:
+def _check_step(event: events.StepCompleted, text_bytes: int) -> None:
     if text_bytes > MAX_STEP_NAME_CHARACTERS:
         _check_text("step", event.step, MAX_STEP_NAME_CHARACTERS)
         _check_count("warnings", len(event.warnings), MAX_STEP_WARNINGS, "warnings")
         _check_bytes("warnings", event.warnings, MAX_STEP_WARNING_BYTES)
 
 
-def _check_results(event: JobCompleted, text_bytes: int) -> None:
+def _check_results(event: events.JobCompleted, text_bytes: int) -> None:
     if text_bytes > MAX_RESULT_FILES:
         _check_count("results.files", len(event.results.files), MAX_RESULT_FILES, "files")
         _check_count("results.assets", len(event.results.assets), MAX_RESULT_FILES, "assets")
@@ -199,18 +178,18 @@ def _check_results(event: JobCompleted, text_bytes: int) -> None:
         _check_bytes("results", event.results.model_dump(), MAX_RESULTS_BYTES)
 
 
-_CHECKS: Final[Mapping[type[Event], Callable[[Any, int], None]]] = {
-    JobSubmitted: _check_job,
-    BatchSubmitted: _check_batch,
-    JobUpdated: _check_parameters,
-    JobAccessChanged: _check_change_of_access,
-    BatchAccessChanged: _check_change_of_access,
-    StepCompleted: _check_step,
-    JobCompleted: _check_results,
+_CHECKS: Final[Mapping[type[events.Event], Callable[[Any, int], None]]] = {
+    events.JobSubmitted: _check_job,
+    events.BatchSubmitted: _check_batch,
+    events.JobUpdated: _check_parameters,
+    events.JobAccessChanged: _check_change_of_access,
+    events.BatchAccessChanged: _check_change_of_access,
+    events.StepCompleted: _check_step,
+    events.JobCompleted: _check_results,
 }
 
 
-def _check_access(access: AccessControl) -> None:
+def _check_access(access: events.AccessControl) -> None:
     if not (access.read_access or access.write_access or access.admin_access):
         return
     total = 0
@@ -272,7 +251,7 @@ def truncate_text(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 2]} …"
 
 
-def truncate_failure(failure: Failure) -> Failure:
+def truncate_failure(failure: events.Failure) -> events.Failure:
     """Return a failure whose message and details fit. Details that are too large are replaced by their size."""
     details = failure.details
     if not fits_in_document(details, MAX_ERROR_DETAILS_BYTES):
@@ -282,7 +261,7 @@ def truncate_failure(failure: Failure) -> Failure:
     code = truncate_text(failure.code, MAX_NAME_CHARACTERS)
     if (code, message) == (failure.code, failure.message) and details is failure.details:
         return failure
-    return Failure(code=code, message=message, details=details)
+    return events.Failure(code=code, message=message, details=details)
 
 
 def count_newest_within(items: Sequence[Mapping[str, Any]], budget: int) -> int:

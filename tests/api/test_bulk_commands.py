@@ -80,7 +80,7 @@ async def test_bulk_cancel_reports_job_that_finished_meanwhile(ledger: Ledger) -
     assert response["jobs"] == {"total": 4, "changed": 3, "unchanged": 0, "rejected": 1}
     [rejection] = response["rejections"]
     assert (rejection["job_id"], rejection["code"]) == (job_ids[1], "invalid_state")
-    assert "it has already ended" in rejection["message"]
+    assert "finished jobs cannot be cancelled" in rejection["message"]
     assert outcome.position == await ledger.event_store.head_position()
 
 

@@ -161,7 +161,7 @@ def test_jobs_cancel_and_restart_report_refused_jobs_and_continue(batch: Submitt
     opening, keynote, broken, _ = (job["job_id"] for job in batch.list_jobs())
     outcome = batch.run("jobs", "cancel", opening, keynote, "--reason", "wrong [recording]")
     assert outcome.exit_code == 1
-    assert outcome.err == f"{opening}: the job is completed and cannot be cancelled: it has already ended\n"
+    assert outcome.err == f"{opening}: the job is completed: finished jobs cannot be cancelled\n"
     assert outcome.out == f"{keynote} is processing, cancelling\n"
     assert wait_until(lambda: batch.get_job(1)["status"] == "cancelled", DEADLINE_SECONDS)
     assert "reason wrong [recording]" in batch.run_expecting(0, "log", "history", keynote)

@@ -110,7 +110,7 @@ def test_finish_and_reopen_keep_batch_paused() -> None:
         [submitted, finished, paused],
         [submitted, paused, finished, reopened],
     ):
-        assert given(*history).state.paused
+        assert given(*history).state.is_paused
         given(*history).when(ResumeBatch("bob", "now")).then(resumed)
 
 

@@ -62,7 +62,7 @@ DOCUMENT_BUDGET_BYTES = MAX_DOCUMENT_BYTES - 1024 * 1024
 def without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Append events as older versions or other programs have appended them."""
     monkeypatch.setattr(limits, "check_event", lambda event, text_bytes: None)
-    monkeypatch.setattr(limits, "check_steps", lambda steps: None)
+    monkeypatch.setattr(limits, "check_steps", lambda count, output_bytes: None)
 
 
 # Streams that are large -----------------------------------------------------------------------------------------------
