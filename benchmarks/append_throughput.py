@@ -11,7 +11,7 @@ from multiprocessing.synchronize import Barrier
 
 from benchmarks.event_factory import make_appends, make_documents
 from benchmarks.measurement import Result, Stopwatch, compare_latencies, compare_rates
-from jobledger.cli.composition import tune_garbage_collector
+from jobledger.cli.process_tuning import tune_garbage_collector
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database
 from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStore

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.measurement import Result, Stopwatch, compare_rates
-from jobledger.cli.view_maintenance import clear_shadow_views, rebuild_views
+from jobledger.cli.view_maintenance import open_rebuild, rebuild_views
 from jobledger.ledger.domain.events import (
     BatchSubmitted,
     Event,
@@ -121,7 +121,8 @@ def _measure_rebuild(connection: Connection, number: int) -> Callable[[], Awaita
     async def measure() -> float:
         with Stopwatch() as watch:
             await rebuild_views(connection, on_progress=lambda position, total: None)
-        await clear_shadow_views(connection)  # the projector does this later, so it is not measured
+        async with open_rebuild(connection) as rebuild:
+            await rebuild.clear_shadow()  # the projector does this later, so it is not measured
         return watch.rate(number)
 
     return measure

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
 import httpx
@@ -21,39 +21,60 @@ class RequestRejected(JobledgerError):
     """The API rejected a request. The message is the API's."""
 
 
-@asynccontextmanager
-async def open_client(url: str) -> AsyncIterator[httpx.AsyncClient]:
+@contextmanager
+def open_client(url: str) -> Iterator[httpx.Client]:
     """Open a client of the API. It sends the API key in JOBLEDGER_KEY.
 
     Raises:
         ConfigurationError: `url` is not a URL, or JOBLEDGER_KEY does not contain a key.
-        LedgerUnavailable: a request inside the block was not answered.
+        LedgerUnavailable: The API did not respond to a request inside the block.
     """
-    async with httpx.AsyncClient(
-        base_url=_parse_url(url), headers=_auth_headers(os.environ), timeout=_TIMEOUT_SECONDS, trust_env=False
-    ) as client:
-        try:
+    options = _client_options(url)
+    with _translate_errors(options["base_url"]), httpx.Client(**options) as client:
+        yield client
+
+
+@asynccontextmanager
+async def open_async_client(url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """Like `open_client`, for an event loop."""
+    options = _client_options(url)
+    with _translate_errors(options["base_url"]):
+        async with httpx.AsyncClient(**options) as client:
             yield client
-        except httpx.ReadTimeout as error:
-            raise LedgerUnavailable(
-                f"{_without_password(client.base_url)} did not respond within {_TIMEOUT_SECONDS} s. "
-                "The request may have been executed."
-            ) from error
-        except httpx.HTTPError as error:
-            reason = str(error) or type(error).__name__
-            raise LedgerUnavailable(
-                f"Cannot connect to Jobledger at {_without_password(client.base_url)}: {reason}. "
-                "Is it running (`jobledger up`)?"
-            ) from error
+
+
+def _client_options(url: str) -> dict[str, Any]:
+    return {
+        "base_url": _parse_url(url),
+        "headers": _auth_headers(os.environ),
+        "timeout": _TIMEOUT_SECONDS,
+        "trust_env": False,
+    }
+
+
+@contextmanager
+def _translate_errors(base_url: httpx.URL) -> Iterator[None]:
+    try:
+        yield
+    except httpx.ReadTimeout as error:
+        raise LedgerUnavailable(
+            f"{_without_password(base_url)} did not respond within {_TIMEOUT_SECONDS} s. "
+            "The request may have been executed."
+        ) from error
+    except httpx.HTTPError as error:
+        raise LedgerUnavailable(
+            f"Cannot connect to Jobledger at {_without_password(base_url)}: {str(error) or type(error).__name__}. "
+            "Is it running (`jobledger up`)?"
+        ) from error
 
 
 def parse_response(response: httpx.Response, *required_fields: str) -> dict[str, Any]:
     """Return the content of a response of the API.
 
     Raises:
-        RequestRejected: the API rejected the request, or the response is not one of Jobledger.
-        ConfigurationError: authentication failed.
-        LedgerUnavailable: the API is unavailable.
+        RequestRejected: The API rejected the request, or the response does not come from Jobledger.
+        ConfigurationError: Authentication failed.
+        LedgerUnavailable: The API is unavailable.
     """
     try:
         content = orjson.loads(response.content)
@@ -73,7 +94,7 @@ def parse_response(response: httpx.Response, *required_fields: str) -> dict[str,
 
 
 def retry_delay(response: httpx.Response) -> float:
-    """Return the seconds to wait before a retry, from the header `Retry-After`: at least 1, at most 60."""
+    """Return the seconds to wait before a retry, from the header `Retry-After`: 1 to 60."""
     return min(max(1, parse_retry_after(response.headers) or 0), _MAX_RETRY_DELAY_SECONDS)
 
 

@@ -1,22 +1,18 @@
-"""Create, list and revoke API keys, directly on the database."""
+"""Create API keys, and format them for output."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from pydantic import ValidationError
 
-from jobledger.api.auth import api_keys, browser_sessions
 from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
-from jobledger.cli.database import open_database
 from jobledger.cli.formatting import format_timestamp
-from jobledger.cli.terminal_text import SafeTable
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.events import truncate_to_milliseconds
-from jobledger.ledger.mongo.connection import Connection
 
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _MAX_LIFETIME: Final = timedelta(days=36_500)
@@ -44,7 +40,7 @@ def new_key(
     """Return a new key, which is not stored yet, and the token that its holder sends.
 
     Raises:
-        ConfigurationError: a value is invalid; the message names its option.
+        ConfigurationError: A value is invalid. The message names its option.
     """
     token, now = ApiKeyToken.generate(), truncate_to_milliseconds(datetime.now(UTC))
     try:
@@ -67,49 +63,6 @@ def new_key(
     return key, token
 
 
-async def store_key(connection: Connection, key: ApiKey) -> None:
-    """Store a key. It is valid immediately.
-
-    Raises:
-        LedgerUnavailable, DatabaseUnsuitable: the database cannot be used.
-    """
-    async with open_database(connection) as db:
-        await api_keys.store_key(db, key)
-
-
-async def list_api_keys(connection: Connection) -> tuple[list[ApiKey], dict[str, int]]:
-    """Return all keys, and the number of dashboard sessions by key ID.
-
-    Raises:
-        LedgerUnavailable, DatabaseUnsuitable: the database cannot be used.
-    """
-    async with open_database(connection) as db:
-        keys, counts = await api_keys.list_api_keys(db), await browser_sessions.count_sessions(db)
-        return keys, {key.key_id: counts.get(browser_sessions.get_session_owner(key_id=key.key_id), 0) for key in keys}
-
-
-async def revoke_key(connection: Connection, key_id: str) -> bool:
-    """Remove a key and its sessions. Return whether the key existed.
-
-    Raises:
-        LedgerUnavailable, DatabaseUnsuitable: the database cannot be used.
-    """
-    async with open_database(connection) as db:
-        existed = await api_keys.revoke_key(db, key_id)
-        await browser_sessions.end_sessions(db, browser_sessions.get_session_owner(key_id=key_id))
-        return existed
-
-
-async def end_sessions(connection: Connection, owner: str) -> int:
-    """End all dashboard sessions of a key or of a user with tokens. Return their number.
-
-    Raises:
-        LedgerUnavailable, DatabaseUnsuitable: the database cannot be used.
-    """
-    async with open_database(connection) as db:
-        return await browser_sessions.end_sessions(db, owner)
-
-
 def parse_key_id(text: str) -> str:
     """Return the ID in `text`, which is a key ID or a whole key. The owner of a leaked key often knows only the key."""
     token = ApiKeyToken.parse(text)
@@ -121,31 +74,24 @@ def key_to_json(key: ApiKey) -> dict[str, Any]:
     return key.model_dump(exclude={"sha256"})
 
 
-def keys_table(keys: Iterable[ApiKey], session_counts: Mapping[str, int]) -> SafeTable:
-    """Return the table of keys.
+def key_rows(keys: Iterable[ApiKey], session_counts: Mapping[str, int]) -> Iterator[Sequence[str]]:
+    """Yield the header and the rows of the table of keys.
 
     Args:
         keys: The keys.
         session_counts: Number of dashboard sessions by key ID.
     """
     now = datetime.now(UTC)
-    table = SafeTable("KEY ID", "USER", "GROUPS", "ROLES", "NAME", "CREATED", "EXPIRES", "SESSIONS")
+    yield ("KEY ID", "USER", "GROUPS", "ROLES", "NAME", "CREATED", "EXPIRES", "SESSIONS")
     for key in keys:
-        table.add_row(
+        expiry = "never" if key.expires_at is None else format_timestamp(key.expires_at, "minutes")
+        yield (
             key.key_id,
             key.user_id,
             ", ".join(key.groups),
             ", ".join(key.roles),
             key.name or "",
             format_timestamp(key.created_at, "minutes"),
-            _format_expiry(key, now),
+            expiry if key.is_valid(now) else f"expired {expiry}",
             str(session_counts[key.key_id]),
         )
-    return table
-
-
-def _format_expiry(key: ApiKey, now: datetime) -> str:
-    if key.expires_at is None:
-        return "never"
-    expiry = format_timestamp(key.expires_at, "minutes")
-    return expiry if key.is_valid(now) else f"expired {expiry}"

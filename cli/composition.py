@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -17,6 +16,7 @@ import structlog
 from jobledger.cli.database import close_with_timeout, open_database, open_file_store
 from jobledger.cli.loop_watchdog import watch_event_loop
 from jobledger.cli.metrics_server import serve_metrics
+from jobledger.cli.process_tuning import raise_open_file_limit, tune_garbage_collector
 from jobledger.cli.role_tasks import failure_callback, run_in_background
 from jobledger.cli.settings import Settings
 from jobledger.ledger.files.file_store import FileStore
@@ -41,17 +41,6 @@ Role = Literal["api", "projector", "worker", "webhook-sender"]
 ALL_ROLES: Final[frozenset[Role]] = frozenset({"api", "projector", "worker", "webhook-sender"})
 _READS_ALL_EVENTS: Final[frozenset[Role]] = frozenset({"api", "projector"})
 _USES_PROCESSORS: Final[frozenset[Role]] = frozenset({"api", "worker"})
-
-
-def tune_garbage_collector() -> None:
-    """Exclude everything loaded so far from garbage collection, and collect less often.
-
-    By default Python scans young objects after every 700 allocations, and all imported modules each time the heap has
-    grown by a quarter. That costs a tenth to a fifth of an append (docs/decisions/0014).
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +71,7 @@ async def start_roles(
     # Imported here, because it takes long and most commands run no role.
     from jobledger.api.auth import browser_sessions
     from jobledger.api.routes import webhook_echo
-    from jobledger.cli.server import build_context, open_listener, raise_open_file_limit, serve_api
+    from jobledger.cli.server import build_context, open_listener, serve_api
 
     tune_garbage_collector()
     if "worker" in selected:

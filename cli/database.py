@@ -133,7 +133,7 @@ async def find_store_marker(root: Path, db: Database) -> StoreMarker:
         raise classify_os_error(error, f"results.store: cannot read {root}: {error.strerror}") from error
 
 
-async def accept_result_store(settings: Settings, uri: str) -> str:
+async def accept_result_store(settings: Settings, connection: Connection) -> str:
     """Accept the directory in `results.store` as the ledger's result store. Return a message for the user.
 
     Raises:
@@ -143,7 +143,7 @@ async def accept_result_store(settings: Settings, uri: str) -> str:
     root = settings.results.store
     if not isinstance(root, Path):
         raise ConfigurationError("--accept-result-store needs a directory, but results.store is 'gridfs'.")
-    async with open_database(settings.mongodb.make_connection(uri)) as db:
+    async with open_database(connection) as db:
         try:
             store_id = await store_marker.accept_directory(db, root)
         except OSError as error:

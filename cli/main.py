@@ -60,7 +60,7 @@ VersionOption = Annotated[
 
 @app.callback()
 def options(_version: VersionOption = False) -> None:
-    """Run and inspect an event-sourced job ledger on MongoDB"""
+    """Run and inspect an event-sourced job queue on MongoDB"""
 
 
 @app.command()

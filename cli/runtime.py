@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, nullcontext
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import typer
 
 from jobledger.cli.exit_codes import EXIT_FAILED
+from jobledger.cli.process_tuning import tune_garbage_collector
 from jobledger.cli.terminal_text import echo, echo_text
 from jobledger.ledger.domain.errors import ResourceUnavailable
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from jobledger.cli.composition import Role, RunningProcess
     from jobledger.cli.settings import Settings
     from jobledger.cli.shutdown import Shutdown
+    from jobledger.ledger.mongo.connection import Connection, Database
     from jobledger.ledger.mongo.embedded import EmbeddedServer
 
 _T = TypeVar("_T")
@@ -30,21 +32,11 @@ _START_RETRY_DELAYS: Final = (0.25, 0.5, 1.0, 2.0, None)
 """Seconds between attempts to start while a port or lock is in use: the process that holds it may be exiting."""
 
 
-def open_any_database_server(settings: Settings) -> AbstractContextManager[str]:
-    """Return a context with the URI of the database. An embedded server that does not run is started for the block."""
-    from jobledger.ledger.mongo.embedded import attach_or_start
-
-    mongodb = settings.mongodb
-    if not mongodb.is_embedded:
-        return nullcontext(mongodb.uri.get_secret_value())
-    return attach_or_start(mongodb.data_dir, oplog_mb=mongodb.embedded_oplog_mb)
-
-
 def load_settings(config: Path | None) -> Settings:
     """Read the settings, configure logging, and print notices about ignored keys to standard error.
 
     Raises:
-        ConfigurationError: see `read_settings`.
+        ConfigurationError: See `read_settings`.
     """
     from jobledger.cli.logging_setup import configure_logging
     from jobledger.cli.settings_file import read_settings
@@ -56,6 +48,47 @@ def load_settings(config: Path | None) -> Settings:
     return settings
 
 
+@contextmanager
+def open_ledger(config: Path | None) -> Iterator[tuple[Settings, Connection]]:
+    """Yield the settings and the connection to the database that they name.
+
+    Raises:
+        ConfigurationError: See `read_settings`.
+        DatabaseUnsuitable: The embedded server cannot run.
+    """
+    settings = load_settings(config)
+    with open_connection(settings) as connection:
+        yield settings, connection
+
+
+@contextmanager
+def open_connection(settings: Settings) -> Iterator[Connection]:
+    """Yield the connection to the database. Start an embedded server for the block if none is running.
+
+    Raises:
+        DatabaseUnsuitable: The embedded server cannot run.
+    """
+    from jobledger.ledger.mongo.embedded import attach_or_start
+
+    mongodb = settings.mongodb
+    if not mongodb.is_embedded:
+        yield mongodb.make_connection(mongodb.uri.get_secret_value())
+        return
+    with attach_or_start(mongodb.data_dir, oplog_mb=mongodb.embedded_oplog_mb) as uri:
+        yield mongodb.make_connection(uri)
+
+
+def run_with_database(connection: Connection, work: Callable[[Database], Awaitable[_T]]) -> _T:
+    """Run an asynchronous function with the database, and return its result."""
+
+    async def run() -> _T:
+        async with connection.client() as client:
+            return await work(client[connection.db_name])
+
+    tune_garbage_collector()
+    return asyncio.run(run())
+
+
 def run_roles(config: Path | None, selected: frozenset[Role] | None = None) -> None:
     """Run roles until the process is stopped.
 
@@ -64,7 +97,7 @@ def run_roles(config: Path | None, selected: frozenset[Role] | None = None) -> N
         selected: Roles to run. None: all roles, and the embedded server.
 
     Raises:
-        ResourceUnavailable, LedgerUnavailable: a resource could not be used, after several attempts.
+        ResourceUnavailable, LedgerUnavailable: A resource could not be used, after several attempts.
     """
     from jobledger.cli.composition import ALL_ROLES
     from jobledger.cli.database import open_database_server

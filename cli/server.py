@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -45,17 +44,8 @@ from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.health import StallDetector
 from jobledger.workers.registry import load_processors, unusable_job_types
 
-_MAX_OPEN_FILES: Final = 65_536
 _KEEP_ALIVE_SECONDS: Final = 30
 _GRACEFUL_SHUTDOWN_SECONDS: Final = 3
-
-
-def raise_open_file_limit() -> None:
-    """Raise the soft limit of open files as far as allowed. The default is 1024, and each connection needs one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < limit:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 @contextmanager

@@ -10,9 +10,11 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
+from itertools import chain
 from typing import IO, Any, Final
 
+import orjson
 import typer
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
@@ -27,6 +29,8 @@ _DANGEROUS: Final = (
 )
 _UNSAFE_IN_LINE: Final = re.compile(f"[{_DANGEROUS}]")
 _UNSAFE_IN_TEXT: Final = re.compile(f"(?!\n)[{_DANGEROUS}]")
+_UNLIMITED_WIDTH: Final = 1_000_000
+"""Columns of output that is no terminal."""
 _SHORT_ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -69,11 +73,41 @@ def _escape_json_character(match: re.Match[str]) -> str:
     return "".join(f"\\u{units[index]:02x}{units[index + 1]:02x}" for index in range(0, len(units), 2))
 
 
+def print_json(content: Any) -> None:
+    """Print a value as JSON. Values of other types, such as those of MongoDB, become text."""
+    echo_json(orjson.dumps(content, default=str, option=orjson.OPT_UTC_Z))
+
+
+def print_table(rows: Iterable[Sequence[str | Text]], *, max_cell_length: int | None = None) -> None:
+    """Print a header and rows, each as one line.
+
+    Args:
+        rows: The header and the rows.
+        max_cell_length: Truncate longer cells on a terminal. Output to a file or pipe is never truncated.
+    """
+    console = SafeConsole()
+    cells = [[Text(escape_line(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    if max_cell_length is not None and console.is_terminal:
+        for cell in chain.from_iterable(cells):
+            cell.truncate(max_cell_length, overflow="ellipsis")
+    widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
+    cells[0] = [Text(cell.plain, style="bold") for cell in cells[0]]
+    for row in cells:
+        for cell, width in zip(row[:-1], widths, strict=False):
+            cell.pad_right(width - cell.cell_len)
+        console.print(Text("  ").join(row), soft_wrap=True)
+
+
 class SafeConsole(Console):
-    """A console that prints text literally: it interprets no markup, emoji codes or control sequences."""
+    """A console that prints text literally: it interprets no markup, emoji codes or control sequences.
+
+    Output to a file or pipe is not wrapped or truncated.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+        if not self.is_terminal and "width" not in options:
+            self.width = _UNLIMITED_WIDTH
         self.push_render_hook(_EscapeHook())
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -82,7 +116,7 @@ class SafeConsole(Console):
 
 
 class SafeTable(Table):
-    """A table without borders. Each cell is exactly one line."""
+    """A table without borders, whose cells are wrapped on a terminal. Each cell is escaped as one line."""
 
     def __init__(self, *headers: str, **options: Any) -> None:
         super().__init__(*headers, **{"box": None, **options})

@@ -1,4 +1,4 @@
-"""What `jobledger log verify` and `jobledger views` do: verify the log, compare views with it, rebuild views."""
+"""Compare and rebuild views, verify result files, and format the results (`jobledger log verify`, `views …`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from jobledger.cli.composition import tune_garbage_collector
 from jobledger.cli.database import find_store_marker
+from jobledger.cli.process_tuning import tune_garbage_collector
 from jobledger.cli.progress import ProgressCallback
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.files.directory import DirectoryStore
@@ -20,7 +20,7 @@ from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import MAX_POSITION, EventStore
-from jobledger.ledger.store.verification import VerificationResult, verify_log
+from jobledger.ledger.store.verification import VerificationResult
 
 if TYPE_CHECKING:
     from jobledger.cli.settings import Settings
@@ -50,37 +50,6 @@ def parse_digest(text: str) -> tuple[int, bytes]:
             "a number and 64 hexadecimal digits."
         )
     return position, digest
-
-
-async def verify_database_log(
-    connection: Connection,
-    *,
-    after: int,
-    up_to: int | None,
-    expected_digest: tuple[int, bytes] | None,
-    on_progress: ProgressCallback,
-) -> VerificationResult:
-    """Verify the log of a database.
-
-    Args:
-        connection: Connection to the database.
-        after: Start after this position.
-        up_to: Last position. None: the end of the log.
-        expected_digest: Position and digest of an earlier verification.
-        on_progress: Called with the number of verified events and the total.
-
-    Raises:
-        LedgerUnavailable: the database failed or does not respond.
-    """
-    tune_garbage_collector()
-    async with connection.client() as client:
-        return await verify_log(
-            EventStore(client[connection.db_name]),
-            after=after,
-            up_to=up_to,
-            expected_digest=expected_digest,
-            on_progress=lambda position, end: on_progress(position - after, end - after),
-        )
 
 
 @dataclass(slots=True)
@@ -119,26 +88,16 @@ async def compare_views(
         on_progress: Called with the number of applied events and the total.
 
     Raises:
-        ConfigurationError: a name is not that of a view.
-        NotComparable: they cannot be compared now; the message says why.
-        LedgerUnavailable: the database failed.
+        ConfigurationError: A name is not that of a view.
+        NotComparable: They cannot be compared now. The message says why.
+        LedgerUnavailable: The database failed.
     """
     comparison = ViewComparison()
-    async with _open_rebuild(connection) as rebuild:
+    async with open_rebuild(connection) as rebuild:
         comparison.position = await rebuild.compare(
             _view_names(names), on_progress=on_progress, on_difference=comparison.add
         )
     return comparison
-
-
-async def compare_views_if_built(connection: Connection, *, on_progress: ProgressCallback) -> ViewComparison | None:
-    """Compare all views. Return None, and write nothing, if no projector has built views yet."""
-    from jobledger.projections.engine.checkpoint import load_checkpoint
-
-    async with connection.client() as client:
-        if not (await load_checkpoint(client[connection.db_name]))["position"]:
-            return None
-    return await compare_views(connection, on_progress=on_progress)
 
 
 async def rebuild_views(
@@ -152,22 +111,12 @@ async def rebuild_views(
         on_progress: Called with the number of applied events and the total.
 
     Raises:
-        ConfigurationError: a name is not that of a view.
-        DatabaseUnsuitable: only all views together can be rebuilt.
-        LedgerUnavailable: the database failed.
+        ConfigurationError: A name is not that of a view.
+        DatabaseUnsuitable: Only all views together can be rebuilt.
+        LedgerUnavailable: The database failed.
     """
-    async with _open_rebuild(connection) as rebuild:
+    async with open_rebuild(connection) as rebuild:
         return await rebuild.run(_view_names(names), on_progress=on_progress)
-
-
-async def clear_shadow_views(connection: Connection) -> None:
-    """Delete the documents that a rebuild has left in shadow slots. A projector does the same some time later.
-
-    Raises:
-        LedgerUnavailable: the database failed.
-    """
-    async with _open_rebuild(connection) as rebuild:
-        await rebuild.clear_shadow()
 
 
 def _view_names(names: Collection[str] | None) -> Collection[str]:
@@ -180,7 +129,8 @@ def _view_names(names: Collection[str] | None) -> Collection[str]:
 
 
 @asynccontextmanager
-async def _open_rebuild(connection: Connection) -> AsyncIterator[Rebuild]:
+async def open_rebuild(connection: Connection) -> AsyncIterator[Rebuild]:
+    """Yield a rebuild whose event store and change stream run inside the block."""
     from jobledger.projections.engine.checkpoint import Checkpoint
     from jobledger.projections.engine.projector import Projector
     from jobledger.projections.engine.rebuild import Rebuild
@@ -207,8 +157,8 @@ async def verify_result_files(
     """Compare the files in `results.store` with the recorded digests.
 
     Raises:
-        ConfigurationError: the store cannot be opened.
-        LedgerUnavailable: the database failed.
+        ConfigurationError: The store cannot be opened.
+        LedgerUnavailable: The database failed.
     """
     from jobledger.projections.engine.checkpoint import load_checkpoint
     from jobledger.projections.engine.file_verification import verify_files

@@ -1,4 +1,4 @@
-"""Jobledger: an event-sourced job ledger on MongoDB change streams.
+"""Jobledger: an event-sourced job queue on MongoDB.
 
 The names in `__all__` are the public API. Each is imported on first use, so `import jobledger` is fast.
 """

@@ -22,6 +22,7 @@ from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.gridfs import COLLECTIONS
 from jobledger.ledger.mongo.connection import (
     OPLOG_ADVICE,
+    Connection,
     Database,
     read_oplog_window,
     read_transaction_limit_seconds,
@@ -49,10 +50,10 @@ _LOG_CHANGING_ACTIONS: Final = frozenset(
 """MongoDB actions by which events can be changed or removed."""
 
 
-async def check_database(settings: Settings, uri: str) -> AsyncIterator[CheckResult]:
-    """Yield the results of all checks on the database at `uri`."""
+async def check_database(settings: Settings, connection: Connection) -> AsyncIterator[CheckResult]:
+    """Yield the results of all checks on a database."""
     try:
-        async with open_database(settings.mongodb.make_connection(uri)) as db:
+        async with open_database(connection) as db:
             for check in _CHECKS:
                 with translate_errors("being checked"):
                     result = await check(db)

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import httpx
 from rich.text import Text
 
-from jobledger.cli.api_client import open_client
+from jobledger.cli.api_client import open_async_client
 from jobledger.cli.commands.submit import follow_batch, submit_batch
 from jobledger.cli.composition import ALL_ROLES, start_roles
 from jobledger.cli.settings import Settings
@@ -66,7 +66,7 @@ async def run_demo(
     async with (
         demo_site.serve_directory(site) as site_url,
         start_roles(settings, connection, ALL_ROLES, on_failure=stop.request_after_failure) as running,
-        open_client(running.url or "") as client,
+        open_async_client(running.url or "") as client,
     ):
         sessions = demo_site.list_sessions(site_url)
         console.print(f"  Serving it at {site_url}")

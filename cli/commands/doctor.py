@@ -9,13 +9,14 @@ import typer
 
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.options import ConfigOption
-from jobledger.cli.runtime import load_settings, open_any_database_server
+from jobledger.cli.runtime import load_settings, open_connection
 from jobledger.cli.terminal_text import SafeConsole, echo
 from jobledger.ledger.domain.errors import JobledgerError
 
 if TYPE_CHECKING:
     from jobledger.cli.checks.result import CheckResult
     from jobledger.cli.settings import Settings
+    from jobledger.ledger.mongo.connection import Connection
 
 
 def doctor(
@@ -38,23 +39,23 @@ def doctor(
 
     settings = load_settings(config)
     if accept_result_store:
-        with open_any_database_server(settings) as uri:
-            echo(asyncio.run(database.accept_result_store(settings, uri)))
+        with open_connection(settings) as connection:
+            echo(asyncio.run(database.accept_result_store(settings, connection)))
         return
     results = list(check_machine(settings))
     try:
-        with open_any_database_server(settings) as uri:
-            results += asyncio.run(_check_database(settings, uri))
+        with open_connection(settings) as connection:
+            results += asyncio.run(_check_database(settings, connection))
     except JobledgerError as error:
         results.append(CheckResult("MongoDB", is_ok=False, detail="not usable", advice=str(error)))
     SafeConsole().print(results_table(results))
     raise typer.Exit(0 if all(result.is_ok for result in results) else EXIT_FAILED)
 
 
-async def _check_database(settings: Settings, uri: str) -> list[CheckResult]:
+async def _check_database(settings: Settings, connection: Connection) -> list[CheckResult]:
     from jobledger.cli.checks.database import check_database
 
-    return [result async for result in check_database(settings, uri)]
+    return [result async for result in check_database(settings, connection)]
 
 
 def mongo_roles(config: ConfigOption = None) -> None:

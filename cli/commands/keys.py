@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
-import orjson
 import typer
 
 from jobledger.cli.options import ConfigOption, JsonOption
-from jobledger.cli.runtime import load_settings, open_any_database_server
-from jobledger.cli.terminal_text import SafeConsole, echo, echo_json
+from jobledger.cli.runtime import open_ledger
+from jobledger.cli.terminal_text import echo, print_json, print_table
 from jobledger.ledger.domain.errors import ConfigurationError, NotFound
 
-app = typer.Typer(
-    help="Manage API keys for auth.mode `keys`, directly on the database",
-    no_args_is_help=True,
-)
+if TYPE_CHECKING:
+    from jobledger.cli.settings import Settings
+    from jobledger.ledger.mongo.connection import Connection, Database
+
+app = typer.Typer(help="Manage API keys for auth.mode `keys` (needs access to the database)", no_args_is_help=True)
+_T = TypeVar("_T")
 
 
 @app.command()
@@ -36,35 +39,39 @@ def create(
 
     Only a digest of the key is stored.
     """
+    from jobledger.api.auth import api_keys
     from jobledger.cli import api_key_admin
 
-    settings = load_settings(config)
     key, token = api_key_admin.new_key(
         user=user, groups=group or (), roles=role or (), name=name, expires_in=expires_in
     )
-    with open_any_database_server(settings) as uri:
-        asyncio.run(api_key_admin.store_key(settings.mongodb.make_connection(uri), key))
+    settings, _ = _run_with_database(config, lambda db: api_keys.store_key(db, key))
     if settings.auth.mode != "keys":
         echo(f"note: auth.mode is `{settings.auth.mode}`; API keys are only used with `keys`", err=True)
     if as_json:
-        _print_json({**api_key_admin.key_to_json(key), "key": str(token)})
+        print_json({**api_key_admin.key_to_json(key), "key": str(token)})
     else:
         echo(str(token))
     echo(f"Store it: it is not shown again. `jobledger keys revoke {key.key_id}` revokes it.", err=True)
 
 
 @app.command("list")
-def list_api_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """List API keys with user, expiry and number of dashboard sessions"""
+    from jobledger.api.auth import api_keys, browser_sessions
     from jobledger.cli import api_key_admin
 
-    settings = load_settings(config)
-    with open_any_database_server(settings) as uri:
-        keys, sessions = asyncio.run(api_key_admin.list_api_keys(settings.mongodb.make_connection(uri)))
+    async def load(db: Database) -> tuple[list[api_keys.ApiKey], dict[str, int]]:
+        return await api_keys.list_api_keys(db), await browser_sessions.count_sessions(db)
+
+    _, (keys, counts) = _run_with_database(config, load)
+    sessions = {key.key_id: counts.get(browser_sessions.get_session_owner(key_id=key.key_id), 0) for key in keys}
     if as_json:
-        _print_json([{**api_key_admin.key_to_json(key), "sessions": sessions[key.key_id]} for key in keys])
+        print_json([{**api_key_admin.key_to_json(key), "sessions": sessions[key.key_id]} for key in keys])
+    elif keys:
+        print_table(api_key_admin.key_rows(keys, sessions))
     else:
-        SafeConsole().print(api_key_admin.keys_table(keys, sessions) if keys else "There are no API keys.")
+        echo("There are no API keys.")
 
 
 @app.command()
@@ -74,15 +81,21 @@ def revoke(
     as_json: JsonOption = False,
 ) -> None:
     """Revoke an API key immediately"""
-    from jobledger.cli import api_key_admin
+    from jobledger.api.auth import api_keys, browser_sessions
+    from jobledger.cli.api_key_admin import parse_key_id
 
-    settings, key_id = load_settings(config), api_key_admin.parse_key_id(key_id)
-    with open_any_database_server(settings) as uri:
-        existed = asyncio.run(api_key_admin.revoke_key(settings.mongodb.make_connection(uri), key_id))
+    key_id = parse_key_id(key_id)
+
+    async def revoke_key(db: Database) -> bool:
+        existed = await api_keys.revoke_key(db, key_id)
+        await browser_sessions.end_sessions(db, browser_sessions.get_session_owner(key_id=key_id))
+        return existed
+
+    _, existed = _run_with_database(config, revoke_key)
     if not existed:  # the message does not repeat the argument, which may be most of a key
         raise NotFound("There is no API key with this ID: see `jobledger keys list`.")
     if as_json:
-        _print_json({"revoked": key_id})
+        print_json({"revoked": key_id})
     else:
         echo(f"{key_id} is revoked.")
 
@@ -98,24 +111,26 @@ def sign_out(
 
     The key itself stays valid; `keys revoke` ends both.
     """
-    from jobledger.api.auth.browser_sessions import get_session_owner
-    from jobledger.cli import api_key_admin
+    from jobledger.api.auth.browser_sessions import end_sessions, get_session_owner
+    from jobledger.cli.api_key_admin import parse_key_id
 
     if (key_id is None) == (user is None):
         raise ConfigurationError("Specify the ID of a key, or a user with --user.")
-    owner = (
-        get_session_owner(key_id=api_key_admin.parse_key_id(key_id))
-        if key_id is not None
-        else get_session_owner(user_id=user or "")
-    )
-    settings = load_settings(config)
-    with open_any_database_server(settings) as uri:
-        count = asyncio.run(api_key_admin.end_sessions(settings.mongodb.make_connection(uri), owner))
+    owner = get_session_owner(key_id=None if key_id is None else parse_key_id(key_id), user_id=user or "")
+    _, count = _run_with_database(config, lambda db: end_sessions(db, owner))
     if as_json:
-        _print_json({"ended_sessions": count})
+        print_json({"ended_sessions": count})
     else:
         echo(f"Sessions ended: {count}")
 
 
-def _print_json(content: Any) -> None:
-    echo_json(orjson.dumps(content, option=orjson.OPT_UTC_Z))
+def _run_with_database(config: Path | None, work: Callable[[Database], Awaitable[_T]]) -> tuple[Settings, _T]:
+    """Check the database server and run an asynchronous function with it. Return the settings and its result."""
+    from jobledger.cli.database import open_database
+
+    async def run(connection: Connection) -> _T:
+        async with open_database(connection) as db:
+            return await work(db)
+
+    with open_ledger(config) as (settings, connection):
+        return settings, asyncio.run(run(connection))

@@ -15,9 +15,9 @@ from rich.text import Text
 from jobledger.cli.commands import log_state
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.options import AS_OF_HELP, LARGEST_POSITION, ConfigOption, JsonOption, parse_as_of
-from jobledger.cli.progress import ProgressCallback, progress_bar
-from jobledger.cli.runtime import load_settings, open_any_database_server
-from jobledger.cli.terminal_text import SafeConsole, echo, echo_json
+from jobledger.cli.progress import progress_bar
+from jobledger.cli.runtime import open_ledger, run_with_database
+from jobledger.cli.terminal_text import SafeConsole, echo, echo_json, print_json
 from jobledger.ledger.domain.errors import (
     ConfigurationError,
     JobledgerError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jobledger.ledger.mongo.connection import Connection
     from jobledger.ledger.store.export_file import ExportSummary
 
-app = typer.Typer(help="Verify, export, import and read the log, directly on the database", no_args_is_help=True)
+app = typer.Typer(help="Verify, export, import and read the log (needs access to the database)", no_args_is_help=True)
 app.command("state")(log_state.state)
 _INTERNAL_FIELDS: Final = frozenset({"list_keys", "search_keys", "needs_reopen"})
 """Fields of views that serve queries only."""
@@ -67,34 +67,37 @@ def verify(
     Exits with 1 and names the first damaged event, or the documents and files that differ.
     """
     from jobledger.cli import view_maintenance
+    from jobledger.ledger.store.event_store import EventStore
+    from jobledger.ledger.store.verification import verify_log
 
-    settings = load_settings(config)
     digest = view_maintenance.parse_digest(expected_digest) if expected_digest is not None else None
     if digest is not None and (first > 1 or (last is not None and last < digest[0])):
         raise ConfigurationError(
             f"--expected-digest covers all events up to position {digest[0]}: remove --from, and use no smaller --to."
         )
-    with open_any_database_server(settings) as uri:
-        connection = settings.mongodb.make_connection(uri)
+    comparison = verified_files = None
+    with open_ledger(config) as (settings, connection):
         with progress_bar("verifying") as on_progress:
-            result = asyncio.run(
-                view_maintenance.verify_database_log(
-                    connection, after=first - 1, up_to=last, expected_digest=digest, on_progress=on_progress
-                )
+            result = run_with_database(
+                connection,
+                lambda db: verify_log(
+                    EventStore(db),
+                    after=first - 1,
+                    up_to=last,
+                    expected_digest=digest,
+                    on_progress=lambda position, end: on_progress(position - first + 1, end - first + 1),
+                ),
             )
         is_whole_log = first == 1 and last is None
-        comparison = None
         if views and is_whole_log and result.problem is None and result.events:
             comparison = _compare_views_if_permitted(connection)
-        verified_files = None
         if files:
-            with progress_bar("reading files") as on_progress:
+            with progress_bar("reading files") as on_file_progress:
                 verified_files = asyncio.run(
-                    view_maintenance.verify_result_files(settings, connection, on_progress=on_progress)
+                    view_maintenance.verify_result_files(settings, connection, on_progress=on_file_progress)
                 )
     if as_json:
-        content = view_maintenance.verification_to_json(result, comparison, verified_files)
-        echo_json(orjson.dumps(content, option=orjson.OPT_UTC_Z))
+        print_json(view_maintenance.verification_to_json(result, comparison, verified_files))
     else:
         echo(*view_maintenance.format_verification(result))
         if comparison is not None:
@@ -110,10 +113,13 @@ def _compare_views_if_permitted(connection: Connection) -> ViewComparison | None
     """Compare all views; return None if there are none yet, or if this MongoDB user must not write to shadow views."""
     from jobledger.cli import view_maintenance
     from jobledger.ledger.mongo.connection import UNAUTHORIZED, server_error_code
+    from jobledger.projections.engine.checkpoint import load_checkpoint
 
     try:
+        if not run_with_database(connection, load_checkpoint)["position"]:
+            return None
         with progress_bar("comparing views") as on_progress:
-            return asyncio.run(view_maintenance.compare_views_if_built(connection, on_progress=on_progress))
+            return asyncio.run(view_maintenance.compare_views(connection, on_progress=on_progress))
     except JobledgerError as error:
         if UNAUTHORIZED not in (server_error_code(error), server_error_code(error.__cause__ or error)):
             raise
@@ -137,15 +143,11 @@ def export(
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.store.export import export_log
 
-    settings = load_settings(config)
-
-    async def run(connection: Connection, on_progress: ProgressCallback) -> ExportSummary:
-        async with connection.client() as client:
-            event_store = EventStore(client[connection.db_name])
-            return await export_log(event_store, file, after=first - 1, up_to=last, on_progress=on_progress)
-
-    with open_any_database_server(settings) as uri, progress_bar("exporting") as on_progress:
-        summary = asyncio.run(run(settings.mongodb.make_connection(uri), on_progress))
+    with open_ledger(config) as (_, connection), progress_bar("exporting") as on_progress:
+        summary = run_with_database(
+            connection,
+            lambda db: export_log(EventStore(db), file, after=first - 1, up_to=last, on_progress=on_progress),
+        )
     text = f"{file}: {summary.events} events, positions {summary.first} to {summary.last}."
     _print_summary(text, summary, as_json=as_json)
 
@@ -160,34 +162,22 @@ def import_(
 
     Each event is verified. The import is all or nothing. Run an interrupted import again to continue it.
     """
-    from jobledger.cli import view_maintenance
-
-    settings = load_settings(config)
-    with open_any_database_server(settings) as uri:
-        connection = settings.mongodb.make_connection(uri)
-        summary = _import_files(connection, files)
-        with progress_bar("building views") as on_progress:
-            asyncio.run(view_maintenance.rebuild_views(connection, on_progress=on_progress))
-    text = f"Imported and verified {summary.events} events into {settings.mongodb.db_name}, and built its views."
-    _print_summary(text, summary, as_json=as_json)
-
-
-def _import_files(connection: Connection, files: list[Path]) -> ExportSummary:
+    from jobledger.cli.view_maintenance import rebuild_views
     from jobledger.ledger.store.import_ import import_log
 
-    async def run(on_progress: ProgressCallback) -> ExportSummary:
-        async with connection.client() as client:
-            return await import_log(client[connection.db_name], files, on_progress=on_progress)
-
-    with progress_bar("importing") as on_progress:
-        return asyncio.run(run(on_progress))
+    with open_ledger(config) as (_, connection):
+        with progress_bar("importing") as on_progress:
+            summary = run_with_database(connection, lambda db: import_log(db, files, on_progress=on_progress))
+        with progress_bar("building views") as on_progress:
+            asyncio.run(rebuild_views(connection, on_progress=on_progress))
+    text = f"Imported and verified {summary.events} events into {connection.db_name}, and built its views."
+    _print_summary(text, summary, as_json=as_json)
 
 
 def _print_summary(text: str, summary: ExportSummary, *, as_json: bool) -> None:
     digest = f"{summary.last}:{summary.log_digest.hex()}" if summary.log_digest else None
     if as_json:
-        content = {"events": summary.events, "from": summary.first, "to": summary.last, "digest": digest}
-        echo_json(orjson.dumps(content))
+        print_json({"events": summary.events, "from": summary.first, "to": summary.last, "digest": digest})
     else:
         echo(text)
         if digest is not None:
@@ -215,10 +205,8 @@ def tail(
 
     Reconnects by itself when the database or the whole system was restarted.
     """
-    settings = load_settings(config)
     _check_event_types(event_type or ())
-    with open_any_database_server(settings) as uri:
-        connection = settings.mongodb.make_connection(uri)
+    with open_ledger(config) as (_, connection):
         printer = _event_printer(set(stream or ()), set(event_type or ()), as_json=as_json)
         asyncio.run(_tail(connection, printer, lines, after, follow=follow))
 
@@ -289,24 +277,18 @@ def history(
     as_json: JsonOption = False,
 ) -> None:
     """Show all events of a job, batch or delivery, with actor and state changes"""
-    settings = load_settings(config)
-    limit = None if as_of is None else parse_as_of(as_of, "--as-of")
-    with open_any_database_server(settings) as uri:
-        asyncio.run(_print_history(settings.mongodb.make_connection(uri), stream, limit, as_json=as_json))
-
-
-async def _print_history(connection: Connection, stream: str, as_of: int | datetime | None, *, as_json: bool) -> None:
     from jobledger.cli.formatting import format_changes, format_event
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.store.export_file import encode_event_or_stub
     from jobledger.projections.views import batches, deliveries, jobs
 
-    async with connection.client() as client:
-        events = await EventStore(client[connection.db_name]).read_stream(stream)
+    limit = None if as_of is None else parse_as_of(as_of, "--as-of")
+    with open_ledger(config) as (_, connection):
+        events = run_with_database(connection, lambda db: EventStore(db).read_stream(stream))
     if not events:
         raise NotFound(f"{stream} is not in the log: expected the ID of a job, batch or delivery.")
-    if as_of is not None:
-        events = list(filter(_occurred_by(as_of), events))
+    if limit is not None:
+        events = list(filter(_occurred_by(limit), events))
     fold: Any = {"job": jobs.fold, "batch": batches.fold, "delivery": deliveries.fold}.get(stream.partition("-")[0])
     console = SafeConsole(soft_wrap=True)
     before: Any = None
@@ -314,7 +296,7 @@ async def _print_history(connection: Connection, stream: str, as_of: int | datet
         after = _fold_or_keep(fold, before, event) if fold is not None else None
         if as_json:
             encoded = orjson.Fragment(encode_event_or_stub(event.document))
-            echo_json(orjson.dumps({"event": encoded, "state": _public_fields(after)}, default=str))
+            print_json({"event": encoded, "state": _public_fields(after)})
         else:
             console.print(format_event(event, with_stream=False))
             if changes := format_changes(before, after):

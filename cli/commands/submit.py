@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from jobledger.cli.api_client import open_client, parse_response, retry_delay, unexpected_response
+from jobledger.cli.api_client import open_async_client, parse_response, retry_delay, unexpected_response
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.options import DEFAULT_URL, UrlOption
 from jobledger.cli.terminal_text import SafeConsole, echo, escape_line
@@ -101,7 +101,7 @@ def _display_name(job: Any) -> str:
 async def _submit_and_follow(url: str, batch: dict[str, Any], *, wait: bool) -> int:
     """Return the exit code."""
     console = SafeConsole()
-    async with open_client(url) as client:
+    async with open_async_client(url) as client:
         submitted, position = await submit_batch(client, batch)
         count = len(submitted["job_ids"])
         jobs = "1 job" if count == 1 else f"{count} jobs"

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-import orjson
 import typer
 
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.options import ConfigOption, JsonOption
 from jobledger.cli.progress import progress_bar
-from jobledger.cli.runtime import load_settings, open_any_database_server
-from jobledger.cli.terminal_text import echo, echo_json
+from jobledger.cli.runtime import open_ledger
+from jobledger.cli.terminal_text import echo, print_json
 
-app = typer.Typer(help="Rebuild and check views, directly on the database", no_args_is_help=True)
+app = typer.Typer(help="Rebuild and check views (needs access to the database)", no_args_is_help=True)
 ViewOption = Annotated[
     list[str] | None, typer.Option("--view", help="Only this view, e.g. jobs or statistics. Repeatable")
 ]
@@ -28,12 +27,10 @@ def rebuild(config: ConfigOption = None, view: ViewOption = None, as_json: JsonO
     """
     from jobledger.cli import view_maintenance
 
-    settings = load_settings(config)
-    with open_any_database_server(settings) as uri, progress_bar("rebuilding views") as on_progress:
-        connection = settings.mongodb.make_connection(uri)
+    with open_ledger(config) as (_, connection), progress_bar("rebuilding views") as on_progress:
         position = asyncio.run(view_maintenance.rebuild_views(connection, view, on_progress=on_progress))
     if as_json:
-        echo_json(orjson.dumps({"position": position, "views": view}))
+        print_json({"position": position, "views": view})
     else:
         echo(f"Rebuilt {', '.join(view) if view else 'all views'} up to position {position}.")
 
@@ -46,12 +43,10 @@ def check(config: ConfigOption = None, view: ViewOption = None, as_json: JsonOpt
     """
     from jobledger.cli import view_maintenance
 
-    settings = load_settings(config)
-    with open_any_database_server(settings) as uri, progress_bar("comparing views") as on_progress:
-        connection = settings.mongodb.make_connection(uri)
+    with open_ledger(config) as (_, connection), progress_bar("comparing views") as on_progress:
         comparison = asyncio.run(view_maintenance.compare_views(connection, view, on_progress=on_progress))
     if as_json:
-        echo_json(orjson.dumps(view_maintenance.comparison_to_json(comparison)))
+        print_json(view_maintenance.comparison_to_json(comparison))
     else:
         echo(*view_maintenance.format_comparison(comparison))
     raise typer.Exit(EXIT_FAILED if comparison.difference_count else 0)

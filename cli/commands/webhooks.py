@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import quote
 
 import orjson
 import typer
-from rich.text import Text
 
 from jobledger.cli.api_client import open_client, parse_response, without_none
-from jobledger.cli.commands.resource_commands import (
-    STATUS_STYLES,
-    Document,
-    LimitOption,
-    ReasonOption,
-    fetch_list,
-    format_iso_timestamp,
-    print_json,
-    print_list,
-)
+from jobledger.cli.commands import resources
+from jobledger.cli.commands.resources import Document, format_iso_timestamp
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.options import DEFAULT_URL, ConfigOption, JsonOption, UrlOption
 from jobledger.cli.runtime import load_settings
-from jobledger.cli.terminal_text import SafeConsole, SafeTable, echo, echo_text
+from jobledger.cli.terminal_text import echo, echo_text, print_json, print_table
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.statuses import DeliveryStatus
 
 if TYPE_CHECKING:
     from jobledger.workers.webhooks.sender import WebhookRequest, WebhookResponse
 
-app = typer.Typer(
-    help="Inspect, test and redeliver webhooks. `jobledger webhook-sender` sends them", no_args_is_help=True
-)
+app = typer.Typer(help="Inspect, test and redeliver webhooks, and manage signing secrets", no_args_is_help=True)
 _DELIVERIES_PATH: Final = "/api/monitoring/events/webhooks"
 _REDELIVER_PATH: Final = "/api/monitoring/events/redeliver"
 _ENDPOINTS_PATH: Final = "/api/monitoring/events/webhook-endpoints"
@@ -52,7 +41,7 @@ def list_deliveries(
     job: JobOption = None,
     batch: BatchOption = None,
     host: HostOption = None,
-    limit: LimitOption = 50,
+    limit: resources.LimitOption = 50,
     url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,8 +50,8 @@ def list_deliveries(
     Filters are combined.
     """
     query = {"status": status, "job_id": job, "batch_id": batch, "host": host}
-    deliveries, total = asyncio.run(fetch_list(url, _DELIVERIES_PATH, "deliveries", query, limit))
-    print_list(deliveries, total, delivery_rows, plural="webhook deliveries", as_json=as_json)
+    deliveries, total = resources.fetch_list(url, _DELIVERIES_PATH, "deliveries", query, limit)
+    resources.print_list(deliveries, total, delivery_rows, plural="webhook deliveries", as_json=as_json)
 
 
 @app.command()
@@ -75,7 +64,7 @@ def redeliver(
     job: JobOption = None,
     batch: BatchOption = None,
     host: HostOption = None,
-    reason: ReasonOption = None,
+    reason: resources.ReasonOption = None,
     url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,18 +79,13 @@ def redeliver(
         raise ConfigurationError(
             "Select deliveries by ID or with a filter, for example --status abandoned for all abandoned ones."
         )
-
-    async def post() -> int:
-        body = without_none({"reason": reason})
-        async with open_client(url) as client:
-            if not ids:
-                response = await client.post(_REDELIVER_PATH, json=filters | body)
-                return int(parse_response(response, "redelivered")["redelivered"])
-            for delivery_id in ids:
-                parse_response(await client.post(f"{_DELIVERIES_PATH}/{delivery_id}/redeliver", json=body))
-            return len(ids)
-
-    count = asyncio.run(post())
+    body, count = without_none({"reason": reason}), len(ids or ())
+    with open_client(url) as client:
+        if not ids:
+            response = client.post(_REDELIVER_PATH, json=filters | body)
+            count = parse_response(response, "redelivered")["redelivered"]
+        for delivery_id in ids or ():
+            parse_response(client.post(f"{_DELIVERIES_PATH}/{delivery_id}/redeliver", json=body))
     if as_json:
         print_json({"redelivered": count})
     else:
@@ -185,23 +169,18 @@ def _parse_header(text: str) -> tuple[str, str]:
 @app.command("endpoints")
 def list_endpoints(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
     """List webhook endpoints"""
-
-    async def fetch() -> list[Document]:
-        endpoints: list[Document] = []
-        async with open_client(url) as client:
-            while True:
-                after = endpoints[-1]["endpoint_id"] if endpoints else None
-                query = without_none({"limit": _ENDPOINTS_PAGE_SIZE, "after": after})
-                page = parse_response(await client.get(_ENDPOINTS_PATH, params=query), "endpoints")["endpoints"]
-                endpoints += page
-                if len(page) < _ENDPOINTS_PAGE_SIZE:
-                    return endpoints
-
-    endpoints = asyncio.run(fetch())
+    endpoints: list[Document] = []
+    page: list[Document] | None = None
+    with open_client(url) as client:
+        while page is None or len(page) == _ENDPOINTS_PAGE_SIZE:
+            after = page[-1]["endpoint_id"] if page else None
+            query = without_none({"limit": _ENDPOINTS_PAGE_SIZE, "after": after})
+            page = parse_response(client.get(_ENDPOINTS_PATH, params=query), "endpoints")["endpoints"]
+            endpoints += page
     if as_json:
         print_json(endpoints)
     elif endpoints:
-        SafeConsole().print(endpoints_table(endpoints))
+        print_table(endpoint_rows(endpoints))
     else:
         echo("There are no webhook endpoints.")
 
@@ -214,13 +193,9 @@ def rotate_secret(
     as_json: JsonOption = False,
 ) -> None:
     """Replace the signing secret of an endpoint and print the new one once"""
-
-    async def post() -> Document:
-        async with open_client(url) as client:
-            path = f"{_ENDPOINTS_PATH}/{quote(endpoint_id, safe='')}/rotate-secret"
-            return parse_response(await client.post(path, json={"grace_period_s": grace_seconds}), "secret")
-
-    rotated = asyncio.run(post())
+    path = f"{_ENDPOINTS_PATH}/{quote(endpoint_id, safe='')}/rotate-secret"
+    with open_client(url) as client:
+        rotated = parse_response(client.post(path, json={"grace_period_s": grace_seconds}), "secret")
     if as_json:
         print_json({"endpoint_id": rotated["endpoint_id"], "url": rotated["url"], "secret": rotated["secret"]})
     else:
@@ -234,12 +209,8 @@ def revoke_secret(endpoint_id: EndpointArgument, url: UrlOption = DEFAULT_URL) -
 
     The endpoint receives no webhooks until its secret is rotated.
     """
-
-    async def delete() -> None:
-        async with open_client(url) as client:
-            parse_response(await client.delete(f"{_ENDPOINTS_PATH}/{quote(endpoint_id, safe='')}/secret"))
-
-    asyncio.run(delete())
+    with open_client(url) as client:
+        parse_response(client.delete(f"{_ENDPOINTS_PATH}/{quote(endpoint_id, safe='')}/secret"))
     echo("Revoked. `jobledger webhooks rotate-secret` creates a new secret.")
 
 
@@ -251,14 +222,14 @@ def generate_secret() -> None:
     echo(generate())
 
 
-def delivery_rows(deliveries: Sequence[Document]) -> Iterator[Sequence[str | Text]]:
+def delivery_rows(deliveries: Sequence[Document]) -> resources.Rows:
     """Yield the header and the rows of the table of deliveries."""
     yield ("DELIVERY", "EVENT", "STATUS", "ATTEMPTS", "HOST", "LAST RESULT")
     for delivery in deliveries:
         yield (
             delivery["delivery_id"],
             delivery["type"],
-            Text(delivery["status"], style=STATUS_STYLES.get(delivery["status"], "")),
+            resources.format_status(delivery),
             str(delivery["attempt"]),
             delivery["host"],
             _last_result(delivery),
@@ -273,14 +244,13 @@ def _last_result(delivery: Document) -> str:
     return result
 
 
-def endpoints_table(endpoints: Sequence[Document]) -> SafeTable:
-    """Return the table of endpoints."""
-    table = SafeTable("ENDPOINT ID", "USER", "URL", "CREATED", "ROTATED", "OLD SECRET EXPIRES")
+def endpoint_rows(endpoints: Sequence[Document]) -> resources.Rows:
+    """Yield the header and the rows of the table of endpoints."""
+    yield ("ENDPOINT ID", "USER", "URL", "CREATED", "ROTATED", "OLD SECRET EXPIRES")
     for endpoint in endpoints:
         created, rotated, expires = (
-            format_iso_timestamp(endpoint[name]) if endpoint[name] else ""
+            format_iso_timestamp(endpoint[name] or "")
             for name in ("created_at", "rotated_at", "previous_secret_expires_at")
         )
         rotated = "revoked" if endpoint["revoked"] else rotated
-        table.add_row(endpoint["endpoint_id"], endpoint["user_id"], endpoint["url"], created, rotated, expires)
-    return table
+        yield (endpoint["endpoint_id"], endpoint["user_id"], endpoint["url"], created, rotated, expires)

@@ -241,18 +241,14 @@ async def test_service_role_stores_files_in_gridfs_and_signs_links(prepared: Pre
         assert (await api.get(link)).status_code == 200
     assert prepared.server.authorization_failures(prepared.db.name) == {("createIndexes", "events")}
     settings = make_settings(prepared.service.uri, prepared.db.name, tmp_path, results={"store": "gridfs"})
-    [files] = [
-        result async for result in check_database(settings, prepared.service.uri) if result.name == "Result files"
-    ]
+    [files] = [result async for result in check_database(settings, prepared.service) if result.name == "Result files"]
     assert (files.is_ok, files.detail) == (True, f"GridFS in {prepared.db.name} (fs.chunks, fs.files)")
 
 
 async def test_doctor_missing_gridfs_privilege_is_reported(prepared: PreparedDatabase, tmp_path: Path) -> None:
     prepared.db.command({"revokePrivilegesFromRole": SERVICE, "privileges": [load_chunks_privilege(prepared)]})
     settings = make_settings(prepared.service.uri, prepared.db.name, tmp_path, results={"store": "gridfs"})
-    [files] = [
-        result async for result in check_database(settings, prepared.service.uri) if result.name == "Result files"
-    ]
+    [files] = [result async for result in check_database(settings, prepared.service) if result.name == "Result files"]
     assert not files.is_ok
     assert "jobledger mongo-roles" in files.advice
 
@@ -597,7 +593,7 @@ def test_doctor_reports_whether_user_can_change_events(prepared: PreparedDatabas
 
 async def run_check(prepared: PreparedDatabase, connection: Connection, directory: Path, name: str) -> CheckResult:
     settings = make_settings(connection.uri, prepared.db.name, directory)
-    [check_result] = [result async for result in check_database(settings, connection.uri) if result.name == name]
+    [check_result] = [result async for result in check_database(settings, connection) if result.name == name]
     return check_result
 
 

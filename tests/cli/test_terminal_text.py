@@ -24,9 +24,9 @@ import jobledger.cli.terminal_text
 from jobledger.cli import view_maintenance
 from jobledger.cli.checks.result import CheckResult, results_table
 from jobledger.cli.commands.log_state import print_changes, print_state
-from jobledger.cli.commands.resource_commands import _print_table, print_details
+from jobledger.cli.commands.resources import print_details
 from jobledger.cli.commands.submit import print_finished_job
-from jobledger.cli.commands.webhooks import delivery_rows, endpoints_table
+from jobledger.cli.commands.webhooks import delivery_rows, endpoint_rows
 from jobledger.cli.formatting import format_changes, format_event
 from jobledger.cli.logging_setup import configure_logging
 from jobledger.cli.settings import LoggingSettings
@@ -40,6 +40,7 @@ from jobledger.cli.terminal_text import (
     echo_text,
     escape_line,
     escape_text,
+    print_table,
 )
 from jobledger.cli.view_maintenance import ViewComparison
 from jobledger.ledger.domain.events import RecordedEvent
@@ -67,6 +68,32 @@ def test_escape_line_any_text_is_printable_and_keeps_ordinary_text(text: str) ->
 
 def is_safe(printed: str) -> bool:
     return escape_text(printed) == printed
+
+
+LONG_CELL = "x" * 300
+
+
+def test_tables_not_on_a_terminal_are_not_truncated_or_wrapped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    table = SafeTable("A", "B")
+    table.add_row(LONG_CELL, LONG_CELL)
+    SafeConsole().print(table)
+    SafeConsole().print(Text(LONG_CELL, no_wrap=True, overflow="ellipsis"), soft_wrap=True)
+    print_table([("A", "B"), (LONG_CELL, LONG_CELL)], max_cell_length=50)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count(LONG_CELL) for line in lines] == [0, 2, 1, 0, 2]
+
+
+def test_print_table_on_terminal_truncates_only_with_limit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for limit in (50, None):
+        print_table([("A",), (LONG_CELL,)], max_cell_length=limit)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("x") for line in lines] == [0, 49, 0, 300]
 
 
 @given(st.text() | st.just(UNSAFE_TEXT))
@@ -177,17 +204,15 @@ PRINTED: dict[str, Callable[[str], None]] = {
     "log history": lambda name: print_all(
         format_event(make_event(name)), format_changes({"a": 1}, {"a": name, name: name})
     ),
-    "log state --as-of": lambda name: print_state(SafeConsole(width=10_000), make_state(name)),
-    "log state --until": lambda name: print_changes(
-        SafeConsole(width=10_000), {"jobs": {name: 0}}, make_state(name), {name: [name, name]}
-    ),
+    "log state --as-of": lambda name: print_state(make_state(name)),
+    "log state --until": lambda name: print_changes({"jobs": {name: 0}}, make_state(name), {name: [name, name]}),
     "doctor": lambda name: print_all(results_table([CheckResult(name, is_ok=False, detail=name, advice=name)])),
-    "webhooks": lambda name: _print_table(list(delivery_rows([make_delivery(name)]))),
-    "webhooks endpoints": lambda name: print_all(endpoints_table([make_endpoint(name)])),
+    "webhooks": lambda name: print_table(delivery_rows([make_delivery(name)])),
+    "webhooks endpoints": lambda name: print_table(endpoint_rows([make_endpoint(name)])),
     "submit": lambda name: print_finished_job(
         SafeConsole(width=10_000), name, "JobFailed", {"error": {"message": name}}
     ),
-    "jobs": lambda name: _print_table([["id", "name"], [name, name]]),
+    "jobs": lambda name: print_table([["id", "name"], [name, name]]),
     "jobs show": lambda name: print_details(name, Text(name), iter([(name, name)])),
 }
 

@@ -18,7 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from jobledger.cli import api_client, logging_setup, options
-from jobledger.cli.commands import jobs, resource_commands, submit
+from jobledger.cli.commands import jobs, resources, submit
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.event_store import MAX_POSITION
@@ -125,7 +125,7 @@ def test_lists_filter_and_page_results(batch: SubmittedBatch, monkeypatch: pytes
     )
     assert batch.run_expecting(0, "jobs", "list", *mine, "--limit", "3").endswith("\n3 of 4\n")
     assert batch.batch_id in batch.run_expecting(0, "batches", "list", "--search", "day", "--ids").split()
-    monkeypatch.setattr(resource_commands, "_PAGE_SIZE", 3)
+    monkeypatch.setattr(resources, "_PAGE_SIZE", 3)
     for limit in (2, 3, 4, 100):
         arguments = ["list", *mine, "--ids", "--oldest-first", "--limit", str(limit), "--url", batch.url]
         assert CliRunner().invoke(jobs.app, arguments).stdout.split() == ids[:limit]
@@ -273,9 +273,9 @@ def test_jobs_list_omitted_fields_are_not_shown_as_empty() -> None:
     completed = {**job, "status": "completed", "omitted": ["results"]}
     failed = {**job, "status": "failed", "omitted": ["error"]}
     waiting = {**job, "status": "pending", "due_at": "2026-01-01T00:00:00Z", "omitted": ["error"]}
-    assert jobs._status_detail({**job, "status": "completed"}) == "0 files"
+    assert jobs._format_detail({**job, "status": "completed"}) == "0 files"
     for listed_job in (completed, failed, waiting):
-        assert "too large for a list" in jobs._status_detail(listed_job)
+        assert "too large for a list" in jobs._format_detail(listed_job)
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
