@@ -14,9 +14,8 @@ from jobledger.api.http.pagination import list_response
 from jobledger.api.schemas.jobs import JobListQuery
 from jobledger.api.schemas.request_models import PageQuery
 from jobledger.ledger.mongo.connection import Document
-from jobledger.projections.views import batches, job_list, statistics
+from jobledger.projections.views import batches, job_list, paging, statistics
 from jobledger.projections.views.files import prefix_result_urls
-from jobledger.projections.views.paging import MAX_COUNT
 
 
 async def list_jobs_response(request: Request, query: JobListQuery) -> Response:
@@ -24,15 +23,8 @@ async def list_jobs_response(request: Request, query: JobListQuery) -> Response:
     await wait_for_requested_position(request)
     job_filter = job_list.JobFilter(**query.model_dump(exclude={*PageQuery.model_fields, "include"}))
     db_query = job_filter.build_query(get_principal(request))
-    jobs, next_page = await job_list.find_page(
-        get_api_context(request).views,
-        db_query,
-        limit=query.limit,
-        skip=query.skip,
-        after=query.cursor,
-        newest_first=query.newest_first,
-        include=query.include or (),
-    )
+    views = get_api_context(request).views
+    jobs, next_page = await job_list.find_page(views, db_query, query.page_request, include=query.include or ())
     total, max_count = await _count(request, job_filter, db_query)
     return list_response("jobs", await render_jobs(request, jobs), next_page, total, max_count=max_count)
 
@@ -47,7 +39,7 @@ async def _count(request: Request, job_filter: job_list.JobFilter, db_query: Doc
             status=status, batch_id=job_filter.batch_id
         ):
             return await batches.count_jobs(views, job_filter.batch_id, status=status), None
-    return await job_list.count(views, db_query), MAX_COUNT
+    return await paging.count(views, "jobs", db_query), paging.MAX_COUNT
 
 
 async def render_jobs(request: Request, jobs: Sequence[Document]) -> list[Document]:

@@ -59,8 +59,7 @@ from jobledger.ledger.store.event_store import override_payload_fields
 from jobledger.projections.engine.as_of import as_of_filter
 from jobledger.projections.engine.view_changes import ViewChanges
 from jobledger.projections.views import batches as view
-from jobledger.projections.views import statistics
-from jobledger.projections.views.paging import MAX_COUNT
+from jobledger.projections.views import paging, statistics
 
 _RUNNING_JOB_EVENTS: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobLogged, StepCompleted))
 """Events of a running job that do not affect its batch."""
@@ -160,15 +159,13 @@ async def list_batches(request: Request) -> Response:
     db_query = view.build_query(
         principal, status=query.status, user_id=query.user_id, archived=query.archived, q=query.q
     )
-    batches, next_page = await view.find_page(
-        ctx.views, db_query, limit=query.limit, skip=query.skip, after=query.cursor, newest_first=query.newest_first
-    )
+    batches, next_page = await view.find_page(ctx.views, db_query, query.page_request)
     rendered = [redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch)) for batch in batches]
     if principal.is_admin and not query.model_dump(exclude=set(PageQuery.model_fields), exclude_none=True):
         total, max_count = await statistics.count_batches(ctx.views), None
         return list_response("batches", rendered, next_page, total, max_count=max_count)
-    total = await view.count(ctx.views, db_query)
-    return list_response("batches", rendered, next_page, total, max_count=MAX_COUNT)
+    total = await paging.count(ctx.views, view.NAME, db_query)
+    return list_response("batches", rendered, next_page, total, max_count=paging.MAX_COUNT)
 
 
 @Operation(

@@ -43,7 +43,7 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, is_deleted, load_stream_state
 from jobledger.projections.engine.as_of import events_up_to
 from jobledger.projections.views import deliveries as view
-from jobledger.projections.views.paging import MAX_COUNT
+from jobledger.projections.views import paging
 
 MAX_REDELIVERIES: Final = 10_000
 _CONCURRENT_REDELIVERIES: Final = 100
@@ -63,15 +63,13 @@ async def list_deliveries(request: Request) -> Response:
     query = parse_query(request, DeliveryListQuery)
     await wait_for_requested_position(request)
     views, db_query = get_api_context(request).views, await _build_query(request, query)
-    deliveries, next_page = await view.find_page(
-        views, db_query, limit=query.limit, skip=query.skip, after=query.cursor, newest_first=query.newest_first
-    )
-    total = await view.count(views, db_query)
+    deliveries, next_page = await view.find_page(views, db_query, query.page_request)
+    total = await paging.count(views, view.NAME, db_query)
     rendered = [
         redact_document(delivery, DELIVERY_FIELD_RULES, await _viewer_of_delivery(request, delivery))
         for delivery in deliveries
     ]
-    return list_response("deliveries", rendered, next_page, total, max_count=MAX_COUNT)
+    return list_response("deliveries", rendered, next_page, total, max_count=paging.MAX_COUNT)
 
 
 @Operation(summary="Read a webhook delivery", response=DeliveryResponse, reads_views=True)
@@ -144,13 +142,8 @@ async def redeliver_webhooks(request: Request) -> Response:
     await wait_for_requested_position(request)
     if body.job_id is not None:
         await _check_may_redeliver_of_job(request, body.job_id)
-    deliveries, next_page = await view.find_page(
-        ctx.views,
-        await _build_query(request, body),
-        limit=MAX_REDELIVERIES,
-        newest_first=False,
-        max_bytes=_MAX_REDELIVERY_BYTES,
-    )
+    first = paging.PageRequest(MAX_REDELIVERIES, newest_first=False, max_bytes=_MAX_REDELIVERY_BYTES)
+    deliveries, next_page = await view.find_page(ctx.views, await _build_query(request, body), first)
     meta = build_metadata(request, fingerprint)
 
     async def requeue(delivery_id: str) -> int:

@@ -12,7 +12,7 @@ from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.events import AccessControl, truncate_to_milliseconds
 from jobledger.ledger.domain.timestamps import EXAMPLE_TIMESTAMP, parse_timestamp
-from jobledger.projections.views.paging import PageCursor
+from jobledger.projections.views.paging import PageCursor, PageRequest
 
 MAX_PAGE_SIZE = 1000
 
@@ -100,8 +100,8 @@ class PageQuery(RequestModel):
         return self
 
     @property
-    def newest_first(self) -> bool:
-        return self.sort.startswith("-")
+    def page_request(self) -> PageRequest:
+        return PageRequest(self.limit, self.skip, self.cursor, newest_first=self.sort.startswith("-"))
 
 
 class AsOfQuery(RequestModel):

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from jobledger.ledger.domain import batch as batch_rules
 from jobledger.ledger.domain import job as job_rules
+from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.events import (
     BatchSubmitted,
     JobArchived,
@@ -51,21 +52,19 @@ def events_up_to(events: Sequence[RecordedEvent], last: RecordedEvent) -> list[R
 
 @dataclass(slots=True)
 class BatchState:
-    """State of a batch."""
+    """The decider's state of a batch, and the number of its jobs by status."""
 
-    submission: BatchSubmitted
-    status: str = "processing"
-    paused: bool = False
+    batch: Batch
     job_counts: Counter[str] = field(default_factory=Counter)
 
     def to_dict(self, batch_id: str) -> dict[str, Any]:
         """Return the state for JSON output."""
         return {
             "batch_id": batch_id,
-            "batch_name": self.submission.batch_name,
-            "status": self.status,
-            "paused": self.paused,
-            "total_jobs": self.submission.total_jobs,
+            "batch_name": self.batch.spec.batch_name,
+            "status": self.batch.status,
+            "paused": self.batch.is_paused,
+            "total_jobs": self.batch.spec.total_jobs,
             "jobs": +self.job_counts,
         }
 
@@ -128,16 +127,11 @@ class HistoricalState:
     def _apply_to_batch(self, event: RecordedEvent) -> None:
         payload: Any = event.event
         if isinstance(payload, BatchSubmitted):
-            self.batches[event.stream] = BatchState(payload)
-            return
-        state = self.batches.get(event.stream)
-        if state is None:
-            return
-        before = batch_rules.Batch(state.submission, state.status, state.paused)  # type: ignore[arg-type]  # a status from the log
-        after = batch_rules.evolve(before, payload)
-        state.status, state.paused = after.status, after.is_paused
-        if after.is_deleted:
-            del self.batches[event.stream]
+            self.batches[event.stream] = BatchState(batch_rules.evolve(None, payload))
+        elif (state := self.batches.get(event.stream)) is not None:
+            state.batch = batch_rules.evolve(state.batch, payload)
+            if state.batch.is_deleted:
+                del self.batches[event.stream]
 
     async def _apply_to_job(self, event: RecordedEvent) -> None:
         payload: Any = event.event
@@ -173,10 +167,8 @@ class HistoricalState:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state for JSON output."""
-        pending = [open_job for open_job in self.open_jobs.values() if open_job.job.status == "pending"]
-        running = [
-            (job_id, open_job) for job_id, open_job in self.open_jobs.items() if open_job.job.status == "processing"
-        ]
+        pending = [job for job in self.open_jobs.values() if job.job.status == "pending"]
+        running = [(job_id, job) for job_id, job in self.open_jobs.items() if job.job.status == "processing"]
         return {
             "position": self.position,
             "time": self.time,
@@ -215,7 +207,7 @@ async def load_state_as_of(
     """Return the state of all jobs and batches as of an earlier point, and optionally the changes until a later one.
 
     Args:
-        log: The event store.
+        event_store: The event store.
         as_of: The earlier point.
         until: The later point.
         on_progress: Called with the current position and the highest possible one.

@@ -12,6 +12,7 @@ from typing import Any, Final
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.mongo.connection import MAJORITY, Database, Document, translate_errors
+from jobledger.ledger.mongo.leader_election import LeadershipLost
 from jobledger.projections.engine.registry import PROJECTION_VERSION
 from jobledger.projections.slots import Views, ViewSlots
 
@@ -27,6 +28,19 @@ async def load_checkpoint(db: Database, session: AsyncClientSession | None = Non
     with translate_errors("reading the checkpoint of the views"):
         document = await db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID}, session=session)
     return document or {"position": 0, "version": PROJECTION_VERSION}
+
+
+async def take_over(db: Database, checkpoint_id: str, fencing_token: int) -> Document:
+    """Store a leader's fencing token in its checkpoint, which fences earlier leaders, and return the checkpoint.
+
+    Raises:
+        LeadershipLost: Another process leads by now.
+    """
+    own = {"_id": checkpoint_id, "fencing_token": {"$lt": fencing_token}}
+    checkpoint = await db.checkpoints.find_one_and_update(own, {"$set": {"fencing_token": fencing_token}})
+    if checkpoint is None:
+        raise LeadershipLost
+    return checkpoint
 
 
 class Checkpoint:
@@ -57,16 +71,11 @@ class Checkpoint:
         while self.position < position:
             await self._changed.wait()
 
-    async def wait_for_version(self) -> int:
-        """Wait until the version of the active views is known, and return it."""
-        while self.version is None:
+    async def wait_for_version(self, *, other_than: int | None = None) -> int:
+        """Wait until the version of the active views is known and not `other_than`, and return it."""
+        while self.version is None or self.version == other_than:
             await self._changed.wait()
         return self.version
-
-    async def wait_for_version_change(self, version: int) -> None:
-        """Wait until the active views have another version."""
-        while self.version in (None, version):
-            await self._changed.wait()
 
     async def wait_for_slot_change(self, slots: ViewSlots) -> None:
         """Wait until other slots are active, that is, until a rebuild has switched."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
+from functools import partial
 from typing import Any, Final
 
 import bson
 
+from jobledger.ledger.domain.delivery import endpoint_id_for
 from jobledger.ledger.domain.errors import UnreadableEvent, UnsupportedEvent
 from jobledger.ledger.domain.events import (
     BatchDeleted,
@@ -59,24 +61,29 @@ class DocumentLoader:
         Raises:
             ChunkTooLarge: The documents of several events exceed the memory limit.
         """
-        max_bytes = MAX_LOADED_BYTES if len(events) > 1 else None
-
-        async def read(view: str, keys: set[str], max_bytes: int | None = None) -> dict[str, Document]:
-            return await self._load_documents(view, keys, max_bytes, unwritten, position)
-
+        read = partial(
+            self._load_documents,
+            max_bytes=MAX_LOADED_BYTES if len(events) > 1 else None,
+            unwritten=unwritten,
+            last_position=unwritten.position if unwritten is not None else position,
+        )
         first_events = [event for event in events if event.version == 1 and event.type in _FIRST_EVENTS]
         new_streams = {event.stream for event in first_events}
         streams = {event.stream for event in events} - new_streams
-        loaded = {jobs.NAME: await read(jobs.NAME, _of_kind("job", streams), max_bytes)}
+        loaded = {jobs.NAME: await read(jobs.NAME, _of_kind("job", streams))}
         batch_ids = {job["batch_id"] for job in loaded[jobs.NAME].values()}
         batch_ids |= {
             getattr(_read_payload(event), "batch_id", None) for event in first_events if event.stream.startswith("job-")
         }
         batch_ids |= _of_kind("batch", streams)
-        loaded[batches.NAME] = await read(batches.NAME, batch_ids - new_streams - {None}, max_bytes)
-        loaded[deliveries.NAME] = await read(deliveries.NAME, _of_kind("delivery", streams), max_bytes)
+        loaded[batches.NAME] = await read(batches.NAME, batch_ids - new_streams - {None})
+        loaded[deliveries.NAME] = await read(deliveries.NAME, _of_kind("delivery", streams))
         queued = [_read_payload(event) for event in events if event.type == DeliveryQueued.__name__]
-        endpoint_ids = {endpoints.endpoint_id(payload) for payload in queued if isinstance(payload, DeliveryQueued)}
+        endpoint_ids = {
+            endpoint_id_for(payload.user_id, payload.webhook.url)
+            for payload in queued
+            if isinstance(payload, DeliveryQueued)
+        }
         loaded[endpoints.NAME] = await read(endpoints.NAME, endpoint_ids)
         loaded[statistics.NAME] = await read(statistics.NAME, {statistics.FINISHED_BY_MINUTE})
         changed_queues = {event.stream for event in events if event.type in QUEUE_CHANGING_EVENTS}
@@ -99,9 +106,9 @@ class DocumentLoader:
         self._cache.clear()
 
     async def _load_documents(
-        self, view: str, keys: set[str], max_bytes: int | None, unwritten: ViewChanges | None, position: int
+        self, view: str, keys: set[str], *, max_bytes: int | None, unwritten: ViewChanges | None, last_position: int
     ) -> dict[str, Document]:
-        """Return documents by key.
+        """Return documents by key, as they are after the event at `last_position`.
 
         Raises:
             ChunkTooLarge: The database returned more than `max_bytes`.
@@ -115,8 +122,7 @@ class DocumentLoader:
                 if projection_errors.REDUCED_FIELD in document:
                     self.reduced.add((view, document["_id"]))
                     if view == jobs.NAME:
-                        last = unwritten.position if unwritten is not None else position
-                        document = await self._refold_job(document["_id"], last)
+                        document = await self._refold_job(document["_id"], last_position)
                 loaded[document["_id"]] = document
         return loaded
 

@@ -113,16 +113,13 @@ async def _iter_recorded_files(views: Views) -> AsyncIterator[tuple[str, str, in
 async def _verify_file(result: FileVerificationResult, store: FileStore, path: str, sha256: str, size: int) -> None:
     try:
         await store.verify(sha256, size)
-    except FileDamaged as error:
-        result.changed += 1
-        message = str(error)
-    except (FileLost, ValueError) as error:
-        result.missing += 1
-        message = str(error)
-    else:
-        return
-    if len(result.problems) < _MAX_PROBLEMS:
-        result.problems.append(FileProblem(path, sha256, message))
+    except (FileDamaged, FileLost, ValueError) as error:
+        if isinstance(error, FileDamaged):
+            result.changed += 1
+        else:
+            result.missing += 1
+        if len(result.problems) < _MAX_PROBLEMS:
+            result.problems.append(FileProblem(path, sha256, str(error)))
 
 
 def _count_orphan(result: FileVerificationResult, stored: StoredFile) -> None:

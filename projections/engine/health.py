@@ -66,6 +66,9 @@ class StallDetector:
     Add it as a listener to the process's change stream. It does not poll: it receives the events of the log and the
     changes of the checkpoint. Time counts from the last change of the checkpoint, or from the first event after it. So
     neither an idle nor a busy ledger counts as stalled.
+
+    Attributes:
+        head: The last known position of the log.
     """
 
     collection: Final = EVENTS_COLLECTION
@@ -73,7 +76,7 @@ class StallDetector:
     def __init__(self, event_store: EventStore, checkpoint: Checkpoint) -> None:
         self._event_store = event_store
         self._checkpoint = checkpoint
-        self._head = 0
+        self.head = 0
         self._position = 0
         self._since: float | None = None
         checkpoint.add_listener(self._on_checkpoint_change)
@@ -87,11 +90,6 @@ class StallDetector:
             return False
         return time.monotonic() - self._since >= seconds
 
-    @property
-    def head(self) -> int:
-        """The last known position of the log."""
-        return self._head
-
     async def resync(self, session: AsyncClientSession) -> None:
         """Read the head of the log when the change stream starts."""
         self._update_head(await self._event_store.head_position(session))
@@ -99,11 +97,11 @@ class StallDetector:
     def on_change(self, change: Mapping[str, Any]) -> None:
         """Process a change of the log."""
         position = change["documentKey"]["_id"]
-        if change["operationType"] == "insert" and isinstance(position, int) and position > self._head:
+        if change["operationType"] == "insert" and isinstance(position, int) and position > self.head:
             self._update_head(position)
 
     def _update_head(self, head: int) -> None:
-        self._head = head
+        self.head = head
         if head == self._checkpoint.position:
             self._since = None
         elif self._since is None:
@@ -113,4 +111,4 @@ class StallDetector:
         if self._checkpoint.position == self._position:
             return  # a new leader has taken over, and has not made progress yet
         self._position = self._checkpoint.position
-        self._since = time.monotonic() if self._head != self._position else None
+        self._since = time.monotonic() if self.head != self._position else None

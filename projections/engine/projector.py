@@ -25,15 +25,15 @@ from jobledger.ledger.domain.errors import (
 )
 from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
-from jobledger.ledger.mongo.leader_election import LeaderElection, LeadershipLost
+from jobledger.ledger.mongo.leader_election import LeaderElection
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.store.subscription import Subscription
 from jobledger.projections.engine import health
-from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, Checkpoint
+from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, Checkpoint, load_checkpoint, take_over
 from jobledger.projections.engine.rebuild import Rebuild
-from jobledger.projections.engine.registry import ALL_VIEWS, PROJECTION_VERSION
+from jobledger.projections.engine.registry import PROJECTION_VERSION, create_indexes
 from jobledger.projections.engine.shadow import REBUILD_CHECKPOINT_ID
 from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.slots import Views
@@ -51,21 +51,17 @@ class ViewVersionMismatch(Exception):
     """Another version of this program built the active views."""
 
 
-async def _no_leader_task() -> None:
-    """Do nothing while the projector leads."""
-
-
 class Projector:
     """Updates the views while it is the leader, and stands by otherwise.
 
     Args:
         db: The database.
-        log: The event store.
+        event_store: The event store.
         connection: The connection settings.
         checkpoint: The checkpoint of the active views.
         holder: Name of this process in the lease.
         lease_seconds: Duration of the lease.
-        leader_task: Runs while this process leads, for work that only one process should do.
+        leader_task: Runs while this process leads, for work that only one process should do. Default: nothing.
     """
 
     def __init__(
@@ -77,7 +73,7 @@ class Projector:
         *,
         holder: str,
         lease_seconds: float = 10.0,
-        leader_task: Callable[[], Coroutine[Any, Any, None]] = _no_leader_task,
+        leader_task: Callable[[], Coroutine[Any, Any, None]] = lambda: asyncio.sleep(0),
     ) -> None:
         self._leader_task = leader_task
         self._db = db
@@ -100,11 +96,7 @@ class Projector:
         with translate_errors("preparing the views"):
             initial: Document = {"position": 0, "fencing_token": 0, "version": PROJECTION_VERSION, "slots": {}}
             await self._db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$setOnInsert": initial}, upsert=True)
-            checkpoint = await self._db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID})
-            views = Views(self._db, (checkpoint or initial).get("slots"))
-            for view in ALL_VIEWS:
-                if view.INDEXES:
-                    await views[view.NAME].create_indexes(list(view.INDEXES))
+            await create_indexes(Views(self._db, (await load_checkpoint(self._db)).get("slots")))
 
     async def run(self) -> None:
         """Stand by and lead until cancelled. Views of an older version are rebuilt in their shadow slots first."""
@@ -116,7 +108,7 @@ class Projector:
                     views_version=version,
                     supported_version=PROJECTION_VERSION,
                 )
-                await self._checkpoint.wait_for_version_change(version)
+                await self._checkpoint.wait_for_version(other_than=version)
             elif version < PROJECTION_VERSION:
                 _log.warning(
                     "views were written by an older version, rebuilding",
@@ -124,12 +116,12 @@ class Projector:
                     supported_version=PROJECTION_VERSION,
                 )
                 await self._rebuild.run(only_if_outdated=True)
-                await self._checkpoint.wait_for_version_change(version)
+                await self._checkpoint.wait_for_version(other_than=version)
             else:
                 try:
                     await self._leader_election.run(self._run_as_leader)
                 except ViewVersionMismatch:
-                    await self._checkpoint.wait_for_version_change(version)
+                    await self._checkpoint.wait_for_version(other_than=version)
                 except (UnreadableEvent, LogTruncated) as error:
                     await self._wait_after_stall(error)
 
@@ -162,7 +154,7 @@ class Projector:
             await asyncio.gather(clearing, leader_task, return_exceptions=True)
 
     async def _take_over(self) -> ProjectionWriter:
-        """Store this leader's fencing token in the checkpoint, which fences earlier leaders, and return the writer.
+        """Take over the checkpoint of the views, and return the writer.
 
         Raises:
             LeadershipLost: Another process leads by now.
@@ -170,11 +162,7 @@ class Projector:
         """
         token = self._leader_election.fencing_token
         with translate_errors("taking over the views"):
-            checkpoint = await self._db.checkpoints.find_one_and_update(
-                {"_id": VIEWS_CHECKPOINT_ID, "fencing_token": {"$lt": token}}, {"$set": {"fencing_token": token}}
-            )
-        if checkpoint is None:
-            raise LeadershipLost
+            checkpoint = await take_over(self._db, VIEWS_CHECKPOINT_ID, token)
         if checkpoint.get("version") != PROJECTION_VERSION:
             raise ViewVersionMismatch
         slots = checkpoint.get("slots")

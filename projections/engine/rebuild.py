@@ -41,7 +41,7 @@ from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.store.subscription import Subscription
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, load_checkpoint
 from jobledger.projections.engine.comparison import Difference, find_differences
-from jobledger.projections.engine.registry import ALL_VIEWS, PROJECTION_VERSION, VIEW_NAMES
+from jobledger.projections.engine.registry import PROJECTION_VERSION, VIEW_NAMES, create_indexes
 from jobledger.projections.engine.shadow import REBUILD_CHECKPOINT_ID, ShadowViews
 from jobledger.projections.engine.view_changes import ChunkTooLarge
 from jobledger.projections.engine.writer import ProjectionWriter
@@ -114,9 +114,7 @@ class Rebuild:
             await self._apply_history(writer, await self._event_store.head_position(), on_progress)
             # Much faster than maintaining the indexes with each document of the history.
             with translate_errors("creating the indexes of the views"):
-                for view in ALL_VIEWS:
-                    if view.INDEXES:
-                        await writer.views[view.NAME].create_indexes(list(view.INDEXES))
+                await create_indexes(writer.views)
             async with self._event_store.subscribe(after=writer.position) as events:
                 is_switched = False
                 while not is_switched:
@@ -161,11 +159,12 @@ class Rebuild:
 
         async def lead() -> None:
             nonlocal compared_position
-            await self._require_events(ReadPosition.from_document(await load_checkpoint(self._db)))
-            writer, _ = await self._shadow.open(max_position=(await load_checkpoint(self._db))["position"])
-            await self._apply_history(writer, (await load_checkpoint(self._db))["position"], on_progress)
+            checkpoint = await load_checkpoint(self._db)
+            await self._require_events(ReadPosition.from_document(checkpoint))
+            writer, _ = await self._shadow.open(max_position=checkpoint["position"])
+            await self._apply_history(writer, checkpoint["position"], on_progress)
             async with self._event_store.subscribe(after=writer.position) as events:
-                compared_position = await self._compare_or_explain(writer, events, names, on_difference)
+                compared_position = await self._compare_in_snapshot(writer, events, names, on_difference)
             with translate_errors("emptying the shadow views"):
                 await self._shadow.reset()
 
@@ -317,13 +316,25 @@ class Rebuild:
 
     # Comparing ------------------------------------------------------------------------------------------------------
 
-    async def _compare_or_explain(
+    async def _compare_in_snapshot(
         self, writer: ProjectionWriter, events: Subscription, names: Collection[str], on_difference: OnDifference
     ) -> int:
         """Compare with a snapshot of the active views, which the database keeps for some minutes."""
         try:
             with translate_errors("comparing the views"):
-                return await self._compare_in_snapshot(writer, events, names, on_difference)
+                async with self._db.client.start_session(snapshot=True) as session:
+                    active = await load_checkpoint(self._db, session)
+                    if active.get("version") != PROJECTION_VERSION:
+                        raise NotComparable(
+                            "The views were built by another version of this program, so they differ. Rebuild them: "
+                            "`jobledger views rebuild`."
+                        )
+                    while writer.position < active["position"]:
+                        await writer.apply(await self._read_chunk(events, active["position"] - writer.position))
+                    active_views = Views(self._db, active.get("slots"))
+                    for name in names:
+                        async for difference in find_differences(name, active_views[name], writer.views[name], session):
+                            on_difference(difference)
         except LedgerUnavailable as error:
             if server_error_code(error) == SNAPSHOT_TOO_OLD:
                 raise NotComparable(
@@ -331,23 +342,6 @@ class Rebuild:
                     "db.adminCommand({setParameter: 1, minSnapshotHistoryWindowInSeconds: 3600})"
                 ) from error
             raise
-
-    async def _compare_in_snapshot(
-        self, writer: ProjectionWriter, events: Subscription, names: Collection[str], on_difference: OnDifference
-    ) -> int:
-        async with self._db.client.start_session(snapshot=True) as session:
-            active = await load_checkpoint(self._db, session)
-            if active.get("version") != PROJECTION_VERSION:
-                raise NotComparable(
-                    "The views were built by another version of this program, so they differ. Rebuild them: "
-                    "`jobledger views rebuild`."
-                )
-            while writer.position < active["position"]:
-                await writer.apply(await self._read_chunk(events, active["position"] - writer.position))
-            active_views = Views(self._db, active.get("slots"))
-            for name in names:
-                async for difference in find_differences(name, active_views[name], writer.views[name], session):
-                    on_difference(difference)
         return int(active["position"])
 
     async def _require_events(self, last_applied: ReadPosition) -> None:

@@ -1,9 +1,10 @@
-"""The views that the projector maintains, and their version."""
+"""The views that the projector maintains, with their version and indexes."""
 
 from __future__ import annotations
 
 from typing import Final
 
+from jobledger.projections.slots import Views
 from jobledger.projections.views import (
     batches,
     deliveries,
@@ -37,3 +38,10 @@ ALL_VIEWS: Final = (
 VIEW_NAMES: Final = tuple(view.NAME for view in ALL_VIEWS)
 FOLDED_VIEWS: Final = (jobs.NAME, batches.NAME, statistics.NAME, deliveries.NAME, endpoints.NAME)
 """The views whose documents are folded from events. The rows of all other views are derived from these documents."""
+
+
+async def create_indexes(views: Views) -> None:
+    """Create the indexes of all views that do not exist yet."""
+    for view in ALL_VIEWS:
+        if view.INDEXES:
+            await views[view.NAME].create_indexes(list(view.INDEXES))

@@ -19,7 +19,7 @@ from jobledger.ledger.mongo.connection import Database, Document, translate_erro
 from jobledger.ledger.mongo.leader_election import LeaderElection, LeadershipLost
 from jobledger.ledger.mongo.transactions import run_transaction
 from jobledger.ledger.store.event_store import ReadPosition
-from jobledger.projections.engine.checkpoint import load_checkpoint
+from jobledger.projections.engine.checkpoint import load_checkpoint, take_over
 from jobledger.projections.engine.registry import PROJECTION_VERSION, VIEW_NAMES
 from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.slots import Views, ViewSlots, other_slot
@@ -53,7 +53,6 @@ class ShadowViews:
         with translate_errors("beginning a rebuild of the views"):
             checkpoint = await self._take_over()
             slots = await self._load_slots()
-            views = Views(self._db, slots)
             can_continue = (
                 checkpoint.get("shadow_empty")
                 and checkpoint.get("version") == PROJECTION_VERSION
@@ -62,19 +61,11 @@ class ShadowViews:
                 and (max_position is None or checkpoint["position"] <= max_position)
             )
             if not can_continue:
-                await self.delete_documents(views)
-                beginning: Document = {
-                    "shadow_empty": True,
-                    "version": PROJECTION_VERSION,
-                    "slots": slots,
-                    "position": 0,
-                    "switched_at": None,
-                }
-                await self.update({"$set": beginning})
-                checkpoint = {**checkpoint, **beginning}
+                await self.reset()
+                checkpoint = {"position": 0}
         writer = ProjectionWriter(
             self._db,
-            views,
+            Views(self._db, slots),
             checkpoint=REBUILD_CHECKPOINT_ID,
             fence={"fencing_token": self._leader_election.fencing_token, "shadow_empty": True},
             last_applied=ReadPosition.from_document(checkpoint),
@@ -109,7 +100,8 @@ class ShadowViews:
         """Empty the shadow views and record that they are empty."""
         slots = await self._load_slots()
         await self.delete_documents(Views(self._db, slots))
-        await self.update({"$set": {"shadow_empty": True, "slots": slots, "position": 0, "switched_at": None}})
+        empty = {"shadow_empty": True, "version": PROJECTION_VERSION, "slots": slots}
+        await self.update({"$set": {**empty, "position": 0, "hash": None, "switched_at": None}})
 
     async def delete_documents(self, views: Views) -> None:
         """Delete all documents of shadow views. The collections are not dropped, because a drop cannot be fenced."""
@@ -125,17 +117,11 @@ class ShadowViews:
         await collection.delete_many({"_id": {"$lte": documents[-1]["_id"]}}, session=session)
 
     async def _take_over(self) -> Document:
-        """Store this process's fencing token in the checkpoint, which fences earlier processes, and return it."""
-        token = self._leader_election.fencing_token
+        """Take over the checkpoint of the rebuild, and create it before the first rebuild."""
         await self._db.checkpoints.update_one(
             {"_id": REBUILD_CHECKPOINT_ID}, {"$setOnInsert": {"fencing_token": 0}}, upsert=True
         )
-        checkpoint = await self._db.checkpoints.find_one_and_update(
-            {"_id": REBUILD_CHECKPOINT_ID, "fencing_token": {"$lt": token}}, {"$set": {"fencing_token": token}}
-        )
-        if checkpoint is None:
-            raise LeadershipLost
-        return checkpoint
+        return await take_over(self._db, REBUILD_CHECKPOINT_ID, self._leader_election.fencing_token)
 
     async def _load_slots(self) -> ViewSlots:
         """Return the slots that are not active."""

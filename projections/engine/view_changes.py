@@ -6,11 +6,11 @@ If an event cannot be applied, or a document cannot be stored, only its stream i
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
 
@@ -36,12 +36,28 @@ from jobledger.projections.views import (
 Write = InsertOne[Document] | ReplaceOne[Document] | UpdateOne | DeleteOne
 _ROW_VIEWS: Final = (queue.NAME, files.NAME, steps.NAME, step_files.NAME)
 """Views with rows that are derived from a job's document."""
-_REDUCE: Final[Mapping[str, Callable[[Document, Document], Document]]] = {
-    jobs.NAME: jobs.reduce_to_storable,
-    batches.NAME: batches.reduce_to_storable,
-    deliveries.NAME: deliveries.reduce_to_storable,
-}
-"""Functions that reduce a document that cannot be stored. Such a document of another view is not stored."""
+
+
+class _StreamView(Protocol):
+    """A view module whose documents are folded from streams."""
+
+    @property
+    def NAME(self) -> str: ...
+
+    def fold(self, document: Document | None, event: RecordedEvent, /) -> Document | None:
+        """Apply the next event of a stream."""
+
+    def isolate(self, document: Document | None, event: RecordedEvent, problem: Document, /) -> Document | None:
+        """Continue without an event that cannot be applied, and show the problem."""
+
+    def reduce_to_storable(self, document: Document, problem: Document, /) -> Document:
+        """Return a document that can be stored instead of one that cannot, and show the problem."""
+
+
+_STREAM_VIEWS: Final[Mapping[str, _StreamView]] = {"job": jobs, "batch": batches, "delivery": deliveries}
+"""Views by kind of stream. A stream's ID begins with its kind."""
+_REDUCIBLE_VIEWS: Final = {view.NAME: view for view in _STREAM_VIEWS.values()}
+"""Views by name whose documents are stored in reduced form if they cannot be stored completely. Others are skipped."""
 
 
 class ChunkTooLarge(Exception):
@@ -87,27 +103,39 @@ class ViewChanges:
         """
         self.position = event.position
         self.counter_increments[statistics.EVENTS, event.type if event.type in EVENT_TYPES else statistics.UNKNOWN] += 1
-        kind = event.stream.partition("-")[0]
-        apply_to_stream = _APPLY.get(kind)
-        if apply_to_stream is None:
+        view = _STREAM_VIEWS.get(event.stream.partition("-")[0])
+        if view is None:
             return
+        before = self.get(view.NAME, event.stream)
         try:
-            apply_to_stream(self, event)
+            self._set_document(view.NAME, before, view.fold(before, event), event)
         except (UnsupportedEvent, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other streams
-            self._isolate(kind, event, error)
+            problem = projection_errors.event_problem(event, error)
+            self.new_problems.append((event.stream, problem))
+            try:
+                self._set_document(view.NAME, before, view.isolate(before, event, problem), event)
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - as above
+                self.problems_without_document[view.NAME, event.stream] = problem
 
     def get(self, view: str, key: str) -> Document | None:
         """Return the current document, or None."""
         return self.current[view][key] if key in self.current[view] else self.loaded[view].get(key)
 
-    def _apply_to_job(self, event: RecordedEvent) -> None:
-        before = self.get("jobs", event.stream)
-        after = jobs.fold(before, event)
-        if after is not before:
-            self._add_list_index_bytes(before, after)
+    def _set_document(self, view: str, before: Document | None, after: Document | None, event: RecordedEvent) -> None:
+        if after is before:
+            return  # there was no document, and there is none
+        if after is not None and (before is None or after["list_keys"] is not before["list_keys"]):
+            self.list_index_bytes += list_index.estimate_list_index_memory(after)
+        if view == jobs.NAME:
             self._set_job(before, after, event)
+        elif view == batches.NAME:
+            self._set_batch(event.stream, before, after)
+        elif after is not None:
+            self._set_delivery(before, after)
 
     def _set_job(self, before: Document | None, after: Document | None, event: RecordedEvent) -> None:
         """Set a job's document and update its batch and the counters.
@@ -127,69 +155,33 @@ class ViewChanges:
         batch = self.get("batches", batch_id) if batch_id else None
         batch_after = batches.apply_job_change(batch, before, after, event) if batch is not None else None
         self.current["jobs"][event.stream] = after
-        _add_difference(self.counter_increments, counters_before, counters_after)
+        self._add_difference(counters_before, counters_after)
         if completion is not None:
             self.counter_increments.update(completion)
             self.current[statistics.NAME][statistics.FINISHED_BY_MINUTE] = finished_by_minute
         if batch is not None:
             self._set_batch(batch["batch_id"], batch, batch_after)
 
-    def _apply_to_batch(self, event: RecordedEvent) -> None:
-        before = self.get("batches", event.stream)
-        after = batches.fold(before, event)
-        self._add_list_index_bytes(before, after)
-        self._set_batch(event.stream, before, after)
-
     def _set_batch(self, batch_id: str, before: Document | None, after: Document | None) -> None:
         self.current["batches"][batch_id] = after
-        _add_difference(
-            self.counter_increments, statistics.counters_for_batch(before), statistics.counters_for_batch(after)
-        )
+        self._add_difference(statistics.counters_for_batch(before), statistics.counters_for_batch(after))
 
-    def _apply_to_delivery(self, event: RecordedEvent) -> None:
-        before = self.get(deliveries.NAME, event.stream)
-        after = deliveries.fold(before, event)
+    def _set_delivery(self, before: Document | None, after: Document) -> None:
         if before is None:
             endpoint = endpoints.add_delivery(self.get(endpoints.NAME, after["endpoint_id"]), after)
             self.current[endpoints.NAME][endpoint["_id"]] = endpoint
             after["sequence"] = endpoint["delivery_count"]
-        self._set_delivery(before, after)
-
-    def _set_delivery(self, before: Document | None, after: Document) -> None:
         self.current[deliveries.NAME][after["_id"]] = after
-        _add_difference(
-            self.counter_increments, statistics.counters_for_delivery(before), statistics.counters_for_delivery(after)
-        )
+        self._add_difference(statistics.counters_for_delivery(before), statistics.counters_for_delivery(after))
 
-    def _add_list_index_bytes(self, before: Document | None, after: Document | None) -> None:
-        if after is not None and (before is None or after["list_keys"] is not before["list_keys"]):
-            self.list_index_bytes += list_index.estimate_list_index_memory(after)
+    def _add_difference(self, before: statistics.CounterFields, after: statistics.CounterFields) -> None:
+        if before != after:
+            for key in after:
+                self.counter_increments[key] += 1
+            for key in before:
+                self.counter_increments[key] -= 1
 
-    # Isolation ------------------------------------------------------------------------------------------------------
-
-    def _isolate(self, kind: str, event: RecordedEvent, error: Exception) -> None:
-        """Continue without an event that cannot be applied, and record the problem."""
-        problem = projection_errors.event_problem(event, error)
-        self.new_problems.append((event.stream, problem))
-        try:
-            self._record_problem(kind, event, problem)
-        except MemoryError:
-            raise
-        except Exception:  # noqa: BLE001 - whatever it is, it must not stop the other streams
-            self.problems_without_document[_VIEW_OF_KIND[kind], event.stream] = problem
-
-    def _record_problem(self, kind: str, event: RecordedEvent, problem: Document) -> None:
-        """Record a problem in the stream's document, or, without a document, only in the view of errors."""
-        if kind == "job":
-            job = self.get(jobs.NAME, event.stream)
-            self._set_job(job, jobs.isolate(job, event, problem), event)
-        elif kind == "batch":
-            batch = self.get(batches.NAME, event.stream)
-            self._set_batch(event.stream, batch, batches.isolate(batch, event, problem))
-        elif (delivery := self.get(deliveries.NAME, event.stream)) is not None:
-            self._set_delivery(delivery, deliveries.isolate(delivery, event, problem))
-        else:
-            self.problems_without_document[deliveries.NAME, event.stream] = problem
+    # Documents that cannot be stored --------------------------------------------------------------------------------
 
     def mark_unstorable(self, view: str, key: str, message: str) -> None:
         """Store a document reduced from now on, because it cannot be stored completely.
@@ -211,39 +203,31 @@ class ViewChanges:
         """Mark all documents and rows that the database cannot store."""
         for view, documents in {**self.current, **self.changed_rows()}.items():
             for key, document in documents.items():
-                if document is None:
-                    continue
-                reason = projection_errors.unstorable_reason(document)
-                if reason is not None:
+                if document is not None and (reason := projection_errors.unstorable_reason(document)) is not None:
                     self.mark_unstorable(view, key, reason)
 
     # Planning writes ------------------------------------------------------------------------------------------------
 
     def changed_rows(self) -> dict[str, dict[str, Document | None]]:
         """Return the new and changed rows of the derived views by view and key. None: the row is deleted."""
-        queue_rows: dict[str, Document | None] = {}
-        file_rows: dict[str, Document | None] = {}
-        step_rows: dict[str, Document | None] = {}
-        step_file_rows: dict[str, Document | None] = {}
+        rows: dict[str, dict[str, Document | None]] = {view: {} for view in _ROW_VIEWS}
         batch_before, batch_now = self.loaded["batches"].get, partial(self.get, "batches")
         for job_id, after in self.current["jobs"].items():
             before = self.loaded["jobs"].get(job_id)
-            _add_changed_rows(queue_rows, _queue_rows(before, batch_before), _queue_rows(after, batch_now))
+            _add_changed_rows(rows[queue.NAME], _queue_rows(before, batch_before), _queue_rows(after, batch_now))
             try:
-                _add_changed_rows(file_rows, files.rows(before) if before else [], files.rows(after) if after else [])
-                _add_changed_rows(step_rows, steps.rows(before) if before else [], steps.rows(after) if after else [])
-                _add_changed_rows(
-                    step_file_rows, step_files.rows(before) if before else [], step_files.rows(after) if after else []
-                )
+                for view in (files, steps, step_files):
+                    _add_changed_rows(
+                        rows[view.NAME], view.rows(before) if before else [], view.rows(after) if after else []
+                    )
             except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other jobs
                 if (jobs.NAME, job_id) not in self.unstorable:
-                    self.mark_unstorable(
-                        jobs.NAME, job_id, f"The rows of its files and steps cannot be built: {error!r}"
-                    )
+                    message = f"The rows of its files and steps cannot be built: {error!r}"
+                    self.mark_unstorable(jobs.NAME, job_id, message)
         for job in self.pending_jobs:  # these jobs did not change and are not loaded completely
             if job["_id"] not in self.current["jobs"]:
-                _add_changed_rows(queue_rows, _queue_rows(job, batch_before), _queue_rows(job, batch_now))
-        return {queue.NAME: queue_rows, files.NAME: file_rows, steps.NAME: step_rows, step_files.NAME: step_file_rows}
+                _add_changed_rows(rows[queue.NAME], _queue_rows(job, batch_before), _queue_rows(job, batch_now))
+        return rows
 
     def _job_ids_queued_before(self) -> set[str]:
         """Return the loaded jobs that had a row in the queue before the chunk."""
@@ -261,20 +245,17 @@ class ViewChanges:
             upserts: Replace documents instead of inserting them, for views to which another writer has written.
         """
         rows = self.changed_rows()  # first, because it may mark a job as unstorable
-        writes: dict[str, list[tuple[str, Write]]] = {}
+        writes: defaultdict[str, list[tuple[str, Write]]] = defaultdict(list)
         is_usual = not (self.unstorable or replaced or upserts)
         for view, documents in self.current.items():
             loaded = self.loaded[view]
-            writes[view] = [
-                (key, write)
-                for key, document in documents.items()
-                if (
-                    write := _build_minimal_write(key, loaded.get(key), document)
-                    if is_usual
-                    else self._build_full_write(view, key, document, replaced, upserts=upserts)
-                )
-                is not None
-            ]
+            for key, document in documents.items():
+                if is_usual:
+                    write = _build_minimal_write(key, loaded.get(key), document)
+                else:
+                    write = self._build_full_write(view, key, document, replaced, upserts=upserts)
+                if write is not None:
+                    writes[view].append((key, write))
         queued_before = self._job_ids_queued_before()
         for view, changed in rows.items():
             # A row that does not exist yet is inserted. An upsert would first search for it, and pass all neighbouring
@@ -284,7 +265,7 @@ class ViewChanges:
                 if row is None or (view, key) in self.skipped
                 else (key, InsertOne(row))
                 if view == queue.NAME and key not in queued_before and not upserts
-                else (key, ReplaceOne({"_id": key}, row, upsert=True))
+                else (key, _build_upsert(key, row))
                 for key, row in changed.items()
             ]
         increments: dict[str, dict[str, int]] = {}
@@ -301,21 +282,18 @@ class ViewChanges:
     ) -> Write | None:
         problem = self.unstorable.get((view, key))
         if document is not None and problem is not None:
-            reduce = _REDUCE.get(view)
-            if reduce is None or (view, key) in self.skipped:
+            if view not in _REDUCIBLE_VIEWS or (view, key) in self.skipped:
                 return DeleteOne({"_id": key})
-            return ReplaceOne({"_id": key}, reduce(document, problem), upsert=True)
+            return _build_upsert(key, _REDUCIBLE_VIEWS[view].reduce_to_storable(document, problem))
         if (view, key) in replaced or (upserts and document is not None):
-            return DeleteOne({"_id": key}) if document is None else ReplaceOne({"_id": key}, document, upsert=True)
+            return DeleteOne({"_id": key}) if document is None else _build_upsert(key, document)
         return _build_minimal_write(key, self.loaded[view].get(key), document)
 
     def _projection_error_writes(self, replaced: Collection[DocumentKey]) -> list[tuple[str, Write]]:
         """Return the writes to the view of errors. Nearly all chunks have none."""
+        problems = {**self.problems_without_document, **self.unstorable}
         writes: list[tuple[str, Write]] = []
-        for (view, key), problem in {**self.problems_without_document, **self.unstorable}.items():
-            row = projection_errors.build_row(view, key, problem)
-            writes.append((row["_id"], ReplaceOne({"_id": row["_id"]}, row, upsert=True)))
-        for view in _REDUCE:
+        for view in _REDUCIBLE_VIEWS:
             loaded = self.loaded[view]
             for key, document in self.current[view].items():
                 if self.unstorable and (view, key) in self.unstorable:
@@ -324,29 +302,13 @@ class ViewChanges:
                 problem_now = document.get(projection_errors.ERROR_FIELD) if document is not None else None
                 problem_before = before.get(projection_errors.ERROR_FIELD) if before is not None else None
                 if problem_now is not None and problem_now is not problem_before:
-                    row = projection_errors.build_row(view, key, problem_now)
-                    writes.append((row["_id"], ReplaceOne({"_id": row["_id"]}, row, upsert=True)))
+                    problems[view, key] = problem_now
                 elif problem_now is None and (problem_before is not None or (view, key) in replaced):
                     writes.append((f"{view}/{key}", DeleteOne({"_id": f"{view}/{key}"})))
+        for (view, key), problem in problems.items():
+            row = projection_errors.build_row(view, key, problem)
+            writes.append((row["_id"], _build_upsert(row["_id"], row)))
         return writes
-
-
-_VIEW_OF_KIND: Final = {"job": jobs.NAME, "batch": batches.NAME, "delivery": deliveries.NAME}
-_APPLY: Final[Mapping[str, Callable[[ViewChanges, RecordedEvent], None]]] = {
-    "job": ViewChanges._apply_to_job,
-    "batch": ViewChanges._apply_to_batch,
-    "delivery": ViewChanges._apply_to_delivery,
-}
-
-
-def _add_difference(
-    increments: Counter[tuple[str, str]], before: statistics.CounterFields, after: statistics.CounterFields
-) -> None:
-    if before != after:
-        for key in after:
-            increments[key] += 1
-        for key in before:
-            increments[key] -= 1
 
 
 def _queue_rows(job: Document | None, get_batch: Callable[[str], Document | None]) -> list[Document]:
@@ -363,6 +325,10 @@ def _add_changed_rows(
     new = {row["_id"]: row for row in after}
     changed.update((key, None) for key in old if key not in new)
     changed.update((key, row) for key, row in new.items() if row != old.get(key))
+
+
+def _build_upsert(key: str, document: Document) -> Write:
+    return ReplaceOne({"_id": key}, document, upsert=True)
 
 
 def _build_minimal_write(key: str, old: Document | None, new: Document | None) -> Write | None:

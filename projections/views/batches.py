@@ -14,37 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import Final, Unpack, assert_never
+from typing import Any, Final, assert_never
 
 from pymongo import ASCENDING, IndexModel
 
+from jobledger.ledger.domain import events
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.commands import BatchCommand, FinishBatch, ReopenBatch
-from jobledger.ledger.domain.events import (
-    BATCH_EVENTS,
-    BatchAccessChanged,
-    BatchArchived,
-    BatchCounts,
-    BatchDeleted,
-    BatchEvent,
-    BatchFinished,
-    BatchPaused,
-    BatchReopened,
-    BatchResumed,
-    BatchSubmitted,
-    BatchSummary,
-    BatchUnarchived,
-    RecordedEvent,
-)
+from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.limits import truncate_text
 from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import list_index, paging, projection_errors
-from jobledger.projections.views.documents import mark_truncated, redact_webhook
-from jobledger.projections.views.paging import OMITTED, PageCursor, PageOptions
+from jobledger.projections.views.documents import apply_changes, load_or_fold, redact_webhook
+from jobledger.projections.views.paging import OMITTED, PageCursor, PageRequest
 
 NAME: Final = "batches"
 MAX_LISTED_JOB_IDS: Final = 100
@@ -58,39 +44,26 @@ INDEXES: Final = [
 
 
 def fold(batch: Document | None, event: RecordedEvent) -> Document | None:
-    """Apply one event of a batch's own stream.
-
-    Args:
-        batch: The batch's document, or None before the first event. It is not changed.
-        event: The next event of the stream.
-
-    Returns:
-        The new document, or None if the batch is deleted.
-
-    Raises:
-        UnreadableEvent: The event is damaged.
-        UnsupportedEvent: A later version of the program wrote the event.
-    """
-    if batch is not None and projection_errors.ERROR_FIELD in batch and projection_errors.REDUCED_FIELD not in batch:
+    """Apply one event of a batch's own stream; see `documents.Fold`."""
+    if batch is not None and projection_errors.is_isolated(batch):
         return _apply_event_type(batch, event)
-    payload = event.event
-    if isinstance(payload, BatchSubmitted):
+    payload: Any = event.event
+    if isinstance(payload, events.BatchSubmitted):
         return _build_document(payload, event)
     if batch is None:
         return None
-    assert isinstance(payload, BATCH_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
-    changes = _build_changes(payload, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
+    changes = _build_changes(payload, event)
     if changes is None:
         return None
-    after = {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
-    if isinstance(payload, BatchFinished):
+    after = apply_changes(batch, changes, event)
+    if isinstance(payload, events.BatchFinished):
         after["needs_reopen"] = _counts(batch) != payload.counts
     if "access_control" in changes:
         _set_list_index(after)
     return after
 
 
-def _build_document(submitted: BatchSubmitted, event: RecordedEvent) -> Document:
+def _build_document(submitted: events.BatchSubmitted, event: RecordedEvent) -> Document:
     batch: Document = {
         "_id": event.stream,
         "batch_id": event.stream,
@@ -122,52 +95,38 @@ def _build_document(submitted: BatchSubmitted, event: RecordedEvent) -> Document
     return batch
 
 
-def _build_changes(payload: BatchEvent, event: RecordedEvent) -> Document | None:
+def _build_changes(payload: events.BatchEvent, event: RecordedEvent) -> Document | None:
     """Return the fields that an event changes, or None if it deletes the batch."""
     match payload:
-        case BatchSubmitted():
+        case events.BatchSubmitted():
             return {}
-        case BatchPaused():
-            return {"paused": True}
-        case BatchResumed():
-            return {"paused": False}
-        case BatchFinished():
+        case events.BatchPaused() | events.BatchResumed():
+            return {"paused": isinstance(payload, events.BatchPaused)}
+        case events.BatchFinished():
             return {"status": payload.status, "completed_at": event.time}
-        case BatchReopened():
+        case events.BatchReopened():
             return {"status": "processing", "completed_at": None, "needs_reopen": False}
-        case BatchAccessChanged():
+        case events.BatchAccessChanged():
             return {"access_control": payload.access_control.model_dump()}
-        case BatchArchived():
-            return {"archived": True}
-        case BatchUnarchived():
-            return {"archived": False}
-        case BatchDeleted():
+        case events.BatchArchived() | events.BatchUnarchived():
+            return {"archived": isinstance(payload, events.BatchArchived)}
+        case events.BatchDeleted():
             return None
         case _:
             assert_never(payload)
 
 
 def _set_list_index(batch: Document) -> None:
-    """Build the list keys and search keys of a batch."""
-    scopes, facets = list_index.scopes_for_document(batch), [list_index.NO_FACET, ("user", batch["user_id"])]
-    batch["list_keys"] = list_index.build_list_keys(scopes, facets)
-    mark_truncated(batch, "list_keys", truncated=list_index.is_truncated(batch["list_keys"], scopes, facets))
-    batch["search_keys"] = list_index.build_search_keys(scopes, [batch["batch_id"], batch["batch_name"]])
+    facets: list[list_index.Facet] = [list_index.NO_FACET, ("user", batch["user_id"])]
+    list_index.set_list_index(batch, facets, [batch["batch_id"], batch["batch_name"]])
 
 
 def apply_job_change(
     batch: Document, before: Document | None, after: Document | None, event: RecordedEvent
 ) -> Document:
-    """Apply a change of one of the batch's jobs.
+    """Return the batch's document after a change of one of its jobs.
 
-    Args:
-        batch: The batch's document. It is not changed.
-        before: The job's document before the event, or None if it is new.
-        after: The job's document after the event, or None if it is deleted.
-        event: The event of the job.
-
-    Returns:
-        The new document of the batch.
+    `before` and `after` are the job's documents before and after `event`, None if it did not exist.
     """
     old_status, new_status = before and before["status"], after and after["status"]
     changed = dict(batch)
@@ -232,25 +191,25 @@ def isolate(batch: Document | None, event: RecordedEvent, problem: Document) -> 
 
 def _apply_event_type(batch: Document, event: RecordedEvent) -> Document | None:
     """Apply an event to an isolated batch. Of the event, only the type and a readable status are used."""
-    if event.type == BatchDeleted.__name__:
+    if event.type == events.BatchDeleted.__name__:
         return None
     changes: Document = {}
-    if event.type == BatchFinished.__name__:
+    if event.type == events.BatchFinished.__name__:
         status = event.payload.get("status")
         final_status = status if status in ("completed", "partial", "failed") else "partial"
         changes = {"status": final_status, "completed_at": event.time, "needs_reopen": False}
-    elif event.type == BatchReopened.__name__:
+    elif event.type == events.BatchReopened.__name__:
         changes = {"status": "processing", "completed_at": None, "needs_reopen": False}
-    return {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    return apply_changes(batch, changes, event)
 
 
 def _placeholder_document(event: RecordedEvent) -> Document:
-    """Return a document for a batch whose first event is unreadable: the readable fields, visible to admins only."""
+    """Return a document for a batch whose first event is unreadable. It has the readable fields of the event."""
     values = event.payload.get("job_ids")
     job_ids = [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
     user_id = event.payload.get("user_id")
     owner = truncate_text(user_id, 200) if isinstance(user_id, str) else ""
-    return _build_document(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
+    return _build_document(events.BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
 
 
 def reduce_to_storable(batch: Document, problem: Document) -> Document:
@@ -262,8 +221,7 @@ def reduce_to_storable(batch: Document, problem: Document) -> Document:
         "parameters": {},
         "webhook": None,
         "summary": {"duration": 0.0, "tokens_used": 0},
-        "access_control": {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []},
-        "teams": [],
+        **projection_errors.PRIVATE_ACCESS,
         "truncated": ["job_ids", "parameters"],
         projection_errors.REDUCED_FIELD: True,
         projection_errors.ERROR_FIELD: problem,
@@ -285,14 +243,14 @@ def follow_up_command(batch: Document) -> BatchCommand | None:
     counts = _counts(batch)
     finished = counts.completed + counts.failed + counts.cancelled
     if batch["status"] == "processing" and finished == batch["total_jobs"]:
-        return FinishBatch(counts, BatchSummary(**batch["summary"]))
+        return FinishBatch(counts, events.BatchSummary(**batch["summary"]))
     if batch["status"] != "processing" and (batch["needs_reopen"] or finished < batch["total_jobs"]):
         return ReopenBatch()  # this event changes the batch; if all jobs have finished again, FinishBatch follows
     return None
 
 
-def _counts(batch: Document) -> BatchCounts:
-    return BatchCounts(
+def _counts(batch: Document) -> events.BatchCounts:
+    return events.BatchCounts(
         completed=batch["completed_jobs"], failed=batch["failed_jobs"], cancelled=batch["cancelled_jobs"]
     )
 
@@ -316,14 +274,10 @@ _LIST_PROJECTION: Final[Document] = {
 
 
 async def get(views: Views, event_store: EventStore, batch_id: str) -> Document | None:
-    """Return a batch's document, or None. A batch that the projector has not reached yet is folded from the log."""
-    with translate_errors(f"reading {batch_id}"):
-        batch = await views[NAME].find_one({"_id": batch_id})
-    if batch is None:
-        for event in await event_store.read_stream(batch_id):
-            batch = fold(batch, event)
-        batch = with_submitted_counts(batch)
-    return batch
+    """Return a batch's document, or None if the batch does not exist."""
+    return await load_or_fold(
+        views, event_store, NAME, batch_id, lambda batch, event: with_submitted_counts(fold(batch, event))
+    )
 
 
 def build_query(
@@ -335,28 +289,21 @@ def build_query(
     q: str | None = None,
 ) -> Document:
     """Return the database query for the matching batches that a principal may see; None matches any value."""
-    return list_index.build_filtered_query(
-        principal, [("user", "user_id", user_id)], equal={"status": status, "archived": archived}, search=q or ""
+    return list_index.build_query(
+        principal, [("user", "user_id", user_id)], equal={"status": status, "archived": archived}, search=q
     )
 
 
-async def find_page(
-    views: Views, query: Document, *, limit: int, **options: Unpack[PageOptions]
-) -> tuple[list[Document], PageCursor | None]:
+async def find_page(views: Views, query: Document, request: PageRequest) -> tuple[list[Document], PageCursor | None]:
     """Return a page of batches and the cursor of the next one; see `paging.find_page`.
 
     Each batch has only the first of its `job_ids`. Otherwise a page of large batches would have many megabytes.
     """
-    page, next_cursor = await paging.find_page(views, NAME, query, limit=limit, projection=_LIST_PROJECTION, **options)
+    page, next_cursor = await paging.find_page(views, NAME, query, request, projection=_LIST_PROJECTION)
     for batch in page:
         if batch["parameters"] == OMITTED:
             batch |= {"parameters": {}, "omitted": ["parameters"]}
     return page, next_cursor
-
-
-async def count(views: Views, query: Document) -> int:
-    """Count batches, up to `paging.MAX_COUNT`."""
-    return await paging.count(views, NAME, query)
 
 
 async def count_jobs(views: Views, batch_id: str, *, status: str | None) -> int:

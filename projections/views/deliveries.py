@@ -12,28 +12,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
-from typing import Final, Unpack, assert_never
+from typing import Any, Final, assert_never
 from urllib.parse import urlsplit
 
 from pymongo import ASCENDING, IndexModel
 
+from jobledger.ledger.domain import events
 from jobledger.ledger.domain.access import Principal
-from jobledger.ledger.domain.events import (
-    DELIVERY_EVENTS,
-    DeliveryAbandoned,
-    DeliveryAttempted,
-    DeliveryEvent,
-    DeliveryQueued,
-    DeliveryRequeued,
-    DeliverySucceeded,
-    RecordedEvent,
-)
+from jobledger.ledger.domain.delivery import endpoint_id_for
+from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.limits import MAX_REASON_CHARACTERS, MAX_RESPONSE_CHARACTERS, truncate_text
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.slots import Views
-from jobledger.projections.views import endpoints, list_index, paging, projection_errors
-from jobledger.projections.views.documents import shorten_error
-from jobledger.projections.views.paging import PageCursor, PageOptions
+from jobledger.projections.views import list_index, paging, projection_errors
+from jobledger.projections.views.documents import apply_changes, shorten_error
+from jobledger.projections.views.paging import PageCursor, PageRequest
 
 NAME: Final = "deliveries"
 MAX_ATTEMPTS_SHOWN: Final = 50
@@ -49,32 +42,18 @@ INDEXES: Final = [
 
 
 def fold(delivery: Document | None, event: RecordedEvent) -> Document:
-    """Apply one event of a delivery's stream. The projection writer sets `sequence`.
-
-    Args:
-        delivery: The delivery's document, or None before the first event. It is not changed.
-        event: The next event of the stream.
-
-    Returns:
-        The new document.
-
-    Raises:
-        UnreadableEvent: The event is damaged.
-        UnsupportedEvent: A later version of the program wrote the event.
-    """
+    """Apply one event of a delivery's stream; see `documents.Fold`. The projection writer sets `sequence`."""
     if delivery is not None and projection_errors.ERROR_FIELD in delivery:
         return _apply_event_type(delivery, event)
-    payload = event.event
-    if isinstance(payload, DeliveryQueued):
+    payload: Any = event.event
+    if isinstance(payload, events.DeliveryQueued):
         return _build_document(payload, event)
     assert delivery is not None  # noqa: S101 - streams begin with their first event
-    assert isinstance(payload, DELIVERY_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
-    changes = _build_changes(delivery, payload, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
-    return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    return apply_changes(delivery, _build_changes(delivery, payload, event), event)
 
 
-def _build_document(queued: DeliveryQueued, event: RecordedEvent) -> Document:
-    endpoint_id = endpoints.endpoint_id(queued)
+def _build_document(queued: events.DeliveryQueued, event: RecordedEvent) -> Document:
+    endpoint_id = endpoint_id_for(queued.user_id, queued.webhook.url)
     source, batch_id, host = queued.source, queued.batch_id, host_and_port(queued.webhook.url)
     facets = [list_index.NO_FACET, ("endpoint_id", endpoint_id), ("source", source), ("host", host)]
     if batch_id is not None:
@@ -113,12 +92,12 @@ def host_and_port(url: str) -> str:
     return f"{parts.hostname or ''}:{parts.port or {'http': 80, 'https': 443}.get(parts.scheme, 0)}"
 
 
-def _build_changes(delivery: Document, payload: DeliveryEvent, event: RecordedEvent) -> Document:
+def _build_changes(delivery: Document, payload: events.DeliveryEvent, event: RecordedEvent) -> Document:
     """Return the fields that an event changes."""
     match payload:
-        case DeliveryQueued():
+        case events.DeliveryQueued():
             return {}
-        case DeliveryAttempted():
+        case events.DeliveryAttempted():
             attempt = {"attempted_at": event.time, "error": None, **payload.model_dump()}
             attempt["response"] = truncate_text(payload.response, MAX_RESPONSE_CHARACTERS)
             if payload.error is not None:
@@ -130,15 +109,15 @@ def _build_changes(delivery: Document, payload: DeliveryEvent, event: RecordedEv
                 "attempts": [*delivery["attempts"], attempt][-MAX_ATTEMPTS_SHOWN:],
                 "next_attempt_at": payload.next_attempt_at if is_pending else delivery["next_attempt_at"],
             }
-        case DeliverySucceeded():
+        case events.DeliverySucceeded():
             return {"status": "delivered", "next_attempt_at": None, "delivered_at": event.time, "reason": None}
-        case DeliveryAbandoned():
+        case events.DeliveryAbandoned():
             return {
                 "status": "abandoned",
                 "next_attempt_at": None,
                 "reason": truncate_text(payload.reason, MAX_REASON_CHARACTERS),
             }
-        case DeliveryRequeued():
+        case events.DeliveryRequeued():
             return {
                 "status": "pending",
                 "counted_attempts": 0,
@@ -153,14 +132,15 @@ def _build_changes(delivery: Document, payload: DeliveryEvent, event: RecordedEv
 # Isolation of events and documents (projection_errors.py) -----------------------------------------------------------
 
 _STATUS_AFTER: Final = {
-    DeliverySucceeded.__name__: "delivered",
-    DeliveryAbandoned.__name__: "abandoned",
-    DeliveryRequeued.__name__: "pending",
+    events.DeliverySucceeded.__name__: "delivered",
+    events.DeliveryAbandoned.__name__: "abandoned",
+    events.DeliveryRequeued.__name__: "pending",
 }
 
 
-def isolate(delivery: Document, event: RecordedEvent, problem: Document) -> Document:
+def isolate(delivery: Document | None, event: RecordedEvent, problem: Document) -> Document:
     """Return the document of a delivery after an event that cannot be applied: the previous one with the problem."""
+    assert delivery is not None  # noqa: S101 - without its first event, a delivery has no document
     return _apply_event_type({**delivery, projection_errors.ERROR_FIELD: problem}, event)
 
 
@@ -168,7 +148,7 @@ def _apply_event_type(delivery: Document, event: RecordedEvent) -> Document:
     """Apply an event to an isolated delivery. Only the event's type is used, because it is always readable."""
     status = _STATUS_AFTER.get(event.type, delivery["status"])
     changes = {"status": status, "next_attempt_at": event.time if status == "pending" else None}
-    return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    return apply_changes(delivery, changes, event)
 
 
 def reduce_to_storable(delivery: Document, problem: Document) -> Document:
@@ -211,7 +191,7 @@ def build_query(
     created_before: datetime | None = None,
 ) -> Document:
     """Return the database query for the matching deliveries that a principal may see; None matches any value."""
-    query = list_index.build_filtered_query(
+    query = list_index.build_query(
         principal,
         [
             ("source", "job_id", source),  # always looked up by its facet, never filtered by the field
@@ -228,13 +208,6 @@ def build_query(
     return query
 
 
-async def find_page(
-    views: Views, query: Document, *, limit: int, **options: Unpack[PageOptions]
-) -> tuple[list[Document], PageCursor | None]:
+async def find_page(views: Views, query: Document, request: PageRequest) -> tuple[list[Document], PageCursor | None]:
     """Return a page of deliveries and the cursor of the next one; see `paging.find_page`."""
-    return await paging.find_page(views, NAME, query, limit=limit, projection={"list_keys": 0}, **options)
-
-
-async def count(views: Views, query: Document) -> int:
-    """Count deliveries, up to `paging.MAX_COUNT`."""
-    return await paging.count(views, NAME, query)
+    return await paging.find_page(views, NAME, query, request, projection={"list_keys": 0})

@@ -7,11 +7,20 @@ from collections.abc import Callable, Iterable
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import Failure, RecordedEvent, Webhook
 from jobledger.ledger.domain.limits import truncate_failure
-from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.mongo.connection import Document, translate_errors
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.projections.slots import Views
 from jobledger.projections.views import projection_errors
 
 Fold = Callable[[Document | None, RecordedEvent], Document | None]
-"""Returns the document after an event, from the document before it. None: the document does not exist."""
+"""Applies the next event of a stream to its document, which is not changed, and returns the new document.
+
+None stands for the document before the first event and after the deletion. Raises UnreadableEvent if the event is
+damaged, and UnsupportedEvent if a later version of the program wrote it.
+"""
+
+
+# Folding ------------------------------------------------------------------------------------------------------------
 
 
 def fold_events(fold: Fold, events: Iterable[RecordedEvent]) -> Document | None:
@@ -29,6 +38,27 @@ def fold_events(fold: Fold, events: Iterable[RecordedEvent]) -> Document | None:
                 raise
             return {**document, projection_errors.ERROR_FIELD: projection_errors.event_problem(event, error)}
     return document
+
+
+async def load_or_fold(views: Views, event_store: EventStore, view: str, key: str, fold: Fold) -> Document | None:
+    """Return a document of a view, or None. If the projector has not reached it yet, fold it from the log.
+
+    Therefore, the submitter of a job or batch can read it at once.
+    """
+    with translate_errors(f"reading {key}"):
+        document = await views[view].find_one({"_id": key})
+    if document is None:
+        for event in await event_store.read_stream(key):
+            document = fold(document, event)
+    return document
+
+
+def apply_changes(document: Document, changes: Document, event: RecordedEvent) -> Document:
+    """Return the document with the changed fields and with the time, version and position of the event."""
+    return {**document, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+
+
+# Fields -------------------------------------------------------------------------------------------------------------
 
 
 def shorten_error(error: Failure) -> Document:
@@ -49,13 +79,11 @@ def redact_webhook(webhook: Webhook | None) -> Document | None:
     }
 
 
-def mark_truncated(document: Document, name: str, *, truncated: bool) -> None:
-    """Record in `truncated` whether the document contains only a part of a field."""
-    set_field_flag(document, "truncated", name, is_set=truncated)
-
-
 def set_field_flag(document: Document, flag: str, name: str, *, is_set: bool) -> None:
-    """Add a field name to the list `flag` of a document, or remove it. A document has no empty list."""
+    """Add a field name to the list `flag` of a document, or remove it. A document has no empty list.
+
+    The flag `truncated` lists the fields of which the document contains only a part.
+    """
     names = document.get(flag, ())
     if is_set == (name in names):
         return

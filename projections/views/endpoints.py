@@ -11,17 +11,10 @@ from typing import Final
 
 from pymongo import IndexModel
 
-from jobledger.ledger.domain.delivery import endpoint_id_for
-from jobledger.ledger.domain.events import DeliveryQueued
 from jobledger.ledger.mongo.connection import Document
 
 NAME: Final = "endpoints"
 INDEXES: Final[list[IndexModel]] = []
-
-
-def endpoint_id(queued: DeliveryQueued) -> str:
-    """Return the endpoint of a delivery."""
-    return endpoint_id_for(queued.user_id, queued.webhook.url)
 
 
 def add_delivery(endpoint: Document | None, delivery: Document) -> Document:

@@ -23,7 +23,6 @@ INDEXES: Final = [
 ]
 _JOBS_PER_QUERY: Final = 100
 _ACCESS_FIELDS: Final = {"_id": 0, "user_id": 1, "access_control": 1, "teams": 1}
-_VIEWS_WITH_DIGESTS: Final = (NAME, step_files.NAME)
 
 
 def rows(job: Document) -> list[Document]:
@@ -73,15 +72,17 @@ async def is_referenced(views: Views, sha256: str) -> bool:
 
     Files of the jobs of `find_jobs_with_unknown_files` may be missing in the views.
     """
-    with translate_errors("finding references to a file"):
-        rows = [await views[name].find_one({"sha256": sha256}, {"_id": 1}) for name in _VIEWS_WITH_DIGESTS]
-    return any(row is not None for row in rows)
+    return await _has_digest(views, {"sha256": sha256})
 
 
 async def has_any_file(views: Views) -> bool:
     """Return whether any job has a file among its results or the outputs of its finished steps."""
-    with translate_errors("finding any file"):
-        rows = [await views[name].find_one({}, {"_id": 1}) for name in _VIEWS_WITH_DIGESTS]
+    return await _has_digest(views, {})
+
+
+async def _has_digest(views: Views, query: Document) -> bool:
+    with translate_errors("finding references to files"):
+        rows = [await views[name].find_one(query, {"_id": 1}) for name in (NAME, step_files.NAME)]
     return any(row is not None for row in rows)
 
 

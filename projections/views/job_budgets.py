@@ -1,6 +1,6 @@
 """Fit the fields of a job's document into their budgets (ledger/domain/limits.py).
 
-Each field has its own budget. So a document fits whatever its other fields contain, and no document has to be measured
+Each field has its own budget. Therefore, a document fits whatever its other fields contain, and no document is measured
 as a whole.
 """
 
@@ -20,7 +20,7 @@ from jobledger.ledger.domain.limits import (
 )
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import step_files
-from jobledger.projections.views.documents import mark_truncated, set_field_flag
+from jobledger.projections.views.documents import set_field_flag
 
 LARGE_BYTES: Final = 64 * 1024
 """A field with more bytes of JSON is named in `large_fields`. The projector does not cache such a document."""
@@ -41,7 +41,7 @@ def apply_budgets(job: Document, changes: Document) -> None:
                 if name == "results":  # the job still needs these files, so they stay in the store
                     job |= step_files.add_digests(job, (file["sha256"] for file in job[name]["files"]))
                 job[name] = {} if name == "parameters" else _essential_results(job[name])
-            mark_truncated(job, name, truncated=exceeds)
+            set_field_flag(job, "truncated", name, is_set=exceeds)
     if (logs := changes.get("logs")) and (kept := count_newest_within(logs, MAX_VIEW_LOGS_BYTES)) < len(logs):
         job["logs"] = logs[len(logs) - kept :]
     if "steps" in changes:
@@ -51,7 +51,7 @@ def apply_budgets(job: Document, changes: Document) -> None:
             job["steps"] = steps[len(steps) - kept :]
         # Steps that were cut earlier are missing as long as the others remain.
         was_truncated = bool(steps) and "steps" in job.get("truncated", ())
-        mark_truncated(job, "steps", truncated=kept < len(steps) or was_truncated)
+        set_field_flag(job, "truncated", "steps", is_set=kept < len(steps) or was_truncated)
 
 
 def _essential_results(results: Document) -> Document:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, Unpack
+from typing import Final
 
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.slots import Views
 from jobledger.projections.views import jobs, list_index, paging, projection_errors
-from jobledger.projections.views.paging import MAX_LISTED_FIELD_BYTES, OMITTED, PageCursor, PageOptions
+from jobledger.projections.views.paging import MAX_LISTED_FIELD_BYTES, OMITTED, PageCursor, PageRequest
 
 OMITTABLE_FIELDS: Final = ("parameters", "results", "error", "logs", "steps")
 """The fields that lists omit if they are large."""
@@ -63,7 +63,7 @@ class JobFilter:
 
     def build_query(self, principal: Principal) -> Document:
         """Return the database query for the matching jobs that a principal may see."""
-        return list_index.build_filtered_query(
+        return list_index.build_query(
             principal,
             [
                 ("batch", "batch_id", self.batch_id),
@@ -76,33 +76,22 @@ class JobFilter:
                 ("type", "job_type", self.job_type),
             ],
             equal={"status": self.status, "archived": self.archived},
-            search=self.q or "",
+            search=self.q,
             created_after=self.created_after,
             created_before=self.created_before,
         )
 
 
 async def find_page(
-    views: Views, query: Document, *, limit: int, include: Collection[str] = (), **options: Unpack[PageOptions]
+    views: Views, query: Document, request: PageRequest, *, include: Collection[str] = ()
 ) -> tuple[list[Document], PageCursor | None]:
     """Return a page of jobs and the cursor of the next one; see `paging.find_page`.
 
-    Args:
-        views: The collections of the views.
-        query: A query from `JobFilter.build_query`.
-        limit: Maximum number of jobs.
-        include: Fields of `OMITTABLE_FIELDS` to return however large they are.
-        **options: Further arguments of `paging.find_page`.
+    The fields of `OMITTABLE_FIELDS` that are in `include` are returned however large they are.
     """
-    page, next_cursor = await paging.find_page(
-        views, jobs.NAME, query, limit=limit, projection=_build_projection(include), **options
-    )
+    projection = _build_projection(include)
+    page, next_cursor = await paging.find_page(views, jobs.NAME, query, request, projection=projection)
     return [_mark_omitted(job) for job in page], next_cursor
-
-
-async def count(views: Views, query: Document) -> int:
-    """Count jobs, up to `paging.MAX_COUNT`."""
-    return await paging.count(views, jobs.NAME, query)
 
 
 def _build_projection(included: Collection[str]) -> Document:

@@ -18,31 +18,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final, assert_never
 
+from jobledger.ledger.domain import events
 from jobledger.ledger.domain.errors import InvalidEvent, UnreadableEvent, UnsupportedEvent
-from jobledger.ledger.domain.events import (
-    JOB_EVENTS,
-    JobAccessChanged,
-    JobArchived,
-    JobAttemptFailed,
-    JobCancelled,
-    JobCancelRequested,
-    JobClaimed,
-    JobCompleted,
-    JobDeleted,
-    JobEvent,
-    JobFailed,
-    JobLeaseExpired,
-    JobLogged,
-    JobProgressed,
-    JobReleased,
-    JobRestarted,
-    JobSubmitted,
-    JobUnarchived,
-    JobUpdated,
-    RecordedEvent,
-    StepCompleted,
-    WorkerFenced,
-)
+from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.limits import (
     MAX_PROGRESS_MESSAGE_CHARACTERS,
     MAX_PROGRESS_STEP_CHARACTERS,
@@ -54,10 +32,11 @@ from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import list_index, paging, projection_errors, step_files
-from jobledger.projections.views.documents import mark_truncated, redact_webhook, shorten_error
+from jobledger.projections.views.documents import apply_changes, load_or_fold, redact_webhook, shorten_error
 from jobledger.projections.views.job_budgets import BUDGETED_FIELDS, apply_budgets
 from jobledger.projections.views.job_log import append_log_lines
 from jobledger.projections.views.list_index import Facet
+from jobledger.projections.views.paging import PageRequest
 
 NAME: Final = "jobs"
 INDEXES: Final = list_index.INDEXES
@@ -71,40 +50,28 @@ _INDEXED_FIELDS: Final = frozenset({"error", "parameters", "access_control"})
 
 
 def fold(job: Document | None, event: RecordedEvent) -> Document | None:
-    """Apply one event of a job's stream.
-
-    Args:
-        job: The job's document, or None before the first event. It is not changed.
-        event: The next event of the stream.
-
-    Returns:
-        The new document, or None if the job is deleted.
-
-    Raises:
-        UnreadableEvent: The event is damaged.
-        UnsupportedEvent: A later version of the program wrote the event.
-    """
-    if job is not None and projection_errors.ERROR_FIELD in job and projection_errors.REDUCED_FIELD not in job:
+    """Apply one event of a job's stream; see `documents.Fold`."""
+    if job is not None and projection_errors.is_isolated(job):
         return _apply_event_type(job, event)
+    payload: Any
     try:
         payload = event.event
     except UnsupportedEvent:
         raise
     except UnreadableEvent:
-        if job is None or event.type != JobProgressed.__name__:
+        if job is None or event.type != events.JobProgressed.__name__:
             raise
         # The next progress replaces this one, and the writer may skip it for that reason. So it must not isolate the
         # job: the result would depend on where chunks end.
-        payload = JobProgressed(attempt=job["attempt"], step="unknown", percent=0.0, message="Cannot be read")
-    if isinstance(payload, JobSubmitted):
+        payload = events.JobProgressed(attempt=job["attempt"], step="unknown", percent=0.0, message="Cannot be read")
+    if isinstance(payload, events.JobSubmitted):
         return _build_document(payload, event)
     if job is None:
         return None  # the job is deleted: later reports of a former worker change nothing
-    assert isinstance(payload, JOB_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
-    changes = _build_changes(job, payload, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
+    changes = _build_changes(job, payload, event)
     if changes is None:
         return None
-    after = {**job, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    after = apply_changes(job, changes, event)
     if not BUDGETED_FIELDS.isdisjoint(changes):
         apply_budgets(after, changes)
     if not _INDEXED_FIELDS.isdisjoint(changes) and any(after[name] is not job[name] for name in _INDEXED_FIELDS):
@@ -112,7 +79,7 @@ def fold(job: Document | None, event: RecordedEvent) -> Document | None:
     return after
 
 
-def _build_document(submitted: JobSubmitted, event: RecordedEvent) -> Document:
+def _build_document(submitted: events.JobSubmitted, event: RecordedEvent) -> Document:
     job: Document = {
         "_id": event.stream,
         "job_id": event.stream,
@@ -152,10 +119,10 @@ def _build_document(submitted: JobSubmitted, event: RecordedEvent) -> Document:
     return job
 
 
-def _build_changes(job: Document, payload: JobEvent, event: RecordedEvent) -> Document | None:
+def _build_changes(job: Document, payload: events.JobEvent, event: RecordedEvent) -> Document | None:
     """Return the fields that an event changes, or None if it deletes the job."""
     match payload:
-        case JobClaimed():
+        case events.JobClaimed():
             return {
                 "status": "processing",
                 "started_at": job["started_at"] or event.time,
@@ -164,7 +131,7 @@ def _build_changes(job: Document, payload: JobEvent, event: RecordedEvent) -> Do
                 "due_at": None,
                 "progress": {"step": "starting", "percent": 0.0, "message": "A worker has taken the job"},
             }
-        case JobProgressed():
+        case events.JobProgressed():
             return {
                 "progress": {
                     "step": truncate_text(payload.step, MAX_PROGRESS_STEP_CHARACTERS),
@@ -172,14 +139,14 @@ def _build_changes(job: Document, payload: JobEvent, event: RecordedEvent) -> Do
                     "message": truncate_text(payload.message, MAX_PROGRESS_MESSAGE_CHARACTERS),
                 }
             }
-        case JobLogged():
+        case events.JobLogged():
             return append_log_lines(job, event)
-        case StepCompleted():
+        case events.StepCompleted():
             steps = [*job.get("steps", ()), _step_summary(payload, event)]
             return {"steps": steps, **step_files.digests_of_step(job, payload)}
-        case WorkerFenced() | JobSubmitted():
+        case events.WorkerFenced() | events.JobSubmitted():
             return {}
-        case JobCompleted():
+        case events.JobCompleted():
             return {
                 "status": "completed",
                 "completed_at": event.time,
@@ -187,17 +154,15 @@ def _build_changes(job: Document, payload: JobEvent, event: RecordedEvent) -> Do
                 "error": None,
                 "progress": {"step": "completed", "percent": 100.0, "message": "Done"},
             }
-        case JobAttemptFailed():
+        case events.JobAttemptFailed():
             return {
-                "status": "pending",
-                "worker_id": None,
+                **_build_pending("Waiting for the next attempt"),
                 "retries": job["retries"] + 1,
                 "due_at": payload.retry_at,
                 "error": shorten_error(payload.error),
-                "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for the next attempt"},
                 **append_log_lines(job, event),
             }
-        case JobFailed():
+        case events.JobFailed():
             return {
                 "status": "failed",
                 "completed_at": event.time,
@@ -205,24 +170,14 @@ def _build_changes(job: Document, payload: JobEvent, event: RecordedEvent) -> Do
                 "progress": {**job["progress"], "message": "Failed"},
                 **append_log_lines(job, event),
             }
-        case JobLeaseExpired():
-            return {
-                "status": "pending",
-                "worker_id": None,
-                "retries": job["retries"] + 1,
-                "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for another worker"},
-                **append_log_lines(job, event),
-            }
-        case JobReleased():
-            return {
-                "status": "pending",
-                "worker_id": None,
-                "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for a worker"},
-                **append_log_lines(job, event),
-            }
-        case JobCancelRequested():
+        case events.JobLeaseExpired():
+            pending = _build_pending("Waiting for another worker")
+            return {**pending, "retries": job["retries"] + 1, **append_log_lines(job, event)}
+        case events.JobReleased():
+            return {**_build_pending("Waiting for a worker"), **append_log_lines(job, event)}
+        case events.JobCancelRequested():
             return {"cancel_requested": True}
-        case JobCancelled():
+        case events.JobCancelled():
             return {
                 "status": "cancelled",
                 "completed_at": event.time,
@@ -230,12 +185,11 @@ def _build_changes(job: Document, payload: JobEvent, event: RecordedEvent) -> Do
                 "due_at": None,
                 "progress": {**job["progress"], "message": "Cancelled"},
             }
-        case JobRestarted():
+        case events.JobRestarted():
             return {
-                "status": "pending",
+                **_build_pending("Restarted, waiting for a worker"),
                 "completed_at": None,
                 "started_at": None,
-                "worker_id": None,
                 "retries": 0,
                 "due_at": None,
                 "results": None,
@@ -244,22 +198,29 @@ def _build_changes(job: Document, payload: JobEvent, event: RecordedEvent) -> Do
                 "queued_position": event.position,
                 "steps": job.get("steps", []) if payload.reuse_steps else [],
                 "step_files": job.get("step_files", []) if payload.reuse_steps else [],
-                "progress": {"step": "waiting", "percent": 0.0, "message": "Restarted, waiting for a worker"},
             }
-        case JobUpdated():
+        case events.JobUpdated():
             updates = {"parameters": payload.parameters, "priority": payload.priority, "due_at": payload.not_before}
             return {name: value for name, value in updates.items() if value is not None}
-        case JobAccessChanged():
+        case events.JobAccessChanged():
             return {"access_control": payload.access_control.model_dump()}
-        case JobArchived() | JobUnarchived():
-            return {"archived": isinstance(payload, JobArchived)}
-        case JobDeleted():
+        case events.JobArchived() | events.JobUnarchived():
+            return {"archived": isinstance(payload, events.JobArchived)}
+        case events.JobDeleted():
             return None
         case _:
             assert_never(payload)
 
 
-def _step_summary(step: StepCompleted, event: RecordedEvent) -> Document:
+def _build_pending(message: str) -> Document:
+    return {
+        "status": "pending",
+        "worker_id": None,
+        "progress": {"step": "waiting", "percent": 0.0, "message": message},
+    }
+
+
+def _step_summary(step: events.StepCompleted, event: RecordedEvent) -> Document:
     """Return a finished step without its output, which may be large and stays in the log for the next attempt."""
     return {
         "step": step.step,
@@ -276,16 +237,6 @@ def _step_summary(step: StepCompleted, event: RecordedEvent) -> Document:
 
 
 def _set_list_index(job: Document) -> None:
-    """Build the list keys and search keys of a job."""
-    scopes, facets, parameters = list_index.scopes_for_document(job), _facets(job), job["parameters"]
-    job["list_keys"] = list_index.build_list_keys(scopes, facets)
-    texts = [job["job_id"], job["job_name"], *(parameters.get(name) for name in _SEARCHED_PARAMETERS)]
-    speakers = parameters.get("speakers")
-    job["search_keys"] = list_index.build_search_keys(scopes, texts + (speakers if isinstance(speakers, list) else []))
-    mark_truncated(job, "list_keys", truncated=list_index.is_truncated(job["list_keys"], scopes, facets))
-
-
-def _facets(job: Document) -> list[Facet]:
     parameters, error = job["parameters"], job["error"]
     values = [
         ("batch", job["batch_id"]),
@@ -294,7 +245,10 @@ def _facets(job: Document) -> list[Facet]:
         ("error", error["code"] if error else None),
         *((facet, parameters.get(name)) for facet, name in _SESSION_FACETS),
     ]
-    return [list_index.NO_FACET, *((name, value) for name, value in values if isinstance(value, str))]
+    facets: list[Facet] = [list_index.NO_FACET, *((name, value) for name, value in values if isinstance(value, str))]
+    speakers = parameters.get("speakers")
+    texts = [job["job_id"], job["job_name"], *(parameters.get(name) for name in _SEARCHED_PARAMETERS)]
+    list_index.set_list_index(job, facets, texts + (speakers if isinstance(speakers, list) else []))
 
 
 # Isolation of events and documents (projection_errors.py) -----------------------------------------------------------
@@ -319,7 +273,7 @@ def isolate(job: Document | None, event: RecordedEvent, problem: Document) -> Do
 
 def _apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
     """Apply an event to an isolated job. Only the event's type is used, because it is always readable."""
-    if event.type == JobDeleted.__name__:
+    if event.type == events.JobDeleted.__name__:
         return None
     status = _STATUS_AFTER.get(event.type, job["status"])
     changes: Document = {"status": status}
@@ -327,19 +281,19 @@ def _apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
         changes["completed_at"] = event.time
     if status == "processing":
         changes |= {"started_at": job["started_at"] or event.time, "due_at": None}
-    if status != "processing":
+    else:
         changes["worker_id"] = None
-    return {**job, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    return apply_changes(job, changes, event)
 
 
 def _placeholder_document(event: RecordedEvent) -> Document:
-    """Return a document for a job whose first event is unreadable: the readable fields, visible to admins only."""
+    """Return a document for a job whose first event is unreadable. It has the readable fields of the event."""
 
     def read_text(name: str, default: str | None = "") -> Any:
         value = event.payload.get(name)
         return truncate_text(value, 200) if isinstance(value, str) else default
 
-    submitted = JobSubmitted(
+    submitted = events.JobSubmitted(
         job_type=read_text("job_type"),
         job_name=read_text("job_name", None),
         batch_id=read_text("batch_id", None),
@@ -352,13 +306,12 @@ def _placeholder_document(event: RecordedEvent) -> Document:
 def reduce_to_storable(job: Document, problem: Document) -> Document:
     """Return a document that can be stored, without the fields that may be large."""
     small = {name: value if name in _ALWAYS_SMALL or _is_small(value) else None for name, value in job.items()}
-    access = job["access_control"] if fits_in_document(job["access_control"], _ACCESS_BYTES) else _PRIVATE_ACCESS
     document: Document = {
         **small,
         **_EMPTY_VALUES,
-        "access_control": access,
-        "teams": job["teams"] if fits_in_document(job["teams"], _ACCESS_BYTES) else [],
-        "truncated": sorted(name for name in _EMPTY_VALUES if job[name] and name not in ("list_keys", "search_keys")),
+        **projection_errors.PRIVATE_ACCESS,
+        **{name: job[name] for name in projection_errors.PRIVATE_ACCESS if fits_in_document(job[name], _ACCESS_BYTES)},
+        "truncated": sorted(name for name in _EMPTY_VALUES if job[name]),
         projection_errors.REDUCED_FIELD: True,
         projection_errors.ERROR_FIELD: problem,
     }
@@ -374,11 +327,8 @@ _EMPTY_VALUES: Final[Document] = {
     "error": None,
     "logs": [],
     "steps": [],
-    "list_keys": [],
-    "search_keys": [],
 }
 _ALWAYS_SMALL: Final = frozenset({"_id", "job_id", "status", "version", "position"})
-_PRIVATE_ACCESS: Final = {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []}
 _ACCESS_BYTES: Final = 512 * 1024
 _SMALL_BYTES: Final = 4096
 
@@ -399,16 +349,8 @@ _RUNNING: Final[Document] = {"list_keys": _ALL_JOBS, "status": "processing"}
 
 
 async def get(views: Views, event_store: EventStore, job_id: str) -> Document | None:
-    """Return a job's document, or None if the job does not exist.
-
-    A job that the projector has not reached yet is folded from the log, so its submitter can read it at once.
-    """
-    with translate_errors(f"reading {job_id}"):
-        job = await views[NAME].find_one({"_id": job_id})
-    if job is None:
-        for event in await event_store.read_stream(job_id):
-            job = fold(job, event)
-    return job
+    """Return a job's document, or None if the job does not exist."""
+    return await load_or_fold(views, event_store, NAME, job_id, fold)
 
 
 async def find_pending_jobs(views: Views, job_ids: Sequence[str]) -> list[Document]:
@@ -421,7 +363,8 @@ async def find_pending_jobs(views: Views, job_ids: Sequence[str]) -> list[Docume
 async def oldest_pending_created_at(views: Views) -> datetime | None:
     """Return the submission time of the oldest pending job in the view, or None."""
     query = {"list_keys": _ALL_JOBS, "status": "pending"}
-    page, _ = await paging.find_page(views, NAME, query, limit=1, newest_first=False, projection={"created_at": 1})
+    oldest = PageRequest(limit=1, newest_first=False)
+    page, _ = await paging.find_page(views, NAME, query, oldest, projection={"created_at": 1})
     return page[0]["created_at"] if page else None
 
 

@@ -23,6 +23,7 @@ from pymongo import ASCENDING, DESCENDING, IndexModel
 from jobledger.ledger.domain.access import MAX_PRINCIPAL_NAME_CHARACTERS, Principal, list_readers
 from jobledger.ledger.domain.limits import MAX_LIST_INDEX_BYTES, MAX_LIST_INDEX_ROWS, MAX_SEARCHED_CHARACTERS
 from jobledger.ledger.mongo.connection import Document
+from jobledger.projections.views.documents import set_field_flag
 
 Facet = tuple[str, str] | tuple[()]
 """A name and a value, such as `("track", "Main")`. Empty: the facet of all documents."""
@@ -51,14 +52,24 @@ INDEXES: Final = [IndexModel(keys) for keys in (_BY_LIST_KEY, _BY_LIST_KEY_AND_S
 def scopes_for_document(document: Mapping[str, Any]) -> list[str]:
     """Return the scopes in which a job or batch is listed, from its `user_id`, `access_control` and `teams`."""
     access = document["access_control"]
-    # No principal can have a longer name, so no query would use such a scope.
-    names = [
-        name
-        for name in list_readers(document["user_id"], access, document["teams"])
-        if len(name) <= MAX_PRINCIPAL_NAME_CHARACTERS
-    ]
     public = [_PUBLIC_SCOPE] if access["visibility"] == "public" else []
-    return [_UNRESTRICTED_SCOPE, *public, *(f"={name}" for name in names)]
+    # No principal can have a longer name, so no query would use such a scope.
+    readers = list_readers(document["user_id"], access, document["teams"])
+    names = [f"={name}" for name in readers if len(name) <= MAX_PRINCIPAL_NAME_CHARACTERS]
+    return [_UNRESTRICTED_SCOPE, *public, *names]
+
+
+def set_list_index(document: Document, facets: Sequence[Facet], texts: Iterable[object]) -> None:
+    """Set the list keys and search keys of a job or batch.
+
+    If there are too many scopes for all keys, the document is flagged as truncated: the lists of some principals do not
+    show it.
+    """
+    scopes = scopes_for_document(document)
+    document["list_keys"] = build_list_keys(scopes, facets)
+    document["search_keys"] = build_search_keys(scopes, texts)
+    is_truncated = len(document["list_keys"]) < len(scopes) * len(facets)
+    set_field_flag(document, "truncated", "list_keys", is_set=is_truncated)
 
 
 def scopes_for_owner(user_id: str) -> list[str]:
@@ -67,7 +78,7 @@ def scopes_for_owner(user_id: str) -> list[str]:
 
 
 def build_list_keys(scopes: Sequence[str], facets: Sequence[Facet]) -> list[str]:
-    """Return one key for each facet in each scope. The last of very many scopes are left out, see `is_truncated`."""
+    """Return one key for each facet in each scope. The last of very many scopes are left out."""
     return _build_keys(scopes, [_facet_key(facet) for facet in facets])
 
 
@@ -110,11 +121,6 @@ def _build_keys(scopes: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 def _count_bytes(keys: Iterable[str]) -> int:
     return sum(len(key.encode()) + 12 for key in keys)
-
-
-def is_truncated(keys: Sequence[str], scopes: Sequence[str], facets: Sequence[object]) -> bool:
-    """Return whether `build_list_keys` left out scopes. Lists of these scopes do not show the document."""
-    return len(keys) < len(scopes) * len(facets)
 
 
 def _facet_key(facet: Facet) -> str:
@@ -170,29 +176,12 @@ def unrestricted_list_key(facet: Facet) -> str:
     return _list_key(_UNRESTRICTED_SCOPE, _facet_key(facet))
 
 
-def build_query(principal: Principal, facet: Facet = NO_FACET, search: str = "") -> Document:
-    """Return the database query for the documents that a principal may see.
-
-    Args:
-        principal: The caller.
-        facet: Only documents of this facet.
-        search: Only documents that contain all words of this text.
-    """
-    scopes = scopes_for_principal(principal)
-    by_list_key: Document = {"list_keys": {"$in": build_list_keys(scopes, [facet])}}
-    words = split_words(search)
-    if not words:
-        return by_list_key
-    by_words = [{"search_keys": {"$in": [_list_key(scope, word) for scope in scopes]}} for word in words]
-    return {"$and": [*by_words, by_list_key]} if facet else {"$and": by_words}
-
-
-def build_filtered_query(
+def build_query(
     principal: Principal,
     facets: Sequence[tuple[str, str, str | None]],
     *,
     equal: Mapping[str, Any],
-    search: str = "",
+    search: str | None = None,
     created_after: datetime | None = None,
     created_before: datetime | None = None,
 ) -> Document:
@@ -209,7 +198,11 @@ def build_filtered_query(
     """
     selected = [(name, field, value) for name, field, value in facets if value is not None]
     facet: Facet = (selected[0][0], selected[0][2]) if selected else NO_FACET
-    query = build_query(principal, facet, search)
+    scopes = scopes_for_principal(principal)
+    query: Document = {"list_keys": {"$in": build_list_keys(scopes, [facet])}}
+    if words := split_words(search or ""):
+        by_words = [{"search_keys": {"$in": [_list_key(scope, word) for scope in scopes]}} for word in words]
+        query = {"$and": [*by_words, query] if facet else by_words}
     query |= {field: value for _, field, value in selected[1:]}
     query |= {field: value for field, value in equal.items() if value is not None}
     if created_after or created_before:

@@ -7,8 +7,9 @@ projections/views/list_index.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, NamedTuple, TypedDict
+from typing import Any, Final, NamedTuple
 
 import bson
 from bson.codec_options import CodecOptions
@@ -37,13 +38,24 @@ class PageCursor(NamedTuple):
     key: str
 
 
-class PageOptions(TypedDict, total=False):
-    """Optional arguments of `find_page`."""
+@dataclass(frozen=True, slots=True)
+class PageRequest:
+    """Which page of a list to read.
 
-    skip: int
-    after: PageCursor | None
-    newest_first: bool
-    max_bytes: int
+    Attributes:
+        limit: Maximum number of documents.
+        skip: Number of documents to skip.
+        after: Cursor of the previous page.
+        newest_first: Whether to sort by descending creation time.
+        max_bytes: The page ends before the document that would exceed this number of bytes of BSON. A page has at
+            least one document.
+    """
+
+    limit: int
+    skip: int = 0
+    after: PageCursor | None = None
+    newest_first: bool = True
+    max_bytes: int = MAX_PAGE_BYTES
 
 
 def build_page_query(
@@ -62,40 +74,23 @@ def build_page_query(
 
 
 async def find_page(
-    views: Views,
-    view: str,
-    query: Document,
-    *,
-    limit: int,
-    projection: Mapping[str, Any] | None = None,
-    skip: int = 0,
-    after: PageCursor | None = None,
-    newest_first: bool = True,
-    max_bytes: int = MAX_PAGE_BYTES,
+    views: Views, view: str, query: Document, request: PageRequest, *, projection: Mapping[str, Any] | None = None
 ) -> tuple[list[Document], PageCursor | None]:
-    """Return one page of a view's documents in order of creation.
+    """Return one page of a view's documents in order of creation, and the cursor of the next page, if any.
 
     Memory holds the page and one batch of the server's (at most 16 MB).
 
     Args:
         views: The collections of the views.
         view: Name of the view.
-        query: A query from `list_index.build_query` or `build_filtered_query`.
-        limit: Maximum number of documents.
+        query: A query from `list_index.build_query`.
+        request: Which page to read.
         projection: Projection of the documents.
-        skip: Number of documents to skip.
-        after: Cursor of the previous page.
-        newest_first: Whether to sort by descending creation time.
-        max_bytes: The page ends before the document that would exceed this number of bytes of BSON. A page has at
-            least one document.
-
-    Returns:
-        The documents, and the cursor of the next page, or None for the last page.
 
     Raises:
         LedgerUnavailable: The database failed.
     """
-    page_query, order = build_page_query(query, after, newest_first=newest_first)
+    page_query, order = build_page_query(query, request.after, newest_first=request.newest_first)
     page: list[Document] = []
     used_bytes = 0
     collection = views[view].with_options(codec_options=_RAW)
@@ -104,14 +99,14 @@ async def find_page(
             page_query,
             projection,
             sort=order,
-            limit=limit + 1,
-            skip=skip,
+            limit=request.limit + 1,
+            skip=request.skip,
             hint=index_for(query),
             batch_size=_READ_BATCH_DOCUMENTS,
         ) as documents:
             async for document in documents:  # `to_list` would hold several of the server's batches
                 used_bytes += len(document.raw)
-                if len(page) == limit or (page and used_bytes > max_bytes):
+                if len(page) == request.limit or (page and used_bytes > request.max_bytes):
                     return page, PageCursor(page[-1]["created_at"], page[-1]["_id"])
                 page.append(bson.decode(document.raw, codec_options=LENIENT_CODEC))
     return page, None

@@ -32,8 +32,18 @@ ERROR_FIELD: Final = "projection_error"
 """The field of a document that differs from the log."""
 REDUCED_FIELD: Final = "reduced"
 """The field of a document that could not be stored completely."""
+PRIVATE_ACCESS: Final[Document] = {
+    "access_control": {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []},
+    "teams": [],
+}
+"""Access fields of a document whose own ones are too large. Only admins see it."""
 MAX_LISTED: Final = 100
 _MAX_MESSAGE_CHARACTERS: Final = 1000
+
+
+def is_isolated(document: Document) -> bool:
+    """Return whether an event of the document's stream could not be applied."""
+    return ERROR_FIELD in document and REDUCED_FIELD not in document
 
 
 def event_problem(event: RecordedEvent, error: Exception) -> Document:

@@ -133,17 +133,18 @@ def count_finished_job(document: Document | None, job: Document) -> Document:
 async def count_jobs(views: Views, *, status: str | None, track: str | None) -> int:
     """Return the number of jobs, optionally only with a status or in a track."""
     counter = "jobs" if track is None else _track_counter(track)
-    field = status or ("total" if track is None else "count")
-    with translate_errors(_ERROR_CONTEXT):
-        document = await views[NAME].find_one({"_id": counter}, {field: 1})
-    return int((document or {}).get(field, 0))
+    return await _read_counter(views, counter, status or ("total" if track is None else "count"))
 
 
 async def count_batches(views: Views) -> int:
     """Return the number of batches."""
+    return await _read_counter(views, "batches", "total")
+
+
+async def _read_counter(views: Views, counter: str, field: str) -> int:
     with translate_errors(_ERROR_CONTEXT):
-        document = await views[NAME].find_one({"_id": "batches"}, {"total": 1})
-    return int((document or {}).get("total", 0))
+        document = await views[NAME].find_one({"_id": counter}, {field: 1})
+    return int((document or {}).get(field, 0))
 
 
 async def load_statistics(views: Views, now: datetime) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.projections.engine import projector, rebuild, writer
 from jobledger.projections.engine.view_changes import ChunkTooLarge, ViewChanges
 from jobledger.projections.views import job_list, jobs, projection_errors
+from jobledger.projections.views.paging import PageRequest
 from tests.projections.expected_views import load_views, make_empty_results
 from tests.projections.rebuild_runner import compare_views, rebuild_views
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
@@ -521,7 +522,8 @@ async def test_date_out_of_range_in_a_payload_does_not_stop_the_projector(connec
         await roles.handle_commands(job_id, ClaimJob("worker-1", datetime.now(UTC)))
     async with run_roles_in_process(connection, store, projector=True) as roles:  # loads both jobs from the view
         await roles.wait_for_views()
-        page, _ = await job_list.find_page(roles.checkpoint.views, job_list.JobFilter().build_query(ADMIN), limit=10)
+        query = job_list.JobFilter().build_query(ADMIN)
+        page, _ = await job_list.find_page(roles.checkpoint.views, query, PageRequest(limit=10))
         assert [job["status"] for job in page] == ["processing", "processing"]
         assert await compare_views(connection) == []
 
