@@ -1,4 +1,4 @@
-"""The application: route table, middleware and error handlers."""
+"""The application: routes, middleware and error handlers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from jobledger.api.http.limits import AuthFailureLimitMiddleware, RateLimitMiddl
 from jobledger.api.http.memory_budget import MemoryLimitMiddleware
 from jobledger.api.http.origins import HostOriginMiddleware, build_cors_middleware
 from jobledger.api.http.request_context import PathPrefixMiddleware, RequestContextMiddleware
-from jobledger.api.http.routing import DocumentedRoute
 from jobledger.api.openapi import document as openapi
+from jobledger.api.openapi.operation import OPERATIONS, DocumentedRoute
 from jobledger.api.routes import (
     archives,
     batch_actions,
@@ -41,66 +41,30 @@ from jobledger.api.routes import (
 )
 from jobledger.ledger.domain.errors import JobledgerError
 
+_ROUTE_MODULES = (
+    docs,
+    jobs,
+    job_actions,
+    batches,
+    batch_actions,
+    history,
+    archives,
+    files,
+    log,
+    log_stream,
+    monitoring,
+    webhooks,
+    webhook_endpoints,
+    webhook_echo,
+    metrics,
+)
 ROUTES = [
-    DocumentedRoute("/", docs.get_index),
-    DocumentedRoute("/api/openapi.json", docs.get_openapi_document),
-    DocumentedRoute("/api/docs", docs.get_docs_page),
-    DocumentedRoute("/api/events/jobs", jobs.submit_job, methods=["POST"]),
-    DocumentedRoute("/api/events/jobs", jobs.list_jobs),
-    DocumentedRoute("/api/events/jobs/{job_id}", jobs.get_job),
-    DocumentedRoute("/api/events/jobs/{job_id}", job_actions.update_job, methods=["PUT"]),
-    DocumentedRoute("/api/events/jobs/{job_id}", job_actions.delete_job, methods=["DELETE"]),
-    DocumentedRoute("/api/events/jobs/{job_id}/history", history.get_job_history),
-    DocumentedRoute("/api/events/jobs/{job_id}/logs", history.get_job_logs),
-    DocumentedRoute("/api/events/jobs/{job_id}/download-archive", archives.download_job_archive),
-    DocumentedRoute("/api/events/jobs/{job_id}/cancel", job_actions.cancel_job, methods=["POST"]),
-    DocumentedRoute("/api/events/jobs/{job_id}/restart", job_actions.restart_job, methods=["POST"]),
-    DocumentedRoute("/api/events/jobs/{job_id}/archive", job_actions.archive_job, methods=["POST"]),
-    DocumentedRoute("/api/events/jobs/{job_id}/unarchive", job_actions.unarchive_job, methods=["POST"]),
-    DocumentedRoute("/api/events/batches", batches.submit_batch, methods=["POST"]),
-    DocumentedRoute("/api/events/batches", batches.list_batches),
-    DocumentedRoute("/api/events/batches/{batch_id}", batches.get_batch),
-    DocumentedRoute("/api/events/batches/{batch_id}", batch_actions.update_batch, methods=["PUT"]),
-    DocumentedRoute("/api/events/batches/{batch_id}", batch_actions.delete_batch, methods=["DELETE"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/jobs", batches.list_batch_jobs),
-    DocumentedRoute("/api/events/batches/{batch_id}/history", history.get_batch_history),
-    DocumentedRoute("/api/events/batches/{batch_id}/download-archive", archives.download_batch_archive),
-    DocumentedRoute("/api/events/batches/{batch_id}/pause", batch_actions.pause_batch, methods=["POST"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/resume", batch_actions.resume_batch, methods=["POST"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/cancel", batch_actions.cancel_batch, methods=["POST"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/restart", batch_actions.restart_batch, methods=["POST"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/archive", batch_actions.archive_batch, methods=["POST"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/unarchive", batch_actions.unarchive_batch, methods=["POST"]),
-    DocumentedRoute("/api/events/files/{path:path}/link", files.create_signed_link, methods=["POST"]),
-    DocumentedRoute("/api/events/files/{path:path}", files.get_file),
-    DocumentedRoute("/api/ledger/events", log.list_events),
-    DocumentedRoute("/api/ledger/stream", log_stream.stream_events),
-    DocumentedRoute("/api/ledger/head", log.get_log_head),
-    DocumentedRoute("/api/monitoring/events/stats", monitoring.get_statistics),
-    DocumentedRoute("/api/monitoring/events/webhooks", webhooks.list_deliveries),
-    DocumentedRoute("/api/monitoring/events/redeliver", webhooks.redeliver_webhooks, methods=["POST"]),
-    DocumentedRoute("/api/monitoring/events/webhooks/{delivery_id}", webhooks.get_delivery),
-    DocumentedRoute(
-        "/api/monitoring/events/webhooks/{delivery_id}/redeliver", webhooks.redeliver_webhook, methods=["POST"]
-    ),
-    DocumentedRoute("/api/monitoring/events/webhook-endpoints", webhook_endpoints.list_webhook_endpoints),
-    DocumentedRoute(
-        "/api/monitoring/events/webhook-endpoints/{endpoint_id}/rotate-secret",
-        webhook_endpoints.rotate_endpoint_secret,
-        methods=["POST"],
-    ),
-    DocumentedRoute(
-        "/api/monitoring/events/webhook-endpoints/{endpoint_id}/secret",
-        webhook_endpoints.revoke_endpoint_secret,
-        methods=["DELETE"],
-    ),
-    DocumentedRoute("/api/events/test-webhook-callback", webhook_echo.receive_webhook_echo, methods=["POST"]),
-    DocumentedRoute("/api/events/test-webhook-callback", webhook_echo.list_webhook_echoes),
-    DocumentedRoute("/metrics", metrics.get_metrics),
-    DocumentedRoute("/healthz", monitoring.check_liveness),
-    DocumentedRoute("/readyz", monitoring.check_readiness),
+    DocumentedRoute(handler)
+    for module in _ROUTE_MODULES
+    for handler in OPERATIONS
+    if handler.__module__ == module.__name__
 ]
-"""The routes of the API, in the order of the OpenAPI document. The dashboard has its own."""
+"""The routes of the API: the handlers of each module, in the order of their definitions. The dashboard has its own."""
 
 
 def create_app(ctx: ApiContext) -> ASGIApp:

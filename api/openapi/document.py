@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from starlette.routing import Route
 
 from jobledger.api.auth.permissions import PUBLIC_PATHS
 from jobledger.api.http.error_codes import ERROR_CODES
 from jobledger.api.http.preferences import MAX_WAIT_SECONDS
-from jobledger.api.openapi.operation import OPERATIONS, Operation
+from jobledger.api.openapi.operation import DocumentedRoute, Operation
 from jobledger.api.schemas.batches import BatchBody, BatchRestartBody, BatchUpdateBody
 from jobledger.api.schemas.jobs import JobBody, JobRestartBody, JobUpdateBody
 from jobledger.api.schemas.request_models import ReasonBody
@@ -129,21 +128,22 @@ EXAMPLES: Final[Mapping[type[BaseModel], Json]] = {
 """Example bodies. The server accepts them unchanged."""
 
 
-def build_document(routes: Iterable[Route], job_types: Mapping[str, type[BaseModel]], base_url: str = "/") -> Json:
+def build_document(
+    routes: Sequence[DocumentedRoute], job_types: Mapping[str, type[BaseModel]], base_url: str = "/"
+) -> Json:
     """Return the document.
 
     Args:
-        routes: The routes. The handler of each has an `Operation`.
+        routes: The routes.
         job_types: The parameter models by job type.
         base_url: The URL of the API.
     """
-    described = [(route, OPERATIONS[route.endpoint]) for route in routes]
-    names, schemas = _build_schemas([operation for _, operation in described], job_types)
+    names, schemas = _build_schemas([route.operation for route in routes], job_types)
     paths: dict[str, Json] = {}
-    for route, operation in described:
-        method = next(iter((route.methods or set()) - {"HEAD"}))
+    for route in routes:
         path = route.path.replace(":path}", "}")
-        paths.setdefault(path, {})[method.lower()] = _describe_operation(route, operation, method, path, names, schemas)
+        described = _describe_operation(route, path, names, schemas)
+        paths.setdefault(path, {})[route.operation.method.lower()] = described
     return {
         "openapi": "3.1.0",
         "info": {
@@ -222,14 +222,13 @@ def _build_variant(plain: Json, name: str, parameters: Json) -> Json:
 # Operations -------------------------------------------------------------------------------------------------------
 
 
-def _describe_operation(
-    route: Route, operation: Operation, method: str, path: str, names: Names, schemas: Json
-) -> Json:
+def _describe_operation(route: DocumentedRoute, path: str, names: Names, schemas: Json) -> Json:
+    operation = route.operation
     described: Json = {
         "operationId": route.name,
         "tags": [_tag(path)],
-        "summary": operation.summary,
-        "parameters": _describe_parameters(route, operation, method, names, schemas),
+        "summary": route.summary,
+        "parameters": _describe_parameters(route, names, schemas),
     }
     if operation.body is not None:
         content: Json = {"schema": names[operation.body, "validation"]}
@@ -240,8 +239,8 @@ def _describe_operation(
             "content": {"application/json": content},
         }
     described["responses"] = {
-        **_describe_successes(operation, method, names),
-        **_describe_errors(_list_error_codes(route, operation, method, path)),
+        **_describe_successes(operation, names),
+        **_describe_errors(_list_error_codes(route, path)),
     }
     if path in PUBLIC_PATHS:
         described["security"] = []
@@ -255,14 +254,16 @@ def _tag(path: str) -> str:
     return next((name for name in ("ledger", "monitoring") if path.startswith(f"/api/{name}/")), "service")
 
 
-def _describe_parameters(route: Route, operation: Operation, method: str, names: Names, schemas: Json) -> list[Json]:
+def _describe_parameters(route: DocumentedRoute, names: Names, schemas: Json) -> list[Json]:
+    operation, method = route.operation, route.operation.method
     parameters: list[Json] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in route.param_convertors
     ]
     model = schemas[names[operation.query_model, "validation"]["$ref"].rpartition("/")[2]]
     parameters += [_describe_query_parameter(name, schema, model) for name, schema in model["properties"].items()]
-    headers = list(operation.request_headers)
+    headers = ["If-Match", "If-None-Match"] if operation.is_conditional else []
+    headers += operation.request_headers
     headers += ["Ledger-Position"] if operation.reads_views else []
     headers += ["If-Match"] if method != "GET" and _has_version(route) else []
     headers += ["Idempotency-Key"] if method == "POST" else []
@@ -284,16 +285,18 @@ def _describe_query_parameter(name: str, schema: Json, model: Json) -> Json:
     return parameter
 
 
-def _has_version(route: Route) -> bool:
+def _has_version(route: DocumentedRoute) -> bool:
     return not {"job_id", "batch_id"}.isdisjoint(route.param_convertors)
 
 
-def _describe_successes(operation: Operation, method: str, names: Names) -> dict[str, Json]:
-    headers = [
-        *operation.response_headers,
-        *(["Ledger-Position"] if operation.reads_views or (method != "GET" and operation.appends_events) else []),
-    ]
-    headers += ["Preference-Applied"] if "Prefer" in operation.request_headers else []
+def _describe_successes(operation: Operation, names: Names) -> dict[str, Json]:
+    headers = [*operation.response_headers]
+    if operation.is_conditional:
+        headers.append("ETag")
+    if operation.reads_views or (operation.method != "GET" and operation.appends_events):
+        headers.append("Ledger-Position")
+    if "Prefer" in operation.request_headers:
+        headers.append("Preference-Applied")
     if isinstance(operation.response, str):
         description = "The content."
         schema = {"type": "object"} if operation.response == "application/json" else {}
@@ -302,14 +305,15 @@ def _describe_successes(operation: Operation, method: str, names: Names) -> dict
         description = (operation.response.__doc__ or "").partition("\n\n")[0]
         content = {"application/json": {"schema": names[operation.response, "serialization"]}}
     responses = {str(operation.status): {"description": description, "headers": _headers(*headers), "content": content}}
-    if 206 in operation.extra_statuses:
+    if "Range" in operation.request_headers:
         responses["206"] = {"description": "The requested parts.", "headers": _headers(*headers), "content": content}
-    if 304 in operation.extra_statuses:
+    if operation.is_conditional:
         responses["304"] = {"description": "Your copy is current.", "headers": _headers(*headers)}
     return responses
 
 
-def _list_error_codes(route: Route, operation: Operation, method: str, path: str) -> list[str]:
+def _list_error_codes(route: DocumentedRoute, path: str) -> list[str]:
+    operation, method = route.operation, route.operation.method
     codes = [*_COMMON_CODES, *operation.error_codes]
     if path not in PUBLIC_PATHS:
         codes += _AUTHENTICATION_CODES
@@ -327,6 +331,8 @@ def _list_error_codes(route: Route, operation: Operation, method: str, path: str
         codes += _BODY_CODES
     if operation.reads_views:
         codes += ["malformed_position", "projection_lagging"]
+    if operation.is_conditional:
+        codes.append("precondition_failed")
     return sorted(dict.fromkeys(codes), key=lambda code: (ERROR_CODES[code][0], code))
 
 

@@ -33,13 +33,14 @@ _ERROR_CODES: Final = ("no_results", "file_missing", "file_damaged", "file_store
 
 
 @Operation(
-    summary="Download a job's result files as a ZIP file",
+    "GET",
+    "/api/events/jobs/{job_id}/download-archive",
     response="application/zip",
     reads_views=True,
     error_codes=_ERROR_CODES,
 )
 async def download_job_archive(request: Request) -> Response:
-    """GET /api/events/jobs/{job_id}/download-archive"""
+    """Download a job's result files as a ZIP file."""
     await wait_for_requested_position(request)
     job = await load_or_404(request, JOB)
     rows = [row async for row in view.iter_job_files(get_api_context(request).views, [job["job_id"]])]
@@ -55,13 +56,14 @@ async def download_job_archive(request: Request) -> Response:
 
 
 @Operation(
-    summary="Download the result files of a batch's jobs as a ZIP file",
+    "GET",
+    "/api/events/batches/{batch_id}/download-archive",
     response="application/zip",
     reads_views=True,
     error_codes=_ERROR_CODES,
 )
 async def download_batch_archive(request: Request) -> Response:
-    """GET /api/events/batches/{batch_id}/download-archive
+    """Download the result files of a batch's jobs as a ZIP file.
 
     The archive has the files of all jobs that the caller may read.
     """

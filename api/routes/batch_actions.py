@@ -48,69 +48,81 @@ _ALL_STATUSES: Final[frozenset[JobStatus]] = frozenset(get_args(JobStatus))
 
 
 @Operation(
-    summary="Pause a batch: start no more jobs", response=BatchActionResponse, body=ReasonBody, is_body_optional=True
+    "POST", "/api/events/batches/{batch_id}/pause", response=BatchActionResponse, body=ReasonBody, is_body_optional=True
 )
 async def pause_batch(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/pause"""
+    """Pause a batch: start no more jobs."""
     body, content = await read_optional_json_body(request, ReasonBody)
     return await _execute_once(request, content, PauseBatch(get_actor(request), body.reason))
 
 
-@Operation(summary="Resume a paused batch", response=BatchActionResponse, body=ReasonBody, is_body_optional=True)
+@Operation(
+    "POST",
+    "/api/events/batches/{batch_id}/resume",
+    response=BatchActionResponse,
+    body=ReasonBody,
+    is_body_optional=True,
+)
 async def resume_batch(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/resume"""
+    """Resume a paused batch."""
     body, content = await read_optional_json_body(request, ReasonBody)
     return await _execute_once(request, content, ResumeBatch(get_actor(request), body.reason))
 
 
 @Operation(
-    summary="Cancel the unfinished jobs of a batch",
-    response=BulkActionResponse,
-    body=ReasonBody,
-    is_body_optional=True,
+    "POST", "/api/events/batches/{batch_id}/cancel", response=BulkActionResponse, body=ReasonBody, is_body_optional=True
 )
 async def cancel_batch(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/cancel"""
+    """Cancel the unfinished jobs of a batch."""
     body, content = await read_optional_json_body(request, ReasonBody)
     command = CancelJob(get_actor(request), body.reason)
     return await _execute_for_jobs(request, content, command, _ALL_STATUSES - TERMINAL_STATUSES)
 
 
 @Operation(
-    summary="Restart finished jobs of a batch",
+    "POST",
+    "/api/events/batches/{batch_id}/restart",
     response=BulkActionResponse,
     body=BatchRestartBody,
     is_body_optional=True,
 )
 async def restart_batch(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/restart"""
+    """Restart finished jobs of a batch."""
     body, content = await read_optional_json_body(request, BatchRestartBody)
     command = RestartJob(get_actor(request), body.reason, body.reuse_steps)
     statuses: Collection[JobStatus] = TERMINAL_STATUSES if body.only == "all" else {body.only}
     return await _execute_for_jobs(request, content, command, statuses)
 
 
-@Operation(summary="Archive a batch and its jobs", response=BulkActionResponse, body=ReasonBody, is_body_optional=True)
+@Operation(
+    "POST",
+    "/api/events/batches/{batch_id}/archive",
+    response=BulkActionResponse,
+    body=ReasonBody,
+    is_body_optional=True,
+)
 async def archive_batch(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/archive"""
+    """Archive a batch and its jobs."""
     body, content = await read_optional_json_body(request, ReasonBody)
     return await _execute_once(request, content, command := Archive(get_actor(request), body.reason), command)
 
 
 @Operation(
-    summary="Unarchive a batch and its jobs", response=BulkActionResponse, body=ReasonBody, is_body_optional=True
+    "POST",
+    "/api/events/batches/{batch_id}/unarchive",
+    response=BulkActionResponse,
+    body=ReasonBody,
+    is_body_optional=True,
 )
 async def unarchive_batch(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/unarchive"""
+    """Unarchive a batch and its jobs."""
     body, content = await read_optional_json_body(request, ReasonBody)
     return await _execute_once(request, content, command := Unarchive(get_actor(request), body.reason), command)
 
 
-@Operation(
-    summary="Change the access control of a batch and its jobs", response=BulkActionResponse, body=BatchUpdateBody
-)
+@Operation("PUT", "/api/events/batches/{batch_id}", response=BulkActionResponse, body=BatchUpdateBody)
 async def update_batch(request: Request) -> Response:
-    """PUT /api/events/batches/{batch_id}"""
+    """Change the access control of a batch and its jobs."""
     body, _ = await read_json_body(request, BatchUpdateBody)
     access = AccessControl(**body.access_control.model_dump())
     loaded = await _load_batch_state(request, AccessLevel.ADMIN)
@@ -123,9 +135,9 @@ async def update_batch(request: Request) -> Response:
     return _build_response(loaded.batch_id, state, result)
 
 
-@Operation(summary="Delete a finished batch and its jobs", response=BulkActionResponse)
+@Operation("DELETE", "/api/events/batches/{batch_id}", response=BulkActionResponse)
 async def delete_batch(request: Request) -> Response:
-    """DELETE /api/events/batches/{batch_id}
+    """Delete a finished batch and its jobs.
 
     Its jobs are deleted first, so an interrupted request can be repeated and leaves no jobs without a batch.
     """

@@ -87,7 +87,8 @@ _EVENTS_PER_YIELD: Final = 100
 
 
 @Operation(
-    summary="Submit a batch of jobs atomically",
+    "POST",
+    "/api/events/batches",
     response=BatchAcceptedResponse,
     status=202,
     body=BatchBody,
@@ -96,7 +97,7 @@ _EVENTS_PER_YIELD: Final = 100
     response_headers=("Location",),
 )
 async def submit_batch(request: Request) -> Response:
-    """POST /api/events/batches"""
+    """Submit a batch of jobs atomically."""
     submission = await _submit(request)
     batch = await load_submitted(request, BATCH, submission)
     rendered = redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch))
@@ -151,9 +152,9 @@ async def _submit(request: Request) -> Submission:
     return build_submission(request, BATCH, recorded[0], await reveal_new_secrets(ctx.db, endpoints))
 
 
-@Operation(summary="List batches", response=BatchListResponse, query=BatchListQuery, reads_views=True)
+@Operation("GET", "/api/events/batches", response=BatchListResponse, query=BatchListQuery, reads_views=True)
 async def list_batches(request: Request) -> Response:
-    """GET /api/events/batches"""
+    """List batches."""
     await wait_for_requested_position(request)
     ctx, principal, query = get_api_context(request), get_principal(request), parse_query(request, BatchListQuery)
     db_query = view.build_query(
@@ -169,17 +170,16 @@ async def list_batches(request: Request) -> Response:
 
 
 @Operation(
-    summary="Read a batch",
+    "GET",
+    "/api/events/batches/{batch_id}",
     response=BatchResponse,
     query=AsOfQuery,
     reads_views=True,
-    extra_statuses=(304,),
-    error_codes=("precondition_failed",),
-    request_headers=("If-Match", "If-None-Match", "Prefer"),
-    response_headers=("ETag",),
+    request_headers=("Prefer",),
+    is_conditional=True,
 )
 async def get_batch(request: Request) -> Response:
-    """GET /api/events/batches/{batch_id}"""
+    """Read a batch."""
     batch, viewer, as_of = await load_for_read(request, BATCH)
     if as_of is not None:
         batch = await _load_as_of(request, batch["batch_id"], as_of)
@@ -217,9 +217,9 @@ async def _load_as_of(request: Request, batch_id: str, as_of: int | datetime) ->
     return batch
 
 
-@Operation(summary="List the jobs of a batch", response=JobListResponse, query=JobListQuery, reads_views=True)
+@Operation("GET", "/api/events/batches/{batch_id}/jobs", response=JobListResponse, query=JobListQuery, reads_views=True)
 async def list_batch_jobs(request: Request) -> Response:
-    """GET /api/events/batches/{batch_id}/jobs"""
+    """List the jobs of a batch."""
     query = parse_query(request, JobListQuery)
     batch = await load_or_404(request, BATCH)
     return await list_jobs_response(request, query.model_copy(update={"batch_id": batch["batch_id"]}))

@@ -64,9 +64,9 @@ class _StaticContent:
         return ConditionalRequest(request.headers, self._etag).respond(self._body, self._media_type, self._headers)
 
 
-@Operation(summary="List the URLs of the service", response=IndexResponse)
+@Operation("GET", "/", response=IndexResponse)
 async def get_index(request: Request) -> Response:
-    """GET /"""
+    """List the URLs of the service."""
     prefix = get_api_context(request).signed_links.path_prefix
     return json_response(
         {
@@ -83,30 +83,16 @@ async def get_index(request: Request) -> Response:
     )
 
 
-@Operation(
-    summary="Read this OpenAPI document",
-    response="application/json",
-    extra_statuses=(304,),
-    error_codes=("precondition_failed",),
-    request_headers=("If-Match", "If-None-Match"),
-    response_headers=("ETag",),
-)
+@Operation("GET", "/api/openapi.json", response="application/json", is_conditional=True)
 async def get_openapi_document(request: Request) -> Response:
-    """GET /api/openapi.json"""
+    """Read this OpenAPI document."""
     docs: Docs = request.app.state.docs
     return (await asyncio.to_thread(lambda: docs.json)).build_response(request)
 
 
-@Operation(
-    summary="Read this document as an HTML page",
-    response="text/html",
-    extra_statuses=(304,),
-    error_codes=("precondition_failed",),
-    request_headers=("If-Match", "If-None-Match"),
-    response_headers=("ETag",),
-)
+@Operation("GET", "/api/docs", response="text/html", is_conditional=True)
 async def get_docs_page(request: Request) -> Response:
-    """GET /api/docs"""
+    """Read this document as an HTML page."""
     docs: Docs = request.app.state.docs
     return (await asyncio.to_thread(lambda: docs.page)).build_response(request)
 

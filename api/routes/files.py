@@ -26,13 +26,12 @@ from jobledger.projections.views import files as view
 
 
 @Operation(
-    summary="Download a result file",
+    "GET",
+    "/api/events/files/{path:path}",
     response="*/*",
     query=FileQuery,
     reads_views=True,
-    extra_statuses=(206, 304),
     error_codes=(
-        "precondition_failed",
         "range_not_satisfiable",
         "link_expired",
         "link_invalid",
@@ -40,11 +39,11 @@ from jobledger.projections.views import files as view
         "file_store_unavailable",
         "file_damaged",
     ),
-    request_headers=("If-Match", "If-None-Match", "Range"),
-    response_headers=("ETag",),
+    request_headers=("Range",),
+    is_conditional=True,
 )
 async def get_file(request: Request) -> Response:
-    """GET /api/events/files/{path}
+    """Download a result file.
 
     The path is only looked up in the view. It is never used in a file system.
     """
@@ -73,14 +72,15 @@ async def get_file(request: Request) -> Response:
 
 
 @Operation(
-    summary="Create a signed link to a result file",
+    "POST",
+    "/api/events/files/{path:path}/link",
     response=SignedLinkResponse,
     body=LinkBody,
     is_body_optional=True,
     appends_events=False,
 )
 async def create_signed_link(request: Request) -> Response:
-    """POST /api/events/files/{path}/link"""
+    """Create a signed link to a result file."""
     body, _ = await read_optional_json_body(request, LinkBody)
     row = await _load_readable(request)
     require_user_id(request)  # the link stays valid if access is revoked, so anonymous callers get none

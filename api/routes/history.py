@@ -25,15 +25,15 @@ from jobledger.projections.views.job_log import LOG_EVENT_TYPES, log_lines_of_ev
 _READ_BATCH_EVENTS: Final = 100
 
 
-@Operation(summary="List the events of a job", response=HistoryResponse, query=HistoryQuery)
+@Operation("GET", "/api/events/jobs/{job_id}/history", response=HistoryResponse, query=HistoryQuery)
 async def get_job_history(request: Request) -> Response:
-    """GET /api/events/jobs/{job_id}/history"""
+    """List the events of a job."""
     return await _get_history(request, JOB)
 
 
-@Operation(summary="List the events of a batch", response=HistoryResponse, query=HistoryQuery)
+@Operation("GET", "/api/events/batches/{batch_id}/history", response=HistoryResponse, query=HistoryQuery)
 async def get_batch_history(request: Request) -> Response:
-    """GET /api/events/batches/{batch_id}/history"""
+    """List the events of a batch."""
     return await _get_history(request, BATCH)
 
 
@@ -45,9 +45,9 @@ async def _get_history(request: Request, resource: Resource) -> Response:
     )
 
 
-@Operation(summary="List the log lines of a job", response=LogLinesResponse, query=HistoryQuery)
+@Operation("GET", "/api/events/jobs/{job_id}/logs", response=LogLinesResponse, query=HistoryQuery)
 async def get_job_logs(request: Request) -> Response:
-    """GET /api/events/jobs/{job_id}/logs"""
+    """List the log lines of a job."""
     job = await load_or_404(request, JOB)
     return await _page_response(request, job["job_id"], "logs", _encode_log_lines, types=LOG_EVENT_TYPES)
 

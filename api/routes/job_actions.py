@@ -37,14 +37,15 @@ _STOP_TIMEOUT_SECONDS: Final = 30.0
 
 
 @Operation(
-    summary="Change a pending job, or its access control",
+    "PUT",
+    "/api/events/jobs/{job_id}",
     response=JobActionResponse,
     body=JobUpdateBody,
     error_codes=("validation_timeout",),
     response_headers=("ETag",),
 )
 async def update_job(request: Request) -> Response:
-    """PUT /api/events/jobs/{job_id}"""
+    """Change a pending job, or its access control."""
     body, content = await read_json_body(request, JobUpdateBody)
     if body.parameters is not None:
         job_type = (await load_or_404(request, JOB))["job_type"]
@@ -58,62 +59,64 @@ async def update_job(request: Request) -> Response:
 
 
 @Operation(
-    summary="Cancel a job",
+    "POST",
+    "/api/events/jobs/{job_id}/cancel",
     response=JobActionResponse,
     body=ReasonBody,
     is_body_optional=True,
     response_headers=("ETag",),
 )
 async def cancel_job(request: Request) -> Response:
-    """POST /api/events/jobs/{job_id}/cancel"""
+    """Cancel a job."""
     body, content = await read_optional_json_body(request, ReasonBody)
     return await _execute(request, content, CancelJob(get_actor(request), body.reason))
 
 
 @Operation(
-    summary="Restart a finished job",
+    "POST",
+    "/api/events/jobs/{job_id}/restart",
     response=JobActionResponse,
     body=JobRestartBody,
     is_body_optional=True,
     response_headers=("ETag",),
 )
 async def restart_job(request: Request) -> Response:
-    """POST /api/events/jobs/{job_id}/restart"""
+    """Restart a finished job."""
     body, content = await read_optional_json_body(request, JobRestartBody)
     return await _execute(request, content, RestartJob(get_actor(request), body.reason, body.reuse_steps))
 
 
 @Operation(
-    summary="Archive a job",
+    "POST",
+    "/api/events/jobs/{job_id}/archive",
     response=JobActionResponse,
     body=ReasonBody,
     is_body_optional=True,
     response_headers=("ETag",),
 )
 async def archive_job(request: Request) -> Response:
-    """POST /api/events/jobs/{job_id}/archive"""
+    """Archive a job."""
     body, content = await read_optional_json_body(request, ReasonBody)
     return await _execute(request, content, Archive(get_actor(request), body.reason))
 
 
 @Operation(
-    summary="Unarchive a job",
+    "POST",
+    "/api/events/jobs/{job_id}/unarchive",
     response=JobActionResponse,
     body=ReasonBody,
     is_body_optional=True,
     response_headers=("ETag",),
 )
 async def unarchive_job(request: Request) -> Response:
-    """POST /api/events/jobs/{job_id}/unarchive"""
+    """Unarchive a job."""
     body, content = await read_optional_json_body(request, ReasonBody)
     return await _execute(request, content, Unarchive(get_actor(request), body.reason))
 
 
-@Operation(
-    summary="Delete a job; cancel it first if it runs", response=JobActionResponse, error_codes=("still_running",)
-)
+@Operation("DELETE", "/api/events/jobs/{job_id}", response=JobActionResponse, error_codes=("still_running",))
 async def delete_job(request: Request) -> Response:
-    """DELETE /api/events/jobs/{job_id}
+    """Delete a job; cancel it first if it runs.
 
     A running job is cancelled first. It is deleted when its worker has stopped it, or when the worker's lease expired.
     """

@@ -46,7 +46,8 @@ from jobledger.projections.views.documents import fold_events
 
 
 @Operation(
-    summary="Submit a job",
+    "POST",
+    "/api/events/jobs",
     response=JobAcceptedResponse,
     status=202,
     body=JobBody,
@@ -55,7 +56,7 @@ from jobledger.projections.views.documents import fold_events
     response_headers=("Location",),
 )
 async def submit_job(request: Request) -> Response:
-    """POST /api/events/jobs"""
+    """Submit a job."""
     submission = await _submit(request)
     job = await load_submitted(request, JOB, submission)
     [rendered] = await render_jobs(request, [job])
@@ -99,24 +100,23 @@ async def _submit(request: Request) -> Submission:
     return build_submission(request, JOB, submitted, await reveal_new_secrets(ctx.db, endpoints))
 
 
-@Operation(summary="List jobs", response=JobListResponse, query=JobListQuery, reads_views=True)
+@Operation("GET", "/api/events/jobs", response=JobListResponse, query=JobListQuery, reads_views=True)
 async def list_jobs(request: Request) -> Response:
-    """GET /api/events/jobs"""
+    """List jobs."""
     return await list_jobs_response(request, parse_query(request, JobListQuery))
 
 
 @Operation(
-    summary="Read a job",
+    "GET",
+    "/api/events/jobs/{job_id}",
     response=JobResponse,
     query=AsOfQuery,
     reads_views=True,
-    extra_statuses=(304,),
-    error_codes=("precondition_failed",),
-    request_headers=("If-Match", "If-None-Match", "Prefer"),
-    response_headers=("ETag",),
+    request_headers=("Prefer",),
+    is_conditional=True,
 )
 async def get_job(request: Request) -> Response:
-    """GET /api/events/jobs/{job_id}"""
+    """Read a job."""
     job, viewer, as_of = await load_for_read(request, JOB)
     if as_of is None:
         paused = await find_paused_batches(request, [job])

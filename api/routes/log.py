@@ -24,9 +24,9 @@ _MAX_EVENTS_SCANNED: Final = 10_000
 _READ_BATCH_EVENTS: Final = 1000
 
 
-@Operation(summary="Read the positions of the log and of the views", response=LogHeadResponse)
+@Operation("GET", "/api/ledger/head", response=LogHeadResponse)
 async def get_log_head(request: Request) -> Response:
-    """GET /api/ledger/head"""
+    """Read the positions of the log and of the views."""
     require_user_id(request)
     ctx = get_api_context(request)
     head, position = await ctx.event_store.head_position(), ctx.checkpoint.position
@@ -41,19 +41,14 @@ async def get_log_head(request: Request) -> Response:
 
 
 @Operation(
-    summary="List events of the log",
+    "GET",
+    "/api/ledger/events",
     response=EventListResponse,
     query=EventListQuery,
-    error_codes=(
-        "unknown_event_type",
-        "job_not_found",
-        "batch_not_found",
-        "stream_not_found",
-        "visibility_not_ready",
-    ),
+    error_codes=("unknown_event_type", "job_not_found", "batch_not_found", "stream_not_found", "visibility_not_ready"),
 )
 async def list_events(request: Request) -> Response:
-    """GET /api/ledger/events"""
+    """List events of the log."""
     ctx, principal = get_api_context(request), get_principal(request)
     query = parse_query(request, EventListQuery)
     event_filter = EventFilter(parse_event_types(query.types))

@@ -40,7 +40,8 @@ _CHUNK_BYTES: Final = 1024 * 1024
 
 
 @Operation(
-    summary="Stream the log as Server-Sent Events: `id:` is the position, `event:` the type, `data:` an event",
+    "GET",
+    "/api/ledger/stream",
     response="text/event-stream",
     query=StreamQuery,
     error_codes=(
@@ -54,7 +55,7 @@ _CHUNK_BYTES: Final = 1024 * 1024
     request_headers=("Last-Event-ID",),
 )
 async def stream_events(request: Request) -> EventStreamResponse:
-    """GET /api/ledger/stream"""
+    """Stream the log as Server-Sent Events: `id:` is the position, `event:` the type, `data:` an event."""
     ctx, principal = get_api_context(request), get_principal(request)
     query = _parse_query(request)
     event_filter = EventFilter(parse_event_types(query.types), query.job_id, query.batch_id)

@@ -57,9 +57,9 @@ class ResponseCounterMiddleware:
         await self._app(scope, receive, count_and_send)
 
 
-@Operation(summary="Read metrics for Prometheus", response="text/plain", error_codes=("forbidden",))
+@Operation("GET", "/metrics", response="text/plain", error_codes=("forbidden",))
 async def get_metrics(request: Request) -> Response:
-    """GET /metrics"""
+    """Read metrics for Prometheus."""
     require_monitor_role(request)
     ctx = get_api_context(request)
     registry = CollectorRegistry()

@@ -24,13 +24,10 @@ _PING_TIMEOUT_SECONDS: Final = 3.0
 
 
 @Operation(
-    summary="Read statistics of jobs, batches and tracks, the live workers, and the projection lag",
-    response=StatisticsResponse,
-    reads_views=True,
-    error_codes=("forbidden",),
+    "GET", "/api/monitoring/events/stats", response=StatisticsResponse, reads_views=True, error_codes=("forbidden",)
 )
 async def get_statistics(request: Request) -> Response:
-    """GET /api/monitoring/events/stats"""
+    """Read statistics of jobs, batches and tracks, the live workers, and the projection lag."""
     require_monitor_role(request)
     await wait_for_requested_position(request)
     ctx = get_api_context(request)
@@ -41,19 +38,15 @@ async def get_statistics(request: Request) -> Response:
     return json_response({"status": "success", "stats": stats})
 
 
-@Operation(summary="Check that the server is alive", response=SuccessResponse)
+@Operation("GET", "/healthz", response=SuccessResponse)
 async def check_liveness(_request: Request) -> Response:
-    """GET /healthz"""
+    """Check that the server is alive."""
     return json_response({"status": "success"})
 
 
-@Operation(
-    summary="Check that the server can serve requests",
-    response=ReadinessResponse,
-    error_codes=("database_unavailable", "projection_stalled"),
-)
+@Operation("GET", "/readyz", response=ReadinessResponse, error_codes=("database_unavailable", "projection_stalled"))
 async def check_readiness(request: Request) -> Response:
-    """GET /readyz
+    """Check that the server can serve requests.
 
     A server whose projection has stalled is not ready, because its responses are out of date.
     """

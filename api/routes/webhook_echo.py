@@ -32,20 +32,15 @@ async def create_indexes(db: Database) -> None:
 
 
 @Operation(
-    summary="Receive a webhook for a test, if `webhooks.echo_enabled` is on",
+    "POST",
+    "/api/events/test-webhook-callback",
     response=WebhookEchoResponse,
     query=AnyQuery,
     appends_events=False,
-    error_codes=(
-        "not_found",
-        "content_too_large",
-        "incomplete_body",
-        "unsupported_content_encoding",
-        "server_busy",
-    ),
+    error_codes=("not_found", "content_too_large", "incomplete_body", "unsupported_content_encoding", "server_busy"),
 )
 async def receive_webhook_echo(request: Request) -> Response:
-    """POST /api/events/test-webhook-callback"""
+    """Receive a webhook for a test, if `webhooks.echo_enabled` is on."""
     _check_enabled(request)
     user_id = require_user_id(request)
     received = {
@@ -63,13 +58,14 @@ async def receive_webhook_echo(request: Request) -> Response:
 
 
 @Operation(
-    summary="List the webhooks that the test endpoint received",
+    "GET",
+    "/api/events/test-webhook-callback",
     response=WebhookEchoListResponse,
     query=WebhookEchoQuery,
     error_codes=("not_found",),
 )
 async def list_webhook_echoes(request: Request) -> Response:
-    """GET /api/events/test-webhook-callback"""
+    """List the webhooks that the test endpoint received."""
     _check_enabled(request)
     query, principal = parse_query(request, WebhookEchoQuery), get_principal(request)
     db_query: Document = {} if principal.is_admin else {"user_id": require_user_id(request)}

@@ -22,9 +22,9 @@ from jobledger.api.schemas.webhooks import (
 from jobledger.ledger.store import endpoint_secrets
 
 
-@Operation(summary="List webhook endpoints", response=EndpointListResponse, query=EndpointListQuery)
+@Operation("GET", "/api/monitoring/events/webhook-endpoints", response=EndpointListResponse, query=EndpointListQuery)
 async def list_webhook_endpoints(request: Request) -> Response:
-    """GET /api/monitoring/events/webhook-endpoints"""
+    """List webhook endpoints."""
     query, caller = parse_query(request, EndpointListQuery), require_user_id(request)
     user_id = None if get_principal(request).is_admin else caller
     endpoints = await endpoint_secrets.list_endpoints(
@@ -34,14 +34,15 @@ async def list_webhook_endpoints(request: Request) -> Response:
 
 
 @Operation(
-    summary="Rotate the signing secret of an endpoint. The new secret is shown once",
+    "POST",
+    "/api/monitoring/events/webhook-endpoints/{endpoint_id}/rotate-secret",
     response=RotatedSecretResponse,
     body=RotateSecretBody,
     is_body_optional=True,
     appends_events=False,
 )
 async def rotate_endpoint_secret(request: Request) -> Response:
-    """POST /api/monitoring/events/webhook-endpoints/{endpoint_id}/rotate-secret"""
+    """Rotate the signing secret of an endpoint. The new secret is shown once."""
     body, _ = await read_optional_json_body(request, RotateSecretBody)
     endpoint_id = await _require_own_endpoint(request)
     grace = timedelta(seconds=body.grace_period_s)
@@ -52,12 +53,13 @@ async def rotate_endpoint_secret(request: Request) -> Response:
 
 
 @Operation(
-    summary="Revoke the signing secrets of an endpoint",
+    "DELETE",
+    "/api/monitoring/events/webhook-endpoints/{endpoint_id}/secret",
     response=SuccessResponse,
     appends_events=False,
 )
 async def revoke_endpoint_secret(request: Request) -> Response:
-    """DELETE /api/monitoring/events/webhook-endpoints/{endpoint_id}/secret"""
+    """Revoke the signing secrets of an endpoint."""
     endpoint_id = await _require_own_endpoint(request)
     if not await endpoint_secrets.revoke_secrets(get_api_context(request).db, endpoint_id):
         raise _not_found_error(endpoint_id)

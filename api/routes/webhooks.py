@@ -52,14 +52,15 @@ _UNRESTRICTED: Final = Principal(None, roles=frozenset({"admin"}))
 
 
 @Operation(
-    summary="List webhook deliveries with their attempts",
+    "GET",
+    "/api/monitoring/events/webhooks",
     response=DeliveryListResponse,
     query=DeliveryListQuery,
     reads_views=True,
     error_codes=("job_not_found",),
 )
 async def list_deliveries(request: Request) -> Response:
-    """GET /api/monitoring/events/webhooks"""
+    """List webhook deliveries with their attempts."""
     query = parse_query(request, DeliveryListQuery)
     await wait_for_requested_position(request)
     views, db_query = get_api_context(request).views, await _build_query(request, query)
@@ -72,9 +73,9 @@ async def list_deliveries(request: Request) -> Response:
     return list_response("deliveries", rendered, next_page, total, max_count=paging.MAX_COUNT)
 
 
-@Operation(summary="Read a webhook delivery", response=DeliveryResponse, reads_views=True)
+@Operation("GET", "/api/monitoring/events/webhooks/{delivery_id}", response=DeliveryResponse, reads_views=True)
 async def get_delivery(request: Request) -> Response:
-    """GET /api/monitoring/events/webhooks/{delivery_id}"""
+    """Read a webhook delivery."""
     await wait_for_requested_position(request)
     delivery_id = request.path_params["delivery_id"]
     delivery = await view.get(get_api_context(request).views, delivery_id)
@@ -85,7 +86,8 @@ async def get_delivery(request: Request) -> Response:
 
 
 @Operation(
-    summary="Redeliver a webhook",
+    "POST",
+    "/api/monitoring/events/webhooks/{delivery_id}/redeliver",
     response=DeliveryResponse,
     status=202,
     body=ReasonBody,
@@ -93,7 +95,7 @@ async def get_delivery(request: Request) -> Response:
     error_codes=("forbidden", "source_deleted"),
 )
 async def redeliver_webhook(request: Request) -> Response:
-    """POST /api/monitoring/events/webhooks/{delivery_id}/redeliver"""
+    """Redeliver a webhook."""
     body, content = await read_optional_json_body(request, ReasonBody)
     ctx, delivery_id = get_api_context(request), request.path_params["delivery_id"]
     events = await ctx.event_store.read_stream(delivery_id) if delivery_id.startswith("delivery-") else []
@@ -124,7 +126,8 @@ async def redeliver_webhook(request: Request) -> Response:
 
 
 @Operation(
-    summary="Redeliver webhooks: abandoned ones, or those that match the filters",
+    "POST",
+    "/api/monitoring/events/redeliver",
     response=RedeliveryResponse,
     status=202,
     body=RedeliverBody,
@@ -132,7 +135,7 @@ async def redeliver_webhook(request: Request) -> Response:
     error_codes=("job_not_found", "forbidden"),
 )
 async def redeliver_webhooks(request: Request) -> Response:
-    """POST /api/monitoring/events/redeliver
+    """Redeliver webhooks: abandoned ones, or those that match the filters.
 
     The oldest deliveries come first. Those that the caller may not redeliver are left out.
     """
