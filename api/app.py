@@ -23,13 +23,12 @@ from jobledger.api.http.request_context import PathPrefixMiddleware, RequestCont
 from jobledger.api.openapi import document as openapi
 from jobledger.api.openapi.operation import OPERATIONS, DocumentedRoute
 from jobledger.api.routes import (
+    actions,
     archives,
-    batch_actions,
     batches,
     docs,
     files,
     history,
-    job_actions,
     jobs,
     log,
     log_stream,
@@ -44,9 +43,8 @@ from jobledger.ledger.domain.errors import JobledgerError
 _ROUTE_MODULES = (
     docs,
     jobs,
-    job_actions,
+    actions,
     batches,
-    batch_actions,
     history,
     archives,
     files,

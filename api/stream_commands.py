@@ -1,0 +1,107 @@
+"""Handle a command on the stream that a request names, once for each Idempotency-Key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from jobledger.api.auth.permissions import require_access
+from jobledger.api.context import get_api_context
+from jobledger.api.http.bodies import run_off_loop
+from jobledger.api.http.conditional import require_if_match
+from jobledger.api.http.errors import ApiError
+from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
+from jobledger.api.resources import BATCH, Resource, load_events
+from jobledger.ledger.domain.access import AccessLevel
+from jobledger.ledger.domain.errors import CommandRejected
+from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
+from jobledger.ledger.store.command_handler import Command, StreamState, handle_command
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStream:
+    """A stream as the log has it, and what is needed to handle a command of a request on it.
+
+    Attributes:
+        fingerprint: Identifies the request; None without an Idempotency-Key.
+        meta: The metadata of the command's events.
+        check: Raises an error if the command is not allowed in a state of the stream.
+    """
+
+    stream_id: str
+    events: list[RecordedEvent]
+    stream_state: StreamState
+    fingerprint: RequestFingerprint | None
+    meta: EventMetadata
+    check: Callable[[StreamState], None] = lambda stream_state: None
+
+
+async def load_for_change(
+    request: Request,
+    resource: Resource,
+    access_level: AccessLevel = AccessLevel.WRITE,
+    *,
+    content: Any = None,
+    check_if_match: bool = True,
+) -> LoadedStream:
+    """Load the job or batch in the path, and check that the caller may change it.
+
+    Args:
+        request: The request.
+        resource: The kind of resource.
+        access_level: The access that the change requires.
+        content: The parsed body, which identifies a repeated request.
+        check_if_match: Check that `If-Match` names the current version, unless the request is a repeated one.
+
+    Raises:
+        ApiError: 401, 403, 404, 412; 422, the Idempotency-Key was used with another body.
+    """
+    stream_id = resource.id_in_path(request)
+    fingerprint = await run_off_loop(request, RequestFingerprint.from_request, request, content)
+    events = await load_events(request, resource, stream_id)
+    check = require_access(request, access_level, not_found_error=resource.not_found_error(stream_id))
+    if check_if_match and (fingerprint is None or fingerprint.find_in(events) is None):
+        check = require_if_match(request, check)
+    stream_state = StreamState().apply(events)
+    check(stream_state)
+    meta = build_metadata(request, fingerprint, stream_id if resource is BATCH else None)
+    return LoadedStream(stream_id, events, stream_state, fingerprint, meta, check)
+
+
+async def handle_once(request: Request, loaded: LoadedStream, command: Command) -> list[RecordedEvent]:
+    """Handle a command, unless the same request has done it before.
+
+    Returns:
+        The events of the stream up to the last one of the command.
+
+    Raises:
+        ApiError: As `loaded.check`.
+        CommandRejected: The stream's state does not allow the command.
+    """
+    event_store, fingerprint = get_api_context(request).event_store, loaded.fingerprint
+    if fingerprint is not None and (earlier := fingerprint.find_in(loaded.events)) is not None:
+        return loaded.events[: earlier.version]
+    try:
+        result = await handle_command(
+            event_store,
+            loaded.stream_id,
+            command,
+            meta=loaded.meta,
+            stream_state=loaded.stream_state,
+            check=loaded.check,
+        )
+    except (CommandRejected, ApiError):
+        if fingerprint is None:
+            raise
+        events = await event_store.read_stream(loaded.stream_id)
+        if (earlier := fingerprint.find_in(events)) is None:
+            raise
+        return events[: earlier.version]  # a concurrent request with the same key was faster
+    events = [*loaded.events, *result.events]
+    version = result.stream_state.head.version
+    if len(events) != version:  # another process has appended events, too
+        events = await event_store.read_stream(loaded.stream_id)
+    return events[:version]
