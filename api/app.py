@@ -35,7 +35,6 @@ from jobledger.api.routes import (
     metrics,
     monitoring,
     webhook_echo,
-    webhook_endpoints,
     webhooks,
 )
 from jobledger.ledger.domain.errors import JobledgerError
@@ -52,7 +51,6 @@ _ROUTE_MODULES = (
     log_stream,
     monitoring,
     webhooks,
-    webhook_endpoints,
     webhook_echo,
     metrics,
 )

@@ -157,14 +157,12 @@ async def list_batches(request: Request) -> Response:
     """List batches."""
     await wait_for_requested_position(request)
     ctx, principal, query = get_api_context(request), get_principal(request), parse_query(request, BatchListQuery)
-    db_query = view.build_query(
-        principal, status=query.status, user_id=query.user_id, archived=query.archived, q=query.q
-    )
+    filters = query.model_dump(exclude=set(PageQuery.model_fields), exclude_none=True)
+    db_query = view.build_query(principal, **filters)
     batches, next_page = await view.find_page(ctx.views, db_query, query.page_request)
     rendered = [redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch)) for batch in batches]
-    if principal.is_admin and not query.model_dump(exclude=set(PageQuery.model_fields), exclude_none=True):
-        total, max_count = await statistics.count_batches(ctx.views), None
-        return list_response("batches", rendered, next_page, total, max_count=max_count)
+    if principal.is_admin and not filters:
+        return list_response("batches", rendered, next_page, await statistics.count_batches(ctx.views), max_count=None)
     total = await paging.count(ctx.views, view.NAME, db_query)
     return list_response("batches", rendered, next_page, total, max_count=paging.MAX_COUNT)
 

@@ -1,11 +1,13 @@
-"""Webhook deliveries: list and read them with their attempts, and redeliver them.
+"""Webhook deliveries with their attempts, and webhook endpoints with their signing secrets.
 
 The owner of a job or batch sees its deliveries, and admins see all. Readers of a job see the deliveries of that job.
+A signing secret is shown once: when it is created or rotated.
 """
 
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Final
 
 from starlette.requests import Request
@@ -28,22 +30,29 @@ from jobledger.api.http.pagination import list_response
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import JOB, load_document
 from jobledger.api.schemas.request_models import ReasonBody
+from jobledger.api.schemas.response_models import SuccessResponse
 from jobledger.api.schemas.webhooks import (
     DeliveryFilter,
     DeliveryListQuery,
     DeliveryListResponse,
     DeliveryResponse,
+    EndpointListQuery,
+    EndpointListResponse,
     RedeliverBody,
     RedeliveryResponse,
+    RotatedSecretResponse,
+    RotateSecretBody,
 )
+from jobledger.api.stream_commands import LoadedStream, handle_once
 from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.commands import RequeueDelivery
 from jobledger.ledger.domain.delivery import Delivery, parse_source
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import StreamState, handle_command, is_deleted, load_stream_state
-from jobledger.projections.engine.as_of import events_up_to
+from jobledger.ledger.store import endpoint_secrets
+from jobledger.ledger.store.command_handler import StreamState, is_deleted, load_stream_state
 from jobledger.projections.views import deliveries as view
 from jobledger.projections.views import paging
+from jobledger.projections.views.documents import fold_events
 
 MAX_REDELIVERIES: Final = 10_000
 _CONCURRENT_REDELIVERIES: Final = 100
@@ -102,27 +111,23 @@ async def redeliver_webhook(request: Request) -> Response:
     current = StreamState().apply(events)
     if not isinstance(current.aggregate, Delivery):
         raise _not_found_error(delivery_id)
-    await _check_may_redeliver(request, current.aggregate, _not_found_error(delivery_id))
-    if await is_deleted(ctx.event_store, current.aggregate.spec.source):
-        message = f"{current.aggregate.spec.source} was deleted, so its webhook cannot be redelivered."
-        raise ApiError(410, "source_deleted", message)
+    principal, source = get_principal(request), current.aggregate.spec.source
+    if not principal.is_admin and principal.user_id != current.aggregate.spec.user_id:
+        await _check_may_change(request, source, _not_found_error(delivery_id))
+    if await is_deleted(ctx.event_store, source):
+        raise ApiError(410, "source_deleted", f"{source} was deleted, so its webhook cannot be redelivered.")
     fingerprint = RequestFingerprint.from_request(request, content)
-    requeued = fingerprint.find_in(events) if fingerprint else None
-    if requeued is None:
-        command = RequeueDelivery(get_actor(request), body.reason)
-        meta = build_metadata(request, fingerprint)
-        result = await handle_command(ctx.event_store, delivery_id, command, meta=meta, stream_state=current)
-        [requeued] = result.events
-        events = [*events, requeued]
-    delivery: Document | None = None
-    for event in events_up_to(events, requeued):
-        delivery = view.fold(delivery, event)
+    loaded = LoadedStream(delivery_id, events, current, fingerprint, build_metadata(request, fingerprint))
+    events = await handle_once(request, loaded, RequeueDelivery(get_actor(request), body.reason))
+    delivery = fold_events(view.fold, events)
     assert delivery is not None  # noqa: S101 - narrows the type; the first event creates the document
     projected = await view.get(ctx.views, delivery_id)  # only the views have the sequence number
     delivery = {**delivery, "sequence": projected["sequence"] if projected else None}
     viewer = await _viewer_of_delivery(request, delivery)
     rendered = redact_document(delivery, DELIVERY_FIELD_RULES, viewer)
-    return json_response({"status": "success", "delivery": rendered}, 202, {"Ledger-Position": str(requeued.position)})
+    return json_response(
+        {"status": "success", "delivery": rendered}, 202, {"Ledger-Position": str(events[-1].position)}
+    )
 
 
 @Operation(
@@ -140,25 +145,24 @@ async def redeliver_webhooks(request: Request) -> Response:
     The oldest deliveries come first. Those that the caller may not redeliver are left out.
     """
     body, content = await read_json_body(request, RedeliverBody)
-    ctx, actor = get_api_context(request), get_actor(request)
+    ctx, command = get_api_context(request), RequeueDelivery(get_actor(request), body.reason)
     fingerprint = RequestFingerprint.from_request(request, content)
     await wait_for_requested_position(request)
     if body.job_id is not None:
-        await _check_may_redeliver_of_job(request, body.job_id)
+        if not JOB.is_id(body.job_id):
+            raise JOB.not_found_error(body.job_id)
+        await _check_may_change(request, body.job_id, JOB.not_found_error(body.job_id))
     first = paging.PageRequest(MAX_REDELIVERIES, newest_first=False, max_bytes=_MAX_REDELIVERY_BYTES)
     deliveries, next_page = await view.find_page(ctx.views, await _build_query(request, body), first)
     meta = build_metadata(request, fingerprint)
 
     async def requeue(delivery_id: str) -> int:
         """Queue a delivery again. Return the position of its last event, 0 if its job or batch was deleted."""
-        events = await ctx.event_store.read_stream(delivery_id)
-        if fingerprint is not None and (earlier := fingerprint.find_in(events)) is not None:
-            return earlier.position
         if await is_deleted(ctx.event_store, parse_source(delivery_id)):
             return 0
-        command, current = RequeueDelivery(actor, body.reason), StreamState().apply(events)
-        result = await handle_command(ctx.event_store, delivery_id, command, meta=meta, stream_state=current)
-        return result.stream_state.head.position
+        events = await ctx.event_store.read_stream(delivery_id)
+        loaded = LoadedStream(delivery_id, events, StreamState().apply(events), fingerprint, meta)
+        return (await handle_once(request, loaded, command))[-1].position
 
     position = count = 0
     for start in range(0, len(deliveries), _CONCURRENT_REDELIVERIES):
@@ -190,14 +194,8 @@ async def _build_query(request: Request, filters: DeliveryFilter) -> Document:
     return view.build_query(
         principal,
         source=filters.job_id,
-        batch_id=filters.batch_id,
-        endpoint_id=filters.endpoint_id,
-        host=filters.host,
-        status=filters.status,
         event_type=filters.type,
-        after_sequence=filters.after_sequence,
-        created_after=filters.created_after,
-        created_before=filters.created_before,
+        **filters.model_dump(include=DeliveryFilter.model_fields.keys() - {"job_id", "type"}),
     )
 
 
@@ -210,27 +208,75 @@ async def _viewer_of_delivery(request: Request, delivery: Document) -> Viewer:
     return Viewer(principal, AccessLevel.NONE) if source is None else get_viewer(request, source)
 
 
-async def _check_may_redeliver(request: Request, delivery: Delivery, not_found_error: ApiError) -> None:
-    """Check that the caller is the owner, an admin, or may change the job or batch of the delivery.
+async def _check_may_change(request: Request, source: str, not_found_error: ApiError) -> None:
+    """Check that the caller may change a job or batch.
 
     Raises:
-        ApiError: `not_found_error`, the caller may not see it; 401, 403.
+        ApiError: `not_found_error`, the caller may not read it; 401, 403.
     """
-    principal = get_principal(request)
-    if principal.is_admin or delivery.spec.user_id == principal.user_id:
-        return
     check = require_access(request, AccessLevel.WRITE, not_found_error=not_found_error)
-    check(await load_stream_state(get_api_context(request).event_store, delivery.spec.source))
-
-
-async def _check_may_redeliver_of_job(request: Request, job_id: str) -> None:
-    not_found_error = JOB.not_found_error(job_id)
-    if not JOB.is_id(job_id):
-        raise not_found_error
-    require_user_id(request)
-    check = require_access(request, AccessLevel.WRITE, not_found_error=not_found_error)
-    check(await load_stream_state(get_api_context(request).event_store, job_id))
+    check(await load_stream_state(get_api_context(request).event_store, source))
 
 
 def _not_found_error(delivery_id: str) -> ApiError:
     return ApiError(404, "delivery_not_found", f"Delivery {delivery_id} not found.")
+
+
+@Operation("GET", "/api/monitoring/events/webhook-endpoints", response=EndpointListResponse, query=EndpointListQuery)
+async def list_webhook_endpoints(request: Request) -> Response:
+    """List webhook endpoints."""
+    query, caller = parse_query(request, EndpointListQuery), require_user_id(request)
+    user_id = None if get_principal(request).is_admin else caller
+    endpoints = await endpoint_secrets.list_endpoints(
+        get_api_context(request).db, user_id=user_id, limit=query.limit, after=query.after
+    )
+    return json_response({"status": "success", "endpoints": endpoints})
+
+
+@Operation(
+    "POST",
+    "/api/monitoring/events/webhook-endpoints/{endpoint_id}/rotate-secret",
+    response=RotatedSecretResponse,
+    body=RotateSecretBody,
+    is_body_optional=True,
+    appends_events=False,
+)
+async def rotate_endpoint_secret(request: Request) -> Response:
+    """Rotate the signing secret of an endpoint. The new secret is shown once."""
+    body, _ = await read_optional_json_body(request, RotateSecretBody)
+    endpoint_id = await _require_own_endpoint(request)
+    grace = timedelta(seconds=body.grace_period_s)
+    new_secret = await endpoint_secrets.rotate_secret(get_api_context(request).db, endpoint_id, grace)
+    if new_secret is None:
+        raise _endpoint_not_found_error(endpoint_id)
+    return json_response({"status": "success", **new_secret.to_response()}, headers={"Cache-Control": "no-store"})
+
+
+@Operation(
+    "DELETE",
+    "/api/monitoring/events/webhook-endpoints/{endpoint_id}/secret",
+    response=SuccessResponse,
+    appends_events=False,
+)
+async def revoke_endpoint_secret(request: Request) -> Response:
+    """Revoke the signing secrets of an endpoint."""
+    endpoint_id = await _require_own_endpoint(request)
+    await endpoint_secrets.revoke_secrets(get_api_context(request).db, endpoint_id)
+    return json_response({"status": "success"})
+
+
+async def _require_own_endpoint(request: Request) -> str:
+    """Return the endpoint ID in the path, if it is the caller's own or the caller is an admin.
+
+    Raises:
+        ApiError: 401, 404.
+    """
+    caller, endpoint_id = require_user_id(request), str(request.path_params["endpoint_id"])
+    endpoint = await endpoint_secrets.get_endpoint(get_api_context(request).db, endpoint_id)
+    if endpoint is None or not (get_principal(request).is_admin or endpoint["user_id"] == caller):
+        raise _endpoint_not_found_error(endpoint_id)
+    return endpoint_id
+
+
+def _endpoint_not_found_error(endpoint_id: str) -> ApiError:
+    return ApiError(404, "endpoint_not_found", f"Webhook endpoint {endpoint_id[:100]} not found.")
