@@ -1,33 +1,29 @@
-"""What routes of jobs and routes of batches do in the same way: load, wait for completion, and respond.
+"""What routes of jobs and routes of batches do in the same way: load, and wait for completion.
 
 A resource is a job or a batch. Each has an event stream and a document in the views.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from starlette.requests import Request
-from starlette.responses import Response
 
 from jobledger.api.auth.permissions import can_read, get_viewer, timeout_while_authenticated
 from jobledger.api.auth.redaction import Viewer
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position, wait_for_views
-from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.idempotency import RequestFingerprint
+from jobledger.api.http.errors import ApiError
 from jobledger.api.http.preferences import apply_wait_preference, prefers_wait
 from jobledger.api.schemas.request_models import AsOfQuery
-from jobledger.api.submission.builder import format_new_secrets
 from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import load_stream_state
-from jobledger.ledger.store.endpoint_secrets import RevealedSecret
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import batches, jobs
@@ -158,86 +154,6 @@ async def wait_for_completion(request: Request, resource: Resource, resource_id:
                 await completed.wait()
                 completed.clear()
             await wait_for_views(request, completion[1])
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A submitted job or batch.
-
-    Attributes:
-        stream_id: Its ID.
-        position: The position of the last event of the submission.
-        new_secrets: Secrets that were created for its webhooks.
-        document: The submitted resource. None if the caller prefers to wait: it may be large, and the wait long.
-    """
-
-    stream_id: str
-    position: int
-    new_secrets: Collection[RevealedSecret]
-    document: Document | None
-
-
-def build_submission(
-    request: Request, resource: Resource, first_event: RecordedEvent, new_secrets: Collection[RevealedSecret] = ()
-) -> Submission:
-    """Return the submission that began with an event. One commit wrote a batch and its jobs, the batch first."""
-    position = first_event.position + (first_event.payload["total_jobs"] if resource is BATCH else 0)
-    document = None if prefers_wait(request) else resource.fold_submitted(first_event)
-    return Submission(first_event.stream, position, new_secrets, document)
-
-
-async def find_earlier_submission(
-    request: Request, resource: Resource, resource_id: str, fingerprint: RequestFingerprint | None
-) -> Submission | None:
-    """Return the submission of an earlier request with the same key.
-
-    Raises:
-        ApiError: 422, the earlier request had another body.
-    """
-    if fingerprint is None:
-        return None
-    events = await get_api_context(request).event_store.read_stream(resource_id, limit=1)
-    first_event = fingerprint.find_in(events)
-    return None if first_event is None else build_submission(request, resource, first_event)
-
-
-async def load_submitted(request: Request, resource: Resource, submission: Submission) -> Document:
-    """Return the submitted resource. If the caller prefers to wait, wait for its completion first."""
-    if submission.document is not None:
-        return submission.document
-    ctx, stream_id = get_api_context(request), submission.stream_id
-    await wait_for_completion(request, resource, stream_id)
-    document = await resource.load(ctx.views, ctx.event_store, stream_id)
-    # The first event remains if the resource was deleted during the wait.
-    return document or resource.fold_submitted((await ctx.event_store.read_stream(stream_id, limit=1))[0])
-
-
-def accepted_response(
-    request: Request, resource: Resource, submission: Submission, position: int, content: dict[str, Any]
-) -> Response:
-    """Return the response to a submission: 202 with the ID, `content` and new secrets.
-
-    Args:
-        request: The request.
-        resource: The kind of resource.
-        submission: What was submitted.
-        position: The position of the document in `content`.
-        content: Fields of the response.
-    """
-    prefix = get_api_context(request).signed_links.path_prefix
-    return json_response(
-        {
-            "status": "success",
-            f"{resource.name}_id": submission.stream_id,
-            **content,
-            **format_new_secrets(submission.new_secrets),
-        },
-        202,
-        {
-            "Location": f"{prefix}/api/events/{resource.collection}/{submission.stream_id}",
-            "Ledger-Position": str(max(position, submission.position)),
-        },
-    )
 
 
 async def load_events(request: Request, resource: Resource, resource_id: str) -> list[RecordedEvent]:

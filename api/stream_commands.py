@@ -38,6 +38,10 @@ class LoadedStream:
     meta: EventMetadata
     check: Callable[[StreamState], None] = lambda stream_state: None
 
+    def find_earlier(self) -> RecordedEvent | None:
+        """Return the last event that the same request has caused before; None if it is not a repeated request."""
+        return None if self.fingerprint is None else self.fingerprint.find_in(self.events)
+
 
 async def load_for_change(
     request: Request,
@@ -82,7 +86,7 @@ async def handle_once(request: Request, loaded: LoadedStream, command: Command) 
         CommandRejected: The stream's state does not allow the command.
     """
     event_store, fingerprint = get_api_context(request).event_store, loaded.fingerprint
-    if fingerprint is not None and (earlier := fingerprint.find_in(loaded.events)) is not None:
+    if (earlier := loaded.find_earlier()) is not None:
         return loaded.events[: earlier.version]
     try:
         result = await handle_command(

@@ -140,7 +140,8 @@ async def update_batch(request: Request) -> Response:
     loaded = await load_for_change(request, BATCH, AccessLevel.ADMIN, content=content)
     spec = _get_batch(loaded).spec
     check_expanded_size(request, "access_control", access, len(spec.job_ids))
-    check_list_index_size(estimate_list_index_bytes(spec.user_id, access, spec.teams) * len(spec.job_ids))
+    index_size = estimate_list_index_bytes(spec.user_id, access, spec.teams)
+    check_list_index_size([index_size * len(spec.job_ids)])
     command = ChangeAccess(get_actor(request), access)
     events = await handle_once(request, loaded, command)
     result = await _apply_to_jobs(request, loaded, command, _ALL_STATUSES, AccessLevel.ADMIN)
@@ -187,7 +188,7 @@ def _add_action(
         if resource is JOB:
             return await _job_response(request, await handle_once(request, loaded, command))
         events, result = loaded.events, None
-        if isinstance(command, BatchCommand):
+        if isinstance(command, BatchCommand) and loaded.find_earlier() is None:
             events = await handle_once(request, loaded, command)
         if isinstance(command, JobCommand):
             result = await _apply_to_jobs(request, loaded, command, _select_statuses(body, command))

@@ -14,24 +14,15 @@ from starlette.responses import Response
 from jobledger.api import bulk_commands
 from jobledger.api.auth.permissions import get_principal, get_viewer, resolve_owner, resolve_teams
 from jobledger.api.auth.redaction import BATCH_FIELD_RULES, redact_document
-from jobledger.api.context import check_disk_space, get_api_context, parse_query, wait_for_requested_position
+from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.conditional import build_conditional_response
 from jobledger.api.http.errors import translate_damaged_events
-from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
+from jobledger.api.http.idempotency import RequestFingerprint
 from jobledger.api.http.pagination import list_response
 from jobledger.api.job_documents import list_jobs_response
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.resources import (
-    BATCH,
-    Submission,
-    accepted_response,
-    build_submission,
-    find_earlier_submission,
-    load_for_read,
-    load_or_404,
-    load_submitted,
-)
+from jobledger.api.resources import BATCH, load_for_read, load_or_404
 from jobledger.api.schemas.batches import (
     BatchAcceptedResponse,
     BatchBody,
@@ -42,19 +33,25 @@ from jobledger.api.schemas.batches import (
 from jobledger.api.schemas.jobs import JobListQuery, JobListResponse
 from jobledger.api.schemas.request_models import AsOfQuery, PageQuery
 from jobledger.api.submission.batches import build_batch_jobs, check_storable
-from jobledger.api.submission.builder import collect_signing_endpoints, extract_webhook_secrets, store_webhook_secrets
-from jobledger.ledger.domain.commands import SubmitBatch, SubmitJob
-from jobledger.ledger.domain.errors import InvalidEvent, VersionConflict
+from jobledger.api.submission.builder import extract_webhook_secrets
+from jobledger.api.submission.recording import (
+    Submission,
+    accepted_response,
+    create_id,
+    find_earlier_submission,
+    load_submitted,
+    record_submission,
+)
+from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import (
     AccessControl,
     BatchSubmitted,
     JobLogged,
     JobProgressed,
+    JobSubmitted,
     StepCompleted,
 )
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import Command, create_streams, new_batch_id, new_job_id
-from jobledger.ledger.store.endpoint_secrets import reveal_new_secrets
 from jobledger.ledger.store.event_store import override_payload_fields
 from jobledger.projections.engine.as_of import as_of_filter
 from jobledger.projections.engine.view_changes import ViewChanges
@@ -114,17 +111,14 @@ async def _submit(request: Request) -> Submission:
     ctx = get_api_context(request)
     body, content = await read_json_body(request, BatchBody)
     fingerprint = await run_off_loop(request, RequestFingerprint.from_request, request, content)
-    batch_id = f"batch-{fingerprint.derive_id()}" if fingerprint else new_batch_id()
+    batch_id = create_id("batch", fingerprint)
     if (earlier := await find_earlier_submission(request, BATCH, batch_id, fingerprint)) is not None:
         return earlier
-    check_disk_space(ctx)
-    webhook, secrets = extract_webhook_secrets(body.webhook, ctx)
+    webhook, batch_secrets = extract_webhook_secrets(body.webhook, ctx)
     user_id = resolve_owner(request, body.user_id)
-    teams = resolve_teams(request, user_id, ctx.get_groups)
-    jobs, job_secrets = await build_batch_jobs(request, body, batch_id, user_id)
-    job_ids = [
-        f"job-{fingerprint.derive_id(number)}" if fingerprint else new_job_id() for number in range(1, len(jobs) + 1)
-    ]
+    jobs, secrets = await build_batch_jobs(request, body, batch_id, user_id)
+    secrets += [batch_secrets] if batch_secrets else []
+    job_ids = [create_id("job", fingerprint, number) for number in range(1, len(jobs) + 1)]
     batch = BatchSubmitted(
         batch_name=body.batch_name,
         total_jobs=len(jobs),
@@ -133,23 +127,14 @@ async def _submit(request: Request) -> Submission:
         webhook=webhook,
         user_id=user_id,
         access_control=AccessControl(**body.access_control.model_dump()),
-        teams=sorted(teams),
+        teams=sorted(resolve_teams(request, user_id, ctx.get_groups)),
     )
-    endpoints = collect_signing_endpoints(batch, *jobs)
-    await store_webhook_secrets(ctx, secrets, *job_secrets, endpoints=endpoints)
-    commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
-    commands += [(job_id, SubmitJob(job)) for job_id, job in zip(job_ids, jobs, strict=True)]
-    meta = build_metadata(request, fingerprint, batch_id)
+    first_events: dict[str, BatchSubmitted | JobSubmitted] = {batch_id: batch, **dict(zip(job_ids, jobs, strict=True))}
     try:
-        recorded = await create_streams(ctx.event_store, commands, meta=meta)
-    except VersionConflict:  # a concurrent request with the same key was faster
-        if (earlier := await find_earlier_submission(request, BATCH, batch_id, fingerprint)) is None:
-            raise
-        return earlier
+        return await record_submission(request, BATCH, first_events, secrets, fingerprint)
     except InvalidEvent:
         await run_off_loop(request, check_storable, jobs)
         raise
-    return build_submission(request, BATCH, recorded[0], await reveal_new_secrets(ctx.db, endpoints))
 
 
 @Operation("GET", "/api/events/batches", response=BatchListResponse, query=BatchListQuery, reads_views=True)

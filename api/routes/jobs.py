@@ -8,37 +8,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.auth.permissions import resolve_owner, resolve_teams
-from jobledger.api.context import check_disk_space, get_api_context, parse_query
+from jobledger.api.context import get_api_context, parse_query
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.conditional import build_conditional_response
 from jobledger.api.http.errors import translate_damaged_events
-from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
+from jobledger.api.http.idempotency import RequestFingerprint
 from jobledger.api.job_documents import find_paused_batches, list_jobs_response, render_job, render_jobs
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.resources import (
-    JOB,
-    Submission,
-    accepted_response,
-    build_submission,
-    find_earlier_submission,
-    load_for_read,
-    load_submitted,
-)
+from jobledger.api.resources import JOB, load_for_read
 from jobledger.api.schemas.jobs import JobAcceptedResponse, JobBody, JobListQuery, JobListResponse, JobResponse
 from jobledger.api.schemas.request_models import AsOfQuery
-from jobledger.api.submission.builder import (
-    build_job_submitted,
-    check_parameters,
-    collect_signing_endpoints,
-    extract_webhook_secrets,
-    store_webhook_secrets,
-)
+from jobledger.api.submission.builder import build_job_submitted, check_parameters
 from jobledger.api.submission.parameters import ParameterCheck
-from jobledger.ledger.domain.commands import SubmitJob
-from jobledger.ledger.domain.errors import AlreadyExists
+from jobledger.api.submission.recording import (
+    Submission,
+    accepted_response,
+    create_id,
+    find_earlier_submission,
+    load_submitted,
+    record_submission,
+)
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import StreamState, handle_command, new_job_id
-from jobledger.ledger.store.endpoint_secrets import reveal_new_secrets
 from jobledger.projections.engine.as_of import as_of_filter
 from jobledger.projections.views import batches
 from jobledger.projections.views import jobs as view
@@ -72,32 +62,15 @@ async def _submit(request: Request) -> Submission:
     ctx = get_api_context(request)
     body, content = await read_json_body(request, JobBody)
     fingerprint = await run_off_loop(request, RequestFingerprint.from_request, request, content)
-    webhook, secrets = extract_webhook_secrets(body.webhook, ctx)
-    job = build_job_submitted(
-        body,
-        ctx,
-        user_id=(user_id := resolve_owner(request, body.user_id)),
-        teams=resolve_teams(request, user_id, ctx.get_groups),
-        webhook=webhook,
-    )
-    model = ctx.job_types[body.job_type]
-    await check_parameters(request, [ParameterCheck(body.job_type, model, body.parameters, ("parameters",))])
-    job_id = f"job-{fingerprint.derive_id()}" if fingerprint else new_job_id()
+    job_id = create_id("job", fingerprint)
     if (earlier := await find_earlier_submission(request, JOB, job_id, fingerprint)) is not None:
         return earlier
-    check_disk_space(ctx)
-    endpoints = collect_signing_endpoints(job)
-    await store_webhook_secrets(ctx, secrets, endpoints=endpoints)
-    meta = build_metadata(request, fingerprint)
-    try:
-        [submitted] = (
-            await handle_command(ctx.event_store, job_id, SubmitJob(job), meta=meta, stream_state=StreamState())
-        ).events
-    except AlreadyExists:  # a concurrent request with the same key was faster
-        if (earlier := await find_earlier_submission(request, JOB, job_id, fingerprint)) is None:
-            raise
-        return earlier
-    return build_submission(request, JOB, submitted, await reveal_new_secrets(ctx.db, endpoints))
+    user_id = resolve_owner(request, body.user_id)
+    teams = resolve_teams(request, user_id, ctx.get_groups)
+    job, secrets = build_job_submitted(body, ctx, user_id=user_id, teams=teams)
+    model = ctx.job_types[body.job_type]
+    await check_parameters(request, [ParameterCheck(body.job_type, model, body.parameters, ("parameters",))])
+    return await record_submission(request, JOB, {job_id: job}, [secrets] if secrets else [], fingerprint)
 
 
 @Operation("GET", "/api/events/jobs", response=JobListResponse, query=JobListQuery, reads_views=True)

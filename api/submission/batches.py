@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from pydantic_core import to_json
@@ -11,7 +12,7 @@ from starlette.requests import Request
 from jobledger.api.auth.permissions import resolve_owner, resolve_teams
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import MAX_VALUES, estimate_value_count, mark_large_body, run_off_loop
-from jobledger.api.http.errors import ApiError, format_location
+from jobledger.api.http.errors import ApiError, build_validation_error
 from jobledger.api.http.validation import validate_content
 from jobledger.api.schemas.batches import BatchBody
 from jobledger.api.schemas.jobs import JobBody
@@ -20,7 +21,6 @@ from jobledger.api.submission.builder import (
     build_job_submitted,
     check_no_userinfo,
     check_parameters,
-    extract_webhook_secrets,
 )
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain import limits
@@ -32,7 +32,7 @@ from jobledger.projections.views import list_index
 
 async def build_batch_jobs(
     request: Request, body: BatchBody, batch_id: str, user_id: str
-) -> tuple[list[JobSubmitted], list[WebhookSecrets | None]]:
+) -> tuple[list[JobSubmitted], list[WebhookSecrets]]:
     """Return the events of a batch's jobs, and the secrets of their webhooks.
 
     Raises:
@@ -41,7 +41,8 @@ async def build_batch_jobs(
     """
     _check_expanded_defaults(request, body)
     jobs, secrets = await run_off_loop(request, _build_jobs, request, body, batch_id, user_id)
-    await run_off_loop(request, _check_list_index, jobs)
+    index_sizes = (estimate_list_index_bytes(job.user_id, job.access_control, job.teams) for job in jobs)
+    await run_off_loop(request, check_list_index_size, index_sizes)
     job_types = get_api_context(request).job_types
     checks = [
         ParameterCheck(job.job_type, job_types[job.job_type], job.parameters, ("jobs", index, "parameters"))
@@ -55,29 +56,27 @@ async def build_batch_jobs(
 
 def _build_jobs(
     request: Request, body: BatchBody, batch_id: str, user_id: str
-) -> tuple[list[JobSubmitted], list[WebhookSecrets | None]]:
+) -> tuple[list[JobSubmitted], list[WebhookSecrets]]:
     ctx = get_api_context(request)
     teams = resolve_teams(request, user_id, ctx.get_groups)
-    all_secrets, jobs = [], []
+    jobs: list[JobSubmitted] = []
+    all_secrets: list[WebhookSecrets] = []
     for index, content in enumerate(body.jobs):
         job_body = validate_content(JobBody, content, within=("jobs", index))
-        webhook, secrets = extract_webhook_secrets(job_body.webhook, ctx, ("jobs", index))
-        all_secrets.append(secrets)
         owner = user_id if job_body.user_id is None else resolve_owner(request, job_body.user_id)
         inherited: dict[str, Any] = {"parameters": {**body.parameters, **job_body.parameters}}
         if "access_control" not in job_body.model_fields_set:
             inherited["access_control"] = body.access_control
-        jobs.append(
-            build_job_submitted(
-                job_body.model_copy(update=inherited),
-                ctx,
-                user_id=owner,
-                teams=teams if owner == user_id else resolve_teams(request, owner, ctx.get_groups),
-                within=("jobs", index),
-                batch_id=batch_id,
-                webhook=webhook,
-            )
+        job, secrets = build_job_submitted(
+            job_body.model_copy(update=inherited),
+            ctx,
+            user_id=owner,
+            teams=teams if owner == user_id else resolve_teams(request, owner, ctx.get_groups),
+            within=("jobs", index),
+            batch_id=batch_id,
         )
+        jobs.append(job)
+        all_secrets += [secrets] if secrets is not None else []
     return jobs, all_secrets
 
 
@@ -116,36 +115,27 @@ def check_expanded_size(request: Request, field: str, value: Any, repetitions: i
     mark_large_body(request, size, values)
 
 
-def _check_list_index(jobs: Sequence[JobSubmitted]) -> None:
-    """Reject access lists that would make gigabytes of list index, because each name adds rows for each job.
-
-    Raises:
-        ApiError: 413.
-    """
-    size = 0
-    for job in jobs:
-        size += estimate_list_index_bytes(job.user_id, job.access_control, job.teams)
-        if size > limits.MAX_BATCH_LIST_INDEX_BYTES:  # no need to count the rest
-            check_list_index_size(size)
-
-
 def estimate_list_index_bytes(user_id: str, access: AccessControl, teams: Sequence[str]) -> int:
     """Return the maximum size of the list index of one job."""
     return list_index.max_list_index_bytes({"user_id": user_id, "access_control": access.model_dump(), "teams": teams})
 
 
-def check_list_index_size(size: int) -> None:
-    """Check the size of the list index of a batch's jobs together.
+def check_list_index_size(sizes: Iterable[int]) -> None:
+    """Reject access lists that would make gigabytes of list index, because each name adds rows for each job.
+
+    Args:
+        sizes: The size of the list index of each job of a batch, in bytes.
 
     Raises:
         ApiError: 413.
     """
-    if size > limits.MAX_BATCH_LIST_INDEX_BYTES:
-        message = (
-            f"`access_control` and teams of the batch's jobs: the list index takes {size} bytes or more, at most "
-            f"{limits.MAX_BATCH_LIST_INDEX_BYTES} are allowed. Use fewer names, fewer groups, or smaller batches."
-        )
-        raise ApiError(413, "content_too_large", message)
+    for size in accumulate(sizes):
+        if size > limits.MAX_BATCH_LIST_INDEX_BYTES:
+            message = (
+                f"`access_control` and teams of the batch's jobs: the list index takes {size} bytes or more, at most "
+                f"{limits.MAX_BATCH_LIST_INDEX_BYTES} are allowed. Use fewer names, fewer groups, or smaller batches."
+            )
+            raise ApiError(413, "content_too_large", message)
 
 
 def check_storable(jobs: Sequence[JobSubmitted]) -> None:
@@ -161,6 +151,4 @@ def check_storable(jobs: Sequence[JobSubmitted]) -> None:
             location = ("jobs", index)
             limits.check_event(job, size)
         except InvalidEvent as error:
-            path = format_location(location)
-            problem = {"path": path, "message": str(error)}
-            raise ApiError(422, "invalid_content", f"{path}: {error}", details={"errors": [problem]}) from error
+            raise build_validation_error([{"loc": location, "msg": str(error)}]) from error

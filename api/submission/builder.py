@@ -12,15 +12,14 @@ from starlette.requests import Request
 
 from jobledger.api.context import ApiContext, get_api_context
 from jobledger.api.http.bodies import run_off_loop
-from jobledger.api.http.errors import ApiError, format_location
+from jobledger.api.http.errors import ApiError, build_validation_error, format_location
 from jobledger.api.http.validation import validate_content
 from jobledger.api.schemas.jobs import JobBody
 from jobledger.api.schemas.webhooks import WebhookBody
 from jobledger.api.submission.parameters import ParameterCheck
-from jobledger.ledger.domain.events import AccessControl, BatchSubmitted, JobSubmitted, Webhook
-from jobledger.ledger.mongo.connection import translate_errors
+from jobledger.ledger.domain.events import AccessControl, JobSubmitted, Webhook
+from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.net.url_policy import USERINFO_MESSAGE, AllowedHosts, has_userinfo, rejection_reason
-from jobledger.ledger.store.endpoint_secrets import Endpoint, RevealedSecret, ensure_secrets
 
 Location = tuple[str | int, ...]
 """Where a value is in the request body, for error messages."""
@@ -36,6 +35,10 @@ class WebhookSecrets:
     headers: dict[str, str]
     signing: list[str]
 
+    def to_document(self) -> Document:
+        """Return the document of the collection `webhook_secrets`."""
+        return {"_id": self.secrets_ref, "headers": self.headers, "secrets": self.signing}
+
 
 def build_job_submitted(
     body: JobBody,
@@ -45,9 +48,10 @@ def build_job_submitted(
     teams: Collection[str],
     within: Location = (),
     batch_id: str | None = None,
-    webhook: Webhook | None = None,
-) -> JobSubmitted:
-    """Return the event for a valid body. `check_parameters` must check the parameters separately.
+) -> tuple[JobSubmitted, WebhookSecrets | None]:
+    """Return the event for a valid body, and the secrets of its webhook.
+
+    `check_parameters` must check the parameters separately.
 
     Args:
         body: The body.
@@ -56,21 +60,21 @@ def build_job_submitted(
         teams: The owner's groups.
         within: The location of the body in the request.
         batch_id: The batch of the job.
-        webhook: The webhook, without its secrets.
 
     Raises:
-        ApiError: 422, the job type is unknown; 503, its processor is installed but cannot be used.
+        ApiError: 422, the job type is unknown, or the webhook's URL is not allowed; 503, the processor is installed but
+            cannot be used.
     """
+    path = format_location((*within, "job_type"))
     if (reason := ctx.unavailable_job_types.get(body.job_type)) is not None:
-        path = format_location((*within, "job_type"))
         message = f"{path}: job type {body.job_type!r} cannot be used on this server: {reason}"
         raise ApiError(503, "job_type_unavailable", message)
     if body.job_type not in ctx.job_types:
-        path = format_location((*within, "job_type"))
         message = f"unknown job type {body.job_type!r}, expected one of: {', '.join(sorted(ctx.job_types))}"
         details = {"errors": [{"path": path, "message": message}]}
         raise ApiError(422, "unknown_job_type", f"{path}: {message}", details=details)
-    return JobSubmitted(
+    webhook, secrets = extract_webhook_secrets(body.webhook, ctx, within)
+    job = JobSubmitted(
         job_type=body.job_type,
         parameters=body.parameters,
         batch_id=batch_id,
@@ -84,6 +88,7 @@ def build_job_submitted(
         max_attempts=body.max_attempts,
         timeout_s=body.timeout_s,
     )
+    return job, secrets
 
 
 async def check_parameters(request: Request, checks: Sequence[ParameterCheck]) -> None:
@@ -92,20 +97,16 @@ async def check_parameters(request: Request, checks: Sequence[ParameterCheck]) -
     Raises:
         ApiError: 422, naming each invalid field of the first job with any; 503, a plug-in's validator takes too long.
     """
-    trusted = [check for check in checks if check.is_trusted]
-    await run_off_loop(request, _check_no_userinfo_in_any, checks)
-    await run_off_loop(request, _validate_trusted, trusted)
+    await run_off_loop(request, _check_in_process, checks)
     await get_api_context(request).parameter_validator.check(check for check in checks if not check.is_trusted)
 
 
-def _check_no_userinfo_in_any(checks: Sequence[ParameterCheck]) -> None:
+def _check_in_process(checks: Sequence[ParameterCheck]) -> None:
     for check in checks:
         check_no_userinfo(check.parameters, check.within)
-
-
-def _validate_trusted(checks: Sequence[ParameterCheck]) -> None:
     for check in checks:
-        validate_content(check.model, check.parameters, within=check.within)
+        if check.is_trusted:
+            validate_content(check.model, check.parameters, within=check.within)
 
 
 def check_no_userinfo(parameters: Mapping[str, Any], within: Location) -> None:
@@ -116,13 +117,9 @@ def check_no_userinfo(parameters: Mapping[str, Any], within: Location) -> None:
     Raises:
         ApiError: 422.
     """
-    errors = [
-        {"path": format_location(location), "message": USERINFO_MESSAGE}
-        for location in islice(_find_userinfo(parameters, within), _MAX_ERRORS_LISTED)
-    ]
-    if errors:
-        message = f"{errors[0]['path']}: {USERINFO_MESSAGE}"
-        raise ApiError(422, "invalid_content", message, details={"errors": errors})
+    locations = islice(_find_userinfo(parameters, within), _MAX_ERRORS_LISTED)
+    if errors := [{"loc": location, "msg": USERINFO_MESSAGE} for location in locations]:
+        raise build_validation_error(errors, may_be_incomplete=len(errors) == _MAX_ERRORS_LISTED)
 
 
 def _find_userinfo(root: Any, root_location: Location) -> Iterator[Location]:
@@ -158,9 +155,7 @@ def extract_webhook_secrets(
         return None, None
     allowed_hosts = AllowedHosts(ctx.webhook_options.allowed_private_hosts)
     if (reason := rejection_reason(body.url, allowed_hosts)) is not None:
-        path = format_location((*within, "webhook", "url"))
-        details = {"errors": [{"path": path, "message": reason.message}]}
-        raise ApiError(422, "invalid_content", f"{path}: {reason.message}", details=details)
+        raise build_validation_error([{"loc": ("webhook", "url"), "msg": reason.message}], within)
     secrets = None
     if body.headers or body.secrets:
         secrets = WebhookSecrets(f"secrets-{ObjectId()}", body.headers, body.secrets)
@@ -173,32 +168,3 @@ def extract_webhook_secrets(
         has_own_secrets=bool(body.secrets),
     )
     return webhook, secrets
-
-
-def collect_signing_endpoints(*submitted: JobSubmitted | BatchSubmitted) -> set[Endpoint]:
-    """Return the endpoints whose secrets sign webhooks: those of webhooks without secrets of their own."""
-    return {
-        Endpoint(event.user_id, event.webhook.url)
-        for event in submitted
-        if event.webhook is not None and not event.webhook.has_own_secrets
-    }
-
-
-def format_new_secrets(secrets: Collection[RevealedSecret]) -> dict[str, list[dict[str, str]]]:
-    """Return the field of a response that shows new secrets, or nothing if there are none."""
-    return {"webhook_secrets": [secret.to_response() for secret in secrets]} if secrets else {}
-
-
-async def store_webhook_secrets(
-    ctx: ApiContext, *secrets: WebhookSecrets | None, endpoints: Collection[Endpoint] = ()
-) -> None:
-    """Store the secrets of webhooks. This must precede the event that refers to them."""
-    await ensure_secrets(ctx.db, endpoints)
-    documents = [
-        {"_id": secret.secrets_ref, "headers": secret.headers, "secrets": secret.signing}
-        for secret in secrets
-        if secret is not None
-    ]
-    if documents:
-        with translate_errors("storing the secrets of webhooks"):
-            await ctx.db.webhook_secrets.insert_many(documents)
