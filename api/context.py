@@ -25,6 +25,7 @@ from jobledger.api.http.validation import Model, validate_content
 from jobledger.api.submission.parameters import ParameterValidator
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database
+from jobledger.ledger.net.url_policy import AllowedHosts
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.disk_space import DiskSpaceMonitor
@@ -38,19 +39,6 @@ _VIEW_WAIT_SECONDS: Final = 9.0
 
 
 @dataclass(frozen=True, slots=True)
-class WebhookOptions:
-    """Webhook settings of the API.
-
-    Attributes:
-        echo_enabled: Whether the API has an endpoint that receives webhooks for tests.
-        allowed_private_hosts: Private hosts that webhooks may be sent to.
-    """
-
-    echo_enabled: bool = False
-    allowed_private_hosts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class ApiContext:
     """The dependencies of the routes. The composition root creates them.
 
@@ -59,6 +47,8 @@ class ApiContext:
         unavailable_job_types: Maps a job type whose processor is installed but cannot be used to the reason.
         get_groups: Returns the groups of a user, as far as they are known.
         public_origin: The origin of `api.public_url`; None without it.
+        allowed_webhook_hosts: The private hosts that webhooks may be sent to.
+        is_webhook_echo_enabled: Whether the API has a path that receives webhooks for tests.
         browser_sessions: None in authentication modes without sessions.
     """
 
@@ -85,7 +75,8 @@ class ApiContext:
     stall_detector: StallDetector
     live_streams: LiveStreams
     signed_links: SignedLinks
-    webhook_options: WebhookOptions = WebhookOptions()
+    allowed_webhook_hosts: AllowedHosts = field(default_factory=lambda: AllowedHosts(()))
+    is_webhook_echo_enabled: bool = False
     disk_monitor: DiskSpaceMonitor = field(default_factory=lambda: DiskSpaceMonitor({}, 0))
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Final, Literal
 
 from starlette.requests import Request
@@ -41,14 +42,14 @@ class Resource:
         collection: The last part of the collection's URL.
         load: Returns the document that the views have, or None.
         find_completion: Returns whether the resource is finished or deleted, and the position of its last event.
-        fold_submitted: Returns the document of a submitted resource from its first event.
+        fold_first: Folds the first event into the document of a submitted resource.
     """
 
     name: Literal["job", "batch"]
     collection: str
     load: Callable[[Views, EventStore, str], Awaitable[Document | None]]
     find_completion: Callable[[EventStore, str], Awaitable[tuple[bool, int]]]
-    fold_submitted: Callable[[RecordedEvent], Document]
+    fold_first: Callable[[RecordedEvent], Document | None]
 
     def is_id(self, stream_id: str) -> bool:
         """Return whether an ID has the prefix of this kind."""
@@ -59,14 +60,15 @@ class Resource:
         resource_id: str = request.path_params[f"{self.name}_id"]
         return resource_id
 
-    def not_found_error(self, resource_id: str) -> ApiError:
+    def not_found_error(self, resource_id: str, problem: str = "not found") -> ApiError:
         """Return the error for a resource that does not exist or that the caller may not read."""
-        return ApiError(404, f"{self.name}_not_found", f"{self.name.capitalize()} {resource_id} not found.")
+        return ApiError(404, f"{self.name}_not_found", f"{self.name.capitalize()} {resource_id} {problem}.")
 
-    def not_found_as_of_error(self, resource_id: str) -> ApiError:
-        """Return the error for a resource that did not exist at the requested point in time."""
-        message = f"{self.name.capitalize()} {resource_id} did not exist at that time."
-        return ApiError(404, f"{self.name}_not_found", message)
+    def fold_submitted(self, event: RecordedEvent) -> Document:
+        """Return the document of a submitted resource from its first event."""
+        document = self.fold_first(event)
+        assert document is not None  # noqa: S101 - narrows the type; the first event creates the document
+        return document
 
 
 async def _find_job_completion(event_store: EventStore, job_id: str) -> tuple[bool, int]:
@@ -84,20 +86,14 @@ async def _find_batch_completion(event_store: EventStore, batch_id: str) -> tupl
     return is_finished, current.head.position
 
 
-def _fold_submitted_job(event: RecordedEvent) -> Document:
-    job = jobs.fold(None, event)
-    assert job is not None  # noqa: S101 - narrows the type; JobSubmitted creates the document
-    return job
-
-
-def _fold_submitted_batch(event: RecordedEvent) -> Document:
-    batch = batches.with_submitted_counts(batches.fold(None, event))
-    assert batch is not None  # noqa: S101 - narrows the type; BatchSubmitted creates the document
-    return batch
-
-
-JOB: Final = Resource("job", "jobs", jobs.get, _find_job_completion, _fold_submitted_job)
-BATCH: Final = Resource("batch", "batches", batches.get, _find_batch_completion, _fold_submitted_batch)
+JOB: Final = Resource("job", "jobs", jobs.get, _find_job_completion, partial(jobs.fold, None))
+BATCH: Final = Resource(
+    "batch",
+    "batches",
+    batches.get,
+    _find_batch_completion,
+    lambda event: batches.with_submitted_counts(batches.fold(None, event)),
+)
 
 
 async def load_or_404(request: Request, resource: Resource) -> Document:

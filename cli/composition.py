@@ -107,7 +107,7 @@ async def start_roles(
         )
         if context is not None and context.browser_sessions is not None:
             await browser_sessions.create_indexes(db)
-        if context is not None and context.webhook_options.echo_enabled:
+        if context is not None and context.is_webhook_echo_enabled:
             await webhook_echo.create_indexes(db)
         worker = None
         if "worker" in selected:

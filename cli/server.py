@@ -23,7 +23,7 @@ from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier, Sing
 from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.auth.stream_access import StreamAccessCache
 from jobledger.api.completion_waiter import CompletionWaiter
-from jobledger.api.context import ApiContext, WebhookOptions
+from jobledger.api.context import ApiContext
 from jobledger.api.dashboard.markdown_preview import MarkdownPreviewer
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.http.options import HttpOptions
@@ -37,6 +37,7 @@ from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database
 from jobledger.ledger.mongo.server_clock import get_server_clock
+from jobledger.ledger.net.url_policy import AllowedHosts
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.disk_space import MIB, DiskSpaceMonitor
@@ -116,7 +117,8 @@ def build_context(
         stall_detector=stall_detector,
         live_streams=LiveStreams(),
         signed_links=SignedLinks(db, settings.api.public_url),
-        webhook_options=WebhookOptions(settings.webhooks.echo_enabled, tuple(settings.webhooks.allowed_private_hosts)),
+        allowed_webhook_hosts=AllowedHosts(settings.webhooks.allowed_private_hosts),
+        is_webhook_echo_enabled=settings.webhooks.echo_enabled,
         http_options=_make_http_options(settings),
         disk_monitor=_make_disk_monitor(settings),
     )

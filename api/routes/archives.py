@@ -43,16 +43,9 @@ async def download_job_archive(request: Request) -> Response:
     """Download a job's result files as a ZIP file."""
     await wait_for_requested_position(request)
     job = await load_or_404(request, JOB)
-    rows = [row async for row in view.iter_job_files(get_api_context(request).views, [job["job_id"]])]
-    if not rows:
-        raise ApiError(409, "no_results", f"Job {job['job_id']} is {job['status']} and has no result files.")
-    directory = commonpath([f"/{row['path'].rpartition('/')[0]}" for row in rows])
-
-    async def generate_entries() -> AsyncIterator[tuple[str, Document]]:
-        for row in rows:
-            yield f"/{row['path']}".removeprefix(directory), row
-
-    return await _archive_response(request, job["job_id"], rows[0], generate_entries())
+    rows = [row async for row in _iter_readable_files(request, [job["job_id"]])]
+    directory = commonpath([f"/{row['path'].rpartition('/')[0]}" for row in rows]) if rows else ""
+    return await _archive_response(request, job["job_id"], [job["job_id"]], directory)
 
 
 @Operation(
@@ -69,15 +62,7 @@ async def download_batch_archive(request: Request) -> Response:
     """
     await wait_for_requested_position(request)
     batch = await load_or_404(request, BATCH)
-    first = await anext(_iter_readable_files(request, batch["job_ids"]), None)
-    if first is None:
-        raise ApiError(409, "no_results", f"No job of batch {batch['batch_id']} has result files yet.")
-
-    async def generate_entries() -> AsyncIterator[tuple[str, Document]]:
-        async for row in _iter_readable_files(request, batch["job_ids"]):
-            yield row["path"], row
-
-    return await _archive_response(request, batch["batch_id"], first, generate_entries())
+    return await _archive_response(request, batch["batch_id"], batch["job_ids"])
 
 
 async def _iter_readable_files(request: Request, job_ids: Sequence[str]) -> AsyncIterator[Document]:
@@ -87,12 +72,22 @@ async def _iter_readable_files(request: Request, job_ids: Sequence[str]) -> Asyn
 
 
 async def _archive_response(
-    request: Request, name: str, first: Document, entries: AsyncIterator[tuple[str, Document]]
+    request: Request, resource_id: str, job_ids: Sequence[str], directory: str = ""
 ) -> Response:
+    """Return an archive of the files of jobs, by their paths relative to a directory.
+
+    Raises:
+        ApiError: 409, there are no files; as `open_result_file`.
+    """
+    first = await anext(_iter_readable_files(request, job_ids), None)
+    if first is None:
+        raise ApiError(409, "no_results", f"{resource_id} has no result files yet.")
+    rows = _iter_readable_files(request, job_ids)
+    entries = ((f"/{row['path']}".removeprefix(directory), row) async for row in rows)
     headers = {
         **UNTRUSTED_CONTENT_HEADERS,
         "Content-Type": "application/zip",
-        "Content-Disposition": format_content_disposition(f"{name}.zip", attachment=True),
+        "Content-Disposition": format_content_disposition(f"{resource_id}.zip", attachment=True),
     }
     # Open one file before the response starts: an error can be returned only until then.
     await (await open_result_file(request, first)).close()

@@ -196,7 +196,7 @@ async def _load_as_of(request: Request, batch_id: str, as_of: int | datetime) ->
                 await asyncio.sleep(0)
         batch = changes.get("batches", batch_id)
     if batch is None:
-        raise BATCH.not_found_as_of_error(batch_id)
+        raise BATCH.not_found_error(batch_id, "did not exist at that time")
     return batch
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from base64 import b64encode
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, Final
@@ -46,22 +47,24 @@ class Docs:
         """The document as an HTML page."""
         text = _render_page(self.document)
         style = text.partition("<style>")[2].partition("</style>")[0]
-        policy = f"default-src 'none'; style-src 'sha256-{_base64_digest(style)}'; base-uri 'none'; form-action 'none'"
+        digest = b64encode(sha256(style.encode()).digest()).decode()
+        policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
         return _StaticContent(text.encode(), "text/html", {"Content-Security-Policy": policy})
 
 
+@dataclass(frozen=True, slots=True)
 class _StaticContent:
-    """Content that does not change while the process runs."""
+    """Content that does not change while the process runs. `headers` belong to the representation."""
 
-    def __init__(self, body: bytes, media_type: str, headers: Mapping[str, str]) -> None:
-        self._body = body
-        self._media_type = media_type
-        self._headers = {**headers, "Cache-Control": "no-cache"}
-        self._etag = compute_etag(body, media_type, *headers.values())
+    body: bytes
+    media_type: str
+    headers: Mapping[str, str]
 
     def build_response(self, request: Request) -> Response:
         """Return the content, or 304 if the client has it."""
-        return ConditionalRequest(request.headers, self._etag).respond(self._body, self._media_type, self._headers)
+        etag = compute_etag(self.body, self.media_type, *self.headers.values())
+        headers = {**self.headers, "Cache-Control": "no-cache"}
+        return ConditionalRequest(request.headers, etag).respond(self.body, self.media_type, headers)
 
 
 @Operation("GET", "/", response=IndexResponse)
@@ -95,10 +98,6 @@ async def get_docs_page(request: Request) -> Response:
     """Read this document as an HTML page."""
     docs: Docs = request.app.state.docs
     return (await asyncio.to_thread(lambda: docs.page)).build_response(request)
-
-
-def _base64_digest(text: str) -> str:
-    return b64encode(sha256(text.encode()).digest()).decode()
 
 
 def _render_page(document: Mapping[str, Any]) -> str:

@@ -109,7 +109,7 @@ async def _load_as_of(request: Request, job_id: str, as_of: int | datetime) -> D
     with translate_damaged_events(job_id):
         job = fold_events(view.fold, filter(as_of_filter(as_of), events))
     if job is None:
-        raise JOB.not_found_as_of_error(job_id)
+        raise JOB.not_found_error(job_id, "did not exist at that time")
     return job
 
 

@@ -79,6 +79,6 @@ def _render(received: Document) -> dict[str, Any]:
 
 
 def _check_enabled(request: Request) -> None:
-    if not get_api_context(request).webhook_options.echo_enabled:
+    if not get_api_context(request).is_webhook_echo_enabled:
         message = "The webhook echo is disabled. Set `webhooks.echo_enabled: true` in config.yaml to enable it."
         raise ApiError(404, "not_found", message)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from jobledger.api.schemas.jobs import JobRestartBody
 from jobledger.api.schemas.request_models import AccessBody, PageQuery, RequestModel, SearchText
 from jobledger.api.schemas.response_models import ListResponse, PartialDocument, SuccessResponse
-from jobledger.api.schemas.webhooks import NEW_SECRETS_DESCRIPTION, NewWebhookSecret, WebhookBody, WebhookResource
+from jobledger.api.schemas.webhooks import AcceptedResponse, WebhookBody, WebhookResource
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.events import AccessControl
 from jobledger.ledger.domain.statuses import BatchStatus, RestartScope
@@ -60,12 +60,21 @@ class BatchSummaryResource(BaseModel):
     tokens_used: int
 
 
-class BatchResource(PartialDocument):
-    """A batch with job counts by status."""
+class BatchStateResource(BaseModel):
+    """The batch according to its own events. The views have its job counts at the `Ledger-Position`."""
 
     batch_id: str
     batch_name: str | None
     status: BatchStatus
+    paused: bool
+    archived: bool
+    version: int
+    position: int
+
+
+class BatchResource(BatchStateResource, PartialDocument):
+    """A batch with job counts by status."""
+
     created_at: datetime
     updated_at: datetime
     completed_at: datetime | None
@@ -82,10 +91,6 @@ class BatchResource(PartialDocument):
     user_id: str
     access_control: AccessControl
     teams: list[str]
-    paused: bool
-    archived: bool
-    version: int
-    position: int
 
 
 class BatchResponse(SuccessResponse):
@@ -100,26 +105,12 @@ class BatchListResponse(ListResponse):
     batches: list[BatchResource]
 
 
-class BatchAcceptedResponse(SuccessResponse):
+class BatchAcceptedResponse(AcceptedResponse):
     """The submitted batch with all of its jobs."""
 
     batch_id: str
     job_ids: list[str]
     batch: BatchResource
-    webhook_secrets: list[NewWebhookSecret] = Field([], description=NEW_SECRETS_DESCRIPTION)
-    warnings: list[str] = Field([])
-
-
-class BatchStateResource(BaseModel):
-    """The batch according to its own events. The views have its job counts at the `Ledger-Position`."""
-
-    batch_id: str
-    batch_name: str | None
-    status: BatchStatus
-    paused: bool
-    archived: bool
-    version: int
-    position: int
 
 
 class BulkJobCounts(BaseModel):

@@ -16,7 +16,7 @@ from jobledger.api.schemas.request_models import (
     SearchText,
 )
 from jobledger.api.schemas.response_models import ListResponse, PartialDocument, SuccessResponse
-from jobledger.api.schemas.webhooks import NEW_SECRETS_DESCRIPTION, NewWebhookSecret, WebhookBody, WebhookResource
+from jobledger.api.schemas.webhooks import AcceptedResponse, WebhookBody, WebhookResource
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.events import AccessControl, Failure, JobResults, LogEntry
 from jobledger.ledger.domain.statuses import JobStatus
@@ -189,13 +189,11 @@ class JobActionResponse(SuccessResponse):
     job: JobResource | None
 
 
-class JobAcceptedResponse(SuccessResponse):
+class JobAcceptedResponse(AcceptedResponse):
     """The submitted job."""
 
     job_id: str
     job: JobResource
-    webhook_secrets: list[NewWebhookSecret] = Field([], description=NEW_SECRETS_DESCRIPTION)
-    warnings: list[str] = Field([])
 
 
 class JobListResponse(ListResponse):

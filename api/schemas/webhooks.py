@@ -19,7 +19,6 @@ from jobledger.ledger.net.webhook_signature import decode_secret
 
 _MAX_GRACE_SECONDS = 30 * 86_400
 _MAX_ECHOES_LISTED = 100
-NEW_SECRETS_DESCRIPTION = "Secrets of endpoints that are used for the first time. They are not shown again."
 
 # Requests ---------------------------------------------------------------------------------------------------------
 
@@ -135,6 +134,15 @@ class NewWebhookSecret(BaseModel):
     secret: str
 
 
+class AcceptedResponse(SuccessResponse):
+    """What was submitted, with the new signing secrets of its webhooks."""
+
+    webhook_secrets: list[NewWebhookSecret] = Field(
+        [], description="Secrets of endpoints that are used for the first time. They are not shown again."
+    )
+    warnings: list[str] = Field([])
+
+
 class DeliveryAttempt(BaseModel):
     """One request to the endpoint. `error` is null after a 2xx; `response` is the beginning of its response body."""
 
@@ -214,12 +222,8 @@ class EndpointListResponse(SuccessResponse):
     endpoints: list[EndpointResource]
 
 
-class RotatedSecretResponse(SuccessResponse):
+class RotatedSecretResponse(SuccessResponse, NewWebhookSecret):
     """The new secret of the endpoint. It is shown once."""
-
-    endpoint_id: str
-    url: str
-    secret: str
 
 
 class EchoedWebhook(BaseModel):

@@ -19,7 +19,7 @@ from jobledger.api.schemas.webhooks import WebhookBody
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain.events import AccessControl, JobSubmitted, Webhook
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.net.url_policy import USERINFO_MESSAGE, AllowedHosts, has_userinfo, rejection_reason
+from jobledger.ledger.net.url_policy import USERINFO_MESSAGE, has_userinfo, rejection_reason
 
 Location = tuple[str | int, ...]
 """Where a value is in the request body, for error messages."""
@@ -153,8 +153,7 @@ def extract_webhook_secrets(
     """
     if body is None:
         return None, None
-    allowed_hosts = AllowedHosts(ctx.webhook_options.allowed_private_hosts)
-    if (reason := rejection_reason(body.url, allowed_hosts)) is not None:
+    if (reason := rejection_reason(body.url, ctx.allowed_webhook_hosts)) is not None:
         raise build_validation_error([{"loc": ("webhook", "url"), "msg": reason.message}], within)
     secrets = None
     if body.headers or body.secrets:
