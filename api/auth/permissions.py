@@ -1,7 +1,7 @@
 """Authentication of requests, and authorization for jobs and batches.
 
-A caller without read access gets 404, as for a resource that does not exist. A caller who may read, but not perform the
-action, gets 403.
+A principal without read access gets 404, as for a resource that does not exist. A principal with read access that may
+not perform the action gets 403.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jobledger.api.auth.redaction import Viewer
-from jobledger.api.http.errors import ApiError, error_response
+from jobledger.api.http.errors import ApiError
 from jobledger.ledger.domain.access import AccessLevel, Principal, get_access_level, parse_user_name
 from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.job import Job
@@ -36,7 +36,7 @@ class AuthBackend(Protocol):
     """Authenticates requests."""
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
-        """Return the caller of a request.
+        """Return the principal of a request.
 
         Raises:
             ApiError: 401, the credentials are missing or wrong; 503, they cannot be checked now.
@@ -44,7 +44,7 @@ class AuthBackend(Protocol):
 
 
 class SingleUserBackend:
-    """Treats each caller as one user with the role admin. For a single user on one machine."""
+    """Treats each client as one user with the role admin. For a single user on one machine."""
 
     def __init__(self, user_id: str) -> None:
         self._principal = Principal(user_id, roles=frozenset({"admin"}))
@@ -70,10 +70,6 @@ class RevocationNotifier:
         self._next = asyncio.Event()
 
 
-def _default_error_response(scope: Scope, error: ApiError) -> ASGIApp:
-    return error_response(error)
-
-
 class AuthenticationMiddleware:
     """Authenticates each request before it reaches a route, except for public paths.
 
@@ -91,7 +87,7 @@ class AuthenticationMiddleware:
         app: ASGIApp,
         auth_backend: AuthBackend,
         revocation_notifier: RevocationNotifier,
-        on_error: Callable[[Scope, ApiError], ASGIApp] = _default_error_response,
+        on_error: Callable[[Scope, ApiError], ASGIApp],
     ) -> None:
         self._app = app
         self._auth_backend = auth_backend
@@ -146,7 +142,7 @@ class AuthenticationMiddleware:
 
 
 async def wait_until_signed_out(scope: Scope, *, allow_renewal: bool = False) -> None:
-    """Return when the caller's credential is revoked or has expired; never return for public paths.
+    """Return when the credential of a request is revoked or has expired; never return for public paths.
 
     Args:
         scope: The request's scope.
@@ -162,7 +158,7 @@ async def wait_until_signed_out(scope: Scope, *, allow_renewal: bool = False) ->
 
 @asynccontextmanager
 async def timeout_while_authenticated(request: HTTPConnection, seconds: float) -> AsyncIterator[None]:
-    """Limit the duration of the block like asyncio.timeout(), and end it when the caller's credential becomes invalid.
+    """Limit the duration of the block like asyncio.timeout(), and end it when the request's credential becomes invalid.
 
     Raises:
         TimeoutError: the time has elapsed.
@@ -192,16 +188,16 @@ async def timeout_while_authenticated(request: HTTPConnection, seconds: float) -
 
 
 def get_principal(request: Request) -> Principal:
-    """Return the caller. It has no user ID for anonymous requests."""
+    """Return the principal of a request."""
     principal: Principal = request.scope["principal"]
     return principal
 
 
 def require_user_id(request: Request) -> str:
-    """Return the caller's user ID.
+    """Return the user ID of the principal.
 
     Raises:
-        ApiError: 401, the caller is anonymous.
+        ApiError: 401, the principal is anonymous.
     """
     user_id = get_principal(request).user_id
     if user_id is None:
@@ -210,19 +206,19 @@ def require_user_id(request: Request) -> str:
 
 
 def get_actor(request: Request) -> str:
-    """Return the caller in the format of the events' `actor`.
+    """Return the principal in the format of the events' `actor`.
 
     Raises:
-        ApiError: 401, the caller is anonymous.
+        ApiError: 401, the principal is anonymous.
     """
     return f"user:{require_user_id(request)}"
 
 
 def resolve_owner(request: Request, requested_user_id: str | None) -> str:
-    """Return the owner of a new job or batch: the caller, or the user that an admin names in the body.
+    """Return the owner of a new job or batch: the principal, or the user that an admin names in the body.
 
     Raises:
-        ApiError: 401, the caller is anonymous; 403, the caller is no admin; 422, the user ID is invalid.
+        ApiError: 401, the principal is anonymous; 403, the principal is no admin; 422, the user ID is invalid.
     """
     own_user_id = require_user_id(request)
     if requested_user_id is not None and requested_user_id != own_user_id and not get_principal(request).is_admin:
@@ -242,61 +238,58 @@ def resolve_teams(request: Request, user_id: str, get_groups: Callable[[str], Co
     return principal.groups if user_id == principal.user_id else get_groups(user_id)
 
 
-def can_read(request: Request, document: Document) -> bool:
-    """Return whether the caller may read a job or batch. The document has `user_id`, `access_control`, `teams`."""
-    return _get_document_access_level(get_principal(request), document) >= AccessLevel.READ
-
-
 def get_viewer(request: Request, document: Document) -> Viewer:
-    """Return the caller with their access level to the job or batch that a document belongs to."""
+    """Return the principal with their access level to a job or batch.
+
+    Args:
+        request: The request.
+        document: Has the `user_id`, `access_control` and `teams` of the job or batch.
+    """
     principal = get_principal(request)
-    return Viewer(principal, _get_document_access_level(principal, document))
+    owner, access, teams = document["user_id"], document["access_control"], document["teams"]
+    return Viewer(principal, get_access_level(principal, owner=owner, access=access, teams=teams))
 
 
-def _get_document_access_level(principal: Principal, document: Document) -> AccessLevel:
-    return get_access_level(
-        principal, owner=document["user_id"], access=document["access_control"], teams=document["teams"]
-    )
-
-
-def get_state_access_level(principal: Principal, state: Job | Batch) -> AccessLevel:
-    """Return a principal's access level to a job or batch in its current state in the log."""
-    spec = state.spec
-    access = spec.access_control.model_dump()
-    return get_access_level(principal, owner=spec.user_id, access=access, teams=spec.teams)
+def can_read(request: Request, document: Document) -> bool:
+    """Return whether the principal may read a job or batch. The document is as for get_viewer()."""
+    return get_viewer(request, document).access_level >= AccessLevel.READ
 
 
 def require_access(request: Request, level: AccessLevel, *, not_found_error: ApiError) -> Callable[[StreamState], None]:
     """Return a check for a command: the job or batch exists, and the principal has this access level.
 
-    The returned check raises `not_found_error` if the caller may not read it. If the caller may read it but lacks the
-    right, it raises ApiError 403, or 401 for an anonymous caller.
+    The returned check raises `not_found_error` if the principal may not read it. If the principal may read it but lacks
+    the access level, it raises ApiError 403, or 401 for an anonymous principal.
     """
     principal = get_principal(request)
 
     def check(stream_state: StreamState) -> None:
-        state = stream_state.aggregate
-        if not isinstance(state, Job | Batch) or state.is_deleted:
+        aggregate = stream_state.aggregate
+        if not isinstance(aggregate, Job | Batch) or aggregate.is_deleted:
             raise not_found_error
-        granted = get_state_access_level(principal, state)
+        spec = aggregate.spec
+        access = spec.access_control.model_dump()
+        granted = get_access_level(principal, owner=spec.user_id, access=access, teams=spec.teams)
         if granted < AccessLevel.READ:
             raise not_found_error
         if granted < level:
             require_user_id(request)
-            raise ApiError(403, "forbidden", f"Forbidden: this action requires {_ACCESS_LISTS[level]}.")
+            raise ApiError(403, "forbidden", f"Forbidden: this action requires {level.name.lower()}_access.")
 
     return check
 
 
-_ACCESS_LISTS = {AccessLevel.READ: "read_access", AccessLevel.WRITE: "write_access", AccessLevel.ADMIN: "admin_access"}
+def has_monitor_role(request: Request) -> bool:
+    """Return whether the principal may read statistics and metrics of the whole ledger."""
+    return bool(get_principal(request).roles & {"admin", "monitor"})
 
 
 def require_monitor_role(request: Request) -> None:
-    """Check that the caller may read statistics and metrics of the whole ledger.
+    """Check that the principal may read statistics and metrics of the whole ledger.
 
     Raises:
-        ApiError: 401, 403.
+        ApiError: 401, the principal is anonymous; 403, the role is missing.
     """
-    if not get_principal(request).roles & {"admin", "monitor"}:
+    if not has_monitor_role(request):
         require_user_id(request)
         raise ApiError(403, "forbidden", "Forbidden: statistics require the role `monitor` or `admin`.")

@@ -68,14 +68,10 @@ class StreamAccess:
     is_unreadable: bool = False
 
     def get_level(self, principal: Principal) -> AccessLevel:
-        """Return a principal's right; after deletion, the right before it."""
+        """Return a principal's access level; after deletion, the level before it."""
         if self.is_unreadable:
             return AccessLevel.NONE
         return get_access_level(principal, owner=self.owner, access=self.access_control, teams=self.teams)
-
-    def allows(self, principal: Principal) -> bool:
-        """Return whether a principal may read it; after deletion, whether they could before."""
-        return self.get_level(principal) >= AccessLevel.READ
 
 
 def _apply_event(access: StreamAccess | None, event: RecordedEvent) -> StreamAccess | None:
@@ -153,7 +149,7 @@ class StreamAccessCache:
             await self._position_changed.wait()
 
     async def get_viewer(self, principal: Principal, event: RecordedEvent) -> Viewer | None:
-        """Return the principal with their current right to the job or batch of an event.
+        """Return the principal with their current access level to the job or batch of an event.
 
         None if the principal may not see the event. Of a deleted job or batch, only the deletion event remains visible
         to principals who had access.
@@ -166,8 +162,8 @@ class StreamAccessCache:
         access = await self.get_access(event.stream, at=event.position)
         if access is None or (access.is_deleted and event.type not in _DELETION_EVENT_TYPES):
             return None
-        right = access.get_level(principal)
-        return Viewer(principal, right) if right >= AccessLevel.READ else None
+        level = access.get_level(principal)
+        return Viewer(principal, level) if level >= AccessLevel.READ else None
 
     async def can_follow(self, principal: Principal, stream: str) -> bool:
         """Return whether a principal may read a job or batch now. Admins may read each stream.
@@ -178,7 +174,7 @@ class StreamAccessCache:
         if principal.is_admin:
             return True
         access = await self.get_access(stream)
-        return access is not None and not access.is_deleted and access.allows(principal)
+        return access is not None and not access.is_deleted and access.get_level(principal) >= AccessLevel.READ
 
     async def get_access(self, stream: str, *, at: int = 0) -> StreamAccess | None:
         """Return the access rights to a stream, with all changes up to position `at`; None without an owner."""

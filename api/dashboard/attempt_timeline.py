@@ -10,7 +10,7 @@ from typing import Any, Final
 TIMELINE_WIDTH: Final = 1000
 """Width of the drawing, in SVG user units."""
 _MIN_WIDTH: Final = 2
-_OUTCOMES: Final = {
+OUTCOMES: Final = {
     "JobCompleted": "completed",
     "JobFailed": "failed",
     "JobAttemptFailed": "failed",
@@ -18,7 +18,7 @@ _OUTCOMES: Final = {
     "JobReleased": "released",
     "JobLeaseExpired": "lease_expired",
 }
-OUTCOMES: Final = frozenset(_OUTCOMES.values())
+"""Maps the type of an event that ends an attempt to the attempt's outcome."""
 
 
 @dataclass(slots=True)
@@ -79,9 +79,9 @@ def build_attempt_timeline(events: Sequence[dict[str, Any]], now: datetime) -> l
         elif event["type"] == "StepCompleted":
             is_reused = data.get("reused_from") is not None
             attempts[-1].steps.append(TimelineStep(data["step"], float(data["duration_s"]), time, is_reused))
-        elif event["type"] in _OUTCOMES:
+        elif event["type"] in OUTCOMES:
             last = attempts[-1]
-            last.finished_at, last.outcome = time, _OUTCOMES[event["type"]]
+            last.finished_at, last.outcome = time, OUTCOMES[event["type"]]
             last.reason = (data.get("error") or {}).get("message") or data.get("reason")
             last.retry_at = data.get("retry_at")
     _set_positions(events, attempts, now)

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from jobledger.api.auth.permissions import get_principal, require_user_id
+from jobledger.api.auth.permissions import get_viewer, has_monitor_role, require_user_id
 from jobledger.api.context import get_api_context
 from jobledger.api.dashboard import charts
 from jobledger.api.dashboard.attempt_timeline import TIMELINE_WIDTH, TimelineAttempt, build_attempt_timeline
@@ -23,7 +23,6 @@ from jobledger.api.dashboard.rendering import (
     DASHBOARD_PATH,
     build_static_file_response,
     get_root_path,
-    has_monitor_access,
     render_page,
 )
 from jobledger.api.dashboard.sign_in import show_sign_in, sign_in, sign_out
@@ -35,7 +34,7 @@ from jobledger.api.routes import batches, history, jobs, monitoring, webhooks
 from jobledger.api.routes import log as log_pages
 from jobledger.api.schemas.batches import BatchBody
 from jobledger.api.submission.batches import build_batch_jobs
-from jobledger.ledger.domain.access import AccessLevel, get_access_level
+from jobledger.ledger.domain.access import AccessLevel
 
 _PAGE_SIZE: Final = 50
 _MAX_EVENTS: Final = 1000
@@ -90,7 +89,7 @@ async def call_route(
 @render_errors
 async def show_overview(request: Request) -> Response:
     """GET /monitoring/events"""
-    if not has_monitor_access(request):
+    if not has_monitor_role(request):
         require_user_id(request)
         return render_page(request, "forbidden.html.j2")
     stats = (await call_route(request, monitoring.get_statistics))["stats"]
@@ -108,7 +107,7 @@ async def show_overview(request: Request) -> Response:
         live_source="views",
         position=stats["log"]["projection_position"],
         stats=stats,
-        active_batches=[{**batch, "eta_minutes": _eta_minutes(batch)} for batch in active["batches"]],
+        active_batches=[{**batch, "eta_minutes": _estimate_minutes_left(batch)} for batch in active["batches"]],
         jobs_by_worker=jobs_by_worker,
         oldest_pending_job=next(iter(oldest["jobs"]), None),
         throughput_chart=charts.stack_bars(finished),
@@ -148,11 +147,11 @@ async def show_job(request: Request) -> Response:
         job=job,
         events=events,
         has_more_events="next_after_version" in job_history,
-        attempts=_attempt_timeline(events),
+        attempts=_build_attempts(events),
         timeline_width=TIMELINE_WIDTH,
         deliveries=deliveries["deliveries"],
         preview=await render_result_preview(ctx.previews, ctx.file_store, results, get_root_path(request)),
-        permissions=_permissions(request, job),
+        can_write=_can_write(request, job),
         slides=[asset for asset in results.get("assets", ()) if asset["path"].endswith("-thumb.jpg")],
     )
 
@@ -172,11 +171,11 @@ async def show_batch(request: Request) -> Response:
         live_source="batch",
         api_path=f"api/events/batches/{batch['batch_id']}",
         position=position,
-        batch={**batch, "eta_minutes": _eta_minutes(batch)},
+        batch={**batch, "eta_minutes": _estimate_minutes_left(batch)},
         result_page=result_page,
-        next_page_query=_next_page_query(request, result_page),
+        next_page_query=_build_next_page_query(request, result_page),
         events=batch_history.get("events", []),
-        permissions=_permissions(request, batch),
+        can_write=_can_write(request, batch),
     )
 
 
@@ -246,11 +245,11 @@ async def _show_list(request: Request, template: str, handler: RouteHandler, fil
         position=position,
         filters=filters,
         result_page=result_page,
-        next_page_query=_next_page_query(request, result_page),
+        next_page_query=_build_next_page_query(request, result_page),
     )
 
 
-def _next_page_query(request: Request, result_page: Mapping[str, Any]) -> Markup | None:
+def _build_next_page_query(request: Request, result_page: Mapping[str, Any]) -> Markup | None:
     """Return the query of the next page, or None on the last page. As `Markup`, because a URL must not be truncated."""
     if "next_cursor" not in result_page:
         return None
@@ -258,7 +257,7 @@ def _next_page_query(request: Request, result_page: Mapping[str, Any]) -> Markup
     return escape(urlencode({**query, "cursor": result_page["next_cursor"]}))
 
 
-def _eta_minutes(batch: Mapping[str, Any]) -> int | None:
+def _estimate_minutes_left(batch: Mapping[str, Any]) -> int | None:
     """Return the estimated minutes until a batch is finished, at its average speed so far. None if unknown."""
     finished = batch["completed_jobs"] + batch["failed_jobs"] + batch["cancelled_jobs"]
     unfinished: int = batch["total_jobs"] - finished
@@ -269,7 +268,7 @@ def _eta_minutes(batch: Mapping[str, Any]) -> int | None:
     return round(minutes)
 
 
-def _attempt_timeline(events: list[dict[str, Any]]) -> list[TimelineAttempt]:
+def _build_attempts(events: list[dict[str, Any]]) -> list[TimelineAttempt]:
     """Return the attempts of a job, or none if an event is damaged."""
     try:
         return build_attempt_timeline(events, datetime.now(UTC))
@@ -277,15 +276,8 @@ def _attempt_timeline(events: list[dict[str, Any]]) -> list[TimelineAttempt]:
         return []
 
 
-def _permissions(request: Request, resource: Mapping[str, Any]) -> dict[str, bool]:
-    """Return whether the principal may change a job or batch."""
-    level = get_access_level(
-        get_principal(request),
-        owner=resource["user_id"],
-        access=resource["access_control"],
-        teams=resource["teams"],
-    )
-    return {"write": level >= AccessLevel.WRITE}
+def _can_write(request: Request, document: dict[str, Any]) -> bool:
+    return get_viewer(request, document).access_level >= AccessLevel.WRITE
 
 
 ROUTES: Final = [

@@ -16,7 +16,6 @@ from jinja2.runtime import Context
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import get_principal
 from jobledger.api.dashboard.html_budget import HtmlBudget
 from jobledger.api.dashboard.translations import (
     format_number,
@@ -87,11 +86,6 @@ def render_page(request: Request, template: str, *, status: int = 200, **context
 def get_root_path(request: Request) -> str:
     """Return the relative URL from the requested page to the root of the API, such as `../../`."""
     return "../" * (request.url.path.count("/") - 1) or "./"
-
-
-def has_monitor_access(request: Request) -> bool:
-    """Return whether the principal may see the statistics of the whole system."""
-    return bool(get_principal(request).roles & {"admin", "monitor"})
 
 
 @cache

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.http.errors import ApiError, encode_json, json_response
+from jobledger.api.http.errors import ApiError, encode_json
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState
 
@@ -80,7 +80,7 @@ class ConditionalRequest:
         The order of the conditions is that of RFC 9110, 13.2.2.
 
         Raises:
-            ApiError: 412, if If-Match or If-Unmodified-Since does not hold.
+            ApiError: 412, If-Match or If-Unmodified-Since does not hold.
         """
         headers = self.request_headers
         if "if-match" in headers:
@@ -99,7 +99,7 @@ class ConditionalRequest:
             size: Size of the file in bytes.
 
         Raises:
-            ApiError: 416, if the header is malformed, or the file has none of the ranges.
+            ApiError: 416, the header is malformed, or the file has none of the ranges.
         """
         if "range" not in self.request_headers or not self._is_if_range_current():
             return []
@@ -140,11 +140,17 @@ class ConditionalRequest:
         return any(tag == self.etag and (weak_comparison or not weak) for weak, tag in _ETAG.findall(value))
 
     def _is_modified_since(self, header: str | None) -> bool | None:
-        """Compare the representation with a date header. None: no date, or not a valid one, or unknown time."""
-        since = _parse_date(header)
-        if since is None or self.modified_at is None:
+        """Compare the representation with the date in a header. None: the header or the time of change is missing.
+
+        Invalid dates are ignored, as RFC 9110, 13.1.3 requires.
+        """
+        if header is None or self.modified_at is None:
             return None
-        return self.modified_at.replace(microsecond=0) > since
+        try:
+            since = parsedate_to_datetime(header)
+        except ValueError:
+            return None
+        return self.modified_at.replace(microsecond=0) > (since if since.tzinfo else since.replace(tzinfo=UTC))
 
     def _is_if_range_current(self) -> bool:
         value = self.request_headers.get("if-range")
@@ -168,17 +174,16 @@ def build_conditional_response(request: Request, name: str, document: Document) 
     """
     text = encode_json(document)
     conditional = ConditionalRequest(request.headers, compute_etag(text, version=document["version"]))
-    headers = conditional.headers | {"Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
-    if conditional.is_not_modified():
-        return Response(status_code=304, headers=headers)
-    return json_response({"status": "success", name: orjson.Fragment(text)}, headers=headers)
+    headers = {"Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
+    content = encode_json({"status": "success", name: orjson.Fragment(text)})
+    return conditional.respond(content, "application/json", headers)
 
 
 def require_if_match(request: Request, check: Callable[[StreamState], None]) -> Callable[[StreamState], None]:
     """Return a check that also requires the stream version that `If-Match` names, if the header is present.
 
-    A command changes one stream, so only the version at the beginning of the ETag is compared: that the batch of a job
-    was paused meanwhile is no conflict. Weak tags are accepted because proxies that compress responses weaken them.
+    A command changes one stream, so only the version at the beginning of the ETag is compared. A job whose batch was
+    paused meanwhile is no conflict. Weak tags are accepted because proxies that compress responses weaken them.
 
     The returned check raises ApiError 412 for another version.
     """
@@ -201,15 +206,6 @@ def _lists_version(header: str, version: int) -> bool:
         return True
     tags = (_VERSION_ETAG.fullmatch(tag.strip()) for tag in header.split(","))
     return any(tag is not None and tag[1] == str(version) for tag in tags)
-
-
-def _parse_date(text: str | None) -> datetime | None:
-    """Parse an HTTP date. Invalid dates are ignored, as RFC 9110, 13.1.3 requires."""
-    try:
-        date = parsedate_to_datetime(text) if text else None
-    except ValueError:
-        return None
-    return date.replace(tzinfo=UTC) if date is not None and date.tzinfo is None else date
 
 
 def _parse_range(spec: str, size: int) -> Range | None:

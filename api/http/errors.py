@@ -13,18 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
-from jobledger.ledger.domain.errors import (
-    AlreadyExists,
-    FileStoreUnavailable,
-    InvalidEvent,
-    InvalidState,
-    JobledgerError,
-    LedgerBusy,
-    LedgerUnavailable,
-    NotFound,
-    UnreadableEvent,
-    VersionConflict,
-)
+from jobledger.ledger.domain import errors
 
 _log = structlog.get_logger()
 _MAX_ERRORS: Final = 100
@@ -63,16 +52,16 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
 
-ERROR_RESPONSES: Final[Sequence[tuple[type[JobledgerError], int, str, int | None]]] = (
-    (NotFound, 404, "not_found", None),
-    (AlreadyExists, 409, "already_exists", None),
-    (InvalidState, 409, "invalid_state", None),
-    (VersionConflict, 409, "version_conflict", None),
-    (InvalidEvent, 422, "invalid_content", None),
-    (LedgerBusy, 429, "write_contention", 1),
-    (FileStoreUnavailable, 503, "file_store_unavailable", 10),
-    (LedgerUnavailable, 503, "database_unavailable", 2),
-    (UnreadableEvent, 500, "unreadable_event", None),
+ERROR_RESPONSES: Final[Sequence[tuple[type[errors.JobledgerError], int, str, int | None]]] = (
+    (errors.NotFound, 404, "not_found", None),
+    (errors.AlreadyExists, 409, "already_exists", None),
+    (errors.InvalidState, 409, "invalid_state", None),
+    (errors.VersionConflict, 409, "version_conflict", None),
+    (errors.InvalidEvent, 422, "invalid_content", None),
+    (errors.LedgerBusy, 429, "write_contention", 1),
+    (errors.FileStoreUnavailable, 503, "file_store_unavailable", 10),
+    (errors.LedgerUnavailable, 503, "database_unavailable", 2),
+    (errors.UnreadableEvent, 500, "unreadable_event", None),
 )
 """Maps errors of the ledger to HTTP status, error code and Retry-After in seconds. The first match wins."""
 
@@ -104,12 +93,12 @@ def error_response(error: ApiError) -> Response:
 
 
 def build_validation_error(
-    errors: Sequence[Mapping[str, Any]], within: tuple[str | int, ...] = (), *, may_be_incomplete: bool = False
+    problems: Sequence[Mapping[str, Any]], within: tuple[str | int, ...] = (), *, may_be_incomplete: bool = False
 ) -> ApiError:
     """Return the error for content that fails validation. It lists each wrong field by its path.
 
     Args:
-        errors: The errors in the format of pydantic, at least one.
+        problems: The errors in the format of pydantic, at least one.
         within: Location of the validated content in the body.
         may_be_incomplete: Whether there may be more errors.
     """
@@ -118,11 +107,11 @@ def build_validation_error(
             "path": format_location((*within, *error["loc"])),
             "message": _truncate(error["msg"].removeprefix("Value error, "), _MAX_MESSAGE_LENGTH),
         }
-        for error in errors[:_MAX_ERRORS]
+        for error in problems[:_MAX_ERRORS]
     ]
     first = field_errors[0]
-    count = f"at least {len(errors) - 1}" if may_be_incomplete else str(len(errors) - 1)
-    suffix = f" (and {count} more)" if len(errors) > 1 else ""
+    count = f"at least {len(problems) - 1}" if may_be_incomplete else str(len(problems) - 1)
+    suffix = f" (and {count} more)" if len(problems) > 1 else ""
     prefix = f"{first['path']}: " if first["path"] else ""
     return ApiError(422, "invalid_content", f"{prefix}{first['message']}{suffix}", details={"errors": field_errors})
 
@@ -145,7 +134,7 @@ def translate_damaged_events(stream: str) -> Iterator[None]:
     """Raise ApiError 409 if the past state of a job or batch cannot be read: an event was changed in the database."""
     try:
         yield
-    except (UnreadableEvent, AttributeError, LookupError, TypeError) as error:
+    except (errors.UnreadableEvent, AttributeError, LookupError, TypeError) as error:
         message = f"The state of {stream} at that time cannot be read: an event is damaged. Run `jobledger log verify`."
         raise ApiError(409, "event_damaged", message) from error
 
@@ -158,13 +147,13 @@ async def on_api_error(_request: Request, error: Exception) -> Response:
 
 async def on_ledger_error(_request: Request, error: Exception) -> Response:
     """Return the response for an error of the ledger, from ERROR_RESPONSES."""
-    if isinstance(error, FileStoreUnavailable):
+    if isinstance(error, errors.FileStoreUnavailable):
         _log.warning("file store unavailable", error=str(error))  # names directories, which clients must not see
         message = "The server cannot use its file store (results.store). No files are lost. Retry later."
-        error = FileStoreUnavailable(message)
-    elif isinstance(error, LedgerUnavailable):
+        error = errors.FileStoreUnavailable(message)
+    elif isinstance(error, errors.LedgerUnavailable):
         _log.warning("database unavailable", error=str(error))  # may name hosts, which clients must not see
-        error = LedgerUnavailable("The database does not respond. No recorded data is lost. Retry in a moment.")
+        error = errors.LedgerUnavailable("The database does not respond. No recorded data is lost. Retry in a moment.")
     for kind, status, code, retry_after in ERROR_RESPONSES:
         if isinstance(error, kind):
             text = _truncate(str(error), _MAX_MESSAGE_LENGTH)
@@ -178,16 +167,12 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
     if error.status_code == 404 and (redirect := _redirect_without_slash(request)) is not None:
         return redirect
-    codes = {404: "not_found", 405: "method_not_allowed", 413: "content_too_large", 416: "range_not_satisfiable"}
-    messages = {404: "Not found: there is no such path.", 405: "Method not allowed."}
-    response = error_response(
-        ApiError(
-            error.status_code,
-            codes.get(error.status_code, "bad_request"),
-            messages.get(error.status_code, error.detail),
-        )
-    )
-    response.headers.update(error.headers or {})
+    known = {
+        404: ("not_found", "Not found: there is no such path."),
+        405: ("method_not_allowed", "Method not allowed."),
+    }
+    code, message = known.get(error.status_code, ("bad_request", error.detail))
+    response = error_response(ApiError(error.status_code, code, message, headers=error.headers))
     if error.status_code == 405:
         # Starlette lists only the methods of the first route with this path.
         routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]

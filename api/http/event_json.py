@@ -17,20 +17,14 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 def encode_event(event: RecordedEvent, viewer: Viewer) -> bytes:
     """Return an event as the viewer sees it. For a damaged event, return a stub with the reason."""
-    if (field := _find_damaged_field(event)) is not None:
-        return _build_stub(event, f"its {field} is missing or damaged")
+    document = event.document
+    for field, kind in ENVELOPE_FIELDS.items():
+        if not isinstance(document.get(field), kind):
+            return _build_stub(event, f"its {field} is missing or damaged")
     try:
         return orjson.dumps(redact_event(event, viewer), option=_OPTIONS)
     except (TypeError, ValueError, LookupError, AttributeError):
         return _build_stub(event, find_data_deviation(event.document) or "its content is damaged")
-
-
-def _find_damaged_field(event: RecordedEvent) -> str | None:
-    document = event.document
-    for name, kind in ENVELOPE_FIELDS.items():
-        if not isinstance(document.get(name), kind):
-            return name
-    return None
 
 
 def _build_stub(event: RecordedEvent, reason: str) -> bytes:

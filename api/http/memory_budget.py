@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncio import CancelledError
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,27 +16,12 @@ _LARGE_BYTES: Final = 64 * 1024
 """How much of a response a connection buffers before it waits for the client."""
 
 
+@dataclass(slots=True)
 class MemoryBudget:
     """The memory in bytes that the bodies of all requests in progress may use. Each request reserves an estimate."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.reserved = 0
-
-    def reserve(self, size: int, *, enforce_limit: bool = True) -> None:
-        """Reserve memory.
-
-        Raises:
-            ApiError: 503, too little memory is left.
-        """
-        if enforce_limit and self.reserved + size > self.limit:
-            message = "The requests in progress use all memory allowed (api.request_memory_mb). Retry in a moment."
-            raise ApiError(503, "server_busy", message, retry_after_seconds=2)
-        self.reserved += size
-
-    def release(self, size: int) -> None:
-        """Release reserved memory."""
-        self.reserved -= size
+    limit: int
+    reserved: int = 0
 
 
 class MemoryReservation:
@@ -49,14 +35,17 @@ class MemoryReservation:
         """Reserve more memory.
 
         Raises:
-            ApiError: 503, as MemoryBudget.reserve().
+            ApiError: 503, too little memory is left.
         """
-        self._budget.reserve(size, enforce_limit=enforce_limit)
+        if enforce_limit and self._budget.reserved + size > self._budget.limit:
+            message = "The requests in progress use all memory allowed (api.request_memory_mb). Retry in a moment."
+            raise ApiError(503, "server_busy", message, retry_after_seconds=2)
+        self._budget.reserved += size
         self.size += size
 
     def release(self) -> None:
         """Release all reserved memory."""
-        self._budget.release(self.size)
+        self._budget.reserved -= self.size
         self.size = 0
 
 
@@ -110,7 +99,4 @@ class MemoryLimitMiddleware:
 
 def _get_content_length(start: Message) -> int:
     """Return the Content-Length of a response, 0 without the header."""
-    for name, value in start["headers"]:
-        if name == b"content-length":
-            return int(value)
-    return 0
+    return int(dict(start["headers"]).get(b"content-length", 0))

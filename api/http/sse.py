@@ -10,6 +10,7 @@ from typing import Final
 from starlette.types import Message, Receive, Scope, Send
 
 from jobledger.api.auth.permissions import wait_until_signed_out
+from jobledger.api.http.streaming import run_until_first
 
 SEND_TIMEOUT_SECONDS: Final = 10.0
 """How long a client may read nothing before the stream is aborted."""
@@ -63,10 +64,6 @@ class LiveStreams:
             writer.cancel()
 
 
-class _ClientNotReading(Exception):
-    """The client does not read."""
-
-
 class EventStreamResponse:
     """A response that continues until the client disconnects, or its credential is revoked or expires.
 
@@ -83,35 +80,22 @@ class EventStreamResponse:
             await self._blocks.aclose()
             await send(_END)
             return
-        writer = asyncio.create_task(self._write(send), name="live")
+        writer = asyncio.create_task(self._write(send, scope["state"]["abort"]), name="live")
         self._streams.add(writer)
-        disconnected = asyncio.create_task(_wait_for_disconnect(receive), name="live-disconnect")
-        signed_out = asyncio.create_task(wait_until_signed_out(scope), name="live-signed-out")
-        try:
-            await asyncio.wait({writer, disconnected, signed_out}, return_when=asyncio.FIRST_COMPLETED)
-            if writer.done() and not writer.cancelled() and isinstance(writer.exception(), _ClientNotReading):
-                # An ordinary close would wait for the client to read the pending data.
-                abort: Callable[[], None] = scope["state"]["abort"]
-                abort()
-                await disconnected
-                return
-        finally:
-            writer.cancel()
-            disconnected.cancel()
-            signed_out.cancel()
-            await asyncio.gather(writer, disconnected, signed_out, return_exceptions=True)
+        await run_until_first(writer, _wait_for_disconnect(receive), wait_until_signed_out(scope))
         if not writer.cancelled():
             writer.result()
         await send(_END)
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, abort: Callable[[], None]) -> None:
         async with aclosing(self._blocks) as blocks:
             async for block in blocks:
                 try:
                     async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
                         await send({"type": "http.response.body", "body": block, "more_body": True})
                 except TimeoutError:
-                    raise _ClientNotReading from None
+                    abort()  # an ordinary close would wait for the client to read the pending data
+                    await asyncio.Event().wait()  # until the disconnect cancels this task
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

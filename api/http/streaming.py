@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import unicodedata
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Final
 from urllib.parse import quote
 
@@ -21,8 +21,16 @@ _MEDIA_TYPE: Final = re.compile(r"""[\w!#$&^.+-]+/[\w!#$&^.+-]+(\s*;\s*[\w.-]+=(
 _NOT_ASCII_NAME: Final = re.compile(r"[^A-Za-z0-9 ._()+,=@-]")
 
 
-async def _do_nothing() -> None:
-    """Release nothing."""
+async def run_until_first(*awaitables: Awaitable[None]) -> Sequence[asyncio.Future[None]]:
+    """Run awaitables concurrently until the first has ended, then cancel the others. Return them as ended futures."""
+    futures = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for future in futures:
+            future.cancel()
+        await asyncio.gather(*futures, return_exceptions=True)
+    return futures
 
 
 class CloseableStreamingResponse(StreamingResponse):
@@ -39,7 +47,7 @@ class CloseableStreamingResponse(StreamingResponse):
         status: int,
         headers: Mapping[str, str],
         *,
-        on_close: Callable[[], Awaitable[None]] = _do_nothing,
+        on_close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(content, status, headers)
         self._content = content
@@ -53,21 +61,17 @@ class CloseableStreamingResponse(StreamingResponse):
             _log.error("response aborted", path=scope["path"], error=str(errors.exceptions[0]))
         finally:
             await self._content.aclose()
-            await self._on_close()
+            if self._on_close is not None:
+                await self._on_close()
 
     async def _send_while_authenticated(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.create_task(super().__call__(scope, receive, send), name="download")
-        signed_out = asyncio.create_task(wait_until_signed_out(scope, allow_renewal=True), name="download-signed-out")
-        try:
-            await asyncio.wait({sending, signed_out}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                return sending.result()
-            abort: Callable[[], None] = scope["state"]["abort"]
-            abort()  # an ordinary close would wait for the client to read the pending data
-        finally:
-            sending.cancel()
-            signed_out.cancel()
-            await asyncio.gather(sending, signed_out, return_exceptions=True)
+        sending, _ = await run_until_first(
+            super().__call__(scope, receive, send), wait_until_signed_out(scope, allow_renewal=True)
+        )
+        if sending.cancelled():
+            scope["state"]["abort"]()  # an ordinary close would wait for the client to read the pending data
+        else:
+            sending.result()
 
 
 def format_content_type(media_type: str) -> str:

@@ -18,6 +18,7 @@ from starlette.types import Message
 from jobledger.api.auth import api_keys, backends
 from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
 from jobledger.api.auth.permissions import AuthenticationMiddleware, RevocationNotifier
+from jobledger.api.dashboard.errors import build_auth_error_response
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.streaming import CloseableStreamingResponse
 from jobledger.ledger.domain.access import Principal
@@ -193,13 +194,14 @@ async def test_download_ends_when_its_credential_ends(case: str, is_cut: bool) -
         await has_client_read.wait()
 
     aborted = asyncio.Event()
+    response = CloseableStreamingResponse(content(), 200, {})
     scope = {
         "type": "http",
         "path": "/file",
         "headers": [],
         "asgi": {"spec_version": "2.3"},
         "principal": principal,
-        "authentication": AuthenticationMiddleware(CloseableStreamingResponse(content(), 200, {}), check, revocations),
+        "authentication": AuthenticationMiddleware(response, check, revocations, build_auth_error_response),
         "state": {"abort": aborted.set},
     }
 

@@ -152,7 +152,6 @@ VARIABLES: Final[Mapping[str, Types]] = {
     "series": CHART,
     "principal": (Principal,),
     "budget": UNKNOWN,  # an object of the page, not of the API
-    "permissions": fields(["write"]),
     "ui": fields(MACROS),
 }
 """Types of template variables and macro parameters, by name. Templates read no fields of those that are not listed."""

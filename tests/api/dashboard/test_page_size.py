@@ -86,7 +86,6 @@ def make_context(template: str, text: str) -> dict[str, Any]:
     jobs = [{**first, "job_id": f"job-{number:024}"} for number in range(200)]
     result_page = {"jobs": jobs, "batches": [make_batch(text, number) for number in range(1000)], "total": 1000}
     filters, events = dict.fromkeys(("q", "status", "track", "stream", "types"), text), make_events(text)
-    permissions = {"write": True}
     match template:
         case "job.html.j2":
             deliveries = [
@@ -103,11 +102,11 @@ def make_context(template: str, text: str) -> dict[str, Any]:
                 "events": events,
                 "deliveries": deliveries,
                 "preview": preview,
-                "permissions": permissions,
+                "can_write": True,
                 "has_more_events": True,
             }
         case "batch.html.j2":
-            return {"batch": make_batch(text), "result_page": result_page, "events": events, "permissions": permissions}
+            return {"batch": make_batch(text), "result_page": result_page, "events": events, "can_write": True}
         case "overview.html.j2":
             workers = [{"worker_id": f"{number}{text}", "host": text, "problem": text * 10} for number in range(100)]
             stats = {

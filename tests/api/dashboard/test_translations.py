@@ -31,7 +31,7 @@ ACTIONS = frozenset(re.findall(r'action_button\(t, [^)]*?, "(\w+)"', "".join(TEM
 BULK_ACTIONS = frozenset({"restart", "cancel", "archive"})
 COMPUTED_KEYS = {
     "t(status)": JOB_STATUSES | set(get_args(BatchStatus)),
-    't("outcome_" ~ attempt.outcome)': {f"outcome_{outcome}" for outcome in OUTCOMES},
+    't("outcome_" ~ attempt.outcome)': {f"outcome_{outcome}" for outcome in OUTCOMES.values()},
     't("delivery_" ~ delivery.status)': {f"delivery_{status}" for status in get_args(DeliveryStatus)},
     "t(action)": ACTIONS,
     't("confirm_" ~ action, target, count)': {f"confirm_{action}" for action in ACTIONS},
