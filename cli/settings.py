@@ -5,7 +5,6 @@ Other packages receive values and never read settings themselves.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from jobledger.cli.auth_settings import AuthSettings, SettingsSection, is_loopback, validate_network
 from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.net.url_policy import validate_host_or_network
 from jobledger.workers.child.confinement import ConfinementMode
 from jobledger.workers.registry import disable_job_type, is_built_in, load_processors, unusable_job_types
 
@@ -112,12 +112,6 @@ class ApiSettings(SettingsSection):
     cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*@\s]+$")]] = Field([])
 
 
-def _check_host_or_network(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.:/\[\]-]{1,255}", text):
-        raise ValueError("expected an IP address, a network such as 10.1.0.0/16, or a host name")
-    return text
-
-
 class WebhookSettings(SettingsSection):
     retry_delays_seconds: list[Annotated[float, Field(ge=0, le=7 * 86_400)]] = Field(
         [0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400], min_length=1, max_length=50
@@ -128,7 +122,7 @@ class WebhookSettings(SettingsSection):
     max_concurrent_per_host: int = Field(4, ge=1, le=1000)
     circuit_breaker_failures: int = Field(10, ge=1, le=1000)
     circuit_breaker_cooldown_seconds: float = Field(30, ge=0.1, le=600)
-    allowed_private_hosts: list[Annotated[str, AfterValidator(_check_host_or_network)]] = Field([])
+    allowed_private_hosts: list[Annotated[str, AfterValidator(validate_host_or_network)]] = Field([])
     echo_enabled: bool = False
     lease_seconds: float = Field(10, ge=1, le=3600)
 

@@ -39,6 +39,22 @@ class RejectionReason:
     message: str
 
 
+def validate_host_or_network(entry: str) -> str:
+    """Return an entry for `AllowedHosts` unchanged.
+
+    Raises:
+        ValueError: It is not an IP address, a network or a host name.
+    """
+    try:
+        ip_network(entry, strict=False)
+    except ValueError:
+        if not re.fullmatch(r"[^\s/:]+", entry):
+            raise ValueError(
+                f"{entry!r} is not an IP address, a network such as 10.0.0.0/8, or a host name without port"
+            ) from None
+    return entry
+
+
 class AllowedHosts:
     """The non-public hosts and networks that the operator allows."""
 

@@ -161,6 +161,11 @@ def test_settings_empty_section_has_defaults(tmp_path: Path, text: str) -> None:
             "network such as",
         ),
         (
+            "webhooks:\n  allowed_private_hosts: ['intern.example:80']\n",
+            "webhooks.allowed_private_hosts",
+            "without port",
+        ),
+        (
             "processors:\n  session:\n    transcription:\n      backend: whisper\n",
             "processors.session.transcription.backend",
             "'none', 'pocketsphinx' or 'openai'",
@@ -168,7 +173,7 @@ def test_settings_empty_section_has_defaults(tmp_path: Path, text: str) -> None:
         (
             "processors:\n  session:\n    transcription:\n      modell: x\n",
             "processors.session.transcription.modell",
-            "Keys: url, model, api_key_file, backend",
+            "Keys: backend, url, model, api_key_file",
         ),
     ],
 )
