@@ -217,7 +217,7 @@ def _make_key_source(jwt: JwtSettings) -> KeySource:
         raise ConfigurationError(f"auth.jwt.public_key_file: {jwt.public_key_file}: {error}") from error
 
 
-class _Server(uvicorn.Server):
+class BackgroundServer(uvicorn.Server):
     """Uvicorn without its signal handlers: the process handles signals for all roles."""
 
     @contextmanager
@@ -235,7 +235,7 @@ async def serve_api(
     limits = ConnectionLimits(
         settings.max_connections, settings.max_connections_per_address, context.http_options.trusted_proxies
     )
-    server = _Server(
+    server = BackgroundServer(
         uvicorn.Config(
             create_app(context),
             http=protocol_class(limits),

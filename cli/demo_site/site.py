@@ -1,34 +1,25 @@
-"""Write the demo conference as a website and list its sessions for submission."""
+"""Write the demo conference as a website, serve it, and list its sessions for submission."""
 
 from __future__ import annotations
 
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypedDict
 from urllib.parse import quote
 
+import uvicorn
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
 
-from jobledger.cli.demo_site.conference import Conference, Talk, load_conference
+from jobledger.cli.demo_site.conference import Talk, load_conference
 from jobledger.cli.demo_site.slides import write_slides
 from jobledger.cli.demo_site.video import write_video
-
-
-class SessionFields(TypedDict):
-    """The 13 parameters of a session job in `POST /api/events/jobs`."""
-
-    event: str
-    session: str
-    url: str
-    filename: str
-    track: str
-    day: str
-    starttime: str
-    endtime: str
-    speakers: list[str]
-    video_url: str | None
-    attachments_url: str | None
-    source_language: str
-    target_language: str
+from jobledger.cli.server import BackgroundServer
+from jobledger.workers.processor import JSON
 
 
 def write_site(directory: Path) -> list[Path]:
@@ -37,16 +28,23 @@ def write_site(directory: Path) -> list[Path]:
     Takes about two seconds, mostly for encoding the videos.
     """
     conference = load_conference()
-    pages = {name: _render(f"{name}.j2", conference=conference) for name in ("index.html", "style.css")}
+    pages = {name: _render(f"{name}.j2") for name in ("index.html", "style.css")}
+    files = []
     for talk in conference.talks:
-        pages[f"{_page_path(talk)}index.html"] = _render("talk.html.j2", conference=conference, talk=talk)
+        pages[f"{_make_page_path(talk)}index.html"] = _render("talk.html.j2", talk=talk)
+        if talk.slides:
+            files.append(_make_slides_path(talk))
+            write_slides(talk, _create_parent(directory, _make_slides_path(talk)))
+        if talk.video:
+            files.append(_make_video_path(talk))
+            write_video(talk, talk.video, _create_parent(directory, _make_video_path(talk)))
     for name, text in pages.items():
         _create_parent(directory, name).write_text(text, encoding="utf-8")
-    return [Path(name) for name in pages] + _write_media(directory)
+    return [Path(name) for name in (*pages, *files)]
 
 
-def list_sessions(base_url: str) -> list[SessionFields]:
-    """Return the parameters of all sessions of the site at `base_url`.
+def list_sessions(base_url: str) -> list[dict[str, JSON]]:
+    """Return the parameters of a session job for each talk of the site at `base_url`.
 
     English talks have the target language German, and German talks English.
     """
@@ -56,15 +54,15 @@ def list_sessions(base_url: str) -> list[SessionFields]:
         {
             "event": conference.name,
             "session": talk.title,
-            "url": f"{root}/{_page_path(talk)}",
+            "url": f"{root}/{_make_page_path(talk)}",
             "filename": talk.filename,
             "track": talk.track,
             "day": talk.day,
             "starttime": talk.start,
             "endtime": talk.end,
             "speakers": [speaker.name for speaker in talk.speakers],
-            "video_url": f"{root}/{quote(_video_path(talk))}" if talk.video else None,
-            "attachments_url": f"{root}/{quote(_slides_path(talk))}" if talk.slides else None,
+            "video_url": f"{root}/{quote(_make_video_path(talk))}" if talk.video else None,
+            "attachments_url": f"{root}/{quote(_make_slides_path(talk))}" if talk.slides else None,
             "source_language": talk.language,
             "target_language": "en" if talk.language == "de" else "de",
         }
@@ -72,17 +70,25 @@ def list_sessions(base_url: str) -> list[SessionFields]:
     ]
 
 
-def _write_media(directory: Path) -> list[Path]:
-    """Write the slides and videos."""
-    files = []
-    for talk in load_conference().talks:
-        if talk.slides:
-            files.append(Path(_slides_path(talk)))
-            write_slides(talk, _create_parent(directory, _slides_path(talk)))
-        if talk.video:
-            files.append(Path(_video_path(talk)))
-            write_video(talk, talk.video, _create_parent(directory, _video_path(talk)))
-    return files
+@asynccontextmanager
+async def serve_directory(directory: Path) -> AsyncIterator[str]:
+    """Serve `directory` on a free port of 127.0.0.1 and yield the base URL without a trailing slash.
+
+    Supports content types by file name, byte ranges and `index.html` for directories.
+    """
+    app = Starlette(routes=[Mount("/", StaticFiles(directory=directory, html=True))])
+    server = BackgroundServer(
+        uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        running = asyncio.create_task(server.serve(sockets=[listener]), name="demo site")
+        try:
+            while not server.started:  # noqa: ASYNC110 - uvicorn offers no event
+                await asyncio.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await running
 
 
 def _create_parent(directory: Path, name: str) -> Path:
@@ -92,20 +98,20 @@ def _create_parent(directory: Path, name: str) -> Path:
     return path
 
 
-def _page_path(talk: Talk) -> str:
+def _make_page_path(talk: Talk) -> str:
     return f"talks/{talk.slug}/"
 
 
-def _slides_path(talk: Talk) -> str:
+def _make_slides_path(talk: Talk) -> str:
     return f"files/{talk.slug}.pdf"
 
 
-def _video_path(talk: Talk) -> str:
+def _make_video_path(talk: Talk) -> str:
     return f"media/{talk.slug}.{talk.video.container}" if talk.video else ""
 
 
-def _render(template: str, **context: Conference | Talk) -> str:
-    return _TEMPLATES.get_template(template).render(context)
+def _render(template: str, **context: Talk) -> str:
+    return _TEMPLATES.get_template(template).render(context, conference=load_conference())
 
 
 _TEMPLATES = Environment(
@@ -115,4 +121,4 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.globals |= {"page_path": _page_path, "slides_path": _slides_path, "video_path": _video_path}
+_TEMPLATES.globals |= {"page_path": _make_page_path, "slides_path": _make_slides_path, "video_path": _make_video_path}

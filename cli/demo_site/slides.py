@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import assert_never
 
 from fpdf import FPDF
 
-from jobledger.cli.demo_site.conference import Chart, Code, Figure, Flow, Slide, Talk, load_conference
+from jobledger.cli.demo_site.conference import Chart, Code, Flow, Slide, Talk, load_conference
 
 WIDTH, HEIGHT, MARGIN = 254.0, 142.875, 18.0  # mm, 16:9
 TEXT, BACKGROUND, MUTED = (32, 36, 42), (253, 252, 249), (120, 126, 134)
@@ -28,12 +27,12 @@ class SlidesPdf(FPDF):
         self.set_creation_date(datetime(2026, 10, 1, tzinfo=UTC))
 
     def write_at(self, x: float, y: float, text: str, *, size: float, bold: bool = False, width: float = 0) -> None:
-        """Write `text` at (x, y) and leave the cursor below it.
+        """Write wrapped text and leave the cursor below it.
 
         Args:
             x: Left edge in mm.
             y: Top edge in mm.
-            text: The text, wrapped to `width`.
+            text: The text.
             size: Font size in points.
             bold: Whether to use the bold font.
             width: Line width in mm. 0 means up to the right margin.
@@ -83,8 +82,14 @@ def _draw_page(pdf: SlidesPdf, slide: Slide) -> None:
     pdf.set_y(pdf.get_y() + 7)
     for point in slide.points:
         _draw_point(pdf, point, size=15 if slide.figure else 22)
-    if slide.figure is not None:
-        _draw_figure(pdf, slide.figure, top=pdf.get_y() + 6)
+    top = pdf.get_y() + 6
+    match slide.figure:
+        case Chart():
+            _draw_chart(pdf, slide.figure, top)
+        case Flow():
+            _draw_flow(pdf, slide.figure, top)
+        case Code():
+            _draw_code(pdf, slide.figure, top)
     pdf.set_text_color(*MUTED)
     pdf.write_at(MARGIN, HEIGHT - 11, load_conference().name, size=9)
     pdf.write_at(WIDTH - MARGIN - 12, HEIGHT - 11, f"{pdf.page_no()} / {pdf.talk.page_count}", size=9, width=30)
@@ -96,18 +101,6 @@ def _draw_point(pdf: SlidesPdf, point: str, *, size: float) -> None:
     pdf.rect(MARGIN, y + size * 0.15, 2.4, 2.4, style="F")
     pdf.write_at(MARGIN + 8, y, point, size=size)
     pdf.set_y(pdf.get_y() + size * 0.28)
-
-
-def _draw_figure(pdf: SlidesPdf, figure: Figure, *, top: float) -> None:
-    match figure:
-        case Chart():
-            _draw_chart(pdf, figure, top)
-        case Flow():
-            _draw_flow(pdf, figure, top)
-        case Code():
-            _draw_code(pdf, figure, top)
-        case _:
-            assert_never(figure)
 
 
 def _draw_chart(pdf: SlidesPdf, chart: Chart, top: float) -> None:

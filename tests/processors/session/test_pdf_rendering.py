@@ -16,14 +16,15 @@ from PIL import Image
 
 from jobledger.workers.processors.session import SessionSettings
 from jobledger.workers.processors.session.pdf_rendering import (
+    OTHER_TYPES,
     RenderedPage,
     UnreadablePdf,
-    describe_other_type,
+    get_url_suffix,
     is_pdf,
+    make_slide_file_names,
     render_pages,
-    slide_file_names,
 )
-from jobledger.workers.processors.session.threaded_iteration import run_in_thread
+from jobledger.workers.processors.session.step_context import run_in_thread
 from tests.processors.session.fixtures import make_pdf, make_pdf_with_image
 
 
@@ -85,10 +86,10 @@ def test_encrypted_pdf_raises_unreadable_pdf(tmp_path: Path) -> None:
 
 
 def test_slide_file_names_sort_by_number() -> None:
-    names = [slide_file_names(number)[0] for number in range(1, 501)]
+    names = [make_slide_file_names(number)[0] for number in range(1, 501)]
     assert names[:2] == ["slide-001.jpg", "slide-002.jpg"]
     assert names == sorted(names)
-    assert slide_file_names(7) == ("slide-007.jpg", "slide-007-thumb.jpg")
+    assert make_slide_file_names(7) == ("slide-007.jpg", "slide-007-thumb.jpg")
 
 
 def test_is_pdf_checks_the_content(tmp_path: Path) -> None:
@@ -98,10 +99,11 @@ def test_is_pdf_checks_the_content(tmp_path: Path) -> None:
         assert is_pdf(path) is expected
 
 
-def test_describe_other_type_uses_the_suffix() -> None:
-    assert describe_other_type("https://conference.example/a/Talk.ODP?download=1") == "an OpenDocument presentation"
-    assert describe_other_type("https://conference.example/a/talk.pdf") is None
-    assert describe_other_type("https://conference.example/a/talk") is None
+def test_type_of_attachment_follows_the_suffix_of_its_url() -> None:
+    suffix = get_url_suffix("https://conference.example/a/Talk.ODP?download=1")
+    assert OTHER_TYPES[suffix] == "an OpenDocument presentation"
+    assert get_url_suffix("https://conference.example/a/talk.pdf") not in OTHER_TYPES
+    assert get_url_suffix("https://conference.example/a/talk") not in OTHER_TYPES
 
 
 async def test_run_in_thread_closes_generator_when_consumer_stops() -> None:

@@ -14,10 +14,10 @@ from PIL import Image
 from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.pipeline import run
 from jobledger.workers.processors.session.presentation_conversion import (
-    ConversionFailed,
     convert_to_pdf,
     has_presentation_signature,
 )
+from jobledger.workers.processors.session.presentation_files import UnusablePresentation
 from tests.processors.session.fixtures import (
     RecordingJob,
     Site,
@@ -148,11 +148,11 @@ async def test_hanging_conversion_is_killed_with_its_child_processes(tmp_path: P
 
 
 @needs_sandbox
-async def test_conversion_without_output_raises_conversion_failed(tmp_path: Path) -> None:
+async def test_conversion_without_output_raises_unusable_presentation(tmp_path: Path) -> None:
     source, scratch = tmp_path / "attachment", tmp_path / "scratch"
     source.write_bytes(b"\xd0\xcf\x11\xe0")
     scratch.mkdir()
-    with pytest.raises(ConversionFailed, match="could not be read by LibreOffice"):
+    with pytest.raises(UnusablePresentation, match="could not be read by LibreOffice"):
         await convert_to_pdf(source, ".ppt", program="true", scratch=scratch)
 
 

@@ -20,8 +20,8 @@ from jobledger.workers.processors.session import presentation_conversion, presen
 from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.pipeline import run
 from jobledger.workers.processors.session.presentation_files import (
-    InvalidPresentation,
     SlideText,
+    UnusablePresentation,
     extract_slide_texts,
     sanitize_presentation,
 )
@@ -219,13 +219,13 @@ def test_too_large_or_damaged_presentation_is_rejected(
     monkeypatch.setattr(presentation_files, "MAX_TOTAL_BYTES", 1_000_000)
     monkeypatch.setattr(presentation_files, "MAX_PARTS", 100)
     (tmp_path / "source").write_bytes(content)
-    with pytest.raises(InvalidPresentation):
+    with pytest.raises(UnusablePresentation):
         sanitize_presentation(tmp_path / "source", tmp_path / "target")
     assert extract_slide_texts(tmp_path / "source") == []
 
 
 def test_nested_entities_are_not_expanded(tmp_path: Path) -> None:
-    with suppress(InvalidPresentation):  # later versions of libxml2 reject it
+    with suppress(UnusablePresentation):  # later versions of libxml2 reject it
         assert len(sanitize(make_flat_file("<text:p>&j;</text:p>", prolog=BOMB), tmp_path)) < 10_000
     assert not (tmp_path / "target").exists() or (tmp_path / "target").stat().st_size < 10_000
 

@@ -232,7 +232,7 @@ async def test_slides_rendered_before_step_timeout_are_shown(site: Site, page_ur
         (SiteResponse(make_pdf(2, password="secret"), headers=PDF), "The PDF is protected by a password"),
         (SiteResponse(b"<p>Log in first</p>", headers={"Content-Type": "text/html"}), "It is not a PDF (text/html)"),
         (None, "was not fetched within 900 seconds"),
-        (SiteResponse(status=503), "answered 503 (Service Unavailable)"),
+        (SiteResponse(status=503), "responded with 503 (Service Unavailable)"),
         (SiteResponse(b"%PDF-", content_length=10**12), "is larger than "),
     ],
 )
@@ -306,7 +306,7 @@ async def test_keep_audio_saves_16_khz_mono_wav(site: Site, page_url: str, tmp_p
             SiteResponse(b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n", headers=WEBM),
             "not a supported media file",
         ),
-        (SiteResponse(status=404), "answered 404 (Not Found)"),
+        (SiteResponse(status=404), "responded with 404 (Not Found)"),
         (None, "was not fetched within 900 seconds"),
     ],
 )

@@ -9,18 +9,17 @@ from typing import Any, NamedTuple
 
 import jinja2
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from jobledger.ledger.net.url_policy import strip_userinfo
 from jobledger.workers.processor import ProcessorError, SavedFile
 from jobledger.workers.processors.session.enrichment import Summary
 from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.parameters import SessionParameters
-from jobledger.workers.processors.session.pdf_rendering import Slide, slide_file_names
+from jobledger.workers.processors.session.pdf_rendering import Slide, make_slide_file_names
 from jobledger.workers.processors.session.presentation_files import SlideText
 from jobledger.workers.processors.session.result_layout import ResultLayout
 from jobledger.workers.processors.session.safe_markdown import escape_link_target, escape_text
-from jobledger.workers.processors.session.template_labels import load_labels
 from jobledger.workers.processors.session.transcript import Segment, format_timecode
 
 MAX_ALT_CHARACTERS = 250
@@ -31,8 +30,6 @@ PARAGRAPH_SECONDS = 60
 class TranscriptResult(BaseModel):
     """Output of the step `transcript`. `missing_reason` says why there is no text."""
 
-    model_config = ConfigDict(frozen=True)
-
     audio_seconds: float | None = None
     segments: list[Segment] = []
     missing_reason: str | None = None
@@ -41,17 +38,12 @@ class TranscriptResult(BaseModel):
 
     def with_result_paths(self, layout: ResultLayout) -> TranscriptResult:
         """Return a copy whose file has the path of this job."""
-        if self.audio is None:
-            return self
-        return self.model_copy(
-            update={"audio": self.audio.model_copy(update={"path": layout.asset_path(AUDIO_FILE_NAME)})}
-        )
+        audio = self.audio and self.audio.model_copy(update={"path": layout.asset_path(AUDIO_FILE_NAME)})
+        return self.model_copy(update={"audio": audio})
 
 
 class SlidesResult(BaseModel):
     """Output of the step `slides`: images, or the text of a presentation that could not be rendered."""
-
-    model_config = ConfigDict(frozen=True)
 
     slides: list[Slide] = []
     texts: list[SlideText] = []
@@ -64,8 +56,6 @@ class SlidesResult(BaseModel):
 
 class EnrichmentResult(BaseModel):
     """Output of the step `enrich`. `markdown` is the text of the page in `language`, translated if possible."""
-
-    model_config = ConfigDict(frozen=True)
 
     language: str
     markdown: str
@@ -83,7 +73,7 @@ class SessionContent(NamedTuple):
 
 
 def _set_paths(slide: Slide, layout: ResultLayout) -> Slide:
-    image_name, thumbnail_name = slide_file_names(slide.number)
+    image_name, thumbnail_name = make_slide_file_names(slide.number)
     thumbnail = slide.thumbnail.model_copy(update={"path": layout.asset_path(thumbnail_name)})
     return slide.model_copy(update={"path": layout.asset_path(image_name), "thumbnail": thumbnail})
 
@@ -91,6 +81,15 @@ def _set_paths(slide: Slide, layout: ResultLayout) -> Slide:
 def read_built_in_template() -> str:
     """Return the text of the default template."""
     return files(__package__).joinpath("document.md.j2").read_text(encoding="utf-8")
+
+
+@cache
+def _load_labels() -> dict[str, dict[str, str]]:
+    """Return the labels of the built-in template by language."""
+    labels: dict[str, dict[str, str]] = yaml.safe_load(
+        files(__package__).joinpath("labels.yaml").read_text(encoding="utf-8")
+    )
+    return labels
 
 
 def render_document(
@@ -107,15 +106,16 @@ def render_document(
         ProcessorError: TEMPLATE_ERROR if the custom template is invalid.
     """
     page, enrichment, transcript, slides = content
-    labels = load_labels(enrichment.language)
+    labels = _load_labels().get(get_primary_subtag(enrichment.language)) or _load_labels()["en"]
     context: dict[str, Any] = {
         "front_matter": render_front_matter(session=session, job_id=job_id, page=page, enrichment=enrichment),
         "session": session,
-        "event_details": _event_details(session),
+        "event_details": _format_event_details(session),
         "page": page.model_copy(update={"markdown": enrichment.markdown}),
         "labels": labels,
         "slides": [
-            {"alt": _format_alt_text(slide, labels["slide"]), "path": _relative_path(slide)} for slide in slides.slides
+            {"alt": _format_alt_text(slide, labels["slide"]), "path": _make_relative_path(slide)}
+            for slide in slides.slides
         ],
         "slide_texts": [
             {"number": slide.number, "text_lines": slide.text.splitlines(), "note_lines": slide.notes.splitlines()}
@@ -176,12 +176,12 @@ def resolve_language(session: SessionParameters, page: PageText) -> str:
     return page.language or session.source_language
 
 
-def primary_subtag(language: str) -> str:
+def get_primary_subtag(language: str) -> str:
     """Return a language without its region: `de` for `de-AT`."""
     return language.partition("-")[0].lower()
 
 
-def _event_details(session: SessionParameters) -> list[str]:
+def _format_event_details(session: SessionParameters) -> list[str]:
     times = "–".join(time for time in (session.starttime, session.endtime) if time)
     day = ", ".join(part for part in (session.day, times) if part)
     return [part for part in (session.event, session.track, day) if part]
@@ -194,7 +194,7 @@ def _format_alt_text(slide: Slide, label: str) -> str:
     return f"{label} {slide.number}: {short}" if short else f"{label} {slide.number}"
 
 
-def _relative_path(file: SavedFile) -> str:
+def _make_relative_path(file: SavedFile) -> str:
     """Return the path of the file relative to the document, which is next to the folder `assets`."""
     return "/".join(file.path.rsplit("/", 2)[-2:])
 

@@ -11,12 +11,10 @@ import re
 from collections import Counter
 from typing import Annotated, Any, Final
 
-from markdown_it import MarkdownIt
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from jobledger.workers.processors.session.safe_markdown import sanitize_markdown
+from jobledger.workers.processors.session.safe_markdown import COMMONMARK, sanitize_markdown
 
-_COMMONMARK: Final = MarkdownIt("commonmark").enable("table")
 _MAX_TAGS: Final = 10
 Line = Annotated[str, StringConstraints(strip_whitespace=True, max_length=300)]
 
@@ -46,7 +44,7 @@ class InvalidModelOutput(Exception):
     """The output of the model is invalid. The message is sent to the model."""
 
 
-def json_schema_format(model: type[BaseModel]) -> dict[str, Any]:
+def build_response_format(model: type[BaseModel]) -> dict[str, Any]:
     """Return the `response_format` that requests this Pydantic model."""
     return {
         "type": "json_schema",
@@ -95,7 +93,8 @@ def parse_translation(output: str, original: str) -> str:
     links, code = _count_links_and_code(original)
     translated_links, translated_code = _count_links_and_code(text)
     if translated_links != links:
-        raise InvalidModelOutput(f"the links differ from those of the original: {_format_links(links) or 'none'}")
+        original_links = ", ".join(list(links)[:20]) or "none"
+        raise InvalidModelOutput(f"the links differ from those of the original: {original_links}")
     if translated_code != code:
         raise InvalidModelOutput("the code differs from the original; do not change code")
     return text
@@ -117,7 +116,7 @@ def _count_links_and_code(markdown: str) -> tuple[Counter[str], Counter[str]]:
     """Return the link targets and code blocks of a text with their numbers."""
     links: Counter[str] = Counter()
     code: Counter[str] = Counter()
-    for block in _COMMONMARK.parse(markdown):
+    for block in COMMONMARK.parse(markdown):
         for token in (block, *(block.children or [])):
             if token.type == "link_open":
                 links[str(token.attrs.get("href", ""))] += 1
@@ -126,10 +125,6 @@ def _count_links_and_code(markdown: str) -> tuple[Counter[str], Counter[str]]:
             elif token.type == "code_inline":
                 code[token.content.strip()] += 1
     return links, code
-
-
-def _format_links(links: Counter[str]) -> str:
-    return ", ".join(list(links)[:20])
 
 
 def split_markdown(markdown: str, max_characters: int) -> list[str]:
@@ -146,6 +141,6 @@ def split_markdown(markdown: str, max_characters: int) -> list[str]:
 def _split_blocks(markdown: str) -> list[str]:
     """Return the top-level blocks. A list, table or fence is one block."""
     lines = markdown.splitlines()
-    starts = sorted({token.map[0] for token in _COMMONMARK.parse(markdown) if token.map and token.level == 0})
+    starts = sorted({token.map[0] for token in COMMONMARK.parse(markdown) if token.map and token.level == 0})
     ends = [*starts[1:], len(lines)]
     return ["\n".join(lines[start:end]).strip("\n") for start, end in zip(starts, ends, strict=True)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -15,63 +14,59 @@ from jobledger.workers.processors.session import enrichment
 from jobledger.workers.processors.session.document import (
     EnrichmentResult,
     TranscriptResult,
-    primary_subtag,
+    get_primary_subtag,
     resolve_language,
 )
 from jobledger.workers.processors.session.enrichment import InvalidModelOutput, Summary, Translation
-from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError, read_api_key
+from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError
 from jobledger.workers.processors.session.page import PageText
-from jobledger.workers.processors.session.step_context import StepContext, json_digest
+from jobledger.workers.processors.session.step_context import StepContext, compute_json_digest
 
 MAX_PROMPT_CHARACTERS: Final = 30_000
 """Maximum length of the page text, and of the transcript, in the prompt for the summary."""
 Parsed = TypeVar("Parsed")
 
 
-def inputs(ctx: StepContext, page: PageText, transcript: TranscriptResult) -> dict[str, JSON]:
+def build_inputs(ctx: StepContext, page: PageText, transcript: TranscriptResult) -> dict[str, JSON]:
     """Return the inputs of the step, without API key and timeouts. The step is not repeated with the same inputs."""
     settings = ctx.settings.language_model
     spoken = [segment.text for segment in transcript.segments] if settings.backend != "none" else []
     return {
-        "content": json_digest([page.model_dump(mode="json"), spoken]),
-        "title": ctx.session.session,
-        "source_language": ctx.session.source_language,
-        "target_language": ctx.session.target_language,
-        "backend": settings.backend,
-        "url": settings.url,
-        "model": settings.model,
-        "chunk_characters": settings.chunk_characters,
-        "max_characters": settings.max_characters,
-        "temperature": settings.temperature,
+        "content": compute_json_digest([page.model_dump(mode="json"), spoken]),
+        "title": ctx.parameters.session,
+        "source_language": ctx.parameters.source_language,
+        "target_language": ctx.parameters.target_language,
+        **settings.model_dump(mode="json", exclude={"api_key_file", "timeout_seconds"}),
     }
 
 
-async def run(ctx: StepContext, page: PageText, transcript: TranscriptResult) -> JSON:
+async def run(ctx: StepContext, page: PageText, transcript: TranscriptResult) -> EnrichmentResult:
     """Summarize and translate the text if a language model is configured."""
-    language, target = resolve_language(ctx.session, page), ctx.session.target_language
+    language, target = resolve_language(ctx.parameters, page), ctx.parameters.target_language
     result = EnrichmentResult(language=language, markdown=page.markdown)
-    needs_translation = primary_subtag(language) != primary_subtag(target)
+    result.warnings = ctx.warnings
+    needs_translation = get_primary_subtag(language) != get_primary_subtag(target)
     if ctx.settings.language_model.backend == "none":
         if needs_translation:
             await ctx.warn(f"{_describe_untranslated(language, target)} No language model is configured.")
-        return _make_output(ctx, result)
+        return result
     await ctx.job.report_progress(80, "Summarizing")
     try:
-        async with asyncio.timeout(ctx.settings.enrich_timeout_seconds), _open_language_model(ctx) as model:
-            result = await _summarize(ctx, model, result, page, transcript)
+        async with (
+            asyncio.timeout(ctx.settings.enrich_timeout_seconds),
+            OpenAiClient(ctx.settings.language_model) as api,
+        ):
+            model = _LanguageModel(ctx, api)
+            await _summarize(ctx, model, result, transcript)
             if needs_translation:
-                result = await _translate(ctx, model, result)
+                await _translate(ctx, model, result)
     except TimeoutError:
         limit = f"{ctx.settings.enrich_timeout_seconds:g} seconds"
         await ctx.warn(f"The language model did not finish within {limit}. Summary or translation may be missing.")
     except OpenAiError as error:
         await ctx.warn(f"The language model API failed: {error}.")
     await ctx.job.report_progress(90, "Text enriched")
-    return _make_output(ctx, result)
-
-
-def _make_output(ctx: StepContext, result: EnrichmentResult) -> JSON:
-    return result.model_copy(update={"warnings": ctx.warnings}).model_dump(mode="json")
+    return result
 
 
 def _describe_untranslated(language: str, target: str) -> str:
@@ -105,13 +100,8 @@ class _LanguageModel:
             return parse(output)
         except InvalidModelOutput as problem:
             await self._ctx.job.log("info", f"The language model's output is invalid: {problem}. Retrying.")
-            messages += [
-                {"role": "assistant", "content": output},
-                {
-                    "role": "user",
-                    "content": f"The answer is invalid: {problem}. Answer again with only the JSON object.",
-                },
-            ]
+            request = f"The answer is invalid: {problem}. Answer again with only the JSON object."
+            messages += [{"role": "assistant", "content": output}, {"role": "user", "content": request}]
         return parse(await self._complete(messages, schema))
 
     async def _complete(self, messages: list[dict[str, str]], schema: type[BaseModel]) -> str:
@@ -121,7 +111,7 @@ class _LanguageModel:
         if settings.temperature is not None:
             body["temperature"] = settings.temperature
         if self._supports_schema:
-            body["response_format"] = enrichment.json_schema_format(schema)
+            body["response_format"] = enrichment.build_response_format(schema)
         try:
             response = await self._api.post("chat/completions", json=body)
         except OpenAiError as error:
@@ -143,46 +133,33 @@ class _LanguageModel:
         return text if isinstance(text, str) else ""
 
 
-@asynccontextmanager
-async def _open_language_model(ctx: StepContext) -> AsyncIterator[_LanguageModel]:
-    settings = ctx.settings.language_model
-    api = OpenAiClient(
-        settings.url or "", key=read_api_key(settings.api_key_file), timeout_seconds=settings.timeout_seconds
-    )
-    try:
-        yield _LanguageModel(ctx, api)
-    finally:
-        await api.aclose()
-
-
 async def _summarize(
-    ctx: StepContext, model: _LanguageModel, result: EnrichmentResult, page: PageText, transcript: TranscriptResult
-) -> EnrichmentResult:
+    ctx: StepContext, model: _LanguageModel, result: EnrichmentResult, transcript: TranscriptResult
+) -> None:
     spoken = " ".join(segment.text for segment in transcript.segments)
-    parts = [f"# {ctx.session.session}", page.markdown[:MAX_PROMPT_CHARACTERS]]
+    parts = [f"# {ctx.parameters.session}", result.markdown[:MAX_PROMPT_CHARACTERS]]
     if spoken:
         parts.append(f"Transcript:\n{spoken[:MAX_PROMPT_CHARACTERS]}")
-    prompt = enrichment.build_summary_prompt(ctx.session.target_language)
+    prompt = enrichment.build_summary_prompt(ctx.parameters.target_language)
     try:
-        summary = await model.generate(prompt, "\n\n".join(parts), Summary, enrichment.parse_summary)
+        result.summary = await model.generate(prompt, "\n\n".join(parts), Summary, enrichment.parse_summary)
     except InvalidModelOutput as problem:
         await ctx.warn(f"There is no summary. The output of the language model is invalid: {problem}.")
-        return result
-    return result.model_copy(update={"summary": summary})
 
 
-async def _translate(ctx: StepContext, model: _LanguageModel, result: EnrichmentResult) -> EnrichmentResult:
-    settings, target = ctx.settings.language_model, ctx.session.target_language
+async def _translate(ctx: StepContext, model: _LanguageModel, result: EnrichmentResult) -> None:
+    settings, target = ctx.settings.language_model, ctx.parameters.target_language
+    untranslated = _describe_untranslated(result.language, target)
     if len(result.markdown) > settings.max_characters:
-        reason = f"It has {len(result.markdown):,} characters, more than {settings.max_characters:,}."
-        await ctx.warn(f"{_describe_untranslated(result.language, target)} {reason}")
-        return result
+        await ctx.warn(
+            f"{untranslated} It has {len(result.markdown):,} characters, more than {settings.max_characters:,}."
+        )
+        return
     originals = enrichment.split_markdown(result.markdown, settings.chunk_characters)
     prompt, texts, failed = enrichment.build_translation_prompt(target), [], 0
     for number, original in enumerate(originals):
-        await ctx.job.report_progress(
-            82 + 8 * number / len(originals), f"Translating: {number} of {len(originals)} chunks"
-        )
+        message = f"Translating: {number} of {len(originals)} chunks"
+        await ctx.report_part(message, 82, 90, number, len(originals))
         try:
             parse = partial(enrichment.parse_translation, original=original)
             texts.append(await model.generate(prompt, original, Translation, parse))
@@ -191,10 +168,9 @@ async def _translate(ctx: StepContext, model: _LanguageModel, result: Enrichment
             texts.append(original)
             failed += 1
     if failed == len(originals):
-        reason = "The output of the language model is invalid."
-        await ctx.warn(f"{_describe_untranslated(result.language, target)} {reason}")
-        return result
+        await ctx.warn(f"{untranslated} The output of the language model is invalid.")
+        return
     if failed:
         chunks = f"{failed} of {len(originals)} chunks of the text"
         await ctx.warn(f"{chunks} were not translated. The output of the language model is invalid.")
-    return result.model_copy(update={"language": target, "markdown": "\n\n".join(texts)})
+    result.language, result.markdown = target, "\n\n".join(texts)

@@ -14,7 +14,7 @@ This module translates errors of httpx, httpcore, the resolver and the operating
 from __future__ import annotations
 
 import asyncio
-import http
+import io
 import socket
 import ssl
 import time
@@ -23,13 +23,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import httpcore
 import httpx
 
 from jobledger.ledger.net.url_policy import AllowedHosts, strip_userinfo
-from jobledger.workers.processor import ProcessorError
+from jobledger.workers.processor import JSON, ProcessorError
 from jobledger.workers.processors.session.host_limits import acquire_host_slot, host_lock_directory
 from jobledger.workers.processors.session.settings import SessionSettings
 from jobledger.workers.safe_http import (
@@ -62,7 +61,11 @@ class FetchResult:
 
     @property
     def media_type(self) -> str:
-        return self.content_type.partition(";")[0].strip().lower()
+        return _get_media_type(self.content_type)
+
+
+def _get_media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 class Fetcher:
@@ -104,31 +107,24 @@ class Fetcher:
             ProcessorError: With one of the codes in the module's docstring.
         """
         started = time.monotonic()
+        start = _parse_url(url)
         try:
             async with (
-                asyncio.timeout(timeout_seconds) as clock,
-                self._client(accept) as client,
-                self._follow(client, url, clock) as response,
+                asyncio.timeout(timeout_seconds) as deadline,
+                self._open_client(accept) as client,
+                self._open_response(client, start, deadline) as response,
             ):
                 content_type = response.headers.get("content-type", "")
-                check_media_type(content_type.partition(";")[0].strip().lower())
-                arriving = _body(response, max_bytes, on_progress)
-                if target is None:
-                    body = b"".join([part async for part in arriving])
-                    size = len(body)
-                else:
-                    body, size = b"", await _write(target, arriving)
-                final = _without_password(response.url)
+                check_media_type(_get_media_type(content_type))
+                with io.BytesIO() if target is None else await asyncio.to_thread(target.open, "wb") as file:
+                    size = 0
+                    async for part in _read_body(response, max_bytes, on_progress):
+                        size += file.write(part)
+                    body = file.getvalue() if isinstance(file, io.BytesIO) else b""
         except TimeoutError:
-            raise ProcessorError(
-                "FETCH_TIMEOUT",
-                f"{_without_password(url)} was not fetched within {timeout_seconds:g} seconds.",
-                transient=True,
-                details={"url": _without_password(url), "seconds": timeout_seconds},
-            ) from None
-        return FetchResult(
-            url=final, content_type=content_type, size=size, seconds=time.monotonic() - started, body=body
-        )
+            message = f"was not fetched within {timeout_seconds:g} seconds"
+            raise _make_error("FETCH_TIMEOUT", start, message, transient=True, seconds=timeout_seconds) from None
+        return FetchResult(str(response.url), content_type, size, time.monotonic() - started, body)
 
     async def serve_proxy(self, listener: socket.socket) -> None:
         """Run an HTTP `CONNECT` proxy on a listening socket until cancelled.
@@ -139,150 +135,138 @@ class Fetcher:
             await server.serve_forever()
 
     async def _handle_proxy_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer), suppress(OSError, httpcore.NetworkError, httpcore.TimeoutException, AddressRejected):
+        with closing(writer), suppress(OSError, httpcore.NetworkError, httpcore.TimeoutException):
             try:
-                async with asyncio.timeout(self._settings.connect_timeout_seconds):
-                    head = await reader.readuntil(b"\r\n\r\n")
-                method, _, rest = head.decode("latin-1").partition(" ")
-                host, _, port = rest.partition(" ")[0].rpartition(":")
-                if method != "CONNECT" or not port.isdigit():
-                    raise ValueError(method)
-                upstream = await self._network.connect_tcp(
-                    host.strip("[]"), int(port), self._settings.connect_timeout_seconds
-                )
+                upstream = await self._connect_upstream(reader)
             except (AddressRejected, ValueError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-                writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
-                await writer.drain()
-                return
+                error = b"403 Forbidden"
             except (httpcore.NetworkError, httpcore.TimeoutException):
-                writer.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
-                await writer.drain()
-                return
-            try:
+                error = b"502 Bad Gateway"
+            else:
                 writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-                directions = {
-                    asyncio.create_task(_upload(reader, upstream)),
-                    asyncio.create_task(_download(upstream, writer)),
-                }
-                try:
-                    await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for direction in directions:
-                        direction.cancel()
-                    await asyncio.gather(*directions, return_exceptions=True)
-            finally:
-                await upstream.aclose()
+                await _relay(reader, writer, upstream)
+                return
+            writer.write(b"HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n" % error)
+            await writer.drain()
 
-    @asynccontextmanager
-    async def _client(self, accept: str) -> AsyncIterator[httpx.AsyncClient]:
+    async def _connect_upstream(self, reader: asyncio.StreamReader) -> httpcore.AsyncNetworkStream:
+        """Read the request `CONNECT host:port` and connect to the host. Any other request raises ValueError."""
+        seconds = self._settings.connect_timeout_seconds
+        async with asyncio.timeout(seconds):
+            head = await reader.readuntil(b"\r\n\r\n")
+        method, _, rest = head.decode("latin-1").partition(" ")
+        host, _, port = rest.partition(" ")[0].rpartition(":")
+        if method != "CONNECT" or not port.isdigit():
+            raise ValueError(method)
+        return await self._network.connect_tcp(host.strip("[]"), int(port), seconds)
+
+    def _open_client(self, accept: str) -> httpx.AsyncClient:
         timeout = httpx.Timeout(self._settings.read_timeout_seconds, connect=self._settings.connect_timeout_seconds)
         headers = {"User-Agent": self._settings.user_agent, "Accept": accept, "Accept-Encoding": "gzip, deflate"}
         # trust_env=False: a proxy would bypass the address check, and .netrc would add passwords.
-        async with httpx.AsyncClient(
+        return httpx.AsyncClient(
             transport=CheckedTransport(self._network), timeout=timeout, headers=headers, trust_env=False
-        ) as client:
-            yield client
+        )
 
     @asynccontextmanager
-    async def _follow(
-        self, client: httpx.AsyncClient, url: str, clock: asyncio.Timeout
+    async def _open_response(
+        self, client: httpx.AsyncClient, start: httpx.URL, deadline: asyncio.Timeout
     ) -> AsyncIterator[httpx.Response]:
-        target = _parse_url(url)
+        """Follow redirects to the response."""
+        target = start
         for _ in range(self._settings.max_redirects + 1):
             with _translate_errors(target):
-                async with self._host_slot(target.netloc.decode(), clock), client.stream("GET", target) as response:
+                async with self._host_slot(target.netloc.decode(), deadline), client.stream("GET", target) as response:
                     if not response.has_redirect_location:
                         _raise_for_status(response)
                         yield response
                         return
                     target = _parse_url(response.headers["location"], base=target)
-        raise ProcessorError(
-            "TOO_MANY_REDIRECTS",
-            f"{_without_password(url)} redirects more than {self._settings.max_redirects} times.",
-            details={"url": _without_password(url), "last": _without_password(target)},
-        )
+        message = f"redirects more than {self._settings.max_redirects} times"
+        raise _make_error("TOO_MANY_REDIRECTS", start, message, last=str(target))
 
     @asynccontextmanager
-    async def _host_slot(self, host: str, clock: asyncio.Timeout) -> AsyncIterator[None]:
-        """Hold a slot for the host. The timeout is paused while waiting."""
+    async def _host_slot(self, host: str, deadline: asyncio.Timeout) -> AsyncIterator[None]:
+        """Hold a slot for the host. The deadline moves by the time of waiting."""
         loop = asyncio.get_running_loop()
-        remaining = (clock.when() or loop.time()) - loop.time()
-        clock.reschedule(None)
+        remaining = (deadline.when() or loop.time()) - loop.time()
+        deadline.reschedule(None)
         async with acquire_host_slot(host, self._settings.max_fetches_per_host, self._lock_directory):
-            clock.reschedule(loop.time() + remaining)
+            deadline.reschedule(loop.time() + remaining)
             yield
 
 
-async def _upload(reader: asyncio.StreamReader, upstream: httpcore.AsyncNetworkStream) -> None:
-    while chunk := await reader.read(_CHUNK):
-        await upstream.write(chunk)
+async def _relay(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: httpcore.AsyncNetworkStream
+) -> None:
+    """Copy both directions until one of them ends, and close `upstream`."""
+
+    async def upload() -> None:
+        while chunk := await reader.read(_CHUNK):
+            await upstream.write(chunk)
+
+    async def download() -> None:
+        while chunk := await upstream.read(_CHUNK):
+            writer.write(chunk)
+            await writer.drain()
+
+    directions = [asyncio.create_task(upload()), asyncio.create_task(download())]
+    try:
+        await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for direction in directions:
+            direction.cancel()
+        await asyncio.gather(*directions, return_exceptions=True)
+        await upstream.aclose()
 
 
-async def _download(upstream: httpcore.AsyncNetworkStream, writer: asyncio.StreamWriter) -> None:
-    while chunk := await upstream.read(_CHUNK):
-        writer.write(chunk)
-        await writer.drain()
+def _make_error(code: str, url: httpx.URL, message: str, *, transient: bool = False, **details: JSON) -> ProcessorError:
+    """Return an error whose message starts with the URL."""
+    return ProcessorError(code, f"{url} {message}.", transient=transient, details={"url": str(url), **details})
 
 
 def _parse_url(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
+    """Return a URL without user name and password, which are neither sent nor shown."""
     try:
         target = base.join(url) if base else httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as error:
         shown = strip_userinfo(url)
         raise ProcessorError("BAD_URL", f"{shown!r} is not a valid URL: {error}.", details={"url": shown}) from error
+    if target.userinfo:
+        target = target.copy_with(userinfo=b"")
     if target.scheme not in ("http", "https") or not target.host:
-        subject = (
-            f"{_without_password(base)} redirects to {_without_password(target)}, which"
-            if base
-            else _without_password(target)
-        )
-        raise ProcessorError(
-            "BAD_URL",
-            f"{subject} is not an http or https URL with a host.",
-            details={"url": _without_password(target)},
-        )
-    # A password in a redirect is not sent either.
-    return target.copy_with(userinfo=b"") if target.userinfo else target
-
-
-def _without_password(url: httpx.URL | str) -> str:
-    """Return the URL without user name and password."""
-    try:
-        url = httpx.URL(url)
-    except httpx.InvalidURL:
-        return strip_userinfo(str(url))
-    return str(url.copy_with(userinfo=b"") if url.userinfo else url)
+        subject = f"{base} redirects to {target}, which" if base else str(target)
+        message = f"{subject} is not an http or https URL with a host."
+        raise ProcessorError("BAD_URL", message, details={"url": str(target)})
+    return target
 
 
 def _raise_for_status(response: httpx.Response) -> None:
     status = response.status_code
     if response.is_success:
         return
-    details: dict[str, Any] = {"url": _without_password(response.url), "status_code": status}
+    details: dict[str, JSON] = {"status_code": status}
     if (seconds := parse_retry_after(response.headers)) is not None:
         details["retry_after"] = seconds
-    phrases = {item.value: f" ({item.phrase})" for item in http.HTTPStatus}
-    raise ProcessorError(
-        "HTTP_ERROR",
-        f"{_without_password(response.url)} answered {status}{phrases.get(status, '')}.",
-        transient=status >= 500 or status in (408, 425, 429),
-        details=details,
-    )
+    phrase = f" ({response.reason_phrase})" if response.reason_phrase else ""
+    is_transient = status >= 500 or status in (408, 425, 429)
+    message = f"responded with {status}{phrase}"
+    raise _make_error("HTTP_ERROR", response.url, message, transient=is_transient, **details)
 
 
-async def _body(response: httpx.Response, max_bytes: int, on_progress: ProgressCallback | None) -> AsyncIterator[bytes]:
+async def _read_body(
+    response: httpx.Response, max_bytes: int, on_progress: ProgressCallback | None
+) -> AsyncIterator[bytes]:
     """Yield the decompressed body in bounded chunks, so that a decompression bomb cannot fill the memory."""
     length = response.headers.get("content-length", "")
     total = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else None
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding not in _ENCODINGS:
-        raise ProcessorError(
-            "BAD_RESPONSE",
-            f"{_without_password(response.url)} sent the unsupported content encoding {encoding!r}.",
-            details={"url": _without_password(response.url), "encoding": encoding},
-        )
+        message = f"sent the unsupported content encoding {encoding!r}"
+        raise _make_error("BAD_RESPONSE", response.url, message, encoding=encoding)
+    too_large = _make_error("TOO_LARGE", response.url, f"is larger than {format_bytes(max_bytes)}", max_bytes=max_bytes)
     if total is not None and total > max_bytes:
-        raise _too_large(response, max_bytes)
+        raise too_large
     decompressor = _Decompressor() if encoding not in ("", "identity") else None
     size, received, reported_at = 0, 0, time.monotonic()
     async for raw in response.aiter_raw(_CHUNK):
@@ -290,7 +274,7 @@ async def _body(response: httpx.Response, max_bytes: int, on_progress: ProgressC
         for part in decompressor.feed(raw) if decompressor else (raw,):
             size += len(part)
             if size > max_bytes:
-                raise _too_large(response, max_bytes)
+                raise too_large
             yield part
         if on_progress and time.monotonic() - reported_at >= PROGRESS_INTERVAL_SECONDS:
             reported_at = time.monotonic()
@@ -319,23 +303,6 @@ class _Decompressor:
         return self._inflate.eof or not self._started
 
 
-def _too_large(response: httpx.Response, max_bytes: int) -> ProcessorError:
-    return ProcessorError(
-        "TOO_LARGE",
-        f"{_without_password(response.url)} is larger than {format_bytes(max_bytes)}.",
-        details={"url": _without_password(response.url), "max_bytes": max_bytes},
-    )
-
-
-async def _write(path: Path, parts: AsyncIterator[bytes]) -> int:
-    file: IO[bytes] = await asyncio.to_thread(path.open, "wb")
-    with file:
-        size = 0
-        async for part in parts:
-            size += file.write(part)
-        return size
-
-
 def format_bytes(size: int) -> str:
     """Return a size such as `1.5 MB`."""
     for unit, scale in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
@@ -348,7 +315,6 @@ def format_bytes(size: int) -> str:
 def _translate_errors(url: httpx.URL) -> Iterator[None]:
     """Translate an error of a request to `url` to a `ProcessorError`."""
     host = url.host
-    details = {"url": _without_password(url), "host": host}
     try:
         yield
     except AddressRejected as rejected:
@@ -359,22 +325,13 @@ def _translate_errors(url: httpx.URL) -> Iterator[None]:
         ) from rejected
     except (httpcore.TimeoutException, httpx.TimeoutException) as error:
         problem = "did not accept a connection" if isinstance(error, httpcore.ConnectTimeout) else "stopped responding"
+        details = {"url": str(url), "host": host}
         raise ProcessorError("FETCH_TIMEOUT", f"{host} {problem} in time.", transient=True, details=details) from error
     except httpx.InvalidURL as error:  # httpx parses the target of a redirect even if it does not follow it
-        raise ProcessorError(
-            "BAD_URL",
-            f"{_without_password(url)} redirects to an invalid URL: {error}.",
-            details=details,
-        ) from error
+        raise _make_error("BAD_URL", url, f"redirects to an invalid URL: {error}", host=host) from error
     except zlib.error as error:
-        raise ProcessorError(
-            "BAD_RESPONSE", f"{_without_password(url)} could not be decompressed: {error}.", details=details
-        ) from error
+        raise _make_error("BAD_RESPONSE", url, f"could not be decompressed: {error}", host=host) from error
     except (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError) as error:
         reason, sentence, transient = describe_connection_error(error)
-        raise ProcessorError(
-            "NETWORK_ERROR",
-            f"{_without_password(url)} could not be fetched: {sentence.format(host=host)}.",
-            transient=transient,
-            details=details | {"reason": reason},
-        ) from error
+        message = f"could not be fetched: {sentence.format(host=host)}"
+        raise _make_error("NETWORK_ERROR", url, message, transient=transient, host=host, reason=reason) from error

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import httpx
 import orjson
+
+from jobledger.workers.processors.session.settings import OpenAiSettings
+from jobledger.workers.safe_http import parse_retry_after
 
 _MAX_ATTEMPTS: Final = 4
 _FIRST_RETRY_SECONDS: Final = 1.0
@@ -26,33 +30,25 @@ class OpenAiError(Exception):
         self.status = status
 
 
-def read_api_key(file: Path | None) -> str | None:
-    """Return the API key in `file`, or None without a file.
-
-    Raises:
-        OpenAiError: The file cannot be read or has no valid key.
-    """
-    if file is None:
-        return None
-    try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OpenAiError(f"the API key file {file} cannot be read") from error
-    if not key.isascii() or not key.isprintable() or not key or " " in key:
-        raise OpenAiError(f"the API key file {file} contains no valid key")
-    return key
-
-
 class OpenAiClient:
     """A client for one API. It retries transient failures and does not follow redirects."""
 
-    def __init__(self, url: str, *, key: str | None, timeout_seconds: float) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._url = url
-        self._timeout = timeout_seconds
-        self._client = httpx.AsyncClient(headers=headers, timeout=timeout_seconds, trust_env=False)
+    def __init__(self, settings: OpenAiSettings) -> None:
+        """Read the API key.
 
-    async def aclose(self) -> None:
+        Raises:
+            OpenAiError: The key file cannot be read or has no valid key.
+        """
+        key = _read_api_key(settings.api_key_file)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._url = settings.url
+        self._timeout = settings.timeout_seconds
+        self._client = httpx.AsyncClient(headers=headers, timeout=settings.timeout_seconds, trust_env=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
         await self._client.aclose()
 
     async def post(self, path: str, **content: Any) -> Any:
@@ -76,7 +72,7 @@ class OpenAiClient:
                 failure = OpenAiError(f"it returned status {status}{_format_reason(body)}", status)
                 if status not in _TRANSIENT_STATUS_CODES:
                     raise failure
-                retry_after = _parse_retry_after(headers)
+                retry_after = parse_retry_after(headers)
             except TimeoutError:
                 failure = OpenAiError(f"it did not respond within {self._timeout:g} seconds")
             except httpx.HTTPError as error:
@@ -98,6 +94,18 @@ class OpenAiClient:
             return response.status_code, response.headers, bytes(body)
 
 
+def _read_api_key(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OpenAiError(f"the API key file {file} cannot be read") from error
+    if not re.fullmatch("[!-~]+", key):
+        raise OpenAiError(f"the API key file {file} contains no valid key")
+    return key
+
+
 def _parse_json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
@@ -114,10 +122,3 @@ def _format_reason(body: bytes) -> str:
         return ""
     words = " ".join(str(text).split())
     return f": {words[:200]}" if words.isprintable() and words else ""
-
-
-def _parse_retry_after(headers: httpx.Headers) -> float | None:
-    try:
-        return max(0.0, float(headers["retry-after"]))
-    except (KeyError, ValueError):
-        return None

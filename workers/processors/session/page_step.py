@@ -9,12 +9,12 @@ from jobledger.workers.processors.session.page import PageText, read_page, requi
 from jobledger.workers.processors.session.step_context import FETCH_TIMEOUT_FRACTION, StepContext
 
 
-def inputs(ctx: StepContext) -> dict[str, JSON]:
+def build_inputs(ctx: StepContext) -> dict[str, JSON]:
     """Return the inputs of the step. The step is not repeated with the same inputs."""
-    return {"url": ctx.session.url, "title": ctx.session.session, "max_bytes": ctx.settings.page_max_bytes}
+    return {"url": ctx.parameters.url, "title": ctx.parameters.session, "max_bytes": ctx.settings.page_max_bytes}
 
 
-async def run(ctx: StepContext) -> JSON:
+async def run(ctx: StepContext) -> PageText:
     """Fetch and read the page.
 
     Raises:
@@ -23,7 +23,7 @@ async def run(ctx: StepContext) -> JSON:
     seconds = ctx.settings.page_timeout_seconds
     try:
         async with asyncio.timeout(seconds):
-            page = await _read(ctx)
+            page = await _fetch_and_read(ctx)
     except TimeoutError:
         raise ProcessorError(
             "STEP_TIMEOUT",
@@ -35,13 +35,13 @@ async def run(ctx: StepContext) -> JSON:
         await ctx.warn(warning)
     await ctx.job.log("info", f"The page has {len(page.markdown):,} characters of text")
     await ctx.job.report_progress(20, "Page read")
-    return page.model_dump(mode="json")
+    return page
 
 
-async def _read(ctx: StepContext) -> PageText:
+async def _fetch_and_read(ctx: StepContext) -> PageText:
     await ctx.job.report_progress(0, "Fetching the page")
     response = await ctx.fetcher.fetch(
-        ctx.session.url,
+        ctx.parameters.url,
         max_bytes=ctx.settings.page_max_bytes,
         timeout_seconds=ctx.settings.page_timeout_seconds * FETCH_TIMEOUT_FRACTION,
         accept="text/html, application/xhtml+xml",
@@ -55,5 +55,5 @@ async def _read(ctx: StepContext) -> PageText:
         response.body,
         content_type=response.content_type,
         url=response.url,
-        session_title=ctx.session.session,
+        session_title=ctx.parameters.session,
     )

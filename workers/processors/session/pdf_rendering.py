@@ -20,7 +20,7 @@ from jobledger.workers.processors.session.settings import SessionSettings
 
 MAX_PAGE_TEXT_CHARACTERS = 4_000
 
-_OTHER_TYPES = {
+OTHER_TYPES = {
     **dict.fromkeys((".ppt", ".pptx", ".pps", ".ppsx"), "a PowerPoint file"),
     **dict.fromkeys((".odp", ".fodp"), "an OpenDocument presentation"),
     ".key": "a Keynote file",
@@ -29,6 +29,7 @@ _OTHER_TYPES = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"), "an image"),
     **dict.fromkeys((".doc", ".docx", ".odt", ".md", ".txt"), "a text document"),
 }
+"""Types of attachments other than PDF, by suffix."""
 
 
 class UnreadablePdf(Exception):
@@ -55,12 +56,7 @@ class Slide(SavedFile):
     thumbnail: SavedFile
 
 
-def describe_other_type(url: str) -> str | None:
-    """Return the type of the file at `url` by its suffix if it is a known type other than PDF."""
-    return _OTHER_TYPES.get(url_suffix(url))
-
-
-def url_suffix(url: str) -> str:
+def get_url_suffix(url: str) -> str:
     """Return the suffix of the path of `url`, such as `.pdf`."""
     return PurePosixPath(unquote(urlsplit(url).path)).suffix.lower()
 
@@ -71,7 +67,7 @@ def is_pdf(path: Path) -> bool:
         return b"%PDF-" in file.read(1024)
 
 
-def slide_file_names(number: int) -> tuple[str, str]:
+def make_slide_file_names(number: int) -> tuple[str, str]:
     """Return the file names of the image and thumbnail of slide `number`. They sort in slide order."""
     return f"slide-{number:03}.jpg", f"slide-{number:03}-thumb.jpg"
 

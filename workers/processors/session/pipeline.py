@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from functools import partial
-from typing import Final
+from typing import Final, TypeVar
+
+from pydantic import BaseModel
 
 from jobledger.workers.processor import JSON, JobContext, Results, SavedFile
 from jobledger.workers.processors.session import document_step, enrichment_step, page_step, slides_step, transcript_step
@@ -25,69 +27,56 @@ from jobledger.workers.processors.session.step_context import StepContext
 STEP_CACHE_TTL: Final = timedelta(days=1)
 """How long jobs share the outputs of steps that do not depend on the target language. Pages and recordings change."""
 
+Output = TypeVar("Output", bound=BaseModel)
+
 
 async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> Results:
-    """Convert one session to Markdown.
+    """Convert one conference session to Markdown.
 
     Raises:
         ProcessorError: See `page_step.run`; also CANCELLED and TEMPLATE_ERROR.
     """
-    session: SessionParameters = job.parameters
-    layout = build_layout(
-        event=session.event,
-        track=session.track,
-        session=session.session,
-        filename=session.filename,
-        job_id=job.job_id,
-    )
+    parameters: SessionParameters = job.parameters
+    names = parameters.model_dump(include={"event", "track", "session", "filename"})
+    layout = build_layout(**names, job_id=job.job_id)
 
-    def begin_step() -> StepContext:
-        """Return a context with its own list of warnings."""
-        ctx = StepContext(job=job, session=session, settings=settings, result_layout=layout, fetcher=fetcher)
+    async def run_step(
+        name: str,
+        output: type[Output],
+        build_inputs: Callable[..., dict[str, JSON]],
+        function: Callable[..., Awaitable[Output]],
+        *arguments: object,
+        shared: bool = False,
+    ) -> Output:
+        """Run a step with its own list of warnings, or return its stored output."""
+        ctx = StepContext(job, parameters, settings, layout, fetcher)
         ctx.raise_if_cancelled()
-        return ctx
 
-    ctx = begin_step()
-    page = PageText.model_validate(
-        await job.run_step("page", page_step.inputs(ctx), partial(page_step.run, ctx), share_max_age=STEP_CACHE_TTL)
+        async def run_and_dump() -> JSON:
+            return (await function(ctx, *arguments)).model_dump(mode="json")
+
+        max_age = STEP_CACHE_TTL if shared else None
+        stored = await job.run_step(name, build_inputs(ctx, *arguments), run_and_dump, share_max_age=max_age)
+        return output.model_validate(stored)
+
+    page = await run_step("page", PageText, page_step.build_inputs, page_step.run, shared=True)
+    transcript = await run_step(
+        "transcript", TranscriptResult, transcript_step.build_inputs, transcript_step.run, shared=True
     )
-    ctx = begin_step()
-    transcript = TranscriptResult.model_validate(
-        await job.run_step(
-            "transcript", transcript_step.inputs(ctx), partial(transcript_step.run, ctx), share_max_age=STEP_CACHE_TTL
-        )
-    )
-    ctx = begin_step()
-    slides = SlidesResult.model_validate(
-        await job.run_step(
-            "slides", slides_step.inputs(ctx), partial(slides_step.run, ctx), share_max_age=STEP_CACHE_TTL
-        )
-    )
+    slides = await run_step("slides", SlidesResult, slides_step.build_inputs, slides_step.run, shared=True)
     # A cached output has the paths of the job that ran the step.
     transcript, slides = transcript.with_result_paths(layout), slides.with_result_paths(layout)
-    ctx = begin_step()
-    enrichment = EnrichmentResult.model_validate(
-        await job.run_step(
-            "enrich",
-            enrichment_step.inputs(ctx, page, transcript),
-            partial(enrichment_step.run, ctx, page, transcript),
-        )
+    enrichment = await run_step(
+        "enrich", EnrichmentResult, enrichment_step.build_inputs, enrichment_step.run, page, transcript
     )
-    ctx = begin_step()
     content = SessionContent(page, enrichment, transcript, slides)
-    template = await asyncio.to_thread(document_step.read_template, ctx)
-    document = SavedFile.model_validate(
-        await job.run_step(
-            "markdown",
-            document_step.inputs(ctx, content, template),
-            partial(document_step.run, ctx, content, template),
-        )
-    )
+    template = await asyncio.to_thread(document_step.read_template, settings)
+    document = await run_step("markdown", SavedFile, document_step.build_inputs, document_step.run, content, template)
     await job.report_progress(100, "Markdown ready")
     return Results(
         markdown=document,
         assets=[*_list_images(slides), *([transcript.audio] if transcript.audio else [])],
-        metadata=_build_metadata(session, content),
+        metadata=_build_metadata(parameters, content),
     )
 
 
@@ -100,12 +89,12 @@ def _list_images(slides: SlidesResult) -> list[SavedFile]:
     ]
 
 
-def _build_metadata(session: SessionParameters, content: SessionContent) -> dict[str, JSON]:
+def _build_metadata(parameters: SessionParameters, content: SessionContent) -> dict[str, JSON]:
     metadata: dict[str, JSON] = {
-        "title": content.page.title or session.session,
+        "title": content.page.title or parameters.session,
         "language": content.enrichment.language,
         "slides": len(content.slides.slides),
         "audio_seconds": content.transcript.audio_seconds,
         "transcribed": bool(content.transcript.segments),
     }
-    return metadata if session.extra is None else metadata | {"extra": session.extra}
+    return metadata if parameters.extra is None else metadata | {"extra": parameters.extra}

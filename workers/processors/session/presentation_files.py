@@ -11,12 +11,15 @@ import gzip
 import io
 import posixpath
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 from urllib.parse import unquote
 
 from lxml import etree  # type: ignore[import-untyped]  # it ships no types
@@ -35,12 +38,11 @@ TEXT_SUFFIXES: Final = frozenset({".pptx", ".ppsx", ".odp", ".fodp"})
 _XML_NAMES: Final = (".xml", ".rels", ".vml", ".svg", ".fodp", ".rdf")
 _LINK: Final = re.compile(r"(?i)^(https?://|mailto:)[^\s]+$")
 _SCHEME: Final = re.compile(r"(?i)^[a-z][a-z0-9+.-]*:")
-_DROPPED_ELEMENTS: Final = frozenset(
-    {
-        *("plugin", "applet", "floating-frame", "scripts", "script", "event-listeners", "event-listener", "forms"),
-        *("dde-source", "dde-connection", "dde-connection-decl", "dde-connection-decls", "include", "foreignObject"),
-        *("linked-stylesheet", "externalData", "section-source", "auto-reload", "template", "iframe", "handler"),
-    }
+_DROPPED_ELEMENTS: Final = (
+    *("{*}plugin", "{*}applet", "{*}floating-frame", "{*}scripts", "{*}script", "{*}event-listeners"),
+    *("{*}event-listener", "{*}forms", "{*}dde-source", "{*}dde-connection", "{*}dde-connection-decl"),
+    *("{*}dde-connection-decls", "{*}include", "{*}foreignObject", "{*}linked-stylesheet", "{*}externalData"),
+    *("{*}section-source", "{*}auto-reload", "{*}template", "{*}iframe", "{*}handler"),
 )
 _LINK_ELEMENTS: Final = frozenset({"a", "hyperlink", "click"})
 """Elements whose URL is opened only by a click of the reader."""
@@ -58,10 +60,14 @@ _ANIMATIONS: Final = frozenset({"animate", "set"})
 _URL_IN_STYLE: Final = re.compile(
     r"(?i)url\s*\(\s*['\"]?\s*(?!#|data:image/(?:png|jpe?g|gif);)|@import|expression\s*\("
 )
+_DAMAGE_ERRORS: Final = (
+    *(zipfile.BadZipFile, zlib.error, etree.XMLSyntaxError),
+    *(NotImplementedError, EOFError, ValueError),
+)
 
 
-class InvalidPresentation(Exception):
-    """The file is not used. The message continues the sentence "It …"."""
+class UnusablePresentation(Exception):
+    """The presentation is damaged, too large or cannot be converted. The message continues the sentence "It …"."""
 
 
 class SlideText(BaseModel):
@@ -74,13 +80,20 @@ class SlideText(BaseModel):
 
 @dataclass(slots=True)
 class _Budget:
-    left: int = field(default_factory=lambda: MAX_TOTAL_BYTES)
-    parts: int = field(default_factory=lambda: MAX_PARTS)
+    """How many bytes and parts may still be read from a presentation, including the packages in it."""
 
-    def spend(self, size: int) -> None:
-        self.left -= size
-        if self.left < 0:
-            raise InvalidPresentation(f"is larger than {MAX_TOTAL_BYTES // 2**20} MiB after decompression")
+    remaining_bytes: int = field(default_factory=lambda: MAX_TOTAL_BYTES)
+    remaining_parts: int = field(default_factory=lambda: MAX_PARTS)
+
+    def read(self, file: IO[bytes] | gzip.GzipFile, max_bytes: int) -> bytes:
+        """Decompress a file of at most `max_bytes`. The size in its header is not trusted."""
+        content = file.read(min(max_bytes, self.remaining_bytes) + 1)
+        if len(content) > max_bytes:
+            raise UnusablePresentation(f"contains a part of more than {max_bytes // 2**20} MiB")
+        self.remaining_bytes -= len(content)
+        if self.remaining_bytes < 0:
+            raise UnusablePresentation(f"is larger than {MAX_TOTAL_BYTES // 2**20} MiB after decompression")
+        return content
 
 
 # Copying without external references ------------------------------------------------------------------------------
@@ -92,52 +105,43 @@ def sanitize_presentation(source: Path, target: Path) -> None:
     Files that are neither ZIP nor XML (`.ppt`) are copied unchanged.
 
     Raises:
-        InvalidPresentation: The file is damaged or too large after decompression.
+        UnusablePresentation: The file is damaged or too large after decompression.
     """
-    with source.open("rb") as file:
-        begin = file.read(64)
     try:
-        if begin.startswith(b"PK"):
-            with target.open("wb") as copy:
-                _clean_package(source.open("rb"), copy, _Budget(), depth=0)
-        elif _looks_like_xml(begin):
-            if source.stat().st_size > MAX_XML_BYTES:
-                raise InvalidPresentation(f"is an XML file of more than {MAX_XML_BYTES // 2**20} MiB")
-            target.write_bytes(_clean_xml(source.read_bytes(), names=None))
-        else:
-            target.write_bytes(source.read_bytes())
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError) as error:
-        raise InvalidPresentation("is damaged") from error
+        with source.open("rb") as file, target.open("wb") as copy:
+            begin = file.read(64)
+            file.seek(0)
+            if begin.startswith(b"PK"):
+                _clean_package(file, copy, _Budget(), depth=0)
+            elif _looks_like_xml(begin):
+                if source.stat().st_size > MAX_XML_BYTES:
+                    raise UnusablePresentation(f"is an XML file of more than {MAX_XML_BYTES // 2**20} MiB")
+                copy.write(_clean_xml(file.read(), names=None))
+            else:
+                shutil.copyfileobj(file, copy)
+    except _DAMAGE_ERRORS as error:
+        raise UnusablePresentation("is damaged") from error
     except RuntimeError as error:  # raised by zipfile for encrypted parts
-        raise InvalidPresentation("is protected by a password") from error
+        raise UnusablePresentation("is protected by a password") from error
 
 
-def _clean_package(source: Any, target: Any, budget: _Budget, *, depth: int) -> None:
-    with source, zipfile.ZipFile(source) as package, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as copy:
+def _clean_package(source: IO[bytes], target: IO[bytes], budget: _Budget, *, depth: int) -> None:
+    with zipfile.ZipFile(source) as package, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as copy:
         entries = {entry.filename: entry for entry in package.infolist() if not entry.is_dir()}
-        budget.parts -= len(entries)
-        if budget.parts < 0:
-            raise InvalidPresentation(f"contains more than {MAX_PARTS} parts")
+        budget.remaining_parts -= len(entries)
+        if budget.remaining_parts < 0:
+            raise UnusablePresentation(f"contains more than {MAX_PARTS} parts")
         names = frozenset(entries)
         for name, entry in entries.items():
             if _DROPPED_PARTS.search(name) or name.startswith("/") or ".." in name.split("/"):
                 continue
-            content = _read_part(package, entry, budget)
+            with package.open(entry) as part:
+                content = budget.read(part, MAX_PART_BYTES)
             cleaned = _clean_part(name, content, names, budget, depth=depth)
             if cleaned is not None:
                 # ODF 1.2, part 3, 3.3: `mimetype` is the first entry and is not compressed.
                 compression = zipfile.ZIP_STORED if name == "mimetype" else zipfile.ZIP_DEFLATED
                 copy.writestr(zipfile.ZipInfo(name), cleaned, compression)
-
-
-def _read_part(package: zipfile.ZipFile, entry: zipfile.ZipInfo, budget: _Budget) -> bytes:
-    """Return a decompressed part. The size in its header is not trusted."""
-    with package.open(entry) as file:
-        content = file.read(min(MAX_PART_BYTES, budget.left) + 1)
-    if len(content) > MAX_PART_BYTES:
-        raise InvalidPresentation(f"contains a part of more than {MAX_PART_BYTES // 2**20} MiB")
-    budget.spend(len(content))
-    return content
 
 
 def _clean_part(name: str, content: bytes, names: frozenset[str], budget: _Budget, *, depth: int) -> bytes | None:
@@ -151,26 +155,19 @@ def _clean_part(name: str, content: bytes, names: frozenset[str], budget: _Budge
     if content.startswith(b"\xd0\xcf\x11\xe0"):  # an embedded OLE object; its image is another part
         return None
     if content.startswith(b"\x1f\x8b"):
-        cleaned = _clean_part(name.removesuffix(".gz"), _gunzip(content, budget), names, budget, depth=depth + 1)
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            inner_content = budget.read(file, MAX_XML_BYTES)
+        cleaned = _clean_part(name.removesuffix(".gz"), inner_content, names, budget, depth=depth + 1)
         return None if cleaned is None or depth >= _MAX_DEPTH else gzip.compress(cleaned)
     is_xml = _looks_like_xml(content) or name.lower().endswith(_XML_NAMES)
     if not is_xml or not content:
         return content
     if len(content) > MAX_XML_BYTES:
-        raise InvalidPresentation(f"contains an XML part of more than {MAX_XML_BYTES // 2**20} MiB")
+        raise UnusablePresentation(f"contains an XML part of more than {MAX_XML_BYTES // 2**20} MiB")
     try:
         return _clean_xml(content, names=names, folder=posixpath.dirname(name))
     except etree.XMLSyntaxError:
         return None
-
-
-def _gunzip(content: bytes, budget: _Budget) -> bytes:
-    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-        data = file.read(MAX_XML_BYTES + 1)
-    budget.spend(len(data))
-    if len(data) > MAX_XML_BYTES:
-        raise InvalidPresentation(f"contains a compressed part of more than {MAX_XML_BYTES // 2**20} MiB")
-    return data
 
 
 def _looks_like_xml(begin: bytes) -> bool:
@@ -196,21 +193,13 @@ def _clean_xml(content: bytes, *, names: frozenset[str] | None, folder: str = ""
         folder: The folder of the document in the package.
 
     Raises:
-        InvalidPresentation: A document that is not in a package is not valid XML.
+        lxml.etree.XMLSyntaxError: The content is not valid XML.
     """
-    try:
-        root = parse_xml(content)
-    except etree.XMLSyntaxError as error:
-        if names is not None:
-            raise
-        raise InvalidPresentation("is damaged") from error
-    for element in [*root.iter()]:
-        if not isinstance(element.tag, str):
-            if element.getparent() is not None and element.tag is not etree.Comment:
-                _remove(element)
-            continue
+    root = parse_xml(content)
+    etree.strip_elements(root, etree.ProcessingInstruction, etree.Entity, *_DROPPED_ELEMENTS, with_tail=False)
+    for element in [*root.iter("*")]:
         name = etree.QName(element).localname
-        if (name in _DROPPED_ELEMENTS and element is not root) or (name == "style" and _has_external_style(element)):
+        if name == "style" and _URL_IN_STYLE.search("".join(element.itertext())):
             _remove(element)
         elif name == "Relationship":
             _clean_relationship(element, names or frozenset(), folder)
@@ -222,20 +211,9 @@ def _clean_xml(content: bytes, *, names: frozenset[str] | None, folder: str = ""
 
 
 def _remove(element: Any) -> None:
-    parent = element.getparent()
-    if parent is None:
-        return
-    if element.tail and element.tail.strip():
-        before = element.getprevious()
-        if before is not None:
-            before.tail = (before.tail or "") + element.tail
-        else:
-            parent.text = (parent.text or "") + element.tail
-    parent.remove(element)
-
-
-def _has_external_style(element: Any) -> bool:
-    return bool(_URL_IN_STYLE.search("".join(element.itertext())))
+    """Remove an element with the text after it, which is white space in all formats."""
+    if (parent := element.getparent()) is not None:
+        parent.remove(element)
 
 
 def _clean_relationship(element: Any, names: frozenset[str], folder: str) -> None:
@@ -247,10 +225,14 @@ def _clean_relationship(element: Any, names: frozenset[str], folder: str) -> Non
             _remove(element)
         return
     base = posixpath.dirname(folder) if folder.endswith("_rels") else folder  # the folder of the source part
-    path = unquote(target.partition("#")[0])
-    joined = posixpath.normpath(path.lstrip("/") if path.startswith("/") else posixpath.join(base, path))
-    if path and joined not in names:
+    if target.partition("#")[0] and _resolve_reference(target, base) not in names:
         _remove(element)
+
+
+def _resolve_reference(reference: str, folder: str) -> str:
+    """Return the part of the package to which a reference from a part in `folder` points."""
+    path = unquote(reference.partition("#")[0])
+    return posixpath.normpath(path.lstrip("/") if path.startswith("/") else posixpath.join(folder, path))
 
 
 def _clean_attributes(element: Any, name: str, names: frozenset[str] | None, folder: str) -> None:
@@ -272,22 +254,20 @@ def _is_external(reference: str, element: str, names: frozenset[str] | None, fol
         return False
     if element in _LINK_ELEMENTS and _LINK.match(target):
         return False
-    path = posixpath.normpath(posixpath.join(folder, unquote(target.partition("#")[0])))
+    path = _resolve_reference(target, folder)
     inside = names is not None and any(part == path or part.startswith(path + "/") for part in names)
     return bool(_SCHEME.match(target)) or target.startswith("/") or "\\" in target or not inside
 
 
 def _clean_embedded(element: Any) -> None:
     """Clean an image that a flat OpenDocument file contains as base64."""
-    content, cleaned = b"", None
-    try:
+    cleaned = None
+    with suppress(*_DAMAGE_ERRORS, OSError, UnusablePresentation):
         content = base64.b64decode("".join((element.text or "").split()), validate=True)
         cleaned = _clean_part("", content, frozenset(), _Budget(), depth=_MAX_DEPTH)
-    except (ValueError, zlib.error, OSError, EOFError, InvalidPresentation):
-        pass
     if cleaned is None:
         _remove(element)
-    elif cleaned != content:
+    else:
         element.text = base64.b64encode(cleaned).decode()
 
 
@@ -296,101 +276,82 @@ def _clean_embedded(element: Any) -> None:
 
 def extract_slide_texts(source: Path) -> list[SlideText]:
     """Return the text of each slide of a PowerPoint or OpenDocument file, or an empty list if it cannot be read."""
-    try:
-        with source.open("rb") as file:
-            begin = file.read(64)
-        if _looks_like_xml(begin) and source.stat().st_size <= MAX_XML_BYTES:
+    with suppress(*_DAMAGE_ERRORS, OSError, RuntimeError, UnusablePresentation), source.open("rb") as file:
+        if _looks_like_xml(file.read(64)) and source.stat().st_size <= MAX_XML_BYTES:
             return [*_read_opendocument(parse_xml(source.read_bytes()))]
-        with zipfile.ZipFile(source) as package:
-            names = {entry.filename: entry for entry in package.infolist()[:MAX_PARTS]}
-            budget = _Budget()
-            if "ppt/presentation.xml" in names:
-                return [*_read_powerpoint(package, names, budget)]
-            if "content.xml" in names:
-                return [*_read_opendocument(_parse_part(package, names, "content.xml", budget))]
-    except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, InvalidPresentation):
-        pass
-    except (zipfile.BadZipFile, zlib.error, etree.XMLSyntaxError):
-        pass
+        with zipfile.ZipFile(file) as package:
+            parts = _Parts(package)
+            if (presentation := parts.parse("ppt/presentation.xml")) is not None:
+                return [*_read_powerpoint(presentation, parts)]
+            if (content := parts.parse("content.xml")) is not None:
+                return [*_read_opendocument(content)]
     return []
 
 
-def _parse_part(package: zipfile.ZipFile, names: dict[str, zipfile.ZipInfo], name: str, budget: _Budget) -> Any:
-    if names[name].file_size > MAX_XML_BYTES:
-        raise InvalidPresentation("contains an XML part that is too large")
-    return parse_xml(_read_part(package, names[name], budget))
+class _Parts:
+    """The XML parts of a package."""
+
+    def __init__(self, package: zipfile.ZipFile) -> None:
+        self._package = package
+        self._entries = {entry.filename: entry for entry in package.infolist()[:MAX_PARTS]}
+        self._budget = _Budget()
+
+    def parse(self, name: str) -> Any | None:
+        """Return the root of a part, or None if the package does not contain it."""
+        if name not in self._entries:
+            return None
+        with self._package.open(self._entries[name]) as file:
+            return parse_xml(self._budget.read(file, MAX_XML_BYTES))
+
+    def read_relationships(self, path: str) -> dict[str, tuple[str, str]]:
+        """Return the type and target part of each relationship of a part, by its ID."""
+        folder, name = posixpath.split(path)
+        root = self.parse(f"{folder}/_rels/{name}.rels")
+        return {
+            element.get("Id", ""): (element.get("Type", ""), _resolve_reference(element.get("Target", ""), folder))
+            for element in ([] if root is None else root.iter("{*}Relationship"))
+        }
 
 
-def _read_powerpoint(
-    package: zipfile.ZipFile, names: dict[str, zipfile.ZipInfo], budget: _Budget
-) -> Iterator[SlideText]:
-    root = _parse_part(package, names, "ppt/presentation.xml", budget)
-    slides = _read_relationships(package, names, "ppt/presentation.xml", budget)
+def _read_powerpoint(presentation: Any, parts: _Parts) -> Iterator[SlideText]:
+    slides = parts.read_relationships("ppt/presentation.xml")
     identifiers = [
-        value for element in root.iter("{*}sldId") for key, value in element.attrib.items() if key.endswith("}id")
+        value
+        for element in presentation.iter("{*}sldId")
+        for key, value in element.attrib.items()
+        if key.endswith("}id")
     ]
     paths = [slides[identifier][1] for identifier in identifiers if identifier in slides]
     for number, path in enumerate(paths[:MAX_SLIDES], 1):
-        if path not in names:
+        if (slide := parts.parse(path)) is None:
             continue
-        text = _extract_drawing_text(_parse_part(package, names, path, budget))
-        relationships = _read_relationships(package, names, path, budget).values()
-        notes_path = next(
-            (target for kind, target in relationships if kind.endswith("/notesSlide") and target in names), None
-        )
-        notes_text = (
-            _extract_drawing_text(_parse_part(package, names, notes_path, budget), notes=True) if notes_path else ""
-        )
-        yield SlideText(number=number, text=text, notes=notes_text)
-
-
-def _read_relationships(
-    package: zipfile.ZipFile, names: dict[str, zipfile.ZipInfo], path: str, budget: _Budget
-) -> dict[str, tuple[str, str]]:
-    """Return the type and target part of each relationship of a part, by its ID."""
-    folder, name = posixpath.split(path)
-    file = f"{folder}/_rels/{name}.rels"
-    if file not in names:
-        return {}
-    relationships = {}
-    for element in _parse_part(package, names, file, budget).iter("{*}Relationship"):
-        target = element.get("Target", "")
-        joined = target.lstrip("/") if target.startswith("/") else posixpath.normpath(posixpath.join(folder, target))
-        relationships[element.get("Id", "")] = (element.get("Type", ""), joined)
-    return relationships
+        relationships = parts.read_relationships(path).values()
+        notes_pages = (parts.parse(target) for kind, target in relationships if kind.endswith("/notesSlide"))
+        notes = (_extract_drawing_text(page, notes=True) for page in notes_pages if page is not None)
+        yield SlideText(number=number, text=_extract_drawing_text(slide), notes=next(notes, ""))
 
 
 def _extract_drawing_text(root: Any, *, notes: bool = False) -> str:
     """Return the paragraphs of a slide, title first. For a notes page return only the notes."""
     titles: list[str] = []
     other_lines: list[str] = []
-    for shape in root.iter("{*}sp"):
+    for shape in [*root.iter("{*}sp"), *(() if notes else root.iter("{*}graphicFrame"))]:
         kind = next((place.get("type", "body") for place in shape.iter("{*}ph")), "")
         lines = ["".join(t.text or "" for t in paragraph.iter("{*}t")) for paragraph in shape.iter("{*}p")]
         if not notes or kind == "body":
             (titles if kind in ("title", "ctrTitle") else other_lines).extend(lines)
-    if not notes:
-        for frame in root.iter("{*}graphicFrame"):
-            other_lines += ["".join(t.text or "" for t in p.iter("{*}t")) for p in frame.iter("{*}p")]
     return _normalize_lines([*titles, *other_lines])
 
 
 def _read_opendocument(root: Any) -> Iterator[SlideText]:
-    for number, page in enumerate(root.iter("{urn:oasis:names:tc:opendocument:xmlns:drawing:1.0}page"), 1):
-        if number > MAX_SLIDES:
-            return
-        notes = [*page.iter("{urn:oasis:names:tc:opendocument:xmlns:presentation:1.0}notes")]
-        notes_lines = [line for note in notes for line in _extract_paragraphs(note)]
-        for note in notes:
-            _remove(note)
-        yield SlideText(
-            number=number, text=_normalize_lines(_extract_paragraphs(page)), notes=_normalize_lines(notes_lines)
-        )
+    for number, page in enumerate(islice(root.iter("{*}page"), MAX_SLIDES), 1):
+        notes = _normalize_lines([line for note in page.iter("{*}notes") for line in _extract_paragraphs(note)])
+        etree.strip_elements(page, "{*}notes", with_tail=False)
+        yield SlideText(number=number, text=_normalize_lines(_extract_paragraphs(page)), notes=notes)
 
 
 def _extract_paragraphs(element: Any) -> list[str]:
-    tags = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}p", "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}h"
-    return ["".join(paragraph.itertext()) for paragraph in element.iter(*tags)]
+    return ["".join(paragraph.itertext()) for paragraph in element.iter("{*}p", "{*}h")]
 
 
 def _normalize_lines(lines: list[str]) -> str:

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from jobledger.ledger.net.url_policy import strip_userinfo
 
-_COMMONMARK = MarkdownIt("commonmark").enable("table")
+COMMONMARK = MarkdownIt("commonmark").enable("table")
 _SENTINEL = "\n\n## end of untrusted text\n"
 
 _IN_LINE = re.compile(r"[\\`*\[\]<>~|]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
@@ -94,7 +94,7 @@ def _escape_token(match: re.Match[str]) -> str:
 
 
 def _is_safe(text: str) -> bool:
-    tokens = _COMMONMARK.parse(text + _SENTINEL)
+    tokens = COMMONMARK.parse(text + _SENTINEL)
     closing = [token.type for token in tokens[-3:]]
     if closing != ["heading_open", "inline", "heading_close"] or tokens[-3].level or tokens[-3].tag != "h2":
         return False

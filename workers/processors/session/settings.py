@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from jobledger.ledger.net.url_policy import validate_host_or_network
+
 MEBIBYTE = 1024 * 1024
-
-
-def _check_hosts(entries: list[str]) -> list[str]:
-    for entry in entries:
-        try:
-            ip_network(entry, strict=False)
-        except ValueError:
-            if not entry or "/" in entry or ":" in entry or any(character.isspace() for character in entry):
-                raise ValueError(
-                    f"{entry!r} is not an IP address, a network such as 10.0.0.0/8, or a host name without port"
-                ) from None
-    return entries
 
 
 def _check_base_url(url: str | None) -> str | None:
@@ -33,28 +22,27 @@ def _check_base_url(url: str | None) -> str | None:
     return url.rstrip("/")
 
 
-class _Endpoint(BaseModel):
+class OpenAiSettings(BaseModel):
     """An OpenAI-compatible API. The operator chooses it, so it may have a private address."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    backend: str
     url: Annotated[str | None, AfterValidator(_check_base_url)] = Field(
         default=None, description="Base URL, such as https://api.openai.com/v1 or http://127.0.0.1:8000/v1."
     )
     model: str | None = Field(default=None, min_length=1, description="Name of the model.")
     api_key_file: Path | None = Field(default=None, description="File that contains the API key. Default: no key.")
+    timeout_seconds: float
 
-    def require_endpoint(self, backend: str) -> None:
-        """Check that `url` and `model` are set if the backend needs them.
-
-        Raises:
-            ValueError: One of them is missing.
-        """
-        if backend == "openai" and (self.url is None or self.model is None):
+    @model_validator(mode="after")
+    def _require_url_and_model(self) -> Self:
+        if self.backend == "openai" and (self.url is None or self.model is None):
             raise ValueError("the backend `openai` needs `url` and `model`")
+        return self
 
 
-class TranscriptionSettings(_Endpoint):
+class TranscriptionSettings(OpenAiSettings):
     """Speech to text."""
 
     backend: Literal["none", "pocketsphinx", "openai"] = Field(
@@ -67,13 +55,8 @@ class TranscriptionSettings(_Endpoint):
     max_concurrent: int = Field(default=2, ge=1, le=20, description="Chunks transcribed at the same time.")
     timeout_seconds: float = Field(default=300, gt=0, description="Timeout for one chunk.")
 
-    @model_validator(mode="after")
-    def _complete(self) -> TranscriptionSettings:
-        self.require_endpoint(self.backend)
-        return self
 
-
-class LanguageModelSettings(_Endpoint):
+class LanguageModelSettings(OpenAiSettings):
     """Summary and translation by a language model."""
 
     backend: Literal["none", "openai"] = Field(
@@ -83,11 +66,6 @@ class LanguageModelSettings(_Endpoint):
     chunk_characters: int = Field(default=6000, ge=500, description="Size of the text chunks that are translated.")
     max_characters: int = Field(default=200_000, ge=1000, description="Longer texts are not translated.")
     temperature: float | None = Field(default=0.2, ge=0, le=2, description="Sampling temperature. null: model default.")
-
-    @model_validator(mode="after")
-    def _complete(self) -> LanguageModelSettings:
-        self.require_endpoint(self.backend)
-        return self
 
 
 class SessionSettings(BaseModel):
@@ -109,7 +87,7 @@ class SessionSettings(BaseModel):
     max_fetches_per_host: int = Field(
         default=4, ge=1, le=100, description="Concurrent downloads from one host by all workers of a machine."
     )
-    allowed_private_hosts: Annotated[list[str], AfterValidator(_check_hosts)] = Field(
+    allowed_private_hosts: list[Annotated[str, AfterValidator(validate_host_or_network)]] = Field(
         default=[],
         description="IP addresses, networks (10.0.0.0/8) and host names outside the public internet that may be "
         "fetched. All other private, loopback and link-local addresses are rejected.",

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
 from jobledger.workers.processor import JSON, ProcessorError
 from jobledger.workers.processors.session.document import SlidesResult
 from jobledger.workers.processors.session.pdf_rendering import (
+    OTHER_TYPES,
     RenderedPage,
     Slide,
     UnreadablePdf,
-    describe_other_type,
+    get_url_suffix,
     is_pdf,
+    make_slide_file_names,
     render_pages,
-    slide_file_names,
-    url_suffix,
 )
 from jobledger.workers.processors.session.presentation_conversion import (
     MEDIA_TYPES,
-    ConversionFailed,
+    SIGNATURES,
     convert_to_pdf,
     has_presentation_signature,
-    is_installed,
-    is_presentation_suffix,
 )
-from jobledger.workers.processors.session.presentation_files import TEXT_SUFFIXES, SlideText, extract_slide_texts
+from jobledger.workers.processors.session.presentation_files import (
+    TEXT_SUFFIXES,
+    UnusablePresentation,
+    extract_slide_texts,
+)
 from jobledger.workers.processors.session.step_context import FETCH_TIMEOUT_FRACTION, Cancelled, StepContext
 from jobledger.workers.sandbox import runner
 
@@ -34,18 +37,14 @@ CANCELLATION_POLL_SECONDS = 0.5
 _NOT_INSTALLED = "LibreOffice, which could convert it, is not installed"
 
 
-def inputs(ctx: StepContext) -> dict[str, JSON]:
+def build_inputs(ctx: StepContext) -> dict[str, JSON]:
     """Return the inputs of the step. The step is not repeated with the same inputs."""
     limits = {
-        "slides_max_bytes",
-        "slide_max_side_px",
-        "thumbnail_max_side_px",
-        "jpeg_quality",
-        "max_pdf_pages",
-        "max_image_pixels",
+        *("slides_max_bytes", "slide_max_side_px", "thumbnail_max_side_px"),
+        *("jpeg_quality", "max_pdf_pages", "max_image_pixels"),
     }
     return {
-        "url": ctx.session.attachments_url,
+        "url": ctx.parameters.attachments_url,
         "office": _can_convert(ctx),
         **ctx.settings.model_dump(mode="json", include=limits),
     }
@@ -53,42 +52,54 @@ def inputs(ctx: StepContext) -> dict[str, JSON]:
 
 def _can_convert(ctx: StepContext) -> bool:
     """Return whether presentations are converted. Only for a presentation URL does this probe the sandbox."""
-    if not is_installed(ctx.settings.libreoffice_command):
-        return False
-    url = ctx.session.attachments_url
-    return url is None or not is_presentation_suffix(url_suffix(url)) or runner.is_available()
+    url = ctx.parameters.attachments_url
+    is_presentation = url is not None and get_url_suffix(url) in SIGNATURES
+    return _is_libreoffice_installed(ctx) and (not is_presentation or runner.is_available())
 
 
-async def run(ctx: StepContext) -> JSON:
+def _is_libreoffice_installed(ctx: StepContext) -> bool:
+    return shutil.which(ctx.settings.libreoffice_command or "") is not None
+
+
+async def run(ctx: StepContext) -> SlidesResult:
     """Fetch the attachment and save an image of each page."""
-    slides: list[Slide] = []
-    texts: list[SlideText] = []
-    if ctx.session.attachments_url is not None:
+    result = SlidesResult()
+    result.warnings = ctx.warnings
+    if ctx.parameters.attachments_url is not None:
         try:
             async with asyncio.timeout(ctx.settings.slides_timeout_seconds):
-                await _fetch_and_render(ctx, ctx.session.attachments_url, slides, texts)
+                await _fetch_and_render(ctx, ctx.parameters.attachments_url, result)
         except Cancelled:
             raise
         except TimeoutError:
             limit = f"{ctx.settings.slides_timeout_seconds:g} seconds"
-            consequence = f"Only the first {len(slides)} are shown" if slides else "They are only linked"
+            consequence = f"Only the first {len(result.slides)} are shown" if result.slides else "They are only linked"
             await ctx.warn(f"The slides were not processed within {limit}. {consequence}.")
         except ProcessorError as error:
             await ctx.warn(f"The slides are only linked. {error.message}")
         except UnreadablePdf as error:
             await ctx.warn(f"The slides are only linked. The PDF {error}.")
-        except ConversionFailed as error:
-            await ctx.warn(f"{_describe_fallback(texts)}. It {str(error).rstrip('.')}.")
+        except UnusablePresentation as error:
+            await _warn_about_fallback(ctx, result, f"It {str(error).rstrip('.')}.")
     await ctx.job.report_progress(90, "Slides processed")
-    return SlidesResult(slides=slides, texts=[] if slides else texts, warnings=ctx.warnings).model_dump(mode="json")
+    if result.slides:
+        result.texts = []
+    return result
 
 
-async def _fetch_and_render(ctx: StepContext, url: str, slides: list[Slide], texts: list[SlideText]) -> None:
-    suffix = url_suffix(url)
-    kind = describe_other_type(url)
-    convertible = is_presentation_suffix(suffix) and is_installed(ctx.settings.libreoffice_command)
-    if kind and not convertible and suffix not in TEXT_SUFFIXES:
-        hint = f" {_NOT_INSTALLED}." if is_presentation_suffix(suffix) else ""
+async def _fetch_and_render(ctx: StepContext, url: str, result: SlidesResult) -> None:
+    """Fetch the attachment and fill `result`.
+
+    Raises:
+        UnusablePresentation: The presentation cannot be converted.
+        ProcessorError: The attachment cannot be fetched.
+        UnreadablePdf: The PDF cannot be opened.
+    """
+    suffix = get_url_suffix(url)
+    kind = OTHER_TYPES.get(suffix)
+    is_installed = _is_libreoffice_installed(ctx)
+    if kind and not (suffix in SIGNATURES and is_installed) and suffix not in TEXT_SUFFIXES:
+        hint = f" {_NOT_INSTALLED}." if suffix in SIGNATURES else ""
         await ctx.warn(f"The attachment is only linked. It is {kind}, not a PDF.{hint}")
         return
     attachment = ctx.job.scratch_dir / "attachment"
@@ -102,24 +113,24 @@ async def _fetch_and_render(ctx: StepContext, url: str, slides: list[Slide], tex
     )
     await ctx.log_fetch(response)
     if await asyncio.to_thread(is_pdf, attachment):
-        await _render(ctx, attachment, slides)
+        await _render(ctx, attachment, result)
         return
-    suffix = suffix if is_presentation_suffix(suffix) else MEDIA_TYPES.get(response.media_type, "")
+    suffix = suffix if suffix in SIGNATURES else MEDIA_TYPES.get(response.media_type, "")
     if not await asyncio.to_thread(has_presentation_signature, attachment, suffix):
         media_type = response.media_type or "unknown type"
         await ctx.warn(f"The attachment is only linked. It is not a PDF ({media_type}).")
         return
-    texts += await asyncio.to_thread(extract_slide_texts, attachment)
-    if not is_installed(ctx.settings.libreoffice_command):
-        kind = describe_other_type(f"/x{suffix}") or "a presentation"
-        await ctx.warn(f"{_describe_fallback(texts)}. It is {kind}, not a PDF. {_NOT_INSTALLED}.")
-        return
-    await _render(ctx, await _convert(ctx, attachment, suffix), slides)
+    result.texts = await asyncio.to_thread(extract_slide_texts, attachment)
+    if is_installed:
+        await _render(ctx, await _convert(ctx, attachment, suffix), result)
+    else:
+        await _warn_about_fallback(ctx, result, f"It is {OTHER_TYPES[suffix]}, not a PDF. {_NOT_INSTALLED}.")
 
 
-def _describe_fallback(texts: list[SlideText]) -> str:
-    """Return what the document shows instead of images."""
-    return "Only the text of the slides is shown" if texts else "The attachment is only linked"
+async def _warn_about_fallback(ctx: StepContext, result: SlidesResult, reason: str) -> None:
+    """Warn about what the document shows instead of images."""
+    fallback = "Only the text of the slides is shown" if result.texts else "The attachment is only linked"
+    await ctx.warn(f"{fallback}. {reason}")
 
 
 async def _convert(ctx: StepContext, attachment: Path, suffix: str) -> Path:
@@ -138,25 +149,25 @@ async def _convert(ctx: StepContext, attachment: Path, suffix: str) -> Path:
         await asyncio.wait({conversion})
 
 
-async def _render(ctx: StepContext, pdf: Path, slides: list[Slide]) -> None:
-    page_count, remaining_text_characters = 0, MAX_TEXT_CHARACTERS
+async def _render(ctx: StepContext, pdf: Path, result: SlidesResult) -> None:
+    page_count, remaining_text_characters, max_pages = 0, MAX_TEXT_CHARACTERS, ctx.settings.max_pdf_pages
     async with ctx.iterate_in_thread(render_pages(pdf, ctx.settings)) as pages:
         async for page in pages:
             page_count = page.page_count
             if page.problem:
                 await ctx.warn(f"Slide {page.page_number} is not shown. The page {page.problem}.")
             else:
-                slides.append(await _save(ctx, page, remaining_text_characters))
-                remaining_text_characters -= len(slides[-1].text)
-            fraction = page.page_number / min(page_count, ctx.settings.max_pdf_pages)
-            await ctx.job.report_progress(70 + 20 * fraction, f"Rendering slide {page.page_number} of {page_count}")
-    if page_count > ctx.settings.max_pdf_pages:
-        await ctx.warn(f"Only the first {ctx.settings.max_pdf_pages} of {page_count} slides are shown.")
-    await ctx.job.log("info", f"Rendered {len(slides)} of {page_count} pages")
+                result.slides.append(await _save(ctx, page, remaining_text_characters))
+                remaining_text_characters -= len(result.slides[-1].text)
+            message = f"Rendering slide {page.page_number} of {page_count}"
+            await ctx.report_part(message, 70, 90, page.page_number, min(page_count, max_pages))
+    if page_count > max_pages:
+        await ctx.warn(f"Only the first {max_pages} of {page_count} slides are shown.")
+    await ctx.job.log("info", f"Rendered {len(result.slides)} of {page_count} pages")
 
 
 async def _save(ctx: StepContext, page: RenderedPage, max_text_characters: int) -> Slide:
-    image_name, thumbnail_name = slide_file_names(page.page_number)
+    image_name, thumbnail_name = make_slide_file_names(page.page_number)
     image = await ctx.job.save(ctx.result_layout.asset_path(image_name), page.image, "image/jpeg")
     thumbnail = await ctx.job.save(ctx.result_layout.asset_path(thumbnail_name), page.thumbnail, "image/jpeg")
     text = page.text[:max_text_characters]

@@ -19,7 +19,8 @@ from typing import Any, Final
 from pydantic import BaseModel, ValidationError
 
 from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError
-from jobledger.workers.processors.session.transcript import SAMPLE_RATE, Segment
+from jobledger.workers.processors.session.settings import TranscriptionSettings
+from jobledger.workers.processors.session.transcript import SAMPLE_RATE, WAV_PARAMETERS, Segment
 
 PROGRESS_INTERVAL_SECONDS: Final = 2.0
 _SPLIT_WINDOW_SECONDS: Final = 10
@@ -77,32 +78,31 @@ def _read_chunk(audio: Path, begin: int, end: int) -> io.BytesIO:
         samples = sound.readframes(end - begin)
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as chunk:
-        chunk.setnchannels(1)
-        chunk.setsampwidth(2)
-        chunk.setframerate(SAMPLE_RATE)
+        chunk.setparams(WAV_PARAMETERS)
         chunk.writeframes(samples)
     return buffer
 
 
 async def transcribe(
-    api: OpenAiClient, audio: Path, *, model: str, language: str, chunk_seconds: float, max_concurrent: int
+    api: OpenAiClient, audio: Path, settings: TranscriptionSettings, language: str
 ) -> AsyncGenerator[AudioChunk, None]:
     """Transcribe the chunks of a recording and yield them in order.
 
-    At most `max_concurrent` requests run at a time. While the next chunk is pending, an empty chunk with
+    At most `settings.max_concurrent` requests run at a time. While the next chunk is pending, an empty chunk with
     `waited_seconds` is yielded every two seconds.
 
     Raises:
         OpenAiError: The API rejects a request in a way that applies to all chunks.
     """
-    bounds = split_at_silence(audio, chunk_seconds)
+    bounds = split_at_silence(audio, settings.chunk_seconds)
+    fields = {"model": settings.model, "language": language, "response_format": "verbose_json"}
     pending: deque[tuple[float, float, asyncio.Task[list[Segment]]]] = deque()
     done_seconds = 0.0
     try:
         while True:
-            while len(pending) < max_concurrent and (chunk := await asyncio.to_thread(next, bounds, None)):
+            while len(pending) < settings.max_concurrent and (chunk := await asyncio.to_thread(next, bounds, None)):
                 begin, end = chunk
-                task = asyncio.create_task(_transcribe_chunk(api, audio, begin, end, model=model, language=language))
+                task = asyncio.create_task(_transcribe_chunk(api, audio, begin, end, fields))
                 pending.append((begin / SAMPLE_RATE, end / SAMPLE_RATE, task))
             if not pending:
                 return
@@ -126,15 +126,12 @@ async def transcribe(
 
 
 async def _transcribe_chunk(
-    api: OpenAiClient, audio: Path, begin: int, end: int, *, model: str, language: str
+    api: OpenAiClient, audio: Path, begin: int, end: int, fields: dict[str, str | None]
 ) -> list[Segment]:
     # Close the buffer to free its memory. The request is part of a reference cycle that is collected much later.
     with await asyncio.to_thread(_read_chunk, audio, begin, end) as sound:
-        response: Any = await api.post(
-            "audio/transcriptions",
-            data={"model": model, "language": language, "response_format": "verbose_json"},
-            files={"file": ("audio.wav", sound, "audio/wav")},
-        )
+        file = ("audio.wav", sound, "audio/wav")
+        response: Any = await api.post("audio/transcriptions", data=fields, files={"file": file})
     try:
         transcription = _TranscriptionResponse.model_validate(response)
     except ValidationError as error:

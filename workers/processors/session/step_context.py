@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from jobledger.workers.processor import JSON, JobContext, ProcessorError
 from jobledger.workers.processors.session.fetcher import Fetcher, FetchResult, ProgressCallback, format_bytes
 from jobledger.workers.processors.session.parameters import SessionParameters
 from jobledger.workers.processors.session.result_layout import ResultLayout
 from jobledger.workers.processors.session.settings import SessionSettings
-from jobledger.workers.processors.session.threaded_iteration import run_in_thread
 
 # The rest of a step's timeout is for the work after the download. A slow server is then reported as FETCH_TIMEOUT.
 FETCH_TIMEOUT_FRACTION = 0.9
 
 Item = TypeVar("Item")
+_END: Final = object()
 
 
-def json_digest(value: JSON) -> str:
+def compute_json_digest(value: JSON) -> str:
     """Return the SHA-256 of the canonical JSON of `value`."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -39,7 +41,7 @@ class StepContext:
     """One step of one attempt. `warnings` collects the warnings of this step."""
 
     job: JobContext
-    session: SessionParameters
+    parameters: SessionParameters
     settings: SessionSettings
     result_layout: ResultLayout
     fetcher: Fetcher
@@ -53,16 +55,18 @@ class StepContext:
         if self.job.is_cancelled:
             raise Cancelled
 
+    async def report_part(self, message: str, start: float, end: float, done: float, total: float | None) -> None:
+        """Report `done` of `total`, in any unit, as progress from `start` to `end` percent of the job."""
+        fraction = min(1.0, done / total) if total else 0.5
+        await self.job.report_progress(start + fraction * (end - start), message)
+
     def report_download_progress(self, message: str, start: float, end: float) -> ProgressCallback:
         """Return a callback that reports a download as progress from `start` to `end` percent."""
 
         async def report(received: int, total: int | None) -> None:
             self.raise_if_cancelled()
-            fraction = min(1.0, received / total) if total else 0.5
             of_total = f" of {format_bytes(total)}" if total else ""
-            await self.job.report_progress(
-                start + fraction * (end - start), f"{message}: {format_bytes(received)}{of_total}"
-            )
+            await self.report_part(f"{message}: {format_bytes(received)}{of_total}", start, end, received, total)
 
         return report
 
@@ -84,3 +88,19 @@ class StepContext:
 
         async with aclosing(check_each()) as checked:
             yield checked
+
+
+async def run_in_thread(items: Generator[Item, None, None]) -> AsyncGenerator[Item, None]:
+    """Yield the items of `items`. One dedicated thread computes them.
+
+    Use with `contextlib.aclosing`. If the caller stops early (timeout, cancellation), the thread finishes the current
+    item and then closes `items`. A PDF is therefore never closed while it is rendered.
+    """
+    loop = asyncio.get_running_loop()
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="session")
+    try:
+        while (item := await loop.run_in_executor(thread, next, items, _END)) is not _END:
+            yield item  # type: ignore[misc]  # `next` returns an Item or _END
+    finally:
+        thread.submit(items.close)
+        thread.shutdown(wait=False)

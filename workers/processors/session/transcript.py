@@ -9,12 +9,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 from pydantic import BaseModel, ConfigDict
 
 SAMPLE_RATE = 16_000
+WAV_PARAMETERS = (1, 2, SAMPLE_RATE, 0, "NONE", "not compressed")
+"""Arguments of `wave.Wave_write.setparams`: one channel of 16-bit samples."""
 PROGRESS_INTERVAL_SECONDS = 60.0
 
 # Only formats that contain the media. A playlist (HLS, concat, DASH) would make FFmpeg open other files and URLs.
@@ -71,34 +73,32 @@ def extract_audio(video: Path, audio: Path, *, max_seconds: float) -> Generator[
 
 
 def _write_audio(media: Any, audio: Path, max_seconds: float) -> Generator[ExtractionProgress, None, None]:
-    expected = _expected_seconds(media)
+    expected = _read_duration(media)
     resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-    samples, reported_at, bad_packets = 0, 0.0, 0
+    seconds, reported_at, is_damaged = 0.0, 0.0, False
     with wave.open(str(audio), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        for frame in _decode_frames(media):
-            if frame is None:
-                bad_packets += 1
-                continue
+        file.setparams(WAV_PARAMETERS)
+
+        def write(frame: Any) -> float:
+            """Write a frame, or the last samples if it is None, and return the seconds written so far."""
             for block in resampler.resample(frame):
                 file.writeframes(bytes(block.planes[0])[: block.samples * 2])
-                samples += block.samples
-            seconds = samples / SAMPLE_RATE
+            return file.tell() / SAMPLE_RATE
+
+        for frame in _decode_frames(media):
+            if frame is None:
+                is_damaged = True
+                continue
+            seconds = write(frame)
             if seconds >= max_seconds:
                 break
             if seconds - reported_at >= PROGRESS_INTERVAL_SECONDS:
                 reported_at = seconds
                 yield ExtractionProgress(seconds, expected)
-        for block in resampler.resample(None):
-            file.writeframes(bytes(block.planes[0])[: block.samples * 2])
-            samples += block.samples
-    if not samples:
+        seconds = write(None)
+    if not seconds:
         raise TranscriptUnavailable("The recording has an audio track, but it cannot be decoded.")
-    yield ExtractionProgress(
-        samples / SAMPLE_RATE, expected, _describe_damage(samples / SAMPLE_RATE, expected, max_seconds, bad_packets)
-    )
+    yield ExtractionProgress(seconds, expected, _describe_damage(seconds, expected, max_seconds, is_damaged=is_damaged))
 
 
 def _decode_frames(media: Any) -> Generator[Any, None, None]:
@@ -113,19 +113,19 @@ def _decode_frames(media: Any) -> Generator[Any, None, None]:
         yield None
 
 
-def _expected_seconds(media: Any) -> float | None:
+def _read_duration(media: Any) -> float | None:
     stream = media.streams.audio[0]
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return float(Fraction(media.duration, av.time_base)) if media.duration else None
 
 
-def _describe_damage(seconds: float, expected: float | None, max_seconds: float, bad_packets: int) -> str | None:
+def _describe_damage(seconds: float, expected: float | None, max_seconds: float, *, is_damaged: bool) -> str | None:
     if seconds >= max_seconds:
         return f"only the first {format_timecode(max_seconds)} were used"
     if expected and seconds < 0.95 * expected - 1:
         return f"it ends after {format_timecode(seconds)} of {format_timecode(expected)}"
-    return "parts of it are damaged" if bad_packets else None
+    return "parts of it are damaged" if is_damaged else None
 
 
 def format_timecode(seconds: float) -> str:
@@ -135,17 +135,17 @@ def format_timecode(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def transcribe_locally(audio: Path, *, backend: Literal["pocketsphinx"]) -> Generator[Segment, None, None]:
-    """Transcribe the WAV file `audio`.
+def transcribe_locally(audio: Path) -> Generator[Segment, None, None]:
+    """Transcribe the WAV file `audio` with pocketsphinx.
 
     Raises:
-        TranscriptUnavailable: The backend is not installed.
+        TranscriptUnavailable: pocketsphinx is not installed.
     """
     try:
-        sphinx = importlib.import_module(backend)
+        sphinx = importlib.import_module("pocketsphinx")
     except ImportError as error:
         raise TranscriptUnavailable(
-            f"The transcription backend {backend} is not installed. Install it with: pip install {backend}."
+            "The transcription backend pocketsphinx is not installed. Install it with: pip install pocketsphinx."
         ) from error
     decoder = sphinx.Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
     with audio.open("rb") as file, closing(wave.open(file)) as sound:

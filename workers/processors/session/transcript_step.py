@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobledger.workers.processor import JSON, ProcessorError, SavedFile
-from jobledger.workers.processors.session.document import AUDIO_FILE_NAME, TranscriptResult, primary_subtag
-from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError, read_api_key
+from jobledger.workers.processor import JSON, ProcessorError
+from jobledger.workers.processors.session.document import AUDIO_FILE_NAME, TranscriptResult, get_primary_subtag
+from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError
 from jobledger.workers.processors.session.speech_api import transcribe
 from jobledger.workers.processors.session.step_context import FETCH_TIMEOUT_FRACTION, Cancelled, StepContext
 from jobledger.workers.processors.session.transcript import (
-    ExtractionProgress,
-    Segment,
     TranscriptUnavailable,
     extract_audio,
     format_timecode,
@@ -26,70 +23,56 @@ from jobledger.workers.processors.session.video_sites import is_video_site_url, 
 MAX_CHARACTERS = 1_000_000
 
 
-def inputs(ctx: StepContext) -> dict[str, JSON]:
+def build_inputs(ctx: StepContext) -> dict[str, JSON]:
     """Return the inputs of the step. The step is not repeated with the same inputs."""
     return {
-        "url": ctx.session.video_url,
+        "url": ctx.parameters.video_url,
         "max_bytes": ctx.settings.video_max_bytes,
         "max_audio_seconds": ctx.settings.max_audio_seconds,
         "backend": ctx.settings.transcription.backend,
         "endpoint": ctx.settings.transcription.url,
         "model": ctx.settings.transcription.model,
         "chunk_seconds": ctx.settings.transcription.chunk_seconds,
-        "language": primary_subtag(ctx.session.source_language),
+        "language": get_primary_subtag(ctx.parameters.source_language),
         "keep_audio": ctx.settings.keep_audio,
     }
 
 
-@dataclass(slots=True)
-class _PartialResult:
-    """The part of the result that is kept after a timeout."""
-
-    extraction: ExtractionProgress | None = None
-    segments: list[Segment] = field(default_factory=list)
-    audio: SavedFile | None = None
-
-
-async def run(ctx: StepContext) -> JSON:
+async def run(ctx: StepContext) -> TranscriptResult:
     """Fetch the recording, extract its audio, and transcribe it if a backend is configured."""
-    so_far = _PartialResult()
-    reason = await _run_and_explain(ctx, so_far)
-    if reason and ctx.session.video_url and not so_far.segments:
-        await ctx.warn(reason)
+    result = TranscriptResult()
+    result.warnings = ctx.warnings
+    result.missing_reason = await _fill_result(ctx, result)
+    if result.missing_reason and ctx.parameters.video_url and not result.segments:
+        await ctx.warn(result.missing_reason)
     await ctx.job.report_progress(60, "Recording processed")
-    return TranscriptResult(
-        audio_seconds=so_far.extraction.seconds if so_far.extraction else None,
-        segments=so_far.segments,
-        missing_reason=reason,
-        audio=so_far.audio,
-        warnings=ctx.warnings,
-    ).model_dump(mode="json")
+    return result
 
 
-async def _run_and_explain(ctx: StepContext, so_far: _PartialResult) -> str | None:
-    """Run the step and return why there is no transcript, or None if there is one."""
-    if ctx.session.video_url is None:
+async def _fill_result(ctx: StepContext, result: TranscriptResult) -> str | None:
+    """Fill `result` and return why there is no transcript, or None if there is one. A timeout keeps what is there."""
+    if ctx.parameters.video_url is None:
         return "There is no transcript. No recording was given."
     if ctx.settings.transcription.backend == "none" and not ctx.settings.keep_audio:
         return "There is no transcript. Transcription is not configured. The recording was not downloaded."
     try:
         async with asyncio.timeout(ctx.settings.transcript_timeout_seconds):
-            await _fetch_and_transcribe(ctx, ctx.session.video_url, so_far)
+            await _fetch_and_transcribe(ctx, ctx.parameters.video_url, result)
     except Cancelled:
         raise
     except TimeoutError:
         limit = f"{ctx.settings.transcript_timeout_seconds:g} seconds"
-        if not so_far.segments:
+        if not result.segments:
             return f"There is no transcript. The recording was not processed within {limit}."
         await ctx.warn(f"The transcript is incomplete: the recording was not processed within {limit}.")
     except (ProcessorError, TranscriptUnavailable) as error:
         return f"There is no transcript. {error}"
     if ctx.settings.transcription.backend == "none":
         return "There is no transcript. Transcription is not configured."
-    return None if so_far.segments else "There is no transcript. No speech was recognized in the recording."
+    return None if result.segments else "There is no transcript. No speech was recognized in the recording."
 
 
-async def _fetch_and_transcribe(ctx: StepContext, url: str, so_far: _PartialResult) -> None:
+async def _fetch_and_transcribe(ctx: StepContext, url: str, result: TranscriptResult) -> None:
     video, audio = ctx.job.scratch_dir / "video", ctx.job.scratch_dir / "audio.wav"
     await ctx.job.report_progress(20, "Fetching the recording")
     if is_video_site_url(url, ctx.settings.video_sites):
@@ -105,88 +88,73 @@ async def _fetch_and_transcribe(ctx: StepContext, url: str, so_far: _PartialResu
         on_progress=ctx.report_download_progress("Fetching the recording", 20, 35),
     )
     await ctx.log_fetch(response)
-    await _extract(ctx, video, audio, so_far)
+    await _extract_audio(ctx, video, audio, result)
     video.unlink()
     try:
-        await _transcribe(ctx, audio, so_far)
+        match ctx.settings.transcription.backend:
+            case "openai":
+                await _transcribe_by_api(ctx, audio, result)
+            case "pocketsphinx":
+                await _transcribe_locally(ctx, audio, result)
     finally:
         if ctx.settings.keep_audio:
-            so_far.audio = await ctx.job.save(ctx.result_layout.asset_path(AUDIO_FILE_NAME), audio, "audio/wav")
+            result.audio = await ctx.job.save(ctx.result_layout.asset_path(AUDIO_FILE_NAME), audio, "audio/wav")
 
 
-async def _extract(ctx: StepContext, video: Path, audio: Path, so_far: _PartialResult) -> None:
+async def _extract_audio(ctx: StepContext, video: Path, audio: Path, result: TranscriptResult) -> None:
     await ctx.job.report_progress(35, "Extracting the audio")
+    damage = None
     async with ctx.iterate_in_thread(extract_audio(video, audio, max_seconds=ctx.settings.max_audio_seconds)) as steps:
         async for progress in steps:
-            so_far.extraction = progress
-            fraction = min(1.0, progress.seconds / progress.total_seconds) if progress.total_seconds else 0.5
-            await ctx.job.report_progress(
-                35 + 10 * fraction, f"Extracting the audio: {format_timecode(progress.seconds)}"
-            )
-    if so_far.extraction:
-        await ctx.job.log("info", f"Extracted {format_timecode(so_far.extraction.seconds)} of audio")
-        if so_far.extraction.damage:
-            await ctx.warn(f"The recording is incomplete: {so_far.extraction.damage}.")
+            result.audio_seconds, damage = progress.seconds, progress.damage
+            message = f"Extracting the audio: {format_timecode(progress.seconds)}"
+            await ctx.report_part(message, 35, 45, progress.seconds, progress.total_seconds)
+    await ctx.job.log("info", f"Extracted {format_timecode(result.audio_seconds or 0)} of audio")
+    if damage:
+        await ctx.warn(f"The recording is incomplete: {damage}.")
 
 
-async def _transcribe_by_api(ctx: StepContext, audio: Path, so_far: _PartialResult) -> None:
-    settings, length = ctx.settings.transcription, so_far.extraction.seconds if so_far.extraction else 0.0
+async def _report_transcribed(ctx: StepContext, result: TranscriptResult, seconds: float, suffix: str = "") -> None:
+    length = result.audio_seconds or 0.0
+    message = f"Transcribing: {format_timecode(seconds)} of {format_timecode(length)}{suffix}"
+    await ctx.report_part(message, 45, 60, seconds, length)
+
+
+async def _transcribe_by_api(ctx: StepContext, audio: Path, result: TranscriptResult) -> None:
+    await ctx.job.report_progress(45, "Transcribing")
+    settings = ctx.settings.transcription
     missing: list[str] = []
     try:
-        api = OpenAiClient(
-            settings.url or "", key=read_api_key(settings.api_key_file), timeout_seconds=settings.timeout_seconds
-        )
-        try:
-            chunks = transcribe(
-                api,
-                audio,
-                model=settings.model or "",
-                language=primary_subtag(ctx.session.source_language),
-                chunk_seconds=settings.chunk_seconds,
-                max_concurrent=settings.max_concurrent,
-            )
-            async with aclosing(chunks):
-                async for chunk in chunks:
-                    ctx.raise_if_cancelled()
-                    if chunk.error is not None:
-                        start, end = format_timecode(chunk.start_seconds), format_timecode(chunk.end_seconds)
-                        missing.append(f"{start}–{end} ({chunk.error})")
-                    so_far.segments += chunk.segments
-                    fraction = min(1.0, chunk.end_seconds / length) if length else 0.5
-                    waiting = f", waiting for {chunk.waited_seconds:.0f} s" if chunk.waited_seconds else ""
-                    done = f"Transcribing: {format_timecode(chunk.end_seconds)} of {format_timecode(length)}{waiting}"
-                    await ctx.job.report_progress(45 + 15 * fraction, done)
-        finally:
-            await api.aclose()
+        async with (
+            OpenAiClient(settings) as api,
+            aclosing(transcribe(api, audio, settings, get_primary_subtag(ctx.parameters.source_language))) as chunks,
+        ):
+            async for chunk in chunks:
+                ctx.raise_if_cancelled()
+                if chunk.error is not None:
+                    start, end = format_timecode(chunk.start_seconds), format_timecode(chunk.end_seconds)
+                    missing.append(f"{start}–{end} ({chunk.error})")
+                result.segments += chunk.segments
+                waiting = f", waiting for {chunk.waited_seconds:.0f} s" if chunk.waited_seconds else ""
+                await _report_transcribed(ctx, result, chunk.end_seconds, waiting)
     except OpenAiError as error:
         raise TranscriptUnavailable(f"The transcription API failed: {error}.") from error
-    if missing and so_far.segments:
+    if missing and result.segments:
         await ctx.warn(f"The transcript is incomplete. Missing: {'; '.join(missing[:5])}.")
     elif missing:
         raise TranscriptUnavailable(f"The transcription failed: {missing[0]}.")
-    await ctx.job.log("info", f"Transcribed {len(so_far.segments)} segments with {settings.model}")
+    await ctx.job.log("info", f"Transcribed {len(result.segments)} segments with {settings.model}")
 
 
-async def _transcribe(ctx: StepContext, audio: Path, so_far: _PartialResult) -> None:
-    backend = ctx.settings.transcription.backend
-    if backend == "none":
-        return
+async def _transcribe_locally(ctx: StepContext, audio: Path, result: TranscriptResult) -> None:
     await ctx.job.report_progress(45, "Transcribing")
-    if backend == "openai":
-        await _transcribe_by_api(ctx, audio, so_far)
-        return
-    length = so_far.extraction.seconds if so_far.extraction else 0.0
     characters = 0
-    async with ctx.iterate_in_thread(transcribe_locally(audio, backend=backend)) as segments:
+    async with ctx.iterate_in_thread(transcribe_locally(audio)) as segments:
         async for segment in segments:
             characters += len(segment.text)
             if characters > MAX_CHARACTERS:
                 await ctx.warn(f"The transcript is cut after {MAX_CHARACTERS:,} characters.")
                 break
-            so_far.segments.append(segment)
-            fraction = min(1.0, segment.start_seconds / length) if length else 0.5
-            await ctx.job.report_progress(
-                45 + 15 * fraction,
-                f"Transcribing: {format_timecode(segment.start_seconds)} of {format_timecode(length)}",
-            )
-    await ctx.job.log("info", f"Transcribed {len(so_far.segments)} segments with {backend}")
+            result.segments.append(segment)
+            await _report_transcribed(ctx, result, segment.start_seconds)
+    await ctx.job.log("info", f"Transcribed {len(result.segments)} segments with pocketsphinx")
