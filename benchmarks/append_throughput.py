@@ -3,75 +3,76 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.synchronize import Barrier
 
 from benchmarks.event_factory import make_appends, make_documents
-from benchmarks.measurement import Result, Stopwatch, compare_latencies, compare_rates
+from benchmarks.measurement import Result, Stopwatch, compare_latencies, compare_rates, open_empty_database
+from benchmarks.processes import Pipe, run_processes
 from jobledger.cli.process_tuning import tune_garbage_collector
-from jobledger.ledger.mongo.connection import DURABLE, Connection, Database
-from jobledger.ledger.store.envelope import VOID_STREAM
+from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
+from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 
 CONCURRENCY = 1000
 PROCESSES = 8
+GROUP_SIZE = CONCURRENCY // 4
+"""Concurrent callers in each of the processes, and documents in each insert_many of theirs."""
 
 
 async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
     """Measure appends by many callers, of lists, by one caller, and by several processes."""
-    async with connection.client() as client:
-        db = client[connection.db_name]
-        event_store = EventStore(db)
-        await prepare_collections(db, event_store)
+    async with open_empty_database(connection) as (db, event_store):
+        await create_baseline_index(db)
         results = [
             await compare_rates(
                 f"append: {CONCURRENCY:,} callers, one event each; driver: insert_many of {CONCURRENCY:,}",
-                lambda: _insert_batches(db, events),
-                lambda: _append_singly(event_store, events, CONCURRENCY),
+                lambda: _measure_inserts(db, events),
+                lambda: _measure_appends(event_store, events, callers=CONCURRENCY, size=1),
                 rounds=rounds,
                 min_ratio=0.7,
             ),
             await compare_rates(
                 f"append: 3 callers, atomic lists of {CONCURRENCY:,}; driver: 3 concurrent transactions",
-                lambda: _insert_in_transactions(db, events, concurrency=3),
-                lambda: _append_lists(event_store, events, concurrency=3),
+                lambda: _measure_transactions(db, events, callers=3),
+                lambda: _measure_appends(event_store, events, callers=3, size=CONCURRENCY),
                 rounds=rounds,
                 min_ratio=0.5,
             ),
             await _measure_latency(db, event_store, rounds * 40),
         ]
         processes = await compare_rates(
-            f"append: {PROCESSES} processes, {CONCURRENCY // 4} callers; driver: insert_many of {CONCURRENCY // 4}",
-            lambda: _write_in_processes(connection, "baseline", events),
-            lambda: _write_in_processes(connection, "jobledger", events),
+            f"append: {PROCESSES} processes, {GROUP_SIZE} callers; driver: insert_many of {GROUP_SIZE}",
+            lambda: _write_in_processes(connection, "baseline", events // PROCESSES),
+            lambda: _write_in_processes(connection, "jobledger", events // PROCESSES),
             rounds=max(2, rounds // 2),
             min_ratio=0.6,
         )
         voided = await db.events.count_documents({"stream": VOID_STREAM})
         share = f"{voided} of {await event_store.head_position():,} positions were voided"
-        await event_store.aclose()
     return [*results, replace(processes, notes=(share,))]
 
 
-async def prepare_collections(db: Database, event_store: EventStore) -> None:
+async def create_baseline_index(db: Database) -> None:
     """Create the index of `events` on the baseline collection."""
-    await event_store.prepare()
     await db.baseline.create_index([("stream", 1), ("version", 1)], unique=True)
 
 
-async def _insert_batches(db: Database, events: int) -> float:
-    baseline = db.get_collection("baseline", write_concern=DURABLE)
+async def _measure_inserts(db: Database, events: int) -> float:
     documents = make_documents(events)
     with Stopwatch() as watch:
-        for begin in range(0, events, CONCURRENCY):
-            await baseline.insert_many(documents[begin : begin + CONCURRENCY], ordered=False)
+        await _insert(db, documents, size=CONCURRENCY)
     return watch.rate(events)
 
 
-async def _insert_in_transactions(db: Database, events: int, *, concurrency: int) -> float:
+async def _insert(db: Database, documents: Sequence[Document], *, size: int) -> None:
+    baseline = db.get_collection("baseline", write_concern=DURABLE)
+    for begin in range(0, len(documents), size):
+        await baseline.insert_many(documents[begin : begin + size], ordered=False)
+
+
+async def _measure_transactions(db: Database, events: int, *, callers: int) -> float:
     documents = make_documents(events)
     begins = iter(range(0, events, CONCURRENCY))
 
@@ -84,33 +85,26 @@ async def _insert_in_transactions(db: Database, events: int, *, concurrency: int
                 await db.baseline.insert_many(documents[begin : begin + CONCURRENCY], ordered=False, session=session)
 
     with Stopwatch() as watch:
-        await asyncio.gather(*(caller() for _ in range(concurrency)))
-    return watch.rate(events)
-
-
-async def _append_singly(event_store: EventStore, events: int, callers: int) -> float:
-    appends = iter(make_appends(events))
-
-    async def caller() -> None:
-        for append in appends:
-            await event_store.append(append)
-
-    with Stopwatch() as watch:
         await asyncio.gather(*(caller() for _ in range(callers)))
     return watch.rate(events)
 
 
-async def _append_lists(event_store: EventStore, events: int, *, concurrency: int) -> float:
-    documents = make_appends(events)
-    begins = iter(range(0, events, CONCURRENCY))
+async def _measure_appends(event_store: EventStore, events: int, *, callers: int, size: int) -> float:
+    appends = make_appends(events)
+    with Stopwatch() as watch:
+        await _append(event_store, appends, callers=callers, size=size)
+    return watch.rate(events)
+
+
+async def _append(event_store: EventStore, appends: Sequence[StreamAppend], *, callers: int, size: int) -> None:
+    """Append in atomic lists of a size, by several concurrent callers."""
+    begins = iter(range(0, len(appends), size))
 
     async def caller() -> None:
         for begin in begins:
-            await event_store.append(*documents[begin : begin + CONCURRENCY])
+            await event_store.append(*appends[begin : begin + size])
 
-    with Stopwatch() as watch:
-        await asyncio.gather(*(caller() for _ in range(concurrency)))
-    return watch.rate(events)
+    await asyncio.gather(*(caller() for _ in range(callers)))
 
 
 async def _measure_latency(db: Database, event_store: EventStore, number: int) -> Result:
@@ -130,59 +124,35 @@ async def _measure_latency(db: Database, event_store: EventStore, number: int) -
 
 # Several processes ------------------------------------------------------------------------------------------------
 
-_spawn = multiprocessing.get_context("spawn")
-
 
 async def _write_in_processes(connection: Connection, writer: str, events: int) -> float:
-    """Write in several processes at once; return their total rate from the first to the last write."""
-    return await asyncio.to_thread(_run_processes, connection, writer, events)
+    """Write `events` events in each of several processes; return their total rate from the first to the last write."""
+    async with run_processes(PROCESSES, _write, connection, writer, events) as children:
+        for number, child in enumerate(children):
+            child.pipe.send(number)
+        spans = [await child.receive() for child in children]
+    starts, ends = zip(*spans, strict=True)
+    return events * PROCESSES / float(max(ends) - min(starts))
 
 
-def _run_processes(connection: Connection, writer: str, events: int) -> float:
-    begin = _spawn.Barrier(PROCESSES)
-    with _spawn.Pool(PROCESSES, initializer=_set_barrier, initargs=(begin,)) as pool:
-        spans: Sequence[tuple[float, float]] = pool.map(
-            _write, [(connection, writer, events // PROCESSES, number) for number in range(PROCESSES)], chunksize=1
-        )
-    return events // PROCESSES * PROCESSES / (max(end for _, end in spans) - min(start for start, _ in spans))
+def _write(connection: Connection, writer: str, events: int, pipe: Pipe) -> None:
+    asyncio.run(_write_events(connection, writer, events, pipe))
 
 
-_begin: Barrier
-
-
-def _set_barrier(begin: Barrier) -> None:
-    global _begin
-    _begin = begin
-
-
-def _write(task: tuple[Connection, str, int, int]) -> tuple[float, float]:
-    connection, writer, events, number = task
-    return asyncio.run(_write_events(connection, writer, events, number))
-
-
-async def _write_events(connection: Connection, writer: str, events: int, number: int) -> tuple[float, float]:
-    concurrency = CONCURRENCY // 4
+async def _write_events(connection: Connection, writer: str, events: int, pipe: Pipe) -> None:
     async with connection.client() as client:
         db = client[connection.db_name]
         await client.admin.command("ping")
+        event_store = EventStore(db)
+        appends, documents = make_appends(events), make_documents(events)
+        tune_garbage_collector()
+        pipe.send("ready")
+        first = time.time_ns() // 1000 + pipe.recv() * 10**14
+        for offset, document in enumerate(documents):
+            document["_id"] = first + offset
+        start = time.time()
         if writer == "jobledger":
-            event_store = EventStore(db)
-            tune_garbage_collector()
-            appends = iter(make_appends(events))
-
-            async def caller() -> None:
-                for append in appends:
-                    await event_store.append(append)
-
-            _begin.wait()
-            start = time.time()
-            await asyncio.gather(*(caller() for _ in range(concurrency)))
+            await _append(event_store, appends, callers=GROUP_SIZE, size=1)
         else:
-            baseline = db.get_collection("baseline", write_concern=DURABLE)
-            documents = make_documents(events, first=time.time_ns() // 1000 + number * 10**14)
-            tune_garbage_collector()
-            _begin.wait()
-            start = time.time()
-            for begin in range(0, events, concurrency):
-                await baseline.insert_many(documents[begin : begin + concurrency], ordered=False)
-        return start, time.time()
+            await _insert(db, documents, size=GROUP_SIZE)
+        pipe.send((start, time.time()))

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import multiprocessing
-import multiprocessing.connection
 import random
-import signal
 import statistics
 import tempfile
 import time
@@ -15,10 +11,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from pathlib import Path
 
 import orjson
-import structlog
 import uvicorn
 from bson import ObjectId
 from starlette.applications import Starlette
@@ -26,14 +21,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from benchmarks.measurement import Result, compare_rates, percentile
-from jobledger.cli.composition import start_roles
-from jobledger.cli.settings_file import read_settings
-from jobledger.ledger.domain.commands import SubmitJob
-from jobledger.ledger.domain.events import EventMetadata, JobCancelled, JobSubmitted, RecordedEvent
+from benchmarks.measurement import (
+    Result,
+    Stopwatch,
+    compare_rates,
+    format_latencies,
+    open_empty_database,
+    percentile,
+)
+from benchmarks.processes import Pipe, run_processes, run_role
+from jobledger.ledger.domain.events import JobCancelled, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.ledger.store.command_handler import handle_command, new_job_id
-from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import jobs
@@ -45,7 +43,6 @@ JOBS_PER_REQUESTED_EVENT = 50
 CONNECTIONS = 8
 MAX_RATIO = 3.0
 _WARM_UP_TURNS = 5
-_spawn = multiprocessing.get_context("spawn")
 _PARAMETERS = {
     "event": "FOSDEM 2026",
     "session": "How to read a million rows",
@@ -58,43 +55,34 @@ _PARAMETERS = {
 
 async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
     """Compare reading one job with a minimal route that reads the same document."""
-    async with connection.client() as client:
-        await client.drop_database(connection.db_name)
-        db = client[connection.db_name]
-        job_id = await _submit_job(db, connection)
-        async with (
-            _run_server(_serve_baseline, connection) as baseline_port,
-            _run_server(_serve_jobledger, connection) as jobledger_port,
-        ):
-            requests = max(200, events // 10)
-            return [
-                await compare_rates(
-                    "http: GET one job; driver: Starlette route with one find_one",
-                    lambda: _measure_rate(baseline_port, f"/{job_id}", requests),
-                    lambda: _measure_rate(jobledger_port, f"/api/events/jobs/{job_id}", requests),
-                    rounds=rounds,
-                    min_ratio=0.6,
-                )
-            ]
+    requests = max(200, events // 10)
+    async with (
+        _run_api(connection, 1) as (port, [job]),
+        run_processes(1, _serve_baseline, connection) as [baseline],
+    ):
+        return [
+            await compare_rates(
+                "http: GET one job; driver: Starlette route with one find_one",
+                lambda: _measure_rate(baseline.ready, f"/{job['_id']}", requests),
+                lambda: _measure_rate(port, f"/api/events/jobs/{job['_id']}", requests),
+                rounds=rounds,
+                min_ratio=0.6,
+            )
+        ]
 
 
 async def run_at_scale(connection: Connection, *, events: int, rounds: int) -> list[Result]:
     """Compare the latency of lists, statistics and single reads with many jobs with that with a thousand jobs."""
     many_jobs = events * JOBS_PER_REQUESTED_EVENT
     latencies: list[dict[str, list[float]]] = []
-    async with connection.client() as client:
-        for number in (FEW_JOBS, many_jobs):
-            await client.drop_database(connection.db_name)
-            db = client[connection.db_name]
-            await Projector(db, EventStore(db), connection, Checkpoint(db), holder="bench").prepare()
-            samples = await _fill(db, number)
-            async with _run_server(_serve_jobledger, connection) as port:
-                latencies.append(await _measure_requests(port, samples, max(20, rounds * 30)))
+    for number in (FEW_JOBS, many_jobs):
+        async with _run_api(connection, number) as (port, samples):
+            latencies.append(await _measure_requests(port, samples, max(20, rounds * 30)))
     return [
         Result(
             f"http-scale: {name}: {many_jobs:,} jobs; baseline: {FEW_JOBS:,} jobs",
-            _format_latencies(few),
-            _format_latencies(many),
+            format_latencies(few),
+            format_latencies(many),
             percentile(many, 99) / percentile(few, 99),
             (statistics.median(many) / statistics.median(few), percentile(many, 99) / percentile(few, 99)),
             f"≤ {MAX_RATIO}",
@@ -104,28 +92,18 @@ async def run_at_scale(connection: Connection, *, events: int, rounds: int) -> l
     ]
 
 
-def _format_latencies(seconds: Sequence[float]) -> str:
-    return f"p50 {percentile(seconds, 50) * 1000:.1f} ms, p99 {percentile(seconds, 99) * 1000:.1f} ms"
+@asynccontextmanager
+async def _run_api(connection: Connection, jobs: int) -> AsyncIterator[tuple[int, list[Document]]]:
+    """Run the API with the views of this number of jobs. Yield its port and one job of each thousand."""
+    async with open_empty_database(connection) as (db, event_store):
+        await Projector(db, event_store, connection, Checkpoint(db), holder="bench").prepare()
+        samples = await _fill(db, jobs)
+        with tempfile.TemporaryDirectory() as store:
+            async with run_processes(1, run_role, connection, Path(store), "api", 1) as [api]:
+                yield int(api.ready.rpartition(":")[2]), samples
 
 
 # Test data ------------------------------------------------------------------------------------------------------
-
-
-async def _submit_job(db: Database, connection: Connection) -> str:
-    """Submit a job through the event_store, and write its view document as the projector would."""
-    event_store = EventStore(db)
-    await event_store.prepare()
-    await Projector(db, event_store, connection, Checkpoint(db), holder="bench").prepare()
-    job_id = new_job_id()
-    submission = JobSubmitted(job_type="session", parameters={**_PARAMETERS, "track": "Main"}, user_id="bench")
-    [submitted] = (
-        await handle_command(event_store, job_id, SubmitJob(submission), meta=EventMetadata("user:bench"))
-    ).events
-    document = jobs.fold(None, submitted)
-    assert document is not None  # noqa: S101 - narrows the type
-    await db.jobs.insert_one(document)
-    await event_store.aclose()
-    return job_id
 
 
 async def _fill(db: Database, number: int) -> list[Document]:
@@ -142,11 +120,8 @@ async def _fill(db: Database, number: int) -> list[Document]:
             increments.update(counters_for_job(job))
         samples.append(rng.choice(page))
         await db.jobs.insert_many(page, ordered=False)
-    by_counter: dict[str, Counter[str]] = {}
     for (counter, field), amount in increments.items():
-        by_counter.setdefault(counter, Counter())[field] += amount
-    for counter, fields in by_counter.items():
-        await db.statistics.update_one({"_id": counter}, {"$inc": dict(fields)}, upsert=True)
+        await db.statistics.update_one({"_id": counter}, {"$inc": {field: amount}}, upsert=True)
     return samples
 
 
@@ -212,9 +187,9 @@ async def _measure_rate(port: int, path: str, requests: int) -> float:
             await _get(reader, writer, path)
         writer.close()
 
-    begin = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(CONNECTIONS)))
-    return requests // CONNECTIONS * CONNECTIONS / (time.perf_counter() - begin)
+    with Stopwatch() as watch:
+        await asyncio.gather(*(client() for _ in range(CONNECTIONS)))
+    return watch.rate(requests // CONNECTIONS * CONNECTIONS)
 
 
 async def _get(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str) -> bytes:
@@ -227,45 +202,10 @@ async def _get(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path:
     return body
 
 
-# Servers ---------------------------------------------------------------------------------------------------------
+# Baseline -------------------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def _run_server(target: Any, connection: Connection) -> AsyncIterator[int]:
-    """Run a server in its own process, and yield its port."""
-    receiver, sender = _spawn.Pipe(duplex=False)
-    process = _spawn.Process(target=target, args=(connection, sender), daemon=True)
-    process.start()
-    try:
-        yield await asyncio.to_thread(receiver.recv)
-    finally:
-        process.terminate()
-        await asyncio.to_thread(process.join)
-
-
-def _serve_jobledger(connection: Connection, port_sender: multiprocessing.connection.Connection) -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-
-    async def serve() -> None:
-        stop = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-        with tempfile.TemporaryDirectory() as store:
-            options = {
-                "mongodb": {"uri": connection.uri, "db_name": connection.db_name},
-                "api": {"port": 0},
-                "results": {"store": store},
-            }
-            settings, _ = read_settings(None, options, defaults_only=True)
-            async with start_roles(
-                settings, connection, frozenset({"api"}), on_failure=lambda error: stop.set()
-            ) as running:
-                port_sender.send(int((running.url or "").rpartition(":")[2]))
-                await stop.wait()
-
-    asyncio.run(serve())
-
-
-def _serve_baseline(connection: Connection, port_sender: multiprocessing.connection.Connection) -> None:
+def _serve_baseline(connection: Connection, pipe: Pipe) -> None:
     async def serve() -> None:
         async with connection.client() as client:
             db = client[connection.db_name]
@@ -279,7 +219,7 @@ def _serve_baseline(connection: Connection, port_sender: multiprocessing.connect
             serving = asyncio.create_task(server.serve())
             while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
                 await asyncio.sleep(0.01)
-            port_sender.send(server.servers[0].sockets[0].getsockname()[1])
+            pipe.send(server.servers[0].sockets[0].getsockname()[1])
             await serving
 
     asyncio.run(serve())

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
-import structlog
 from pydantic import BaseModel, ConfigDict
 from pymongo import MongoClient
 
-from benchmarks.measurement import Result, compare_latencies, percentile
-from jobledger.cli.composition import Role, start_roles
-from jobledger.cli.settings import Settings
-from jobledger.cli.settings_file import read_settings
+from benchmarks.measurement import Result, Stopwatch, compare_latencies, open_empty_database, percentile
+from benchmarks.processes import Child, Pipe, run_processes, run_role
+from jobledger.cli.composition import Role
 from jobledger.ledger.domain.commands import SubmitJob
 from jobledger.ledger.domain.events import EventMetadata, JobCompleted, JobSubmitted
-from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
+from jobledger.ledger.mongo.connection import DURABLE, Connection, Document
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.command_handler import StreamState, create_streams, handle_command, new_job_id
-from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.workers.processor import Isolation, JobContext, Results
 from jobledger.workers.registry import load_processors
@@ -48,7 +41,6 @@ _PAUSE_SECONDS = 0.02
 """Pause between two jobs, in which the end of the previous one is processed."""
 _WARM_UP_JOBS = 20
 _META = EventMetadata("user:bench")
-_spawn = multiprocessing.get_context("spawn")
 
 
 class _AnyParameters(BaseModel):
@@ -84,72 +76,19 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
     return [*pickup, *backlog]
 
 
-# Processes ---------------------------------------------------------------------------------------------------------
-
-
-def _build_settings(connection: Connection, store: Path, slots: int) -> Settings:
-    options = {
-        "mongodb": {"uri": connection.uri, "db_name": connection.db_name},
-        "results": {"store": str(store)},
-        "event_worker": {"max_concurrent": slots},
-    }
-    settings, _ = read_settings(None, options, defaults_only=True)
-    return settings
-
-
-def _run_role(connection: Connection, store: Path, role: Role, slots: int) -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+def _run_role(connection: Connection, store: Path, role: Role, slots: int, pipe: Pipe) -> None:
     load_processors()["clock"] = StartTimeProcessor
-    asyncio.run(_run_until_terminated(_build_settings(connection, store, slots), connection, role))
-
-
-async def _run_until_terminated(settings: Settings, connection: Connection, role: Role) -> None:
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with start_roles(settings, connection, frozenset({role}), on_failure=lambda error: stop.set()):
-        await stop.wait()
+    run_role(connection, store, role, slots, pipe)
 
 
 @asynccontextmanager
-async def _run_processes(
-    connection: Connection, store: Path, **role_counts: int
-) -> AsyncIterator[Sequence[BaseProcess]]:
-    """Run a number of processes of each role."""
-    processes = [
-        _spawn.Process(target=_run_role, args=(connection, store, role, TOTAL_SLOTS // number))
-        for role, number in role_counts.items()
-        for _ in range(number)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            await asyncio.to_thread(process.join)
-
-
-@asynccontextmanager
-async def _open_database(
-    connection: Connection, *, follows_log: bool = False
-) -> AsyncIterator[tuple[Database, EventStore, Checkpoint]]:
-    """Yield an empty database.
-
-    Without `follows_log`, this process follows only the checkpoint, which costs almost no time.
-    """
-    async with connection.client() as client:
-        await client.drop_database(connection.db_name)
-        db = client[connection.db_name]
-        event_store, changes, checkpoint = EventStore(db), ChangeStream(db), Checkpoint(db)
-        if follows_log:
-            changes.add_listener(event_store)
-        changes.add_listener(checkpoint)
-        await event_store.prepare()
-        async with changes.running():
-            yield db, event_store, checkpoint
-        await event_store.aclose()
+async def _run_roles(connection: Connection, store: Path, *, workers: int) -> AsyncIterator[Sequence[Child]]:
+    """Run a projector and a number of workers."""
+    async with (
+        run_processes(1, _run_role, connection, store, "projector", TOTAL_SLOTS) as projector,
+        run_processes(workers, _run_role, connection, store, "worker", TOTAL_SLOTS // workers) as children,
+    ):
+        yield [*projector, *children]
 
 
 # Measurements --------------------------------------------------------------------------------------------------
@@ -166,17 +105,18 @@ async def _measure_pickup(connection: Connection, store: Path, number: int) -> l
     inserts a claim.
     """
     baseline_seconds, jobledger_seconds = [], []
-    async with (
-        _open_database(connection, follows_log=True) as (db, event_store, _checkpoint),
-        _run_processes(connection, store, projector=1, worker=FEW_WORKERS) as processes,
-        event_store.subscribe(after=0, types=[JobCompleted]) as ends,
-        _run_baseline_claimer(connection) as claim_times,
-    ):
+    async with open_empty_database(connection) as (db, event_store), AsyncExitStack() as stack:
+        changes = ChangeStream(db)
+        changes.add_listener(event_store)
+        await stack.enter_async_context(changes.running())
+        roles = await stack.enter_async_context(_run_roles(connection, store, workers=FEW_WORKERS))
+        ends = await stack.enter_async_context(event_store.subscribe(after=0, types=[JobCompleted]))
+        [claimer] = await stack.enter_async_context(run_processes(1, _claim_baseline, connection))
         orders = db.get_collection("orders", write_concern=DURABLE)
         for n in range(number + _WARM_UP_JOBS):
             started = time.time()
             await orders.insert_one({"order": n})
-            baseline_seconds.append(await asyncio.to_thread(claim_times.recv) - started)
+            baseline_seconds.append(await claimer.receive() - started)
             await asyncio.sleep(_PAUSE_SECONDS)
             started = time.time()
             await handle_command(
@@ -185,7 +125,7 @@ async def _measure_pickup(connection: Connection, store: Path, number: int) -> l
             [completed] = await ends.next_chunk()
             jobledger_seconds.append(completed.data["results"]["metadata"]["started"] - started)
             await asyncio.sleep(_PAUSE_SECONDS)
-        cpu = await _cpu_percent(processes, 10)
+        cpu = await _cpu_percent([role.process for role in roles], 10)
     baseline_seconds, jobledger_seconds = baseline_seconds[_WARM_UP_JOBS:], jobledger_seconds[_WARM_UP_JOBS:]
     comparison = compare_latencies("", baseline_seconds, jobledger_seconds, max_ratio=1)
     p50, p99 = percentile(jobledger_seconds, 50) * 1000, percentile(jobledger_seconds, 99) * 1000
@@ -209,29 +149,16 @@ async def _measure_pickup(connection: Connection, store: Path, number: int) -> l
     ]
 
 
-@asynccontextmanager
-async def _run_baseline_claimer(connection: Connection) -> AsyncIterator[multiprocessing.connection.Connection]:
-    """Run a process that claims with the plain driver. Yield the pipe that receives the times of its claims."""
-    receiver, sender = _spawn.Pipe(duplex=False)
-    process = _spawn.Process(target=_claim_baseline, args=(connection, sender), daemon=True)
-    process.start()
-    await asyncio.to_thread(receiver.recv)  # the change stream is open
-    try:
-        yield receiver
-    finally:
-        process.kill()
-        await asyncio.to_thread(process.join)
-
-
-def _claim_baseline(connection: Connection, sender: multiprocessing.connection.Connection) -> None:
+def _claim_baseline(connection: Connection, pipe: Pipe) -> None:
+    """Claim with the plain driver, and send the time of each claim."""
     with MongoClient[Document](connection.uri) as client:
         db = client[connection.db_name]
         claims = db.get_collection("claims", write_concern=DURABLE)
         with db.orders.watch([{"$match": {"operationType": "insert"}}]) as orders:
-            sender.send("listening")
+            pipe.send("listening")
             for change in orders:
                 claims.insert_one({"order": change["fullDocument"]["order"]})
-                sender.send(time.time())
+                pipe.send(time.time())
 
 
 async def _cpu_percent(processes: Sequence[BaseProcess], seconds: float) -> list[float]:
@@ -255,30 +182,23 @@ async def _drain_baseline(
 
     It has the same durability and the same number of processes, but no event_store, history, leases or views.
     """
-    async with connection.client() as client:
-        await client.drop_database(connection.db_name)
-        queue = client[connection.db_name].get_collection("queue", write_concern=DURABLE)
+    async with open_empty_database(connection) as (db, _event_store):
+        queue = db.get_collection("queue", write_concern=DURABLE)
         await queue.create_index([("status", 1), ("priority", -1), ("created_at", 1)])
         now = datetime.now(UTC)
         job = {"job_type": "echo", "parameters": {"file": False}, "user_id": "bench", "created_at": now}
         await queue.insert_many([{"status": "pending", "priority": 1, **job} for _ in range(jobs)])
-        start = _spawn.Event()
-        processes = [
-            _spawn.Process(target=_run_baseline_worker, args=(connection, start, concurrency)) for _ in range(workers)
-        ]
-        for process in processes:
-            process.start()
-        await asyncio.sleep(3 + workers)  # until all processes are ready
-        started = time.monotonic()
-        start.set()
-        for process in processes:
-            await asyncio.to_thread(process.join)
-        seconds = time.monotonic() - started
+        async with run_processes(workers, _run_baseline_worker, connection, concurrency) as children:
+            with Stopwatch() as watch:
+                for child in children:
+                    child.pipe.send("start")
+                for child in children:
+                    await child.receive()
         assert await queue.count_documents({"status": "completed"}) == jobs  # noqa: S101 - checks the benchmark itself
-    return jobs / seconds
+    return watch.rate(jobs)
 
 
-def _run_baseline_worker(connection: Connection, start: Any, concurrency: int) -> None:
+def _run_baseline_worker(connection: Connection, concurrency: int, pipe: Pipe) -> None:
     async def worker() -> None:
         async with connection.client() as client:
             queue = client[connection.db_name].get_collection("queue", write_concern=DURABLE)
@@ -292,8 +212,10 @@ def _run_baseline_worker(connection: Connection, start: Any, concurrency: int) -
                     completion = {"status": "completed", "completed_at": datetime.now(UTC)}
                     await queue.update_one({"_id": job["_id"]}, {"$set": completion})
 
-            await asyncio.to_thread(start.wait)
+            pipe.send("ready")
+            await asyncio.to_thread(pipe.recv)
             await asyncio.gather(*(drain() for _ in range(concurrency)))
+            pipe.send("done")
 
     asyncio.run(worker())
 
@@ -306,9 +228,11 @@ async def _measure_backlog(
     Without files, the baseline is a queue with the plain driver.
     """
     baseline = None if files else await _drain_baseline(connection, jobs, workers)
-    async with _open_database(connection) as (db, event_store, checkpoint):
-        async with _run_processes(connection, store, projector=1, worker=workers):
-            due = datetime.now(UTC) + timedelta(seconds=6 + 2 * workers)  # when all processes are ready
+    async with open_empty_database(connection) as (db, event_store):
+        changes, checkpoint = ChangeStream(db), Checkpoint(db)
+        changes.add_listener(checkpoint)
+        async with changes.running(), _run_roles(connection, store, workers=workers):
+            due = datetime.now(UTC) + timedelta(seconds=6 + 2 * workers)  # when all jobs are submitted
             for begin in range(0, jobs, 1000):
                 commands = [SubmitJob(_build_job("echo", due, file=files)) for _ in range(min(1000, jobs - begin))]
                 await create_streams(event_store, [(new_job_id(), command) for command in commands], meta=_META)

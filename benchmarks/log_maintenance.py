@@ -10,27 +10,15 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.measurement import Result, Stopwatch, compare_rates
+from benchmarks.measurement import RateFunction, Result, Stopwatch, compare_rates, open_empty_database
 from jobledger.cli.view_maintenance import open_rebuild, rebuild_views
-from jobledger.ledger.domain.events import (
-    BatchSubmitted,
-    Event,
-    EventMetadata,
-    JobClaimed,
-    JobCompleted,
-    JobLogged,
-    JobProgressed,
-    JobResults,
-    JobSubmitted,
-    LogEntry,
-    ResultFile,
-    ResultMetadata,
-    StepCompleted,
-)
+from jobledger.ledger.domain import events as domain
+from jobledger.ledger.domain.events import Event, EventMetadata
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_documents
@@ -47,57 +35,32 @@ _START_TIME = datetime(2026, 11, 20, 9, tzinfo=UTC)
 async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
     """Measure verification, export and view rebuild with a log of fifty times `events` events."""
     number = events * _EVENTS_PER_REQUESTED_EVENT
-    rounds = max(1, rounds // 3)
-    async with connection.client() as client:
-        await client.drop_database(connection.db_name)
-        db = client[connection.db_name]
-        event_store = EventStore(db)
-        await event_store.prepare()
+    async with open_empty_database(connection) as (db, event_store):
         await _fill(db, number)
-        baseline = _measure_rate(number, lambda: _read_cursor(db))
-        return [
-            await compare_rates(
-                "log verify: hashes, links, versions, positions",
-                baseline,
-                _measure_rate(number, lambda: _verify(event_store)),
-                rounds=rounds,
-                min_ratio=0.15,
-            ),
-            await compare_rates(
-                "log export",
-                baseline,
-                _measure_rate(number, lambda: _export(event_store)),
-                rounds=rounds,
-                min_ratio=0.3,
-            ),
-            await compare_rates(
-                "log export, compressed",
-                baseline,
-                _measure_rate(number, lambda: _export(event_store, "log.ndjson.zst")),
-                rounds=rounds,
-                min_ratio=0.3,
-            ),
-            await compare_rates(
-                "views rebuild: all views, with the switch",
-                baseline,
-                _measure_rebuild(connection, number),
-                rounds=rounds,
-                min_ratio=0.25,
-                notes=(
-                    f"{number:,} events; peak memory of this process: "
-                    f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB",
-                ),
-            ),
+
+        def rate(work: Callable[[], Awaitable[None]]) -> RateFunction:
+            return lambda: _measure_rate(number, work)
+
+        comparisons = (
+            ("log verify: hashes, links, versions, positions", rate(lambda: _verify(event_store)), 0.15),
+            ("log export", rate(lambda: _export(event_store)), 0.3),
+            ("log export, compressed", rate(lambda: _export(event_store, "log.ndjson.zst")), 0.3),
+            ("views rebuild: all views, with the switch", lambda: _measure_rebuild(connection, number), 0.25),
+        )
+        baseline = rate(lambda: _read_cursor(db))
+        results = [
+            await compare_rates(name, baseline, measure, rounds=max(1, rounds // 3), min_ratio=min_ratio)
+            for name, measure, min_ratio in comparisons
         ]
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    results[-1] = replace(results[-1], notes=(f"{number:,} events; peak memory of this process: {peak_mb:,.0f} MB",))
+    return results
 
 
-def _measure_rate(number: int, work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[float]]:
-    async def measure() -> float:
-        with Stopwatch() as watch:
-            await work()
-        return watch.rate(number)
-
-    return measure
+async def _measure_rate(number: int, work: Callable[[], Awaitable[None]]) -> float:
+    with Stopwatch() as watch:
+        await work()
+    return watch.rate(number)
 
 
 async def _read_cursor(db: Database) -> None:
@@ -117,15 +80,12 @@ async def _export(event_store: EventStore, name: str = "log.ndjson") -> None:
         await export_log(event_store, Path(directory) / name)
 
 
-def _measure_rebuild(connection: Connection, number: int) -> Callable[[], Awaitable[float]]:
-    async def measure() -> float:
-        with Stopwatch() as watch:
-            await rebuild_views(connection, on_progress=lambda position, total: None)
-        async with open_rebuild(connection) as rebuild:
-            await rebuild.clear_shadow()  # the projector does this later, so it is not measured
-        return watch.rate(number)
-
-    return measure
+async def _measure_rebuild(connection: Connection, number: int) -> float:
+    with Stopwatch() as watch:
+        await rebuild_views(connection, on_progress=lambda position, total: None)
+    async with open_rebuild(connection) as rebuild:
+        await rebuild.clear_shadow()  # the projector does this later, so it is not measured
+    return watch.rate(number)
 
 
 # The log --------------------------------------------------------------------------------------------------------------
@@ -152,7 +112,7 @@ def _generate_documents() -> Iterator[Document]:
     while True:
         batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(_JOBS_PER_BATCH)]
         meta = EventMetadata("user:bench", correlation_id=batch_id)
-        batch = BatchSubmitted(
+        batch = domain.BatchSubmitted(
             batch_name="Tag 1",
             total_jobs=_JOBS_PER_BATCH,
             job_ids=job_ids,
@@ -188,36 +148,38 @@ def _job_events(job_id: str, batch_id: str, time: datetime) -> list[Event]:
         "target_language": "de",
     }
     path = f"{job_id}/{job_id}.md"
-    results = JobResults(
+    results = domain.JobResults(
         markdown_file=f"/events/{path}",
         markdown_url=f"/api/events/files/{path}",
         files=[
-            ResultFile(path=path, sha256="0" * 64, size=20_000, media_type="text/markdown"),
-            ResultFile(path=f"{job_id}/slide-1.jpg", sha256="1" * 64, size=90_000, media_type="image/jpeg"),
+            domain.ResultFile(path=path, sha256="0" * 64, size=20_000, media_type="text/markdown"),
+            domain.ResultFile(path=f"{job_id}/slide-1.jpg", sha256="1" * 64, size=90_000, media_type="image/jpeg"),
         ],
-        metadata=ResultMetadata(processed_at=time, duration=420.5, tokens_used=9000),
+        metadata=domain.ResultMetadata(processed_at=time, duration=420.5, tokens_used=9000),
     )
 
-    def report_progress(percent: int, step: str) -> list[JobProgressed]:
+    def report_progress(percent: int, step: str) -> list[domain.JobProgressed]:
         return [
-            JobProgressed(attempt=1, step=step, percent=percent + part, message=f"{step}: part {part} of 8")
+            domain.JobProgressed(attempt=1, step=step, percent=percent + part, message=f"{step}: part {part} of 8")
             for part in range(8)
         ]
 
-    def finish_step(step: str, seconds: float) -> StepCompleted:
-        return StepCompleted(
+    def finish_step(step: str, seconds: float) -> domain.StepCompleted:
+        return domain.StepCompleted(
             attempt=1, step=step, key=f"{step}-{job_id}" * 2, output={"sha256": "2" * 64}, duration_s=seconds
         )
 
     return [
-        JobSubmitted(job_type="session", parameters=parameters, user_id="bench", batch_id=batch_id),
-        JobClaimed(worker_id="worker-bench-1", attempt=1),
+        domain.JobSubmitted(job_type="session", parameters=parameters, user_id="bench", batch_id=batch_id),
+        domain.JobClaimed(worker_id="worker-bench-1", attempt=1),
         *report_progress(5, "page"),
         finish_step("page", 2.5),
         *report_progress(30, "slides"),
         finish_step("slides", 61.0),
-        JobLogged(attempt=1, entries=[LogEntry(timestamp=time, level="info", message="9 slides, 44 minutes of sound")]),
+        domain.JobLogged(
+            attempt=1, entries=[domain.LogEntry(timestamp=time, level="info", message="9 slides, 44 minutes of sound")]
+        ),
         *report_progress(80, "transcript"),
         finish_step("transcript", 310.0),
-        JobCompleted(attempt=1, results=results),
+        domain.JobCompleted(attempt=1, results=results),
     ]

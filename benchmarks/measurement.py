@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+
+from jobledger.ledger.mongo.connection import Connection, Database
+from jobledger.ledger.store.event_store import EventStore
 
 RateFunction = Callable[[], Awaitable[float]]
 """Runs one measurement and returns operations per second."""
@@ -40,7 +44,7 @@ class Result:
     spread: tuple[float, float] | None
     target: str
     is_met: bool
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
 
 
 async def compare_rates(
@@ -50,7 +54,6 @@ async def compare_rates(
     *,
     rounds: int,
     min_ratio: float,
-    notes: Sequence[str] = (),
 ) -> Result:
     """Compare two rates (per second), higher is better. A warm-up round is not counted."""
     pairs = await _alternate(baseline, jobledger, rounds)
@@ -64,7 +67,6 @@ async def compare_rates(
         (ratios[0], ratios[-1]),
         f"≥ {min_ratio}",
         ratio >= min_ratio,
-        notes,
     )
 
 
@@ -74,8 +76,8 @@ def compare_latencies(name: str, baseline: Sequence[float], jobledger: Sequence[
     tail = percentile(jobledger, 99) / percentile(baseline, 99)
     return Result(
         name,
-        _milliseconds(baseline),
-        _milliseconds(jobledger),
+        format_latencies(baseline),
+        format_latencies(jobledger),
         ratio,
         (ratio, tail),
         f"≤ {max_ratio}",
@@ -104,8 +106,21 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
-def _milliseconds(seconds: Sequence[float]) -> str:
+def format_latencies(seconds: Sequence[float]) -> str:
+    """Return the median and the 99th percentile as text."""
     return f"p50 {percentile(seconds, 50) * 1000:.2f} ms, p99 {percentile(seconds, 99) * 1000:.2f} ms"
+
+
+@asynccontextmanager
+async def open_empty_database(connection: Connection) -> AsyncIterator[tuple[Database, EventStore]]:
+    """Yield the empty database of the benchmarks and its event store."""
+    async with connection.client() as client:
+        await client.drop_database(connection.db_name)
+        db = client[connection.db_name]
+        event_store = EventStore(db)
+        await event_store.prepare()
+        yield db, event_store
+        await event_store.aclose()
 
 
 class Stopwatch:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import time
-from collections.abc import Callable, Sequence
-from multiprocessing import synchronize
+from collections.abc import Sequence
 
 from pymongo import MongoClient
 
-from benchmarks.append_throughput import prepare_collections
+from benchmarks.append_throughput import create_baseline_index
 from benchmarks.event_factory import make_appends, make_documents
-from benchmarks.measurement import Result, Stopwatch, compare_latencies, compare_rates
+from benchmarks.measurement import Result, Stopwatch, compare_latencies, compare_rates, open_empty_database
+from benchmarks.processes import Pipe, run_processes
 from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
 from jobledger.ledger.store.appender import EventStoreLimits
@@ -20,15 +19,12 @@ from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 
 _PIPELINE = [{"$match": {"ns.coll": "baseline", "operationType": "insert"}}]
-_spawn = multiprocessing.get_context("spawn")
 
 
 async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
     """Measure live events, reading the history, and the latency between an append and its subscriber."""
-    async with connection.client() as client:
-        db = client[connection.db_name]
-        event_store = EventStore(db)
-        await prepare_collections(db, event_store)
+    async with open_empty_database(connection) as (db, event_store):
+        await create_baseline_index(db)
         live = await compare_rates(
             "subscribe: live events of another process; driver: change stream",
             lambda: _read_change_stream(connection, db, events),
@@ -49,7 +45,6 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
                 min_ratio=0.6,
             )
         latency = await _measure_latency(db, event_store, rounds * 40)
-        await event_store.aclose()
     return [live, history, latency]
 
 
@@ -60,11 +55,12 @@ async def _read_change_stream(connection: Connection, db: Database, events: int)
     first = time.time_ns() // 1000
     async with await db.watch(_PIPELINE, batch_size=1000) as stream:
         await stream.try_next()
-        with await _start_writer(connection, "baseline", first, events) as start, Stopwatch() as watch:
-            start()
-            seen = 0
-            while seen < events:
-                seen += await stream.try_next() is not None
+        async with run_processes(1, _write, connection, "baseline", first, events) as [writer]:
+            with Stopwatch() as watch:
+                writer.pipe.send("start")
+                seen = 0
+                while seen < events:
+                    seen += await stream.try_next() is not None
     return watch.rate(events)
 
 
@@ -72,53 +68,28 @@ async def _read_subscription(connection: Connection, db: Database, event_store: 
     head = await event_store.head_position()
     changes = ChangeStream(db)
     changes.add_listener(event_store)
-    with await _start_writer(connection, "events", head + 1, events) as start:
-        async with changes.running(), event_store.subscribe(after=head) as subscription:
-            with Stopwatch() as watch:
-                start()
-                seen = 0
-                while seen < events:
-                    seen += _count_payloads(await subscription.next_chunk())
+    async with (
+        run_processes(1, _write, connection, "events", head + 1, events) as [writer],
+        changes.running(),
+        event_store.subscribe(after=head) as subscription,
+    ):
+        with Stopwatch() as watch:
+            writer.pipe.send("start")
+            seen = 0
+            while seen < events:
+                seen += _count_payloads(await subscription.next_chunk())
     await db.counters.update_one({"_id": "events"}, {"$max": {"next": head + events}}, upsert=True)
     return watch.rate(events)
 
 
-class _Writer:
-    """A process that writes documents with the plain driver, faster than they can be read."""
-
-    def __init__(self, connection: Connection, collection: str, first: int, number: int) -> None:
-        self._ready, self._start = _spawn.Event(), _spawn.Event()
-        self._process = _spawn.Process(
-            target=_write, args=(connection, collection, first, number, self._ready, self._start), daemon=True
-        )
-        self._process.start()
-
-    def wait_until_ready(self) -> None:
-        """Block until the process is ready to write."""
-        self._ready.wait()
-
-    def __enter__(self) -> Callable[[], None]:
-        return self._start.set
-
-    def __exit__(self, *_: object) -> None:
-        self._process.join()
-
-
-async def _start_writer(connection: Connection, collection: str, first: int, number: int) -> _Writer:
-    writer = _Writer(connection, collection, first, number)
-    await asyncio.to_thread(writer.wait_until_ready)
-    return writer
-
-
-def _write(
-    connection: Connection, collection: str, first: int, number: int, ready: synchronize.Event, start: synchronize.Event
-) -> None:
+def _write(connection: Connection, collection: str, first: int, number: int, pipe: Pipe) -> None:
+    """Write documents with the plain driver, faster than they can be read."""
     documents = make_documents(number, first=first)
     with MongoClient[Document](connection.uri) as client:
         target = client[connection.db_name].get_collection(collection, write_concern=DURABLE)
         client.admin.command("ping")
-        ready.set()
-        start.wait()
+        pipe.send("ready")
+        pipe.recv()
         for begin in range(0, number, 500):
             target.insert_many(documents[begin : begin + 500], ordered=False)
 
