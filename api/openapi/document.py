@@ -3,129 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from importlib import resources
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any, Final, Literal
 
+import yaml
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from jobledger.api.auth.permissions import PUBLIC_PATHS
 from jobledger.api.http.error_codes import ERROR_CODES
-from jobledger.api.http.preferences import MAX_WAIT_SECONDS
 from jobledger.api.openapi.operation import DocumentedRoute, Operation
-from jobledger.api.schemas.batches import BatchBody, BatchRestartBody, BatchUpdateBody
-from jobledger.api.schemas.jobs import JobBody, JobRestartBody, JobUpdateBody
-from jobledger.api.schemas.request_models import ReasonBody
 from jobledger.api.schemas.response_models import ErrorResponse
 
 Json = dict[str, Any]
 _REFS: Final = "#/components/schemas/{model}"
-_TAGS: Final = {
-    "jobs": "Submit, list, read and change jobs.",
-    "batches": "Submit and manage jobs together.",
-    "files": "Download the result files of jobs.",
-    "ledger": "Read the event log, for auditors and subscribers.",
-    "monitoring": "Statistics, webhook deliveries and endpoints.",
-    "service": "Index, documentation, metrics and health checks.",
-}
-_POSITION: Final = {"type": "integer", "minimum": 0}
-_REQUEST_HEADERS: Final[Mapping[str, tuple[Json, str]]] = {
-    "Ledger-Position": (_POSITION, "Wait until the views have reached this position. Changes return it."),
-    "If-Match": ({"type": "string"}, "Change the resource only if it still has this ETag."),
-    "If-None-Match": ({"type": "string"}, "The ETag of your copy. If it is current, the response is 304."),
-    "Idempotency-Key": (
-        {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]+$"},
-        "A repeated request with the same key, user and body returns the first result and changes nothing.",
-    ),
-    "Prefer": (
-        {"type": "string", "examples": ["wait=30"]},
-        f"`wait=SECONDS`: respond on completion, or after this time, at most {MAX_WAIT_SECONDS} seconds.",
-    ),
-    "Last-Event-ID": (_POSITION, "The position of the last event received. The stream resumes after it."),
-    "Range": ({"type": "string", "examples": ["bytes=0-499"]}, "Return only these parts of the file."),
-}
-_RESPONSE_HEADERS: Final[Mapping[str, tuple[Json, str]]] = {
-    "X-Request-ID": ({"type": "string"}, "The ID of the request in the server's log. Yours, if you sent one."),
-    "Ledger-Position": (_POSITION, "The position of the change. Send it with a GET to see the change."),
-    "ETag": ({"type": "string"}, "The version, for If-Match and If-None-Match."),
-    "Location": ({"type": "string"}, "The URL of the new resource."),
-    "Preference-Applied": ({"type": "string"}, "The preference that was applied: `wait=SECONDS`."),
-    "Retry-After": (_POSITION, "Retry after this many seconds."),
-    "WWW-Authenticate": ({"type": "string"}, "How to authenticate."),
-}
-_DESCRIPTION: Final = """\
-Submit jobs and follow them. Every change is an event in one log.
-
-Success is `{"status": "success", …}`, an error is `{"status": "error", "code", "message", "details"}`. Bodies are JSON.
-A change returns a `Ledger-Position`; send it with a GET to see the change. A resource that the caller may not read
-returns 404."""
-_COMMON_CODES: Final = (
-    "unknown_host",
-    "ambiguous_length",
-    "duplicate_header",
-    "uri_too_long",
-    "headers_too_large",
-    "invalid_content",
-    "internal_error",
-)
-_AUTHENTICATION_CODES: Final = (
-    "authentication_required",
-    "invalid_credentials",
-    "jwks_unavailable",
-    "too_many_requests",
-    "too_many_auth_failures",
-    "database_unavailable",
-)
-_BODY_CODES: Final = (
-    "malformed_json",
-    "incomplete_body",
-    "content_too_large",
-    "too_many_values",
-    "unsupported_content_encoding",
-    "unsupported_media_type",
-    "server_busy",
-)
-_CHANGE_CODES: Final = ("invalid_state", "version_conflict", "already_exists", "write_contention")
-_POST_CODES: Final = ("malformed_idempotency_key", "idempotency_key_reused", "invalid_content")
-_VERSION_CODES: Final = ("precondition_failed", "unreadable_event", "event_damaged")
-_NOT_FOUND_CODES: Final = {
-    "job_id": "job_not_found",
-    "batch_id": "batch_not_found",
-    "path": "file_not_found",
-    "delivery_id": "delivery_not_found",
-    "endpoint_id": "endpoint_not_found",
-}
-_SESSION: Final = {
-    "event": "FOSDEM 2025",
-    "session": "Welcome to FOSDEM",
-    "url": "https://fosdem.org/2025/schedule/event/fosdem-2025-6712-welcome-to-fosdem-2025/",
-    "filename": "Welcome.md",
-    "track": "Keynotes",
-    "day": "Saturday",
-    "starttime": "09:30",
-    "endtime": "09:55",
-    "speakers": ["FOSDEM Staff"],
-    "video_url": None,
-    "attachments_url": None,
-    "source_language": "en",
-    "target_language": "de",
-}
-EXAMPLES: Final[Mapping[type[BaseModel], Json]] = {
-    JobBody: {"job_type": "session", "job_name": "Welcome", "priority": 10, "parameters": _SESSION},
-    BatchBody: {
-        "batch_name": "Keynotes",
-        "parameters": {"event": "FOSDEM 2025", "track": "Keynotes"},
-        "jobs": [{"parameters": {"session": "Welcome", "url": _SESSION["url"], "filename": "Welcome.md"}}],
-        "access_control": {"visibility": "team", "write_access": ["team-editors"]},
-    },
-    JobUpdateBody: {"priority": 100, "not_before": "2026-02-01T09:30:00Z"},
-    BatchUpdateBody: {"access_control": {"visibility": "public"}},
-    ReasonBody: {"reason": "the talk was cancelled"},
-    JobRestartBody: {"reason": "the recording is available", "reuse_steps": False},
-    BatchRestartBody: {"only": "failed"},
-}
-"""Example bodies. The server accepts them unchanged."""
+_STATIC: Final[Json] = yaml.safe_load(resources.files(__package__).joinpath("document.yaml").read_text("utf-8"))
+EXAMPLES: Final[Mapping[str, Json]] = _STATIC["examples"]
+"""Example bodies by the name of their model. The server accepts them unchanged."""
+_ERROR_CODE_GROUPS: Final[Mapping[str, Any]] = _STATIC["error_code_groups"]
 
 
 def build_document(
@@ -144,31 +42,10 @@ def build_document(
         path = route.path.replace(":path}", "}")
         described = _describe_operation(route, path, names, schemas)
         paths.setdefault(path, {})[route.operation.method.lower()] = described
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "Jobledger",
-            "version": version("jobledger"),
-            "description": _DESCRIPTION,
-            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        },
-        "servers": [{"url": base_url}],
-        "security": [{"bearer": []}, {}],
-        "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
-        "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "headers": {name: _describe_header(*header) for name, header in _RESPONSE_HEADERS.items()},
-            "securitySchemes": {
-                "bearer": {
-                    "type": "http",
-                    "scheme": "bearer",
-                    "description": "An API key (`auth.mode: keys`) or a JSON Web Token (`jwt`). The modes `open` and "
-                    "`proxy`, and public resources with `auth.anonymous_read`, need no credentials.",
-                }
-            },
-        },
-    }
+    document: Json = deepcopy(_STATIC["document"])
+    document["info"]["version"] = version("jobledger")
+    document["components"]["schemas"] = schemas
+    return {**document, "servers": [{"url": base_url}], "paths": paths}
 
 
 # Schemas ----------------------------------------------------------------------------------------------------------
@@ -232,8 +109,8 @@ def _describe_operation(route: DocumentedRoute, path: str, names: Names, schemas
     }
     if operation.body is not None:
         content: Json = {"schema": names[operation.body, "validation"]}
-        if operation.body in EXAMPLES:
-            content["example"] = EXAMPLES[operation.body]
+        if operation.body.__name__ in EXAMPLES:
+            content["example"] = EXAMPLES[operation.body.__name__]
         described["requestBody"] = {
             "required": not operation.is_body_optional,
             "content": {"application/json": content},
@@ -267,10 +144,7 @@ def _describe_parameters(route: DocumentedRoute, names: Names, schemas: Json) ->
     headers += ["Ledger-Position"] if operation.reads_views else []
     headers += ["If-Match"] if method != "GET" and _has_version(route) else []
     headers += ["Idempotency-Key"] if method == "POST" else []
-    for name in headers:
-        schema, description = _REQUEST_HEADERS[name]
-        parameters.append({"name": name, "in": "header", "description": description, "schema": schema})
-    return parameters
+    return parameters + [{"name": name, "in": "header", **_STATIC["request_headers"][name]} for name in headers]
 
 
 def _describe_query_parameter(name: str, schema: Json, model: Json) -> Json:
@@ -314,21 +188,21 @@ def _describe_successes(operation: Operation, names: Names) -> dict[str, Json]:
 
 def _list_error_codes(route: DocumentedRoute, path: str) -> list[str]:
     operation, method = route.operation, route.operation.method
-    codes = [*_COMMON_CODES, *operation.error_codes]
+    codes = [*_ERROR_CODE_GROUPS["every_request"], *operation.error_codes]
     if path not in PUBLIC_PATHS:
-        codes += _AUTHENTICATION_CODES
+        codes += _ERROR_CODE_GROUPS["authentication"]
     if route.param_convertors:
-        codes += ["not_found", *(_NOT_FOUND_CODES[name] for name in route.param_convertors)]
+        codes += ["not_found", *(_ERROR_CODE_GROUPS["not_found"][name] for name in route.param_convertors)]
     if method != "GET":
         codes += ["forbidden", "origin_not_allowed"]
     if method != "GET" and operation.appends_events:
-        codes += _CHANGE_CODES
+        codes += _ERROR_CODE_GROUPS["appends_events"]
     if method == "POST":
-        codes += _POST_CODES
+        codes += _ERROR_CODE_GROUPS["post"]
     if method != "GET" and _has_version(route):
-        codes += _VERSION_CODES
+        codes += _ERROR_CODE_GROUPS["checks_version"]
     if operation.body is not None:
-        codes += _BODY_CODES
+        codes += _ERROR_CODE_GROUPS["body"]
     if operation.reads_views:
         codes += ["malformed_position", "projection_lagging"]
     if operation.is_conditional:
@@ -362,7 +236,3 @@ def _describe_error(status: int, codes: Sequence[str]) -> Json:
 
 def _headers(*names: str) -> Json:
     return {name: {"$ref": f"#/components/headers/{name}"} for name in ("X-Request-ID", *names)}
-
-
-def _describe_header(schema: Json, description: str) -> Json:
-    return {"description": description, "schema": schema}

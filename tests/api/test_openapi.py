@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from jobledger.api.app import ROUTES
 from jobledger.api.http.error_codes import ERROR_CODES
 from jobledger.api.http.errors import ERROR_RESPONSES
+from jobledger.api.http.preferences import MAX_WAIT_SECONDS
 from jobledger.api.openapi import document as openapi
 from jobledger.api.openapi.operation import OPERATIONS
 from jobledger.api.schemas.batches import BatchBody, BatchRestartBody, BatchUpdateBody
@@ -26,6 +27,11 @@ from tests.api.conftest import Api
 
 API = Path(__file__).parents[2] / "api"
 DOCUMENT = openapi.build_document(ROUTES, {name: processor.Parameters for name, processor in load_processors().items()})
+MODELS_WITH_EXAMPLE: tuple[type[BaseModel], ...] = (
+    *(JobBody, JobUpdateBody, JobRestartBody),
+    *(BatchBody, BatchUpdateBody, BatchRestartBody),
+    ReasonBody,
+)
 OPERATIONS_BY_ROUTE = {
     f"{method.upper()} {path}": operation
     for path, item in DOCUMENT["paths"].items()
@@ -72,12 +78,16 @@ def test_document_is_valid_openapi_3_1() -> None:
     OpenAPIV31SpecValidator(DOCUMENT).validate()
 
 
-@pytest.mark.parametrize("model", openapi.EXAMPLES, ids=lambda model: model.__name__)
+def test_examples_belong_to_models_of_bodies() -> None:
+    assert openapi.EXAMPLES.keys() == {model.__name__ for model in MODELS_WITH_EXAMPLE}
+
+
+@pytest.mark.parametrize("model", MODELS_WITH_EXAMPLE, ids=lambda model: model.__name__)
 def test_examples_match_schemas(model: type[BaseModel]) -> None:
     name = model.__name__
     validator = Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]})
-    validator.validate(openapi.EXAMPLES[model])
-    model.model_validate(openapi.EXAMPLES[model])
+    validator.validate(openapi.EXAMPLES[name])
+    model.model_validate(openapi.EXAMPLES[name])
 
 
 @pytest.mark.parametrize(
@@ -87,8 +97,8 @@ def test_examples_match_schemas(model: type[BaseModel]) -> None:
         ({"job_type": "echo", "parameters": {"seconds": -1}}, False),
         ({"job_type": "unknown", "parameters": {}}, False),
         ({"parameters": {}}, False),
-        (openapi.EXAMPLES[JobBody]["parameters"], True),
-        ({"parameters": openapi.EXAMPLES[JobBody]["parameters"]}, True),
+        (openapi.EXAMPLES["JobBody"]["parameters"], True),
+        ({"parameters": openapi.EXAMPLES["JobBody"]["parameters"]}, True),
     ],
     ids=str,
 )
@@ -98,14 +108,14 @@ def test_job_schema_validates_parameters_by_job_type(body: Any, is_valid: bool) 
 
 
 async def test_examples_are_accepted_by_the_api(api_without_worker: Api) -> None:
-    submitted = await api_without_worker.post("/api/events/jobs", openapi.EXAMPLES[JobBody])
-    batched = await api_without_worker.post("/api/events/batches", openapi.EXAMPLES[BatchBody])
+    submitted = await api_without_worker.post("/api/events/jobs", openapi.EXAMPLES["JobBody"])
+    batched = await api_without_worker.post("/api/events/batches", openapi.EXAMPLES["BatchBody"])
     job, batch = submitted.headers["location"], batched.headers["location"]
-    updated = await api_without_worker.http.put(job, json=openapi.EXAMPLES[JobUpdateBody])
-    batch_updated = await api_without_worker.http.put(batch, json=openapi.EXAMPLES[BatchUpdateBody])
-    cancelled = await api_without_worker.post(f"{job}/cancel", openapi.EXAMPLES[ReasonBody])
-    restarted = await api_without_worker.post(f"{job}/restart", openapi.EXAMPLES[JobRestartBody])
-    batch_restarted = await api_without_worker.post(f"{batch}/restart", openapi.EXAMPLES[BatchRestartBody])
+    updated = await api_without_worker.http.put(job, json=openapi.EXAMPLES["JobUpdateBody"])
+    batch_updated = await api_without_worker.http.put(batch, json=openapi.EXAMPLES["BatchUpdateBody"])
+    cancelled = await api_without_worker.post(f"{job}/cancel", openapi.EXAMPLES["ReasonBody"])
+    restarted = await api_without_worker.post(f"{job}/restart", openapi.EXAMPLES["JobRestartBody"])
+    batch_restarted = await api_without_worker.post(f"{batch}/restart", openapi.EXAMPLES["BatchRestartBody"])
 
     responses = (submitted, batched, updated, batch_updated, cancelled, restarted, batch_restarted)
     assert [response.status_code for response in responses] == [202, 202, 200, 200, 200, 200, 200], [
@@ -122,7 +132,9 @@ def test_document_contains_common_responses_headers_and_parameters() -> None:
         "Ledger-Position",
         "Preference-Applied",
     }
-    assert {parameter["name"] for parameter in submit["parameters"]} == {"Prefer", "Idempotency-Key"}
+    descriptions = {parameter["name"]: parameter["description"] for parameter in submit["parameters"]}
+    assert descriptions.keys() == {"Prefer", "Idempotency-Key"}
+    assert f"at most {MAX_WAIT_SECONDS} seconds" in descriptions["Prefer"]
     assert submit["requestBody"]["required"]
     assert not OPERATIONS_BY_ROUTE["POST /api/events/jobs/{job_id}/cancel"]["requestBody"]["required"]
     assert "Retry-After" in submit["responses"]["503"]["headers"]
