@@ -13,12 +13,12 @@ from jobledger.api.http.errors import ERROR_RESPONSES, ApiError
 from jobledger.api.http.idempotency import RequestFingerprint
 from jobledger.ledger.domain import job as decider
 from jobledger.ledger.domain.commands import JobCommand
-from jobledger.ledger.domain.errors import CommandRejected, JobledgerError, NotFound, UnreadableEvent, VersionConflict
+from jobledger.ledger.domain.errors import CommandRejected, NotFound, UnreadableEvent, VersionConflict
 from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.domain.statuses import JobStatus
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import StreamState, handle_command
+from jobledger.ledger.store.command_handler import CommandResult, StreamState, handle_command
 from jobledger.ledger.store.event_store import EventStore
 
 JOBS_PER_CHUNK: Final = 200
@@ -56,14 +56,27 @@ class BulkResult:
             "rejections": self.rejections[:MAX_REJECTIONS_LISTED],
         }
 
-    def add_rejection(self, job_id: str, error: JobledgerError | ApiError) -> None:
-        """Record that a job was not changed, and why."""
-        if isinstance(error, ApiError):
-            code, message = error.code, error.message
-        else:
-            code = next(code for kind, _, code, _ in ERROR_RESPONSES if isinstance(error, kind))
-            message = str(error)
-        self.rejections.append({"job_id": job_id, "code": code, "message": message})
+    def add(self, job_id: str, outcome: CommandResult | BaseException) -> None:
+        """Count the outcome of the command for a job.
+
+        Raises:
+            BaseException: `outcome`, if it is an error that does not concern this job only.
+        """
+        match outcome:
+            case NotFound() | ApiError(status=404):  # deleted, or the caller may not see the job
+                return
+            case ApiError():
+                self.rejections.append({"job_id": job_id, "code": outcome.code, "message": outcome.message})
+            case CommandRejected() | UnreadableEvent() | VersionConflict():
+                code = next(code for kind, _, code, _ in ERROR_RESPONSES if isinstance(outcome, kind))
+                self.rejections.append({"job_id": job_id, "code": code, "message": str(outcome)})
+            case BaseException():
+                raise outcome
+            case CommandResult():
+                self.changed += bool(outcome.events)
+                self.event_counts.update(event.type for event in outcome.events)
+                self.position = max(self.position, outcome.stream_state.head.position)
+        self.total += 1
 
 
 async def apply_to_jobs(
@@ -95,18 +108,26 @@ async def apply_to_jobs(
     """
     result = BulkResult()
 
-    async def apply(job: _LoadedJob) -> None:
-        done = fingerprint is not None and fingerprint.find_in(job.keyed_events) is not None
-        await _apply_to_job(result, event_store, job, command, meta, () if done else statuses, check)
+    async def apply(job: _LoadedJob, is_done: bool) -> CommandResult:
+        if job.unreadable is not None:
+            raise job.unreadable
+        current = job.stream_state
+        assert isinstance(current.aggregate, Job)  # noqa: S101 - narrows the type; one commit wrote the batch and its jobs
+        if current.aggregate.is_deleted:
+            raise NotFound("the job was deleted")
+        check(current)
+        if is_done or current.aggregate.status not in statuses or not decider.decide(command, current.aggregate):
+            return CommandResult([], current)
+        return await handle_command(event_store, job.job_id, command, meta=meta, stream_state=current, check=check)
 
     for start in range(0, len(job_ids), JOBS_PER_CHUNK):
         async with aclosing(_load_jobs(event_store, job_ids[start : start + JOBS_PER_CHUNK])) as parts:
             async for jobs in parts:
+                are_done = [fingerprint is not None and bool(fingerprint.find_in(job.keyed_events)) for job in jobs]
                 # Wait for all of them, also after an error: no command may run after the response.
-                outcomes = await asyncio.gather(*map(apply, jobs), return_exceptions=True)
-                for error in outcomes:
-                    if error is not None:
-                        raise error
+                outcomes = await asyncio.gather(*map(apply, jobs, are_done), return_exceptions=True)
+                for job, outcome in zip(jobs, outcomes, strict=True):
+                    result.add(job.job_id, outcome)
     return result
 
 
@@ -144,39 +165,3 @@ async def _load_jobs(event_store: EventStore, job_ids: Collection[str]) -> Async
             yield complete
     if job is not None:
         yield [job]
-
-
-async def _apply_to_job(
-    result: BulkResult,
-    event_store: EventStore,
-    loaded: _LoadedJob,
-    command: JobCommand,
-    meta: EventMetadata,
-    statuses: Collection[JobStatus],
-    check: Callable[[StreamState], None],
-) -> None:
-    result.total += 1
-    job_id, current = loaded.job_id, loaded.stream_state
-    try:
-        if loaded.unreadable is not None:
-            raise loaded.unreadable
-        job = current.aggregate
-        assert isinstance(job, Job)  # noqa: S101 - narrows the type; one commit wrote the batch and its jobs
-        if job.is_deleted:
-            raise NotFound("the job was deleted")
-        check(current)
-        if job.status in statuses and decider.decide(command, job):
-            handled = await handle_command(event_store, job_id, command, meta=meta, stream_state=current, check=check)
-            current = handled.stream_state
-            result.changed += bool(handled.events)
-            result.event_counts.update(event.type for event in handled.events)
-        result.position = max(result.position, current.head.position)
-    except NotFound:  # deleted meanwhile
-        result.total -= 1
-    except ApiError as error:
-        if error.status == 404:  # the caller may not see the job
-            result.total -= 1
-        else:
-            result.add_rejection(job_id, error)
-    except (CommandRejected, UnreadableEvent, VersionConflict) as error:
-        result.add_rejection(job_id, error)
