@@ -15,7 +15,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from jobledger.api.http.errors import ApiError, format_location
+from jobledger.api.http.errors import ApiError
 from jobledger.api.processes.limited_function import CallTimeout, LimitedFunction, ProcessEnded, ProcessPoolBusy
 from jobledger.api.submission.plugin_validation import build_validator_error
 
@@ -60,8 +60,7 @@ class ParameterValidator:
         for check in checks:
             by_type.setdefault(check.job_type, []).append(check)
         for job_type, of_type in by_type.items():
-            if (error := await self._find_error(job_type, of_type)) is not None:
-                raise ApiError(error["status"], error["code"], error["message"], details=error["details"])
+            await self._check_job_type(job_type, of_type)
 
     async def close(self) -> None:
         """End the processes."""
@@ -77,8 +76,7 @@ class ParameterValidator:
             )
         return self._functions[job_type]
 
-    async def _find_error(self, job_type: str, checks: list[ParameterCheck]) -> Any:
-        """Return the first error as arguments of `ApiError`, or None."""
+    async def _check_job_type(self, job_type: str, checks: list[ParameterCheck]) -> None:
         request = to_json(
             [
                 {
@@ -92,13 +90,15 @@ class ParameterValidator:
         )
         timeout_seconds = min(self._timeout_seconds + _TIMEOUT_SECONDS_PER_JOB * len(checks), _MAX_TIMEOUT_SECONDS)
         try:
-            return await self._get_function(job_type).call(request, timeout_seconds)
+            error = await self._get_function(job_type).call(request, timeout_seconds)
         except ProcessPoolBusy:
             raise _timeout_error("All validators of this job type are busy. Retry later.") from None
         except CallTimeout as error:
             raise _timeout_error(f"Validating parameters of job type {job_type} {error}.") from None
         except ProcessEnded as error:
-            return build_validator_error(format_location(checks[0].within), job_type, str(error))
+            raise build_validator_error(checks[0].within, job_type, str(error)) from None
+        if error is not None:
+            raise ApiError(error["status"], error["code"], error["message"], details=error["details"])
 
 
 def _timeout_error(message: str) -> ApiError:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from jobledger.api.http.errors import ApiError, format_location
+from jobledger.api.http.errors import ApiError, build_validation_error
 from jobledger.api.http.validation import validate_content
 
 _RAISED: Final = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit)
@@ -23,23 +23,17 @@ def validate_parameters(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
         try:
             validate_content(_resolve_model(check["model"]), check["parameters"], within=location)
         except ApiError as error:
-            return {"status": error.status, "code": error.code, "message": error.message, "details": error.details}
+            return vars(error)
         except _RAISED as error:
-            return build_validator_error(
-                format_location(location), check["job_type"], f"raised {type(error).__name__}: {_get_message(error)}"
-            )
+            reason = f"raised {type(error).__name__}: {_get_message(error)}"
+            return vars(build_validator_error(location, check["job_type"], reason))
     return None
 
 
-def build_validator_error(path: str, job_type: str, reason: str) -> dict[str, Any]:
-    """Return the error for a validator that failed, as arguments of `ApiError`."""
+def build_validator_error(location: tuple[str | int, ...], job_type: str, reason: str) -> ApiError:
+    """Return the error for a validator that failed."""
     message = f"could not be validated: the validator of job type {job_type!r} {reason}"
-    return {
-        "status": 422,
-        "code": "invalid_content",
-        "message": f"{path}: {message}",
-        "details": {"errors": [{"path": path, "message": message}]},
-    }
+    return build_validation_error([{"loc": location, "msg": message}])
 
 
 def _get_message(error: BaseException) -> str:
