@@ -43,8 +43,8 @@ class Operation:
         reads_views: The response comes from the views, so the caller can wait for a `Ledger-Position`.
         appends_events: A method other than GET appends events and returns their `Ledger-Position`.
         error_codes: Error codes of this operation, of `ERROR_CODES`.
-        request_headers: Request headers, of api/openapi/document.py.
-        response_headers: Response headers, of api/openapi/document.py.
+        request_headers: Request headers, of api/openapi/document.yaml.
+        response_headers: Response headers, of api/openapi/document.yaml.
     """
 
     method: str

@@ -5,7 +5,7 @@ An action on a batch applies to each of its jobs whose state and access control 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Final, get_args
 
@@ -31,21 +31,9 @@ from jobledger.api.submission.batches import check_expanded_size, check_list_ind
 from jobledger.api.submission.builder import check_no_userinfo, check_parameters
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain import batch as decider
+from jobledger.ledger.domain import commands
 from jobledger.ledger.domain.access import AccessLevel
 from jobledger.ledger.domain.batch import Batch
-from jobledger.ledger.domain.commands import (
-    Archive,
-    BatchCommand,
-    CancelJob,
-    ChangeAccess,
-    Delete,
-    JobCommand,
-    PauseBatch,
-    RestartJob,
-    ResumeBatch,
-    Unarchive,
-    UpdateJob,
-)
 from jobledger.ledger.domain.errors import InvalidState
 from jobledger.ledger.domain.events import AccessControl, EventMetadata, RecordedEvent
 from jobledger.ledger.domain.job import Job
@@ -57,7 +45,6 @@ from jobledger.projections.views.documents import fold_events
 
 _STOP_TIMEOUT_SECONDS: Final = 30.0
 _ALL_STATUSES: Final[frozenset[JobStatus]] = frozenset(get_args(JobStatus))
-ActionCommand = CancelJob | RestartJob | PauseBatch | ResumeBatch | Archive | Unarchive
 
 
 @Operation(
@@ -80,7 +67,7 @@ async def update_job(request: Request) -> Response:
     access = AccessControl(**body.access_control.model_dump()) if body.access_control else None
     access_level = AccessLevel.WRITE if access is None else AccessLevel.ADMIN
     loaded = await load_for_change(request, JOB, access_level, content=content)
-    command = UpdateJob(get_actor(request), body.parameters, body.priority, body.not_before, access)
+    command = commands.UpdateJob(get_actor(request), body.parameters, body.priority, body.not_before, access)
     return await _job_response(request, await handle_once(request, loaded, command))
 
 
@@ -93,7 +80,7 @@ async def delete_job(request: Request) -> Response:
     await _stop(request, await load_for_change(request, JOB, AccessLevel.ADMIN))
     # The cancellation may have changed the version, so If-Match is not checked again.
     loaded = await load_for_change(request, JOB, AccessLevel.ADMIN, check_if_match=False)
-    return await _job_response(request, await handle_once(request, loaded, Delete(get_actor(request))))
+    return await _job_response(request, await handle_once(request, loaded, commands.Delete(get_actor(request))))
 
 
 async def _stop(request: Request, loaded: LoadedStream) -> None:
@@ -111,7 +98,7 @@ async def _stop(request: Request, loaded: LoadedStream) -> None:
         await handle_command(
             ctx.event_store,
             job_id,
-            CancelJob(get_actor(request), "to be deleted"),
+            commands.CancelJob(get_actor(request), "to be deleted"),
             meta=EventMetadata(get_actor(request)),
             stream_state=loaded.stream_state,
             check=loaded.check,
@@ -142,7 +129,7 @@ async def update_batch(request: Request) -> Response:
     check_expanded_size(request, "access_control", access, len(spec.job_ids))
     index_size = estimate_list_index_bytes(spec.user_id, access, spec.teams)
     check_list_index_size([index_size * len(spec.job_ids)])
-    command = ChangeAccess(get_actor(request), access)
+    command = commands.ChangeAccess(get_actor(request), access)
     events = await handle_once(request, loaded, command)
     result = await _apply_to_jobs(request, loaded, command, _ALL_STATUSES, AccessLevel.ADMIN)
     return _batch_response(loaded, events, result)
@@ -154,7 +141,7 @@ async def delete_batch(request: Request) -> Response:
 
     Its jobs are deleted first, so an interrupted request can be repeated and leaves no jobs without a batch.
     """
-    loaded, command = await load_for_change(request, BATCH, AccessLevel.ADMIN), Delete(get_actor(request))
+    loaded, command = await load_for_change(request, BATCH, AccessLevel.ADMIN), commands.Delete(get_actor(request))
     decider.decide(command, _get_batch(loaded))  # rejects an unfinished batch before any of its jobs is deleted
     result = await _apply_to_jobs(request, loaded, command, _ALL_STATUSES, AccessLevel.ADMIN)
     if result.rejections:
@@ -167,7 +154,7 @@ def _add_action(
     resource: Resource,
     name: str,
     summary: str,
-    command_type: type[ActionCommand],
+    command_type: Callable[..., commands.JobCommand | commands.BatchCommand],
     body_type: type[ReasonBody] = ReasonBody,
     response: type[BaseModel] = JobActionResponse,
 ) -> None:
@@ -188,9 +175,9 @@ def _add_action(
         if resource is JOB:
             return await _job_response(request, await handle_once(request, loaded, command))
         events, result = loaded.events, None
-        if isinstance(command, BatchCommand) and loaded.find_earlier() is None:
+        if isinstance(command, commands.BatchCommand) and loaded.find_earlier() is None:
             events = await handle_once(request, loaded, command)
-        if isinstance(command, JobCommand):
+        if isinstance(command, commands.JobCommand):
             result = await _apply_to_jobs(request, loaded, command, _select_statuses(body, command))
         return _batch_response(loaded, events, result)
 
@@ -198,21 +185,23 @@ def _add_action(
     act.__doc__ = summary
 
 
-_add_action(JOB, "cancel", "Cancel a job.", CancelJob)
-_add_action(JOB, "restart", "Restart a finished job.", RestartJob, JobRestartBody)
-_add_action(JOB, "archive", "Archive a job.", Archive)
-_add_action(JOB, "unarchive", "Unarchive a job.", Unarchive)
-_add_action(BATCH, "pause", "Pause a batch: start no more jobs.", PauseBatch, response=BatchActionResponse)
-_add_action(BATCH, "resume", "Resume a paused batch.", ResumeBatch, response=BatchActionResponse)
-_add_action(BATCH, "cancel", "Cancel the unfinished jobs of a batch.", CancelJob, response=BulkActionResponse)
-_add_action(BATCH, "restart", "Restart finished jobs of a batch.", RestartJob, BatchRestartBody, BulkActionResponse)
-_add_action(BATCH, "archive", "Archive a batch and its jobs.", Archive, response=BulkActionResponse)
-_add_action(BATCH, "unarchive", "Unarchive a batch and its jobs.", Unarchive, response=BulkActionResponse)
+_add_action(JOB, "cancel", "Cancel a job.", commands.CancelJob)
+_add_action(JOB, "restart", "Restart a finished job.", commands.RestartJob, JobRestartBody)
+_add_action(JOB, "archive", "Archive a job.", commands.Archive)
+_add_action(JOB, "unarchive", "Unarchive a job.", commands.Unarchive)
+_add_action(BATCH, "pause", "Pause a batch: start no more jobs.", commands.PauseBatch, response=BatchActionResponse)
+_add_action(BATCH, "resume", "Resume a paused batch.", commands.ResumeBatch, response=BatchActionResponse)
+_add_action(BATCH, "cancel", "Cancel the unfinished jobs of a batch.", commands.CancelJob, response=BulkActionResponse)
+_add_action(
+    BATCH, "restart", "Restart finished jobs of a batch.", commands.RestartJob, BatchRestartBody, BulkActionResponse
+)
+_add_action(BATCH, "archive", "Archive a batch and its jobs.", commands.Archive, response=BulkActionResponse)
+_add_action(BATCH, "unarchive", "Unarchive a batch and its jobs.", commands.Unarchive, response=BulkActionResponse)
 
 
-def _select_statuses(body: ReasonBody, command: JobCommand) -> Collection[JobStatus]:
+def _select_statuses(body: ReasonBody, command: commands.JobCommand) -> Collection[JobStatus]:
     """Return the statuses of the jobs that an action on their batch applies to."""
-    if isinstance(command, CancelJob):
+    if isinstance(command, commands.CancelJob):
         return _ALL_STATUSES - TERMINAL_STATUSES
     if isinstance(body, BatchRestartBody):
         return TERMINAL_STATUSES if body.only == "all" else {body.only}
@@ -222,7 +211,7 @@ def _select_statuses(body: ReasonBody, command: JobCommand) -> Collection[JobSta
 async def _apply_to_jobs(
     request: Request,
     loaded: LoadedStream,
-    command: JobCommand,
+    command: commands.JobCommand,
     statuses: Collection[JobStatus],
     access_level: AccessLevel = AccessLevel.WRITE,
 ) -> bulk_commands.BulkResult:

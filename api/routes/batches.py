@@ -32,16 +32,9 @@ from jobledger.api.schemas.batches import (
 )
 from jobledger.api.schemas.jobs import JobListQuery, JobListResponse
 from jobledger.api.schemas.request_models import AsOfQuery, PageQuery
+from jobledger.api.submission import recording
 from jobledger.api.submission.batches import build_batch_jobs, check_storable
 from jobledger.api.submission.builder import extract_webhook_secrets
-from jobledger.api.submission.recording import (
-    Submission,
-    accepted_response,
-    create_id,
-    find_earlier_submission,
-    load_submitted,
-    record_submission,
-)
 from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import (
     AccessControl,
@@ -96,13 +89,13 @@ _EVENTS_PER_YIELD: Final = 100
 async def submit_batch(request: Request) -> Response:
     """Submit a batch of jobs atomically."""
     submission = await _submit(request)
-    batch = await load_submitted(request, BATCH, submission)
+    batch = await recording.load_submitted(request, BATCH, submission)
     rendered = redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch))
     content = {"job_ids": batch["job_ids"], "batch": rendered}
-    return accepted_response(request, BATCH, submission, batch["position"], content)
+    return recording.accepted_response(request, BATCH, submission, batch["position"], content)
 
 
-async def _submit(request: Request) -> Submission:
+async def _submit(request: Request) -> recording.Submission:
     """Validate the request body and submit its batch, unless the same request has submitted it before.
 
     Raises:
@@ -111,14 +104,14 @@ async def _submit(request: Request) -> Submission:
     ctx = get_api_context(request)
     body, content = await read_json_body(request, BatchBody)
     fingerprint = await run_off_loop(request, RequestFingerprint.from_request, request, content)
-    batch_id = create_id("batch", fingerprint)
-    if (earlier := await find_earlier_submission(request, BATCH, batch_id, fingerprint)) is not None:
+    batch_id = recording.create_id("batch", fingerprint)
+    if (earlier := await recording.find_earlier_submission(request, BATCH, batch_id, fingerprint)) is not None:
         return earlier
     webhook, batch_secrets = extract_webhook_secrets(body.webhook, ctx)
     user_id = resolve_owner(request, body.user_id)
     jobs, secrets = await build_batch_jobs(request, body, batch_id, user_id)
     secrets += [batch_secrets] if batch_secrets else []
-    job_ids = [create_id("job", fingerprint, number) for number in range(1, len(jobs) + 1)]
+    job_ids = [recording.create_id("job", fingerprint, number) for number in range(1, len(jobs) + 1)]
     batch = BatchSubmitted(
         batch_name=body.batch_name,
         total_jobs=len(jobs),
@@ -131,7 +124,7 @@ async def _submit(request: Request) -> Submission:
     )
     first_events: dict[str, BatchSubmitted | JobSubmitted] = {batch_id: batch, **dict(zip(job_ids, jobs, strict=True))}
     try:
-        return await record_submission(request, BATCH, first_events, secrets, fingerprint)
+        return await recording.record_submission(request, BATCH, first_events, secrets, fingerprint)
     except InvalidEvent:
         await run_off_loop(request, check_storable, jobs)
         raise

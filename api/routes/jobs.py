@@ -18,16 +18,9 @@ from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import JOB, load_for_read
 from jobledger.api.schemas.jobs import JobAcceptedResponse, JobBody, JobListQuery, JobListResponse, JobResponse
 from jobledger.api.schemas.request_models import AsOfQuery
+from jobledger.api.submission import recording
 from jobledger.api.submission.builder import build_job_submitted, check_parameters
 from jobledger.api.submission.parameters import ParameterCheck
-from jobledger.api.submission.recording import (
-    Submission,
-    accepted_response,
-    create_id,
-    find_earlier_submission,
-    load_submitted,
-    record_submission,
-)
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.engine.as_of import as_of_filter
 from jobledger.projections.views import batches
@@ -48,12 +41,12 @@ from jobledger.projections.views.documents import fold_events
 async def submit_job(request: Request) -> Response:
     """Submit a job."""
     submission = await _submit(request)
-    job = await load_submitted(request, JOB, submission)
+    job = await recording.load_submitted(request, JOB, submission)
     [rendered] = await render_jobs(request, [job])
-    return accepted_response(request, JOB, submission, job["position"], {"job": rendered})
+    return recording.accepted_response(request, JOB, submission, job["position"], {"job": rendered})
 
 
-async def _submit(request: Request) -> Submission:
+async def _submit(request: Request) -> recording.Submission:
     """Validate the request body and submit its job, unless the same request has submitted it before.
 
     Raises:
@@ -62,15 +55,15 @@ async def _submit(request: Request) -> Submission:
     ctx = get_api_context(request)
     body, content = await read_json_body(request, JobBody)
     fingerprint = await run_off_loop(request, RequestFingerprint.from_request, request, content)
-    job_id = create_id("job", fingerprint)
-    if (earlier := await find_earlier_submission(request, JOB, job_id, fingerprint)) is not None:
+    job_id = recording.create_id("job", fingerprint)
+    if (earlier := await recording.find_earlier_submission(request, JOB, job_id, fingerprint)) is not None:
         return earlier
     user_id = resolve_owner(request, body.user_id)
     teams = resolve_teams(request, user_id, ctx.get_groups)
     job, secrets = build_job_submitted(body, ctx, user_id=user_id, teams=teams)
     model = ctx.job_types[body.job_type]
     await check_parameters(request, [ParameterCheck(body.job_type, model, body.parameters, ("parameters",))])
-    return await record_submission(request, JOB, {job_id: job}, [secrets] if secrets else [], fingerprint)
+    return await recording.record_submission(request, JOB, {job_id: job}, [secrets] if secrets else [], fingerprint)
 
 
 @Operation("GET", "/api/events/jobs", response=JobListResponse, query=JobListQuery, reads_views=True)

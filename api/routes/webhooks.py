@@ -29,20 +29,9 @@ from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.http.pagination import list_response
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import JOB, load_document
+from jobledger.api.schemas import webhooks as schemas
 from jobledger.api.schemas.request_models import ReasonBody
 from jobledger.api.schemas.response_models import SuccessResponse
-from jobledger.api.schemas.webhooks import (
-    DeliveryFilter,
-    DeliveryListQuery,
-    DeliveryListResponse,
-    DeliveryResponse,
-    EndpointListQuery,
-    EndpointListResponse,
-    RedeliverBody,
-    RedeliveryResponse,
-    RotatedSecretResponse,
-    RotateSecretBody,
-)
 from jobledger.api.stream_commands import LoadedStream, handle_once
 from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.commands import RequeueDelivery
@@ -63,14 +52,14 @@ _UNRESTRICTED: Final = Principal(None, roles=frozenset({"admin"}))
 @Operation(
     "GET",
     "/api/monitoring/events/webhooks",
-    response=DeliveryListResponse,
-    query=DeliveryListQuery,
+    response=schemas.DeliveryListResponse,
+    query=schemas.DeliveryListQuery,
     reads_views=True,
     error_codes=("job_not_found",),
 )
 async def list_deliveries(request: Request) -> Response:
     """List webhook deliveries with their attempts."""
-    query = parse_query(request, DeliveryListQuery)
+    query = parse_query(request, schemas.DeliveryListQuery)
     await wait_for_requested_position(request)
     views, db_query = get_api_context(request).views, await _build_query(request, query)
     deliveries, next_page = await view.find_page(views, db_query, query.page_request)
@@ -82,7 +71,7 @@ async def list_deliveries(request: Request) -> Response:
     return list_response("deliveries", rendered, next_page, total, max_count=paging.MAX_COUNT)
 
 
-@Operation("GET", "/api/monitoring/events/webhooks/{delivery_id}", response=DeliveryResponse, reads_views=True)
+@Operation("GET", "/api/monitoring/events/webhooks/{delivery_id}", response=schemas.DeliveryResponse, reads_views=True)
 async def get_delivery(request: Request) -> Response:
     """Read a webhook delivery."""
     await wait_for_requested_position(request)
@@ -97,7 +86,7 @@ async def get_delivery(request: Request) -> Response:
 @Operation(
     "POST",
     "/api/monitoring/events/webhooks/{delivery_id}/redeliver",
-    response=DeliveryResponse,
+    response=schemas.DeliveryResponse,
     status=202,
     body=ReasonBody,
     is_body_optional=True,
@@ -133,9 +122,9 @@ async def redeliver_webhook(request: Request) -> Response:
 @Operation(
     "POST",
     "/api/monitoring/events/redeliver",
-    response=RedeliveryResponse,
+    response=schemas.RedeliveryResponse,
     status=202,
-    body=RedeliverBody,
+    body=schemas.RedeliverBody,
     reads_views=True,
     error_codes=("job_not_found", "forbidden"),
 )
@@ -144,7 +133,7 @@ async def redeliver_webhooks(request: Request) -> Response:
 
     The oldest deliveries come first. Those that the caller may not redeliver are left out.
     """
-    body, content = await read_json_body(request, RedeliverBody)
+    body, content = await read_json_body(request, schemas.RedeliverBody)
     ctx, command = get_api_context(request), RequeueDelivery(get_actor(request), body.reason)
     fingerprint = RequestFingerprint.from_request(request, content)
     await wait_for_requested_position(request)
@@ -174,7 +163,7 @@ async def redeliver_webhooks(request: Request) -> Response:
     return json_response(response, 202, {"Ledger-Position": str(position)} if position else {})
 
 
-async def _build_query(request: Request, filters: DeliveryFilter) -> Document:
+async def _build_query(request: Request, filters: schemas.DeliveryFilter) -> Document:
     """Return the database query for the deliveries that match the filters and that the caller may see.
 
     Raises:
@@ -185,7 +174,7 @@ async def _build_query(request: Request, filters: DeliveryFilter) -> Document:
         source = await load_document(request, filters.job_id)
         if source is None or not can_read(request, source):
             raise JOB.not_found_error(filters.job_id)
-        used = {name for name in DeliveryFilter.model_fields if getattr(filters, name) is not None}
+        used = {name for name in schemas.DeliveryFilter.model_fields if getattr(filters, name) is not None}
         hidden = find_hidden_filters(used, DELIVERY_FIELD_RULES)
         if hidden and not get_viewer(request, source).has_full_access:
             message = f"Forbidden: the filter `{hidden[0]}` requires admin access to the job."
@@ -195,7 +184,7 @@ async def _build_query(request: Request, filters: DeliveryFilter) -> Document:
         principal,
         source=filters.job_id,
         event_type=filters.type,
-        **filters.model_dump(include=DeliveryFilter.model_fields.keys() - {"job_id", "type"}),
+        **filters.model_dump(include=schemas.DeliveryFilter.model_fields.keys() - {"job_id", "type"}),
     )
 
 
@@ -222,10 +211,15 @@ def _not_found_error(delivery_id: str) -> ApiError:
     return ApiError(404, "delivery_not_found", f"Delivery {delivery_id} not found.")
 
 
-@Operation("GET", "/api/monitoring/events/webhook-endpoints", response=EndpointListResponse, query=EndpointListQuery)
+@Operation(
+    "GET",
+    "/api/monitoring/events/webhook-endpoints",
+    response=schemas.EndpointListResponse,
+    query=schemas.EndpointListQuery,
+)
 async def list_webhook_endpoints(request: Request) -> Response:
     """List webhook endpoints."""
-    query, caller = parse_query(request, EndpointListQuery), require_user_id(request)
+    query, caller = parse_query(request, schemas.EndpointListQuery), require_user_id(request)
     user_id = None if get_principal(request).is_admin else caller
     endpoints = await endpoint_secrets.list_endpoints(
         get_api_context(request).db, user_id=user_id, limit=query.limit, after=query.after
@@ -236,14 +230,14 @@ async def list_webhook_endpoints(request: Request) -> Response:
 @Operation(
     "POST",
     "/api/monitoring/events/webhook-endpoints/{endpoint_id}/rotate-secret",
-    response=RotatedSecretResponse,
-    body=RotateSecretBody,
+    response=schemas.RotatedSecretResponse,
+    body=schemas.RotateSecretBody,
     is_body_optional=True,
     appends_events=False,
 )
 async def rotate_endpoint_secret(request: Request) -> Response:
     """Rotate the signing secret of an endpoint. The new secret is shown once."""
-    body, _ = await read_optional_json_body(request, RotateSecretBody)
+    body, _ = await read_optional_json_body(request, schemas.RotateSecretBody)
     endpoint_id = await _require_own_endpoint(request)
     grace = timedelta(seconds=body.grace_period_s)
     new_secret = await endpoint_secrets.rotate_secret(get_api_context(request).db, endpoint_id, grace)
