@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from pydantic import BaseModel
@@ -75,9 +75,9 @@ class ApiContext:
     stall_detector: StallDetector
     live_streams: LiveStreams
     signed_links: SignedLinks
-    allowed_webhook_hosts: AllowedHosts = field(default_factory=lambda: AllowedHosts(()))
-    is_webhook_echo_enabled: bool = False
-    disk_monitor: DiskSpaceMonitor = field(default_factory=lambda: DiskSpaceMonitor({}, 0))
+    allowed_webhook_hosts: AllowedHosts
+    is_webhook_echo_enabled: bool
+    disk_monitor: DiskSpaceMonitor
 
     @property
     def views(self) -> Views:
@@ -100,16 +100,6 @@ def parse_query(request: Request, model: type[Model]) -> Model:
     return validate_content(model, dict(request.query_params))
 
 
-def check_disk_space(ctx: ApiContext) -> None:
-    """Check that the disks have space for new jobs.
-
-    Raises:
-        ApiError: 507, a disk is nearly full.
-    """
-    if ctx.disk_monitor.problem is not None:
-        raise ApiError(507, "insufficient_storage", ctx.disk_monitor.problem, retry_after_seconds=60)
-
-
 async def wait_for_requested_position(request: Request) -> None:
     """Wait until the views have reached the `Ledger-Position` (or `min_position`) of the request, if it has one.
 
@@ -121,9 +111,8 @@ async def wait_for_requested_position(request: Request) -> None:
     requested = request.headers.get("ledger-position", request.query_params.get("min_position"))
     if requested is not None:
         if not requested.isascii() or not requested.isdecimal() or len(requested) > 18:
-            raise ApiError(
-                400, "malformed_position", f"Ledger-Position must be a whole number, got {requested[:40]!r}."
-            )
+            message = f"Ledger-Position must be a whole number, got {requested[:40]!r}."
+            raise ApiError(400, "malformed_position", message)
         if not await _wait_for_position(request, int(requested)):
             message = f"The views have reached position {checkpoint.position}, not {requested}. Retry in a moment."
             raise ApiError(503, "projection_lagging", message, retry_after_seconds=2)
@@ -155,14 +144,3 @@ async def _wait_for_checkpoint(checkpoint: Checkpoint, position: int, seconds: f
     except TimeoutError:
         return False
     return True
-
-
-async def wait_for_views(request: Request, position: int) -> None:
-    """Wait until the views have reached a position. The caller sets the timeout.
-
-    Raises:
-        TimeoutError: the caller's timeout has elapsed.
-    """
-    checkpoint = get_api_context(request).checkpoint
-    await checkpoint.wait_for_position(position)
-    request.scope["ledger_position"] = checkpoint.position

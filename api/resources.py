@@ -16,7 +16,7 @@ from starlette.requests import Request
 
 from jobledger.api.auth.permissions import can_read, get_viewer, timeout_while_authenticated
 from jobledger.api.auth.redaction import Viewer
-from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position, wait_for_views
+from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.preferences import apply_wait_preference, prefers_wait
 from jobledger.api.schemas.request_models import AsOfQuery
@@ -57,8 +57,7 @@ class Resource:
 
     def id_in_path(self, request: Request) -> str:
         """Return the ID in the request's path."""
-        resource_id: str = request.path_params[f"{self.name}_id"]
-        return resource_id
+        return str(request.path_params[f"{self.name}_id"])
 
     def not_found_error(self, resource_id: str, problem: str = "not found") -> ApiError:
         """Return the error for a resource that does not exist or that the caller may not read."""
@@ -149,9 +148,5 @@ async def wait_for_completion(request: Request, resource: Resource, resource_id:
             while not (completion := await resource.find_completion(ctx.event_store, resource_id))[0]:
                 await completed.wait()
                 completed.clear()
-            await wait_for_views(request, completion[1])
-
-
-async def load_events(request: Request, resource: Resource, resource_id: str) -> list[RecordedEvent]:
-    """Return the events of a job or batch, none if the ID is one of another kind."""
-    return await get_api_context(request).event_store.read_stream(resource_id) if resource.is_id(resource_id) else []
+            await ctx.checkpoint.wait_for_position(completion[1])
+            request.scope["ledger_position"] = ctx.checkpoint.position

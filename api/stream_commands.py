@@ -14,7 +14,7 @@ from jobledger.api.http.bodies import run_off_loop
 from jobledger.api.http.conditional import require_if_match
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
-from jobledger.api.resources import BATCH, Resource, load_events
+from jobledger.api.resources import BATCH, Resource
 from jobledger.ledger.domain.access import AccessLevel
 from jobledger.ledger.domain.errors import CommandRejected
 from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
@@ -65,7 +65,8 @@ async def load_for_change(
     """
     stream_id = resource.id_in_path(request)
     fingerprint = await run_off_loop(request, RequestFingerprint.from_request, request, content)
-    events = await load_events(request, resource, stream_id)
+    event_store = get_api_context(request).event_store
+    events = await event_store.read_stream(stream_id) if resource.is_id(stream_id) else []
     check = require_access(request, access_level, not_found_error=resource.not_found_error(stream_id))
     if check_if_match and (fingerprint is None or fingerprint.find_in(events) is None):
         check = require_if_match(request, check)

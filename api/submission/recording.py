@@ -10,8 +10,8 @@ from bson import ObjectId
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.context import check_disk_space, get_api_context
-from jobledger.api.http.errors import json_response
+from jobledger.api.context import get_api_context
+from jobledger.api.http.errors import ApiError, json_response
 from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.http.preferences import prefers_wait
 from jobledger.api.resources import BATCH, Resource, wait_for_completion
@@ -82,7 +82,8 @@ async def record_submission(
         InvalidEvent: An event is too large, or has content that cannot be stored.
     """
     ctx, resource_id = get_api_context(request), next(iter(first_events))
-    check_disk_space(ctx)
+    if ctx.disk_monitor.problem is not None:
+        raise ApiError(507, "insufficient_storage", ctx.disk_monitor.problem, retry_after_seconds=60)
     endpoints = {
         Endpoint(event.user_id, event.webhook.url)
         for event in first_events.values()
