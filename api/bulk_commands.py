@@ -95,11 +95,7 @@ async def apply_to_jobs(
     and jobs that the caller may not see, are skipped.
 
     Args:
-        event_store: The event store.
-        job_ids: The jobs.
-        command: The command.
         meta: Metadata of the new events.
-        statuses: The statuses that the command applies to.
         check: Raises an error if the command is not allowed for a job.
         fingerprint: If the same request has changed a job before, the job is not changed again.
 

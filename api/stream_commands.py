@@ -54,8 +54,6 @@ async def load_for_change(
     """Load the job or batch in the path, and check that the caller may change it.
 
     Args:
-        request: The request.
-        resource: The kind of resource.
         access_level: The access that the change requires.
         content: The parsed body, which identifies a repeated request.
         check_if_match: Check that `If-Match` names the current version, unless the request is a repeated one.

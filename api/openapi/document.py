@@ -29,13 +29,7 @@ _ERROR_CODE_GROUPS: Final[Mapping[str, Any]] = _STATIC["error_code_groups"]
 def build_document(
     routes: Sequence[DocumentedRoute], job_types: Mapping[str, type[BaseModel]], base_url: str = "/"
 ) -> Json:
-    """Return the document.
-
-    Args:
-        routes: The routes.
-        job_types: The parameter models by job type.
-        base_url: The URL of the API.
-    """
+    """Return the document. `job_types` maps job types to the models of their parameters."""
     names, schemas = _build_schemas([route.operation for route in routes], job_types)
     paths: dict[str, Json] = {}
     for route in routes:

@@ -100,7 +100,6 @@ async def generate_zip(store: FileStore, entries: AsyncIterator[tuple[str, Docum
     """Yield a ZIP file. The same entries make the same bytes.
 
     Args:
-        store: The result files.
         entries: For each file, its path in the archive and its row of the view `files`.
 
     Raises:

@@ -123,8 +123,7 @@ def estimate_list_index_bytes(user_id: str, access: AccessControl, teams: Sequen
 def check_list_index_size(sizes: Iterable[int]) -> None:
     """Reject access lists that would make gigabytes of list index, because each name adds rows for each job.
 
-    Args:
-        sizes: The size of the list index of each job of a batch, in bytes.
+    `sizes` are the sizes of the jobs' list indexes in bytes.
 
     Raises:
         ApiError: 413.

@@ -54,12 +54,9 @@ def build_job_submitted(
     `check_parameters` must check the parameters separately.
 
     Args:
-        body: The body.
-        ctx: The API context.
         user_id: The owner.
         teams: The owner's groups.
         within: The location of the body in the request.
-        batch_id: The batch of the job.
 
     Raises:
         ApiError: 422, the job type is unknown, or the webhook's URL is not allowed; 503, the processor is installed but
@@ -141,12 +138,7 @@ def _find_userinfo(root: Any, root_location: Location) -> Iterator[Location]:
 def extract_webhook_secrets(
     body: WebhookBody | None, ctx: ApiContext, within: Location = ()
 ) -> tuple[Webhook | None, WebhookSecrets | None]:
-    """Split a webhook into the part for the log and its secrets.
-
-    Args:
-        body: The webhook.
-        ctx: The API context.
-        within: The location of the job or batch in the request.
+    """Split a webhook into the part for the log and its secrets. `within` is the location of its job or batch.
 
     Raises:
         ApiError: 422, the URL is not allowed.

@@ -71,11 +71,7 @@ async def record_submission(
     """Append the first event of a job, or those of a batch and its jobs. Store the secrets of their webhooks before.
 
     Args:
-        request: The request.
-        resource: What was submitted: a job or a batch.
         first_events: The events by stream ID, the batch first.
-        secrets: The secrets of the webhooks.
-        fingerprint: Identifies the request; None without an Idempotency-Key.
 
     Raises:
         ApiError: 507, a disk is nearly full.
