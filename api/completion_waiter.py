@@ -1,4 +1,4 @@
-"""Wake requests that wait for the completion of a job or batch, by the process's change stream and without polling."""
+"""Wake requests that wait until a job or batch is finished, by the change stream of the process instead of polling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jobledger.ledger.domain.events import (
     JobFailed,
 )
 
-_TERMINAL_EVENT_TYPES: Final = frozenset(
+_FINISHING_EVENT_TYPES: Final = frozenset(
     kind.__name__ for kind in (JobCompleted, JobFailed, JobCancelled, JobDeleted, BatchFinished, BatchDeleted)
 )
 
@@ -34,30 +34,30 @@ class CompletionWaiter:
 
     @asynccontextmanager
     async def watch(self, stream: str) -> AsyncIterator[asyncio.Event]:
-        """Yield an event that is set when the stream may have completed.
+        """Yield an event that is set when the job or batch may be finished.
 
-        Read the stream after entering the block. Then no completion is missed: the log has earlier events, and the
-        change stream reports later ones. If the change stream was interrupted, all watchers are woken to read again.
+        Read the stream inside the block, so that no event is missed: the log has earlier events, and the change stream
+        reports later ones. If the change stream was interrupted, all watchers are woken to read again.
         """
-        completed = asyncio.Event()
-        self._watchers[stream].add(completed)
+        wake_up = asyncio.Event()
+        self._watchers[stream].add(wake_up)
         try:
-            yield completed
+            yield wake_up
         finally:
-            self._watchers[stream].discard(completed)
+            self._watchers[stream].discard(wake_up)
             if not self._watchers[stream]:
                 del self._watchers[stream]
 
     async def resync(self, session: AsyncClientSession) -> None:
         """Wake all watchers."""
         for watchers in self._watchers.values():
-            for completed in watchers:
-                completed.set()
+            for wake_up in watchers:
+                wake_up.set()
 
     def on_change(self, change: Mapping[str, Any]) -> None:
-        """Wake the watchers of a stream when its terminal event is inserted."""
+        """Wake the watchers of a job or batch when the event that finishes or deletes it is inserted."""
         if self._watchers and change["operationType"] == "insert":
             document = change["fullDocument"]
-            if document["stream"] in self._watchers and document["type"] in _TERMINAL_EVENT_TYPES:
-                for completed in self._watchers[document["stream"]]:
-                    completed.set()
+            if document["stream"] in self._watchers and document["type"] in _FINISHING_EVENT_TYPES:
+                for wake_up in self._watchers[document["stream"]]:
+                    wake_up.set()

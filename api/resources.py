@@ -144,9 +144,9 @@ async def wait_for_completion(request: Request, resource: Resource, resource_id:
     with apply_wait_preference(request) as seconds, suppress(TimeoutError):
         if not seconds:
             return
-        async with timeout_while_authenticated(request, seconds), ctx.completion_waiter.watch(resource_id) as completed:
+        async with timeout_while_authenticated(request, seconds), ctx.completion_waiter.watch(resource_id) as wake_up:
             while not (completion := await resource.find_completion(ctx.event_store, resource_id))[0]:
-                await completed.wait()
-                completed.clear()
+                await wake_up.wait()
+                wake_up.clear()
             await ctx.checkpoint.wait_for_position(completion[1])
             request.scope["ledger_position"] = ctx.checkpoint.position

@@ -106,10 +106,10 @@ async def _stop(request: Request, loaded: LoadedStream) -> None:
     try:
         with track_waiting_request(request.scope) as is_allowed:
             seconds = _STOP_TIMEOUT_SECONDS if is_allowed else 0
-            async with timeout_while_authenticated(request, seconds), ctx.completion_waiter.watch(job_id) as completed:
+            async with timeout_while_authenticated(request, seconds), ctx.completion_waiter.watch(job_id) as wake_up:
                 while _is_running(await load_stream_state(ctx.event_store, job_id)):
-                    await completed.wait()
-                    completed.clear()
+                    await wake_up.wait()
+                    wake_up.clear()
     except TimeoutError:
         message = "The job is being cancelled but is still running. Delete it again in a moment."
         raise ApiError(503, "still_running", message, retry_after_seconds=5) from None
@@ -168,7 +168,7 @@ def _add_action(
         is_body_optional=True,
         response_headers=("ETag",) if resource is JOB else (),
     )
-    async def act(request: Request) -> Response:
+    async def handle_action(request: Request) -> Response:
         body, content = await read_optional_json_body(request, body_type)
         loaded = await load_for_change(request, resource, content=content)
         command = command_type(get_actor(request), **body.model_dump(exclude={"only"}))
@@ -181,8 +181,8 @@ def _add_action(
             result = await _apply_to_jobs(request, loaded, command, _select_statuses(body, command))
         return _batch_response(loaded, events, result)
 
-    act.__name__ = f"{name}_{resource.name}"
-    act.__doc__ = summary
+    handle_action.__name__ = f"{name}_{resource.name}"
+    handle_action.__doc__ = summary
 
 
 _add_action(JOB, "cancel", "Cancel a job.", commands.CancelJob)

@@ -96,7 +96,7 @@ def compute_file_etag(row: Document) -> str:
     return f'"{row["sha256"]}-{blake2b(row["media_type"].encode(), digest_size=4).hexdigest()}"'
 
 
-def _path(request: Request) -> str:
+def _get_path(request: Request) -> str:
     """Return the requested path of the file. `path_params` would lack a line break at its end."""
     path: str = request.scope["path"]
     return path.removeprefix(FILES_URL).removesuffix("/link" if request.method == "POST" else "")
@@ -108,7 +108,7 @@ async def _load_readable(request: Request) -> Document:
     Raises:
         ApiError: 404.
     """
-    path = _path(request)
+    path = _get_path(request)
     row = await view.get(get_api_context(request).views, path)
     if row is None or not can_read(request, row):
         raise ApiError(404, "file_not_found", f"Result file {path[:200]} not found.")
@@ -122,7 +122,7 @@ async def _load_by_signed_link(request: Request, query: FileQuery) -> Document:
         ApiError: 403, the link is invalid or has expired.
     """
     ctx = get_api_context(request)
-    row = await view.get(ctx.views, _path(request))
+    row = await view.get(ctx.views, _get_path(request))
     await ctx.signed_links.verify(
         row, expires=query.expires, signature=query.signature, now=ctx.event_store.clock.estimate()
     )

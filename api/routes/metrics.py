@@ -97,7 +97,9 @@ async def _collect_ledger_metrics(ctx: ApiContext) -> list[Metric]:
     )
     for worker in workers:
         healthy.add_metric([worker["worker_id"]], 0 if worker["problem"] else 1)
-    attempts = CounterMetricFamily("jobledger_job_attempts", "Finished attempts, by outcome.", labels=["outcome"])
+    attempts = CounterMetricFamily(
+        "jobledger_job_attempts", "Attempts that have ended, by outcome.", labels=["outcome"]
+    )
     for outcome, event_type in _EVENT_OF_OUTCOME.items():
         attempts.add_metric([outcome], events.get(event_type, 0))
     recorded = CounterMetricFamily("jobledger_events", "Recorded events, by type.", labels=["type"])

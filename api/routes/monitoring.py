@@ -52,7 +52,7 @@ async def check_readiness(request: Request) -> Response:
     """
     ctx = get_api_context(request)
     try:
-        with translate_errors("answering a ping"), timeout(_PING_TIMEOUT_SECONDS):
+        with translate_errors("responding to a ping"), timeout(_PING_TIMEOUT_SECONDS):
             await ctx.db.command("ping")
     except LedgerUnavailable as error:
         if ctx.disk_monitor.problem is None:
