@@ -94,13 +94,17 @@ class ProxySettings(SettingsSection):
     roles_header: Annotated[str, AfterValidator(_check_header_name)] | None = None
 
 
-_REMEDIES: Final = {
-    "jwt": "set mode to `jwt`, or remove it",
-    "proxy": "set mode to `proxy`, or remove it",
-    "admins": "API keys have roles (`jobledger keys create --role admin`), and with `open` every user is admin",
-    "monitors": "API keys have roles (`jobledger keys create --role monitor`)",
-    "anonymous_read": "with `open` every client has full access",
+_RESTRICTED_KEYS: Final = {
+    "jwt": ({"jwt"}, "set mode to `jwt`, or remove it"),
+    "proxy": ({"proxy"}, "set mode to `proxy`, or remove it"),
+    "admins": (
+        {"jwt", "proxy"},
+        "API keys have roles (`jobledger keys create --role admin`), and with `open` every user is admin",
+    ),
+    "monitors": ({"jwt", "proxy"}, "API keys have roles (`jobledger keys create --role monitor`)"),
+    "anonymous_read": ({"keys", "jwt", "proxy"}, "with `open` every client has full access"),
 }
+"""Keys that have no effect in some modes: the modes that use them, and what to do instead in others."""
 
 
 class AuthSettings(SettingsSection):
@@ -114,16 +118,9 @@ class AuthSettings(SettingsSection):
     @model_validator(mode="after")
     def _check_consistency(self) -> AuthSettings:
         """Reject settings that have no effect: an operator may rely on them."""
-        applies = {
-            "jwt": self.mode == "jwt",
-            "proxy": self.mode == "proxy",
-            "admins": self.mode in ("jwt", "proxy"),
-            "monitors": self.mode in ("jwt", "proxy"),
-            "anonymous_read": self.mode != "open",
-        }
-        for key, applied in applies.items():
-            if not applied and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"`{key}` has no effect with mode `{self.mode}`: {_REMEDIES[key]}")
+        for key, (modes, remedy) in _RESTRICTED_KEYS.items():
+            if self.mode not in modes and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"`{key}` has no effect with mode `{self.mode}`: {remedy}")
         sources = ("secret", "secret_file", "public_key_file", "jwks_url")
         configured = [f"jwt.{name}" for name in sources if getattr(self.jwt, name) is not None]
         if self.mode == "jwt" and len(configured) != 1:

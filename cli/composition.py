@@ -25,14 +25,13 @@ from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
-from jobledger.workers import executor
 from jobledger.workers.child import confinement
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.cleanup import Cleanup
+from jobledger.workers.executor import ExecutorSettings
 from jobledger.workers.registry import check_plugins, unusable_job_types
 from jobledger.workers.scratch import ScratchDirectory
-from jobledger.workers.webhooks import deliverer
-from jobledger.workers.webhooks.deliverer import Deliverer
+from jobledger.workers.webhooks.deliverer import Deliverer, DeliverySettings
 from jobledger.workers.webhooks.schedule import DeliveryLimits
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
 
@@ -79,13 +78,12 @@ async def start_roles(
     if selected & _USES_PROCESSORS:
         for job_type, reason in unusable_job_types().items():
             _log.error("job type unavailable", job_type=job_type, reason=reason)
-    if "api" in selected:
-        raise_open_file_limit()
     async with AsyncExitStack() as stack:
         stack.enter_context(watch_event_loop(settings.event_worker.lease_seconds))
-        listener = (
-            stack.enter_context(open_listener(settings.api.host, settings.api.port)) if "api" in selected else None
-        )
+        listener = None
+        if "api" in selected:
+            raise_open_file_limit()
+            listener = stack.enter_context(open_listener(settings.api.host, settings.api.port))
         db = await stack.enter_async_context(open_database(connection))
         store = await open_file_store(settings, db)
         event_store = EventStore(db)
@@ -102,19 +100,34 @@ async def start_roles(
             change_stream.add_listener(event_store)
         if "projector" in selected:
             projector.register_listeners(change_stream)
-        context = (
-            build_context(settings, db, event_store, checkpoint, change_stream, store) if "api" in selected else None
-        )
-        if context is not None and context.browser_sessions is not None:
-            await browser_sessions.create_indexes(db)
-        if context is not None and context.is_webhook_echo_enabled:
-            await webhook_echo.create_indexes(db)
-        worker = None
+        context = None
+        if "api" in selected:
+            context = build_context(settings, db, event_store, checkpoint, change_stream, store)
+            if context.browser_sessions is not None:
+                await browser_sessions.create_indexes(db)
+            if context.is_webhook_echo_enabled:
+                await webhook_echo.create_indexes(db)
+        shared = (checkpoint, change_stream, connection)
+        worker = sender = None
         if "worker" in selected:
-            worker = _make_worker(settings, db, event_store, checkpoint, change_stream, connection, store)
-        sender = None
+            section = settings.event_worker
+            confinement.check_confinement(section.confinement)
+            worker = Worker(
+                db,
+                event_store,
+                *shared,
+                settings=_executor_settings(settings, store),
+                slots=section.max_concurrent,
+                slots_per_type=section.max_concurrent_per_type,
+                lease_seconds=section.lease_seconds,
+                shutdown_grace_seconds=section.shutdown_grace_seconds,
+                scratch=ScratchDirectory(section.scratch_dir, min_free_mb=section.scratch_min_free_mb),
+            )
         if "webhook-sender" in selected:
-            sender = _make_deliverer(settings, db, event_store, store, checkpoint, change_stream, connection, holder)
+            delivery, lease_seconds = _delivery_settings(settings), settings.webhooks.lease_seconds
+            sender = Deliverer(
+                db, event_store, store, *shared, settings=delivery, holder=holder, lease_seconds=lease_seconds
+            )
         if settings.metrics.port is not None and "api" not in selected:
             stack.enter_context(serve_metrics(settings.metrics, event_store, change_stream))
         stream = await stack.enter_async_context(change_stream.running())
@@ -122,7 +135,7 @@ async def start_roles(
         if "projector" in selected:
             await stack.enter_async_context(run_in_background(projector.run(), on_failure))
         if worker is not None:
-            await stack.enter_async_context(_run_worker(worker, on_failure))
+            await stack.enter_async_context(run_in_background(worker.run(), on_failure, stop=worker.stop))
         if sender is not None:
             await stack.enter_async_context(run_in_background(sender.run(), on_failure))
         url = None
@@ -137,87 +150,36 @@ async def start_roles(
                 worker.stop()
 
 
-def _make_worker(
-    settings: Settings,
-    db: Database,
-    event_store: EventStore,
-    checkpoint: Checkpoint,
-    change_stream: ChangeStream,
-    connection: Connection,
-    store: FileStore,
-) -> Worker:
+def _executor_settings(settings: Settings, store: FileStore) -> ExecutorSettings:
     section = settings.event_worker
-    confinement.check_confinement(section.confinement)
-    return Worker(
-        db,
-        event_store,
-        checkpoint,
-        change_stream,
-        connection,
-        settings=executor.ExecutorSettings(
-            store,
-            settings.processors,
-            section.memory_limit_mb,
-            section.retry_base_seconds,
-            section.retry_max_seconds,
-            ConfinementSettings(
-                mode=section.confinement,
-                environment_variables=tuple(section.pass_environment),
-                protected_paths=tuple(section.protected_paths),
-                readable_paths=tuple(section.readable_paths),
-                writable_paths=tuple(section.writable_paths),
-            ),
-        ),
-        slots=section.max_concurrent,
-        slots_per_type=section.max_concurrent_per_type,
-        lease_seconds=section.lease_seconds,
-        shutdown_grace_seconds=section.shutdown_grace_seconds,
-        scratch=ScratchDirectory(section.scratch_dir, min_free_mb=section.scratch_min_free_mb),
-    )
-
-
-def _make_deliverer(
-    settings: Settings,
-    db: Database,
-    event_store: EventStore,
-    store: FileStore,
-    checkpoint: Checkpoint,
-    change_stream: ChangeStream,
-    connection: Connection,
-    holder: str,
-) -> Deliverer:
-    section = settings.webhooks
-    return Deliverer(
-        db,
-        event_store,
+    return ExecutorSettings(
         store,
-        checkpoint,
-        change_stream,
-        connection,
-        settings=deliverer.DeliverySettings(
-            retry_delays=section.retry_delays_seconds,
-            jitter=section.jitter,
-            timeout_seconds=section.timeout_seconds,
-            allowed_private_hosts=section.allowed_private_hosts,
-            limits=DeliveryLimits(
-                section.max_concurrent,
-                section.max_concurrent_per_host,
-                section.circuit_breaker_failures,
-                timedelta(seconds=section.circuit_breaker_cooldown_seconds),
-            ),
-            base_url=(settings.api.public_url or "").rstrip("/"),
+        settings.processors,
+        section.memory_limit_mb,
+        section.retry_base_seconds,
+        section.retry_max_seconds,
+        ConfinementSettings(
+            mode=section.confinement,
+            environment_variables=tuple(section.pass_environment),
+            protected_paths=tuple(section.protected_paths),
+            readable_paths=tuple(section.readable_paths),
+            writable_paths=tuple(section.writable_paths),
         ),
-        holder=holder,
-        lease_seconds=section.lease_seconds,
     )
 
 
-@asynccontextmanager
-async def _run_worker(worker: Worker, on_failure: Callable[[BaseException], None]) -> AsyncIterator[None]:
-    task = asyncio.create_task(worker.run(), name="worker")
-    task.add_done_callback(failure_callback(on_failure))
-    try:
-        yield
-    finally:
-        worker.stop()
-        await asyncio.gather(task, return_exceptions=True)
+def _delivery_settings(settings: Settings) -> DeliverySettings:
+    section = settings.webhooks
+    return DeliverySettings(
+        section.retry_delays_seconds,
+        section.jitter,
+        section.timeout_seconds,
+        section.allowed_private_hosts,
+        DeliveryLimits(
+            section.max_concurrent,
+            section.max_concurrent_per_host,
+            section.circuit_breaker_failures,
+            timedelta(seconds=section.circuit_breaker_cooldown_seconds),
+        ),
+        (settings.api.public_url or "").rstrip("/"),
+    )

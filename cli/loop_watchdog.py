@@ -18,7 +18,6 @@ from jobledger.cli.exit_codes import EXIT_UNAVAILABLE
 from jobledger.ledger.system.loop_progress import LoopProgress
 
 _log = structlog.get_logger()
-EXIT_LOOP_BLOCKED: Final = EXIT_UNAVAILABLE
 _CHECKS_PER_LEASE: Final = 3
 """As often as the lease is renewed."""
 _LEASES_UNTIL_EXIT: Final = 5
@@ -53,4 +52,4 @@ def _watch(progress: LoopProgress, lease_seconds: float, done: threading.Event) 
             )
         elif missed >= _LEASES_UNTIL_EXIT * _CHECKS_PER_LEASE:
             _log.critical("event loop still blocked, exiting", stack=progress.format_stack())
-            os._exit(EXIT_LOOP_BLOCKED)
+            os._exit(EXIT_UNAVAILABLE)

@@ -19,13 +19,22 @@ def failure_callback(on_failure: Callable[[BaseException], None]) -> Callable[[a
 
 @asynccontextmanager
 async def run_in_background(
-    work: Coroutine[None, None, None], on_failure: Callable[[BaseException], None]
+    work: Coroutine[None, None, None],
+    on_failure: Callable[[BaseException], None],
+    *,
+    stop: Callable[[], object] | None = None,
 ) -> AsyncIterator[None]:
-    """Run a coroutine inside the block, and cancel it behind. `on_failure` is called with its exception."""
+    """Run a coroutine inside the block, and wait for its end afterwards.
+
+    Args:
+        work: The coroutine.
+        on_failure: Called with its exception.
+        stop: Called at the end of the block to end the coroutine. None: cancel it.
+    """
     task = asyncio.create_task(work)
     task.add_done_callback(failure_callback(on_failure))
     try:
         yield
     finally:
-        task.cancel()
+        (stop or task.cancel)()
         await asyncio.gather(task, return_exceptions=True)

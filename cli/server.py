@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -31,7 +30,7 @@ from jobledger.api.http.sse import LiveStreams
 from jobledger.api.submission.parameters import ParameterValidator
 from jobledger.cli.auth_settings import AuthSettings, JwtSettings
 from jobledger.cli.http_connection import ConnectionLimits, SheddingSocket, protocol_class
-from jobledger.cli.role_tasks import failure_callback
+from jobledger.cli.role_tasks import run_in_background
 from jobledger.cli.settings import ApiSettings, Settings
 from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
 from jobledger.ledger.files.file_store import FileStore
@@ -248,13 +247,14 @@ async def serve_api(
             lifespan="off",
         )
     )
-    task = asyncio.create_task(server.serve(sockets=[listener]), name="api")
-    task.add_done_callback(failure_callback(on_failure))
-    try:
-        yield settings.public_url or f"http://{shown_host}:{port}"
-    finally:
+
+    def stop() -> None:
         context.live_streams.close()
         server.should_exit = True
-        await asyncio.gather(task, return_exceptions=True)
+
+    try:
+        async with run_in_background(server.serve(sockets=[listener]), on_failure, stop=stop):
+            yield settings.public_url or f"http://{shown_host}:{port}"
+    finally:
         await context.parameter_validator.close()
         await context.previews.close()

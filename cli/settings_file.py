@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import SettingsError
 
-from jobledger.cli.auth_settings import JwtSettings, validate_secret_length
+from jobledger.cli.auth_settings import validate_secret_length
 from jobledger.cli.settings import ENV_PREFIX, IGNORED_KEYS, Settings, disable_misconfigured_plugins
 from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
 from jobledger.workers.registry import load_processors
@@ -148,47 +148,49 @@ def _section_keys(location: Sequence[str]) -> Iterable[str]:
 def _resolve_paths(settings: Settings, config: Path) -> Settings:
     """Make relative paths absolute, relative to the settings file, and read the secrets that are in separate files."""
     directory = config.parent
-    mongodb = settings.mongodb.model_copy(update={"data_dir": directory / settings.mongodb.data_dir})
-    if settings.mongodb.uri_file is not None:
-        uri_file = directory / settings.mongodb.uri_file
-        uri = SecretStr(_read_text(uri_file, "mongodb.uri_file: ").strip())
+    settings = _make_absolute(settings, directory)
+    mongodb, jwt, worker = settings.mongodb, settings.auth.jwt, settings.event_worker
+    if mongodb.uri_file is not None:
+        uri = SecretStr(_read_text(mongodb.uri_file, "mongodb.uri_file: ").strip())
         mongodb = mongodb.model_copy(update={"uri": uri})
-    results = settings.results
-    if isinstance(results.store, Path):
-        results = results.model_copy(update={"store": directory / results.store})
-    worker = settings.event_worker.model_copy(update=_resolve_confinement_paths(settings, config))
-    if worker.scratch_dir is not None:
-        worker = worker.model_copy(update={"scratch_dir": directory / worker.scratch_dir})
-    auth = settings.auth.model_copy(update={"jwt": _resolve_jwt(settings.auth.jwt, directory)})
+    if jwt.secret_file is not None:
+        secret = SecretStr(_read_text(jwt.secret_file, "auth.jwt.secret_file: ").strip())
+        try:
+            jwt = jwt.model_copy(update={"secret": validate_secret_length(secret)})
+        except ValueError as error:
+            raise ConfigurationError(f"auth.jwt.secret_file: {jwt.secret_file}: {error}") from error
+    # Jobs must never access the files of the ledger.
+    ledger_paths = (config, mongodb.data_dir, settings.results.store, mongodb.uri_file, jwt.secret_file)
+    protected_paths = [*worker.protected_paths, *(path for path in ledger_paths if isinstance(path, Path))]
     disable_misconfigured_plugins(settings.processors)
-    processors = {
-        name: _resolve_section_paths(section, load_processors()[name].Settings.model_validate(section), directory)
-        for name, section in settings.processors.items()
-        if name in load_processors()
-    }
     return settings.model_copy(
         update={
             "mongodb": mongodb,
-            "event_worker": worker,
-            "results": results,
-            "auth": auth,
-            "processors": processors,
+            "auth": settings.auth.model_copy(update={"jwt": jwt}),
+            "event_worker": worker.model_copy(update={"protected_paths": protected_paths}),
+            "processors": {
+                name: _resolve_section_paths(
+                    section, load_processors()[name].Settings.model_validate(section), directory
+                )
+                for name, section in settings.processors.items()
+                if name in load_processors()
+            },
         }
     )
 
 
-def _resolve_confinement_paths(settings: Settings, config: Path) -> dict[str, list[Path]]:
-    """Return the paths that job processes may and may not use. Files of the ledger are always protected."""
-    worker = settings.event_worker
-    secret_files = (settings.mongodb.uri_file, settings.auth.jwt.secret_file)
-    ledger_paths = [config, settings.mongodb.data_dir, settings.results.store, *secret_files]
-    return {
-        "readable_paths": [config.parent / path for path in worker.readable_paths],
-        "writable_paths": [config.parent / path for path in worker.writable_paths],
-        "protected_paths": [
-            config.parent / path for path in (*worker.protected_paths, *ledger_paths) if isinstance(path, Path)
-        ],
-    }
+def _make_absolute(value: Any, directory: Path) -> Any:
+    """Return a setting, in which relative paths become paths in `directory`."""
+    match value:
+        case Path():
+            return directory / value
+        case list():
+            return [_make_absolute(item, directory) for item in value]
+        case BaseModel():
+            fields = {name: _make_absolute(getattr(value, name), directory) for name in type(value).model_fields}
+            return value.model_copy(update=fields)
+        case _:
+            return value
 
 
 def _resolve_section_paths(section: Mapping[str, Any], validated: BaseModel, directory: Path) -> dict[str, Any]:
@@ -203,17 +205,3 @@ def _resolve_section_paths(section: Mapping[str, Any], validated: BaseModel, dir
         else:
             resolved[name] = value
     return resolved
-
-
-def _resolve_jwt(jwt: JwtSettings, directory: Path) -> JwtSettings:
-    resolved: dict[str, Any] = {}
-    if jwt.public_key_file is not None:
-        resolved["public_key_file"] = directory / jwt.public_key_file
-    if jwt.secret_file is not None:
-        file = directory / jwt.secret_file
-        text = _read_text(file, "auth.jwt.secret_file: ").strip()
-        try:
-            resolved["secret"] = validate_secret_length(SecretStr(text))
-        except ValueError as error:
-            raise ConfigurationError(f"auth.jwt.secret_file: {file}: {error}") from error
-    return jwt.model_copy(update=resolved)

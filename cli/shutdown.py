@@ -44,10 +44,6 @@ class Shutdown:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._handle_signal)
 
-    @property
-    def is_requested(self) -> bool:
-        return self._event.is_set()
-
     def cancel_timeout(self) -> None:
         """Let the process take as long as it needs to exit."""
         self._timer.cancel()

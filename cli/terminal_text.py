@@ -16,8 +16,7 @@ from typing import IO, Any, Final
 
 import orjson
 import typer
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
-from rich.segment import Segment
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -108,7 +107,6 @@ class SafeConsole(Console):
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
         if not self.is_terminal and "width" not in options:
             self.width = _UNLIMITED_WIDTH
-        self.push_render_hook(_EscapeHook())
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print strings as one line each, and tables."""
@@ -132,22 +130,6 @@ def _escape_cell(value: Any) -> Any:
     if isinstance(value, Text) and (shown := escape_line(value.plain)) != value.plain:
         return Text(shown, style=value.style)
     return value
-
-
-class _EscapeHook(RenderHook):
-    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        return [_EscapedRenderable(renderable) for renderable in renderables]
-
-
-class _EscapedRenderable:
-    """Escapes the text of segments. Control sequences of rich are in control segments and styles, not in text."""
-
-    def __init__(self, renderable: ConsoleRenderable) -> None:
-        self._renderable = renderable
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for segment in console.render(self._renderable, options):
-            yield segment if segment.control else Segment(escape_text(segment.text), segment.style)
 
 
 class SafeStream(io.TextIOBase):

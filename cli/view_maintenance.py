@@ -17,7 +17,7 @@ from jobledger.cli.progress import ProgressCallback
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.gridfs import GridFSStore
-from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import MAX_POSITION, EventStore
 from jobledger.ledger.store.verification import VerificationResult
@@ -152,7 +152,7 @@ async def open_rebuild(connection: Connection) -> AsyncIterator[Rebuild]:
 
 
 async def verify_result_files(
-    settings: Settings, connection: Connection, *, on_progress: ProgressCallback
+    settings: Settings, db: Database, *, on_progress: ProgressCallback
 ) -> FileVerificationResult:
     """Compare the files in `results.store` with the recorded digests.
 
@@ -164,12 +164,10 @@ async def verify_result_files(
     from jobledger.projections.engine.file_verification import verify_files
     from jobledger.projections.slots import Views
 
-    async with connection.client() as client:
-        db = client[connection.db_name]
-        store: FileStore = GridFSStore(db)
-        if isinstance(root := settings.results.store, Path):
-            store = DirectoryStore(root, marker=await find_store_marker(root, db))
-        return await verify_files(Views(db, (await load_checkpoint(db)).get("slots")), store, on_progress=on_progress)
+    store: FileStore = GridFSStore(db)
+    if isinstance(root := settings.results.store, Path):
+        store = DirectoryStore(root, marker=await find_store_marker(root, db))
+    return await verify_files(Views(db, (await load_checkpoint(db)).get("slots")), store, on_progress=on_progress)
 
 
 def format_verification(result: VerificationResult) -> list[str]:

@@ -13,11 +13,7 @@ from jobledger.cli.database import find_store_marker, open_database, open_file_s
 from jobledger.cli.formatting import format_timestamp
 from jobledger.cli.mongodb_support import support_warning
 from jobledger.cli.settings import Settings
-from jobledger.ledger.domain.errors import (
-    JobledgerError,
-    LogTruncated,
-    ResourceUnavailable,
-)
+from jobledger.ledger.domain.errors import JobledgerError, LogTruncated, ResourceUnavailable
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.gridfs import COLLECTIONS
 from jobledger.ledger.mongo.connection import (
@@ -31,6 +27,7 @@ from jobledger.ledger.mongo.connection import (
 from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.system.disk_space import find_write_problem, nearest_existing_directory
+from jobledger.projections.engine.checkpoint import load_checkpoint
 from jobledger.projections.engine.health import VIEWS_AHEAD_REASON, stall_reason
 from jobledger.projections.slots import Views
 from jobledger.projections.views import files, projection_errors, step_files
@@ -170,7 +167,7 @@ async def _check_log(db: Database) -> CheckResult:
         detail = f"{head} events, but the views are at position {position}"
         return CheckResult("Log", is_ok=False, detail=detail, advice=VIEWS_AHEAD_REASON)
     try:
-        await event_store.check_not_truncated(await _load_read_position(db), "the views")
+        await event_store.check_not_truncated(ReadPosition.from_document(await load_checkpoint(db)), "the views")
     except LogTruncated as error:
         return CheckResult("Log", is_ok=False, detail=str(error).rstrip("."), advice="Run `jobledger log verify`.")
     detail = f"{head} events, views at {position}"
@@ -182,17 +179,13 @@ async def _check_log(db: Database) -> CheckResult:
 
 
 async def _views_position(db: Database) -> int:
-    return (await _load_read_position(db)).position
-
-
-async def _load_read_position(db: Database) -> ReadPosition:
-    return ReadPosition.from_document(await db.checkpoints.find_one({"_id": "views"}) or {"position": 0})
+    return int((await load_checkpoint(db))["position"])
 
 
 async def _check_projection_failures(db: Database) -> CheckResult:
     """Check whether all documents of the views match the log."""
-    checkpoint = await db.checkpoints.find_one({"_id": "views"}) or {}
-    rows = await projection_errors.list_problems(Views(db, checkpoint.get("slots")), limit=_MAX_SHOWN + 1)
+    views = Views(db, (await load_checkpoint(db)).get("slots"))
+    rows = await projection_errors.list_problems(views, limit=_MAX_SHOWN + 1)
     if not rows:
         return CheckResult("Views", is_ok=True, detail="match the log")
     failures = "; ".join(
@@ -205,8 +198,8 @@ async def _check_projection_failures(db: Database) -> CheckResult:
 
 async def _check_cleanup(db: Database) -> CheckResult:
     """Check whether files of deleted jobs can be removed from the result store."""
-    checkpoint = await db.checkpoints.find_one({"_id": "views"}) or {}
-    job_ids = await files.find_jobs_with_unknown_files(Views(db, checkpoint.get("slots")), limit=_MAX_SHOWN)
+    views = Views(db, (await load_checkpoint(db)).get("slots"))
+    job_ids = await files.find_jobs_with_unknown_files(views, limit=_MAX_SHOWN)
     skipped = (await db.checkpoints.find_one({"_id": cleanup.CURSOR}) or {}).get(cleanup.SKIPPED, [])
     if job_ids:
         advice = (

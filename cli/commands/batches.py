@@ -10,7 +10,6 @@ import typer
 from jobledger.cli.commands import resources
 from jobledger.cli.commands.resources import Document
 from jobledger.cli.options import DEFAULT_URL, JsonOption, UrlOption
-from jobledger.cli.terminal_text import escape_line
 from jobledger.ledger.domain.statuses import BatchStatus, JobStatus, RestartScope
 
 app = typer.Typer(help="List, inspect, cancel, restart, pause and resume batches", no_args_is_help=True)
@@ -37,7 +36,7 @@ def list_batches(
 
 
 def _format_name(batch: Document) -> str:
-    return escape_line(batch["batch_name"] or "")
+    return batch["batch_name"] or ""
 
 
 def _format_counts(batch: Document) -> str:
@@ -48,7 +47,7 @@ def _format_counts(batch: Document) -> str:
 def _list_details(batch: Document, _url: str) -> Iterator[tuple[str, str]]:
     if batch["batch_name"]:
         yield "name", _format_name(batch)
-    yield "owner", escape_line(batch["user_id"])
+    yield "owner", batch["user_id"]
     yield "submitted", resources.format_iso_timestamp(batch["created_at"])
     if batch["completed_at"]:
         yield "finished", resources.format_finish(batch, "created_at")

@@ -12,7 +12,6 @@ from jobledger.cli.commands import resources
 from jobledger.cli.commands.resources import Document, format_iso_timestamp
 from jobledger.cli.formatting import format_duration
 from jobledger.cli.options import DEFAULT_URL, JsonOption, UrlOption, parse_time_option
-from jobledger.cli.terminal_text import escape_line
 from jobledger.ledger.domain.statuses import JobStatus
 
 app = typer.Typer(help="List, inspect, cancel and restart jobs", no_args_is_help=True)
@@ -64,7 +63,7 @@ def list_jobs(
 
 
 def _format_name(job: Document) -> str:
-    return escape_line(str(job["job_name"] or job["parameters"].get("session") or job["job_type"]))
+    return str(job["job_name"] or job["parameters"].get("session") or job["job_type"])
 
 
 def _format_detail(job: Document) -> str:
@@ -72,7 +71,7 @@ def _format_detail(job: Document) -> str:
     match job["status"]:
         case "processing":
             progress = job["progress"]
-            return escape_line(f"{progress['percent']:.0f} % {progress['step']} {progress['message']}").strip()
+            return f"{progress['percent']:.0f} % {progress['step']} {progress['message']}".strip()
         case "completed":
             return _OMITTED if _is_omitted(job, "results") else f"{len(job['results']['files'])} files"
         case "pending" if job["due_at"]:
@@ -93,13 +92,13 @@ def _format_error(job: Document) -> str:
     if _is_omitted(job, "error"):
         return _OMITTED
     error = job["error"]
-    return f"{error['code']}: {escape_line(error['message'])}" if error else ""
+    return f"{error['code']}: {error['message']}" if error else ""
 
 
 def _list_details(job: Document, url: str) -> Iterator[tuple[str, str]]:
     yield "name", _format_name(job)
     yield "type", job["job_type"]
-    yield "owner", escape_line(job["user_id"])
+    yield "owner", job["user_id"]
     if job["batch_id"]:
         yield "batch", job["batch_id"]
     for label, field in (("submitted", "created_at"), ("not before", "due_at"), ("started", "started_at")):
@@ -107,7 +106,7 @@ def _list_details(job: Document, url: str) -> Iterator[tuple[str, str]]:
             yield label, format_iso_timestamp(job[field])
     if job["completed_at"]:
         yield "finished", resources.format_finish(job, "started_at")
-    worker = f" on {escape_line(job['worker_id'])}" if job["worker_id"] else ""
+    worker = f" on {job['worker_id']}" if job["worker_id"] else ""
     yield "attempt", f"{job['attempt']}{worker}"
     if job["retries"]:
         yield "retries", str(job["retries"])
@@ -117,16 +116,16 @@ def _list_details(job: Document, url: str) -> Iterator[tuple[str, str]]:
         yield "error", _format_error(job)
     for step in job["steps"]:
         reused = f", reused from {step['reused_from']}" if step["reused_from"] else ""
-        yield "step", f"{escape_line(step['step'])} in {format_duration(step['duration_s'])}{reused}"
+        yield "step", f"{step['step']} in {format_duration(step['duration_s'])}{reused}"
     for line in job["logs"][-_LOG_LINES:]:
-        yield "log", f"{format_iso_timestamp(line['timestamp'])} {line['level']} {escape_line(line['message'])}"
+        yield "log", f"{format_iso_timestamp(line['timestamp'])} {line['level']} {line['message']}"
     results = job["results"] or {"files": ()}
     for warning in results.get("metadata", {}).get("warnings", ()):
-        yield "warning", escape_line(warning)
+        yield "warning", warning
     if results.get("markdown_url"):
         yield "markdown", str(httpx.URL(url).join(results["markdown_url"]))
     for file in results["files"]:
-        yield "file", f"{escape_line(file['path'])} ({file['size']:,} bytes)"
+        yield "file", f"{file['path']} ({file['size']:,} bytes)"
 
 
 _JOBS: Final = resources.Resource("job", "jobs", "DETAIL", _format_name, _format_detail, _list_details)

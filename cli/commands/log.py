@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -93,8 +92,9 @@ def verify(
             comparison = _compare_views_if_permitted(connection)
         if files:
             with progress_bar("reading files") as on_file_progress:
-                verified_files = asyncio.run(
-                    view_maintenance.verify_result_files(settings, connection, on_progress=on_file_progress)
+                verified_files = run_with_database(
+                    connection,
+                    lambda db: view_maintenance.verify_result_files(settings, db, on_progress=on_file_progress),
                 )
     if as_json:
         print_json(view_maintenance.verification_to_json(result, comparison, verified_files))
@@ -280,6 +280,7 @@ def history(
     from jobledger.cli.formatting import format_changes, format_event
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.store.export_file import encode_event_or_stub
+    from jobledger.projections.engine.as_of import as_of_filter
     from jobledger.projections.views import batches, deliveries, jobs
 
     limit = None if as_of is None else parse_as_of(as_of, "--as-of")
@@ -288,7 +289,7 @@ def history(
     if not events:
         raise NotFound(f"{stream} is not in the log: expected the ID of a job, batch or delivery.")
     if limit is not None:
-        events = list(filter(_occurred_by(limit), events))
+        events = list(filter(as_of_filter(limit), events))
     fold: Any = {"job": jobs.fold, "batch": batches.fold, "delivery": deliveries.fold}.get(stream.partition("-")[0])
     console = SafeConsole(soft_wrap=True)
     before: Any = None
@@ -296,7 +297,8 @@ def history(
         after = _fold_or_keep(fold, before, event) if fold is not None else None
         if as_json:
             encoded = orjson.Fragment(encode_event_or_stub(event.document))
-            print_json({"event": encoded, "state": _public_fields(after)})
+            state = after and {name: value for name, value in after.items() if name not in _INTERNAL_FIELDS}
+            print_json({"event": encoded, "state": state})
         else:
             console.print(format_event(event, with_stream=False))
             if changes := format_changes(before, after):
@@ -304,18 +306,6 @@ def history(
         before = after
     if not events:
         echo(f"{stream} did not exist at that time.", err=True)
-
-
-def _public_fields(document: dict[str, Any] | None) -> dict[str, Any] | None:
-    if document is None:
-        return None
-    return {name: value for name, value in document.items() if name not in _INTERNAL_FIELDS}
-
-
-def _occurred_by(as_of: int | datetime) -> Callable[[Any], bool]:
-    if isinstance(as_of, int):
-        return lambda event: bool(event.position <= as_of)
-    return lambda event: isinstance(event.document.get("time"), datetime) and event.time <= as_of
 
 
 def _fold_or_keep(fold: Any, document: Any, event: Any) -> Any:

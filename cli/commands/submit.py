@@ -27,6 +27,7 @@ _FINAL_STATUSES: Final = {"JobCompleted": "completed", "JobFailed": "failed", "J
 _STYLES: Final = {"completed": "green", "failed": "red", "cancelled": "yellow"}
 _MAX_BARS: Final = 30
 _RECONNECT_TIMEOUT_SECONDS: Final = 60.0
+_STREAM_TIMEOUT: Final = httpx.Timeout(10, read=45)  # the server sends a heartbeat every 15 seconds
 _UNAVAILABLE_STATUSES: Final = (429, 502, 503, 504)
 """HTTP statuses of the API, or of a proxy before it, while the stream cannot be served."""
 
@@ -146,7 +147,7 @@ async def stream_events(client: httpx.AsyncClient, *, after: int, batch_id: str)
         delay = 1.0
         try:
             query = {"after": str(after), "batch_id": batch_id}
-            async with client.stream("GET", "/api/ledger/stream", params=query, timeout=_stream_timeout()) as response:
+            async with client.stream("GET", "/api/ledger/stream", params=query, timeout=_STREAM_TIMEOUT) as response:
                 if response.status_code in _UNAVAILABLE_STATUSES:
                     delay = retry_delay(response)
                     raise httpx.HTTPStatusError(
@@ -175,10 +176,6 @@ async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield line.removesuffix(b"\r")
-
-
-def _stream_timeout() -> httpx.Timeout:
-    return httpx.Timeout(10, read=45)  # the server sends a heartbeat every 15 seconds
 
 
 async def follow_batch(

@@ -57,4 +57,4 @@ async def test_shutdown_without_new_threads_is_requested(monkeypatch: pytest.Mon
     monkeypatch.setattr(threading.Thread, "start", raise_no_thread)
     stop = Shutdown(60)
     request_stop(stop)
-    assert stop.is_requested
+    await asyncio.wait_for(stop.wait(), 1)
