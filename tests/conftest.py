@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from uuid import uuid4
 import pytest
 from pymongo import MongoClient
 
+from jobledger.ledger.mongo.connection import Connection
 from tests.support import soak
 from tests.support.mongodb_provider import MongoDBUnavailable, provide_mongodb
 
@@ -49,12 +51,25 @@ def mongodb_client(mongodb_uri: str) -> Iterator[MongoClient[dict[str, Any]]]:
         yield client
 
 
+@pytest.fixture(scope="session")
+def cleanup_executor(mongodb_client: MongoClient[dict[str, Any]]) -> Iterator[ThreadPoolExecutor]:
+    """A thread that drops databases while the next test runs."""
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
 @pytest.fixture
-def db_name(mongodb_client: MongoClient[dict[str, Any]]) -> Iterator[str]:
-    """The name of a database for one test, dropped afterwards."""
+def db_name(mongodb_client: MongoClient[dict[str, Any]], cleanup_executor: ThreadPoolExecutor) -> Iterator[str]:
+    """The name of a database for one test, dropped in the background."""
     name = f"test_{uuid4().hex[:16]}"
     yield name
-    mongodb_client.drop_database(name)
+    cleanup_executor.submit(mongodb_client.drop_database, name)
+
+
+@pytest.fixture
+def connection(mongodb_uri: str, db_name: str) -> Connection:
+    """The settings of a connection to the database of a test."""
+    return Connection(mongodb_uri, db_name)
 
 
 @pytest.fixture(autouse=True, scope="module")

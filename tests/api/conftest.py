@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
-from uuid import uuid4
 
 import httpx
 import orjson
 import pytest
-from pymongo import MongoClient
 
 from jobledger.cli.composition import ALL_ROLES, Role, start_roles
 from jobledger.cli.settings_file import read_settings
@@ -191,21 +188,6 @@ async def run_api(
     ):
         yield Api(client, running.db, running.event_store, directory / "results")
     assert not failures
-
-
-@pytest.fixture(scope="session")
-def cleanup_executor(mongodb_client: MongoClient[dict[str, Any]]) -> Iterator[ThreadPoolExecutor]:
-    """A thread that drops databases while the next test runs."""
-    with ThreadPoolExecutor(1) as executor:
-        yield executor
-
-
-@pytest.fixture
-def db_name(mongodb_client: MongoClient[dict[str, Any]], cleanup_executor: ThreadPoolExecutor) -> Iterator[str]:
-    """The name of a database for one test, dropped in the background."""
-    name = f"test_{uuid4().hex[:16]}"
-    yield name
-    cleanup_executor.submit(mongodb_client.drop_database, name)
 
 
 @pytest.fixture

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobledger.ledger.mongo.connection import Connection
 from tests.support.replica_set import ReplicaSet
-
-
-@pytest.fixture
-def connection(mongodb_uri: str, db_name: str) -> Connection:
-    return Connection(mongodb_uri, db_name)
 
 
 @pytest.fixture

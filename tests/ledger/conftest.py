@@ -12,11 +12,6 @@ from tests.support.ledger_setup import Ledger, open_ledger
 
 
 @pytest.fixture
-def connection(mongodb_uri: str, db_name: str) -> Connection:
-    return Connection(mongodb_uri, db_name)
-
-
-@pytest.fixture
 async def ledger(connection: Connection) -> AsyncIterator[Ledger]:
     """An event store with a running change stream and a short gap timeout."""
     async with open_ledger(connection, FAST_GAP_LIMITS) as ledger:

@@ -12,11 +12,6 @@ from tests.support.role_runner import RunningRoles, run_roles_in_process
 
 
 @pytest.fixture
-def connection(mongodb_uri: str, db_name: str) -> Connection:
-    return Connection(mongodb_uri, db_name)
-
-
-@pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
