@@ -17,8 +17,8 @@ help: ## list targets
 demo: .venv/.ready ## process a small generated conference
 	@$(BIN)/jobledger demo $(ARGS)
 
-test: .venv/.ready ## run the tests, two at a time; ARGS='tests/ledger -k claim' selects, ARGS='-n 8' uses more cores
-	@$(BIN)/pytest -n 2 $(ARGS)
+test: .venv/.ready ## run the tests, two per core because most of them wait; ARGS='tests/ledger -k claim' selects
+	@$(BIN)/pytest -n $$((2 * $$(nproc))) --dist worksteal $(ARGS)
 
 bench: .venv/.ready ## run the benchmarks; ARGS='append --rounds 15'
 	@$(BIN)/python -m benchmarks $(ARGS)
