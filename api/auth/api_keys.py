@@ -1,7 +1,7 @@
 """API keys: their format, their storage, and the cache of a serving process.
 
 Only a digest of the secret is stored. Plain SHA-256 is sufficient, unlike for passwords: 32 random bytes cannot be
-guessed.
+guessed. Functions that access the database raise LedgerUnavailable if it fails or does not respond.
 """
 
 from __future__ import annotations
@@ -86,32 +86,20 @@ class ApiKeyToken:
 
 
 async def store_key(db: Database, key: ApiKey) -> None:
-    """Store a new key.
-
-    Raises:
-        LedgerUnavailable: The database failed or does not respond.
-    """
+    """Store a new key."""
     with translate_errors("storing an API key"):
         await db[COLLECTION].insert_one(key.model_dump(by_alias=True))
 
 
 async def list_api_keys(db: Database) -> list[ApiKey]:
-    """Return all keys, oldest first.
-
-    Raises:
-        LedgerUnavailable: The database failed or does not respond.
-    """
+    """Return all keys, oldest first."""
     with translate_errors("reading the API keys"):
         documents = await db[COLLECTION].find(sort=[("created_at", 1), ("_id", 1)]).to_list()
     return _parse_valid(documents)
 
 
 async def revoke_key(db: Database, key_id: str) -> bool:
-    """Delete a key, which revokes it immediately. Return whether it existed.
-
-    Raises:
-        LedgerUnavailable: The database failed or does not respond.
-    """
+    """Delete a key, which revokes it immediately. Return whether it existed."""
     with translate_errors("revoking an API key"):
         removed = await db[COLLECTION].delete_one({"_id": key_id})
     return removed.deleted_count == 1

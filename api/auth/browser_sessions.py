@@ -14,6 +14,8 @@ name has no prefix, because browsers differ: Chromium accepts a `Secure` cookie 
 
 Other sites cannot use the cookie: browsers do not send it with their requests (SameSite=Strict). `SameSite` ignores
 port and scheme, so the API accepts changes only from its own origin (`HostOriginMiddleware`).
+
+Functions that access the database raise LedgerUnavailable if it fails or does not respond.
 """
 
 from __future__ import annotations
@@ -62,11 +64,7 @@ class BrowserSession(BaseModel):
 
 
 async def create_indexes(db: Database) -> None:
-    """Create the indexes. The server removes expired sessions.
-
-    Raises:
-        LedgerUnavailable: The database failed or does not respond.
-    """
+    """Create the indexes. The server removes expired sessions."""
     with translate_errors("preparing the sessions"):
         await db[COLLECTION].create_indexes(
             [
@@ -82,21 +80,13 @@ def get_session_owner(*, key_id: str | None = None, user_id: str = "") -> str:
 
 
 async def end_sessions(db: Database, owner: str) -> int:
-    """End all sessions of an owner. Return their number.
-
-    Raises:
-        LedgerUnavailable: The database failed or does not respond.
-    """
+    """End all sessions of an owner. Return their number."""
     with translate_errors("ending sessions"):
         return (await db[COLLECTION].delete_many({"owner": owner})).deleted_count
 
 
 async def count_sessions(db: Database) -> dict[str, int]:
-    """Return the number of sessions that have not expired, by owner.
-
-    Raises:
-        LedgerUnavailable: The database failed or does not respond.
-    """
+    """Return the number of sessions that have not expired, by owner."""
     with translate_errors("counting sessions"):
         stages: list[Document] = [
             {"$match": {"expires_at": {"$gt": datetime.now(UTC)}}},
@@ -140,9 +130,6 @@ class BrowserSessions:
         Args:
             principal: Who signs in.
             key_id: The ID of the API key that they sign in with; None for a token.
-
-        Raises:
-            LedgerUnavailable: The database failed or does not respond.
         """
         session_id, now = secrets.token_urlsafe(32), datetime.now(UTC)
         user_id = principal.user_id or ""
@@ -167,11 +154,7 @@ class BrowserSessions:
         return session_id
 
     async def load_principal(self, session_id: str) -> Principal | None:
-        """Return the principal of a session; None if the session or its API key is unknown, expired or revoked.
-
-        Raises:
-            LedgerUnavailable: The database failed or does not respond.
-        """
+        """Return the principal of a session; None if the session or its API key is unknown, expired or revoked."""
         if not _ID.fullmatch(session_id):
             return None
         digest = _digest(session_id)
@@ -188,11 +171,7 @@ class BrowserSessions:
         return Principal(session.user_id, frozenset(session.groups), frozenset(session.roles), session.expires_at)
 
     async def end(self, session_id: str) -> None:
-        """End a session.
-
-        Raises:
-            LedgerUnavailable: The database failed or does not respond.
-        """
+        """End a session."""
         if not _ID.fullmatch(session_id):
             return
         digest = _digest(session_id)

@@ -68,7 +68,7 @@ def load_public_key(pem: bytes) -> VerifyingKey:
     """Return the key in a PEM file, for RS256 or ES256 depending on its type.
 
     Raises:
-        ValueError: the file has no such key. The message names what is expected.
+        ValueError: The file has no such key. The message names what is expected.
     """
     try:
         key = load_pem_public_key(pem)
@@ -106,9 +106,8 @@ class JwksKeySource:
             key = self._find_key(kid)
             if key is None and self._fetched_at < self._requested_at:
                 message = "The token cannot be verified: auth.jwt.jwks_url does not respond. Retry in a moment."
-                raise ApiError(
-                    503, "jwks_unavailable", message, retry_after_seconds=int(_MIN_INTERVAL_WITHOUT_KEYS_SECONDS)
-                )
+                retry_after = int(_MIN_INTERVAL_WITHOUT_KEYS_SECONDS)
+                raise ApiError(503, "jwks_unavailable", message, retry_after_seconds=retry_after)
         elif self._clock() - self._fetched_at > _MAX_AGE_SECONDS:
             self._start_fetch()  # in the background
         return key
@@ -131,15 +130,11 @@ class JwksKeySource:
 
     async def _fetch(self) -> None:
         try:
-            async with (
-                asyncio.timeout(_TIMEOUT_SECONDS),
-                httpx.AsyncClient(timeout=_TIMEOUT_SECONDS) as client,
-            ):
+            async with asyncio.timeout(_TIMEOUT_SECONDS), httpx.AsyncClient(timeout=_TIMEOUT_SECONDS) as client:
                 keys = _parse_usable_keys(await _read_limited(client, self._url))
         except (httpx.HTTPError, TimeoutError, OSError, ValueError) as error:
-            _log.warning(
-                "JWKS not loaded from auth.jwt.jwks_url", url=self._url, error=f"{type(error).__name__}: {error}"
-            )
+            reason = f"{type(error).__name__}: {error}"
+            _log.warning("JWKS not loaded from auth.jwt.jwks_url", url=self._url, error=reason)
         else:
             self._keys = keys
             self._fetched_at = self._clock()

@@ -73,13 +73,8 @@ class RevocationNotifier:
 class AuthenticationMiddleware:
     """Authenticates each request before it reaches a route, except for public paths.
 
-    Args:
-        app: The application.
-        auth_backend: Returns the principal of a request.
-        revocation_notifier: Notifies when credentials may have been revoked.
-        on_error: Returns the response for a failed authentication: an error, or a redirect to the sign-in page.
-
-    Decision 70 gives the reasons why this is not Starlette's class.
+    If the authentication fails, `on_error` returns the response: an error, or a redirect to the sign-in page. Decision
+    70 gives the reasons why this is not Starlette's class.
     """
 
     def __init__(
@@ -108,15 +103,10 @@ class AuthenticationMiddleware:
             await self._app(scope, receive, send)
 
     async def wait_until_invalid(self, scope: Scope, *, allow_renewal: bool) -> None:
-        """Return when the credential of a request is revoked or has expired.
+        """Return when the credential of a request is revoked or has expired, as wait_until_signed_out().
 
         The loop takes the event of the next notification before it checks the credential, so that it misses no
         notification after the check.
-
-        Args:
-            scope: The request's scope.
-            allow_renewal: Whether the request may continue after `valid_until` while its credential is accepted.
-                Otherwise the client has to authenticate again with another request.
         """
         principal: Principal = scope["principal"]
         while True:
@@ -144,10 +134,8 @@ class AuthenticationMiddleware:
 async def wait_until_signed_out(scope: Scope, *, allow_renewal: bool = False) -> None:
     """Return when the credential of a request is revoked or has expired; never return for public paths.
 
-    Args:
-        scope: The request's scope.
-        allow_renewal: Whether the response may continue after `valid_until`, because the client cannot resume it with
-            another request.
+    `allow_renewal` is for responses that clients cannot resume with another request. They may continue after
+    `valid_until` while the credential is accepted.
     """
     authentication: AuthenticationMiddleware | None = scope.get("authentication")
     if authentication is None:
@@ -161,7 +149,7 @@ async def timeout_while_authenticated(request: HTTPConnection, seconds: float) -
     """Limit the duration of the block like asyncio.timeout(), and end it when the request's credential becomes invalid.
 
     Raises:
-        TimeoutError: the time has elapsed.
+        TimeoutError: The time has elapsed.
         ApiError: 401, the credential was revoked or has expired.
     """
     is_invalid = False
@@ -181,9 +169,8 @@ async def timeout_while_authenticated(request: HTTPConnection, seconds: float) -
                 watching.cancel()
     except TimeoutError:
         if is_invalid:
-            raise ApiError(
-                401, "invalid_credentials", "The credentials were revoked or expired during the request."
-            ) from None
+            message = "The credentials were revoked or expired during the request."
+            raise ApiError(401, "invalid_credentials", message) from None
         raise
 
 
@@ -241,9 +228,7 @@ def resolve_teams(request: Request, user_id: str, get_groups: Callable[[str], Co
 def get_viewer(request: Request, document: Document) -> Viewer:
     """Return the principal with their access level to a job or batch.
 
-    Args:
-        request: The request.
-        document: Has the `user_id`, `access_control` and `teams` of the job or batch.
+    The document has the `user_id`, `access_control` and `teams` of the job or batch.
     """
     principal = get_principal(request)
     owner, access, teams = document["user_id"], document["access_control"], document["teams"]

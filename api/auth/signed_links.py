@@ -48,14 +48,11 @@ class SignedLinks:
     async def create(self, file: Document, expires_at: datetime) -> str:
         """Return a link to a file that is valid until `expires_at`, rounded down to seconds.
 
-        The link is an absolute URL if `api.public_url` is set, otherwise a path.
-
-        Args:
-            file: A document of the view `files`.
-            expires_at: When the link expires.
+        The link is an absolute URL if `api.public_url` is set, otherwise a path. `file` is a document of the view
+        `files`.
 
         Raises:
-            LedgerUnavailable: the database failed.
+            LedgerUnavailable: The database failed.
         """
         expires = str(int(expires_at.timestamp()))
         signature = await self._compute_signature(file, expires)
@@ -67,7 +64,7 @@ class SignedLinks:
 
         Raises:
             ApiError: 403, the link has expired or its signature is wrong.
-            LedgerUnavailable: the database failed.
+            LedgerUnavailable: The database failed.
         """
         expected = await self._compute_signature(file, expires) if file is not None else secrets.token_hex(_KEY_BYTES)
         is_genuine = hmac.compare_digest(expected.encode(), signature.encode())

@@ -1,4 +1,4 @@
-"""Access rights to events, by the current state of the log. Live streams and log pages use them.
+"""The access rights to events, by the current state of the log. Live streams and pages of the log use them.
 
 No revocation is missed, for these reasons:
 
@@ -155,7 +155,7 @@ class StreamAccessCache:
         to principals who had access.
 
         Raises:
-            LedgerUnavailable: the log cannot be read.
+            LedgerUnavailable: The log cannot be read.
         """
         if principal.is_admin:
             return Viewer(principal, AccessLevel.ADMIN)
@@ -169,7 +169,7 @@ class StreamAccessCache:
         """Return whether a principal may read a job or batch now. Admins may read each stream.
 
         Raises:
-            LedgerUnavailable: the log cannot be read.
+            LedgerUnavailable: The log cannot be read.
         """
         if principal.is_admin:
             return True

@@ -40,12 +40,7 @@ Result = TypeVar("Result")
 
 
 async def read_body_bytes(request: Request, limit: int, setting: str = "") -> bytearray:
-    """Return the body of a request.
-
-    Args:
-        request: The request.
-        limit: Maximum size in bytes.
-        setting: Name of the setting with the limit, for the error message.
+    """Return the body of a request, of at most `limit` bytes. The error message names the `setting` with the limit.
 
     Raises:
         ApiError: 413, the body is larger than `limit`; 415, it is compressed; 400, it is incomplete; 503, the requests
@@ -77,25 +72,18 @@ async def read_json_body(request: Request, model: type[Model]) -> tuple[Model, A
     """
     # Also protects against other sites: browsers send this type across origins only after a CORS preflight.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(
-            415,
-            "unsupported_media_type",
-            "The body must be JSON. Send it with the header Content-Type: application/json.",
-        )
+        message = "The body must be JSON. Send it with the header Content-Type: application/json."
+        raise ApiError(415, "unsupported_media_type", message)
     body = await read_body_bytes(request, get_api_context(request).max_body_bytes, " (api.max_body_bytes)")
     mark_large_body(request, len(body), body.count(b","))
     return await run_off_loop(request, _parse_body, request, model, body)
 
 
 async def read_optional_json_body(request: Request, model: type[Model]) -> tuple[Model, Any]:
-    """Return the JSON body like read_json_body(). Without a Content-Type the body is `{}`.
-
-    Raises:
-        ApiError: as read_json_body().
-    """
-    return (
-        await read_json_body(request, model) if "content-type" in request.headers else (validate_content(model, {}), {})
-    )
+    """Return the JSON body like read_json_body(). Without a Content-Type the body is `{}`."""
+    if "content-type" in request.headers:
+        return await read_json_body(request, model)
+    return validate_content(model, {}), {}
 
 
 def mark_large_body(request: Request, size: int, values: int) -> None:
@@ -136,8 +124,8 @@ def _parse_body(request: Request, model: type[Model], body: bytearray) -> tuple[
 def _check_duplicate_names(body: bytearray, content: Any, memory: MemoryReservation) -> None:
     """Reject objects with duplicate names: two readers could use different values (RFC 8259, 4).
 
-    The parser keeps the last value only, so the serialized content has fewer quotation marks than the body. Only then
-    the body is parsed a second time.
+    The parser keeps only the last value, so the serialized content has fewer quotation marks than the body. The body is
+    parsed a second time only in this case.
 
     Raises:
         ApiError: 400, an object has a duplicate name; 503, not enough memory.

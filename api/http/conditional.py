@@ -51,10 +51,9 @@ def compute_etag(content: bytes, *metadata: str, version: int | None = None) -> 
 
 @dataclass(frozen=True, slots=True)
 class ConditionalRequest:
-    """Compares the conditions of a request with the validators of the current representation.
+    """Compares the conditions in the headers of a request with the validators of the current representation.
 
     Attributes:
-        request_headers: Headers of the request.
         etag: Strong ETag, in quotes. It must cover everything that the response shows.
         modified_at: Time of the last change in UTC. None: conditions on the time are ignored.
     """
@@ -162,12 +161,12 @@ class ConditionalRequest:
 
 
 def build_conditional_response(request: Request, name: str, document: Document) -> Response:
-    """Return a job or batch as the caller sees it, or 304 if the client has exactly this.
+    """Return a job or batch as the viewer sees it, or 304 if the client has exactly this.
 
     Args:
         request: The request.
         name: Field of the response that holds the document.
-        document: The document with all fields that are shown. It has a `version`.
+        document: All fields that are shown, including `version`.
 
     Raises:
         ApiError: 412.

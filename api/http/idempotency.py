@@ -41,7 +41,7 @@ class RequestFingerprint:
         """Return the fingerprint of a request with this parsed body; None without an Idempotency-Key.
 
         Raises:
-            ApiError: 400, the key is malformed; 401, the caller is anonymous.
+            ApiError: 400, the key is malformed; 401, the principal is anonymous.
         """
         value = request.headers.get("idempotency-key")
         if value is None:
@@ -82,7 +82,7 @@ def build_metadata(
     """Return the metadata of the events that a request causes.
 
     Raises:
-        ApiError: 401, the caller is anonymous.
+        ApiError: 401, the principal is anonymous.
     """
     text = None if fingerprint is None else str(fingerprint)
     return EventMetadata(get_actor(request), batch_id, request_fingerprint=text)

@@ -166,10 +166,9 @@ class OpenRequestLimiter:
 
     def get_rejection(self, client_key: str) -> ApiError | None:
         """Return why the client may not open another request; None if it may."""
-        if 0 < self._max_per_client <= self._open[client_key]:
-            message = (
-                f"You have {self._open[client_key]} open live streams, which is the maximum (api.max_streams_per_user)."
-            )
+        count = self._open[client_key]
+        if 0 < self._max_per_client <= count:
+            message = f"You have {count} open live streams, which is the maximum (api.max_streams_per_user)."
             return ApiError(429, "too_many_streams", message, retry_after_seconds=5)
         if 0 < self._max_total <= self._open.total():
             message = "This process has the maximum number of open live streams (api.max_streams)."
@@ -225,12 +224,8 @@ class RateLimitMiddleware:
         if client_key is None:
             return await self._app(scope, receive, send)
         if self._buckets is not None and (wait_seconds := self._buckets.take(client_key)) > 0:
-            error = ApiError(
-                429,
-                "too_many_requests",
-                "Too many requests (api.requests_per_second).",
-                retry_after_seconds=ceil(wait_seconds),
-            )
+            message = "Too many requests (api.requests_per_second)."
+            error = ApiError(429, "too_many_requests", message, retry_after_seconds=ceil(wait_seconds))
             return await error_response(error)(scope, receive, send)
         scope["track_waiting_request"] = partial(self._waiting.track_if_allowed, client_key)
         if scope["path"] not in STREAM_PATHS:

@@ -26,7 +26,7 @@ _END: Final[Message] = {"type": "http.response.body", "body": b"", "more_body": 
 
 
 class Throttle:
-    """Limits the work of all streams together to `per_second`, in the order of their calls."""
+    """Limits the work of all streams together to `per_second`. Calls wait in their order."""
 
     def __init__(self, per_second: float) -> None:
         self._per_second = per_second

@@ -17,12 +17,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate_content(model: type[Model], content: Any, *, within: tuple[str | int, ...] = ()) -> Model:
-    """Validate content. In large content, only the first errors are searched.
+    """Validate parsed JSON. In large content, only the first errors are searched.
 
-    Args:
-        model: The model.
-        content: The parsed JSON.
-        within: Location of the content in the body, for error messages.
+    Error messages say that the content is at the location `within` of the body.
 
     Raises:
         ApiError: 422; the details list the first hundred wrong fields.
