@@ -79,7 +79,7 @@ def key_rows(keys: Iterable[ApiKey], session_counts: Mapping[str, int]) -> Itera
 
     Args:
         keys: The keys.
-        session_counts: Number of dashboard sessions by key ID.
+        session_counts: Number of browser sessions by key ID.
     """
     now = datetime.now(UTC)
     yield ("KEY ID", "USER", "GROUPS", "ROLES", "NAME", "CREATED", "EXPIRES", "SESSIONS")

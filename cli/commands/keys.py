@@ -57,7 +57,7 @@ def create(
 
 @app.command("list")
 def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """List API keys with user, expiry and number of dashboard sessions"""
+    """List API keys with user, expiry and number of browser sessions"""
     from jobledger.api.auth import api_keys, browser_sessions
     from jobledger.cli import api_key_admin
 
@@ -107,7 +107,7 @@ def sign_out(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """End the dashboard sessions of an API key or of a user
+    """End the browser sessions of an API key or of a user
 
     The key itself stays valid; `keys revoke` ends both.
     """
