@@ -41,7 +41,7 @@ class MarkdownPreviewer:
         """Return Markdown as HTML, or None if rendering takes too long, is too large, or all processes are busy.
 
         Args:
-            sha256: Digest of the Markdown.
+            sha256: Digest of the Markdown. It identifies the cached result.
             markdown: The Markdown.
             files_url: URL of the folder that relative image paths refer to.
         """
@@ -49,7 +49,9 @@ class MarkdownPreviewer:
         html, expires_at = self._cache.get(key, (None, now))
         if expires_at <= now:
             try:
-                html, expires_at = await self._call(markdown, files_url), math.inf
+                rendered = await self._function.call(to_json((markdown, files_url)), self._timeout_seconds)
+                html = None if rendered is None else Markup(rendered)  # noqa: S704 - HTML in the text is escaped
+                expires_at = math.inf
             except ProcessPoolBusy:
                 return None
             except CallFailed:
@@ -60,10 +62,6 @@ class MarkdownPreviewer:
             self._cache.popitem(last=False)
         return html
 
-    async def _call(self, markdown: str, files_url: str) -> Markup | None:
-        html = await self._function.call(to_json((markdown, files_url)), self._timeout_seconds)
-        return None if html is None else Markup(html)  # noqa: S704 - HTML in the text is escaped
-
     async def close(self) -> None:
         """Stop the processes."""
         await self._function.close()
@@ -72,16 +70,10 @@ class MarkdownPreviewer:
 async def render_result_preview(
     previewer: MarkdownPreviewer, file_store: FileStore, results: Mapping[str, Any], root_path: str
 ) -> str | None:
-    """Return the preview of a job's Markdown result.
+    """Return the preview of a job's Markdown result, from the results that the API returns.
 
-    Args:
-        previewer: Renders the Markdown.
-        file_store: Holds the result files.
-        results: The results of the job, as the API returns them.
-        root_path: Relative URL from the page to the root of the API.
-
-    Returns:
-        HTML as `Markup`. Text, if the result is too large or takes too long to render. None without a readable result.
+    It is HTML as `Markup`, or text if the result is too large or takes too long to render. None without a readable
+    result.
     """
     path = (results.get("markdown_file") or "").removeprefix("/events/")
     markdown_file = next((file for file in results.get("files", ()) if file["path"] == path), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -21,8 +22,9 @@ from jobledger.api.dashboard.errors import RouteHandler, render_errors
 from jobledger.api.dashboard.markdown_preview import render_result_preview
 from jobledger.api.dashboard.rendering import (
     DASHBOARD_PATH,
-    build_static_file_response,
+    STATIC_MEDIA_TYPES,
     get_root_path,
+    load_static_files,
     render_page,
 )
 from jobledger.api.dashboard.sign_in import show_sign_in, sign_in, sign_out
@@ -30,8 +32,7 @@ from jobledger.api.dashboard.view_updates import watch_views
 from jobledger.api.http.bodies import read_json_body
 from jobledger.api.http.errors import ApiError, json_response
 from jobledger.api.http.sse import EventStreamResponse
-from jobledger.api.routes import batches, history, jobs, monitoring, webhooks
-from jobledger.api.routes import log as log_pages
+from jobledger.api.routes import batches, history, jobs, log, monitoring, webhooks
 from jobledger.api.schemas.batches import BatchBody
 from jobledger.api.submission.batches import build_batch_jobs
 from jobledger.ledger.domain.access import AccessLevel
@@ -39,37 +40,14 @@ from jobledger.ledger.domain.access import AccessLevel
 _PAGE_SIZE: Final = 50
 _MAX_EVENTS: Final = 1000
 _MAX_LOG_EVENTS: Final = 200
-_JOB_FILTERS: Final = (
-    "status",
-    "q",
-    "batch_id",
-    "track",
-    "event",
-    "day",
-    "language",
-    "user_id",
-    "error_code",
-    "archived",
-)
 _BATCH_FILTERS: Final = ("status", "q", "user_id", "archived")
+_JOB_FILTERS: Final = (*_BATCH_FILTERS, "batch_id", "track", "event", "day", "language", "error_code")
 
 
-async def call_route(
-    request: Request,
-    handler: RouteHandler,
-    query: Mapping[str, Any] | None = None,
-    path_params: Mapping[str, str] | None = None,
-) -> Any:
-    """Call an API route with the principal of the request, and return the parsed response.
+async def call_route(request: Request, handler: RouteHandler, query: Mapping[str, Any] | None = None) -> Any:
+    """Call an API route with the principal and the path parameters of a page, and return the parsed response.
 
-    Args:
-        request: The request for the page.
-        handler: Handler of the API route.
-        query: Query parameters. None and empty values are left out.
-        path_params: Path parameters.
-
-    Raises:
-        ApiError: The route raised it.
+    Query parameters that are None or empty are left out.
     """
     present = {name: value for name, value in (query or {}).items() if value not in (None, "")}
     scope = {
@@ -77,7 +55,6 @@ async def call_route(
         # Headers about the page itself, such as If-None-Match and Prefer, do not apply to the API route.
         "headers": [header for header in request.scope["headers"] if header[0] == b"ledger-position"],
         "query_string": urlencode(present).encode(),
-        "path_params": dict(path_params or {}),
     }
     response = await handler(Request(scope, request.receive))
     return orjson.loads(response.body)
@@ -130,11 +107,10 @@ async def show_batches(request: Request) -> Response:
 @render_errors
 async def show_job(request: Request) -> Response:
     """GET /monitoring/events/jobs/{job_id}"""
-    path_params = {"job_id": request.path_params["job_id"]}
     ctx = get_api_context(request)
     position = ctx.checkpoint.position
-    job = (await call_route(request, jobs.get_job, path_params=path_params))["job"]
-    job_history = await call_route(request, history.get_job_history, {"limit": _MAX_EVENTS}, path_params)
+    job = (await call_route(request, jobs.get_job))["job"]
+    job_history = await call_route(request, history.get_job_history, {"limit": _MAX_EVENTS})
     events = job_history.get("events", [])
     deliveries = await call_route(request, webhooks.list_deliveries, {"job_id": job["job_id"], "limit": 20})
     results = job["results"] or {}
@@ -159,12 +135,11 @@ async def show_job(request: Request) -> Response:
 @render_errors
 async def show_batch(request: Request) -> Response:
     """GET /monitoring/events/batches/{batch_id}"""
-    path_params = {"batch_id": request.path_params["batch_id"]}
     position = get_api_context(request).checkpoint.position
-    batch = (await call_route(request, batches.get_batch, path_params=path_params))["batch"]
-    filters = {name: request.query_params.get(name, "") for name in ("status", "cursor")}
-    result_page = await call_route(request, batches.list_batch_jobs, {**filters, "limit": _PAGE_SIZE}, path_params)
-    batch_history = await call_route(request, history.get_batch_history, {"limit": 100}, path_params)
+    batch = (await call_route(request, batches.get_batch))["batch"]
+    query = {name: request.query_params.get(name) for name in ("status", "cursor")}
+    result_page = await call_route(request, batches.list_batch_jobs, {**query, "limit": _PAGE_SIZE})
+    batch_history = await call_route(request, history.get_batch_history, {"limit": 100})
     return render_page(
         request,
         "batch.html.j2",
@@ -193,7 +168,7 @@ async def show_log(request: Request) -> Response:
     head = await get_api_context(request).event_store.head_position()
     # The route reads forwards, so the newest events are those after this position.
     query = {**filters, "after": max(0, head - _MAX_LOG_EVENTS), "limit": _MAX_LOG_EVENTS}
-    result_page = await call_route(request, log_pages.list_events, query)
+    result_page = await call_route(request, log.list_events, query)
     return render_page(
         request,
         "log.html.j2",
@@ -224,11 +199,13 @@ async def stream_view_updates(request: Request) -> EventStreamResponse:
 
 
 async def get_static_file(request: Request) -> Response:
-    """GET /monitoring/events/static/{version}/{name}"""
-    response = build_static_file_response(request.path_params["name"])
-    if response is None:
+    """GET /monitoring/events/static/{version}/{name}. The URL changes with the files, so caches may keep it."""
+    name = request.path_params["name"]
+    content = load_static_files().get(name)
+    if content is None:
         raise ApiError(404, "not_found", "File not found.")
-    return response
+    headers = {"Cache-Control": "public, max-age=31536000, immutable"}
+    return Response(content, headers=headers, media_type=STATIC_MEDIA_TYPES[PurePosixPath(name).suffix])
 
 
 # Shared by pages ----------------------------------------------------------------------------------------------------

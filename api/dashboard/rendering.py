@@ -7,7 +7,6 @@ from contextvars import ContextVar
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
-from pathlib import PurePosixPath
 from typing import Any, Final
 
 import orjson
@@ -17,12 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.dashboard.html_budget import HtmlBudget
-from jobledger.api.dashboard.translations import (
-    format_number,
-    get_script_messages,
-    get_translator,
-    negotiate_language,
-)
+from jobledger.api.dashboard.translations import format_number, get_script_messages, get_translator, negotiate_language
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.events import EVENT_TYPES
 
@@ -33,23 +27,15 @@ _CONTENT_SECURITY_POLICY: Final = (
 )
 _MAX_INDENTED_BYTES: Final = 16 * 1024
 _MAX_LABEL_CHARACTERS: Final = 200
-_MEDIA_TYPES: Final = {
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".svg": "image/svg+xml",
-}
+STATIC_MEDIA_TYPES: Final = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _budget: ContextVar[HtmlBudget] = ContextVar("budget")
 """Budget of the page that is being rendered. A context variable, because imported macros do not see page variables."""
 
 
 def render_page(request: Request, template: str, *, status: int = 200, **context: Any) -> Response:
-    """Render a template of the dashboard.
+    """Render a template of the dashboard with the variables in `context`.
 
-    Args:
-        request: The request for the page.
-        template: Name of the template.
-        status: Status code of the response.
-        context: Variables of the template. `live_source` selects the stream that updates the page, from `position` on.
+    The variable `live_source` selects the stream that updates the page, from `position` on.
     """
     language = negotiate_language(request.headers.get("accept-language", ""))
     principal: Principal | None = request.scope.get("principal")
@@ -92,28 +78,16 @@ def get_root_path(request: Request) -> str:
 def load_static_files() -> Mapping[str, bytes]:
     """Return the content of scripts, style sheets and icons by file name."""
     folder = files(__package__).joinpath("static")
-    return {
-        file.name: file.read_bytes() for file in folder.iterdir() if PurePosixPath(file.name).suffix in _MEDIA_TYPES
-    }
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @cache
 def compute_static_files_digest() -> str:
-    """Return a digest of all static files. It is part of their URLs, so browsers load changed files again."""
+    """Compute a digest of all static files. It is part of their URLs, so browsers load changed files again."""
     digest = sha256()
     for name, content in sorted(load_static_files().items()):
         digest.update(name.encode() + content)
     return digest.hexdigest()[:12]
-
-
-def build_static_file_response(name: str) -> Response | None:
-    """Return a static file, or None if there is none of this name. Its URL changes with it, so caches may keep it."""
-    content = load_static_files().get(name)
-    if content is None:
-        return None
-    media_type = _MEDIA_TYPES[PurePosixPath(name).suffix]
-    headers = {"Cache-Control": "public, max-age=31536000, immutable"}
-    return Response(content, headers=headers, media_type=media_type)
 
 
 @cache
@@ -132,7 +106,7 @@ def _environment() -> Environment:
         "format_json": format_json,
         "format_rounded": format_rounded,
         "job_label": job_label,
-        "limit_rows": _limit_rows,
+        "limit_rows": limit_rows,
     }
     environment.filters |= filters
     environment.globals |= {"dashboard_path": DASHBOARD_PATH.removeprefix("/")}
@@ -144,7 +118,8 @@ def _finalize(value: Any) -> Any:
     return value if budget is None else budget.render_value(value)
 
 
-def _limit_rows(items: Iterable[Any]) -> Iterator[Any]:
+def limit_rows(items: Iterable[Any]) -> Iterator[Any]:
+    """Yield items until the budget of the page is used up."""
     return _budget.get().limit_rows(items)
 
 

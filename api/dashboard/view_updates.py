@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Final
 
 from jobledger.projections.engine.checkpoint import Checkpoint
@@ -25,8 +26,6 @@ async def watch_views(checkpoint: Checkpoint) -> AsyncGenerator[bytes, None]:
         position = checkpoint.position
         yield b"id: %d\nevent: views_updated\ndata: %d\n\n" % (position, position)
         await asyncio.sleep(MIN_INTERVAL_SECONDS)
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(IDLE_INTERVAL_SECONDS):
                 await checkpoint.wait_for_position(position + 1)
-        except TimeoutError:
-            continue

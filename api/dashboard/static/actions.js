@@ -14,7 +14,7 @@ export async function postJson(url, body) {
       body: JSON.stringify(body),
     });
   } catch {
-    return { ok: false, message: formatMessage("service_unreachable"), details: {} };
+    return { ok: false, message: formatMessage("service_unreachable"), details: {}, position: 0 };
   }
   const data = await response.json().catch(() => ({}));
   const position = Number(response.headers.get("Ledger-Position") ?? 0);
@@ -37,40 +37,37 @@ function confirmAction(question, confirmLabel) {
   });
 }
 
+/** Ask for confirmation, then send a request to each URL. Return the results: none if the user dismisses the dialog. */
+async function runActions(button, question, urls) {
+  const body = await confirmAction(question, button.textContent.trim());
+  const results = [];
+  if (body === null) return results;
+  const postNext = async () => {
+    for (let url = urls.shift(); url !== undefined; url = urls.shift()) results.push(await postJson(url, body));
+  };
+  await Promise.all(Array.from({ length: MAX_PARALLEL_REQUESTS }, postNext));
+  scheduleRefresh(Math.max(...results.map((result) => result.position)));
+  return results;
+}
+
 async function runAction(button) {
-  const body = await confirmAction(button.dataset.question, button.textContent.trim());
-  if (body === null) return;
-  const result = await postJson(button.dataset.actionUrl, body);
-  showToast(result.ok ? formatMessage("action_done") : result.message, !result.ok);
-  scheduleRefresh(result.position || undefined);
+  const [result] = await runActions(button, button.dataset.question, [button.dataset.actionUrl]);
+  if (result) showToast(result.ok ? formatMessage("action_done") : result.message, !result.ok);
 }
 
 const selectedJobs = () => [...document.querySelectorAll('input[name="job"]:checked')];
 
 async function runBulkAction(button) {
   const checkboxes = selectedJobs();
-  if (!checkboxes.length) return;
   const { bulkAction } = button.dataset;
-  const question = formatMessage(`confirm_bulk_${bulkAction}`, checkboxes.length);
-  const body = await confirmAction(question, button.textContent.trim());
-  if (body === null) return;
-  let accepted = 0;
-  let rejected = 0;
-  let position = 0;
-  const pendingIds = checkboxes.map((checkbox) => checkbox.value);
   const { root } = document.documentElement.dataset;
-  const postNext = async () => {
-    for (let id = pendingIds.shift(); id !== undefined; id = pendingIds.shift()) {
-      const result = await postJson(`${root}api/events/jobs/${id}/${bulkAction}`, body);
-      result.ok ? (accepted += 1) : (rejected += 1);
-      position = Math.max(position, result.position || 0);
-    }
-  };
-  await Promise.all(Array.from({ length: MAX_PARALLEL_REQUESTS }, postNext));
+  const urls = checkboxes.map((checkbox) => `${root}api/events/jobs/${checkbox.value}/${bulkAction}`);
+  const results = await runActions(button, formatMessage(`confirm_bulk_${bulkAction}`, urls.length), urls);
+  if (!results.length) return;
   for (const checkbox of checkboxes) checkbox.checked = false;
   showSelection();
-  showToast(formatMessage("bulk_result", accepted, rejected), rejected > 0);
-  scheduleRefresh(position || undefined);
+  const rejected = results.filter((result) => !result.ok).length;
+  showToast(formatMessage("bulk_result", results.length - rejected, rejected), rejected > 0);
 }
 
 /** Show the number of selected jobs. Bulk actions are enabled only with a selection. */

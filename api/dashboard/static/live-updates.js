@@ -15,7 +15,7 @@ export function startLiveUpdates() {
 }
 
 /** Refresh the page soon, with a response that includes all events up to a position. */
-export function scheduleRefresh(minPosition = latestPosition) {
+export function scheduleRefresh(minPosition) {
   latestPosition = Math.max(latestPosition, minPosition);
   refreshTimer ??= setTimeout(refreshPage, Math.max(50, MIN_REFRESH_INTERVAL_MS - (Date.now() - lastRefreshAt)));
 }

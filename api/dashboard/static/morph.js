@@ -1,6 +1,4 @@
 // Change one DOM tree into another by changing only what differs. Focus, selections and open details are preserved.
-const PRESERVED_ATTRIBUTES = new Set(["open"]);
-
 export function morph(current, target) {
   if (current.nodeType !== target.nodeType || current.nodeName !== target.nodeName) {
     current.replaceWith(target.cloneNode(true));
@@ -12,7 +10,7 @@ export function morph(current, target) {
   }
   if (current.isEqualNode(target) || current.hasAttribute("data-morph-ignore")) return;
   for (const { name } of [...current.attributes]) {
-    if (!target.hasAttribute(name) && !PRESERVED_ATTRIBUTES.has(name)) current.removeAttribute(name);
+    if (!target.hasAttribute(name) && name !== "open") current.removeAttribute(name);
   }
   for (const { name, value } of target.attributes) {
     if (current.getAttribute(name) !== value) current.setAttribute(name, value);

@@ -70,9 +70,9 @@ export function initSubmitForm() {
 
 /** Return a batch. `value` is a batch, a list of jobs, a list of job parameters, or one of these. */
 function toBatch(value, name, jobType) {
-  const batch = Array.isArray(value) ? { jobs: value } : value && Array.isArray(value.jobs) ? { ...value } : { jobs: [value] };
-  batch.jobs = batch.jobs.map((job) => (job && typeof job === "object" && "parameters" in job ? job : { parameters: job }));
-  batch.jobs = batch.jobs.map((job) => ({ job_type: jobType, ...job }));
+  const batch = Array.isArray(value?.jobs) ? { ...value } : { jobs: [value].flat() };
+  const toJob = (job) => (Object.hasOwn(Object(job), "parameters") ? job : { parameters: job });
+  batch.jobs = batch.jobs.map((job) => ({ job_type: jobType, ...toJob(job) }));
   if (name) batch.batch_name = name;
   return batch;
 }

@@ -334,7 +334,7 @@ def find_free_variables(template: nodes.Template) -> set[str]:
     assigned = {name.name for name in names if name.ctx in ("store", "param")}
     imported = {node.target for node in template.find_all(nodes.Import)}
     macros = {node.name for node in template.find_all(nodes.Macro)}
-    return {name.name for name in names if name.ctx == "load"} - assigned - imported - macros - {"loop"}
+    return {name.name for name in names if name.ctx == "load"} - assigned - imported - macros - {"loop", "caller"}
 
 
 # Scripts ----------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ async def test_job_page_cancels_with_reason_and_restarts(api: Api, page: Page) -
     await expect(page.locator("#status .status-badge.cancelled")).to_be_visible()
     await confirm_action(page, "Restart job")
     await expect(page.locator("#status .status-badge.processing")).to_be_visible()
-    await expect(page.locator("#attempts tbody tr")).to_have_count(2)
+    await expect(page.locator("#attempts tr")).to_have_count(2)
     history = (await api.get(f"/api/events/jobs/{job_id}/history")).json()["events"]
     assert [event["data"].get("reason") for event in history if event["type"] == "JobCancelRequested"] == ["wrong file"]
     assert sum(event["type"] == "JobRestarted" for event in history) == 1

@@ -27,7 +27,7 @@ SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in (FOLDER / "st
 ENGLISH = load_messages("en")
 
 JOB_STATUSES = frozenset(get_args(JobStatus))
-ACTIONS = frozenset(re.findall(r'action_button\(t, [^)]*?, "(\w+)"', "".join(TEMPLATES.values())))
+ACTIONS = frozenset(re.findall(r'action_button\([^)]*?, "(\w+)"', "".join(TEMPLATES.values())))
 BULK_ACTIONS = frozenset({"restart", "cancel", "archive"})
 COMPUTED_KEYS = {
     "t(status)": JOB_STATUSES | set(get_args(BatchStatus)),
