@@ -15,11 +15,7 @@ def render(argument: tuple[str, str]) -> str | None:
     Args:
         argument: The Markdown, and the URL of the folder that relative image paths refer to.
     """
-    html = _render_html(*argument)
-    return html if len(html.encode()) <= MAX_HTML_BYTES else None
-
-
-def _render_html(markdown: str, files_url: str) -> str:
+    markdown, files_url = argument
     body = markdown
     if markdown.startswith("---\n") and (end := markdown.find("\n---\n", 4)) > 0:
         body = markdown[end + 5 :]
@@ -35,7 +31,7 @@ def _render_html(markdown: str, files_url: str) -> str:
             elif child.type == "link_open":
                 child.attrs["rel"] = "noopener noreferrer nofollow"
     html: str = _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})
-    return html
+    return html if len(html.encode()) <= MAX_HTML_BYTES else None
 
 
 _MARKDOWN: Final = MarkdownIt("commonmark", {"html": False}).enable("table")  # HTML in the text is escaped

@@ -7,6 +7,7 @@ forms takes its form from the first argument.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from typing import Final
@@ -69,13 +70,9 @@ def negotiate_language(accept_language: str) -> str:
     """Return the supported language that an `Accept-Language` header prefers (RFC 9110, 12.5.4)."""
     preferences: list[tuple[float, int, str]] = []
     for index, part in enumerate(accept_language.split(",")[:20]):
-        name, _, weight = part.strip().partition(";q=")
-        try:
-            quality = float(weight or 1)
-        except ValueError:
-            continue
-        preferences.append((-quality, index, name.strip().partition("-")[0].lower()))
-    return next(
-        (name for quality, _, name in sorted(preferences) if name in SUPPORTED_LANGUAGES and quality < 0),
-        SUPPORTED_LANGUAGES[0],
-    )
+        name, _, quality = part.strip().partition(";q=")
+        language = name.strip().partition("-")[0].lower()
+        with suppress(ValueError):
+            if language in SUPPORTED_LANGUAGES and float(quality or 1) > 0:
+                preferences.append((-float(quality or 1), index, language))
+    return min(preferences)[2] if preferences else SUPPORTED_LANGUAGES[0]

@@ -13,6 +13,8 @@ from jobledger.ledger.store.storage_format import ENVELOPE_FIELDS, find_data_dev
 
 _OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_STUB_DEFAULTS: Final = {"event_id": "", "stream": "", "version": 0, "type": "", "time": EPOCH, "schema": 0}
+"""Values of a stub for fields that are missing or have another type."""
 
 
 def encode_event(event: RecordedEvent, viewer: Viewer) -> bytes:
@@ -28,21 +30,10 @@ def encode_event(event: RecordedEvent, viewer: Viewer) -> bytes:
 
 
 def _build_stub(event: RecordedEvent, reason: str) -> bytes:
-    def get_field(name: str, kind: type, default: Any) -> Any:
+    stub: dict[str, Any] = {"position": event.position}
+    for name, default in _STUB_DEFAULTS.items():
         value = event.document.get(name)
-        return value if isinstance(value, kind) else default
-
-    stub = {
-        "position": event.position,
-        "event_id": get_field("event_id", str, ""),
-        "stream": get_field("stream", str, ""),
-        "version": get_field("version", int, 0),
-        "type": get_field("type", str, ""),
-        "time": get_field("time", datetime, EPOCH),
-        "schema": get_field("schema", int, 0),
-        "data": {},
-        "meta": {"actor": ""},
-        "hash": None,
-        "unreadable": f"This event was changed in the database: {reason}. Run `jobledger log verify`.",
-    }
+        stub[name] = value if isinstance(value, type(default)) else default
+    stub |= {"data": {}, "meta": {"actor": ""}, "hash": None}
+    stub["unreadable"] = f"This event was changed in the database: {reason}. Run `jobledger log verify`."
     return orjson.dumps(stub, option=_OPTIONS)

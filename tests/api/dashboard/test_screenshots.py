@@ -32,7 +32,7 @@ async def submit_conference(api: Api) -> dict[str, str]:
         {"session": title, "track": ("Databases", "Keynotes")[number % 2], "event": "ExampleConf 2025"}
         for number, title in enumerate(TITLES)
     ]
-    sessions[3]["fail"] = "The page https://conference.example/talks/4 answered 404 (Not Found)."
+    sessions[3]["fail"] = "The page https://conference.example/talks/4 responded with 404 (Not Found)."
     finished = await api.submit_batch(*sessions, batch_name="Saturday")
     for job_id in finished["job_ids"]:
         await api.wait_until_finished(job_id)
