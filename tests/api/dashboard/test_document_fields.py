@@ -151,7 +151,7 @@ VARIABLES: Final[Mapping[str, Types]] = {
     "run_time_chart": CHART,
     "series": CHART,
     "principal": (Principal,),
-    "budget": UNKNOWN,  # an object of the page, not of the API
+    **dict.fromkeys(("budget", "self"), UNKNOWN),  # objects of the page, not of the API
     "ui": fields(MACROS),
 }
 """Types of template variables and macro parameters, by name. Templates read no fields of those that are not listed."""
@@ -334,7 +334,9 @@ def find_free_variables(template: nodes.Template) -> set[str]:
     assigned = {name.name for name in names if name.ctx in ("store", "param")}
     imported = {node.target for node in template.find_all(nodes.Import)}
     macros = {node.name for node in template.find_all(nodes.Macro)}
-    return {name.name for name in names if name.ctx == "load"} - assigned - imported - macros - {"loop", "caller"}
+    return (
+        {name.name for name in names if name.ctx == "load"} - assigned - imported - macros - {"loop", "caller", "self"}
+    )
 
 
 # Scripts ----------------------------------------------------------------------------------------------------------
