@@ -32,7 +32,6 @@ from jobledger.api.routes import (
     jobs,
     log,
     log_stream,
-    metrics,
     monitoring,
     webhook_echo,
     webhooks,
@@ -52,7 +51,6 @@ _ROUTE_MODULES = (
     monitoring,
     webhooks,
     webhook_echo,
-    metrics,
 )
 ROUTES = [
     DocumentedRoute(handler)
@@ -69,7 +67,7 @@ def create_app(ctx: ApiContext) -> ASGIApp:
     Middleware, from the outside in: ResponseCounterMiddleware, RequestContextMiddleware, PathPrefixMiddleware, then
     the list below.
     """
-    response_counts: metrics.ResponseCounts = Counter()
+    response_counts: monitoring.ResponseCounts = Counter()
     options = ctx.http_options
     app = Starlette(
         routes=[*ROUTES, *dashboard.ROUTES],
@@ -106,7 +104,7 @@ def create_app(ctx: ApiContext) -> ASGIApp:
     app.state.response_counts = response_counts
     app.router.redirect_slashes = False  # on_http_exception redirects, also behind a proxy
     # These wrap Starlette itself, so that its own error responses have the common headers and are counted.
-    return metrics.ResponseCounterMiddleware(
+    return monitoring.ResponseCounterMiddleware(
         RequestContextMiddleware(PathPrefixMiddleware(app, ctx.signed_links.path_prefix), options),
         response_counts,
     )

@@ -21,7 +21,7 @@ def serve_metrics(settings: MetricsSettings, event_store: EventStore, change_str
     """
     from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
-    from jobledger.api.routes.metrics import CallbackCollector, collect_process_metrics
+    from jobledger.api.routes.monitoring import CallbackCollector, collect_process_metrics
 
     registry = CollectorRegistry()
     registry.register(CallbackCollector(lambda: collect_process_metrics(event_store, change_stream)))

@@ -116,6 +116,16 @@ async def test_repeated_pause_after_resume_does_not_pause_again(api_without_work
     assert (conflicting.status_code, conflicting.json()["code"]) == (422, "idempotency_key_reused")
 
 
+async def test_repeated_pause_with_old_etag_is_no_conflict(api_without_worker: Api) -> None:
+    path = f"/api/events/batches/{(await api_without_worker.submit_batch({}))['batch_id']}"
+    headers = {**KEY, "If-Match": (await api_without_worker.get(path)).headers["etag"]}
+    first = await api_without_worker.post(f"{path}/pause", **headers)
+    repeated = await api_without_worker.post(f"{path}/pause", **headers)
+    other = await api_without_worker.post(f"{path}/resume", **{"If-Match": headers["If-Match"]})
+
+    assert [response.status_code for response in (first, repeated, other)] == [200, 200, 412]
+
+
 async def test_repeated_batch_cancel_or_archive_changes_no_job_again(api_without_worker: Api) -> None:
     path = f"/api/events/batches/{(await api_without_worker.submit_batch({}, {}))['batch_id']}"
     for action, reverse in (("cancel", "restart"), ("archive", "unarchive")):
