@@ -34,7 +34,7 @@ from jobledger.api.http.errors import ApiError, json_response
 from jobledger.api.http.sse import EventStreamResponse
 from jobledger.api.routes import batches, history, jobs, log, monitoring, webhooks
 from jobledger.api.schemas.batches import BatchBody
-from jobledger.api.submission.batches import build_batch_jobs
+from jobledger.api.submission.builder import build_batch_jobs
 from jobledger.ledger.domain.access import AccessLevel
 
 _PAGE_SIZE: Final = 50

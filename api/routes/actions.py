@@ -27,8 +27,13 @@ from jobledger.api.schemas.batches import BatchActionResponse, BatchRestartBody,
 from jobledger.api.schemas.jobs import JobActionResponse, JobRestartBody, JobUpdateBody
 from jobledger.api.schemas.request_models import ReasonBody
 from jobledger.api.stream_commands import LoadedStream, handle_once, load_for_change
-from jobledger.api.submission.batches import check_expanded_size, check_list_index_size, estimate_list_index_bytes
-from jobledger.api.submission.builder import check_no_userinfo, check_parameters
+from jobledger.api.submission.builder import (
+    check_expanded_size,
+    check_list_index_size,
+    check_no_userinfo,
+    check_parameters,
+    estimate_list_index_bytes,
+)
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain import batch as decider
 from jobledger.ledger.domain import commands

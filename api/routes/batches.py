@@ -33,8 +33,7 @@ from jobledger.api.schemas.batches import (
 from jobledger.api.schemas.jobs import JobListQuery, JobListResponse
 from jobledger.api.schemas.request_models import AsOfQuery, PageQuery
 from jobledger.api.submission import recording
-from jobledger.api.submission.batches import build_batch_jobs, check_storable
-from jobledger.api.submission.builder import extract_webhook_secrets
+from jobledger.api.submission.builder import build_batch_jobs, check_storable, extract_webhook_secrets
 from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import (
     AccessControl,

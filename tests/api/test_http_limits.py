@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from jobledger.api.event_filter import EventFilter
 from jobledger.api.http.client_address import get_client_address, get_rate_limit_key
 from jobledger.api.http.limits import SIGN_IN_PATH, AuthFailureLimitMiddleware
 from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.sse import Throttle
-from jobledger.api.routes.log_stream import _generate_blocks
+from jobledger.api.routes.log import EventFilter, _generate_blocks
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from tests.api.conftest import RunApi
 from tests.support.header_auth import principal_header

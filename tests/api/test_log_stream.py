@@ -183,14 +183,14 @@ async def test_stream_sends_resume_id_before_first_event(api_without_worker: Api
 
 
 async def test_keepalive_has_no_id(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.api.routes.log_stream.KEEPALIVE_SECONDS", 0.1)
+    monkeypatch.setattr("jobledger.api.routes.log.KEEPALIVE_SECONDS", 0.1)
     assert (await read_blocks(api_without_worker, 3))[1:] == [[": keep-alive"], [": keep-alive"]]
 
 
 async def test_filtered_stream_advances_resume_id_without_events(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.routes.log_stream.KEEPALIVE_SECONDS", 0.3)
+    monkeypatch.setattr("jobledger.api.routes.log.KEEPALIVE_SECONDS", 0.3)
     for _ in range(20):
         await api_without_worker.submit()
     # A browser stores the ID of a block without data and dispatches no event.
@@ -216,8 +216,8 @@ async def test_head_request_on_stream_returns_immediately(api_without_worker: Ap
 async def test_stream_ends_after_maximum_duration_and_resumes_without_loss(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.routes.log_stream.KEEPALIVE_SECONDS", 0.1)
-    monkeypatch.setattr("jobledger.api.routes.log_stream.MAX_STREAM_SECONDS", 1.0)
+    monkeypatch.setattr("jobledger.api.routes.log.KEEPALIVE_SECONDS", 0.1)
+    monkeypatch.setattr("jobledger.api.routes.log.MAX_STREAM_SECONDS", 1.0)
     await api_without_worker.submit()
     async with asyncio.timeout(DEADLINE_SECONDS):
         # The stream ends regularly: an interruption raises an error.
