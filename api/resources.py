@@ -39,14 +39,14 @@ class Resource:
 
     Attributes:
         name: `job` or `batch`: the prefix of its IDs and the field of its document in responses.
-        collection: The last part of the collection's URL.
+        path_segment: `jobs` or `batches`: its part of paths.
         load: Returns the document that the views have, or None.
         find_completion: Returns whether the resource is finished or deleted, and the position of its last event.
         fold_first: Folds the first event into the document of a submitted resource.
     """
 
     name: Literal["job", "batch"]
-    collection: str
+    path_segment: str
     load: Callable[[Views, EventStore, str], Awaitable[Document | None]]
     find_completion: Callable[[EventStore, str], Awaitable[tuple[bool, int]]]
     fold_first: Callable[[RecordedEvent], Document | None]

@@ -167,7 +167,7 @@ def _add_action(
 
     @Operation(
         "POST",
-        f"/api/events/{resource.collection}/{{{resource.name}_id}}/{name}",
+        f"/api/events/{resource.path_segment}/{{{resource.name}_id}}/{name}",
         response=response,
         body=body_type,
         is_body_optional=True,

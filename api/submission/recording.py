@@ -135,7 +135,7 @@ def accepted_response(
     if submission.new_secrets:
         accepted["webhook_secrets"] = [secret.to_response() for secret in submission.new_secrets]
     headers = {
-        "Location": f"{prefix}/api/events/{resource.collection}/{submission.stream_id}",
+        "Location": f"{prefix}/api/events/{resource.path_segment}/{submission.stream_id}",
         "Ledger-Position": str(max(position, submission.position)),
     }
     return json_response(accepted, 202, headers)
