@@ -37,19 +37,7 @@ from jobledger.api.routes import (
 )
 from jobledger.ledger.domain.errors import JobledgerError
 
-_ROUTE_MODULES = (
-    docs,
-    jobs,
-    actions,
-    batches,
-    history,
-    archives,
-    files,
-    log,
-    monitoring,
-    webhooks,
-    webhook_echo,
-)
+_ROUTE_MODULES = (docs, jobs, actions, batches, history, archives, files, log, monitoring, webhooks, webhook_echo)
 ROUTES = [
     DocumentedRoute(handler)
     for module in _ROUTE_MODULES
