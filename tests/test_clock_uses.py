@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[1]
 LOCAL_CLOCK_CALL = re.compile(r"datetime\.now\(|\btime\.time\(|utcnow\(|date\.today\(|time\.localtime\(")
 MODULES_WITH_DEADLINES = (
     "api/routes/files.py",
-    "api/routes/metrics.py",
     "api/routes/monitoring.py",
     "ledger/store/endpoint_secrets.py",
     "ledger/files/gridfs.py",
