@@ -17,14 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jobledger.api.auth.redaction import Viewer
 from jobledger.api.http.errors import ApiError
+from jobledger.api.http.origins import SIGN_IN_PATHS
 from jobledger.ledger.domain.access import AccessLevel, Principal, get_access_level, parse_user_name
 from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState
 
-_SIGN_IN_PAGES = ("/monitoring/events/sign-in", "/monitoring/events/sign-out")
-PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/api/openapi.json", "/api/docs", *_SIGN_IN_PAGES})
+PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/api/openapi.json", "/api/docs", *SIGN_IN_PATHS})
 """Paths that need no authentication: they show nothing of any job."""
 _PUBLIC_PREFIX = "/monitoring/events/static/"
 _RECHECK_SECONDS: Final = 30.0

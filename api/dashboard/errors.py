@@ -7,16 +7,14 @@ from functools import wraps
 from typing import Final
 from urllib.parse import quote
 
-import structlog
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Scope
 
 from jobledger.api.dashboard.rendering import DASHBOARD_PATH, get_root_path, render_page
-from jobledger.api.http.errors import ApiError, error_response
+from jobledger.api.http.errors import ApiError, error_response, translate_ledger_error
 from jobledger.ledger.domain.errors import JobledgerError
 
-_log = structlog.get_logger()
 RouteHandler = Callable[[Request], Awaitable[Response]]
 _PAGE_PATHS: Final = frozenset(
     {DASHBOARD_PATH, *(f"{DASHBOARD_PATH}/{name}" for name in ("jobs", "batches", "submit", "log"))}
@@ -31,13 +29,11 @@ def render_errors(handler: RouteHandler) -> RouteHandler:
     async def handle(request: Request) -> Response:
         try:
             return await handler(request)
-        except ApiError as error:
-            if error.status == 401:
+        except (ApiError, JobledgerError) as error:
+            problem = error if isinstance(error, ApiError) else translate_ledger_error(error)
+            if problem.status == 401:
                 return redirect_to_sign_in(request)
-            return render_page(request, "error.html.j2", status=error.status, message=error.message)
-        except JobledgerError as error:
-            _log.warning("page unavailable", path=request.url.path, error=str(error))
-            return render_page(request, "error.html.j2", status=503, message=str(error))
+            return render_page(request, "error.html.j2", status=problem.status, message=problem.message)
 
     return handle
 

@@ -132,7 +132,7 @@ def format_json(value: Any) -> str:
 
 
 def job_label(job: Mapping[str, Any]) -> str:
-    """Return the name of a job, else its session, else its ID."""
+    """Return the name of a job, or else the title of its conference session, or else its ID."""
     session = job["parameters"].get("session")
     name = job["job_name"] or (session if isinstance(session, str) else "") or job["job_id"]
     return str(name)[:_MAX_LABEL_CHARACTERS]

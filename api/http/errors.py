@@ -145,8 +145,8 @@ async def on_api_error(_request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-async def on_ledger_error(_request: Request, error: Exception) -> Response:
-    """Return the response for an error of the ledger, from ERROR_RESPONSES."""
+def translate_ledger_error(error: errors.JobledgerError) -> ApiError:
+    """Return an error of the ledger as an error response, as ERROR_RESPONSES maps it."""
     if isinstance(error, errors.FileStoreUnavailable):
         _log.warning("file store unavailable", error=str(error))  # names directories, which clients must not see
         message = "The server cannot use its file store (results.store). No files are lost. Retry later."
@@ -157,9 +157,15 @@ async def on_ledger_error(_request: Request, error: Exception) -> Response:
     for kind, status, code, retry_after in ERROR_RESPONSES:
         if isinstance(error, kind):
             text = _truncate(str(error), _MAX_MESSAGE_LENGTH)
-            return error_response(ApiError(status, code, text, retry_after_seconds=retry_after))
+            return ApiError(status, code, text, retry_after_seconds=retry_after)
     _log.error("unmapped error", error=repr(error))
-    return error_response(ApiError(500, "internal_error", "Internal error. The server's log has the details."))
+    return ApiError(500, "internal_error", "Internal error. The server's log has the details.")
+
+
+async def on_ledger_error(_request: Request, error: Exception) -> Response:
+    """Return the response for an error of the ledger."""
+    assert isinstance(error, errors.JobledgerError)  # noqa: S101 - registered for this type
+    return error_response(translate_ledger_error(error))
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:

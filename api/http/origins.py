@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jobledger.api.http.errors import ApiError, error_response
 
-_SIGN_IN_PATHS: Final = ("/monitoring/events/sign-in", "/monitoring/events/sign-out")
+SIGN_IN_PATHS: Final = ("/monitoring/events/sign-in", "/monitoring/events/sign-out")
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _CORS_METHODS: Final = ("GET", "POST", "PUT", "DELETE")
 _CORS_REQUEST_HEADERS: Final = (
@@ -112,7 +112,7 @@ class HostOriginMiddleware:
         scope["is_foreign_origin"] = any(parse_origin(value) != own_origin for value in sent)
         if scope["method"] in ("GET", "HEAD"):
             return None
-        is_sign_in = scope["path"] in _SIGN_IN_PATHS
+        is_sign_in = scope["path"] in SIGN_IN_PATHS
         accepted = {own_origin} if is_sign_in else {own_origin, *self._cors_origins}
         if sent:
             # A header without a valid port has the origin None, and so has a malformed host: these are not equal.

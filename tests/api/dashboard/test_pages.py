@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 from playwright.async_api import Page, expect
+from starlette.requests import Request
+from starlette.responses import Response
 
+from jobledger.api.dashboard.errors import render_errors
+from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.workers.processor import JobContext, Results
 from jobledger.workers.processors.echo import EchoProcessor
 from tests.api.conftest import Api, run_api
@@ -204,6 +208,17 @@ async def test_session_job_page_shows_preview_slides_and_working_links(
             for link in links:
                 assert (await api.http.get(link)).status_code == 200, link
             assert len(links) == 3 + 7
+
+
+async def test_page_names_no_database_host_while_database_is_down() -> None:
+    @render_errors
+    async def show_page(_request: Request) -> Response:
+        raise LedgerUnavailable("reading the jobs: db1.internal:27017 refused the connection")
+
+    response = await show_page(Request({"type": "http", "path": "/monitoring/events/jobs", "headers": []}))
+    assert response.status_code == 503
+    assert b"The database does not respond." in response.body
+    assert b"db1" not in response.body
 
 
 async def test_pages_ignore_conditional_headers_and_prefer_wait(api_without_worker: Api) -> None:
