@@ -68,12 +68,12 @@ class SignedLinks:
         """
         expected = await self._compute_signature(file, expires) if file is not None else secrets.token_hex(_KEY_BYTES)
         is_genuine = hmac.compare_digest(expected.encode(), signature.encode())
-        if not expires.isascii() or not expires.isdecimal() or len(expires) > 15:
-            raise _invalid_link_error()
-        if int(expires) <= now.timestamp():
+        is_well_formed = expires.isascii() and expires.isdecimal() and len(expires) <= 15
+        if is_well_formed and int(expires) <= now.timestamp():
             raise ApiError(403, "link_expired", "The link has expired. Request a new one.")
-        if not is_genuine:
-            raise _invalid_link_error()
+        if not is_well_formed or not is_genuine:
+            message = "The link is invalid: it was altered, or its file no longer exists."
+            raise ApiError(403, "link_invalid", message)
 
     async def _compute_signature(self, file: Document, expires: str) -> str:
         # The path is last, because only it may contain a line break.
@@ -94,10 +94,6 @@ class SignedLinks:
         return self._key
 
 
-def _invalid_link_error() -> ApiError:
-    return ApiError(403, "link_invalid", "The link is invalid: it was altered, or its file no longer exists.")
-
-
 def is_signed_link_request(connection: HTTPConnection) -> bool:
     """Return whether a request uses a signed link. The route verifies the link."""
     is_file_read = connection.scope["method"] in ("GET", "HEAD") and connection.scope["path"].startswith(FILES_URL)
@@ -105,7 +101,7 @@ def is_signed_link_request(connection: HTTPConnection) -> bool:
 
 
 class SignedLinkBackend:
-    """Treats requests with a signed link as anonymous, and passes all others to the next backend."""
+    """Treats requests with a signed link as anonymous. Passes all others to the next backend."""
 
     def __init__(self, auth_backend: AuthBackend) -> None:
         self._auth_backend = auth_backend
