@@ -44,7 +44,7 @@ def validate_network(text: str) -> str:
     """Return an IP address or network unchanged.
 
     Raises:
-        ValueError: it is neither, or contains all addresses.
+        ValueError: It is neither, or contains all addresses.
     """
     try:
         network = ipaddress.ip_network(text)
@@ -65,7 +65,7 @@ def validate_secret_length(secret: SecretStr) -> SecretStr:
     """Return a JWT secret unchanged.
 
     Raises:
-        ValueError: it is so short that it could be guessed.
+        ValueError: It is so short that it could be guessed.
     """
     if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
         raise ValueError(

@@ -43,8 +43,8 @@ def open_database_server(settings: Settings, *, start: bool) -> Iterator[tuple[s
         start: Start an embedded server. Otherwise it must be running.
 
     Raises:
-        DatabaseUnsuitable: the embedded server cannot run.
-        LedgerUnavailable: no embedded server is running.
+        DatabaseUnsuitable: The embedded server cannot run.
+        LedgerUnavailable: No embedded server is running.
     """
     mongodb = settings.mongodb
     if not mongodb.is_embedded:
@@ -68,7 +68,7 @@ async def open_database(connection: Connection) -> AsyncIterator[Database]:
     """Yield the database, after checking that the server is suitable.
 
     Raises:
-        DatabaseUnsuitable, LedgerUnavailable: the database cannot be used or reached.
+        DatabaseUnsuitable, LedgerUnavailable: The database cannot be used or reached.
     """
     client = connection.client()
     try:
@@ -93,8 +93,8 @@ async def open_file_store(settings: Settings, db: Database) -> FileStore:
     Roles start without a writable store: reading does not need it, and a worker claims no jobs until it can write.
 
     Raises:
-        ConfigurationError: the directory cannot be used.
-        LedgerUnavailable: the database failed.
+        ConfigurationError: The directory cannot be used.
+        LedgerUnavailable: The database failed.
     """
     if isinstance(settings.results.store, Path):
         return await _open_directory_store(settings.results.store, db)
@@ -122,8 +122,8 @@ async def find_store_marker(root: Path, db: Database) -> StoreMarker:
     """Return the marker by which a directory is recognized as the result store. Writes nothing.
 
     Raises:
-        ConfigurationError, ResourceUnavailable: the directory cannot be read.
-        LedgerUnavailable: the database failed.
+        ConfigurationError, ResourceUnavailable: The directory cannot be read.
+        LedgerUnavailable: The database failed.
     """
     checkpoint = await load_checkpoint(db)
     try:
@@ -137,8 +137,8 @@ async def accept_result_store(settings: Settings, connection: Connection) -> str
     """Accept the directory in `results.store` as the ledger's result store. Return a message for the user.
 
     Raises:
-        ConfigurationError: the files are in GridFS, or the directory cannot be written to.
-        LedgerUnavailable: the database failed.
+        ConfigurationError: The files are in GridFS, or the directory cannot be written to.
+        LedgerUnavailable: The database failed.
     """
     root = settings.results.store
     if not isinstance(root, Path):

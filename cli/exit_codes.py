@@ -12,6 +12,6 @@ EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 """Arguments or settings are wrong."""
 EXIT_UNREACHABLE: Final = 3
-"""A service, such as the database or the API, does not answer."""
+"""A service, such as the database or the API, does not respond."""
 EXIT_UNAVAILABLE: Final = 4
 """A port, disk, lock or limit of this machine is not usable now."""

@@ -62,7 +62,7 @@ class SheddingSocket(socket.socket):
         """Accept a connection.
 
         Raises:
-            BlockingIOError: no connection is waiting, or it was closed at once.
+            BlockingIOError: No connection is waiting, or it was closed at once.
         """
         try:
             return super().accept()

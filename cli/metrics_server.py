@@ -16,8 +16,8 @@ def serve_metrics(settings: MetricsSettings, event_store: EventStore, change_str
     """Serve the metrics of this process inside the block. Yield the port.
 
     Raises:
-        ResourceUnavailable: the port is in use.
-        ConfigurationError: the port cannot be opened.
+        ResourceUnavailable: The port is in use.
+        ConfigurationError: The port cannot be opened.
     """
     from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 

@@ -53,8 +53,8 @@ def open_listener(host: str, port: int) -> Iterator[socket.socket]:
     """Open the port. The server does not, so that a port in use is a clear error before anything else starts.
 
     Raises:
-        ResourceUnavailable: the port is in use, or the address does not exist yet.
-        ConfigurationError: the port cannot be opened.
+        ResourceUnavailable: The port is in use, or the address does not exist yet.
+        ConfigurationError: The port cannot be opened.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol given, asyncio disables Nagle's algorithm; otherwise small responses wait 40 ms for an ACK.
@@ -83,7 +83,7 @@ def build_context(
     """Return the context of the routes. Call it before the change stream runs, because it adds listeners.
 
     Raises:
-        ConfigurationError: the public key for tokens cannot be used.
+        ConfigurationError: The public key for tokens cannot be used.
     """
     completion_waiter = CompletionWaiter()
     change_stream.add_listener(completion_waiter)
@@ -172,7 +172,7 @@ def _make_auth_backend(
     """Return the backend of the configured mode.
 
     Raises:
-        ConfigurationError: the public key cannot be used.
+        ConfigurationError: The public key cannot be used.
     """
     grants = RoleGrants(frozenset(auth.admins), frozenset(auth.monitors))
     match auth.mode:

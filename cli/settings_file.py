@@ -32,7 +32,7 @@ def read_settings(
         defaults_only: Do not read `config.yaml` in the current directory.
 
     Raises:
-        ConfigurationError: one line that names the file, the key, and a correct value.
+        ConfigurationError: One line that names the file, the key, and a correct value.
     """
     file = path or Path("config.yaml")
     content: dict[str, Any] = {}

@@ -120,8 +120,8 @@ async def submit_batch(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> t
     """Submit a batch. Return the response, and the position before the batch's first event.
 
     Raises:
-        ConfigurationError: the batch cannot be written as JSON, or authentication failed.
-        RequestRejected: the API rejected the batch.
+        ConfigurationError: The batch cannot be written as JSON, or authentication failed.
+        RequestRejected: The API rejected the batch.
         httpx.HTTPError: the API does not respond.
     """
     try:
@@ -140,7 +140,7 @@ async def stream_events(client: httpx.AsyncClient, *, after: int, batch_id: str)
     """Yield the events of a batch and its jobs as they happen. Reconnects after interruptions.
 
     Raises:
-        LedgerUnavailable: the API did not respond for a minute.
+        LedgerUnavailable: The API did not respond for a minute.
     """
     lost_at: float | None = None
     while True:
