@@ -333,7 +333,7 @@ def test_sessions_how_to_template_names_are_defined() -> None:
     names = [name for name in named if name not in ("enrich", "markdown")]  # these are steps
     assert {"front_matter", "session", "labels", "warnings"} <= set(names)
     rendered = render_document(
-        session=make_parameters(),
+        parameters=make_parameters(),
         job_id="job-1",
         content=make_content(make_parameters(), make_page_text()),
         warnings=["Example warning"],

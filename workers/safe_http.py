@@ -147,7 +147,7 @@ def describe_connection_error(error: BaseException) -> tuple[str, str, bool]:
             case _:
                 continue
     if isinstance(error, httpcore.ProtocolError):
-        return "protocol", "{host} did not response in valid HTTP, or only in part", True
+        return "protocol", "{host} did not respond with complete and valid HTTP", True
     if isinstance(error, httpcore.ReadError):
         return "reset", "{host} broke off the connection", True
     return "connection", "the connection to {host} failed", True

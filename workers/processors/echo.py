@@ -41,7 +41,7 @@ class EchoProcessor:
     Settings: ClassVar[type[BaseModel]] = EchoSettings
 
     def __init__(self, settings: Any) -> None:
-        self._settings = settings
+        """Ignore the settings: there are none."""
 
     async def run(self, job: JobContext) -> Results:
         parameters: EchoParameters = job.parameters

@@ -45,7 +45,7 @@ def render(
     warnings: list[str] | None = None,
 ) -> str:
     return render_document(
-        session=parameters or make_parameters(),
+        parameters=parameters or make_parameters(),
         job_id="job-1",
         content=make_content(parameters or make_parameters(), page_text or make_page_text(), transcript, slides),
         warnings=warnings or [],

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from configparser import ConfigParser
 from copy import deepcopy
 from typing import Any, Final
 
+import lxml.etree  # type: ignore[import-untyped]  # it ships no types
 import trafilatura
 from trafilatura.settings import DEFAULT_CONFIG
 
@@ -47,17 +47,18 @@ _MINOR_SHARE: Final = 0.3
 _MATCH_SHARE: Final = 0.8
 _MAIN_SHARE: Final = 0.85
 _LONG_TEXT_CHARACTERS: Final = 80
+_SETTINGS: Final = deepcopy(DEFAULT_CONFIG)
+_SETTINGS.set("DEFAULT", "MIN_EXTRACTED_SIZE", "1")  # by default, texts below 250 characters lose their structure
 _LIST_PARTS: Final = frozenset({"tbody", "tr", "li", "dd", "dt"})
 
 
 def remove_non_text_elements(tree: Any) -> None:
     """Remove scripts, form controls, hidden elements and anchor links of headings from the tree."""
-    for element in list(tree.iter(*_NO_TEXT)):
-        _remove(element)
-    for element in list(tree.iterfind(".//*[@hidden]")) + list(tree.iterfind(".//*[@aria-hidden='true']")):
-        _remove(element)
-    for element in [element for element in tree.iter() if _FOR_SCREEN_READERS.search(_names(element))]:
-        _remove(element)
+    lxml.etree.strip_elements(tree, *_NO_TEXT, with_tail=False)
+    for element in list(tree.iter()):
+        is_hidden = element.get("hidden") is not None or element.get("aria-hidden") == "true"
+        if is_hidden or _FOR_SCREEN_READERS.search(_get_names(element)):
+            _remove(element)
     for link in list(tree.iter("a")):
         if (link.get("href") or "#").startswith("#") and not len(link) and _ANCHOR_SIGN.fullmatch(link.text or ""):
             _remove(link)
@@ -104,12 +105,12 @@ class _ExtractedText:
 
     def __init__(self, tree: Any) -> None:
         text = _extract_text(tree)
-        self._lines = {tuple(_words(part)) for line in text.splitlines() for part in (line, *line.split("|"))}
-        words = _words(text)
+        self._lines = {tuple(_split_words(part)) for line in text.splitlines() for part in (line, *line.split("|"))}
+        words = _split_words(text)
         self._triples = set(zip(words, words[1:], words[2:], strict=False))
 
     def contains(self, text: str) -> bool:
-        words = _words(text)
+        words = _split_words(text)
         triples = list(zip(words, words[1:], words[2:], strict=False))
         if not triples:  # one or two words may match by chance, so the whole line must match
             return tuple(words) in self._lines
@@ -121,30 +122,11 @@ def _extract_text(tree: Any) -> str:
     for cell in tree.iter("td", "th"):  # trafilatura would create that many cells without a limit
         cell.attrib.pop("colspan", None)
         cell.attrib.pop("rowspan", None)
-    return (
-        trafilatura.extract(
-            tree,
-            output_format="txt",
-            favor_recall=True,
-            include_comments=False,
-            include_tables=True,
-            config=_SETTINGS,
-        )
-        or ""
-    )
+    text = trafilatura.extract(tree, favor_recall=True, include_comments=False, config=_SETTINGS)
+    return text or ""
 
 
-def _make_trafilatura_settings() -> ConfigParser:
-    """Return settings that keep the structure of short texts. By default trafilatura drops it below 250 characters."""
-    settings = deepcopy(DEFAULT_CONFIG)
-    settings.set("DEFAULT", "MIN_EXTRACTED_SIZE", "1")
-    return settings
-
-
-_SETTINGS = _make_trafilatura_settings()
-
-
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
@@ -188,7 +170,7 @@ def _list_headings_above(blocks: list[Any], first: int) -> list[Any]:
 
 def _is_link(heading: Any) -> bool:
     linked = "".join(text for link in heading.iter("a") for text in link.itertext())
-    return bool(linked.strip()) and _words(linked) == _words("".join(heading.itertext()))
+    return bool(linked.strip()) and _split_words(linked) == _split_words("".join(heading.itertext()))
 
 
 def _count_links(body: Any) -> dict[Any, Counter[str]]:
@@ -232,13 +214,13 @@ def _is_boilerplate(element: Any, counts: Counter[str], total: int, *, by_links:
         return False
     if element.tag in _BOILERPLATE_TAGS or element.get("role") in _BOILERPLATE_ROLES:
         return True
-    if counts["kept"] < _MINOR_SHARE * total and _BOILERPLATE_NAMES.search(_names(element)):
+    if counts["kept"] < _MINOR_SHARE * total and _BOILERPLATE_NAMES.search(_get_names(element)):
         return True
     menu = by_links and not counts["kept"] and _is_menu(counts, counts["characters"])
     return menu or not counts["main"]
 
 
-def _names(element: Any) -> str:
+def _get_names(element: Any) -> str:
     return f"{element.get('id') or ''} {element.get('class') or ''}".lower()
 
 

@@ -94,7 +94,7 @@ def _load_labels() -> dict[str, dict[str, str]]:
 
 def render_document(
     *,
-    session: SessionParameters,
+    parameters: SessionParameters,
     job_id: str,
     content: SessionContent,
     warnings: Sequence[str],
@@ -108,9 +108,9 @@ def render_document(
     page, enrichment, transcript, slides = content
     labels = _load_labels().get(get_primary_subtag(enrichment.language)) or _load_labels()["en"]
     context: dict[str, Any] = {
-        "front_matter": render_front_matter(session=session, job_id=job_id, page=page, enrichment=enrichment),
-        "session": session,
-        "event_details": _format_event_details(session),
+        "front_matter": render_front_matter(parameters=parameters, job_id=job_id, page=page, enrichment=enrichment),
+        "session": parameters,
+        "event_details": _format_event_details(parameters),
         "page": page.model_copy(update={"markdown": enrichment.markdown}),
         "labels": labels,
         "slides": [
@@ -136,23 +136,23 @@ def render_document(
 
 
 def render_front_matter(
-    *, session: SessionParameters, job_id: str, page: PageText, enrichment: EnrichmentResult
+    *, parameters: SessionParameters, job_id: str, page: PageText, enrichment: EnrichmentResult
 ) -> str:
     """Return the YAML between the dashes. Fields of the summary are empty without a language model."""
     summary = enrichment.summary
     tags = page.keywords if summary is None else summary.tags
     values = {
-        "tags": list(dict.fromkeys([session.event, session.track, *tags])),
-        "title": session.session,
+        "tags": list(dict.fromkeys([parameters.event, parameters.track, *tags])),
+        "title": parameters.session,
         "subtitle": summary.subtitle or None if summary else None,
         "intro": summary.intro if summary else page.intro,
-        "speaker": session.speakers or [],
-        "date": session.day,
+        "speaker": parameters.speakers or [],
+        "date": parameters.day,
         "place": None,
-        "track": session.track,
+        "track": parameters.track,
         "topic": summary.topic or None if summary else None,
-        "url": strip_userinfo(session.url),
-        "video_url": strip_userinfo(session.video_url) if session.video_url else None,
+        "url": strip_userinfo(parameters.url),
+        "video_url": strip_userinfo(parameters.video_url) if parameters.video_url else None,
         "language": enrichment.language,
         "job_id": job_id,
     }
@@ -171,9 +171,9 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _FrontMatterDumper.add_representer(str, _represent_text)
 
 
-def resolve_language(session: SessionParameters, page: PageText) -> str:
+def resolve_language(parameters: SessionParameters, page: PageText) -> str:
     """Return the language of the text: from the page, or else from the parameters."""
-    return page.language or session.source_language
+    return page.language or parameters.source_language
 
 
 def get_primary_subtag(language: str) -> str:
@@ -181,10 +181,10 @@ def get_primary_subtag(language: str) -> str:
     return language.partition("-")[0].lower()
 
 
-def _format_event_details(session: SessionParameters) -> list[str]:
-    times = "–".join(time for time in (session.starttime, session.endtime) if time)
-    day = ", ".join(part for part in (session.day, times) if part)
-    return [part for part in (session.event, session.track, day) if part]
+def _format_event_details(parameters: SessionParameters) -> list[str]:
+    times = "–".join(time for time in (parameters.starttime, parameters.endtime) if time)
+    day = ", ".join(part for part in (parameters.day, times) if part)
+    return [part for part in (parameters.event, parameters.track, day) if part]
 
 
 def _format_alt_text(slide: Slide, label: str) -> str:

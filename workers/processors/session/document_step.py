@@ -27,7 +27,7 @@ async def run(ctx: StepContext, content: SessionContent, template: str) -> Saved
     """Render and save the document."""
     await ctx.job.report_progress(90, "Writing the Markdown")
     text = render_document(
-        session=ctx.parameters,
+        parameters=ctx.parameters,
         job_id=ctx.job.job_id,
         content=content,
         warnings=[warning for part in content for warning in part.warnings],

@@ -28,18 +28,10 @@ import httpcore
 import httpx
 
 from jobledger.ledger.net.url_policy import AllowedHosts, strip_userinfo
+from jobledger.workers import safe_http
 from jobledger.workers.processor import JSON, ProcessorError
 from jobledger.workers.processors.session.host_limits import acquire_host_slot, host_lock_directory
 from jobledger.workers.processors.session.settings import SessionSettings
-from jobledger.workers.safe_http import (
-    AddressRejected,
-    CheckedNetworkBackend,
-    CheckedTransport,
-    Resolver,
-    describe_connection_error,
-    parse_retry_after,
-    resolve_host,
-)
 
 ProgressCallback = Callable[[int, int | None], Awaitable[None]]
 """Called with the number of bytes received, and the total if the server sent it."""
@@ -72,11 +64,15 @@ class Fetcher:
     """Downloads URLs within the limits of the settings. `resolve` resolves host names."""
 
     def __init__(
-        self, settings: SessionSettings, *, resolve: Resolver = resolve_host, lock_directory: Path | None = None
+        self,
+        settings: SessionSettings,
+        *,
+        resolve: safe_http.Resolver = safe_http.resolve_host,
+        lock_directory: Path | None = None,
     ) -> None:
         self._settings = settings
         self._lock_directory = lock_directory or host_lock_directory()
-        self._network = CheckedNetworkBackend(AllowedHosts(settings.allowed_private_hosts), resolve)
+        self._network = safe_http.CheckedNetworkBackend(AllowedHosts(settings.allowed_private_hosts), resolve)
 
     async def fetch(
         self,
@@ -138,7 +134,13 @@ class Fetcher:
         with closing(writer), suppress(OSError, httpcore.NetworkError, httpcore.TimeoutException):
             try:
                 upstream = await self._connect_upstream(reader)
-            except (AddressRejected, ValueError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            except (
+                safe_http.AddressRejected,
+                ValueError,
+                TimeoutError,
+                asyncio.IncompleteReadError,
+                asyncio.LimitOverrunError,
+            ):
                 error = b"403 Forbidden"
             except (httpcore.NetworkError, httpcore.TimeoutException):
                 error = b"502 Bad Gateway"
@@ -165,7 +167,7 @@ class Fetcher:
         headers = {"User-Agent": self._settings.user_agent, "Accept": accept, "Accept-Encoding": "gzip, deflate"}
         # trust_env=False: a proxy would bypass the address check, and .netrc would add passwords.
         return httpx.AsyncClient(
-            transport=CheckedTransport(self._network), timeout=timeout, headers=headers, trust_env=False
+            transport=safe_http.CheckedTransport(self._network), timeout=timeout, headers=headers, trust_env=False
         )
 
     @asynccontextmanager
@@ -246,7 +248,7 @@ def _raise_for_status(response: httpx.Response) -> None:
     if response.is_success:
         return
     details: dict[str, JSON] = {"status_code": status}
-    if (seconds := parse_retry_after(response.headers)) is not None:
+    if (seconds := safe_http.parse_retry_after(response.headers)) is not None:
         details["retry_after"] = seconds
     phrase = f" ({response.reason_phrase})" if response.reason_phrase else ""
     is_transient = status >= 500 or status in (408, 425, 429)
@@ -288,19 +290,19 @@ class _Decompressor:
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(wbits=47)
-        self._started = False
+        self._has_started = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         while data:
             if self._inflate.eof:
                 self._inflate = zlib.decompressobj(wbits=47)
-            self._started = True
+            self._has_started = True
             yield self._inflate.decompress(data, _CHUNK)
             data = self._inflate.unconsumed_tail or self._inflate.unused_data
 
     @property
     def is_complete(self) -> bool:
-        return self._inflate.eof or not self._started
+        return self._inflate.eof or not self._has_started
 
 
 def format_bytes(size: int) -> str:
@@ -317,7 +319,7 @@ def _translate_errors(url: httpx.URL) -> Iterator[None]:
     host = url.host
     try:
         yield
-    except AddressRejected as rejected:
+    except safe_http.AddressRejected as rejected:
         raise ProcessorError(
             "ADDRESS_REJECTED",
             f"{rejected}. Allow the host in `processors.session.allowed_private_hosts` if it is trusted.",
@@ -332,6 +334,6 @@ def _translate_errors(url: httpx.URL) -> Iterator[None]:
     except zlib.error as error:
         raise _make_error("BAD_RESPONSE", url, f"could not be decompressed: {error}", host=host) from error
     except (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError) as error:
-        reason, sentence, transient = describe_connection_error(error)
+        reason, sentence, transient = safe_http.describe_connection_error(error)
         message = f"could not be fetched: {sentence.format(host=host)}"
         raise _make_error("NETWORK_ERROR", url, message, transient=transient, host=host, reason=reason) from error

@@ -1,7 +1,7 @@
 """Limit concurrent downloads from one host across all workers of this machine.
 
-A slot is a kernel lock on one byte of a file that all hosts share. The kernel releases it whenever the process exits.
-A waiting process polls for a free slot because the kernel does not notify it.
+A host slot is a kernel lock on one byte of a file that all hosts share. The kernel releases it whenever the process
+exits. A waiting process polls for a free slot because the kernel does not notify it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def host_lock_directory() -> Path:
 
 @asynccontextmanager
 async def acquire_host_slot(host: str, limit: int, directory: Path) -> AsyncIterator[None]:
-    """Wait for one of `limit` slots of a host and hold it inside the block.
+    """Wait for one of the `limit` host slots and hold it inside the block.
 
     If the lock file cannot be opened, the download runs without a limit. Another job may have replaced the file.
     """

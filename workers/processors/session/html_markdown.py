@@ -82,7 +82,7 @@ def _clean_table(table: Any) -> None:
     cells = [[cell for cell in row if cell.tag in ("td", "th")] for row in rows]
     for cell in [cell for row in cells for cell in row if _has_line_numbers(cell)]:
         cell.drop_tree()
-    is_layout = any(element.tag in _NOT_IN_CELLS for row in cells for element in _iterate_descendants(row))
+    is_layout = any(part.tag in _NOT_IN_CELLS for row in cells for cell in row for part in cell.iterdescendants())
     columns = max((len(row) for row in cells), default=0)
     if is_layout or columns < 2 or len(rows) * columns > _MAX_CELLS:
         parts = list(table.iter("caption", "thead", "tbody", "tfoot", "tr", "td", "th"))
@@ -120,10 +120,6 @@ def _has_line_numbers(cell: Any) -> bool:
     return any(True for _ in cell.iter("pre")) and bool(re.fullmatch(r"[\s\d]+", "".join(cell.itertext())))
 
 
-def _iterate_descendants(cells: list[Any]) -> Iterator[Any]:
-    return (element for cell in cells for element in cell.iterdescendants())
-
-
 def _pop_span(cell: Any, attribute: str) -> int:
     value = cell.attrib.pop(attribute, "1").strip()
     return max(1, min(_MAX_COLUMNS, int(value))) if re.fullmatch(r"[0-9]{1,4}", value) else 1
@@ -152,6 +148,8 @@ class _Converter(MarkdownConverter):
         bullets = "-"
         heading_style = "atx"
         newline_style = "backslash"
+        strip = ("img", "hr", "video")
+        """Elements without Markdown. Images of the page are not included, and headings separate its parts."""
         wrap = True
         wrap_width = None
 
@@ -165,21 +163,13 @@ class _Converter(MarkdownConverter):
     def convert_a(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         """Return the link on one line, without its title."""
         del el["title"]
-        return str(super().convert_a(el, " ".join(_split_words(text)), parent_tags))  # type: ignore[misc]  # its stub lacks it
-
-    def convert_img(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        """Return nothing. Images of the page are not included."""
-        return ""
+        return str(super().convert_a(el, re.sub(r"\s+", " ", text), parent_tags))  # type: ignore[misc]  # its stub lacks it
 
     def convert_br(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         """Return a line break if something follows in the same paragraph."""
         following = next((node for node in el.next_siblings if isinstance(node, Tag) or str(node).strip()), None)
         is_last = following is None or getattr(following, "name", None) in BLOCKS | {"br"}
         return text if is_last else str(super().convert_br(el, text, parent_tags))  # type: ignore[misc]  # its stub lacks it
-
-    def convert_hr(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        """Return nothing. The document separates its parts by headings."""
-        return ""
 
     def convert_pre(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         """Return the code in a fence with more backticks than the code contains."""
@@ -192,9 +182,6 @@ class _Converter(MarkdownConverter):
 
     def convert_sub(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         return text.translate(_SUBSCRIPTS) if re.fullmatch(r"\s*\d+\s*", text) else text
-
-    def convert_video(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        return text
 
     def convert_li(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         text = text.strip()
@@ -217,20 +204,11 @@ class _Converter(MarkdownConverter):
         return f" {text.strip()} " if "_inline" in parent_tags else f"\n\n{text.strip()}\n\n"
 
     def convert_td(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        return f" {_format_cell(text)} |"
+        """Return the text on one line with escaped bars. GFM 4.10 requires the escape even in code."""
+        line = re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split()))
+        return f" {line} |"
 
-    def convert_th(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        return f" {_format_cell(text)} |"
-
-
-def _split_words(text: str) -> Iterator[str]:
-    """Yield the words, with an empty word for leading and trailing white space."""
-    yield from ([""] if text[:1].isspace() else []) + text.split() + ([""] if text[-1:].isspace() else [])
-
-
-def _format_cell(text: str) -> str:
-    """Return the text on one line with escaped bars. GFM 4.10 requires the escape even in code."""
-    return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split()))
+    convert_th = convert_td
 
 
 def _is_at_line_start(node: Any) -> bool:
@@ -241,13 +219,7 @@ def _is_at_line_start(node: Any) -> bool:
 
 def _escape_line_start(text: str) -> str:
     """Escape characters that would make the line a heading, list item or rule."""
-    return re.sub(
-        r"^(\s*)(?:(\d{1,9})(?=[.)](?:\s|$))|(?=(?:#{1,6}|[+-])(?:\s|$)|[-=]{2,}))", _escape_match, text, count=1
-    )
-
-
-def _escape_match(match: re.Match[str]) -> str:
-    return f"{match.group(1)}{match.group(2) or ''}\\"
+    return re.sub(r"^(\s*)(\d{1,9}(?=[.)](?:\s|$))|(?=(?:#{1,6}|[+-])(?:\s|$)|[-=]{2,}))", r"\1\2\\", text, count=1)
 
 
 def _find_code_language(element: Any) -> str:

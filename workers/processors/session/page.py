@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import lxml.etree  # type: ignore[import-untyped]  # it ships no types
@@ -12,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from jobledger.workers.processor import ProcessorError
 from jobledger.workers.processors.session.boilerplate import remove_boilerplate, remove_non_text_elements
 from jobledger.workers.processors.session.html_markdown import html_to_markdown
-from jobledger.workers.processors.session.safe_markdown import sanitize_markdown
+from jobledger.workers.processors.session.safe_markdown import COMMONMARK, sanitize_markdown
 
 MAX_CHARACTERS = 200_000
 MAX_ELEMENTS = 30_000
@@ -23,8 +25,8 @@ MAX_INTRO = 400
 
 _HTML_TYPES = {"text/html", "application/xhtml+xml"}
 _LOOKS_LIKE_HTML = re.compile(rb"<(!doctype html|html|head|body|title|h1|div|p)\b", re.IGNORECASE)
-_META_CHARSET = re.compile(rb"""<meta[^>]*?charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE)
-_HEADER_CHARSET = re.compile(r"""charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE)
+_CHARSET = re.compile(r"""charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE | re.ASCII)
+_META_CHARSET = re.compile(f"<meta[^>]*?{_CHARSET.pattern}", re.IGNORECASE | re.ASCII)
 _BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
 _TEXT_CODECS = re.compile(r"(utf|iso-8859|windows|cp|koi8|gb|big5|euc|shift|x-sjis|mac|tis|us-ascii|ascii|latin|ks_c)")
 # Encodings that browsers use for these labels: https://encoding.spec.whatwg.org/#names-and-labels
@@ -71,7 +73,7 @@ def read_page(body: bytes, *, content_type: str, url: str, session_title: str) -
         raise ProcessorError("NOT_HTML", "The page is not HTML.", details={"url": url})
     tree = _parse_html(decode_html(body, content_type))
     if tree is None:
-        raise _empty_page(url)
+        raise _make_empty_page_error(url)
     warnings: list[str] = []
     remove_non_text_elements(tree)
     if _truncate(tree.find("body"), MAX_ELEMENTS, MAX_READ_CHARACTERS):
@@ -86,7 +88,7 @@ def read_page(body: bytes, *, content_type: str, url: str, session_title: str) -
         text = re.sub(r"\s\S{0,1000}\Z", "", text[:MAX_CHARACTERS])
     text = _normalize_headings(sanitize_markdown(text), session_title)
     if not text.strip():
-        raise _empty_page(url)
+        raise _make_empty_page_error(url)
     return PageText(
         url=url,
         title=title,
@@ -122,29 +124,18 @@ def decode_html(body: bytes, content_type: str) -> str:
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if body.startswith(mark):
             return body[len(mark) :].decode(encoding, "replace")
-    in_header = _HEADER_CHARSET.search(content_type)
-    if in_header and (text := _try_decode(body, in_header.group(1))) is not None:
-        return text
-    in_meta = _META_CHARSET.search(body[:4096])
-    if in_meta:
-        label = in_meta.group(1).decode("ascii", "replace").lower()
-        # A page with a readable `meta` element is not UTF-16 (HTML standard, 13.2.3.3).
-        if (text := _try_decode(body, "utf-8" if label.startswith("utf-16") else label)) is not None:
-            return text
+    labels = _CHARSET.findall(content_type)[:1]
+    # A page with a readable `meta` element is not UTF-16 (HTML standard, 13.2.3.3).
+    meta_labels = _META_CHARSET.findall(body[:4096].decode("latin-1"))[:1]
+    labels += ["utf-8" if label.lower().startswith("utf-16") else label for label in meta_labels]
+    for label in map(str.lower, labels):
+        if _TEXT_CODECS.match(label):
+            with suppress(LookupError, UnicodeError):
+                return body.decode(_READ_AS.get(label, label), "replace")
     try:
         return body.decode("utf-8")
     except UnicodeDecodeError:
         return body.decode("windows-1252", "replace")
-
-
-def _try_decode(body: bytes, label: str) -> str | None:
-    label = label.lower()
-    if not _TEXT_CODECS.match(label):
-        return None
-    try:
-        return body.decode(_READ_AS.get(label, label), "replace")
-    except (LookupError, UnicodeError):
-        return None
 
 
 def _parse_html(text: str) -> Any:
@@ -162,7 +153,7 @@ def _parse_html(text: str) -> Any:
     return tree if tree.find("body") is not None else None
 
 
-def _empty_page(url: str) -> ProcessorError:
+def _make_empty_page_error(url: str) -> ProcessorError:
     return ProcessorError("EMPTY_PAGE", f"The page {url} has no text.", details={"url": url})
 
 
@@ -197,19 +188,15 @@ def _normalize_text(text: str) -> str:
 def _normalize_headings(text: str, title: str) -> str:
     """Shift headings so that the highest has level 2, and remove headings that repeat `title`."""
     lines = text.split("\n")
-    headings: dict[int, tuple[int, str]] = {}
-    fence = ""
-    for number, line in enumerate(lines):
-        opening = re.match(r" {0,3}(`{3,}|~{3,})", line)
-        if opening and (not fence or line.strip().startswith(fence)):
-            fence = "" if fence else opening.group(1)
-        elif not fence and (heading := re.match(r"(#{1,6})\s+(.*)", line)):
-            headings[number] = (len(heading.group(1)), heading.group(2))
-    for number, (_, words) in list(headings.items()):
-        if _normalize_text(words) == _normalize_text(title):
-            lines[number] = ""
-            del headings[number]
-    shift = 2 - min((level for level, _ in headings.values()), default=2)
-    for number, (level, words) in headings.items():
-        lines[number] = f"{'#' * min(6, level + shift)} {words}"
+    tokens = COMMONMARK.parse(text)
+    levels: dict[int, int] = {}
+    for opening, content in pairwise(tokens):
+        if opening.type == "heading_open" and not opening.level and opening.map:
+            if _normalize_text(content.content) == _normalize_text(title):
+                lines[opening.map[0]] = ""
+            else:
+                levels[opening.map[0]] = int(opening.tag[1])
+    shift = 2 - min(levels.values(), default=2)
+    for number, level in levels.items():
+        lines[number] = f"{'#' * min(6, level + shift)} {lines[number].lstrip('#').lstrip()}"
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from difflib import get_close_matches
 from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
@@ -59,17 +60,13 @@ def _check_url(value: str) -> str:
 
 
 def _check_time_of_day(value: str) -> str:
-    hours, colon, minutes = value.partition(":")
-    digits = (hours + minutes).isascii() and (hours + minutes).isdigit()
-    if not (colon and digits and len(hours) == len(minutes) == 2 and int(hours) < 24 and int(minutes) < 60):
+    if not re.fullmatch(r"([01][0-9]|2[0-3]):[0-5][0-9]", value):
         raise ValueError("must be a time of day in the form HH:MM, for example 09:30")
     return value
 
 
 def _check_language(value: str) -> str:
-    primary, *rest = value.split("-")
-    ascii_words = value.replace("-", "").isalnum() and value.isascii()
-    if not (ascii_words and primary.isalpha() and len(primary) in (2, 3) and all(1 <= len(tag) <= 8 for tag in rest)):
+    if not re.fullmatch(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*", value):
         raise ValueError("must be a language code such as en, de or pt-BR")
     return value
 

@@ -7,28 +7,10 @@ import shutil
 from pathlib import Path
 
 from jobledger.workers.processor import JSON, ProcessorError
+from jobledger.workers.processors.session import pdf_rendering, presentation_conversion, presentation_files
 from jobledger.workers.processors.session.document import SlidesResult
-from jobledger.workers.processors.session.pdf_rendering import (
-    OTHER_TYPES,
-    RenderedPage,
-    Slide,
-    UnreadablePdf,
-    get_url_suffix,
-    is_pdf,
-    make_slide_file_names,
-    render_pages,
-)
-from jobledger.workers.processors.session.presentation_conversion import (
-    MEDIA_TYPES,
-    SIGNATURES,
-    convert_to_pdf,
-    has_presentation_signature,
-)
-from jobledger.workers.processors.session.presentation_files import (
-    TEXT_SUFFIXES,
-    UnusablePresentation,
-    extract_slide_texts,
-)
+from jobledger.workers.processors.session.pdf_rendering import RenderedPage, Slide, UnreadablePdf
+from jobledger.workers.processors.session.presentation_files import UnusablePresentation
 from jobledger.workers.processors.session.step_context import FETCH_TIMEOUT_FRACTION, Cancelled, StepContext
 from jobledger.workers.sandbox import runner
 
@@ -53,7 +35,7 @@ def build_inputs(ctx: StepContext) -> dict[str, JSON]:
 def _can_convert(ctx: StepContext) -> bool:
     """Return whether presentations are converted. Only for a presentation URL does this probe the sandbox."""
     url = ctx.parameters.attachments_url
-    is_presentation = url is not None and get_url_suffix(url) in SIGNATURES
+    is_presentation = url is not None and pdf_rendering.get_url_suffix(url) in presentation_conversion.SIGNATURES
     return _is_libreoffice_installed(ctx) and (not is_presentation or runner.is_available())
 
 
@@ -95,11 +77,15 @@ async def _fetch_and_render(ctx: StepContext, url: str, result: SlidesResult) ->
         ProcessorError: The attachment cannot be fetched.
         UnreadablePdf: The PDF cannot be opened.
     """
-    suffix = get_url_suffix(url)
-    kind = OTHER_TYPES.get(suffix)
+    suffix = pdf_rendering.get_url_suffix(url)
+    kind = pdf_rendering.OTHER_TYPES.get(suffix)
     is_installed = _is_libreoffice_installed(ctx)
-    if kind and not (suffix in SIGNATURES and is_installed) and suffix not in TEXT_SUFFIXES:
-        hint = f" {_NOT_INSTALLED}." if suffix in SIGNATURES else ""
+    if (
+        kind
+        and not (suffix in presentation_conversion.SIGNATURES and is_installed)
+        and suffix not in presentation_files.TEXT_SUFFIXES
+    ):
+        hint = f" {_NOT_INSTALLED}." if suffix in presentation_conversion.SIGNATURES else ""
         await ctx.warn(f"The attachment is only linked. It is {kind}, not a PDF.{hint}")
         return
     attachment = ctx.job.scratch_dir / "attachment"
@@ -112,19 +98,25 @@ async def _fetch_and_render(ctx: StepContext, url: str, result: SlidesResult) ->
         on_progress=ctx.report_download_progress("Fetching the slides", 60, 70),
     )
     await ctx.log_fetch(response)
-    if await asyncio.to_thread(is_pdf, attachment):
+    if await asyncio.to_thread(pdf_rendering.is_pdf, attachment):
         await _render(ctx, attachment, result)
         return
-    suffix = suffix if suffix in SIGNATURES else MEDIA_TYPES.get(response.media_type, "")
-    if not await asyncio.to_thread(has_presentation_signature, attachment, suffix):
+    suffix = (
+        suffix
+        if suffix in presentation_conversion.SIGNATURES
+        else presentation_conversion.MEDIA_TYPES.get(response.media_type, "")
+    )
+    if not await asyncio.to_thread(presentation_conversion.has_presentation_signature, attachment, suffix):
         media_type = response.media_type or "unknown type"
         await ctx.warn(f"The attachment is only linked. It is not a PDF ({media_type}).")
         return
-    result.texts = await asyncio.to_thread(extract_slide_texts, attachment)
+    result.texts = await asyncio.to_thread(presentation_files.extract_slide_texts, attachment)
     if is_installed:
         await _render(ctx, await _convert(ctx, attachment, suffix), result)
     else:
-        await _warn_about_fallback(ctx, result, f"It is {OTHER_TYPES[suffix]}, not a PDF. {_NOT_INSTALLED}.")
+        await _warn_about_fallback(
+            ctx, result, f"It is {pdf_rendering.OTHER_TYPES[suffix]}, not a PDF. {_NOT_INSTALLED}."
+        )
 
 
 async def _warn_about_fallback(ctx: StepContext, result: SlidesResult, reason: str) -> None:
@@ -138,7 +130,9 @@ async def _convert(ctx: StepContext, attachment: Path, suffix: str) -> Path:
     scratch = ctx.job.scratch_dir / "office"
     await asyncio.to_thread(scratch.mkdir)
     conversion = asyncio.create_task(
-        convert_to_pdf(attachment, suffix, program=ctx.settings.libreoffice_command or "", scratch=scratch)
+        presentation_conversion.convert_to_pdf(
+            attachment, suffix, program=ctx.settings.libreoffice_command or "", scratch=scratch
+        )
     )
     try:
         while not (await asyncio.wait({conversion}, timeout=CANCELLATION_POLL_SECONDS))[0]:
@@ -151,7 +145,7 @@ async def _convert(ctx: StepContext, attachment: Path, suffix: str) -> Path:
 
 async def _render(ctx: StepContext, pdf: Path, result: SlidesResult) -> None:
     page_count, remaining_text_characters, max_pages = 0, MAX_TEXT_CHARACTERS, ctx.settings.max_pdf_pages
-    async with ctx.iterate_in_thread(render_pages(pdf, ctx.settings)) as pages:
+    async with ctx.iterate_in_thread(pdf_rendering.render_pages(pdf, ctx.settings)) as pages:
         async for page in pages:
             page_count = page.page_count
             if page.problem:
@@ -167,7 +161,7 @@ async def _render(ctx: StepContext, pdf: Path, result: SlidesResult) -> None:
 
 
 async def _save(ctx: StepContext, page: RenderedPage, max_text_characters: int) -> Slide:
-    image_name, thumbnail_name = make_slide_file_names(page.page_number)
+    image_name, thumbnail_name = pdf_rendering.make_slide_file_names(page.page_number)
     image = await ctx.job.save(ctx.result_layout.asset_path(image_name), page.image, "image/jpeg")
     thumbnail = await ctx.job.save(ctx.result_layout.asset_path(thumbnail_name), page.thumbnail, "image/jpeg")
     text = page.text[:max_text_characters]

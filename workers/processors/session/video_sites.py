@@ -12,10 +12,10 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
-import orjson
+from pydantic import BaseModel, ValidationError
 
 from jobledger.workers.processors.session import yt_dlp_helper
 from jobledger.workers.processors.session.fetcher import Fetcher
@@ -27,6 +27,11 @@ _FORMAT: Final = "bestaudio[protocol^=http]/best[protocol^=http]/worst[protocol^
 """One file over HTTP. Segmented formats (HLS, DASH) are not supported."""
 _HELPER: Final = str(Path(yt_dlp_helper.__file__).resolve())
 _MAX_OUTPUT_BYTES: Final = 1024 * 1024
+
+
+class _HelperResponse(BaseModel):
+    media_url: str | None = None
+    error: str | None = None
 
 
 def is_video_site_url(url: str, sites: Sequence[str]) -> bool:
@@ -71,30 +76,26 @@ async def resolve_media_url(url: str, *, seconds: float, scratch: Path, fetcher:
     program = runner.Program(runner.python_command(_HELPER, request), scratch, readable_paths=[package.parent])
     try:
         result = await runner.run_program(program, proxy=fetcher.serve_proxy, max_output=_MAX_OUTPUT_BYTES)
-        response: dict[str, Any] = orjson.loads(result.output)
+        response = _HelperResponse.model_validate_json(result.output)
     except runner.SandboxUnavailable as error:
         raise TranscriptUnavailable(
             f"The recording is on a page of {site}. yt-dlp cannot run in a sandbox: {error}"
         ) from error
-    except orjson.JSONDecodeError as error:
+    except ValidationError as error:
         raise TranscriptUnavailable(
             f"The recording on a page of {site} is not available: yt-dlp returned no result."
         ) from error
-    if "error" in response:
-        reason = _format_reason(str(response["error"]))
+    if response.error is not None:
+        reason = _format_reason(response.error)
         raise TranscriptUnavailable(f"The recording on a page of {site} is not available: {reason}.")
-    media_url = response.get("media_url")
-    if not isinstance(media_url, str):
+    if response.media_url is None:
         raise TranscriptUnavailable(f"The page of {site} has no recording that can be downloaded as one file.")
-    return media_url
+    return response.media_url
 
 
 def _find_package() -> Path | None:
     """Return the directory of yt-dlp, or None if it is not installed."""
-    try:
-        spec = importlib.util.find_spec("yt_dlp")
-    except ValueError:
-        return None
+    spec = importlib.util.find_spec("yt_dlp")
     return Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
 
 

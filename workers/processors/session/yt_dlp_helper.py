@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import sys
 from typing import Any
@@ -18,26 +19,18 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     sys.path.append(request["path"])
     library: Any = importlib.import_module("yt_dlp")
-    options = {**request["options"], "logger": _NullLogger()}
+    logger = logging.getLogger("yt-dlp")
+    logger.disabled = True  # its messages may contain URLs with secrets
+    options = {**request["options"], "logger": logger}
     try:
         with library.YoutubeDL(options) as downloader:
             info = downloader.extract_info(request["url"], download=False) or {}
         media_url = info.get("url") or next((entry.get("url") for entry in info.get("entries") or ()), None)
-        response = {"media_url": media_url if isinstance(media_url, str) else None}
+        response = {"media_url": media_url}
     except Exception as error:  # noqa: BLE001 - the extractors raise exceptions of any type
         response = {"error": str(error) or type(error).__name__}
     print(json.dumps(response), flush=True)
     os._exit(0)
-
-
-class _NullLogger:
-    """Discards the messages of yt-dlp, which may contain URLs with secrets."""
-
-    def debug(self, message: str) -> None: ...
-
-    def warning(self, message: str) -> None: ...
-
-    def error(self, message: str) -> None: ...
 
 
 if __name__ == "__main__":
