@@ -21,13 +21,14 @@ from jobledger.ledger.domain.commands import CancelJob
 from jobledger.ledger.domain.events import JobClaimed
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.workers import process_runner
-from jobledger.workers.child import fork_server_client, main
+from jobledger.workers.child import fork_server_client
 from jobledger.workers.child import process as job_process
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.fork_server import _Server
 from jobledger.workers.child.messages import MessageEnvelope, encode_frame
 from jobledger.workers.child.process import JobProcess
 from jobledger.workers.process_runner import ProcessRunner
+from jobledger.workers.sandbox import restrictions
 from tests.support.installation import list_descendants
 from tests.support.job_processes import has_exited, list_own_job_processes, parent_pid
 from tests.support.role_runner import (
@@ -54,7 +55,7 @@ def test_set_limit_never_exceeds_the_limit_of_the_system(hard_limit: int) -> Non
         code = 1
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard_limit, hard_limit))
-            main._set_limit(resource.RLIMIT_FSIZE, 1 << 30)
+            restrictions.limit_resource(resource.RLIMIT_FSIZE, 1 << 30)
             code = int(resource.getrlimit(resource.RLIMIT_FSIZE) != (min(hard_limit, 1 << 30),) * 2)
         finally:
             os._exit(code)

@@ -30,7 +30,7 @@ from pydantic import BaseModel
 
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.workers.sandbox import restrictions
-from jobledger.workers.sandbox.restrictions import LIST_RIGHTS, READ_RIGHTS, WRITE_DEVICE_RIGHTS, WRITE_RIGHTS
+from jobledger.workers.sandbox.restrictions import DEVICE_RULES, LIST_RIGHTS, READ_RIGHTS, WRITE_RIGHTS
 
 _log = structlog.get_logger()
 ConfinementMode = Literal["auto", "required", "off"]
@@ -51,7 +51,6 @@ _PRIVATE_PATHS: Final = (
 )
 """Never accessible to jobs, whatever the settings. Exceptions that running code needs are allowed below."""
 _READABLE_PATHS: Final = ("/proc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager/resolv.conf")
-_DEVICES: Final = ("/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 class ConfinementSettings(BaseModel):
@@ -148,8 +147,8 @@ def confine(
     os.environ.update(HOME=str(scratch_dir), TMPDIR=str(scratch_dir))
     tempfile.tempdir = None  # makes tempfile read TMPDIR again
     # Some libraries request real-time priority (the AV1 encoder SVT as root), which starves all other processes.
-    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_RTPRIO, resource.RLIMIT_NICE):
-        resource.setrlimit(kind, (0, 0))
+    restrictions.limit_resource(resource.RLIMIT_RTPRIO, 0)
+    restrictions.limit_resource(resource.RLIMIT_NICE, 0)
     restrictions.set_no_new_privileges()
     if settings.mode == "off":
         restrictions.drop_capabilities(keep=restrictions.FILE_CAPABILITIES)
@@ -160,7 +159,11 @@ def confine(
     restrictions.drop_capabilities(keep=0 if has_landlock else restrictions.CAP_SETFCAP)  # bubblewrap needs it
     restrictions.hide_from_same_user()
     if has_landlock:  # otherwise, the worker has logged a warning or has not started
-        _apply_landlock(settings, allowed, [scratch_dir, inbox_dir, *shared_dirs], readable_paths)
+        rules: list[tuple[str | Path, int]] = [*allowed, *DEVICE_RULES]
+        rules += [(path, READ_RIGHTS) for path in _READABLE_PATHS]
+        rules += [(path, READ_RIGHTS) for path in (*settings.readable_paths, *readable_paths)]
+        rules += [(path, WRITE_RIGHTS) for path in (scratch_dir, inbox_dir, *shared_dirs, *settings.writable_paths)]
+        restrictions.apply_landlock(rules)
     if restrictions.is_seccomp_supported():
         # Landlock does not cover local sockets with a path. Through those of the database, a container engine or the
         # fork server, a job could escape.
@@ -169,17 +172,6 @@ def confine(
             socket_families=[socket.AF_UNIX] if has_landlock else [],
             self_only_calls=restrictions.LIMIT_AND_PRIORITY_CALLS,
         )
-
-
-def _apply_landlock(
-    confinement: ConfinementSettings, allowed: list[tuple[str, int]], writable: Sequence[Path], readable: Sequence[Path]
-) -> None:
-    rules: list[tuple[str | Path, int]] = [*allowed]
-    rules += [(path, READ_RIGHTS) for path in (*_READABLE_PATHS, *_DEVICES)]
-    rules += [(path, READ_RIGHTS) for path in (*confinement.readable_paths, *readable)]
-    rules += [(path, WRITE_RIGHTS) for path in (*writable, *confinement.writable_paths)]
-    rules.append(("/dev/null", WRITE_DEVICE_RIGHTS))
-    restrictions.apply_landlock(rules)
 
 
 _mounts_allowed = False

@@ -21,6 +21,8 @@ from typing import Final
 
 from jobledger.workers.child import supervisor
 from jobledger.workers.child.confinement import detect_mount_support
+from jobledger.workers.sandbox import restrictions
+from jobledger.workers.sandbox.process_tree import kill_children
 
 READY: Final = b"ready"
 _KILL_SECONDS: Final = 2.0  # what survives is killed when the next supervisor ends
@@ -31,7 +33,7 @@ def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
     os.setpgid(0, 0)
     supervisor.ignore_signals()
-    supervisor.become_subreaper()
+    restrictions.become_subreaper()
     detect_mount_support()  # before there are threads
     for module in json.loads(sys.argv[2]):
         _load(module)
@@ -105,8 +107,7 @@ class _Server:
         os.close(pidfd)
         os.waitpid(self._supervisors.pop(pidfd), 0)
         # A supervisor that ended regularly leaves no processes. One that was killed leaves those below it.
-        if supervisor.list_children() - set(self._supervisors.values()):
-            supervisor.kill_children(_KILL_SECONDS, frozenset(self._supervisors.values()))
+        kill_children(_KILL_SECONDS, frozenset(self._supervisors.values()))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from jobledger.workers.child.messages import (
 from jobledger.workers.processor import Processor, ProcessorError
 from jobledger.workers.registry import get_processor, shared_directories
 from jobledger.workers.result_conversion import to_text
+from jobledger.workers.sandbox.restrictions import limit_resource
 
 _MAX_ENTRIES_PER_MESSAGE: Final = 500
 _MAX_QUEUED_MESSAGES: Final = 100  # the job waits while more are queued; each may have many log entries
@@ -49,9 +50,9 @@ _MAX_QUEUED_MESSAGES: Final = 100  # the job waits while more are queued; each m
 
 def run_job_process(connection: socket.socket, memory_limit_mb: int) -> None:
     """Run the one assignment from the connection. Does not return, unless the worker has ended."""
-    _set_limit(resource.RLIMIT_AS, memory_limit_mb * 1024 * 1024)
-    _set_limit(resource.RLIMIT_FSIZE, MAX_FILE_BYTES)  # sparse files cost nothing until they are read
-    _set_limit(resource.RLIMIT_CORE, 0)  # thousands of crashes must not fill the disk
+    limit_resource(resource.RLIMIT_AS, memory_limit_mb * 1024 * 1024)
+    limit_resource(resource.RLIMIT_FSIZE, MAX_FILE_BYTES)  # sparse files cost nothing until they are read
+    limit_resource(resource.RLIMIT_CORE, 0)  # thousands of crashes must not fill the disk
     faulthandler.enable()  # reports where native code crashed; the supervisor keeps the end of the output
     # Programs forked by the processor must not use the connection.
     os.register_at_fork(after_in_child=connection.close)
@@ -61,13 +62,6 @@ def run_job_process(connection: socket.socket, memory_limit_mb: int) -> None:
     worker = _WorkerConnection(connection)
     worker.finish(_run_attempt(worker, text))
     exit_process()
-
-
-def _set_limit(kind: int, limit: int) -> None:
-    """Set a resource limit of this process, or keep the lower one that it already has."""
-    highest = resource.getrlimit(kind)[1]
-    limit = limit if highest == resource.RLIM_INFINITY else min(limit, highest)
-    resource.setrlimit(kind, (limit, limit))
 
 
 def _run_attempt(worker: _WorkerConnection, text: bytes) -> AttemptCompleted | AttemptFailed:

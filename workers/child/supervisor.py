@@ -17,21 +17,20 @@ left. It receives `end`.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
 import os
 import select
 import signal
 import socket
 import sys
 import time
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 import orjson
 
 from jobledger.workers.child.main import run_job_process
+from jobledger.workers.sandbox import restrictions
+from jobledger.workers.sandbox.process_tree import kill_children
 
 STOP_SECONDS: Final = 1.0
 """Time in which a job process can react to the stop message."""
@@ -39,14 +38,6 @@ KILL_SECONDS: Final = 30.0  # what survives cannot be killed: it waits for a dis
 MAX_OUTPUT_BYTES: Final = 64 * 1024  # of output that is forwarded
 OUTPUT_TAIL_BYTES: Final = 8192  # of output that is kept to report an unexpected end
 _MAX_FINAL_READS: Final = 32
-_PR_SET_PDEATHSIG: Final = 1
-_PR_SET_CHILD_SUBREAPER: Final = 36
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def become_subreaper() -> None:
-    """Become the parent of every descendant whose own parent dies."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def ignore_signals() -> None:
@@ -61,7 +52,7 @@ def ignore_signals() -> None:
 def supervise(control: socket.socket, connection: socket.socket, memory_limit_mb: int) -> None:
     """Run one job process to its end, and return when no descendant is left. Call in a dedicated process."""
     os.setpgid(0, 0)
-    become_subreaper()
+    restrictions.become_subreaper()
     output, job_output = os.pipe()
     own_pid = os.getpid()
     try:
@@ -81,7 +72,7 @@ def supervise(control: socket.socket, connection: socket.socket, memory_limit_mb
 
 def _run_job(supervisor: int, connection: socket.socket, output: int, memory_limit_mb: int) -> NoReturn:
     try:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        restrictions.set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != supervisor:  # the supervisor died before the call
             os._exit(1)
         os.setpgid(0, 0)  # signals of a processor to its process group must not reach the supervisor
@@ -165,70 +156,10 @@ class _Supervisor:
         return True
 
 
-def kill_children(seconds: float, exclude: frozenset[int] = frozenset()) -> None:
-    """Kill all children of this process except `exclude`, and their descendants, which become our children.
-
-    Args:
-        seconds: Timeout. Processes that survive it cannot be killed.
-        exclude: Process IDs to spare.
-    """
-    deadline, pause = time.monotonic() + seconds, 0.001
-    while time.monotonic() < deadline:
-        remaining = list_children() - exclude
-        for pid in remaining:
-            # This also kills stopped processes. The PID cannot be reused, because the child was not reaped yet.
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        reaped = [pid for pid in remaining if _reap(pid)]
-        if not remaining:
-            return
-        if not reaped:
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
-
-
-def list_children() -> set[int]:
-    """Return the process IDs of the children of this process."""
-    children: set[int] = set()
-    try:
-        for path in Path("/proc/self/task").glob("*/children"):
-            children.update(map(int, path.read_text().split()))
-    except OSError:
-        return _children_by_parent()
-    return children if children or _has_children_files() else _children_by_parent()
-
-
-def _has_children_files() -> bool:
-    return os.path.exists(f"/proc/self/task/{os.getpid()}/children")  # noqa: PTH110 - called in a loop
-
-
-def _children_by_parent() -> set[int]:
-    """Return the children of this process on a kernel without /proc/…/children."""
-    children, own_pid = set(), os.getpid()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == own_pid:
-                children.add(int(path.parent.name))
-    return children
-
-
-def _reap(pid: int) -> bool:
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:
-        return True
-
-
 def _send(control: socket.socket, content: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # the worker has ended
+    with suppress(OSError):  # the worker has ended
         control.sendall(orjson.dumps(content) + b"\n")
 
 
 def _ignore_signal(*_: object) -> None:
     """Ignore a signal."""
-
-
-def _prctl(option: int, value: int) -> None:
-    if _libc.prctl(option, value, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"prctl({option}): {errno.errorcode.get(number, number)}")

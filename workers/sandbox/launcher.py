@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import resource
 import signal
@@ -19,13 +20,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from jobledger.workers.sandbox import restrictions
+from jobledger.workers.sandbox.process_tree import kill_children
 
 EXIT_NOT_STARTED: Final = 125
 """Exit code if the sandbox could not be set up. Standard error contains the reason."""
 PROXY_PORT: Final = 3128
 _OTHER_FAMILIES: Final = [family for family in range(64) if family not in (socket.AF_INET, socket.AF_INET6)]
 """Network namespaces do not cover all address families: AF_VSOCK reaches the host of a virtual machine."""
-_READ_ONLY_DEVICES: Final = ("/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     if os.getppid() != plan["parent"]:  # the parent ended before the call above
         os._exit(EXIT_NOT_STARTED)
     try:
-        has_namespaces = plan["namespaces"] and restrictions.unshare_namespaces()
+        has_namespaces = plan["landlock"] and restrictions.unshare_namespaces()
         if plan["proxy"] is not None:
             if not has_namespaces:
                 raise OSError("this system does not support network namespaces for programs")
@@ -48,7 +49,7 @@ def main() -> None:
         print(f"sandbox: {error}", file=sys.stderr)
         os._exit(EXIT_NOT_STARTED)
     code = _wait_for(program)
-    _kill_descendants()
+    kill_children(math.inf)  # without a PID namespace, the descendants of the program are children of this process
     os._exit(code)
 
 
@@ -67,16 +68,15 @@ def _start_program(plan: dict[str, Any], *, has_namespaces: bool) -> None:
         _set_limits(plan["limits"], has_namespaces=has_namespaces)
         if plan["landlock"]:
             restrictions.apply_landlock(
-                [(path, restrictions.READ_RIGHTS) for path in plan["readable"]]
-                + [(path, restrictions.WRITE_RIGHTS & ~restrictions.EXECUTE) for path in plan["writable"]]
-                + [
-                    ("/dev/null", restrictions.WRITE_DEVICE_RIGHTS),
-                    *((path, restrictions.READ_RIGHTS) for path in _READ_ONLY_DEVICES),
+                [
+                    *((path, restrictions.READ_RIGHTS) for path in plan["readable"]),
+                    (plan["directory"], restrictions.WRITE_RIGHTS & ~restrictions.EXECUTE),
+                    *restrictions.DEVICE_RULES,
                 ]
             )
         restrictions.set_no_new_privileges()
         restrictions.drop_capabilities()
-        if plan["seccomp"]:
+        if restrictions.is_seccomp_supported():
             denied_calls = restrictions.OUTSIDE_ACCESS_CALLS
             if plan["proxy"] is not None:
                 denied_calls = denied_calls - {"socket", "connect", "sendto"}
@@ -103,9 +103,7 @@ def _set_limits(limits: dict[str, int], *, has_namespaces: bool) -> None:
         (resource.RLIMIT_NOFILE, limits["open_files"]),
         (resource.RLIMIT_NPROC, processes),
     ):
-        _, most = resource.getrlimit(kind)
-        lower = value if most == resource.RLIM_INFINITY else min(value, most)
-        resource.setrlimit(kind, (lower, lower))
+        restrictions.limit_resource(kind, value)
 
 
 def _count_user_tasks() -> int:
@@ -133,15 +131,3 @@ def _wait_for(program: int) -> int:
         if ended == program:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
-
-
-def _kill_descendants() -> None:
-    """Kill all processes started by the program. Without a PID namespace, they are our children now."""
-    while True:
-        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(int(child), signal.SIGKILL)
-        try:
-            os.wait()
-        except ChildProcessError:
-            return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import stat
 import struct
 import tempfile
@@ -29,8 +30,12 @@ _VERSION_1_RIGHTS: Final = (1 << 13) - 1
 _FILE_RIGHTS: Final = EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
 READ_RIGHTS: Final = EXECUTE | _READ_FILE | _READ_DIR
 LIST_RIGHTS: Final = _READ_DIR
-WRITE_DEVICE_RIGHTS: Final = _READ_FILE | _WRITE_FILE
 WRITE_RIGHTS: Final = _VERSION_1_RIGHTS | _REFER | _TRUNCATE
+DEVICE_RULES: Final = (
+    ("/dev/null", _READ_FILE | _WRITE_FILE),
+    *((device, READ_RIGHTS) for device in ("/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")),
+)
+"""Rules for the devices that every program may use."""
 _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1 << 0, 1 << 1
 LANDLOCK_SIGNALS_VERSION: Final = 6
 """Since this version of Landlock, a confined process cannot signal processes outside."""
@@ -50,14 +55,11 @@ def landlock_version() -> int:
     return max(0, int(_libc.syscall(_CREATE_RULESET, None, 0, 1)))
 
 
-def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> int:
+def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> None:
     """Allow this process and its descendants only the given rights below the given paths. Irreversible.
 
     The process can no longer mount, or trace or read the memory and environment of processes outside. Paths that do not
     exist are skipped. Sets `no_new_privs`.
-
-    Returns:
-        The version of Landlock.
 
     Raises:
         OSError: The kernel has no Landlock.
@@ -77,7 +79,6 @@ def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> int:
         _check_result(_libc.syscall(_RESTRICT_SELF, ruleset, 0))
     finally:
         os.close(ruleset)
-    return version
 
 
 def _add_rule(ruleset: int, path: str | Path, rights: int) -> None:
@@ -127,6 +128,13 @@ def set_parent_death_signal(signal_number: int) -> None:
 def become_subreaper() -> None:
     """Become the parent of descendants whose own parent ends."""
     _check_result(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+
+
+def limit_resource(kind: int, limit: int) -> None:
+    """Set a resource limit of this process (`resource.RLIMIT_…`), or keep the lower one that it already has."""
+    highest = resource.getrlimit(kind)[1]
+    limit = limit if highest == resource.RLIM_INFINITY else min(limit, highest)
+    resource.setrlimit(kind, (limit, limit))
 
 
 # seccomp ----------------------------------------------------------------------------------------------------------

@@ -192,12 +192,9 @@ def _build_command(program: Program, method: SandboxMethod, *, proxy_channel: in
     landlock = method == "landlock"
     plan = {
         "parent": os.getpid() if landlock else 0,  # in bubblewrap, it is the first process of its namespace
-        "namespaces": landlock,
         "landlock": landlock,
-        "seccomp": restrictions.is_seccomp_supported(),
         "proxy": proxy_channel,
         "readable": readable,
-        "writable": [str(program.scratch_dir)],
         "limits": asdict(program.limits),
         "directory": str(program.scratch_dir),
         "command": list(program.command),
@@ -282,25 +279,26 @@ def probe_methods() -> tuple[ProbeResult, ...]:
     results: list[ProbeResult] = []
     methods: tuple[SandboxMethod, ...] = ("landlock", "bubblewrap")
     for method in methods:
-        results.append(_probe_method(method))
-        if results[-1].is_working:
+        problem = _find_problem(method)
+        results.append(ProbeResult(method, is_working=not problem, reason=problem))
+        if not problem:
             break
     return tuple(results)
 
 
-def _probe_method(method: SandboxMethod) -> ProbeResult:
-    """Run a program that attempts what the sandbox must prevent."""
+def _find_problem(method: SandboxMethod) -> str:
+    """Return why a method does not work; an empty text if it does."""
     if method == "landlock" and restrictions.landlock_version() < 1:
-        return ProbeResult(method, is_working=False, reason="the kernel does not support it")
+        return "the kernel does not support it"
     if method == "landlock" and not restrictions.is_seccomp_supported():
-        return ProbeResult(method, is_working=False, reason="no seccomp filter for this architecture")
+        return "no seccomp filter for this architecture"
     if method == "bubblewrap" and shutil.which("bwrap") is None:
-        return ProbeResult(method, is_working=False, reason="not installed")
+        return "not installed"
     try:
         with tempfile.TemporaryDirectory(prefix="jobledger-probe-", ignore_cleanup_errors=True) as directory:
             return _probe(method, Path(directory))
     except (OSError, subprocess.TimeoutExpired) as error:
-        return ProbeResult(method, is_working=False, reason=str(error))
+        return str(error) or type(error).__name__
 
 
 @contextmanager
@@ -314,7 +312,8 @@ def _local_server(path: Path) -> Iterator[None]:
         yield
 
 
-def _probe(method: SandboxMethod, directory: Path) -> ProbeResult:
+def _probe(method: SandboxMethod, directory: Path) -> str:
+    """Run a program that attempts what the sandbox must prevent. Return what it could do; an empty text if nothing."""
     scratch, canary = directory / "scratch", directory / "canary"
     scratch.mkdir()
     canary.write_text("secret")
@@ -333,9 +332,7 @@ def _probe(method: SandboxMethod, directory: Path) -> ProbeResult:
     reached = done.stdout.decode(errors="replace").strip()
     if done.returncode != 0 or not (scratch / "written").exists():
         error_text = " ".join(done.stderr.decode(errors="replace").split())[-200:]
-        return ProbeResult(method, is_working=False, reason=error_text or f"exit code {done.returncode}")
+        return error_text or f"exit code {done.returncode}"
     if (directory / "canary.new").exists():
         reached += ", other directories"
-    if reached != "nothing":
-        return ProbeResult(method, is_working=False, reason=f"programs can access {reached}")
-    return ProbeResult(method, is_working=True)
+    return "" if reached == "nothing" else f"programs can access {reached}"
