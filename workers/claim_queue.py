@@ -3,7 +3,7 @@
 An idle worker takes a new job from its `JobSubmitted` event, without a query. With a backlog, it takes rows from the
 view `queue`, by priority, then age, many at a time.
 
-No job waits for ever. Whatever makes a job claimable is an event. Once the views have reached the event, the job's row
+No job waits forever. Whatever makes a job claimable is an event. Once the views have reached the event, the job's row
 can be read, and the worker queries the queue. A due time sets a timer, and so does a job that was deferred to another
 worker.
 
@@ -85,7 +85,6 @@ class ClaimQueue:
         slots: The number of jobs that the worker runs concurrently.
         eligible_workers: Returns the workers that may claim jobs.
         free_slots: Returns how many more jobs of a type the worker may run now.
-        pending_claims: Returns the jobs that the worker is claiming.
         wake: Called when there may be candidates.
     """
 
@@ -98,7 +97,6 @@ class ClaimQueue:
         slots: int,
         eligible_workers: Callable[[], Collection[str]],
         free_slots: Callable[[str], int],
-        pending_claims: Callable[[], Collection[str]],
         wake: Callable[[], None],
     ) -> None:
         self._event_store = event_store
@@ -107,9 +105,11 @@ class ClaimQueue:
         self._slots = slots
         self._eligible_workers = eligible_workers
         self._free_slots = free_slots
-        self._pending_claims = pending_claims
-        self._wake = wake
+        self.wake = wake
         self.worker_id = ""
+        """The ID of the worker. Each of its leases has its own ID."""
+        self.pending_claims: dict[str, str] = {}
+        """Job types of the jobs that the worker is claiming, by job ID."""
         self._fresh: dict[str, ClaimCandidate] = {}
         self._delayed: dict[str, asyncio.TimerHandle] = {}
         self._claim_delay = ClaimDelay()
@@ -221,7 +221,7 @@ class ClaimQueue:
             self._relevant_position = max(self._relevant_position, position)
         else:
             self._fresh[candidate.job_id] = candidate
-        self._wake()
+        self.wake()
 
     def _on_views_advanced(self) -> None:
         position = self._checkpoint.position
@@ -286,7 +286,7 @@ class ClaimQueue:
         return (
             job_id in self._claimed_positions
             or job_id in self._skipped
-            or job_id in self._pending_claims()
+            or job_id in self.pending_claims
             or job.batch_id in self._paused
         )
 
@@ -318,7 +318,7 @@ class ClaimQueue:
         limit = min(_ROWS_PER_WORKER * max(1, len(workers)), _MAX_ROWS)
         now = await self._event_store.server_time()
         # Rows that would take the place of others. The views may still show running jobs as pending.
-        excluded = [*self._claimed_positions, *self._skipped, *self._pending_claims()]
+        excluded = [*self._claimed_positions, *self._skipped, *self.pending_claims]
         views = self._checkpoint.views
         rows = await queue.find_candidates(
             views, job_types=free_slots.keys(), excluded_job_ids=excluded, now=now, limit=limit
@@ -330,7 +330,7 @@ class ClaimQueue:
             # There may be more jobs of types without free slots, or jobs that came during the query.
             self._may_have_more = len(free_slots) < len(self._job_types) or self._change_count != change_count
         elif not self._rows:
-            self._wake_in(_DEFER_SECONDS)
+            self._set_timer(_DEFER_SECONDS, self._request_query)
         self._rows_expire_at = time.monotonic() + _ROWS_TTL_SECONDS
 
     def _filter_by_rank(self, rows: Sequence[queue.QueueEntry], workers: Collection[str]) -> list[queue.QueueEntry]:
@@ -358,7 +358,7 @@ class ClaimQueue:
     def _request_query(self) -> None:
         self._change_count += 1
         self._may_have_more = True
-        self._wake()
+        self.wake()
 
     def _wake_at(self, due: datetime | None) -> None:
         """Query again at a time of the server's clock. The clock is read again then: it may have been corrected."""
@@ -373,9 +373,6 @@ class ClaimQueue:
             self._request_query()
         else:
             self._wake_at(due)
-
-    def _wake_in(self, seconds: float) -> None:
-        self._set_timer(seconds, self._request_query)
 
     def _set_timer(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
         if self._timer is not None:

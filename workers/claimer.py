@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -15,7 +15,6 @@ from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import CommandResult, StreamState, handle_command, load_stream_state
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.workers.claim_queue import ClaimQueue
 
 _log = structlog.get_logger()
@@ -26,60 +25,24 @@ class Claimer:
 
     Args:
         event_store: The event store.
-        checkpoint: The position of the views.
-        job_types: The job types that the worker can run.
-        slots: The number of jobs that the worker runs concurrently.
-        eligible_workers: Returns the workers that may claim jobs.
-        free_slots: Returns how many more jobs of a type the worker may run now.
+        queue: The jobs that the worker may try to claim.
         start_job: Called with the ID of a claimed job and the state of its stream.
         on_unreadable: Called when a later version of the program wrote to the stream of a job that may be ours.
-        wake: Called when there may be jobs to claim.
     """
 
     def __init__(
         self,
         event_store: EventStore,
-        checkpoint: Checkpoint,
+        queue: ClaimQueue,
         *,
-        job_types: Collection[str],
-        slots: int,
-        eligible_workers: Callable[[], Collection[str]],
-        free_slots: Callable[[str], int],
         start_job: Callable[[str, StreamState], None],
         on_unreadable: Callable[[UnreadableEvent], None],
-        wake: Callable[[], None],
     ) -> None:
         self._event_store = event_store
+        self._queue = queue
         self._start_job = start_job
         self._on_unreadable = on_unreadable
-        self._wake = wake
-        self._worker_id = ""
-        self._pending: dict[str, tuple[str, asyncio.Task[None]]] = {}
-        """Job types and tasks of the pending claims, by job ID."""
-        self.queue = ClaimQueue(
-            event_store,
-            checkpoint,
-            job_types=job_types,
-            slots=slots,
-            eligible_workers=eligible_workers,
-            wake=wake,
-            free_slots=free_slots,
-            pending_claims=self._pending.keys,
-        )
-
-    def set_worker_id(self, worker_id: str) -> None:
-        """Claim under this ID from now on. Each lease has its own ID."""
-        self._worker_id = self.queue.worker_id = worker_id
-
-    @property
-    def pending_count(self) -> int:
-        """The number of pending claims."""
-        return len(self._pending)
-
-    @property
-    def pending_job_types(self) -> list[str]:
-        """The job types of the pending claims."""
-        return [job_type for job_type, _ in self._pending.values()]
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start_claims(self) -> bool:
         """Start claims for as many jobs as slots are free. Return whether there were any candidates.
@@ -87,28 +50,29 @@ class Claimer:
         Raises:
             LedgerUnavailable: The database failed.
         """
-        candidates = await self.queue.take_candidates()
+        candidates = await self._queue.take_candidates()
         for job_id, stream_state, job_type, _ in candidates:
+            self._queue.pending_claims[job_id] = job_type
             task = asyncio.create_task(self._claim(job_id, stream_state), name=f"claim-{job_id}")
-            self._pending[job_id] = job_type, task
+            self._tasks.add(task)
             task.add_done_callback(partial(self._on_claim_done, job_id))
         return bool(candidates)
 
     async def wait_pending(self) -> None:
         """Wait until all pending claims are done."""
-        if self._pending:
-            await asyncio.wait([task for _, task in self._pending.values()])
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def cancel_pending(self) -> None:
         """Cancel all pending claims."""
-        tasks = [task for _, task in self._pending.values()]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _on_claim_done(self, job_id: str, task: asyncio.Task[None]) -> None:
-        self._pending.pop(job_id, None)
-        self._wake()
+        self._tasks.discard(task)
+        self._queue.pending_claims.pop(job_id, None)
+        self._queue.wake()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("unexpected error while claiming a job", job_id=job_id, error=repr(error))
             if isinstance(error, UnreadableEvent):
@@ -119,23 +83,23 @@ class Claimer:
         try:
             result = await self._append_claim(job_id, stream_state)
         except NotDue:
-            self.queue.handle_not_due()
+            self._queue.handle_not_due()
             return
         except CommandRejected:
             with suppress(LedgerUnavailable):  # in this case, the claim is retried once more
-                await self.queue.handle_rejection(job_id)
+                await self._queue.handle_rejection(job_id)
             return
         except UnreadableEvent as error:
             _log.error("cannot claim a job: a newer version of Jobledger wrote to it", job_id=job_id, error=str(error))
-            self.queue.skip(job_id)
+            self._queue.skip(job_id)
             return
-        self.queue.mark_claimed(job_id, result.stream_state.head.position)
+        self._queue.mark_claimed(job_id, result.stream_state.head.position)
         self._start_job(job_id, result.stream_state)
 
     async def _append_claim(self, job_id: str, stream_state: StreamState) -> CommandResult:
         """Append a claim. Return only when it is certain whether it was written: a claimed job must not hang."""
-        command = ClaimJob(self._worker_id, self._event_store.clock.estimate())
-        metadata = EventMetadata(f"worker:{self._worker_id}")
+        command = ClaimJob(self._queue.worker_id, self._event_store.clock.estimate())
+        metadata = EventMetadata(f"worker:{self._queue.worker_id}")
         while True:
             try:
                 return await handle_command(
@@ -165,5 +129,5 @@ class Claimer:
                 self._on_unreadable(error)
                 raise
             job = stream_state.aggregate
-            is_ours = isinstance(job, Job) and job.status == "processing" and job.worker_id == self._worker_id
+            is_ours = isinstance(job, Job) and job.status == "processing" and job.worker_id == self._queue.worker_id
             return CommandResult([], stream_state) if is_ours else None

@@ -30,19 +30,7 @@ import structlog
 from jobledger.ledger.domain.commands import AbandonDelivery
 from jobledger.ledger.domain.delivery import Delivery, delivery_id_for
 from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.domain.events import (
-    BatchDeleted,
-    BatchFinished,
-    BatchSubmitted,
-    EventMetadata,
-    JobCancelled,
-    JobCompleted,
-    JobDeleted,
-    JobFailed,
-    JobSubmitted,
-    RecordedEvent,
-    StepCompleted,
-)
+from jobledger.ledger.domain.events import BatchDeleted, EventMetadata, JobDeleted, RecordedEvent
 from jobledger.ledger.domain.saved_files import find_saved_files, is_sha256
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database, translate_errors
@@ -57,7 +45,6 @@ CURSOR: Final = "cleanup"
 SKIPPED: Final = "skipped"
 """Field of that document with the most recent deleted jobs and batches that cannot be cleaned up."""
 FILE_REMOVALS: Final = "file_removals"
-WEBHOOK_SECRETS: Final = "webhook_secrets"
 GRACE_SECONDS: Final = 15.0
 """Longer than the lease of a worker."""
 RETRY_SECONDS: Final = 60.0
@@ -69,9 +56,9 @@ _MAX_CLOCK_SKEW: Final = timedelta(minutes=2)
 """Maximum difference between the clocks of a worker and the file store."""
 _SAVE_CURSOR_SECONDS: Final = 60.0
 _VIEWS_TIMEOUT_SECONDS: Final = 30.0
-_EVENT_TYPES_WITH_FILES: Final = (JobCompleted.__name__, StepCompleted.__name__)
-_FINAL_EVENT_TYPES: Final = tuple(event.__name__ for event in (JobCompleted, JobFailed, JobCancelled, BatchFinished))
-_SUBMITTED_EVENT_TYPES: Final = (JobSubmitted.__name__, BatchSubmitted.__name__)
+_EVENT_TYPES_WITH_FILES: Final = ("JobCompleted", "StepCompleted")
+_FINAL_EVENT_TYPES: Final = ("JobCompleted", "JobFailed", "JobCancelled", "BatchFinished")
+_SUBMITTED_EVENT_TYPES: Final = ("JobSubmitted", "BatchSubmitted")
 
 
 class Cleanup:
@@ -111,17 +98,14 @@ class Cleanup:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _clean_up(self) -> None:
-        removing = asyncio.create_task(self._remove_files(), name="remove-files")
-        following = asyncio.create_task(self._follow(), name="follow-deletions")
+        """Follow deletions and remove files, until one of both fails."""
+        tasks = [asyncio.create_task(self._remove_files()), asyncio.create_task(self._follow())]
         try:
-            await asyncio.wait({removing, following}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (removing, following):
-                if task.done():
-                    task.result()
+            await asyncio.gather(*tasks)
         finally:
-            for task in (removing, following):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(removing, following, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     # Following the log --------------------------------------------------------------------------------------------
 
@@ -170,7 +154,7 @@ class Cleanup:
         due_at = self._event_store.clock.estimate() + self._grace
         with translate_errors(f"cleaning up after {stream}"):
             if references:
-                await self._db[WEBHOOK_SECRETS].delete_many({"_id": {"$in": list(references)}})
+                await self._db.webhook_secrets.delete_many({"_id": {"$in": list(references)}})
             for digest in sorted(digests):
                 due = {"$set": {"due_at": due_at}}
                 await self._db[FILE_REMOVALS].update_one({"_id": digest}, due, upsert=True)
@@ -225,7 +209,7 @@ class Cleanup:
         """Remove a file or put it back. Return the seconds until the next check; None if none is needed."""
         if not await self._views_reach_head():
             return RETRY_SECONDS
-        needed = await self._is_needed(digest)
+        is_needed = await files.is_referenced(self._checkpoint.views, digest)
         token = secrets.token_hex(8)
         # Also if the file is needed: a killed process may have left it set aside. In this case, it is put back at once.
         saved_at = await self._file_store.begin_removal(digest, token)
@@ -233,16 +217,12 @@ class Cleanup:
             return None
         remove, again_after = False, None
         try:
-            if not needed:
+            if not is_needed:
                 remove, again_after = await self._decide_removal(digest, saved_at)
         finally:
             # Also if this process is stopped. If it is killed, the record in `file_removals` leads to the file again.
-            finish = (
-                self._file_store.finish_removal(digest, token)
-                if remove
-                else self._file_store.cancel_removal(digest, token)
-            )
-            await asyncio.shield(finish)
+            end_removal = self._file_store.finish_removal if remove else self._file_store.cancel_removal
+            await asyncio.shield(end_removal(digest, token))
         return again_after
 
     async def _decide_removal(self, digest: str, saved_at: datetime) -> tuple[bool, float | None]:
@@ -250,7 +230,7 @@ class Cleanup:
         if not await self._views_reach_head():
             return False, RETRY_SECONDS
         oldest = await jobs.oldest_running_started_at(self._checkpoint.views)
-        if await self._is_needed(digest):  # queried after `oldest`: ended jobs are in the views
+        if await files.is_referenced(self._checkpoint.views, digest):  # after `oldest`: ended jobs are in the views
             return False, None
         if await files.find_jobs_with_unknown_files(self._checkpoint.views, limit=1):
             return False, _UNKNOWN_SECONDS
@@ -264,9 +244,6 @@ class Cleanup:
             async with asyncio.timeout(_VIEWS_TIMEOUT_SECONDS):
                 await self._checkpoint.wait_for_position(head)
         return self._checkpoint.position >= head
-
-    async def _is_needed(self, digest: str) -> bool:
-        return await files.is_referenced(self._checkpoint.views, digest)
 
 
 def _find_secret_references(event: RecordedEvent) -> set[str]:

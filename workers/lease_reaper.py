@@ -75,13 +75,8 @@ class LeaseReaper:
         change_stream.add_listener(CallbackListener("events", self._on_event, _ignore_resync))
 
     @property
-    def live_workers(self) -> Collection[str]:
-        """The IDs of the workers that are alive according to the observed heartbeats."""
-        return self._lease_seconds.keys()
-
-    @property
     def healthy_workers(self) -> Collection[str]:
-        """The IDs of the live workers that are healthy. Only these claim jobs."""
+        """The IDs of the workers that extend their leases and are healthy. Only these claim jobs."""
         return self._lease_seconds.keys() - self._unhealthy if self._unhealthy else self._lease_seconds.keys()
 
     async def run(self) -> None:

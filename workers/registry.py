@@ -137,7 +137,7 @@ def check_plugins(environment: Iterable[str] = ()) -> None:
         if (processor.preload or hasattr(processor, "shared_directories")) and not is_built_in(name)
     ]
     while remaining:
-        command = [sys.executable, "-m", "jobledger.workers.child.preload_check", *remaining]
+        command = [sys.executable, "-m", "jobledger.workers.child.preload", *remaining]
         variables = {**build_job_environment(environment), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with subprocess.Popen(  # noqa: S603 - our own command line
             command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=variables

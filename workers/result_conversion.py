@@ -116,7 +116,7 @@ class _Conversion:
         if depth > MAX_DEPTH:
             raise _invalid(path, f"it is nested more than {MAX_DEPTH} levels deep", "Return a flatter value.")
         if kind is dict or kind is list or kind is tuple:
-            return self._convert_container(value, path, depth)
+            return self._convert_container(value, value, path, depth)
         try:
             return self._convert_other(value, path, depth)
         except ProcessorError:
@@ -128,15 +128,16 @@ class _Conversion:
                 "Return plain JSON values.",
             ) from error
 
-    def _convert_container(self, value: Any, path: ValuePath, depth: int) -> JSON:
+    def _convert_container(self, value: Any, content: Any, path: ValuePath, depth: int) -> JSON:
+        """Convert the content of a container: a mapping, list or tuple."""
         if id(value) in self._containers:
             raise _invalid(path, "it contains itself", "Return a value without cycles.")
         self._containers.add(id(value))
         self._count(_CONTAINER_BYTES, path)
         try:
-            if isinstance(value, Mapping):
-                return self._convert_object(value.items(), path, depth)
-            return [self.convert(item, (path, index), depth + 1) for index, item in enumerate(value)]
+            if isinstance(content, Mapping):
+                return self._convert_object(content.items(), path, depth)
+            return [self.convert(item, (path, index), depth + 1) for index, item in enumerate(content)]
         finally:
             self._containers.discard(id(value))
 
@@ -173,23 +174,14 @@ class _Conversion:
             return self._convert_object(value.model_dump(warnings=False).items(), path, depth)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            return self._convert_dataclass(value, fields, path, depth)
+            return self._convert_container(value, fields, path, depth)
         if isinstance(value, Mapping | list | tuple):
-            return self._convert_container(value, path, depth)
+            return self._convert_container(value, value, path, depth)
         if isinstance(value, Integral):
             return self._check_integer(int(value), path)
         if isinstance(value, Real) and not isinstance(value, Rational):
             return self._check_number(float(value), path)
         raise _invalid(path, f"JSON has no type for {type_name(value)}", _suggest_fix(value))
-
-    def _convert_dataclass(self, value: Any, fields: dict[str, Any], path: ValuePath, depth: int) -> JSON:
-        if id(value) in self._containers:
-            raise _invalid(path, "it contains itself", "Return a value without cycles.")
-        self._containers.add(id(value))
-        try:
-            return self._convert_object(fields.items(), path, depth)
-        finally:
-            self._containers.discard(id(value))
 
     def _check_text(self, value: str, path: ValuePath) -> str:
         self._count(len(value) + _VALUE_BYTES, path)

@@ -51,17 +51,13 @@ class ScratchDirectory:
         self.root = root
         self._min_free_bytes = int(min_free_mb * 2**20)
         self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        self._directory: Path | None = None
+        self.path: Path | None = None
+        """The directory of this process; None if it could not be created yet."""
         self._lock = -1
         self._repaired_at = float("-inf")
         self._change_lock = threading.RLock()  # checks run in several threads
         self.repair_count = 0
         """How often the mode of a directory was wrong and restored."""
-
-    @property
-    def path(self) -> Path | None:
-        """The directory of this process; None if it could not be created yet."""
-        return self._directory
 
     def new_attempt_path(self, job_id: str, attempt: int) -> Path:
         """Return a path for an attempt. The caller creates it (mode 0700) if needed, and removes it afterwards.
@@ -85,10 +81,10 @@ class ScratchDirectory:
     def repair_modes(self) -> None:
         """Restore the modes of our directories. A job without its own mount namespace may have changed them."""
         self._repaired_at = time.monotonic()
-        if self._directory is None:
+        if self.path is None:
             return
-        base = self._directory.parent
-        for path, is_private in ((base.parent, False), (base, True), (self._directory, True)):
+        base = self.path.parent
+        for path, is_private in ((base.parent, False), (base, True), (self.path, True)):
             with suppress(OSError):  # missing directories are reported by `check`
                 mode = stat.S_IMODE(path.lstat().st_mode)
                 is_damaged = mode != _MODE if is_private else not mode & stat.S_IXUSR
@@ -108,7 +104,7 @@ class ScratchDirectory:
             MachineFailure: The directory cannot be created.
         """
         with self._change_lock:
-            if self._directory is not None and self._directory.is_dir():
+            if self.path is not None and self.path.is_dir():
                 return
             self.close()
             try:
@@ -122,14 +118,14 @@ class ScratchDirectory:
 
     def _create(self) -> None:
         if self.root is not None:
-            self.root.mkdir(mode=0o700, exist_ok=True)
-        base = _ensure_user_directory(self.root or Path(tempfile.gettempdir()))
+            self.root.mkdir(mode=_MODE, exist_ok=True)
+        base = ensure_private_directory(self.root or Path(tempfile.gettempdir()), f"jobledger-{os.getuid()}")
         # Creating and locking are two system calls. The lock of `base` hides the state between them from other workers.
         with _locked(base):
             directory = base / self._name
-            directory.mkdir(mode=0o700, exist_ok=True)
+            directory.mkdir(mode=_MODE, exist_ok=True)
             self._lock = _try_lock(directory)
-        self._directory = directory
+        self.path = directory
 
     def remove_stale(self) -> CooperativeWork[None]:
         """Remove the directories of dead processes. This may take long, so no check waits for it.
@@ -137,9 +133,9 @@ class ScratchDirectory:
         Raises:
             OSError: The directories cannot be listed.
         """
-        if self._directory is None:
+        if self.path is None:
             return
-        base = self._directory.parent
+        base = self.path.parent
         with _locked(base):
             stale = list(_mark_stale(base))
         for path in stale:
@@ -186,9 +182,9 @@ class ScratchDirectory:
             )
 
     def _require_path(self) -> Path:
-        if self._directory is None:
+        if self.path is None:
             raise MachineFailure("The scratch directory could not be created")
-        return self._directory
+        return self.path
 
     def close(self) -> None:
         """Remove the directory of this process and release the lock.
@@ -196,21 +192,16 @@ class ScratchDirectory:
         If the removal takes longer than `_CLOSE_SECONDS`, the next worker on this machine completes it.
         """
         with self._change_lock:
-            if self._directory is not None:
+            if self.path is not None:
                 deadline = time.monotonic() + _CLOSE_SECONDS
-                with closing(remove_tree(self._directory)) as removing:
+                with closing(remove_tree(self.path)) as removing:
                     for _ in removing:
                         if time.monotonic() > deadline:
                             break
-                self._directory = None
+                self.path = None
             if self._lock >= 0:
                 os.close(self._lock)
                 self._lock = -1
-
-
-def _ensure_user_directory(root: Path) -> Path:
-    """Return this user's directory below `root`. Create it if needed."""
-    return ensure_private_directory(root, f"jobledger-{os.getuid()}")
 
 
 def ensure_private_directory(root: Path, name: str) -> Path:
@@ -220,10 +211,10 @@ def ensure_private_directory(root: Path, name: str) -> Path:
     Only a directory that we own is used, never a link. If the name is taken, another one is chosen.
     """
     with suppress(FileExistsError):
-        (root / name).mkdir(mode=0o700)
+        (root / name).mkdir(mode=_MODE)
     for path in (root / name, *sorted(root.glob(f"{name}-*"))):
         if _is_own_directory(path):
-            path.chmod(0o700)
+            path.chmod(_MODE)
             return path
     return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
 

@@ -28,8 +28,9 @@ from jobledger.ledger.store.command_handler import StreamState, load_stream_stat
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.projections.engine.checkpoint import Checkpoint
-from jobledger.workers import claim_queue, lease_reaper
+from jobledger.workers import lease_reaper
 from jobledger.workers.child.confinement import check_confinement
+from jobledger.workers.claim_queue import CLAIMER_EVENT_TYPES, ClaimQueue
 from jobledger.workers.claimer import Claimer
 from jobledger.workers.directory_removal import removal_executor
 from jobledger.workers.executor import ExecutorSettings, JobExecutor
@@ -42,7 +43,7 @@ from jobledger.workers.step_cache import StepCache
 
 _log = structlog.get_logger()
 _T = TypeVar("_T")
-SUBSCRIBED_EVENT_TYPES: Final = claim_queue.CLAIMER_EVENT_TYPES | {"JobCancelRequested"}
+SUBSCRIBED_EVENT_TYPES: Final = CLAIMER_EVENT_TYPES | {"JobCancelRequested"}
 """Types of events that a worker observes."""
 _MAX_CANCEL_VERSIONS: Final = 1000
 _ORPHANS_INTERVAL_SECONDS: Final = 6 * 3600.0
@@ -102,18 +103,18 @@ class Worker:
         self._health_publisher: asyncio.Task[None] | None = None
         self._step_cache = StepCache(checkpoint.views, event_store)
         self._path_reservations = PathReservations(db, event_store, checkpoint.views)
-        self._claimer = Claimer(
+        self._claim_queue = ClaimQueue(
             event_store,
             checkpoint,
             job_types=self._job_types,
             slots=slots,
             eligible_workers=lambda: self._lease_reaper.healthy_workers,
             free_slots=self._free_slots,
-            start_job=self._start_job,
-            on_unreadable=self._stop_with_error,
             wake=self._wake.set,
         )
-        self._claim_queue = self._claimer.queue
+        self._claimer = Claimer(
+            event_store, self._claim_queue, start_job=self._start_job, on_unreadable=self._stop_with_error
+        )
         change_stream.add_listener(CallbackListener("events", self._on_event, self._resync))
 
     def stop(self) -> None:
@@ -187,7 +188,7 @@ class Worker:
             _log.warning("cannot acquire a lease yet", error=str(error))
             await self._run_unless_stopped(asyncio.sleep(1))
             return
-        self._claimer.set_worker_id(self.worker_id)
+        self._claim_queue.worker_id = self.worker_id
         self._lease_reaper.worker_id = self.worker_id
         self._lease_reaper.lease = lease
         self._wake.set()
@@ -257,10 +258,11 @@ class Worker:
 
     def _free_slots(self, job_type: str) -> int:
         """Return how many more jobs of a type may be run now."""
-        free = self._slots - len(self._running) - self._claimer.pending_count
+        claiming = self._claim_queue.pending_claims
+        free = self._slots - len(self._running) - len(claiming)
         if (max_slots := self._slots_per_type.get(job_type)) is None:
             return free
-        used = [executor.job_type for executor, _ in self._running.values()] + self._claimer.pending_job_types
+        used = [executor.job_type for executor, _ in self._running.values()] + [*claiming.values()]
         return min(free, max_slots - used.count(job_type))
 
     async def _resync(self, session: AsyncClientSession) -> None:

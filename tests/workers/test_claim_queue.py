@@ -70,7 +70,6 @@ async def claims(connection: Connection, store: Path) -> ClaimQueue:
             slots=5,
             eligible_workers=lambda: WORKERS,
             free_slots=lambda job_type: 1,
-            pending_claims=tuple,
             wake=lambda: None,
         )
         claims.worker_id = "w1"

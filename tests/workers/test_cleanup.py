@@ -23,7 +23,7 @@ from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.projections.views import files, job_budgets, jobs, step_files
-from jobledger.workers.cleanup import CURSOR, FILE_REMOVALS, WEBHOOK_SECRETS, Cleanup
+from jobledger.workers.cleanup import CURSOR, FILE_REMOVALS, Cleanup
 from tests.support.role_runner import WAIT_TIMEOUT_SECONDS, RunningRoles, run_roles_in_process
 
 pytestmark = pytest.mark.usefixtures("connection")
@@ -71,14 +71,14 @@ async def wait_for_cleanup(roles: RunningRoles) -> None:
 async def test_cleanup_removes_files_secrets_and_deliveries_of_deleted_job(connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True) as roles:
         stored = roles.store.put_bytes(b"one")
-        await roles.db[WEBHOOK_SECRETS].insert_one({"_id": "secrets-1", "headers": {"A": "b"}, "secrets": []})
+        await roles.db.webhook_secrets.insert_one({"_id": "secrets-1", "headers": {"A": "b"}, "secrets": []})
         webhook = Webhook(url="http://127.0.0.1:1/", header_names=["A"], secrets_ref="secrets-1")
         job_id = await complete_job(roles, stored.sha256, webhook=webhook)
         async with run_cleanup(roles):
             await roles.handle_commands(job_id, Delete("user:a"))
             await wait_for_cleanup(roles)
         assert not roles.store.path(stored.sha256).exists()
-        assert await roles.db[WEBHOOK_SECRETS].count_documents({}) == 0
+        assert await roles.db.webhook_secrets.count_documents({}) == 0
         assert await roles.db[FILE_REMOVALS].count_documents({}) == 0
         assert await roles.read_event_types(f"delivery-{job_id}-3") == ["DeliveryQueued", "DeliveryAbandoned"]
 

@@ -36,18 +36,8 @@ SANDBOX_ADVICE: Final = (
     "It needs Linux 5.13 or later with Landlock enabled, or bubblewrap (apt install bubblewrap) and user namespaces."
 )
 SYSTEM_PATHS: Final = (
-    *(
-        "/usr",
-        "/bin",
-        "/sbin",
-        "/lib",
-        "/lib32",
-        "/lib64",
-        "/libx32",
-        "/var/cache/fontconfig",
-        "/var/lib/libreoffice",
-        "/var/spool/libreoffice",
-    ),
+    *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"),
+    *("/var/cache/fontconfig", "/var/lib/libreoffice", "/var/spool/libreoffice"),
     *("/etc/fonts", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime"),
     *("/etc/libreoffice", "/etc/mime.types", "/etc/ssl/certs", "/etc/ca-certificates", "/etc/pki/tls/certs"),
 )

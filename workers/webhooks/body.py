@@ -21,35 +21,12 @@ from jobledger.projections.views.files import prefix_result_urls
 SCHEMA_VERSION: Final = 1
 _MAX_MARKDOWN_BYTES: Final = 8 * 1024 * 1024
 _JOB_FIELDS: Final = (
-    "job_id",
-    "job_type",
-    "job_name",
-    "status",
-    "created_at",
-    "started_at",
-    "completed_at",
-    "parameters",
-    "batch_id",
-    "results",
-    "error",
-    "attempt",
-    "retries",
-    "priority",
-    "user_id",
-    "version",
+    *("job_id", "job_type", "job_name", "status", "created_at", "started_at", "completed_at", "parameters", "batch_id"),
+    *("results", "error", "attempt", "retries", "priority", "user_id", "version"),
 )
 _BATCH_FIELDS: Final = (
-    "batch_id",
-    "batch_name",
-    "status",
-    "created_at",
-    "completed_at",
-    "total_jobs",
-    "job_ids",
-    "parameters",
-    "summary",
-    "user_id",
-    "version",
+    *("batch_id", "batch_name", "status", "created_at", "completed_at", "total_jobs", "job_ids", "parameters"),
+    *("summary", "user_id", "version"),
 )
 
 

@@ -44,11 +44,9 @@ from jobledger.projections.slots import SLOTS, collection_name
 from jobledger.projections.views import deliveries
 from jobledger.workers.webhooks.body import BodyUnavailable, build_body
 from jobledger.workers.webhooks.schedule import DeliveryLimits, DeliverySchedule, ScheduledDelivery
-from jobledger.workers.webhooks.sender import Sender, WebhookRequest, WebhookResponse
+from jobledger.workers.webhooks.sender import Sender, WebhookRequest
 
 _log = structlog.get_logger()
-SECRETS: Final = "webhook_secrets"
-"""Collection of header values and signing secrets, by the `secrets_ref` of a webhook. They are stored nowhere else."""
 _MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
 _PAUSE_SECONDS: Final = 1.0
 _RETRY_AFTER_ERROR_SECONDS: Final = 60.0
@@ -275,8 +273,9 @@ class Deliverer:
                 0.0, None, error=unavailable, next_attempt_at=self._next_attempt_at(delivery, 0.0)
             ), True
         response = await self._sender.send(request)
-        failure = self._failure_from_response(response)
-        if failure is not None:
+        failure = None
+        if response.error_code is not None:
+            failure = Failure(code=response.error_code, message=response.message or response.error_code)
             _log.info("webhook attempt failed", delivery_id=due.delivery_id, host=due.host, error=failure.code)
         command = RecordAttempt(
             duration_s=round(response.duration_s, 3),
@@ -289,12 +288,6 @@ class Deliverer:
             else self._next_attempt_at(delivery, response.retry_after_s or 0.0),
         )
         return command, response.is_host_responsive
-
-    @staticmethod
-    def _failure_from_response(response: WebhookResponse) -> Failure | None:
-        if response.error_code is None:
-            return None
-        return Failure(code=response.error_code, message=response.message or response.error_code)
 
     async def _build_request(self, due: ScheduledDelivery, delivery: Delivery) -> WebhookRequest:
         webhook = delivery.spec.webhook
@@ -323,11 +316,11 @@ class Deliverer:
         return WebhookRequest(webhook.url, headers, body)
 
     async def _load_secrets(self, reference: str | None) -> Document:
-        """Return the secrets of a webhook."""
+        """Return the header values and signing secrets of a webhook. They are stored nowhere else."""
         if reference is None:
             return {}
         with translate_errors("reading the secrets of a webhook"):
-            stored = await self._db[SECRETS].find_one({"_id": reference})
+            stored = await self._db.webhook_secrets.find_one({"_id": reference})
         if stored is None:
             raise BodyUnavailable("The header values or signing secrets of this webhook were removed.")
         return stored

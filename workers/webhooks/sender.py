@@ -45,6 +45,7 @@ _CONNECTION_HEADERS: Final = frozenset(
 )
 """Headers of the connection itself, which users cannot set."""
 _NOT_CALLED_CODES: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "PORT_REJECTED", "ADDRESS_REJECTED"})
+_CONNECTION_ERRORS: Final = (httpcore.NetworkError, ssl.SSLError, OSError, UnicodeError)
 _PERMANENT_CODES: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "GONE"})
 
 
@@ -117,67 +118,60 @@ class Sender:
         message: str | None = None
         host = "the endpoint"
         try:
-            url, rejection = _parse_target(webhook.url, self._allowed)
-            if url is None:
-                code, message = rejection
-            else:
-                host = url.host
-                async with asyncio.timeout(self._timeout):
-                    request = _build_request(url, webhook)
-                    response = await self._pool.handle_async_request(request)
-                    try:
-                        status, headers = response.status, httpx.Headers(response.headers)
-                        async for chunk in response.aiter_stream():
-                            body += chunk
-                            if len(body) >= MAX_RESPONSE_BYTES:
-                                break
-                    finally:
-                        await response.aclose()
-        except (_RequestInvalid, httpcore.LocalProtocolError) as error:
+            url = _parse_target(webhook.url, self._allowed)
+            host = url.host
+            async with asyncio.timeout(self._timeout):
+                response = await self._pool.handle_async_request(_build_request(url, webhook))
+                try:
+                    status, headers = response.status, httpx.Headers(response.headers)
+                    async for chunk in response.aiter_stream():
+                        body += chunk
+                        if len(body) >= MAX_RESPONSE_BYTES:
+                            break
+                finally:
+                    await response.aclose()
+        except _NotSendable as error:
+            code, message = error.code, str(error)
+        except httpcore.LocalProtocolError as error:
             code, message = "REQUEST_INVALID", f"The webhook cannot be sent: {error}."
         except AddressRejected as error:
             code, message = "ADDRESS_REJECTED", f"{error}; {PUBLIC_ONLY_MESSAGE}."
         except (TimeoutError, httpcore.TimeoutException):
             code, message = "TIMEOUT", f"{host} did not respond within {self._timeout:g} seconds."
-        except (httpcore.NetworkError, ssl.SSLError, OSError, UnicodeError) as error:
-            code, message = (
-                "CONNECTION_FAILED",
-                f"{describe_connection_error(error)[1].format(host=host).capitalize()}.",
-            )
-        except (httpcore.ProtocolError, httpcore.UnsupportedProtocol, ValueError) as error:
-            code, message = "BAD_RESPONSE", f"{describe_connection_error(error)[1].format(host=host).capitalize()}."
+        except (*_CONNECTION_ERRORS, httpcore.ProtocolError, httpcore.UnsupportedProtocol, ValueError) as error:
+            code = "CONNECTION_FAILED" if isinstance(error, _CONNECTION_ERRORS) else "BAD_RESPONSE"
+            message = f"{describe_connection_error(error)[1].format(host=host).capitalize()}."
         if status is not None:  # a status counts, whatever happened to the rest of the response
             code, message = _error_from_status(status, host)
         return WebhookResponse(
-            status, code, message, _decode_body(body), _retry_after_seconds(headers), time.monotonic() - started_at
+            status, code, message, _decode_body(body), parse_retry_after(headers), time.monotonic() - started_at
         )
 
 
-def _parse_target(text: str, allowed: AllowedHosts) -> tuple[httpx.URL | None, tuple[str, str]]:
-    reason = rejection_reason(text, allowed)
-    if reason is not None:
-        return None, (reason.code, f"{reason.message[0].upper()}{reason.message[1:]}.")
+class _NotSendable(Exception):
+    """A message cannot be sent, with the error code of the attempt. The text contains no header values."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _parse_target(text: str, allowed: AllowedHosts) -> httpx.URL:
+    if (reason := rejection_reason(text, allowed)) is not None:
+        raise _NotSendable(reason.code, f"{reason.message[0].upper()}{reason.message[1:]}.")
     try:
-        return httpx.URL(text), ("", "")
+        return httpx.URL(text)
     except httpx.InvalidURL as error:
-        return None, ("BAD_URL", f"This is not a valid URL: {error}.")
-
-
-class _RequestInvalid(Exception):
-    """A request cannot be represented in HTTP. The message contains no header values."""
+        raise _NotSendable("BAD_URL", f"This is not a valid URL: {error}.") from error
 
 
 def _build_request(url: httpx.URL, webhook: WebhookRequest) -> httpcore.Request:
-    """Return the HTTP request.
-
-    Raises:
-        _RequestInvalid: A header cannot be sent as it is.
-    """
     allowed_headers = {
         name: value for name, value in webhook.headers.items() if name.lower() not in _CONNECTION_HEADERS
     }
     if (problem := find_unsendable_header(allowed_headers)) is not None:
-        raise _RequestInvalid(f"header {problem[0][:100]!r}: {problem[1]}")
+        text = f"The webhook cannot be sent: header {problem[0][:100]!r}: {problem[1]}."
+        raise _NotSendable("REQUEST_INVALID", text)
     headers = {
         "user-agent": _USER_AGENT,
         "accept": "*/*",
@@ -201,11 +195,6 @@ def _error_from_status(status: int, host: str) -> tuple[str | None, str | None]:
     if 300 <= status < 400:
         return "REDIRECT", f"{host} responded with {status}{phrase}. Redirects are not followed."
     return "HTTP_ERROR", f"{host} responded with {status}{phrase}."
-
-
-def _retry_after_seconds(headers: httpx.Headers) -> float | None:
-    seconds = parse_retry_after(headers)
-    return None if seconds is None else float(max(0, seconds))
 
 
 def _decode_body(body: bytearray) -> str:
