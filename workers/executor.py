@@ -95,6 +95,7 @@ class JobExecutor:
         self.job_id = job_id
         self.attempt = self._writer.attempt
         self._job = self._writer.job
+        self.job_type = self._job.spec.job_type
         self._settings = settings
         self._scratch = scratch
         self._scratch_repairs = 0
@@ -121,10 +122,6 @@ class JobExecutor:
         self._stop_reason: StopReason | None = None
         self._timeout: AttemptTimeout | None = None
         self._containment: Containment | None = None
-
-    @property
-    def job_type(self) -> str:
-        return self._job.spec.job_type
 
     # Stopping -----------------------------------------------------------------------------------------------------
 
@@ -259,12 +256,9 @@ class JobExecutor:
 
     def _start_timeout(self) -> AttemptTimeout:
         assert self._assignment is not None  # noqa: S101 - set before the work starts
-        self._timeout = AttemptTimeout(self._job.spec.timeout_s, self._on_timeout)
+        self._timeout = AttemptTimeout(self._job.spec.timeout_s, partial(self._stop, "timeout"))
         self._messages.start(self._assignment, self._timeout)
         return self._timeout
-
-    def _on_timeout(self) -> None:
-        self._stop("timeout")
 
     async def _handle_inline_message(self, message: Message) -> Any:
         with outside_containment():

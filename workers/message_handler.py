@@ -22,15 +22,8 @@ from jobledger.ledger.domain.saved_files import find_saved_files
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.workers.attempt_timeout import AttemptTimeout
 from jobledger.workers.attempt_writer import AttemptWriter, EventNotStorable
+from jobledger.workers.child import messages
 from jobledger.workers.child.attempt import Assignment
-from jobledger.workers.child.messages import (
-    FileSaved,
-    FindSharedStep,
-    LogEntries,
-    Message,
-    Progress,
-    StepResult,
-)
 from jobledger.workers.machine_health import WorkerHealth, find_machine_failure
 from jobledger.workers.path_reservations import PathReservations
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
@@ -77,7 +70,7 @@ class MessageHandler:
         self._assignment = assignment
         self._timeout = timeout
 
-    async def handle(self, message: Message) -> Any:
+    async def handle(self, message: messages.Message) -> Any:
         """Handle a message of the processor and return the answer.
 
         Raises:
@@ -85,16 +78,16 @@ class MessageHandler:
             ProcessorError: The message is rejected. The processor receives the error.
         """
         match message:
-            case LogEntries():
+            case messages.LogEntries():
                 self._writer.add_log_entries([(at, level, to_text(text)) for at, level, text in message.entries])
-            case Progress():
+            case messages.Progress():
                 self._writer.set_progress(message.step, message.percent, message.message)
-            case FindSharedStep():
+            case messages.FindSharedStep():
                 return await self._find_shared_step(message)
-            case FileSaved():
+            case messages.FileSaved():
                 await self._store_file(message.sha256)
                 return await self._reserve_path(message.path)
-            case StepResult():
+            case messages.StepResult():
                 await self._complete_step(message)
             case _:
                 raise AssertionError(f"{message.kind} is not a request")
@@ -134,7 +127,7 @@ class MessageHandler:
 
     # Steps --------------------------------------------------------------------------------------------------------
 
-    async def _find_shared_step(self, request: FindSharedStep) -> dict[str, Any] | None:
+    async def _find_shared_step(self, request: messages.FindSharedStep) -> dict[str, Any] | None:
         """Return the output of a step that another job shares, with the ID of that job; None if there is none."""
         try:
             max_age = timedelta(seconds=request.max_age_s)
@@ -151,7 +144,7 @@ class MessageHandler:
         self._saved_sizes |= {file.sha256: file.size for file in find_saved_files(step.output)}
         return {"job_id": job_id, "output": step.output}
 
-    async def _complete_step(self, step: StepResult) -> None:
+    async def _complete_step(self, step: messages.StepResult) -> None:
         for file in find_saved_files(step.output):  # a later attempt trusts these files
             subject = f'step "{to_text(step.step, 200)}" output names'
             if (size := self._find_saved_size(file, subject)) != file.size:

@@ -117,8 +117,9 @@ def check_preload(job_type: str) -> None:
     Raises:
         ProcessorUnusable: A module cannot be imported, or `shared_directories()` failed.
     """
-    _call_foreign_code(partial(shared_directories, load_processors()[job_type]), "shared_directories()", "called")
-    for module in load_processors()[job_type].preload:
+    processor = get_processor(job_type)
+    _call_foreign_code(partial(shared_directories, processor), "shared_directories()", "called")
+    for module in processor.preload:
         _call_foreign_code(partial(import_module, module), f"its module {module!r} (preload)", seconds=PRELOAD_SECONDS)
 
 
@@ -171,7 +172,7 @@ def _find_entry_points() -> dict[str, list[EntryPoint]]:
 def _load(job_type: str, candidates: list[EntryPoint]) -> type[Processor]:
     entry = _choose_entry_point(job_type, candidates)
     processor = _call_foreign_code(entry.load, f"{entry.value}{_format_origin(entry)}")
-    if (problem := _call_foreign_code(lambda: _find_interface_problem(processor, job_type), entry.value)) is not None:
+    if problem := _call_foreign_code(lambda: _find_interface_problem(processor, job_type), entry.value):
         raise ProcessorUnusable(f"{entry.value}{_format_origin(entry)} is not a processor: {problem}")
     return processor  # type: ignore[no-any-return]  # checked above
 

@@ -135,21 +135,21 @@ def describe_connection_error(error: BaseException) -> tuple[str, str, bool]:
             case ssl.SSLCertVerificationError():
                 return "certificate", "the certificate of {host} is not valid", False
             case ssl.SSLError():
-                return "tls", "no secure connection to {host} could be made", True
+                return "tls", "the TLS connection to {host} failed", True
             case socket.gaierror() | UnicodeError():
                 return "dns", "the host name {host} could not be found", True
             case ConnectionRefusedError():
                 return "refused", "{host} refused the connection", True
             case ConnectionResetError() | BrokenPipeError():
-                return "reset", "{host} broke off the connection", True
+                return "reset", "{host} closed the connection", True
             case OSError(errno=errno.EHOSTUNREACH | errno.ENETUNREACH):
-                return "unreachable", "there is no way to {host} from here", True
+                return "unreachable", "{host} cannot be reached from this network", True
             case _:
                 continue
     if isinstance(error, httpcore.ProtocolError):
         return "protocol", "{host} did not respond with complete and valid HTTP", True
     if isinstance(error, httpcore.ReadError):
-        return "reset", "{host} broke off the connection", True
+        return "reset", "{host} closed the connection", True
     return "connection", "the connection to {host} failed", True
 
 

@@ -11,9 +11,8 @@ import asyncio
 import operator
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,30 +28,15 @@ from jobledger.ledger.domain.events import StepCompleted
 from jobledger.ledger.domain.limits import MAX_STEP_WARNING_BYTES
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.file_store import StoredFile
+from jobledger.workers.child import messages
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.failures import failure_from_exception
-from jobledger.workers.child.messages import (
-    AttemptCompleted,
-    AttemptFailed,
-    FileSaved,
-    FindSharedStep,
-    LogEntries,
-    Message,
-    Progress,
-    StepResult,
-)
 from jobledger.workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
-from jobledger.workers.result_conversion import (
-    InvalidResult,
-    safe_str,
-    to_json,
-    to_text,
-    type_name,
-)
+from jobledger.workers.result_conversion import InvalidResult, safe_str, to_json, to_text, type_name
 from jobledger.workers.result_paths import normalize_path
 
 T = TypeVar("T")
-SendMessage = Callable[[Message], Awaitable[Any]]
+SendMessage = Callable[[messages.Message], Coroutine[Any, Any, Any]]
 """Sends a message to the worker and returns the answer, if there is one. Raises ProcessorError if it is rejected."""
 MAX_WARNINGS: Final = 200
 _WARNING_BYTES: Final = 512 * 1024  # of all warnings of the job
@@ -103,7 +87,7 @@ class Assignment(BaseModel):
 
 async def run_attempt(
     assignment: Assignment, processor: type[Processor], send: SendMessage, is_stopping: Callable[[], bool]
-) -> AttemptCompleted | AttemptFailed:
+) -> messages.AttemptCompleted | messages.AttemptFailed:
     """Run the processor and return the last message of the attempt. Never raises.
 
     Args:
@@ -220,15 +204,18 @@ class _JobContext:
         started_at, scope = time.monotonic(), _StepScope(name, _scope.get())
         shared = None
         if share_max_age is not None and self._can_use_shared_steps:
-            shared = await self._send_message(FindSharedStep(key, share_max_age.total_seconds()))
+            shared = await self._send_message(messages.FindSharedStep(key, share_max_age.total_seconds()))
         if shared is not None:
             await self.log("info", f"Step {name} is reused from {shared['job_id']}.")
             output = shared["output"]
         else:
-            with _enter_scope(scope):
+            token = _scope.set(scope)
+            try:
                 output = to_json(await function(), f'step "{name}" output')
+            finally:
+                _scope.reset(token)
         await self._send_message(
-            StepResult(
+            messages.StepResult(
                 step=name,
                 key=key,
                 output=output,
@@ -244,7 +231,7 @@ class _JobContext:
     async def report_progress(self, percent: float, message: str) -> None:
         scope = _scope.get()
         await self._send_message(
-            Progress(scope.step if scope else self._step, self._clip_percent(percent), to_text(message, 1000))
+            messages.Progress(scope.step if scope else self._step, self._clip_percent(percent), to_text(message, 1000))
         )
 
     def _clip_percent(self, percent: float) -> float:
@@ -257,7 +244,8 @@ class _JobContext:
         return self._percent
 
     async def log(self, level: LogLevel, message: str) -> None:
-        await self._send_message(LogEntries([(time.time(), level if level in _LEVELS else "info", to_text(message))]))
+        level = level if level in _LEVELS else "info"
+        await self._send_message(messages.LogEntries([(time.time(), level, to_text(message))]))
 
     async def warn(self, message: str) -> None:
         text = to_text(message, 2000)
@@ -291,33 +279,29 @@ class _JobContext:
             raise ProcessorError("INVALID_RESULT", message) from error
         except FileTooLarge as error:
             raise ProcessorError("INVALID_RESULT", f"save() content {to_text(error)}.") from error
-        path = await self._send_message(FileSaved(stored.sha256, path))
+        path = await self._send_message(messages.FileSaved(stored.sha256, path))
         return SavedFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
 
-    def build_completed(self, results: object, seconds: float) -> AttemptCompleted:
+    def build_completed(self, results: object, seconds: float) -> messages.AttemptCompleted:
         if not isinstance(results, Results):
             problem = f"the processor returned a {type_name(results)}"
             raise InvalidResult("The result", problem, "Return jobledger.Results.")
         values = {name: getattr(results, name) for name in Results.model_fields}
         values["tokens_used"] += self._tokens
         data = {name: to_json(value, f"results.{name}") for name, value in values.items()}
-        return AttemptCompleted(data, self._warnings.to_list(), round(seconds, 3))
+        return messages.AttemptCompleted(data, self._warnings.to_list(), round(seconds, 3))
 
     def close(self) -> None:
         """Reject further messages. Tasks that the processor left behind must not report after the attempt."""
         self._closed = True
 
-    async def _send_message(self, message: Message) -> Any:
+    async def _send_message(self, message: messages.Message) -> Any:
         if self._closed:
             raise RuntimeError("the attempt has ended: do not use the job context after run() has returned")
         if asyncio.get_running_loop() is self._loop:
             return await self._send(message)
         # Called on another thread's event loop. The connection belongs to the job's own loop.
-        sending: Coroutine[Any, Any, Any] = self._forward(message)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(sending, self._loop))
-
-    async def _forward(self, message: Message) -> Any:
-        return await self._send(message)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._send(message), self._loop))
 
 
 def _make_store_call(inbox: DirectoryStore, content: object) -> Callable[[], StoredFile]:
@@ -326,12 +310,3 @@ def _make_store_call(inbox: DirectoryStore, content: object) -> Callable[[], Sto
     if isinstance(content, bytes | bytearray | memoryview):
         return partial(inbox.put_bytes, bytes(content))
     raise TypeError(f"save() takes bytes or a Path as content, not a {type_name(content)}")
-
-
-@contextmanager
-def _enter_scope(scope: _StepScope) -> Iterator[None]:
-    token = _scope.set(scope)
-    try:
-        yield
-    finally:
-        _scope.reset(token)

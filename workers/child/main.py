@@ -18,7 +18,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import orjson
@@ -70,7 +69,9 @@ def _run_attempt(worker: _WorkerConnection, text: bytes) -> AttemptCompleted | A
         assignment = Assignment.model_validate_json(text)
         processor = get_processor(assignment.job_type)
         readable = [*find_paths(processor.Settings.model_validate(assignment.settings))]
-        shared = _create(shared_directories(processor))
+        shared = shared_directories(processor)
+        for directory in shared:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except BaseException as error:  # noqa: BLE001 - the settings class and the method are foreign code
         return failure_from_exception(error)
     try:  # before any other code of the processor runs, and before there are threads
@@ -89,12 +90,6 @@ def _run_attempt(worker: _WorkerConnection, text: bytes) -> AttemptCompleted | A
         return loop.run_until_complete(_run_processor(worker, assignment, processor))
     except BaseException as error:  # noqa: BLE001 - the processor stopped the event loop or cancelled this task
         return failure_from_exception(error, scratch_dir=assignment.attempt_dir.parent)
-
-
-def _create(directories: list[Path]) -> list[Path]:
-    for directory in directories:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return directories
 
 
 async def _run_processor(

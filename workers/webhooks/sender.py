@@ -140,7 +140,7 @@ class Sender:
             code, message = "TIMEOUT", f"{host} did not respond within {self._timeout:g} seconds."
         except (*_CONNECTION_ERRORS, httpcore.ProtocolError, httpcore.UnsupportedProtocol, ValueError) as error:
             code = "CONNECTION_FAILED" if isinstance(error, _CONNECTION_ERRORS) else "BAD_RESPONSE"
-            message = f"{describe_connection_error(error)[1].format(host=host).capitalize()}."
+            message = _to_sentence(describe_connection_error(error)[1].format(host=host))
         if status is not None:  # a status counts, whatever happened to the rest of the response
             code, message = _error_from_status(status, host)
         return WebhookResponse(
@@ -158,7 +158,7 @@ class _NotSendable(Exception):
 
 def _parse_target(text: str, allowed: AllowedHosts) -> httpx.URL:
     if (reason := rejection_reason(text, allowed)) is not None:
-        raise _NotSendable(reason.code, f"{reason.message[0].upper()}{reason.message[1:]}.")
+        raise _NotSendable(reason.code, _to_sentence(reason.message))
     try:
         return httpx.URL(text)
     except httpx.InvalidURL as error:
@@ -184,6 +184,10 @@ def _build_request(url: httpx.URL, webhook: WebhookRequest) -> httpcore.Request:
     target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     return httpcore.Request("POST", target, headers=raw, content=webhook.body)
+
+
+def _to_sentence(clause: str) -> str:
+    return f"{clause[0].upper()}{clause[1:]}."
 
 
 def _error_from_status(status: int, host: str) -> tuple[str | None, str | None]:
