@@ -98,10 +98,10 @@ class AttemptWriter:
                 return
 
     async def flush(self, *, final: bool = False) -> None:
-        """Write the collected entries and progress, even if the caller is cancelled meanwhile.
+        """Write the collected entries and progress, even if the caller is cancelled.
 
         Args:
-            final: Whether nothing more will be added.
+            final: Whether this is the last flush of the attempt.
         """
         if self._log_buffer.is_empty and self._progress is None and not self._flush_lock.locked():
             return

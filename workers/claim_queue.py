@@ -3,14 +3,13 @@
 An idle worker takes a new job from its `JobSubmitted` event, without a query. With a backlog, it takes rows from the
 view `queue`, by priority, then age, many at a time.
 
-No job waits forever. Whatever makes a job claimable is an event. Once the views have reached the event, the job's row
-can be read, and the worker queries the queue. A due time sets a timer, and so does a job that was deferred to another
-worker.
+No job waits forever. Everything that makes a job claimable is an event. When the views have reached the event, the
+worker queries the queue. A due time sets a timer, and so does a job that was deferred to another worker.
 
 Workers avoid conflicts by rank: for each job, a hash of both names ranks the workers. The first one claims at once. The
-others wait a moment per rank, and give up when they observe its claim. So usually one append claims a job, and a busy
-first worker costs it milliseconds. A more urgent job is never passed over for a less urgent one. Equally urgent jobs of
-one query may change their order.
+others wait a moment per rank, and give up when they observe its claim. Usually, one append claims a job; if the first
+worker is busy, the job starts milliseconds later. A job of higher priority is always tried before one of lower
+priority. Jobs of equal priority in one query may change their order.
 """
 
 from __future__ import annotations
@@ -44,16 +43,16 @@ _DEFER_SECONDS: Final = 0.25
 _CLAIMING_SECONDS: Final = 1.0
 """A worker that has claimed within this time counts as claiming.
 
-It may have a hundred jobs in progress and not have come to this one. On a busy machine, a third of a second passes
-between a worker's claims, and each job taken from it means a version conflict.
+It may be about to claim this job, too. On a busy machine, a third of a second passes between the claims of a worker,
+and each job taken from it costs a version conflict.
 """
 _CLOCK_RETRY_SECONDS: Final = 0.1
 _ROWS_PER_WORKER: Final = 500
 _MAX_ROWS: Final = 2000
 """Number of rows per query and worker. Streams are loaded when rows are taken.
 
-Few large queries are better: each one scans the index entries of recently deleted rows, which the database keeps for a
-while where the oldest jobs are.
+Few large queries are better: each one scans the index entries of recently deleted rows, which the database keeps for
+a while.
 """
 _ROWS_TTL_SECONDS: Final = 2.0
 _CHANGED_ROWS_TTL_SECONDS: Final = 0.1
@@ -291,7 +290,7 @@ class ClaimQueue:
         )
 
     async def _load(self, rows: Sequence[queue.QueueEntry]) -> list[ClaimCandidate]:
-        """Load the streams of these rows. Leave out jobs that were claimed meanwhile."""
+        """Load the streams of these rows. Leave out jobs that were claimed since the query."""
         missing = [row.job_id for row in rows if row.job_id not in self._loaded_states]
         if missing:  # also load some of the next rows
             missing += [row.job_id for row in islice(self._rows, self._slots) if row.job_id not in self._loaded_states]

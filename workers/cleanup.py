@@ -5,15 +5,15 @@ The log keeps everything else. Nothing is missed: a cursor stores how far the lo
 files are recorded in `file_removals`. A record is deleted only when its file is removed or needed.
 
 No needed file is removed. First, the file is set aside, so its name no longer exists. A process that saves the same
-content later finds no such file and writes a new one. A process that saved it before either still runs or has ended:
+content later finds no such file and writes a new one. A job that saved it before either still runs or has ended:
 
 - If the job still runs, the file's time is not before the start of the attempt, because saving an existing file renews
-  its time. So the file is put back.
-- If the job has ended, its steps and results are in the views when these have reached the head that was read after the
-  file was set aside.
+  its time. The file is put back.
+- If the job has ended, its steps and results are in the views as soon as these reach the head of the log, which is read
+  after the file was set aside.
 
-A job that reuses a completed step of another job records that before its lease ends, or is fenced. So a removal waits
-longer than a lease. While the views do not contain all files of some job, nothing is removed.
+A removal waits longer than a lease, because a job that reuses a completed step of another job records that before its
+lease ends, or is fenced. While the views do not contain all files of some job, nothing is removed.
 """
 
 from __future__ import annotations

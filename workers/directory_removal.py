@@ -26,8 +26,8 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def remove_tree(path: Path) -> CooperativeWork[None]:
     """Remove a directory with its content, as far as possible. Do not follow links.
 
-    Nested directories are moved up to the first level and emptied there. So the removal of a tree of any depth and
-    width needs few descriptors, and no memory for names.
+    Nested directories are moved up to the first level and emptied there. Therefore, a tree of any depth and width needs
+    few descriptors, and no memory for names.
     """
     with suppress(OSError):
         _make_accessible(path)

@@ -160,8 +160,8 @@ class JobExecutor:
     async def run(self) -> None:
         """Run the job to its end, record the outcome, and remove its directory.
 
-        The outcome is recorded first: removing millions of files takes long, and the result must not get lost
-        meanwhile. The job keeps its slot until the files are removed, so that files do not pile up.
+        The outcome is recorded first, so that it is not lost while millions of files are removed. The job keeps its
+        slot until the files are removed, so that files do not accumulate.
 
         Raises:
             UnreadableEvent: A later version of the program wrote to the job's stream.
@@ -194,7 +194,7 @@ class JobExecutor:
             self._writer.close()
 
     async def _run_attempt(self) -> Outcome | None:
-        """Run the processor and return the outcome; None if it was stopped. Never raise: the job would hang."""
+        """Run the processor and return the outcome; None if it was stopped. Never raises: the job would hang."""
         try:
             attempt_dir = self._scratch.new_attempt_path(self.job_id, self.attempt)
             self._scratch_repairs = self._scratch.repair_count

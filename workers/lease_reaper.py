@@ -1,9 +1,9 @@
 """Expire the leases of dead workers and make their jobs pending again.
 
 Each worker process holds one lease, a document in the collection `workers`. Heartbeats are not in the event store. All
-workers observe each other's heartbeats through the change stream and set timers. A reaper that observes no heartbeat of
-a worker for the duration of its lease, by its own monotonic clock, expires the lease and appends `JobLeaseExpired` for
-every job of that worker. Several reapers may do so; one append wins.
+workers observe each other's heartbeats through the change stream and set timers. When a reaper has observed no
+heartbeat of a worker for the duration of its lease, by the reaper's monotonic clock, it expires the lease. It appends
+`JobLeaseExpired` for every job of that worker. Several reapers may do so; one append wins.
 
 No clock can cause a wrong expiry. The update that expires a lease matches the last observed heartbeat, so a worker that
 has extended its lease in the meantime keeps it. The server's clock may shorten the wait only for workers that were
@@ -97,7 +97,7 @@ class LeaseReaper:
     # Observing ----------------------------------------------------------------------------------------------------
 
     async def _resync(self, session: AsyncClientSession) -> None:
-        """Load the live workers and their remaining lease times. Then look for running jobs of unknown workers."""
+        """Load the live workers and their remaining lease times, and look for running jobs of unknown workers."""
         workers = self._db[COLLECTION].find({}, {**_FIELDS, "problem": 1}, session=session)
         self._lease_seconds.clear()
         self._unhealthy.clear()
@@ -177,7 +177,7 @@ class LeaseReaper:
                 self._schedule_check(worker_id, missing if uninterrupted > 0 else _UNKNOWN_SECONDS)
                 return
             with translate_errors("expiring a lease"):
-                # Match the last observed heartbeat, so that a worker that has extended its lease meanwhile keeps it.
+                # Match the last observed heartbeat, so that a worker that has extended its lease since keeps it.
                 unchanged = {"_id": worker_id, "heartbeat": worker.get("heartbeat")}
                 expired = await self._db[COLLECTION].update_one(unchanged, EXPIRE_LEASE_UPDATE)
             if not expired.matched_count:  # it was extended, or another reaper has expired it
@@ -198,11 +198,8 @@ class LeaseReaper:
             except CommandRejected as error:
                 _log.info("job unchanged: expiry rejected", job_id=job["_id"], reason=str(error))
             except UnreadableEvent as error:
-                _log.error(
-                    "cannot expire a job's lease: a newer version of Jobledger wrote to the job",
-                    job_id=job["_id"],
-                    error=str(error),
-                )
+                text = "cannot expire a job's lease: a newer version of Jobledger wrote to the job"
+                _log.error(text, job_id=job["_id"], error=str(error))
                 has_unreadable = True
         if has_unreadable or worker is None:
             return  # keep the lease, so that workers of that version find the job

@@ -200,7 +200,7 @@ class WorkerHealth:
     ) -> MachineFailure | None:
         """Run checks and return the first failure; None if all pass.
 
-        They run in their own thread: a disk that does not respond must not block anything else.
+        They run in their own thread, so that a disk that does not respond blocks nothing else.
 
         Args:
             checks: The checks to run. Default: all.

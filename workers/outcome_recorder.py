@@ -26,8 +26,7 @@ _log = structlog.get_logger()
 _FILES_URL: Final = "/api/events/files/"
 StopReason = Literal["cancel", "timeout", "release", "fence"]
 Outcome = AttemptCompleted | AttemptFailed | MachineFailure
-"""How the work of an attempt ended. `MachineFailure` is an exception that was caught: this machine cannot run the job.
-"""
+"""How the work of an attempt ended. With a `MachineFailure`, an exception, the attempt is not counted."""
 
 
 def worker_fault(error: BaseException, job_id: str) -> AttemptFailed:

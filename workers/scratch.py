@@ -3,8 +3,8 @@
 Layout: `<root>/jobledger-<uid>/<host>-<pid>-<random>/<job>-<attempt>-<random>`. The last directory contains `scratch`,
 which belongs to the processor, and `saved`, which holds the files that it saves.
 
-Each process locks its own directory with flock(2). The kernel releases the lock when the process dies, however it dies.
-So other workers on the machine remove exactly the directories that no process locks. Names and ages are not used.
+Each process locks its own directory with flock(2). The kernel releases the lock when the process dies. Other workers on
+the machine remove the directories that no process locks.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import os
 import random
 import secrets
 import socket
-from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -49,7 +48,7 @@ _MAX_CANCEL_VERSIONS: Final = 1000
 _ORPHANS_INTERVAL_SECONDS: Final = 6 * 3600.0
 _STALE_SCRATCH_INTERVAL_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 2.0
-"""Timeout of each last operation at shutdown. What the database does not accept by then, the lease expiry settles."""
+"""Timeout of each operation at shutdown. Jobs that cannot be released by then are freed when the lease expires."""
 
 
 class Worker:
@@ -83,7 +82,8 @@ class Worker:
         """By job and attempt: while the files of an ended attempt are removed, the next attempt may run."""
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._cancel_versions: OrderedDict[str, int] = OrderedDict()
+        self._cancel_versions: dict[str, int] = {}
+        """Versions of recent requests to cancel jobs that may become ours, oldest first."""
         self._may_have_missed_cancels = False  # the change stream was interrupted
         self._unreadable: UnreadableEvent | None = None
         self.worker_id = _new_worker_id()
@@ -118,7 +118,7 @@ class Worker:
         change_stream.add_listener(CallbackListener("events", self._on_event, self._resync))
 
     def stop(self) -> None:
-        """Claim no more, let running jobs end within the grace period, and release the rest. Then `run` returns."""
+        """Claim no more jobs, let running jobs end within the grace period, release the rest, and let `run` return."""
         self._stopping.set()
         self._wake.set()
 
@@ -220,7 +220,7 @@ class Worker:
             self.worker_id = _new_worker_id()
 
     async def _run_unless_stopped(self, work: Coroutine[Any, Any, _T]) -> _T | None:
-        """Return the result of `work`. If the worker is stopped meanwhile, cancel it and return None."""
+        """Return the result of `work`. If the worker is stopped first, cancel `work` and return None."""
         task = asyncio.ensure_future(work)
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -283,7 +283,7 @@ class Worker:
         # Our claim of the job may be written already without this process knowing it yet.
         self._cancel_versions[document["stream"]] = document["version"]
         if len(self._cancel_versions) > _MAX_CANCEL_VERSIONS:
-            self._cancel_versions.popitem(last=False)
+            del self._cancel_versions[next(iter(self._cancel_versions))]
 
     # Health -------------------------------------------------------------------------------------------------------
 
@@ -310,9 +310,9 @@ class Worker:
     # Claiming -----------------------------------------------------------------------------------------------------
 
     async def _claim_until_stopped(self) -> None:
-        """Claim jobs whenever there are candidates, until stopped. Then complete pending claims.
+        """Claim jobs whenever there are candidates, until stopped, and complete pending claims.
 
-        If they were cancelled, the events might still be written, and no worker would run the jobs.
+        If claims were cancelled, their events might still be written, and no worker would run the jobs.
         """
         while not self._stopping.is_set():
             await self._wake.wait()

@@ -1,12 +1,7 @@
-"""Confine job processes to their own job, and to what running code needs of the machine.
+"""Confine job processes to their own job, and to the parts of the system that running code needs.
 
-On every system, a job process starts with a minimal environment, gets only the settings of its own processor, and has
-no privileges such as real-time priority, even if the worker runs as root.
-
-Where the kernel offers Landlock, a job process also cannot read the data of the embedded server, result files,
-settings, secrets, home directories, or other jobs' files. It writes only to its own directories. It cannot signal,
-trace or read processes outside. The network stays available because processors fetch content, but local sockets are
-not.
+`docs/how-to/confinement.md` lists what a job process can access. The system calls are in `sandbox/restrictions.py`,
+which helper programs use as well. The network stays available because processors fetch content.
 
 Processors with `isolation = "inline"` run in the worker itself and are not confined: they are trusted code.
 """
@@ -49,7 +44,7 @@ _PRIVATE_PATHS: Final = (
     *("/etc/ssl/private", "/etc/krb5.keytab", "/etc/jobledger", "/var/lib/docker", "/var/lib/containerd"),
     *("/var/log", "/var/spool", "/var/backups", "/var/cache/debconf"),
 )
-"""Never accessible to jobs, whatever the settings. Exceptions that running code needs are allowed below."""
+"""Not accessible to jobs. The exceptions that running code needs are below, and in the settings."""
 _READABLE_PATHS: Final = ("/proc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager/resolv.conf")
 
 
@@ -109,7 +104,7 @@ def build_job_environment(names: Iterable[str] = ()) -> dict[str, str]:
 def minimal_environment(names: Iterable[str] = ()) -> Iterator[None]:
     """Start programs in the block with the environment of `build_job_environment`.
 
-    `os.environ` does not change. Only the array that the C library passes to new programs is replaced meanwhile.
+    `os.environ` does not change. Only the array that the C library passes to new programs is replaced.
     """
     lines = [os.fsencode(f"{name}={value}") for name, value in build_job_environment(names).items()]
     array = (ctypes.c_char_p * (len(lines) + 1))(*lines, None)
@@ -203,10 +198,10 @@ def find_paths(settings: BaseModel) -> Iterator[Path]:
 
 
 def _iterate_default_rules(protected: Sequence[Path]) -> Iterator[tuple[str, int]]:
-    """Yield the default rules: everything except private places, and in these the directories of Python code.
+    """Yield the default rules: everything except private paths, and the directories of Python code even there.
 
-    Landlock can only allow, and only whole directory trees. So a directory that contains something private is not
-    allowed itself. Instead, its current entries are.
+    Landlock rules only allow access, and only to whole directory trees. Of a directory with private entries, the other
+    current entries are allowed one by one.
     """
     own_paths = {os.path.realpath(path) for path in protected}
     home = os.path.realpath(Path.home())

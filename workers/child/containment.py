@@ -1,7 +1,7 @@
 """Isolate the event loop from exceptions of a processor's code, and from tasks that it leaves behind.
 
 In asyncio, `SystemExit` and `KeyboardInterrupt` of any task or callback end the event loop, and a coroutine may ignore
-its cancellation for ever. A processor runs in a `Containment`: nothing that it raises reaches the event loop, and the
+its cancellation forever. A processor runs in a `Containment`: nothing that it raises reaches the event loop, and the
 containment can always be ended. The processor cannot cancel other tasks or stop the event loop, and blocks only its own
 threads. Containments are used for inline jobs in the worker, and in each job process.
 """
@@ -165,7 +165,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     finalize = loop._asyncgen_finalizer_hook  # type: ignore[attr-defined]  # private
 
     def finalize_as_foreign(generator: Any) -> None:
-        """Close an asynchronous generator that was garbage collected, in whatever context that happened."""
+        """Close an asynchronous generator that was garbage collected, as foreign code."""
         if _current.get() is None:
             Context().run(finalize, generator)
         else:

@@ -64,7 +64,7 @@ def run_job_process(connection: socket.socket, memory_limit_mb: int) -> None:
 
 
 def _run_attempt(worker: _WorkerConnection, text: bytes) -> AttemptCompleted | AttemptFailed:
-    """Run the attempt and return its outcome, whatever the processor does to this process."""
+    """Run the attempt and return its last message. Never raises."""
     try:
         assignment = Assignment.model_validate_json(text)
         processor = get_processor(assignment.job_type)

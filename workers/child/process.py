@@ -1,7 +1,7 @@
 """Control job processes from the worker's event loop: start them, exchange messages, and stop them.
 
-No thread waits for a job process, and no read or write blocks. Whatever a job process does, other jobs, cancellation
-and shutdown continue. For the processes, see `fork_server.py`, `supervisor.py` and `main.py`.
+No thread waits for a job process, and no read or write blocks, so a job process cannot delay other jobs, cancellation
+or shutdown. `fork_server.py` forks a supervisor (`supervisor.py`), which forks the job process (`main.py`).
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class JobProcess:
     # Sending ------------------------------------------------------------------------------------------------------
 
     async def send(self, content: Any) -> None:
-        """Send an answer or the assignment. If the process has ended, do nothing: `iterate_messages` reports that.
+        """Send an answer or the assignment. If the process has ended, do nothing: `iterate_messages` raises the error.
 
         Raises:
             ProcessFailed: The job process has stopped reading.

@@ -2,11 +2,11 @@
 
 It is a small process between the fork server and the job process, because only a parent can do this reliably:
 
-- It is the job's subreaper (prctl(2)). A descendant whose parent has died becomes its child, whatever its session or
-  process group. So the supervisor finds and kills all of them, and none is left when it has no child.
+- It is the job's subreaper (prctl(2)). A descendant whose parent has died becomes its child, in any session and
+  process group. The supervisor kills its children until it has none.
 - It watches the job process itself and not a pipe, which a helper program could hold open.
-- The worker's end of `control` closes when the worker dies, even by SIGKILL. Then the supervisor kills the job, even
-  during a long call of a C library.
+- When the worker dies, even by SIGKILL, its end of `control` closes. The supervisor then kills the job, even during a
+  long call of a C library.
 - If the supervisor itself is killed, the kernel kills the job process (PR_SET_PDEATHSIG). Its descendants become
   children of the fork server, which kills them.
 

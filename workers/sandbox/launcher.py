@@ -1,7 +1,7 @@
 """Start a program in its sandbox. `runner.py` runs this module in a bare interpreter.
 
-It moves to its own namespaces where the system supports that, drops all privileges that the program does not need,
-starts the program, and ends with all processes that the program started.
+It moves to its own namespaces where the system supports that, and drops all privileges that the program does not need.
+It starts the program, waits for its end, and kills all processes that the program started.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _send_proxy_socket(channel: int) -> None:
 
 
 def _wait_for(program: int) -> int:
-    """Wait for the program. Reap other children meanwhile."""
+    """Wait for the program, and reap other children. Return its exit code."""
     while True:
         ended, status = os.wait()
         if ended == program:

@@ -4,7 +4,7 @@ A delivery waits for its due time, then for a slot at its host. The number of co
 take turns, so a host that hangs does not delay the others.
 
 Each host has a circuit breaker. After a number of consecutive attempts without a response, the host gets no attempts
-during a cooldown. Then one delivery is attempted. If it gets no response either, the next cooldown is twice as long.
+during a cooldown. After it, one delivery is attempted. If it gets no response, the next cooldown is twice as long.
 Waiting costs no attempt, but a delivery that has waited longer than its whole retry schedule is abandoned.
 """
 
@@ -122,7 +122,7 @@ class DeliverySchedule:
             host.open_until = now + host.cooldown
 
     def next_due_at(self, now: datetime) -> datetime | None:
-        """Return when `take_due`, which returned nothing more at `now`, may return something if nothing changes."""
+        """Return when `take_due` may return a delivery again if nothing changes. Call after `take_due(now)`."""
         while self._scheduled and not self._is_current(self._scheduled[0]):
             heapq.heappop(self._scheduled)
         cooldown_ends = [host.open_until for host in self._hosts.values() if host.ready and host.open_until]

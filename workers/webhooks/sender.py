@@ -1,4 +1,4 @@
-"""Send one webhook message. Whatever the endpoint does, there is a `WebhookResponse` in time.
+"""Send one webhook message. Errors of any kind become a `WebhookResponse` with an error code.
 
 Error codes:
     BAD_URL: The URL is not an http(s) URL with a host.
@@ -86,7 +86,7 @@ class WebhookResponse:
 class Sender:
     """Sends messages to endpoints.
 
-    Connections are not reused: one that the host closed meanwhile would cost an attempt.
+    Connections are not reused: if the host had closed one, that would cost an attempt.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Sender:
         await self._pool.aclose()
 
     async def send(self, webhook: WebhookRequest) -> WebhookResponse:
-        """Send a message within the timeout. Whatever the endpoint does, return a response."""
+        """Send a message within the timeout. Never raises, except when cancelled."""
         started_at = time.monotonic()
         status, headers, body = None, httpx.Headers(), bytearray()
         code: str | None = None
@@ -141,7 +141,7 @@ class Sender:
         except (*_CONNECTION_ERRORS, httpcore.ProtocolError, httpcore.UnsupportedProtocol, ValueError) as error:
             code = "CONNECTION_FAILED" if isinstance(error, _CONNECTION_ERRORS) else "BAD_RESPONSE"
             message = _to_sentence(describe_connection_error(error)[1].format(host=host))
-        if status is not None:  # a status counts, whatever happened to the rest of the response
+        if status is not None:  # a status counts, even if the rest of the response did not arrive
             code, message = _error_from_status(status, host)
         return WebhookResponse(
             status, code, message, _decode_body(body), parse_retry_after(headers), time.monotonic() - started_at
