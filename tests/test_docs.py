@@ -279,12 +279,12 @@ def test_webhooks_how_to_commands_send_list_and_redeliver(mongodb_uri: str, db_n
 
 def test_job_types_how_to_example_plugin_processes_job(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     how_to = DOCS / "how-to" / "job-types.md"
-    [processor], [project], [commands] = (read_code_blocks(how_to, language) for language in ("python", "toml", "sh"))
+    blocks = [read_code_blocks(how_to, language) for language in ("python", "toml", "sh")]
+    [processor], [project], [install, submit] = blocks
     package, home = tmp_path / "package", tmp_path / "home"
     package.mkdir()
     (package / "wordcount.py").write_text(processor)
     (package / "pyproject.toml").write_text(project)
-    install, submit = commands.splitlines()
     subprocess.run(
         [
             sys.executable,

@@ -15,7 +15,7 @@ Shorter waits count as work, so that a processor that only sends requests reache
 
 
 class AttemptTimeout:
-    """A timeout that can be paused. Use it on one event loop only.
+    """A timeout that can be started once and paused. Use it on one event loop only.
 
     Args:
         seconds: The time limit.
@@ -26,9 +26,13 @@ class AttemptTimeout:
         self._loop = asyncio.get_running_loop()
         self._remaining = seconds
         self._on_expired = on_expired
-        self._pauses = 0
-        self._resumed_at = self._loop.time()
-        self._timer: asyncio.TimerHandle | None = self._loop.call_later(seconds, on_expired)
+        self._pauses = 1
+        self._resumed_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Start, because the work starts."""
+        self._resume()
 
     def stop(self) -> None:
         """Stop for good, because the work has ended."""
@@ -45,7 +49,11 @@ class AttemptTimeout:
         def pause() -> None:
             nonlocal paused
             paused = True
-            self._pause()
+            self._pauses += 1
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+                self._remaining -= self._loop.time() - self._resumed_at
 
         timer = self._loop.call_later(PAUSE_AFTER_SECONDS, pause)
         try:
@@ -54,13 +62,6 @@ class AttemptTimeout:
             timer.cancel()
             if paused:
                 self._resume()
-
-    def _pause(self) -> None:
-        self._pauses += 1
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-            self._remaining -= self._loop.time() - self._resumed_at
 
     def _resume(self) -> None:
         self._pauses -= 1

@@ -100,8 +100,10 @@ class JobExecutor:
         self._scratch = scratch
         self._scratch_repairs = 0
         """`ScratchDirectory.repair_count` before the attempt."""
+        self._timeout = AttemptTimeout(self._job.spec.timeout_s, partial(self._stop, "timeout"))
         self._messages = MessageHandler(
             self._writer,
+            self._timeout,
             file_store=settings.file_store,
             step_cache=step_cache,
             path_reservations=path_reservations,
@@ -115,12 +117,10 @@ class JobExecutor:
             retry_base_seconds=settings.retry_base_seconds,
             retry_max_seconds=settings.retry_max_seconds,
         )
-        self._assignment: Assignment | None = None
         self._work: asyncio.Task[Outcome] | None = None
         self._recording: asyncio.Task[Any] | None = None
         """The task of `run()` while it records the outcome. `fence()` cancels it."""
         self._stop_reason: StopReason | None = None
-        self._timeout: AttemptTimeout | None = None
         self._containment: Containment | None = None
 
     # Stopping -----------------------------------------------------------------------------------------------------
@@ -169,9 +169,9 @@ class JobExecutor:
         try:
             await self._run_and_record()
         finally:
-            if self._assignment is not None and self._assignment.has_files:
+            if (assignment := self._messages.assignment) is not None and assignment.has_files:
                 # The removal continues if this task is cancelled or another worker owns the job.
-                removal = asyncio.create_task(self._remove_directory(), name=f"remove-{self.job_id}")
+                removal = asyncio.create_task(_remove_directory(assignment.attempt_dir), name=f"remove-{self.job_id}")
                 _removals.add(removal)
                 removal.add_done_callback(_removals.discard)
                 if self._stop_reason != "fence":
@@ -202,37 +202,29 @@ class JobExecutor:
             if isinstance(outcome, AttemptFailed) and outcome.errno is not None:
                 with suppress(TimeoutError):  # free the disk first, in case the job itself filled it
                     async with asyncio.timeout(process_runner.DISK_TIMEOUT_SECONDS):
-                        await self._remove_directory()
+                        await _remove_directory(attempt_dir)
                 return await self._find_machine_failure(outcome) or outcome
         except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
             return find_machine_failure(error, scratch_dir=self._scratch.path) or worker_fault(error, self.job_id)
         else:
             return outcome
 
-    async def _remove_directory(self) -> None:
-        if self._assignment is None or not self._assignment.has_files:
-            return
-        try:
-            await run_cooperatively(remove_tree(self._assignment.attempt_dir), removal_executor)
-        except Exception as error:  # noqa: BLE001 - the outcome must not get lost because of this
-            _log.warning("cannot remove a job's directory", path=str(self._assignment.attempt_dir), error=repr(error))
-
     async def _run_processor(self, attempt_dir: Path) -> Outcome | None:
         processor = get_processor(self.job_type)
-        self._assignment = assignment = self._build_assignment(attempt_dir)
+        self._messages.assignment = assignment = self._build_assignment(attempt_dir)
         if processor.isolation == "inline":
             self._containment = Containment()
             # The processor need not poll for a stop: cancelling its task stops it.
             attempt = run_attempt(assignment, processor, self._handle_inline_message, lambda: False)
-            self._start_timeout()
+            self._timeout.start()
             self._work = self._containment.start(attempt, f"run-{self.job_id}")
         else:
             runner = ProcessRunner(
                 assignment,
                 memory_limit_mb=self._settings.memory_limit_mb,
                 environment_variables=self._settings.confinement.environment_variables,
-                create_directories=self._create_directories,
-                start_timeout=self._start_timeout,
+                create_directories=partial(self._create_directories, assignment),
+                timeout=self._timeout,
                 handle_message=self._messages.handle,
                 add_log_entries=self._writer.add_log_entries,
             )
@@ -243,22 +235,13 @@ class JobExecutor:
             await _wait_for(self._work)
             return self._outcome_of(self._work)
         finally:
-            if self._timeout is not None:
-                self._timeout.stop()
+            self._timeout.stop()
             if self._containment is not None:
                 await self._containment.stop(STOP_SECONDS)
 
-    def _create_directories(self) -> None:
-        assignment = self._assignment
-        assert assignment is not None  # noqa: S101 - set before the process starts
+    def _create_directories(self, assignment: Assignment) -> None:
         self._scratch.create_directories(assignment.attempt_dir, assignment.scratch_dir, assignment.inbox_dir)
         self._scratch_repairs = self._scratch.repair_count
-
-    def _start_timeout(self) -> AttemptTimeout:
-        assert self._assignment is not None  # noqa: S101 - set before the work starts
-        self._timeout = AttemptTimeout(self._job.spec.timeout_s, partial(self._stop, "timeout"))
-        self._messages.start(self._assignment, self._timeout)
-        return self._timeout
 
     async def _handle_inline_message(self, message: Message) -> Any:
         with outside_containment():
@@ -307,6 +290,13 @@ class JobExecutor:
             text = "The mode of the scratch directory was changed, perhaps by another job, and restored"
             failure = MachineFailure(text)
         return failure
+
+
+async def _remove_directory(path: Path) -> None:
+    try:
+        await run_cooperatively(remove_tree(path), removal_executor)
+    except Exception as error:  # noqa: BLE001 - the outcome must not get lost because of this
+        _log.warning("cannot remove a job's directory", path=str(path), error=repr(error))
 
 
 async def _wait_for(task: asyncio.Task[Any]) -> None:

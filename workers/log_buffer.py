@@ -39,7 +39,6 @@ class LogBuffer:
         self._entries: list[RawLogEntry] = []
         self._bytes = 0
         self._tail: deque[RawLogEntry] = deque()
-        self._tail_bytes = 0
         self._dropped = 0
         self._dropped_bytes = 0
         self._entry_tokens = float(BURST_ENTRIES)
@@ -59,12 +58,9 @@ class LogBuffer:
             self._keep(entry, size)
             return
         self._tail.append(entry)
-        self._tail_bytes += size
         if len(self._tail) > FLOOD_TAIL_ENTRIES:
-            size = len(self._tail.popleft()[2])
-            self._tail_bytes -= size
             self._dropped += 1
-            self._dropped_bytes += size
+            self._dropped_bytes += len(self._tail.popleft()[2])
 
     def take(self, *, final: bool = False) -> list[tuple[LogEntry, ...]]:
         """Return and remove the entries, in chunks that each fit into an event.
@@ -74,7 +70,7 @@ class LogBuffer:
         """
         self._refill()
         free = min(self._byte_tokens, self._remaining_bytes - (FLOOD_TAIL_ENTRIES + 1) * LOG_ENTRY_OVERHEAD_BYTES)
-        is_flood_over = self._entry_tokens >= FLOOD_TAIL_ENTRIES and free >= self._tail_bytes
+        is_flood_over = self._entry_tokens >= FLOOD_TAIL_ENTRIES and free >= sum(len(text) for _, _, text in self._tail)
         if self._tail and (final or is_flood_over):
             self._end_flood()
         entries, self._entries, self._bytes = self._entries, [], 0
@@ -98,7 +94,6 @@ class LogBuffer:
         for entry in self._tail:
             self._keep(entry, len(entry[2]))
         self._tail.clear()
-        self._tail_bytes = 0
 
     def _keep(self, entry: RawLogEntry, size: int) -> None:
         self._entries.append(entry)

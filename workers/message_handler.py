@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any, Final, Literal
@@ -46,6 +45,7 @@ class MessageHandler:
     def __init__(
         self,
         writer: AttemptWriter,
+        timeout: AttemptTimeout,
         *,
         file_store: FileStore,
         step_cache: StepCache,
@@ -59,16 +59,12 @@ class MessageHandler:
         self._step_cache = step_cache
         self._path_reservations = path_reservations
         self._health = health
-        self._assignment: Assignment | None = None
-        self._timeout: AttemptTimeout | None = None
+        self._timeout = timeout
+        self.assignment: Assignment | None = None
+        """The assignment of the attempt. Set it before the first message."""
         self._reserved_paths: set[str] = set()
         self._saved_sizes: dict[str, int] = {}
         """Sizes in bytes by digest of the files that this attempt saved, or reused from the steps of other jobs."""
-
-    def start(self, assignment: Assignment, timeout: AttemptTimeout) -> None:
-        """Set the attempt's assignment and timeout. Call before the first message."""
-        self._assignment = assignment
-        self._timeout = timeout
 
     async def handle(self, message: messages.Message) -> Any:
         """Handle a message of the processor and return the answer.
@@ -121,17 +117,13 @@ class MessageHandler:
             }
         )
 
-    def _pause_timeout(self) -> AbstractAsyncContextManager[None]:
-        assert self._timeout is not None  # noqa: S101 - start() was called
-        return self._timeout.pause_while_waiting()
-
     # Steps --------------------------------------------------------------------------------------------------------
 
     async def _find_shared_step(self, request: messages.FindSharedStep) -> dict[str, Any] | None:
         """Return the output of a step that another job shares, with the ID of that job; None if there is none."""
         try:
             max_age = timedelta(seconds=request.max_age_s)
-            async with self._pause_timeout():
+            async with self._timeout.pause_while_waiting():
                 shared = await self._step_cache.find_shared_step(
                     request.key, self._job_id, self._job.spec, max_age=max_age
                 )
@@ -162,7 +154,7 @@ class MessageHandler:
             reused_from=step.reused_from,
             cache_version=processor_version(self._job.spec.job_type) if step.is_shared else None,
         )
-        async with self._pause_timeout():
+        async with self._timeout.pause_while_waiting():
             await self._writer.flush()
             try:
                 await self._writer.append(command)
@@ -180,12 +172,12 @@ class MessageHandler:
         Raises:
             SavedFileLost: The job did not save the file, or changed or removed it.
         """
-        assert self._assignment is not None  # noqa: S101 - start() was called
+        assert self.assignment is not None  # noqa: S101 - set before the first message
         last_reason, retries, started_at = "", 0, asyncio.get_running_loop().time()
-        async with self._pause_timeout(), self._ingest_locks[hash(sha256) % len(self._ingest_locks)]:
+        async with self._timeout.pause_while_waiting(), self._ingest_locks[hash(sha256) % len(self._ingest_locks)]:
             while True:
                 try:
-                    self._saved_sizes[sha256] = await self._file_store.ingest(self._assignment.inbox_dir, sha256)
+                    self._saved_sizes[sha256] = await self._file_store.ingest(self.assignment.inbox_dir, sha256)
                     break
                 except (FileLost, ValueError) as error:
                     if sha256 in self._saved_sizes:  # two saves of the same content: the first one moved the file
@@ -219,7 +211,7 @@ class MessageHandler:
         Raises:
             ProcessorError: The path is invalid or taken.
         """
-        async with self._pause_timeout():
+        async with self._timeout.pause_while_waiting():
             while True:
                 try:
                     reserved = await self._path_reservations.reserve(path, self._job_id)

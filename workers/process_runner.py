@@ -39,7 +39,7 @@ class ProcessRunner:
         memory_limit_mb: Limit of its address space in MiB.
         environment_variables: Names of variables that it gets besides the default ones.
         create_directories: Creates the attempt's directories. Blocks.
-        start_timeout: Starts the attempt's timeout. Called when the process runs.
+        timeout: The attempt's timeout. It starts when the process runs.
         handle_message: Handles a message and returns the answer.
         add_log_entries: Receives what the process prints.
     """
@@ -51,7 +51,7 @@ class ProcessRunner:
         memory_limit_mb: int,
         environment_variables: Sequence[str],
         create_directories: Callable[[], None],
-        start_timeout: Callable[[], AttemptTimeout],
+        timeout: AttemptTimeout,
         handle_message: Callable[[Message], Awaitable[Any]],
         add_log_entries: Callable[[list[RawLogEntry]], None],
     ) -> None:
@@ -59,7 +59,7 @@ class ProcessRunner:
         self._memory_limit_mb = memory_limit_mb
         self._environment_variables = environment_variables
         self._create_directories = create_directories
-        self._start_timeout = start_timeout
+        self._timeout = timeout
         self._handle_message = handle_message
         self._add_log_entries = add_log_entries
         self._requests: dict[asyncio.Task[None], int] = {}  # sizes in bytes
@@ -79,13 +79,13 @@ class ProcessRunner:
         except asyncio.CancelledError:
             await _stop_after_start(starting)
             raise
-        timeout = self._start_timeout()
+        self._timeout.start()
         try:
             return await self._exchange_messages(process)
         except ProcessFailed as error:
             return error.failure
         finally:
-            timeout.stop()
+            self._timeout.stop()
             # The process must end even if this task is cancelled again. stop() takes a few seconds at most.
             await _wait_uncancelled(asyncio.create_task(process.stop()))
 

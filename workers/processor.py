@@ -206,6 +206,8 @@ class Processor(Protocol):
         preload: Names of modules that take long to import. They are imported once, before job processes are forked.
         Parameters: Pydantic model that validates the `parameters` of a submitted job.
         Settings: Pydantic model that validates the section `processors.<job_type>` of config.yaml.
+
+    An optional static method `shared_directories()` returns the directories to which all jobs of the type write.
     """
 
     job_type: ClassVar[str]

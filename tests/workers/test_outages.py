@@ -409,6 +409,7 @@ async def test_time_limit_continues_during_short_requests() -> None:
     expired: list[float] = []
     started_at = time.monotonic()
     limit = AttemptTimeout(0.3, lambda: expired.append(time.monotonic() - started_at))
+    limit.start()
 
     async def send_requests() -> None:
         while not expired:
@@ -424,6 +425,7 @@ async def test_time_limit_pauses_while_a_request_waits(monkeypatch: pytest.Monke
     monkeypatch.setattr("jobledger.workers.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
     expired = asyncio.Event()
     limit = AttemptTimeout(0.6, expired.set)
+    limit.start()
     async with limit.pause_while_waiting():
         await asyncio.sleep(1)
     assert not expired.is_set()

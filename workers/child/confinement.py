@@ -225,15 +225,12 @@ def _iterate_package_dirs() -> Iterator[str]:
     """
     installed = (f"{sys.prefix}/", f"{sys.base_prefix}/")
     last = ""
-    for path in sorted({os.path.realpath(path) for path in _iterate_package_paths()}):
+    package_paths = [getattr(module, "__path__", None) for module in list(sys.modules.values())]
+    for path in sorted(
+        {os.path.realpath(path) for paths in package_paths if isinstance(paths, list) for path in paths}
+    ):
         if not path.startswith(installed) and not (last and path.startswith(f"{last}/")):
             yield (last := path)
-
-
-def _iterate_package_paths() -> Iterator[str]:
-    for module in list(sys.modules.values()):
-        if isinstance(paths := getattr(module, "__path__", None), list):
-            yield from paths
 
 
 def _iterate_public_paths(path: str, private: set[str]) -> Iterator[str]:

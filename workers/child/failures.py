@@ -129,11 +129,8 @@ def _find_errno(error: BaseException, leaves: list[BaseException], scratch_dir: 
                 break
             if isinstance(current, OSError):
                 number = _read_attribute(current, "errno", int)
-                if number in _MACHINE_ERRORS or (number and _is_below(current, scratch_dir)):
+                file = Path(_read_attribute(current, "filename", str))
+                if number in _MACHINE_ERRORS or (number and scratch_dir and file.is_relative_to(scratch_dir)):
                     return number
             current = current.__cause__ or current.__context__
     return None
-
-
-def _is_below(error: OSError, directory: Path | None) -> bool:
-    return directory is not None and Path(_read_attribute(error, "filename", str)).is_relative_to(directory)

@@ -108,7 +108,3 @@ class _Server:
         os.waitpid(self._supervisors.pop(pidfd), 0)
         # A supervisor that ended regularly leaves no processes. One that was killed leaves those below it.
         kill_children(_KILL_SECONDS, frozenset(self._supervisors.values()))
-
-
-if __name__ == "__main__":
-    main()
