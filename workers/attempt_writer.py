@@ -38,9 +38,7 @@ class AttemptWriter:
     """Appends the events of one attempt. Only this class writes to the job's stream while the job runs.
 
     Args:
-        event_store: The event store.
         stream_state: The job's stream after the claim.
-        job_id: The ID of the job.
         on_fenced: Called when the attempt turns out to be fenced while entries or progress are written.
     """
 

@@ -78,8 +78,6 @@ class ClaimQueue:
     """The pending jobs that one worker knows of.
 
     Args:
-        event_store: The event store.
-        checkpoint: The position of the views.
         job_types: The job types that the worker can run.
         slots: The number of jobs that the worker runs concurrently.
         eligible_workers: Returns the workers that may claim jobs.

@@ -24,8 +24,6 @@ class Claimer:
     """Claims jobs for one worker.
 
     Args:
-        event_store: The event store.
-        queue: The jobs that the worker may try to claim.
         start_job: Called with the ID of a claimed job and the state of its stream.
         on_unreadable: Called when a later version of the program wrote to the stream of a job that may be ours.
     """

@@ -33,11 +33,9 @@ from jobledger.workers.child.containment import Containment, outside_containment
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message
 from jobledger.workers.directory_removal import removal_executor, remove_tree
 from jobledger.workers.machine_health import (
+    CHECKS,
     MachineFailure,
     WorkerHealth,
-    check_descriptors,
-    check_memory,
-    check_process_start,
     find_failing_check,
     find_machine_failure,
 )
@@ -221,12 +219,11 @@ class JobExecutor:
         else:
             runner = ProcessRunner(
                 assignment,
+                self._messages,
+                self._timeout,
                 memory_limit_mb=self._settings.memory_limit_mb,
                 environment_variables=self._settings.confinement.environment_variables,
                 create_directories=partial(self._create_directories, assignment),
-                timeout=self._timeout,
-                handle_message=self._messages.handle,
-                add_log_entries=self._writer.add_log_entries,
             )
             self._work = asyncio.create_task(runner.run(), name=f"run-{self.job_id}")
         if self._stop_reason is not None:
@@ -282,7 +279,7 @@ class JobExecutor:
         """
         scratch = self._scratch
         # Quick check first: the full check creates a missing directory, which would hide that it was missing.
-        checks = (scratch.check_quickly, scratch.check, check_descriptors, check_memory, check_process_start)
+        checks = (scratch.check_quickly, scratch.check, *CHECKS)
         failure = await run_blocking(partial(find_failing_check, checks))
         if failure is not None:
             _log.warning("a job failed because of its machine", job_id=self.job_id, error=failed.message)

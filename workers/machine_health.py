@@ -281,3 +281,7 @@ def check_memory() -> None:
             line = next(line for line in file if line.startswith("MemAvailable:"))
         if (available := int(line.split()[1]) * 1024) < _MIN_MEMORY_BYTES:
             raise MachineFailure(f"Only {available / 2**20:.0f} MiB of memory are available: {_MEMORY}")
+
+
+CHECKS: Final = (check_descriptors, check_memory, check_process_start)
+"""Checks of the machine. Checks of the scratch directory and the file store are with these."""

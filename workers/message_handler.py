@@ -89,6 +89,11 @@ class MessageHandler:
                 raise AssertionError(f"{message.kind} is not a request")
         return None
 
+    def add_output(self, text: str) -> None:
+        """Add what the job process has printed to the job's log."""
+        now = datetime.now(UTC).timestamp()
+        self._writer.add_log_entries([(now, "info", to_text(line)) for line in text.splitlines() if line.strip()])
+
     async def check_results(self, results: Results) -> Results:
         """Return the results with verified files, reserved paths and actual sizes.
 
@@ -99,8 +104,6 @@ class MessageHandler:
             ProcessorError: INVALID_RESULT if the job has not saved a file, INVALID_PATH, PATH_TAKEN, or DUPLICATE_PATH
                 if two different files have the same path.
         """
-        if results.markdown is None and not results.assets:
-            return results
         digests: dict[str, str] = {}
 
         async def check_file(file: SavedFile) -> SavedFile:

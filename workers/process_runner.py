@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 from jobledger.workers.attempt_timeout import AttemptTimeout
 from jobledger.workers.child.attempt import Assignment
-from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message, MessageEnvelope, RawLogEntry
+from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, MessageEnvelope
 from jobledger.workers.child.process import JobProcess, ProcessFailed
 from jobledger.workers.machine_health import MachineFailure, disk_timeout_failure, find_machine_failure
-from jobledger.workers.message_handler import SavedFileLost
+from jobledger.workers.message_handler import MessageHandler, SavedFileLost
 from jobledger.workers.processor import ProcessorError
 from jobledger.workers.result_conversion import to_text
 
@@ -35,33 +34,27 @@ class ProcessRunner:
     """Runs one attempt in a job process.
 
     Args:
-        assignment: What the job process has to do.
         memory_limit_mb: Limit of its address space in MiB.
         environment_variables: Names of variables that it gets besides the default ones.
         create_directories: Creates the attempt's directories. Blocks.
-        timeout: The attempt's timeout. It starts when the process runs.
-        handle_message: Handles a message and returns the answer.
-        add_log_entries: Receives what the process prints.
     """
 
     def __init__(
         self,
         assignment: Assignment,
+        messages: MessageHandler,
+        timeout: AttemptTimeout,
         *,
         memory_limit_mb: int,
         environment_variables: Sequence[str],
         create_directories: Callable[[], None],
-        timeout: AttemptTimeout,
-        handle_message: Callable[[Message], Awaitable[Any]],
-        add_log_entries: Callable[[list[RawLogEntry]], None],
     ) -> None:
         self._assignment = assignment
+        self._messages = messages
+        self._timeout = timeout
         self._memory_limit_mb = memory_limit_mb
         self._environment_variables = environment_variables
         self._create_directories = create_directories
-        self._timeout = timeout
-        self._handle_message = handle_message
-        self._add_log_entries = add_log_entries
         self._requests: dict[asyncio.Task[None], int] = {}  # sizes in bytes
 
     async def run(self) -> AttemptCompleted | AttemptFailed:
@@ -91,11 +84,7 @@ class ProcessRunner:
 
     async def _start_process(self) -> JobProcess:
         await run_blocking(self._create_directories)
-        return await JobProcess.start(self._memory_limit_mb, self._log_output, self._environment_variables)
-
-    def _log_output(self, text: str) -> None:
-        now = datetime.now(UTC).timestamp()
-        self._add_log_entries([(now, "info", to_text(line)) for line in text.splitlines() if line.strip()])
+        return await JobProcess.start(self._memory_limit_mb, self._messages.add_output, self._environment_variables)
 
     async def _exchange_messages(self, process: JobProcess) -> AttemptCompleted | AttemptFailed:
         """Send the assignment, handle messages until the last one, and cancel the requests that are pending then."""
@@ -118,7 +107,7 @@ class ProcessRunner:
                 if isinstance(message, AttemptCompleted | AttemptFailed):
                     return message
                 if not envelope.request_id:
-                    await self._handle_message(message)
+                    await self._messages.handle(message)
                     continue
                 while not _has_capacity(self._requests, size) and not process.exit_task.done():
                     await asyncio.wait({*self._requests, process.exit_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -130,7 +119,7 @@ class ProcessRunner:
     async def _handle_request(self, process: JobProcess, envelope: MessageEnvelope) -> None:
         answer: dict[str, Any] = {"id": envelope.request_id}
         try:
-            answer["value"] = await self._handle_message(envelope.message)
+            answer["value"] = await self._messages.handle(envelope.message)
         except SavedFileLost as error:  # the timeout is paused for each retry, so the job could retry forever
             raise ProcessFailed(AttemptFailed(error.code, error.message, details=error.details)) from error
         except ProcessorError as error:

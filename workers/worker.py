@@ -34,7 +34,7 @@ from jobledger.workers.claimer import Claimer
 from jobledger.workers.directory_removal import removal_executor
 from jobledger.workers.executor import ExecutorSettings, JobExecutor
 from jobledger.workers.lease_reaper import LeaseReaper
-from jobledger.workers.machine_health import WorkerHealth, check_descriptors, check_memory, check_process_start
+from jobledger.workers.machine_health import CHECKS, WorkerHealth, check_descriptors
 from jobledger.workers.path_reservations import PathReservations
 from jobledger.workers.registry import load_processors
 from jobledger.workers.scratch import ScratchDirectory
@@ -90,13 +90,7 @@ class Worker:
         self._lease_reaper = LeaseReaper(db, event_store, checkpoint, change_stream)
         self._scratch = scratch or ScratchDirectory()
         self.health = WorkerHealth(
-            [
-                check_descriptors,
-                self._scratch.check,
-                settings.file_store.check_writable,
-                check_memory,
-                check_process_start,
-            ],
+            [self._scratch.check, settings.file_store.check_writable, *CHECKS],
             quick_checks=[check_descriptors, self._scratch.check_quickly],
             on_change=self._health_changed,
         )

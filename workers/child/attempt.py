@@ -49,10 +49,6 @@ class Assignment(BaseModel):
     """What a job process needs to run an attempt.
 
     Attributes:
-        job_id: The ID of the job.
-        attempt: The number of the attempt.
-        job_type: The job type.
-        parameters: The job's parameters.
         settings: The section `processors.<job_type>` of config.yaml.
         completed_steps: Steps of earlier attempts, by digest of name and inputs.
         can_use_shared_steps: Whether the attempt may use completed steps of other jobs.
@@ -91,9 +87,6 @@ async def run_attempt(
     """Run the processor and return the last message of the attempt. Never raises.
 
     Args:
-        assignment: The attempt.
-        processor: The processor.
-        send: Sends messages to the worker.
         is_stopping: Returns whether the job must stop.
     """
     started_at = time.monotonic()

@@ -131,7 +131,6 @@ def confine(
     """Confine this process permanently. Call before it has other threads.
 
     Args:
-        settings: The confinement settings.
         scratch_dir: The job's directory for temporary files. It becomes its home directory as well.
         inbox_dir: The directory for result files. It has the same parent, which is the attempt's directory.
         readable_paths: Files and directories in the settings of the processor.
@@ -226,9 +225,8 @@ def _iterate_package_dirs() -> Iterator[str]:
     installed = (f"{sys.prefix}/", f"{sys.base_prefix}/")
     last = ""
     package_paths = [getattr(module, "__path__", None) for module in list(sys.modules.values())]
-    for path in sorted(
-        {os.path.realpath(path) for paths in package_paths if isinstance(paths, list) for path in paths}
-    ):
+    directories = [path for paths in package_paths if isinstance(paths, list) for path in paths]
+    for path in sorted(set(map(os.path.realpath, directories))):
         if not path.startswith(installed) and not (last and path.startswith(f"{last}/")):
             yield (last := path)
 

@@ -181,8 +181,7 @@ def _is_foreign(loop: asyncio.AbstractEventLoop, context: Context | None = None)
     Threads started by a processor, and callbacks that they pass to the event loop, have an empty context.
 
     Args:
-        loop: The event loop.
-        context: The context. Default: the current one.
+        context: Default: the current one.
     """
     get = (copy_context() if context is None else context).get
     if get(_current) is not None:

@@ -36,7 +36,6 @@ def failure_from_exception(error: BaseException, *, scratch_dir: Path | None = N
     In an exception group, the most informative error decides.
 
     Args:
-        error: The exception.
         scratch_dir: The worker's scratch directory. Any error of a file below it may be a failure of the machine.
     """
     leaves = list(_iterate_leaf_errors(error, 0))

@@ -105,7 +105,6 @@ async def run_program(
     """Run a program to its end. If cancelled, kill it with all its descendants.
 
     Args:
-        program: The program to run.
         proxy: Serves the listening socket that is at `http://127.0.0.1:3128` in the sandbox: the only way out.
         max_output: Number of bytes of standard output to keep.
 

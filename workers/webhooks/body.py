@@ -47,13 +47,8 @@ async def build_body(
     """Return the body as JSON in UTF-8. `docs/how-to/webhooks.md` contains an example.
 
     Args:
-        event_store: The event store.
-        file_store: The file store.
-        delivery_id: The ID of the delivery.
-        delivery: The delivery.
-        sequence: Rank of the delivery among those of its endpoint.
-        endpoint_id: The ID of the endpoint.
-        base_url: URL of the API.
+        sequence: Rank of the delivery among those of its endpoint, from 1.
+        base_url: URL of the API, without a slash at the end.
 
     Raises:
         BodyUnavailable: The job or batch is not in the log, or cannot be represented as JSON.

@@ -30,13 +30,8 @@ from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
 from jobledger.ledger.mongo.leader_election import LeaderElection
 from jobledger.ledger.net.webhook_signature import build_signature_headers
+from jobledger.ledger.store import command_handler
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
-from jobledger.ledger.store.command_handler import (
-    StreamState,
-    handle_command_until_known,
-    is_deleted,
-    load_stream_state,
-)
 from jobledger.ledger.store.endpoint_secrets import Endpoint, load_signing_secrets
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
@@ -242,14 +237,14 @@ class Deliverer:
     async def _deliver(self, due: ScheduledDelivery) -> None:
         is_responsive = True
         try:
-            state = await load_stream_state(self._event_store, due.delivery_id)
+            state = await command_handler.load_stream_state(self._event_store, due.delivery_id)
             delivery, now = state.aggregate, self._event_store.clock.estimate()
             if not isinstance(delivery, Delivery):
                 return
             if delivery.status != "pending" or (delivery.due_at is not None and delivery.due_at > now):
                 self._recorded[due.delivery_id] = state.head.version  # recorded by another process
                 return
-            if await is_deleted(self._event_store, delivery.spec.source):
+            if await command_handler.is_deleted(self._event_store, delivery.spec.source):
                 # Content of deleted jobs is not sent. The check precedes each attempt; a later deletion is too late.
                 await self._record(due.delivery_id, AbandonDelivery(f"{delivery.spec.source} was deleted."), state)
                 return
@@ -338,13 +333,13 @@ class Deliverer:
 
     async def _abandon(self, due: ScheduledDelivery) -> None:
         reason = f"{due.host} did not respond until the end of the retry schedule."
-        state = await load_stream_state(self._event_store, due.delivery_id)
+        state = await command_handler.load_stream_state(self._event_store, due.delivery_id)
         with suppress(CommandRejected):
             await self._record(due.delivery_id, AbandonDelivery(reason), state)
 
-    async def _record(self, delivery_id: str, command: DeliveryCommand, state: StreamState) -> None:
+    async def _record(self, delivery_id: str, command: DeliveryCommand, state: command_handler.StreamState) -> None:
         """Record a command once. Retry while the database is unavailable."""
-        result = await handle_command_until_known(
+        result = await command_handler.handle_command_until_known(
             self._event_store,
             delivery_id,
             command,
