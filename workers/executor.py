@@ -32,13 +32,7 @@ from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.containment import Containment, outside_containment
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message
 from jobledger.workers.directory_removal import removal_executor, remove_tree
-from jobledger.workers.machine_health import (
-    CHECKS,
-    MachineFailure,
-    WorkerHealth,
-    find_failing_check,
-    find_machine_failure,
-)
+from jobledger.workers.machine_health import CHECKS, MachineFailure, WorkerHealth, find_failure, find_machine_failure
 from jobledger.workers.message_handler import MessageHandler
 from jobledger.workers.outcome_recorder import Outcome, OutcomeRecorder, StopReason, worker_fault
 from jobledger.workers.path_reservations import PathReservations
@@ -280,7 +274,7 @@ class JobExecutor:
         scratch = self._scratch
         # Quick check first: the full check creates a missing directory, which would hide that it was missing.
         checks = (scratch.check_quickly, scratch.check, *CHECKS)
-        failure = await run_blocking(partial(find_failing_check, checks))
+        failure = await run_blocking(partial(find_failure, checks))
         if failure is not None:
             _log.warning("a job failed because of its machine", job_id=self.job_id, error=failed.message)
         elif scratch.repair_count != self._scratch_repairs:

@@ -213,7 +213,7 @@ class WorkerHealth:
         result: asyncio.Future[MachineFailure | None] = loop.create_future()
 
         def run() -> None:
-            failure = find_failing_check(self._checks if checks is None else checks)
+            failure = find_failure(self._checks if checks is None else checks)
             with suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(_set_result, result, failure)
 
@@ -235,7 +235,7 @@ def _set_result(result: asyncio.Future[MachineFailure | None], failure: MachineF
         result.set_result(failure)
 
 
-def find_failing_check(checks: Sequence[Callable[[], None]]) -> MachineFailure | None:
+def find_failure(checks: Sequence[Callable[[], None]]) -> MachineFailure | None:
     """Run checks until one fails, and return its failure; None if all pass. Blocks."""
     for check in checks:
         try:

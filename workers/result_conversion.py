@@ -150,7 +150,7 @@ class _Conversion:
 
     def _convert_key(self, key: Any, path: ValuePath) -> str:
         if not isinstance(key, str):
-            problem = f"it has the key {to_text(_safe_repr(key), 100)} of type {type_name(key)}"
+            problem = f"it has the key {to_text(key, 100)} of type {type_name(key)}"
             raise _invalid(path, problem, "Use strings as keys.")
         name = self._check_text(key.value if isinstance(key, Enum) else key, (path, "<key>"))
         if name.startswith("$") or "\0" in name:
@@ -248,13 +248,6 @@ def _invalid(path: ValuePath, problem: str, fix: str) -> InvalidResult:
     if len(location) > 160:
         location = f"{location[:80]}…{location[-80:]}"
     return InvalidResult(to_text(path[1], 200) + location, problem, fix)
-
-
-def _safe_repr(value: object) -> str:
-    try:
-        return repr(value)
-    except BaseException as error:  # noqa: BLE001 - see safe_str
-        return f"<{type_name(value)} whose text cannot be read: {type_name(error)}>"
 
 
 def _suggest_fix(value: object) -> str:

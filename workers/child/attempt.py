@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -130,16 +130,16 @@ class _Warnings:
 
 
 @dataclass(slots=True)
-class _StepScope:
-    """Collects warnings and tokens while a step runs, including those of tasks and threads that it starts."""
+class _Scope:
+    """Collects warnings and tokens of the job or of a step, including those of tasks and threads that it starts."""
 
     step: str
-    parent: _StepScope | None
-    warnings: _Warnings = field(default_factory=lambda: _Warnings(MAX_STEP_WARNING_BYTES))
+    warnings: _Warnings
+    parent: _Scope | None = None
     tokens: int = 0
 
 
-_scope: ContextVar[_StepScope | None] = ContextVar("step", default=None)
+_step_scope: ContextVar[_Scope | None] = ContextVar("step_scope", default=None)
 
 
 class _JobContext:
@@ -152,17 +152,18 @@ class _JobContext:
         self.attempt = assignment.attempt
         self._assignment = assignment
         self.parameters = parameters
-        self._completed_steps = assignment.completed_steps
-        self._can_use_shared_steps = assignment.can_use_shared_steps
         self._send = send
-        self._step = "starting"
+        self._job_scope = _Scope("starting", _Warnings(_WARNING_BYTES))
+        """The scope of the job. Its step is the one that started last."""
         self._percent = 0.0
-        self._warnings = _Warnings(_WARNING_BYTES)
-        self._tokens = 0
         self._count_lock = threading.Lock()
         self._is_stopping = is_stopping
         self._loop = asyncio.get_running_loop()
         self._closed = False
+
+    @property
+    def _scope(self) -> _Scope:
+        return _step_scope.get() or self._job_scope
 
     @property
     def is_cancelled(self) -> bool:
@@ -184,29 +185,29 @@ class _JobContext:
         share_max_age: timedelta | None = None,
     ) -> JSON:
         full_name, name = safe_str(name), to_text(name, 200)
-        self._step = name
+        self._job_scope.step = name
         # The digest covers the whole name: truncated names of two steps may be equal.
         digest_name = name if full_name == name else ascii(full_name)
         key = canonical_digest({"step": digest_name, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
-        if (completed := self._completed_steps.get(key)) is not None:
+        if (completed := self._assignment.completed_steps.get(key)) is not None:
             for warning in completed.warnings:
                 self._add_warning(warning)
             self.add_tokens(completed.tokens_used)
             await self.log("info", f"Step {name} is reused from an earlier attempt.")
             return completed.output
-        started_at, scope = time.monotonic(), _StepScope(name, _scope.get())
+        started_at, scope = time.monotonic(), _Scope(name, _Warnings(MAX_STEP_WARNING_BYTES), self._scope)
         shared = None
-        if share_max_age is not None and self._can_use_shared_steps:
+        if share_max_age is not None and self._assignment.can_use_shared_steps:
             shared = await self._send_message(messages.FindSharedStep(key, share_max_age.total_seconds()))
         if shared is not None:
             await self.log("info", f"Step {name} is reused from {shared['job_id']}.")
             output = shared["output"]
         else:
-            token = _scope.set(scope)
+            token = _step_scope.set(scope)
             try:
                 output = to_json(await function(), f'step "{name}" output')
             finally:
-                _scope.reset(token)
+                _step_scope.reset(token)
         await self._send_message(
             messages.StepResult(
                 step=name,
@@ -222,10 +223,8 @@ class _JobContext:
         return output
 
     async def report_progress(self, percent: float, message: str) -> None:
-        scope = _scope.get()
-        await self._send_message(
-            messages.Progress(scope.step if scope else self._step, self._clip_percent(percent), to_text(message, 1000))
-        )
+        progress = messages.Progress(self._scope.step, self._clip_percent(percent), to_text(message, 1000))
+        await self._send_message(progress)
 
     def _clip_percent(self, percent: float) -> float:
         try:
@@ -246,18 +245,16 @@ class _JobContext:
         await self.log("warning", text)
 
     def _add_warning(self, warning: str) -> None:
-        scope = _scope.get()
+        scope: _Scope | None = self._scope
         with self._count_lock:
-            self._warnings.add(warning)
             while scope is not None:
                 scope.warnings.add(warning)
                 scope = scope.parent
 
     def add_tokens(self, tokens: int) -> None:
         tokens = operator.index(tokens)  # raises TypeError unless it is an integer
-        scope = _scope.get()
+        scope: _Scope | None = self._scope
         with self._count_lock:
-            self._tokens += tokens
             while scope is not None:
                 scope.tokens += tokens
                 scope = scope.parent
@@ -280,9 +277,9 @@ class _JobContext:
             problem = f"the processor returned a {type_name(results)}"
             raise InvalidResult("The result", problem, "Return jobledger.Results.")
         values = {name: getattr(results, name) for name in Results.model_fields}
-        values["tokens_used"] += self._tokens
+        values["tokens_used"] += self._job_scope.tokens
         data = {name: to_json(value, f"results.{name}") for name, value in values.items()}
-        return messages.AttemptCompleted(data, self._warnings.to_list(), round(seconds, 3))
+        return messages.AttemptCompleted(data, self._job_scope.warnings.to_list(), round(seconds, 3))
 
     def close(self) -> None:
         """Reject further messages. Tasks that the processor left behind must not report after the attempt."""

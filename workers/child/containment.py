@@ -43,7 +43,7 @@ class Containment:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._abandoned = False
+        self.is_abandoned = False
         self._threads: ThreadPoolExecutor | None = None
 
     def start(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
@@ -71,7 +71,7 @@ class Containment:
 
     def abandon(self) -> None:
         """Never resume what has not ended yet. Its tasks end in the next iterations of the event loop."""
-        self._abandoned = True
+        self.is_abandoned = True
         for task in set(self._tasks):
             task.cancel()
 
@@ -90,11 +90,6 @@ class Containment:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="job")
         return self._threads.submit(function, *args, **kwargs)
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether the containment was abandoned."""
-        return self._abandoned
 
 
 class _Contained(Coroutine[Any, Any, Any]):

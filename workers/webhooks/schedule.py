@@ -168,9 +168,8 @@ class DeliverySchedule:
         return None
 
     def _forget_idle_hosts(self) -> None:
-        for name in [
-            name
+        self._hosts = {
+            name: host
             for name, host in self._hosts.items()
-            if not (host.ready or host.in_flight or host.consecutive_failures)
-        ]:
-            del self._hosts[name]
+            if host.ready or host.in_flight or host.consecutive_failures
+        }
