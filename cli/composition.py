@@ -28,7 +28,7 @@ from jobledger.projections.engine.projector import Projector
 from jobledger.workers.child import confinement
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.cleanup import Cleanup
-from jobledger.workers.executor import ExecutorSettings
+from jobledger.workers.resources import ExecutorSettings
 from jobledger.workers.registry import check_plugins, unusable_job_types
 from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.webhooks.deliverer import Deliverer, DeliverySettings

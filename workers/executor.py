@@ -11,35 +11,28 @@ An attempt has three phases:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
-from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.store.command_handler import StreamState
-from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.workers import process_runner
 from jobledger.workers.attempt_timeout import AttemptTimeout
 from jobledger.workers.attempt_writer import AttemptFenced, AttemptWriter
 from jobledger.workers.child.attempt import Assignment, run_attempt
-from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.containment import Containment, outside_containment
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message
 from jobledger.workers.directory_removal import removal_executor, remove_tree
-from jobledger.workers.machine_health import CHECKS, MachineFailure, WorkerHealth, find_failure, find_machine_failure
+from jobledger.workers.machine_health import CHECKS, MachineFailure, find_failure, find_machine_failure
 from jobledger.workers.message_handler import MessageHandler
 from jobledger.workers.outcome_recorder import Outcome, OutcomeRecorder, StopReason, worker_fault
-from jobledger.workers.path_reservations import PathReservations
 from jobledger.workers.process_runner import ProcessRunner, run_blocking
 from jobledger.workers.registry import get_processor
-from jobledger.workers.scratch import ScratchDirectory
-from jobledger.workers.step_cache import StepCache
+from jobledger.workers.resources import WorkerResources
 
 _log = structlog.get_logger()
 STOP_SECONDS: Final = 1.0
@@ -47,68 +40,22 @@ STOP_SECONDS: Final = 1.0
 _removals: set[asyncio.Task[None]] = set()  # keeps removals of attempt directories from being garbage collected
 
 
-@dataclass(frozen=True, slots=True)
-class ExecutorSettings:
-    """Settings for running jobs.
-
-    Attributes:
-        file_store: Where result files go.
-        processor_settings: The sections `processors.<job_type>` of config.yaml.
-        memory_limit_mb: Address space of a job process in MiB.
-        retry_base_seconds: Upper bound of the first retry delay. It doubles with each counted attempt.
-        retry_max_seconds: Maximum retry delay.
-        confinement: How job processes are confined.
-    """
-
-    file_store: FileStore
-    processor_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    memory_limit_mb: int = 4096
-    retry_base_seconds: float = 5.0
-    retry_max_seconds: float = 600.0
-    confinement: ConfinementSettings = field(default_factory=ConfinementSettings)
-
-
 class JobExecutor:
     """Runs one attempt at one job, from its claim to its end."""
 
-    def __init__(
-        self,
-        event_store: EventStore,
-        stream_state: StreamState,
-        *,
-        job_id: str,
-        settings: ExecutorSettings,
-        step_cache: StepCache,
-        scratch: ScratchDirectory,
-        health: WorkerHealth,
-        path_reservations: PathReservations,
-    ) -> None:
-        self._writer = AttemptWriter(event_store, stream_state, job_id, on_fenced=self.fence)
+    def __init__(self, resources: WorkerResources, stream_state: StreamState, job_id: str) -> None:
+        self._writer = AttemptWriter(resources.event_store, stream_state, job_id, on_fenced=self.fence)
         self.job_id = job_id
         self.attempt = self._writer.attempt
         self._job = self._writer.job
         self.job_type = self._job.spec.job_type
-        self._settings = settings
-        self._scratch = scratch
+        self._settings = resources.settings
+        self._scratch = resources.scratch
         self._scratch_repairs = 0
         """`ScratchDirectory.repair_count` before the attempt."""
         self._timeout = AttemptTimeout(self._job.spec.timeout_s, partial(self._stop, "timeout"))
-        self._messages = MessageHandler(
-            self._writer,
-            self._timeout,
-            file_store=settings.file_store,
-            step_cache=step_cache,
-            path_reservations=path_reservations,
-            health=health,
-        )
-        self._outcome_recorder = OutcomeRecorder(
-            event_store,
-            self._writer,
-            self._messages,
-            health=health,
-            retry_base_seconds=settings.retry_base_seconds,
-            retry_max_seconds=settings.retry_max_seconds,
-        )
+        self._messages = MessageHandler(resources, self._writer, self._timeout)
+        self._outcome_recorder = OutcomeRecorder(resources, self._writer, self._messages)
         self._work: asyncio.Task[Outcome] | None = None
         self._recording: asyncio.Task[Any] | None = None
         """The task of `run()` while it records the outcome. `fence()` cancels it."""

@@ -18,17 +18,15 @@ from jobledger.ledger.domain.commands import CompleteStep
 from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
 from jobledger.ledger.domain.events import ResultFile
 from jobledger.ledger.domain.saved_files import find_saved_files
-from jobledger.ledger.files.file_store import FileStore
 from jobledger.workers.attempt_timeout import AttemptTimeout
 from jobledger.workers.attempt_writer import AttemptWriter, EventNotStorable
 from jobledger.workers.child import messages
 from jobledger.workers.child.attempt import Assignment
-from jobledger.workers.machine_health import WorkerHealth, find_machine_failure
-from jobledger.workers.path_reservations import PathReservations
+from jobledger.workers.machine_health import find_machine_failure
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
 from jobledger.workers.registry import processor_version
+from jobledger.workers.resources import WorkerResources
 from jobledger.workers.result_conversion import to_text
-from jobledger.workers.step_cache import StepCache
 
 _log = structlog.get_logger()
 _MAX_CONCURRENT_INGESTS: Final = 2  # of one attempt
@@ -42,23 +40,11 @@ class SavedFileLost(ProcessorError):
 class MessageHandler:
     """Handles the messages (`child/messages.py`) that the processor sends during one attempt."""
 
-    def __init__(
-        self,
-        writer: AttemptWriter,
-        timeout: AttemptTimeout,
-        *,
-        file_store: FileStore,
-        step_cache: StepCache,
-        path_reservations: PathReservations,
-        health: WorkerHealth,
-    ) -> None:
+    def __init__(self, resources: WorkerResources, writer: AttemptWriter, timeout: AttemptTimeout) -> None:
+        self._resources = resources
         self._writer = writer
         self._job = writer.job
         self._job_id = writer.job_id
-        self._file_store = file_store
-        self._step_cache = step_cache
-        self._path_reservations = path_reservations
-        self._health = health
         self._timeout = timeout
         self.assignment: Assignment | None = None
         """The assignment of the attempt. Set it before the first message."""
@@ -127,7 +113,7 @@ class MessageHandler:
         try:
             max_age = timedelta(seconds=request.max_age_s)
             async with self._timeout.pause_while_waiting():
-                shared = await self._step_cache.find_shared_step(
+                shared = await self._resources.step_cache.find_shared_step(
                     request.key, self._job_id, self._job.spec, max_age=max_age
                 )
         except (LedgerUnavailable, OverflowError) as error:
@@ -176,11 +162,12 @@ class MessageHandler:
             SavedFileLost: The job did not save the file, or changed or removed it.
         """
         assert self.assignment is not None  # noqa: S101 - set before the first message
+        file_store = self._resources.settings.file_store
         last_reason, retries, started_at = "", 0, asyncio.get_running_loop().time()
         async with self._timeout.pause_while_waiting(), self._ingest_locks[hash(sha256) % len(self._ingest_locks)]:
             while True:
                 try:
-                    self._saved_sizes[sha256] = await self._file_store.ingest(self.assignment.inbox_dir, sha256)
+                    self._saved_sizes[sha256] = await file_store.ingest(self.assignment.inbox_dir, sha256)
                     break
                 except (FileLost, ValueError) as error:
                     if sha256 in self._saved_sizes:  # two saves of the same content: the first one moved the file
@@ -196,7 +183,7 @@ class MessageHandler:
                             "warning", f"Waiting for the result store; the job's work is kept. {reason}"
                         )
                         if (failure := find_machine_failure(error)) is not None:
-                            self._health.report(failure)
+                            self._resources.health.report(failure)
                 await asyncio.sleep(_STORE_RETRY_DELAYS[min(retries, len(_STORE_RETRY_DELAYS) - 1)])
                 retries += 1
         if last_reason:
@@ -217,7 +204,7 @@ class MessageHandler:
         async with self._timeout.pause_while_waiting():
             while True:
                 try:
-                    reserved = await self._path_reservations.reserve(path, self._job_id)
+                    reserved = await self._resources.path_reservations.reserve(path, self._job_id)
                 except LedgerUnavailable as error:
                     _log.warning("cannot reserve a result path yet", job_id=self._job_id, error=str(error))
                     await asyncio.sleep(1)

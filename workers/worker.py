@@ -28,15 +28,15 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.workers import lease_reaper
-from jobledger.workers.child.confinement import check_confinement
 from jobledger.workers.claim_queue import CLAIMER_EVENT_TYPES, ClaimQueue
 from jobledger.workers.claimer import Claimer
 from jobledger.workers.directory_removal import removal_executor
-from jobledger.workers.executor import ExecutorSettings, JobExecutor
+from jobledger.workers.executor import JobExecutor
 from jobledger.workers.lease_reaper import LeaseReaper
 from jobledger.workers.machine_health import CHECKS, WorkerHealth, check_descriptors
 from jobledger.workers.path_reservations import PathReservations
 from jobledger.workers.registry import load_processors
+from jobledger.workers.resources import ExecutorSettings, WorkerResources
 from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.step_cache import StepCache
 
@@ -72,7 +72,7 @@ class Worker:
         self._db = db
         self._event_store = event_store
         self._connection = connection
-        self._settings = settings
+        self._file_store = settings.file_store
         self._slots = slots
         self._lease_seconds = lease_seconds
         self._grace_seconds = shutdown_grace_seconds
@@ -90,13 +90,19 @@ class Worker:
         self._lease_reaper = LeaseReaper(db, event_store, checkpoint, change_stream)
         self._scratch = scratch or ScratchDirectory()
         self.health = WorkerHealth(
-            [self._scratch.check, settings.file_store.check_writable, *CHECKS],
+            [self._scratch.check, self._file_store.check_writable, *CHECKS],
             quick_checks=[check_descriptors, self._scratch.check_quickly],
             on_change=self._health_changed,
         )
         self._health_publisher: asyncio.Task[None] | None = None
-        self._step_cache = StepCache(checkpoint.views, event_store)
-        self._path_reservations = PathReservations(db, event_store, checkpoint.views)
+        self._resources = WorkerResources(
+            event_store,
+            settings,
+            StepCache(checkpoint.views, event_store),
+            PathReservations(db, event_store, checkpoint.views),
+            self._scratch,
+            self.health,
+        )
         self._claim_queue = ClaimQueue(
             event_store,
             checkpoint,
@@ -118,7 +124,6 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop` is called. If the lease is lost, fence all running jobs and continue with a new lease."""
-        check_confinement(self._settings.confinement.mode)
         await self._run_startup_checks()
         reaping = asyncio.create_task(self._lease_reaper.run(), name="lease-reaper")
         health_checks = asyncio.create_task(self.health.run(), name="health")
@@ -145,7 +150,7 @@ class Worker:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
             pause = _ORPHANS_INTERVAL_SECONDS
             try:
-                if removed := await self._settings.file_store.remove_orphans():
+                if removed := await self._file_store.remove_orphans():
                     _log.info("removed unfinished files from the file store", count=removed)
             except LedgerUnavailable as error:
                 _log.warning("cannot remove unfinished files from the file store yet", error=str(error))
@@ -161,7 +166,7 @@ class Worker:
 
     async def _run_startup_checks(self) -> None:
         """Run checks before the first claim. If they fail, the worker starts and claims nothing until they pass."""
-        checks = [self._scratch.prepare, self._scratch.check, self._settings.file_store.check_writable]
+        checks = [self._scratch.prepare, self._scratch.check, self._file_store.check_writable]
         if (failure := await self.health.run_checks(checks)) is not None:
             self.health.report(failure)
 
@@ -344,16 +349,7 @@ class Worker:
             raise
 
     def _start_job(self, job_id: str, stream_state: StreamState) -> None:
-        executor = JobExecutor(
-            self._event_store,
-            stream_state,
-            job_id=job_id,
-            settings=self._settings,
-            step_cache=self._step_cache,
-            scratch=self._scratch,
-            health=self.health,
-            path_reservations=self._path_reservations,
-        )
+        executor = JobExecutor(self._resources, stream_state, job_id)
         task = asyncio.create_task(executor.run(), name=f"job-{job_id}")
         key = job_id, executor.attempt
         self._running[key] = (executor, task)

@@ -35,7 +35,7 @@ from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import batches, jobs
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.containment import new_event_loop
-from jobledger.workers.executor import ExecutorSettings
+from jobledger.workers.resources import ExecutorSettings
 from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.webhooks.deliverer import Deliverer, DeliverySettings
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker

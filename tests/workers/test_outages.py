@@ -281,7 +281,7 @@ async def test_job_that_names_a_file_of_another_job_fails_and_keeps_it(
         for job_type in TYPES:
             job = await roles.wait_until_finished(await roles.submit(parameters, job_type=job_type, max_attempts=1))
             assert job["error"]["code"] == "INVALID_RESULT"
-        await roles.worker._settings.file_store.verify(file["sha256"], file["size"])
+        await roles.worker._file_store.verify(file["sha256"], file["size"])
         assert roles.worker.health.problem is None
 
 
