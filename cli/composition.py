@@ -8,7 +8,6 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Final, Literal
 
 import structlog
@@ -31,8 +30,8 @@ from jobledger.workers.cleanup import Cleanup
 from jobledger.workers.resources import ExecutorSettings
 from jobledger.workers.registry import check_plugins, unusable_job_types
 from jobledger.workers.scratch import ScratchDirectory
-from jobledger.workers.webhooks.deliverer import Deliverer, DeliverySettings
-from jobledger.workers.webhooks.schedule import DeliveryLimits
+from jobledger.workers.webhooks.deliverer import Deliverer
+from jobledger.workers.webhooks.schedule import DeliverySettings
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
 
 _log = structlog.get_logger()
@@ -175,11 +174,9 @@ def _delivery_settings(settings: Settings) -> DeliverySettings:
         section.jitter,
         section.timeout_seconds,
         section.allowed_private_hosts,
-        DeliveryLimits(
-            section.max_concurrent,
-            section.max_concurrent_per_host,
-            section.circuit_breaker_failures,
-            timedelta(seconds=section.circuit_breaker_cooldown_seconds),
-        ),
+        section.max_concurrent,
+        section.max_concurrent_per_host,
+        section.circuit_breaker_failures,
+        section.circuit_breaker_cooldown_seconds,
         (settings.api.public_url or "").rstrip("/"),
     )

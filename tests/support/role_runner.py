@@ -37,7 +37,8 @@ from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.containment import new_event_loop
 from jobledger.workers.resources import ExecutorSettings
 from jobledger.workers.scratch import ScratchDirectory
-from jobledger.workers.webhooks.deliverer import Deliverer, DeliverySettings
+from jobledger.workers.webhooks.deliverer import Deliverer
+from jobledger.workers.webhooks.schedule import DeliverySettings
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
 from tests.support.suspension import suspend
 

@@ -493,14 +493,12 @@ def test_worker_without_landlock_logs_a_warning(monkeypatch: pytest.MonkeyPatch)
     confinement.check_confinement("off")
 
 
-def test_minimal_environment_hides_other_variables_from_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_environment_hides_other_variables_from_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOBLEDGER_AUTH__JWT__SECRET", "canary")
     monkeypatch.setenv("MODEL_HOME", "/models")
-    with confinement.minimal_environment(["MODEL_HOME"]):
-        pid = os.fork()
-        if pid == 0:
-            os.execv("/bin/sh", ["sh", "-c", 'test -z "$JOBLEDGER_AUTH__JWT__SECRET" -a -n "$MODEL_HOME$PATH"'])
-        assert os.waitpid(pid, 0)[1] == 0
+    environment = confinement.build_job_environment(["MODEL_HOME"])
+    test = 'test -z "$JOBLEDGER_AUTH__JWT__SECRET" -a -n "$MODEL_HOME" -a -n "$PATH"'
+    subprocess.run(["/bin/sh", "-c", test], env=environment, check=True)
     assert os.environ["JOBLEDGER_AUTH__JWT__SECRET"] == "canary"
     assert subprocess.run(["sh", "-c", "echo $MODEL_HOME"], capture_output=True, check=True).stdout == b"/models\n"
 

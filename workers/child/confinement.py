@@ -8,15 +8,12 @@ Processors with `isolation = "inline"` run in the worker itself and are not conf
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
@@ -87,8 +84,6 @@ def check_confinement(mode: ConfinementMode) -> None:
 
 # The environment --------------------------------------------------------------------------------------------------
 
-_environment_lock = threading.Lock()
-
 
 def build_job_environment(names: Iterable[str] = ()) -> dict[str, str]:
     """Return the environment of the fork server: the default variables, and `names`."""
@@ -98,23 +93,6 @@ def build_job_environment(names: Iterable[str] = ()) -> dict[str, str]:
         for name, value in os.environ.items()
         if name in allowed_names or name.startswith(_ENVIRONMENT_PREFIXES)
     }
-
-
-@contextmanager
-def minimal_environment(names: Iterable[str] = ()) -> Iterator[None]:
-    """Start programs in the block with the environment of `build_job_environment`.
-
-    `os.environ` does not change. Only the array that the C library passes to new programs is replaced.
-    """
-    lines = [os.fsencode(f"{name}={value}") for name, value in build_job_environment(names).items()]
-    array = (ctypes.c_char_p * (len(lines) + 1))(*lines, None)
-    with _environment_lock:
-        current = ctypes.c_void_p.in_dll(ctypes.CDLL(None), "environ")
-        previous, current.value = current.value, ctypes.addressof(array)
-        try:
-            yield
-        finally:
-            current.value = previous
 
 
 # The job process --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from jobledger.workers.child import fork_server
-from jobledger.workers.child.confinement import minimal_environment
+from jobledger.workers.child.confinement import build_job_environment
 
 _log = structlog.get_logger()
 START_SECONDS: Final = 20.0
@@ -103,7 +103,7 @@ class ForkServerClient:
         self.stop()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         modules = PRELOAD_MODULES if self._preload_enabled else []
-        with theirs, minimal_environment(environment):
+        with theirs:
             ours.setblocking(False)  # noqa: FBT003 - it takes no name
             try:
                 self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
@@ -113,6 +113,7 @@ class ForkServerClient:
                     ],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
+                    env=build_job_environment(environment),
                 )
             except BaseException:
                 ours.close()

@@ -13,9 +13,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -38,7 +37,7 @@ from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.slots import SLOTS, collection_name
 from jobledger.projections.views import deliveries
 from jobledger.workers.webhooks.body import BodyUnavailable, build_body
-from jobledger.workers.webhooks.schedule import DeliveryLimits, DeliverySchedule, ScheduledDelivery
+from jobledger.workers.webhooks.schedule import DeliverySchedule, DeliverySettings, ScheduledDelivery
 from jobledger.workers.webhooks.sender import Sender, WebhookRequest
 
 _log = structlog.get_logger()
@@ -46,32 +45,6 @@ _MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
 _PAUSE_SECONDS: Final = 1.0
 _RETRY_AFTER_ERROR_SECONDS: Final = 60.0
 _READ_BATCH_SIZE: Final = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class DeliverySettings:
-    """Settings for deliveries.
-
-    Attributes:
-        retry_delays: Delays before each attempt, in seconds.
-        jitter: Fraction by which delays vary at random.
-        timeout_seconds: Timeout of an attempt.
-        allowed_private_hosts: Hosts and networks that are allowed although they are private.
-        limits: Limits for attempts.
-        base_url: URL of the API.
-    """
-
-    retry_delays: Sequence[float] = (0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400)
-    jitter: float = 0.1
-    timeout_seconds: float = 10.0
-    allowed_private_hosts: Sequence[str] = ()
-    limits: DeliveryLimits = DeliveryLimits()  # noqa: RUF009 - frozen
-    base_url: str = ""
-
-    @property
-    def max_age(self) -> timedelta:
-        """Age after which a delivery that had to wait for its host is abandoned."""
-        return timedelta(seconds=sum(self.retry_delays) * (1 + self.jitter) + 60)
 
 
 class Deliverer:
@@ -101,7 +74,7 @@ class Deliverer:
             allowed_private_hosts=settings.allowed_private_hosts, timeout_seconds=settings.timeout_seconds
         )
         self._election = LeaderElection(connection, "webhooks", holder=holder, lease_seconds=lease_seconds)
-        self._schedule = DeliverySchedule(settings.limits)
+        self._schedule = DeliverySchedule(settings)
         self._wake = asyncio.Event()
         self._is_leader = False
         self._needs_full_read = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
@@ -43,27 +43,42 @@ class _Host:
 
 
 @dataclass(frozen=True, slots=True)
-class DeliveryLimits:
-    """Limits for attempts.
+class DeliverySettings:
+    """Settings for deliveries.
 
     Attributes:
+        retry_delays: Delays before each attempt, in seconds.
+        jitter: Fraction by which delays vary at random.
+        timeout_seconds: Timeout of an attempt.
+        allowed_private_hosts: Hosts and networks that are allowed although they are private.
         max_concurrent: Maximum number of concurrent attempts.
         max_concurrent_per_host: Maximum number of concurrent attempts at one host.
         circuit_breaker_failures: Number of consecutive attempts without a response that opens the circuit breaker.
-        circuit_breaker_cooldown: Duration of the first cooldown.
+        circuit_breaker_cooldown_seconds: Duration of the first cooldown.
+        base_url: URL of the API.
     """
 
+    retry_delays: Sequence[float] = (0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400)
+    jitter: float = 0.1
+    timeout_seconds: float = 10.0
+    allowed_private_hosts: Sequence[str] = ()
     max_concurrent: int = 20
     max_concurrent_per_host: int = 4
     circuit_breaker_failures: int = 10
-    circuit_breaker_cooldown: timedelta = timedelta(seconds=30)
+    circuit_breaker_cooldown_seconds: float = 30
+    base_url: str = ""
+
+    @property
+    def max_age(self) -> timedelta:
+        """Age after which a delivery that had to wait for its host is abandoned."""
+        return timedelta(seconds=sum(self.retry_delays) * (1 + self.jitter) + 60)
 
 
 class DeliverySchedule:
     """All pending deliveries."""
 
-    def __init__(self, limits: DeliveryLimits) -> None:
-        self._limits = limits
+    def __init__(self, settings: DeliverySettings) -> None:
+        self._settings = settings
         self._current: dict[str, ScheduledDelivery] = {}
         self._scheduled: list[ScheduledDelivery] = []
         self._hosts: dict[str, _Host] = {}
@@ -99,7 +114,7 @@ class DeliverySchedule:
                 self._hosts.setdefault(due.host, _Host()).ready.append(due)
         to_abandon = [due for host in self._hosts.values() for due in self._take_expired(host, now)]
         to_attempt: list[ScheduledDelivery] = []
-        while len(self._in_flight) < self._limits.max_concurrent and (round_ := list(self._take_round(now))):
+        while len(self._in_flight) < self._settings.max_concurrent and (round_ := list(self._take_round(now))):
             to_attempt += round_
         self._forget_idle_hosts()
         return to_attempt, to_abandon
@@ -113,12 +128,11 @@ class DeliverySchedule:
             host.consecutive_failures, host.cooldown, host.open_until = 0, timedelta(), None
             return
         host.consecutive_failures += 1
-        if host.consecutive_failures >= self._limits.circuit_breaker_failures and (
+        if host.consecutive_failures >= self._settings.circuit_breaker_failures and (
             host.open_until is None or host.open_until <= now
         ):
-            host.cooldown = (
-                min(2 * host.cooldown, _MAX_COOLDOWN) if host.cooldown else self._limits.circuit_breaker_cooldown
-            )
+            first_cooldown = timedelta(seconds=self._settings.circuit_breaker_cooldown_seconds)
+            host.cooldown = min(2 * host.cooldown, _MAX_COOLDOWN) if host.cooldown else first_cooldown
             host.open_until = now + host.cooldown
 
     def next_due_at(self, now: datetime) -> datetime | None:
@@ -145,7 +159,7 @@ class DeliverySchedule:
 
     def _take_round(self, now: datetime) -> Iterator[ScheduledDelivery]:
         for name, host in list(self._hosts.items()):
-            if len(self._in_flight) >= self._limits.max_concurrent:
+            if len(self._in_flight) >= self._settings.max_concurrent:
                 return
             if (due := self._next_delivery(host, now)) is not None:
                 del self._current[due.delivery_id]
@@ -155,7 +169,7 @@ class DeliverySchedule:
                 yield due
 
     def _next_delivery(self, host: _Host, now: datetime) -> ScheduledDelivery | None:
-        max_attempts = self._limits.max_concurrent_per_host
+        max_attempts = self._settings.max_concurrent_per_host
         if host.open_until is not None:
             max_attempts = 1 if host.open_until <= now else 0
         if host.in_flight >= max_attempts:

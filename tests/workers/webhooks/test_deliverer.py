@@ -27,7 +27,6 @@ from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.net.webhook_signature import generate_secret
 from jobledger.ledger.store.command_handler import create_streams, new_batch_id, new_job_id
 from jobledger.projections.views import deliveries
-from jobledger.workers.webhooks.schedule import DeliveryLimits
 from tests.support.role_runner import FAST_WEBHOOKS, RunningRoles, WorkerOptions, make_echo_job, run_roles_in_process
 from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
 
@@ -252,9 +251,7 @@ async def test_delivery_requeued_during_an_attempt_is_sent_once_more(
 async def test_hanging_endpoints_do_not_delay_other_endpoints(connection: Connection, store: Path) -> None:
     """Ten endpoints get 40 deliveries each. Three endpoints hang; the others get theirs within seconds."""
     expected = 280
-    slow = replace(
-        FAST_WEBHOOKS, timeout_seconds=5, retry_delays=(0, 60), limits=DeliveryLimits(circuit_breaker_failures=5)
-    )
+    slow = replace(FAST_WEBHOOKS, timeout_seconds=5, retry_delays=(0, 60), circuit_breaker_failures=5)
     async with (
         run_webhook_endpoint() as endpoint,
         run_webhook_endpoint() as hanging_1,
@@ -285,8 +282,12 @@ async def test_hanging_endpoints_do_not_delay_other_endpoints(connection: Connec
 
 
 async def test_deliveries_wait_for_an_unreachable_endpoint(connection: Connection, store: Path) -> None:
-    limits = DeliveryLimits(circuit_breaker_failures=3, circuit_breaker_cooldown=timedelta(seconds=2))
-    settings = replace(FAST_WEBHOOKS, retry_delays=(0, *[60] * 9), limits=limits)
+    settings = replace(
+        FAST_WEBHOOKS,
+        retry_delays=(0, *[60] * 9),
+        circuit_breaker_failures=3,
+        circuit_breaker_cooldown_seconds=2,
+    )
     async with (
         run_webhook_endpoint() as endpoint,
         run_roles_in_process(connection, store, projector=True, webhooks=settings) as roles,

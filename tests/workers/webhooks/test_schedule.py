@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobledger.workers.webhooks.schedule import DeliveryLimits, DeliverySchedule, ScheduledDelivery
+from jobledger.workers.webhooks.schedule import DeliverySchedule, DeliverySettings, ScheduledDelivery
 
 START = datetime(2026, 2, 1, 12, tzinfo=UTC)
 FOREVER = START + timedelta(days=100)
@@ -27,8 +28,8 @@ def list_ids(deliveries: list[ScheduledDelivery]) -> list[str]:
     return [delivery.delivery_id for delivery in deliveries]
 
 
-def make_schedule(*entries: ScheduledDelivery, **limits: int) -> DeliverySchedule:
-    schedule = DeliverySchedule(DeliveryLimits(**limits))  # type: ignore[arg-type]
+def make_schedule(*entries: ScheduledDelivery, **limits: Any) -> DeliverySchedule:
+    schedule = DeliverySchedule(DeliverySettings(**limits))
     for entry in entries:
         schedule.add(entry)
     return schedule
