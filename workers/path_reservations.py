@@ -11,8 +11,8 @@ from typing import Final
 
 from pymongo import ReturnDocument
 
-from jobledger.ledger.domain.events import JobDeleted
 from jobledger.ledger.mongo.connection import Database, translate_errors
+from jobledger.ledger.store.command_handler import is_deleted
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import files
@@ -65,15 +65,11 @@ class PathReservations:
                 owner = reservation["job_id"]
                 if owner == job_id:
                     return True
-                if not await self._is_deleted(owner):
+                is_known = bool(await self._event_store.read_stream(owner, limit=1))  # else the log was replaced
+                if is_known and not await is_deleted(self._event_store, owner):
                     return False
                 replaced = await self._db[COLLECTION].update_one(
                     {"_id": path, "job_id": owner}, {"$set": {"job_id": job_id}}
                 )
                 if replaced.matched_count:
                     return True
-
-    async def _is_deleted(self, job_id: str) -> bool:
-        if await self._event_store.read_stream(job_id, types=(JobDeleted,), limit=1):
-            return True
-        return not await self._event_store.read_stream(job_id, limit=1)  # the log was replaced

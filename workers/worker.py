@@ -13,6 +13,7 @@ import socket
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -78,8 +79,8 @@ class Worker:
         self._grace_seconds = shutdown_grace_seconds
         self._slots_per_type = dict(slots_per_type or {})
         self._job_types = frozenset(load_processors())
-        self._running: dict[tuple[str, int], tuple[JobExecutor, asyncio.Task[None]]] = {}
-        """By job and attempt: while the files of an ended attempt are removed, the next attempt may run."""
+        self._running: dict[JobExecutor, asyncio.Task[None]] = {}
+        """Two may have the same job: while the files of an ended attempt are removed, the next attempt may run."""
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._cancel_versions: dict[str, int] = {}
@@ -231,10 +232,10 @@ class Worker:
 
     async def _fence_all(self) -> None:
         """Fence all running jobs. Cancel their last calls to a database that does not respond."""
-        for executor, _ in list(self._running.values()):
+        for executor in list(self._running):
             executor.fence()
-        if running := [task for _, task in self._running.values()]:
-            _, pending = await asyncio.wait(running, timeout=_STOP_SECONDS)
+        if self._running:
+            _, pending = await asyncio.wait(self._running.values(), timeout=_STOP_SECONDS)
             for task in pending:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
@@ -244,11 +245,11 @@ class Worker:
         if not self._running:
             return
         _log.info("waiting for running jobs", jobs=len(self._running), seconds=self._grace_seconds)
-        ended = asyncio.gather(*(task for _, task in self._running.values()), return_exceptions=True)
+        ended = asyncio.gather(*self._running.values(), return_exceptions=True)
         either: set[asyncio.Future[Any]] = {ended, lost}
         await asyncio.wait(either, timeout=self._grace_seconds, return_when=asyncio.FIRST_COMPLETED)
         if not lost.done():
-            for executor, _ in list(self._running.values()):
+            for executor in list(self._running):
                 executor.release()
             # If the database does not respond, other workers get the jobs when our lease has expired.
             await asyncio.wait(either, timeout=_STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -261,7 +262,7 @@ class Worker:
         free = self._slots - len(self._running) - len(claiming)
         if (max_slots := self._slots_per_type.get(job_type)) is None:
             return free
-        used = [executor.job_type for executor, _ in self._running.values()] + [*claiming.values()]
+        used = [executor.job_type for executor in self._running] + [*claiming.values()]
         return min(free, max_slots - used.count(job_type))
 
     async def _resync(self, session: AsyncClientSession) -> None:
@@ -276,8 +277,8 @@ class Worker:
         if document["type"] != "JobCancelRequested":
             self._claim_queue.handle_event(document)
             return
-        for (job_id, _), (executor, _) in list(self._running.items()):
-            if job_id == document["stream"]:
+        for executor in list(self._running):
+            if executor.job_id == document["stream"]:
                 executor.cancel()
         # Our claim of the job may be written already without this process knowing it yet.
         self._cancel_versions[document["stream"]] = document["version"]
@@ -337,9 +338,9 @@ class Worker:
     async def _load_missed_cancels(self) -> None:
         self._may_have_missed_cancels = False
         try:
-            for (job_id, _), (executor, _) in list(self._running.items()):
+            for executor in list(self._running):
                 try:
-                    stream_state = await load_stream_state(self._event_store, job_id)
+                    stream_state = await load_stream_state(self._event_store, executor.job_id)
                 except UnreadableEvent:  # its next append raises the error, and stops this process
                     continue
                 if isinstance(stream_state.aggregate, Job) and stream_state.aggregate.cancel_request is not None:
@@ -351,17 +352,16 @@ class Worker:
     def _start_job(self, job_id: str, stream_state: StreamState) -> None:
         executor = JobExecutor(self._resources, stream_state, job_id)
         task = asyncio.create_task(executor.run(), name=f"job-{job_id}")
-        key = job_id, executor.attempt
-        self._running[key] = (executor, task)
+        self._running[executor] = task
         if self._cancel_versions.pop(job_id, 0) > stream_state.head.version:
             executor.cancel()
-        task.add_done_callback(lambda ended: self._on_job_done(key, ended))
+        task.add_done_callback(partial(self._on_job_done, executor))
 
-    def _on_job_done(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
-        self._running.pop(key, None)
+    def _on_job_done(self, executor: JobExecutor, task: asyncio.Task[None]) -> None:
+        del self._running[executor]
         self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("unexpected error while running a job", job_id=key[0], error=repr(error))
+            _log.error("unexpected error while running a job", job_id=executor.job_id, error=repr(error))
             if isinstance(error, UnreadableEvent):
                 self._stop_with_error(error)
 

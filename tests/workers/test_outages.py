@@ -324,7 +324,7 @@ async def test_end_of_job_is_recorded_before_its_directory_is_removed(
             ] * 4
             await poll_until(lambda: len(removing) == 4, "the directories are being removed")
             assert {path.name.rsplit("-", 2)[0] for path in removing} == set(large)
-            assert set(roles.worker._running) == {(job_id, 1) for job_id in large}
+            assert {executor.job_id for executor in roles.worker._running} == set(large)
             for _ in range(3):
                 assert (await roles.wait_until_finished(await submit_save(roles, "misbehaving")))[
                     "status"

@@ -1,7 +1,7 @@
 """Decide which webhook delivery is attempted next. Pure: no clock and no network.
 
-A delivery waits for its due time, then for a slot at its host. The number of concurrent attempts is limited, and hosts
-take turns, so a host that hangs does not delay the others.
+A delivery waits for its due time, and until its host may get another attempt. The number of concurrent attempts is
+limited, and hosts take turns, so a host that hangs does not delay the others.
 
 Each host has a circuit breaker. After a number of consecutive attempts without a response, the host gets no attempts
 during a cooldown. After it, one delivery is attempted. If it gets no response, the next cooldown is twice as long.
