@@ -35,7 +35,6 @@ from jobledger.workers.child.messages import (
     Message,
     MessageEnvelope,
     Progress,
-    RawLogEntry,
     encode_frame,
 )
 from jobledger.workers.processor import Processor, ProcessorError
@@ -111,36 +110,36 @@ class _WorkerConnection:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
-        self._queue: deque[bytes | list[RawLogEntry] | Progress] = deque()
+        self._queue: deque[MessageEnvelope] = deque()
         self._queue_changed = threading.Condition()
         self._has_capacity = asyncio.Event()
         self._has_capacity.set()
         self._finished = False
-        self._writer = threading.Thread(target=self._write, name="link-write", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="send-messages", daemon=True)
 
     def start(self) -> None:
         """Start to exchange messages. Call on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._writer.start()
-        threading.Thread(target=self._read, name="link-read", daemon=True).start()
+        threading.Thread(target=self._read, name="receive-answers", daemon=True).start()
 
     async def send(self, message: Message) -> Any:
         """Send a message and return the answer, if there is one."""
         await self._has_capacity.wait()
         if isinstance(message, LogEntries | Progress):
-            self._enqueue(message)
+            self._enqueue(MessageEnvelope(0, message))
             return None
         request_id, answer = next(self._ids), asyncio.get_running_loop().create_future()
         self._answers[request_id] = answer
         try:
-            self._enqueue(encode_frame(MessageEnvelope(request_id, message)))
+            self._enqueue(MessageEnvelope(request_id, message))
             return await answer
         finally:
             self._answers.pop(request_id, None)
 
     def finish(self, message: Message) -> None:
         """Send the last message, and return when all are sent. The event loop may have ended."""
-        self._enqueue(encode_frame(MessageEnvelope(0, message)))
+        self._enqueue(MessageEnvelope(0, message))
         with self._queue_changed:
             self._finished = True
             self._queue_changed.notify()
@@ -149,18 +148,20 @@ class _WorkerConnection:
         else:
             self._writer.join()
 
-    def _enqueue(self, item: bytes | LogEntries | Progress) -> None:
+    def _enqueue(self, envelope: MessageEnvelope) -> None:
+        """Queue a message. Merge log entries with those of the last one, and replace older progress."""
         with self._queue_changed:
-            last = self._queue[-1] if self._queue else None
-            if isinstance(item, LogEntries):
-                if isinstance(last, list) and len(last) < _MAX_ENTRIES_PER_MESSAGE:
-                    last.extend(item.entries)
-                else:
-                    self._queue.append(list(item.entries))
-            elif isinstance(item, Progress) and isinstance(last, Progress):
-                self._queue[-1] = item
+            message, last = envelope.message, self._queue[-1].message if self._queue else None
+            if (
+                isinstance(message, LogEntries)
+                and isinstance(last, LogEntries)
+                and len(last.entries) < _MAX_ENTRIES_PER_MESSAGE
+            ):
+                last.entries.extend(message.entries)
+            elif isinstance(message, Progress) and isinstance(last, Progress):
+                self._queue[-1] = envelope
             else:
-                self._queue.append(item)
+                self._queue.append(envelope)
             if len(self._queue) > _MAX_QUEUED_MESSAGES:
                 self._has_capacity.clear()
             self._queue_changed.notify()
@@ -168,27 +169,23 @@ class _WorkerConnection:
     def _write(self) -> None:
         """Send queued messages. Only this thread writes, so messages are not interleaved."""
         try:
-            while (item := self._next_message()) is not None:
-                if isinstance(item, list):
-                    item = encode_frame(MessageEnvelope(0, LogEntries(item)))
-                elif isinstance(item, Progress):
-                    item = encode_frame(MessageEnvelope(0, item))
-                self._connection.sendall(item)
+            while (envelope := self._next_message()) is not None:
+                self._connection.sendall(encode_frame(envelope))
         except OSError:
             os._exit(1)  # the worker has ended, and the supervisor kills what is left
         except BaseException as error:  # noqa: BLE001 - see _die
             _die(error)
 
-    def _next_message(self) -> bytes | list[RawLogEntry] | Progress | None:
+    def _next_message(self) -> MessageEnvelope | None:
         with self._queue_changed:
             while not self._queue:
                 if self._finished:
                     return None
                 self._queue_changed.wait()
-            item = self._queue.popleft()
+            envelope = self._queue.popleft()
             if not self._has_capacity.is_set() and len(self._queue) <= _MAX_QUEUED_MESSAGES // 2:
                 self._call_soon(self._has_capacity.set)
-            return item
+            return envelope
 
     def _read(self) -> None:
         """Read the worker's answers and its stop message."""

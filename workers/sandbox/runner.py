@@ -117,35 +117,29 @@ async def run_program(
 async def _run(
     program: Program, method: SandboxMethod, proxy: Callable[[socket.socket], Awaitable[None]] | None, max_output: int
 ) -> ProgramResult:
-    ours, theirs = socket.socketpair() if proxy else (None, None)
-    proxy_task: asyncio.Task[None] | None = None
-    try:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
         process = await asyncio.create_subprocess_exec(
-            *_build_command(program, method, proxy_channel=theirs.fileno() if theirs else None),
+            *_build_command(program, method, proxy_channel=theirs.fileno() if proxy else None),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             env={},
-            pass_fds=[theirs.fileno()] if theirs else [],
+            pass_fds=[theirs.fileno()] if proxy else [],
         )
+        theirs.close()
+        proxy_task = asyncio.create_task(_serve_proxy(ours, proxy)) if proxy else None
         try:
-            if theirs:
-                theirs.close()
-            if ours and proxy:
-                proxy_task = asyncio.create_task(_serve_proxy(ours, proxy))
             output = await _read_output(process, max_output)
             code = await process.wait()
         finally:
+            if proxy_task:
+                proxy_task.cancel()
             with suppress(ProcessLookupError):
                 process.kill()  # kills the launcher; the kernel kills what it has started
             await process.wait()
-    finally:
-        if proxy_task:
-            proxy_task.cancel()
-            await asyncio.wait({proxy_task})
-        for sock in (ours, theirs):
-            if sock:
-                sock.close()
+            if proxy_task:
+                await asyncio.wait({proxy_task})
     if code == EXIT_NOT_STARTED and proxy:
         raise SandboxUnavailable(f"A program could not be started with its own network. {SANDBOX_ADVICE}")
     return ProgramResult(code, output)
