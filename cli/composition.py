@@ -24,10 +24,10 @@ from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
+from jobledger.workers.attempt_dependencies import ExecutorSettings
 from jobledger.workers.child import confinement
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.cleanup import Cleanup
-from jobledger.workers.resources import ExecutorSettings
 from jobledger.workers.registry import check_plugins, unusable_job_types
 from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.webhooks.deliverer import Deliverer

@@ -21,6 +21,7 @@ import structlog
 from jobledger.ledger.store.command_handler import StreamState
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.workers import process_runner
+from jobledger.workers.attempt_dependencies import AttemptDependencies
 from jobledger.workers.attempt_timeout import AttemptTimeout
 from jobledger.workers.attempt_writer import AttemptFenced, AttemptWriter
 from jobledger.workers.child.attempt import Assignment, run_attempt
@@ -32,7 +33,6 @@ from jobledger.workers.message_handler import MessageHandler
 from jobledger.workers.outcome_recorder import Outcome, OutcomeRecorder, StopReason, worker_fault
 from jobledger.workers.process_runner import ProcessRunner, run_blocking
 from jobledger.workers.registry import get_processor
-from jobledger.workers.resources import WorkerResources
 
 _log = structlog.get_logger()
 STOP_SECONDS: Final = 1.0
@@ -43,19 +43,19 @@ _removals: set[asyncio.Task[None]] = set()  # keeps removals of attempt director
 class JobExecutor:
     """Runs one attempt at one job, from its claim to its end."""
 
-    def __init__(self, resources: WorkerResources, stream_state: StreamState, job_id: str) -> None:
-        self._writer = AttemptWriter(resources.event_store, stream_state, job_id, on_fenced=self.fence)
+    def __init__(self, dependencies: AttemptDependencies, stream_state: StreamState, job_id: str) -> None:
+        self._writer = AttemptWriter(dependencies.event_store, stream_state, job_id, on_fenced=self.fence)
         self.job_id = job_id
         self.attempt = self._writer.attempt
         self._job = self._writer.job
         self.job_type = self._job.spec.job_type
-        self._settings = resources.settings
-        self._scratch = resources.scratch
+        self._settings = dependencies.settings
+        self._scratch = dependencies.scratch
         self._scratch_repairs = 0
         """`ScratchDirectory.repair_count` before the attempt."""
         self._timeout = AttemptTimeout(self._job.spec.timeout_s, partial(self._stop, "timeout"))
-        self._messages = MessageHandler(resources, self._writer, self._timeout)
-        self._outcome_recorder = OutcomeRecorder(resources, self._writer, self._messages)
+        self._messages = MessageHandler(dependencies, self._writer, self._timeout)
+        self._outcome_recorder = OutcomeRecorder(dependencies, self._writer, self._messages)
         self._work: asyncio.Task[Outcome] | None = None
         self._recording: asyncio.Task[Any] | None = None
         """The task of `run()` while it records the outcome. `fence()` cancels it."""

@@ -18,6 +18,7 @@ from jobledger.ledger.domain.commands import CompleteStep
 from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
 from jobledger.ledger.domain.events import ResultFile
 from jobledger.ledger.domain.saved_files import find_saved_files
+from jobledger.workers.attempt_dependencies import AttemptDependencies
 from jobledger.workers.attempt_timeout import AttemptTimeout
 from jobledger.workers.attempt_writer import AttemptWriter, EventNotStorable
 from jobledger.workers.child import messages
@@ -25,7 +26,6 @@ from jobledger.workers.child.attempt import Assignment
 from jobledger.workers.machine_health import find_machine_failure
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
 from jobledger.workers.registry import processor_version
-from jobledger.workers.resources import WorkerResources
 from jobledger.workers.result_conversion import to_text
 
 _log = structlog.get_logger()
@@ -40,8 +40,8 @@ class SavedFileLost(ProcessorError):
 class MessageHandler:
     """Handles the messages (`child/messages.py`) that the processor sends during one attempt."""
 
-    def __init__(self, resources: WorkerResources, writer: AttemptWriter, timeout: AttemptTimeout) -> None:
-        self._resources = resources
+    def __init__(self, dependencies: AttemptDependencies, writer: AttemptWriter, timeout: AttemptTimeout) -> None:
+        self._dependencies = dependencies
         self._writer = writer
         self._job = writer.job
         self._job_id = writer.job_id
@@ -113,7 +113,7 @@ class MessageHandler:
         try:
             max_age = timedelta(seconds=request.max_age_s)
             async with self._timeout.pause_while_waiting():
-                shared = await self._resources.step_cache.find_shared_step(
+                shared = await self._dependencies.step_cache.find_shared_step(
                     request.key, self._job_id, self._job.spec, max_age=max_age
                 )
         except (LedgerUnavailable, OverflowError) as error:
@@ -162,7 +162,7 @@ class MessageHandler:
             SavedFileLost: The job did not save the file, or changed or removed it.
         """
         assert self.assignment is not None  # noqa: S101 - set before the first message
-        file_store = self._resources.settings.file_store
+        file_store = self._dependencies.settings.file_store
         last_reason, retries, started_at = "", 0, asyncio.get_running_loop().time()
         async with self._timeout.pause_while_waiting(), self._ingest_locks[hash(sha256) % len(self._ingest_locks)]:
             while True:
@@ -183,7 +183,7 @@ class MessageHandler:
                             "warning", f"Waiting for the result store; the job's work is kept. {reason}"
                         )
                         if (failure := find_machine_failure(error)) is not None:
-                            self._resources.health.report(failure)
+                            self._dependencies.health.report(failure)
                 await asyncio.sleep(_STORE_RETRY_DELAYS[min(retries, len(_STORE_RETRY_DELAYS) - 1)])
                 retries += 1
         if last_reason:
@@ -204,7 +204,7 @@ class MessageHandler:
         async with self._timeout.pause_while_waiting():
             while True:
                 try:
-                    reserved = await self._resources.path_reservations.reserve(path, self._job_id)
+                    reserved = await self._dependencies.path_reservations.reserve(path, self._job_id)
                 except LedgerUnavailable as error:
                     _log.warning("cannot reserve a result path yet", job_id=self._job_id, error=str(error))
                     await asyncio.sleep(1)

@@ -14,19 +14,19 @@ from jobledger.ledger.domain.commands import CompleteJob, ConfirmCancel, FailAtt
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import Asset, Failure, JobResults, ResultFile, ResultMetadata
 from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES
+from jobledger.workers.attempt_dependencies import AttemptDependencies
 from jobledger.workers.attempt_writer import AttemptFenced, AttemptWriter
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed
 from jobledger.workers.machine_health import MachineFailure
 from jobledger.workers.message_handler import MessageHandler
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
-from jobledger.workers.resources import WorkerResources
 from jobledger.workers.result_conversion import format_validation_error, to_text
 
 _log = structlog.get_logger()
 _FILES_URL: Final = "/api/events/files/"
 StopReason = Literal["cancel", "timeout", "release", "fence"]
 Outcome = AttemptCompleted | AttemptFailed | MachineFailure
-"""How the work of an attempt ended. With a `MachineFailure`, an exception, the attempt is not counted."""
+"""How the work of an attempt ended. A `MachineFailure` was caught: the job is released, and the attempt not counted."""
 
 
 def worker_fault(error: BaseException, job_id: str) -> AttemptFailed:
@@ -39,8 +39,8 @@ def worker_fault(error: BaseException, job_id: str) -> AttemptFailed:
 class OutcomeRecorder:
     """Chooses the last event of one attempt according to its outcome and the retry policy, and appends it."""
 
-    def __init__(self, resources: WorkerResources, writer: AttemptWriter, messages: MessageHandler) -> None:
-        self._resources = resources
+    def __init__(self, dependencies: AttemptDependencies, writer: AttemptWriter, messages: MessageHandler) -> None:
+        self._dependencies = dependencies
         self._writer = writer
         self._job = writer.job
         self._claim = writer.worker_id, writer.attempt
@@ -100,7 +100,7 @@ class OutcomeRecorder:
     async def _fail(self, failed: AttemptFailed) -> None:
         retry_at = None
         if failed.transient:
-            retry_at = await self._resources.event_store.server_time() + self._retry_delay()
+            retry_at = await self._dependencies.event_store.server_time() + self._retry_delay()
         details = {**failed.details, "retryable": failed.transient}
         failure = Failure(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
         await self._writer.append_final(FailAttempt(*self._claim, failure, retry_at))
@@ -110,7 +110,7 @@ class OutcomeRecorder:
 
         After `MAX_CONSECUTIVE_MACHINE_FAILURES` in a row, the job itself is the likely cause, and the attempt fails.
         """
-        self._resources.health.report(failure)
+        self._dependencies.health.report(failure)
         failures = self._job.consecutive_machine_failures
         if failures >= MAX_CONSECUTIVE_MACHINE_FAILURES:
             message = f"Running the job led to {failures + 1} machine failures in a row. Last failure: {failure}"
@@ -121,7 +121,7 @@ class OutcomeRecorder:
 
     def _retry_delay(self) -> timedelta:
         """Return an exponential backoff with full jitter, so that jobs that failed together do not retry together."""
-        settings = self._resources.settings
+        settings = self._dependencies.settings
         max_delay = min(settings.retry_base_seconds * 2 ** (self._job.counted_attempts - 1), settings.retry_max_seconds)
         return timedelta(seconds=random.uniform(0.1, max_delay))  # noqa: S311 - spreads load, guards no secret
 

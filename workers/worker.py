@@ -29,6 +29,7 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.workers import lease_reaper
+from jobledger.workers.attempt_dependencies import AttemptDependencies, ExecutorSettings
 from jobledger.workers.claim_queue import CLAIMER_EVENT_TYPES, ClaimQueue
 from jobledger.workers.claimer import Claimer
 from jobledger.workers.directory_removal import removal_executor
@@ -37,7 +38,6 @@ from jobledger.workers.lease_reaper import LeaseReaper
 from jobledger.workers.machine_health import CHECKS, WorkerHealth, check_descriptors
 from jobledger.workers.path_reservations import PathReservations
 from jobledger.workers.registry import load_processors
-from jobledger.workers.resources import ExecutorSettings, WorkerResources
 from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.step_cache import StepCache
 
@@ -96,7 +96,7 @@ class Worker:
             on_change=self._health_changed,
         )
         self._health_publisher: asyncio.Task[None] | None = None
-        self._resources = WorkerResources(
+        self._dependencies = AttemptDependencies(
             event_store,
             settings,
             StepCache(checkpoint.views, event_store),
@@ -350,7 +350,7 @@ class Worker:
             raise
 
     def _start_job(self, job_id: str, stream_state: StreamState) -> None:
-        executor = JobExecutor(self._resources, stream_state, job_id)
+        executor = JobExecutor(self._dependencies, stream_state, job_id)
         task = asyncio.create_task(executor.run(), name=f"job-{job_id}")
         self._running[executor] = task
         if self._cancel_versions.pop(job_id, 0) > stream_state.head.version:

@@ -33,9 +33,9 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import batches, jobs
+from jobledger.workers.attempt_dependencies import ExecutorSettings
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.containment import new_event_loop
-from jobledger.workers.resources import ExecutorSettings
 from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.webhooks.deliverer import Deliverer
 from jobledger.workers.webhooks.schedule import DeliverySettings

@@ -37,8 +37,8 @@ class ExecutorSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerResources:
-    """The parts of a worker that its attempts use."""
+class AttemptDependencies:
+    """What a worker hands to each of its attempts."""
 
     event_store: EventStore
     settings: ExecutorSettings
