@@ -43,7 +43,7 @@ class OutcomeRecorder:
         self._dependencies = dependencies
         self._writer = writer
         self._job = writer.job
-        self._claim = writer.worker_id, writer.attempt
+        self._claim = writer.worker_id, writer.attempt  # identifies the attempt in commands
         self._messages = messages
 
     async def record(self, outcome: Outcome | None, stop_reason: StopReason | None) -> None:

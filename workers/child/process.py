@@ -13,7 +13,6 @@ import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
@@ -50,14 +49,6 @@ class ProcessFailed(Exception):
         self.failure = failure
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessExit:
-    """How a job process ended: its exit code (None if its supervisor was killed), and the end of its output."""
-
-    code: int | None
-    output: str = ""
-
-
 class JobProcess:
     """A job process with its supervisor. Call `stop` after each successful `start`."""
 
@@ -78,7 +69,8 @@ class JobProcess:
         self._supervisor = supervisor
         self._on_output = on_output
         self._state_changed = asyncio.Event()
-        self._exit: ProcessExit | None = None
+        self._exit_failure: AttemptFailed | None = None
+        """The failure that the end of the process means, unless it has sent its last message."""
         self.exit_task = asyncio.create_task(self._watch(), name="watch-job-process")
         """Done when the job process and all its descendants have ended."""
 
@@ -173,7 +165,7 @@ class JobProcess:
             try:
                 chunk = self._connection.recv(_CHUNK_BYTES)
             except BlockingIOError:
-                if self._exit is not None:  # all data of a dead process can be read without waiting
+                if self._exit_failure is not None:  # all data of a dead process can be read without waiting
                     return False
                 await self._wait_readable()
             except ConnectionError:
@@ -210,20 +202,22 @@ class JobProcess:
                 elif "exit" in report:
                     if report["omitted_bytes"]:
                         self._on_output(f"… {report['omitted_bytes']:,} more bytes of output were dropped.")
-                    self._exit = ProcessExit(report["exit"], report["tail"])
+                    self._exit_failure = _failure_from_exit(report["exit"], report["tail"])
                     self._state_changed.set()
-        if self._exit is None:
-            self._exit = ProcessExit(None)
+        if self._exit_failure is None:
+            message = "The supervisor of the job process was killed, and the job process with it."
+            self._exit_failure = AttemptFailed("PROCESS_KILLED", message, transient=True)
         self._state_changed.set()
 
     async def _find_exit_failure(self) -> AttemptFailed:
         """Return the failure that the end of the process means. The supervisor reports the end within moments."""
         deadline = self._loop.time() + STOP_SECONDS
-        while self._exit is None and (remaining := deadline - self._loop.time()) > 0:
+        while self._exit_failure is None and (remaining := deadline - self._loop.time()) > 0:
             self._state_changed.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._state_changed.wait(), remaining)
-        return _failure_from_exit(self._exit)
+        message = "The job process closed its connection to the worker, so it cannot report a result."
+        return self._exit_failure or AttemptFailed("PROCESS_DIED", message, transient=True)
 
     # Sending ------------------------------------------------------------------------------------------------------
 
@@ -249,7 +243,7 @@ class JobProcess:
 
     async def stop(self) -> None:
         """Stop the job process and all its descendants, if they still run."""
-        if self._exit is None and not self._writing.locked():
+        if self._exit_failure is None and not self._writing.locked():
             with suppress(OSError):  # the buffer is full: the process is killed without notice
                 self._connection.send(encode_frame(STOP_MESSAGE))
         self._writer.write(b"end")
@@ -284,21 +278,20 @@ class _RateLimiter:
         self._since, self._used = self._loop.time(), 0.0
 
 
-def _failure_from_exit(end: ProcessExit | None) -> AttemptFailed:
-    """Return the failure of a job process that ended without a result."""
-    if end is None:
-        message = "The job process closed its connection to the worker, so it cannot report a result."
-        return AttemptFailed("PROCESS_DIED", message, transient=True)
-    details: dict[str, Any] = {"output": end.output} if end.output else {}
-    if end.code is None:
-        message = "The supervisor of the job process was killed, and the job process with it."
-        return AttemptFailed("PROCESS_KILLED", message, transient=True, details=details)
-    if end.code < 0:
-        name = _signal_name(-end.code)
+def _failure_from_exit(code: int, output: str) -> AttemptFailed:
+    """Return the failure of a job process that ended without a result.
+
+    Args:
+        code: Its exit code; the negative number of the signal that killed it.
+        output: The end of its output.
+    """
+    details: dict[str, Any] = {"output": output} if output else {}
+    if code < 0:
+        name = _signal_name(-code)
         message = f"The process that ran the job was killed by {name}."
         return AttemptFailed("PROCESS_KILLED", message, transient=True, details={"signal": name, **details})
-    message = f"The process that ran the job ended without a result (exit code {end.code})."
-    return AttemptFailed("PROCESS_DIED", message, transient=True, details={"exit_code": end.code, **details})
+    message = f"The process that ran the job ended without a result (exit code {code})."
+    return AttemptFailed("PROCESS_DIED", message, transient=True, details={"exit_code": code, **details})
 
 
 def _signal_name(number: int) -> str:
