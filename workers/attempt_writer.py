@@ -35,7 +35,7 @@ class EventNotStorable(Exception):
 
 
 class AttemptWriter:
-    """Appends the events of one attempt. Only this class writes to the job's stream while the job runs.
+    """Appends the events of one attempt. All parts of the executor write to the job's stream through it.
 
     Args:
         stream_state: The job's stream after the claim.

@@ -25,7 +25,7 @@ class Claimer:
 
     Args:
         start_job: Called with the ID of a claimed job and the state of its stream.
-        on_unreadable: Called when a later version of the program wrote to the stream of a job that may be ours.
+        on_unreadable: Called when a newer version of Jobledger wrote to the stream of a job that may be ours.
     """
 
     def __init__(

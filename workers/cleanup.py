@@ -98,7 +98,7 @@ class Cleanup:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _clean_up(self) -> None:
-        """Follow deletions and remove files, until one of both fails."""
+        """Follow deletions and remove files, until either fails."""
         tasks = [asyncio.create_task(self._remove_files()), asyncio.create_task(self._follow())]
         try:
             await asyncio.gather(*tasks)

@@ -103,7 +103,7 @@ class JobExecutor:
         slot until the files are removed, so that files do not accumulate.
 
         Raises:
-            UnreadableEvent: A later version of the program wrote to the job's stream.
+            UnreadableEvent: A newer version of Jobledger wrote to the job's stream.
         """
         try:
             await self._run_and_record()

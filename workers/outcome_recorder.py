@@ -55,7 +55,7 @@ class OutcomeRecorder:
 
         Raises:
             AttemptFenced: Another worker has the job.
-            UnreadableEvent: A later version of the program wrote to the job's stream.
+            UnreadableEvent: A newer version of Jobledger wrote to the job's stream.
         """
         try:
             await self._record(outcome, stop_reason)

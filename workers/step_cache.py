@@ -57,5 +57,5 @@ class StepCache:
         events = await self._event_store.read_stream(job_id, after_version=version - 1, limit=1)
         try:
             return event if events and isinstance(event := events[0].event, StepCompleted) else None
-        except UnreadableEvent:  # a later version of the program wrote it
+        except UnreadableEvent:  # a newer version of Jobledger wrote it
             return None

@@ -52,7 +52,7 @@ async def build_body(
 
     Raises:
         BodyUnavailable: The job or batch is not in the log, or cannot be represented as JSON.
-        UnreadableEvent: A later version of the program wrote to its stream.
+        UnreadableEvent: A newer version of Jobledger wrote to its stream.
         LedgerUnavailable: The event store or the file store cannot be read.
     """
     spec = delivery.spec

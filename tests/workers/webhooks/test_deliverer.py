@@ -286,7 +286,7 @@ async def test_deliveries_wait_for_an_unreachable_endpoint(connection: Connectio
         FAST_WEBHOOKS,
         retry_delays=(0, *[60] * 9),
         circuit_breaker_failures=3,
-        circuit_breaker_cooldown_seconds=2,
+        circuit_breaker_cooldown_seconds=5,  # longer than finishing 20 jobs takes
     )
     async with (
         run_webhook_endpoint() as endpoint,
