@@ -237,23 +237,21 @@ class Deliverer:
             request = await self._build_request(due, delivery)
         except (BodyUnavailable, UnreadableEvent) as error:
             unavailable = Failure(code="BODY_UNAVAILABLE", message=str(error))
-            return RecordAttempt(
-                0.0, None, error=unavailable, next_attempt_at=self._next_attempt_at(delivery, 0.0)
-            ), True
+            retry_at = self._next_attempt_at(delivery, 0.0)
+            return RecordAttempt(0.0, None, error=unavailable, next_attempt_at=retry_at), True
         response = await self._sender.send(request)
         failure = None
         if response.error_code is not None:
             failure = Failure(code=response.error_code, message=response.message or response.error_code)
             _log.info("webhook attempt failed", delivery_id=due.delivery_id, host=due.host, error=failure.code)
+        retry_at = None if response.is_permanent else self._next_attempt_at(delivery, response.retry_after_s or 0.0)
         command = RecordAttempt(
             duration_s=round(response.duration_s, 3),
             body_sha256=hashlib.sha256(request.body).hexdigest(),
             status_code=response.status_code,
             error=failure,
             response=response.body,
-            next_attempt_at=None
-            if response.is_permanent
-            else self._next_attempt_at(delivery, response.retry_after_s or 0.0),
+            next_attempt_at=retry_at,
         )
         return command, response.is_host_responsive
 
@@ -300,9 +298,8 @@ class Deliverer:
             return None
         jitter = self._settings.jitter
         delay = self._settings.retry_delays[attempts] * random.uniform(1 - jitter, 1 + jitter)  # noqa: S311 - spreads load
-        return self._event_store.clock.estimate() + timedelta(
-            seconds=max(delay, min(retry_after, _MAX_RETRY_AFTER_SECONDS))
-        )
+        delay = max(delay, min(retry_after, _MAX_RETRY_AFTER_SECONDS))
+        return self._event_store.clock.estimate() + timedelta(seconds=delay)
 
     async def _abandon(self, due: ScheduledDelivery) -> None:
         reason = f"{due.host} did not respond until the end of the retry schedule."

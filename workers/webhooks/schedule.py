@@ -116,7 +116,11 @@ class DeliverySchedule:
         to_attempt: list[ScheduledDelivery] = []
         while len(self._in_flight) < self._settings.max_concurrent and (round_ := list(self._take_round(now))):
             to_attempt += round_
-        self._forget_idle_hosts()
+        self._hosts = {
+            name: host
+            for name, host in self._hosts.items()
+            if host.ready or host.in_flight or host.consecutive_failures
+        }
         return to_attempt, to_abandon
 
     def record_result(self, due: ScheduledDelivery, *, is_responsive: bool, now: datetime) -> None:
@@ -180,10 +184,3 @@ class DeliverySchedule:
             if self._is_current(due) and due.delivery_id not in self._in_flight:
                 return due
         return None
-
-    def _forget_idle_hosts(self) -> None:
-        self._hosts = {
-            name: host
-            for name, host in self._hosts.items()
-            if host.ready or host.in_flight or host.consecutive_failures
-        }
