@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import chain, repeat
 from typing import Any, Final, Literal
 
 import structlog
@@ -163,7 +164,8 @@ class MessageHandler:
         """
         assert self.assignment is not None  # noqa: S101 - set before the first message
         file_store = self._dependencies.settings.file_store
-        last_reason, retries, started_at = "", 0, asyncio.get_running_loop().time()
+        last_reason, started_at = "", asyncio.get_running_loop().time()
+        delays = chain(_STORE_RETRY_DELAYS, repeat(_STORE_RETRY_DELAYS[-1]))
         async with self._timeout.pause_while_waiting(), self._ingest_locks[hash(sha256) % len(self._ingest_locks)]:
             while True:
                 try:
@@ -179,13 +181,11 @@ class MessageHandler:
                     if (reason := to_text(error, 500)) != last_reason:
                         last_reason = reason
                         _log.warning("waiting for result store", job_id=self._job_id, error=reason)
-                        self._add_log_entry(
-                            "warning", f"Waiting for the result store; the job's work is kept. {reason}"
-                        )
+                        text = f"Waiting for the result store. The job's work is kept. {reason}"
+                        self._add_log_entry("warning", text)
                         if (failure := find_machine_failure(error)) is not None:
                             self._dependencies.health.report(failure)
-                await asyncio.sleep(_STORE_RETRY_DELAYS[min(retries, len(_STORE_RETRY_DELAYS) - 1)])
-                retries += 1
+                await asyncio.sleep(next(delays))
         if last_reason:
             waited = asyncio.get_running_loop().time() - started_at
             self._add_log_entry("info", f"The result store is writable again after {waited:.0f} seconds.")

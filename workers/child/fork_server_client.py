@@ -101,24 +101,19 @@ class ForkServerClient:
 
     def _start(self, environment: Sequence[str]) -> None:
         self.stop()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._requests.setblocking(False)  # noqa: FBT003 - it takes no name
         modules = PRELOAD_MODULES if self._preload_enabled else []
         with theirs:
-            ours.setblocking(False)  # noqa: FBT003 - it takes no name
-            try:
-                self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-                    [
-                        *(sys.executable, *subprocess._args_from_interpreter_flags()),  # type: ignore[attr-defined]  # private
-                        *("-c", _RUN_FORK_SERVER, str(theirs.fileno()), json.dumps(modules), json.dumps(sys.path)),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    env=build_job_environment(environment),
-                )
-            except BaseException:
-                ours.close()
-                raise
-        self._requests = ours
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
+                [
+                    *(sys.executable, *subprocess._args_from_interpreter_flags()),  # type: ignore[attr-defined]  # private
+                    *("-c", _RUN_FORK_SERVER, str(theirs.fileno()), json.dumps(modules), json.dumps(sys.path)),
+                ],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=build_job_environment(environment),
+            )
 
     def _is_ready(self) -> bool:
         if not self._ready and self._requests is not None:
