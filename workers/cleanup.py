@@ -148,8 +148,11 @@ class Cleanup:
             async for event in events:
                 if event.type in _FINAL_EVENT_TYPES:
                     final_versions.append(event.version)
-                references |= _find_secret_references(event)
-                digests |= _find_file_digests(event)
+                webhook = event.payload.get("webhook") if event.type in _SUBMITTED_EVENT_TYPES else None
+                if webhook and webhook.get("secrets_ref"):
+                    references.add(webhook["secrets_ref"])
+                if event.type in _EVENT_TYPES_WITH_FILES:
+                    digests |= {file.sha256 for file in find_saved_files(event.data) if is_sha256(file.sha256)}
         await self._abandon_deliveries(stream, final_versions)
         due_at = self._event_store.clock.estimate() + self._grace
         with translate_errors(f"cleaning up after {stream}"):
@@ -244,17 +247,3 @@ class Cleanup:
             async with asyncio.timeout(_VIEWS_TIMEOUT_SECONDS):
                 await self._checkpoint.wait_for_position(head)
         return self._checkpoint.position >= head
-
-
-def _find_secret_references(event: RecordedEvent) -> set[str]:
-    """Return the references to the secrets of a job's or batch's webhook."""
-    webhook = event.payload.get("webhook") if event.type in _SUBMITTED_EVENT_TYPES else None
-    reference = webhook.get("secrets_ref") if isinstance(webhook, dict) else None
-    return {reference} if isinstance(reference, str) else set()
-
-
-def _find_file_digests(event: RecordedEvent) -> set[str]:
-    """Return the digests of the files in the results or in the output of a step."""
-    if event.type not in _EVENT_TYPES_WITH_FILES:
-        return set()
-    return {file.sha256 for file in find_saved_files(event.data) if is_sha256(file.sha256)}
