@@ -142,11 +142,10 @@ class JobExecutor:
                 with suppress(TimeoutError):  # free the disk first, in case the job itself filled it
                     async with asyncio.timeout(process_runner.DISK_TIMEOUT_SECONDS):
                         await _remove_directory(attempt_dir)
-                return await self._find_machine_failure(outcome) or outcome
+                outcome = await self._find_machine_failure(outcome) or outcome
         except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
             return find_machine_failure(error, scratch_dir=self._scratch.path) or worker_fault(error, self.job_id)
-        else:
-            return outcome
+        return outcome
 
     async def _run_processor(self, attempt_dir: Path) -> Outcome | None:
         processor = get_processor(self.job_type)
