@@ -207,10 +207,11 @@ BOMB = (
         make_zip({"a.xml": b" " * 100_001}),
         make_zip({f"media/{n}.png": b"\0" * 90_000 for n in range(12)}),
         make_zip({str(n): b"" for n in range(101)}),
+        make_zip({"Pictures/a.svgz": b"\x1f\x8b and nothing"}),
         b"PK\x03\x04 and nothing",
         b"<?xml version='1.0'?><a>",
     ],
-    ids=["one part", "many parts", "too many parts", "no ZIP", "no XML"],
+    ids=["one part", "many parts", "too many parts", "no gzip", "no ZIP", "no XML"],
 )
 def test_too_large_or_damaged_presentation_is_rejected(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -61,7 +61,7 @@ _URL_IN_STYLE: Final = re.compile(
     r"(?i)url\s*\(\s*['\"]?\s*(?!#|data:image/(?:png|jpe?g|gif);)|@import|expression\s*\("
 )
 _DAMAGE_ERRORS: Final = (
-    *(zipfile.BadZipFile, zlib.error, etree.XMLSyntaxError),
+    *(zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, etree.XMLSyntaxError),
     *(NotImplementedError, EOFError, ValueError),
 )
 
