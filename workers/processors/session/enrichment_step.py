@@ -10,13 +10,7 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel
 
 from jobledger.workers.processor import JSON
-from jobledger.workers.processors.session import enrichment
-from jobledger.workers.processors.session.document import (
-    EnrichmentResult,
-    TranscriptResult,
-    get_primary_subtag,
-    resolve_language,
-)
+from jobledger.workers.processors.session import document, enrichment
 from jobledger.workers.processors.session.enrichment import InvalidModelOutput, Summary, Translation
 from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError
 from jobledger.workers.processors.session.page import PageText
@@ -27,7 +21,7 @@ MAX_PROMPT_CHARACTERS: Final = 30_000
 Parsed = TypeVar("Parsed")
 
 
-def build_inputs(ctx: StepContext, page: PageText, transcript: TranscriptResult) -> dict[str, JSON]:
+def build_inputs(ctx: StepContext, page: PageText, transcript: document.TranscriptResult) -> dict[str, JSON]:
     """Return the inputs of the step, without API key and timeouts. The step is not repeated with the same inputs."""
     settings = ctx.settings.language_model
     spoken = [segment.text for segment in transcript.segments] if settings.backend != "none" else []
@@ -40,12 +34,12 @@ def build_inputs(ctx: StepContext, page: PageText, transcript: TranscriptResult)
     }
 
 
-async def run(ctx: StepContext, page: PageText, transcript: TranscriptResult) -> EnrichmentResult:
+async def run(ctx: StepContext, page: PageText, transcript: document.TranscriptResult) -> document.EnrichmentResult:
     """Summarize and translate the text if a language model is configured."""
-    language, target = resolve_language(ctx.parameters, page), ctx.parameters.target_language
-    result = EnrichmentResult(language=language, markdown=page.markdown)
+    language, target = document.resolve_language(ctx.parameters, page), ctx.parameters.target_language
+    result = document.EnrichmentResult(language=language, markdown=page.markdown)
     result.warnings = ctx.warnings
-    needs_translation = get_primary_subtag(language) != get_primary_subtag(target)
+    needs_translation = document.get_primary_subtag(language) != document.get_primary_subtag(target)
     if ctx.settings.language_model.backend == "none":
         if needs_translation:
             await ctx.warn(f"{_describe_untranslated(language, target)} No language model is configured.")
@@ -134,7 +128,7 @@ class _LanguageModel:
 
 
 async def _summarize(
-    ctx: StepContext, model: _LanguageModel, result: EnrichmentResult, transcript: TranscriptResult
+    ctx: StepContext, model: _LanguageModel, result: document.EnrichmentResult, transcript: document.TranscriptResult
 ) -> None:
     spoken = " ".join(segment.text for segment in transcript.segments)
     parts = [f"# {ctx.parameters.session}", result.markdown[:MAX_PROMPT_CHARACTERS]]
@@ -147,7 +141,7 @@ async def _summarize(
         await ctx.warn(f"There is no summary. The output of the language model is invalid: {problem}.")
 
 
-async def _translate(ctx: StepContext, model: _LanguageModel, result: EnrichmentResult) -> None:
+async def _translate(ctx: StepContext, model: _LanguageModel, result: document.EnrichmentResult) -> None:
     settings, target = ctx.settings.language_model, ctx.parameters.target_language
     untranslated = _describe_untranslated(result.language, target)
     if len(result.markdown) > settings.max_characters:

@@ -15,9 +15,10 @@ import orjson
 from jobledger.workers.processors.session.settings import OpenAiSettings
 from jobledger.workers.safe_http import parse_retry_after
 
-_MAX_ATTEMPTS: Final = 4
-_FIRST_RETRY_SECONDS: Final = 1.0
-_MAX_RETRY_SECONDS: Final = 60.0
+_RETRY_DELAYS_SECONDS: Final = (1.0, 4.0, 16.0, None)
+"""Maximum pause after each attempt, or None after the last."""
+_MAX_RETRY_AFTER_SECONDS: Final = 60.0
+"""If the API requests a longer pause, the request is not repeated."""
 _MAX_RESPONSE_BYTES: Final = 16 * 1024 * 1024
 _TRANSIENT_STATUS_CODES: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
@@ -61,8 +62,7 @@ class OpenAiClient:
         Raises:
             OpenAiError: The API rejects the request, cannot be reached, or does not respond in time in four attempts.
         """
-        delay = _FIRST_RETRY_SECONDS
-        for is_last in (False,) * (_MAX_ATTEMPTS - 1) + (True,):
+        for delay in _RETRY_DELAYS_SECONDS:
             retry_after = None
             try:
                 async with asyncio.timeout(self._timeout):
@@ -77,11 +77,10 @@ class OpenAiClient:
                 failure = OpenAiError(f"it did not respond within {self._timeout:g} seconds")
             except httpx.HTTPError as error:
                 failure = OpenAiError(f"it cannot be reached ({type(error).__name__})")
-            if is_last or (retry_after is not None and retry_after > _MAX_RETRY_SECONDS):
+            if delay is None or (retry_after is not None and retry_after > _MAX_RETRY_AFTER_SECONDS):
                 raise failure
             jittered = delay * random.uniform(0.5, 1)  # noqa: S311 - spreads load
             await asyncio.sleep(jittered if retry_after is None else retry_after)
-            delay = min(4 * delay, _MAX_RETRY_SECONDS)
         raise AssertionError("the last attempt returns or raises")
 
     async def _send(self, path: str, content: Mapping[str, Any]) -> tuple[int, httpx.Headers, bytes]:

@@ -10,12 +10,13 @@ from typing import Final, TypeVar
 from pydantic import BaseModel
 
 from jobledger.workers.processor import JSON, JobContext, Results, SavedFile
-from jobledger.workers.processors.session import document_step, enrichment_step, page_step, slides_step, transcript_step
-from jobledger.workers.processors.session.document import (
-    EnrichmentResult,
-    SessionContent,
-    SlidesResult,
-    TranscriptResult,
+from jobledger.workers.processors.session import (
+    document,
+    document_step,
+    enrichment_step,
+    page_step,
+    slides_step,
+    transcript_step,
 )
 from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.page import PageText
@@ -61,26 +62,26 @@ async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> R
 
     page = await run_step("page", PageText, page_step.build_inputs, page_step.run, shared=True)
     transcript = await run_step(
-        "transcript", TranscriptResult, transcript_step.build_inputs, transcript_step.run, shared=True
+        "transcript", document.TranscriptResult, transcript_step.build_inputs, transcript_step.run, shared=True
     )
-    slides = await run_step("slides", SlidesResult, slides_step.build_inputs, slides_step.run, shared=True)
+    slides = await run_step("slides", document.SlidesResult, slides_step.build_inputs, slides_step.run, shared=True)
     # A cached output has the paths of the job that ran the step.
     transcript, slides = transcript.with_result_paths(layout), slides.with_result_paths(layout)
     enrichment = await run_step(
-        "enrich", EnrichmentResult, enrichment_step.build_inputs, enrichment_step.run, page, transcript
+        "enrich", document.EnrichmentResult, enrichment_step.build_inputs, enrichment_step.run, page, transcript
     )
-    content = SessionContent(page, enrichment, transcript, slides)
+    content = document.SessionContent(page, enrichment, transcript, slides)
     template = await asyncio.to_thread(document_step.read_template, settings)
-    document = await run_step("markdown", SavedFile, document_step.build_inputs, document_step.run, content, template)
+    markdown = await run_step("markdown", SavedFile, document_step.build_inputs, document_step.run, content, template)
     await job.report_progress(100, "Markdown ready")
     return Results(
-        markdown=document,
+        markdown=markdown,
         assets=[*_list_images(slides), *([transcript.audio] if transcript.audio else [])],
         metadata=_build_metadata(parameters, content),
     )
 
 
-def _list_images(slides: SlidesResult) -> list[SavedFile]:
+def _list_images(slides: document.SlidesResult) -> list[SavedFile]:
     """Return each slide followed by its thumbnail."""
     return [
         SavedFile.model_validate(file.model_dump(include=set(SavedFile.model_fields)))
@@ -89,7 +90,7 @@ def _list_images(slides: SlidesResult) -> list[SavedFile]:
     ]
 
 
-def _build_metadata(parameters: SessionParameters, content: SessionContent) -> dict[str, JSON]:
+def _build_metadata(parameters: SessionParameters, content: document.SessionContent) -> dict[str, JSON]:
     metadata: dict[str, JSON] = {
         "title": content.page.title or parameters.session,
         "language": content.enrichment.language,

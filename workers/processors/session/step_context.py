@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, TypeVar
@@ -76,22 +76,15 @@ class StepContext:
             "info", f"Fetched {fetched.url} ({media_type}): {format_bytes(fetched.size)} in {fetched.seconds:.1f} s"
         )
 
-    @asynccontextmanager
-    async def iterate_in_thread(self, items: Generator[Item, None, None]) -> AsyncIterator[AsyncGenerator[Item, None]]:
+    def iterate_in_thread(self, items: Generator[Item, None, None]) -> aclosing[AsyncGenerator[Item, None]]:
         """Yield the items of a generator that runs in a thread. Check for cancellation after each item."""
-
-        async def check_each() -> AsyncGenerator[Item, None]:
-            async with aclosing(run_in_thread(items)) as computed:
-                async for item in computed:
-                    self.raise_if_cancelled()
-                    yield item
-
-        async with aclosing(check_each()) as checked:
-            yield checked
+        return aclosing(run_in_thread(items, check=self.raise_if_cancelled))
 
 
-async def run_in_thread(items: Generator[Item, None, None]) -> AsyncGenerator[Item, None]:
-    """Yield the items of `items`. One dedicated thread computes them.
+async def run_in_thread(
+    items: Generator[Item, None, None], *, check: Callable[[], None] = lambda: None
+) -> AsyncGenerator[Item, None]:
+    """Yield the items of `items`. One dedicated thread computes them. `check` is called before each item is yielded.
 
     Use with `contextlib.aclosing`. If the caller stops early (timeout, cancellation), the thread finishes the current
     item and then closes `items`. A PDF is therefore never closed while it is rendered.
@@ -100,6 +93,7 @@ async def run_in_thread(items: Generator[Item, None, None]) -> AsyncGenerator[It
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="session")
     try:
         while (item := await loop.run_in_executor(thread, next, items, _END)) is not _END:
+            check()
             yield item  # type: ignore[misc]  # `next` returns an Item or _END
     finally:
         thread.submit(items.close)

@@ -7,17 +7,11 @@ from contextlib import aclosing
 from pathlib import Path
 
 from jobledger.workers.processor import JSON, ProcessorError
+from jobledger.workers.processors.session import transcript
 from jobledger.workers.processors.session.document import AUDIO_FILE_NAME, TranscriptResult, get_primary_subtag
 from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError
 from jobledger.workers.processors.session.speech_api import transcribe
 from jobledger.workers.processors.session.step_context import FETCH_TIMEOUT_FRACTION, Cancelled, StepContext
-from jobledger.workers.processors.session.transcript import (
-    TranscriptUnavailable,
-    extract_audio,
-    format_timecode,
-    reject_html_type,
-    transcribe_locally,
-)
 from jobledger.workers.processors.session.video_sites import is_video_site_url, resolve_media_url
 
 MAX_CHARACTERS = 1_000_000
@@ -65,7 +59,7 @@ async def _fill_result(ctx: StepContext, result: TranscriptResult) -> str | None
         if not result.segments:
             return f"There is no transcript. The recording was not processed within {limit}."
         await ctx.warn(f"The transcript is incomplete: the recording was not processed within {limit}.")
-    except (ProcessorError, TranscriptUnavailable) as error:
+    except (ProcessorError, transcript.TranscriptUnavailable) as error:
         return f"There is no transcript. {error}"
     if ctx.settings.transcription.backend == "none":
         return "There is no transcript. Transcription is not configured."
@@ -84,7 +78,7 @@ async def _fetch_and_transcribe(ctx: StepContext, url: str, result: TranscriptRe
         max_bytes=ctx.settings.video_max_bytes,
         timeout_seconds=ctx.settings.transcript_timeout_seconds * FETCH_TIMEOUT_FRACTION,
         target=video,
-        check_media_type=reject_html_type,
+        check_media_type=transcript.reject_html_type,
         on_progress=ctx.report_download_progress("Fetching the recording", 20, 35),
     )
     await ctx.log_fetch(response)
@@ -104,19 +98,21 @@ async def _fetch_and_transcribe(ctx: StepContext, url: str, result: TranscriptRe
 async def _extract_audio(ctx: StepContext, video: Path, audio: Path, result: TranscriptResult) -> None:
     await ctx.job.report_progress(35, "Extracting the audio")
     damage = None
-    async with ctx.iterate_in_thread(extract_audio(video, audio, max_seconds=ctx.settings.max_audio_seconds)) as steps:
+    async with ctx.iterate_in_thread(
+        transcript.extract_audio(video, audio, max_seconds=ctx.settings.max_audio_seconds)
+    ) as steps:
         async for progress in steps:
             result.audio_seconds, damage = progress.seconds, progress.damage
-            message = f"Extracting the audio: {format_timecode(progress.seconds)}"
+            message = f"Extracting the audio: {transcript.format_timecode(progress.seconds)}"
             await ctx.report_part(message, 35, 45, progress.seconds, progress.total_seconds)
-    await ctx.job.log("info", f"Extracted {format_timecode(result.audio_seconds or 0)} of audio")
+    await ctx.job.log("info", f"Extracted {transcript.format_timecode(result.audio_seconds or 0)} of audio")
     if damage:
         await ctx.warn(f"The recording is incomplete: {damage}.")
 
 
 async def _report_transcribed(ctx: StepContext, result: TranscriptResult, seconds: float, suffix: str = "") -> None:
     length = result.audio_seconds or 0.0
-    message = f"Transcribing: {format_timecode(seconds)} of {format_timecode(length)}{suffix}"
+    message = f"Transcribing: {transcript.format_timecode(seconds)} of {transcript.format_timecode(length)}{suffix}"
     await ctx.report_part(message, 45, 60, seconds, length)
 
 
@@ -132,24 +128,27 @@ async def _transcribe_by_api(ctx: StepContext, audio: Path, result: TranscriptRe
             async for chunk in chunks:
                 ctx.raise_if_cancelled()
                 if chunk.error is not None:
-                    start, end = format_timecode(chunk.start_seconds), format_timecode(chunk.end_seconds)
+                    start, end = (
+                        transcript.format_timecode(chunk.start_seconds),
+                        transcript.format_timecode(chunk.end_seconds),
+                    )
                     missing.append(f"{start}–{end} ({chunk.error})")
                 result.segments += chunk.segments
                 waiting = f", waiting for {chunk.waited_seconds:.0f} s" if chunk.waited_seconds else ""
                 await _report_transcribed(ctx, result, chunk.end_seconds, waiting)
     except OpenAiError as error:
-        raise TranscriptUnavailable(f"The transcription API failed: {error}.") from error
+        raise transcript.TranscriptUnavailable(f"The transcription API failed: {error}.") from error
     if missing and result.segments:
         await ctx.warn(f"The transcript is incomplete. Missing: {'; '.join(missing[:5])}.")
     elif missing:
-        raise TranscriptUnavailable(f"The transcription failed: {missing[0]}.")
+        raise transcript.TranscriptUnavailable(f"The transcription failed: {missing[0]}.")
     await ctx.job.log("info", f"Transcribed {len(result.segments)} segments with {settings.model}")
 
 
 async def _transcribe_locally(ctx: StepContext, audio: Path, result: TranscriptResult) -> None:
     await ctx.job.report_progress(45, "Transcribing")
     characters = 0
-    async with ctx.iterate_in_thread(transcribe_locally(audio)) as segments:
+    async with ctx.iterate_in_thread(transcript.transcribe_locally(audio)) as segments:
         async for segment in segments:
             characters += len(segment.text)
             if characters > MAX_CHARACTERS:
