@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -28,6 +29,12 @@ MISSING_TOOL_REASON = re.compile(
     r"^(Skipped: )?install |not installed|not found|missing|could not import", re.IGNORECASE
 )
 OPTIONAL_PHRASE = "optional lane:"
+
+
+def pytest_configure() -> None:
+    """Let tests interrupt commands. A shell script ignores SIGINT in the background, and processes inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

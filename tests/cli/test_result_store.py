@@ -26,7 +26,7 @@ def read_status(client: httpx.Client, job_id: str) -> str:
 
 
 def test_missing_result_store_is_reported_and_not_recreated(tmp_path: Path) -> None:
-    with Installation(tmp_path / "installation") as installation:
+    with Installation(tmp_path / "installation", event_worker={"shutdown_grace_seconds": 1}) as installation:
         store = installation.directory / "data" / "results"
         before = installation.run("doctor")
         assert before.exit_code == 0, before
