@@ -64,7 +64,7 @@ _SUBMITTED_EVENT_TYPES: Final = ("JobSubmitted", "BatchSubmitted")
 class Cleanup:
     """Removes what deleted jobs and batches leave behind. Runs beside the leading projector (`Projector.beside`).
 
-    Two may run for a moment if one was frozen. Each has its own token: see `FileStore.set_aside`.
+    Two may run for a moment if one was frozen. Each has its own removal ID: see `FileStore.begin_removal`.
     """
 
     def __init__(

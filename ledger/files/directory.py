@@ -15,16 +15,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jobledger.ledger.domain.errors import FileLost, FileStoreUnavailable, ResourceUnavailable, classify_os_error
-from jobledger.ledger.files.file_store import ORPHAN_AGE_SECONDS, OpenFile, StoredFile, file_store_executor
-from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, InboxFile
-from jobledger.ledger.files.integrity import IntegrityChecker
+from jobledger.ledger.files.file_store import ORPHAN_AGE_SECONDS, FileStore, StoredFile, file_store_executor
+from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, InboxFile, classify_open_error
 from jobledger.ledger.files.local_files import (
     OPEN_FLAGS,
     LocalFile,
     check_size,
-    classify_open_error,
     has_content,
     move_file,
+    new_file,
     open_regular_file,
     remove_on_exit,
     sync_directory,
@@ -32,7 +31,7 @@ from jobledger.ledger.files.local_files import (
 )
 from jobledger.ledger.files.store_marker import StoreMarker
 from jobledger.ledger.system.cooperative_threads import CooperativeWork, run_cooperatively, run_to_completion
-from jobledger.ledger.system.private_files import DIRECTORY_MODE, FILE_MODE, make_private_directory
+from jobledger.ledger.system.private_files import DIRECTORY_MODE, make_private_directory
 
 _CHECK_BYTES = 64 * 1024
 _TEMPORARY_NAME = re.compile(r"tmp[a-z0-9_]{8}")
@@ -40,7 +39,7 @@ _TEMPORARY_NAME = re.compile(r"tmp[a-z0-9_]{8}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class DirectoryStore:
+class DirectoryStore(FileStore):
     """A directory of files named by digest, on a disk that all processes share.
 
     A file is complete and on disk before it gets its name. So a named file is complete, whichever process dies. Methods
@@ -55,8 +54,8 @@ class DirectoryStore:
             durable: Whether a file must survive a power failure once it has its name. An inbox does not need this.
             marker: Identifies the directory. None: any directory is accepted, as for an inbox.
         """
+        super().__init__()
         self.root = root
-        self.integrity = IntegrityChecker()
         self._durable = is_durable
         self._marker = marker
 
@@ -94,12 +93,6 @@ class DirectoryStore:
             self._marker.check_directory(self.root)
 
     def check_writable(self) -> None:
-        """Write and remove a file.
-
-        Raises:
-            OSError: That failed.
-            FileStoreUnavailable: That failed.
-        """
         self._create_if_new()
         with tempfile.TemporaryFile(dir=self.root) as file:
             file.write(bytes(_CHECK_BYTES))
@@ -107,54 +100,42 @@ class DirectoryStore:
             os.fsync(file.fileno())
 
     async def ingest(self, inbox: Path, sha256: str) -> int:
-        """Copy a file from an inbox into the store, remove it there, and return its size in bytes.
+        return await run_cooperatively(self._copy_from_inbox(inbox, sha256), file_store_executor)
 
-        It is copied even within one file system. The job that wrote it may still have it open, and could change the
-        content after its digest was checked.
+    def _copy_from_inbox(self, inbox: Path, sha256: str) -> CooperativeWork[int]:
+        """Copy a file, even within one file system.
 
-        Raises:
-            FileLost: The file is missing from the inbox, or has another digest.
-            FileStoreUnavailable: The store is not writable.
+        The job may still have it open, and could change the content after its digest was checked.
         """
-        return await run_cooperatively(self._take_over(inbox, sha256), file_store_executor)
-
-    def _take_over(self, inbox: Path, sha256: str) -> CooperativeWork[int]:
         target = self.path(sha256)
         with InboxFile(DirectoryStore(inbox).path(sha256)) as source:
             yield from source.verify()
             try:
                 self.check_marker()
-                yield from self._adopt(source, target)
-                self.check_marker()  # the disk may have gone away meanwhile, and the file be on another one
+                yield from self._write(source, target)
+                self.check_marker()  # the disk may have been unmounted meanwhile, so the file is on another one
             except OSError as error:
                 where = error.filename or self.root
                 raise FileStoreUnavailable(f"results.store: cannot write to {where}: {error.strerror}") from error
             source.remove()
             return source.size
 
-    def _adopt(self, source: InboxFile, target: Path) -> CooperativeWork[None]:
+    def _write(self, source: InboxFile, target: Path) -> CooperativeWork[None]:
         if (yield from has_content(target, target.name, source.size)):
-            sync_directory(target.parent)  # its writer may not have come so far yet
+            sync_directory(target.parent)  # its writer may not have done it yet
             return
         self._make_directory(target.parent)
-        with (
-            tempfile.NamedTemporaryFile(dir=self.root, delete=False) as copy,  # the root: see remove_orphans
-            remove_on_exit(Path(copy.name)) as copied,
-        ):
+        with new_file(target, self.root) as copy:
             for piece in source.iterate_chunks():  # its digest is checked again: the job may have changed it
                 copy.write(piece)
                 if source.size > HASH_CHUNK_BYTES:
                     copy.flush()
-                    os.fdatasync(copy.fileno())  # now, so that no turn takes much longer than the others
+                    os.fdatasync(copy.fileno())  # now, so that no chunk takes much longer than the others
                     yield
-            copy.flush()
-            os.fsync(copy.fileno())
-            copied.chmod(FILE_MODE)
-            copied.replace(target)
         sync_directory(target.parent)
 
     async def remove_orphans(self) -> int:
-        """Remove temporary files that are a day old. All are in the root directory, which has few other entries."""
+        # All temporary files are in the root directory, which has few other entries.
         return await asyncio.to_thread(self._remove_orphans)
 
     def _remove_orphans(self) -> int:
@@ -172,10 +153,7 @@ class DirectoryStore:
     def put_bytes(self, content: bytes) -> StoredFile:
         """Store bytes."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (
-            tempfile.NamedTemporaryFile(dir=self.root, delete=False) as file,
-            remove_on_exit(Path(file.name)) as path,
-        ):
+        with tempfile.NamedTemporaryFile(dir=self.root, delete=False) as file, remove_on_exit(Path(file.name)) as path:
             file.write(content)
             file.flush()
             return self.put_file(path)
@@ -188,7 +166,7 @@ class DirectoryStore:
             FileTooLarge: It is larger than `limits.MAX_FILE_BYTES`.
             OSError: It cannot be read, or the store cannot be written to.
         """
-        path = Path(os.fspath(path))  # a class of its own might do anything
+        path = Path(os.fspath(path))  # a subclass might do anything
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open_regular_file(path) as file:
             check_size(path, os.fstat(file.fileno()).st_size)
@@ -208,7 +186,7 @@ class DirectoryStore:
 
     def _make_directory(self, directory: Path) -> None:
         if not directory.exists():
-            # Not its parents: a store that is not mounted is waited for, not created again.
+            # Not its parents: if the store is not mounted, its directory must not be created.
             directory.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
             if self._durable:
                 sync_directory(directory.parent)
@@ -219,49 +197,14 @@ class DirectoryStore:
             raise ValueError(f"{sha256!r} is not a SHA-256 in lower-case hex")
         return self.root / sha256[:2] / sha256
 
-    async def open(self, sha256: str, size: int) -> OpenFile:
-        """Open a file for reading. Symbolic links are not followed.
-
-        Raises:
-            FileLost: The file is missing from this store.
-            FileDamaged: Its content has changed.
-            FileStoreUnavailable: The store is not readable.
-        """
-        return await self._checked(await asyncio.to_thread(self._open, sha256), sha256, size, self.integrity)
-
-    async def verify(self, sha256: str, size: int) -> None:
-        """Read a file and compare its size and content with the record.
-
-        Raises:
-            FileLost: The file is missing from this store.
-            FileDamaged: Its content has changed.
-            FileStoreUnavailable: The store is not readable.
-        """
-        file = await asyncio.to_thread(self._open, sha256)
-        await (await self._checked(file, sha256, size, IntegrityChecker())).close()
-
-    @staticmethod
-    async def _checked(file: LocalFile, sha256: str, size: int, checks: IntegrityChecker) -> LocalFile:
-        try:
-            await checks.check(file, sha256, size)
-        except BaseException:
-            await file.close()
-            raise
-        return file
-
     async def list_files(self) -> AsyncIterator[StoredFile]:
-        """Yield all files in the store by ascending digest. Holds one directory at a time in memory.
-
-        Raises:
-            FileStoreUnavailable: The directory is not the store.
-        """
         await asyncio.to_thread(self.check_marker)
         for number in range(256):
-            for found in await asyncio.to_thread(self._stored_in, self.root / f"{number:02x}"):
+            for found in await asyncio.to_thread(self._list_directory, self.root / f"{number:02x}"):
                 yield found
 
     @staticmethod
-    def _stored_in(directory: Path) -> list[StoredFile]:
+    def _list_directory(directory: Path) -> list[StoredFile]:
         try:
             with os.scandir(directory) as entries:
                 return sorted(
@@ -273,37 +216,37 @@ class DirectoryStore:
             return []
 
     async def begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
-        """Rename a file: see `FileStore.begin_removal`."""
-        return await asyncio.to_thread(self._set_aside, sha256, removal_id)
+        return await asyncio.to_thread(self._begin_removal, sha256, removal_id)
 
-    def _set_aside(self, sha256: str, token: str) -> datetime | None:
+    def _begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
         self.check_marker()
-        target, aside = self.path(sha256), self._aside(sha256, token)
+        target, renamed = self.path(sha256), self._removal_path(sha256, removal_id)
         for path in (target, *target.parent.glob(f"{sha256}.removed-*")):
             with suppress(FileNotFoundError):
-                path.replace(aside)
-                return datetime.fromtimestamp(aside.stat().st_mtime, UTC)
+                path.replace(renamed)
+                return datetime.fromtimestamp(renamed.stat().st_mtime, UTC)
         return None
 
     async def cancel_removal(self, sha256: str, removal_id: str) -> None:
-        """Rename a file back. If its content was saved again meanwhile, either copy is valid."""
-        await asyncio.to_thread(self._put_back, sha256, removal_id)
-
-    def _put_back(self, sha256: str, token: str) -> None:
-        self.check_marker()
-        with suppress(FileNotFoundError):
-            self._aside(sha256, token).replace(self.path(sha256))
+        await asyncio.to_thread(self._end_removal, sha256, removal_id, is_cancelled=True)
 
     async def finish_removal(self, sha256: str, removal_id: str) -> None:
-        """Delete a file whose removal has begun."""
-        await asyncio.to_thread(self._remove, sha256, removal_id)
+        await asyncio.to_thread(self._end_removal, sha256, removal_id, is_cancelled=False)
 
-    def _remove(self, sha256: str, token: str) -> None:
+    def _end_removal(self, sha256: str, removal_id: str, *, is_cancelled: bool) -> None:
         self.check_marker()
-        self._aside(sha256, token).unlink(missing_ok=True)
+        renamed = self._removal_path(sha256, removal_id)
+        with suppress(FileNotFoundError):
+            if is_cancelled:  # the content may have been saved again meanwhile: either copy is valid
+                renamed.replace(self.path(sha256))
+            else:
+                renamed.unlink()
 
-    def _aside(self, sha256: str, token: str) -> Path:
-        return self.path(sha256).with_suffix(f".removed-{token}")
+    def _removal_path(self, sha256: str, removal_id: str) -> Path:
+        return self.path(sha256).with_suffix(f".removed-{removal_id}")
+
+    async def _open_unchecked(self, sha256: str) -> LocalFile:
+        return await asyncio.to_thread(self._open, sha256)
 
     def _open(self, sha256: str) -> LocalFile:
         path = self.path(sha256)
@@ -320,5 +263,5 @@ class DirectoryStore:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
-            raise FileLost(f"{path} is no file")
+            raise FileLost(f"{path} is not a regular file")
         return LocalFile(path, descriptor, found)

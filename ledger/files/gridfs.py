@@ -22,9 +22,8 @@ from pymongo.errors import DuplicateKeyError
 
 from jobledger.ledger.domain.errors import FileDamaged, FileLost, LedgerUnavailable
 from jobledger.ledger.files.directory import DirectoryStore
-from jobledger.ledger.files.file_store import ORPHAN_AGE_SECONDS, OpenFile, StoredFile, file_store_executor
+from jobledger.ledger.files.file_store import ORPHAN_AGE_SECONDS, FileStore, StoredFile, file_store_executor
 from jobledger.ledger.files.inbox import InboxFile, open_verified
-from jobledger.ledger.files.integrity import IntegrityChecker
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 from jobledger.ledger.mongo.server_clock import get_server_clock
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
@@ -33,25 +32,25 @@ BUCKET: Final = "fs"
 COLLECTIONS: Final = (f"{BUCKET}.chunks", f"{BUCKET}.files")
 _DIGEST: Final = "metadata.sha256"
 _REMOVED: Final = "metadata.removed"
-_TOKEN: Final = "metadata.removed_by"  # noqa: S105 - the name of a field
+_REMOVAL_ID: Final = "metadata.removed_by"
 _SAVED_AT: Final = "metadata.saved_at"
 _CHUNK_BYTES: Final = 255 * 1024
 """As drivers define it: with its other fields, a chunk fits into a page of the database."""
-_CHUNKS_AT_ONCE: Final = 16
-_CHUNKS_AT_A_TIME: Final = 4
-_LISTED_AT_ONCE: Final = 1000
-_CHECKED_AGAIN_SECONDS: Final = 600
+_CHUNKS_PER_WRITE: Final = 16
+_CHUNKS_PER_READ: Final = 4
+_LISTED_PER_READ: Final = 1000
+_RECHECK_SECONDS: Final = 600
 
 
-class GridFSStore:
+class GridFSStore(FileStore):
     """Result files in the ledger's own database. Other files in the same bucket are ignored."""
 
     def __init__(self, db: Database) -> None:
+        super().__init__()
         self._client = db.client
         self._clock = get_server_clock(db.client)
         self._files = db[BUCKET].files
         self._chunks = db[BUCKET].chunks
-        self.integrity = IntegrityChecker()
 
     async def prepare(self) -> None:
         """Create the indexes, and check that files can be written and removed.
@@ -67,8 +66,8 @@ class GridFSStore:
             await self._files.create_index(
                 [(_DIGEST, ASCENDING)], name="unique_sha256", unique=True, partialFilterExpression=ours
             )
-            set_aside = {_REMOVED: {"$exists": True}}
-            await self._files.create_index([(_REMOVED, ASCENDING)], partialFilterExpression=set_aside)
+            removed = {_REMOVED: {"$exists": True}}
+            await self._files.create_index([(_REMOVED, ASCENDING)], partialFilterExpression=removed)
             trial = ObjectId()
             await self._chunks.insert_one({"files_id": trial, "n": 0, "data": b""})
             await self._chunks.delete_many({"files_id": trial})
@@ -77,13 +76,6 @@ class GridFSStore:
         """Do nothing: this store uses nothing on this machine but the scratch directory."""
 
     async def ingest(self, inbox: Path, sha256: str) -> int:
-        """Upload a file, remove it from the inbox, and return its size in bytes.
-
-        Raises:
-            FileLost: The file is missing, or has another digest.
-            LedgerUnavailable: The database failed.
-            FileStoreUnavailable: This machine cannot open the file now.
-        """
         with await run_cooperatively(open_verified(DirectoryStore(inbox).path(sha256)), file_store_executor) as file:
             if not await self._is_stored(sha256):
                 await self._upload(file, sha256)
@@ -107,7 +99,7 @@ class GridFSStore:
             {"$project": {"files_id": 1}},
         ]
         removed = 0
-        with translate_errors("removing what uploads have left"):
+        with translate_errors("removing orphaned chunks"):
             async for chunk in await self._chunks.aggregate(pipeline):
                 await self._chunks.delete_many({"files_id": chunk["files_id"]})
                 removed += 1
@@ -120,11 +112,11 @@ class GridFSStore:
                 size = await self._write_chunks(upload_id, file)
                 await self._check_chunks(upload_id, sha256, size)
             except BaseException:
-                with suppress(Exception):  # what is left of it is harmless - and the first error is what matters
+                with suppress(Exception):  # remaining chunks are harmless, and the first error must propagate
                     await asyncio.shield(self._chunks.delete_many({"files_id": upload_id}))
                 raise
-            # From here on the chunks stay whatever happens: an entry may be there although its insertion was cancelled,
-            # or has failed. Without one they are orphans.
+            # From here on the chunks stay, whatever happens: a cancelled or failed insertion may have created the
+            # entry. Without one they are orphans.
             try:
                 await self._add_entry(upload_id, sha256, size)
             except DuplicateKeyError:
@@ -140,7 +132,7 @@ class GridFSStore:
             FileLost: The content does not match the digest.
         """
         loop, written = asyncio.get_running_loop(), 0
-        pieces = file.iterate_chunks(_CHUNK_BYTES * _CHUNKS_AT_ONCE)
+        pieces = file.iterate_chunks(_CHUNK_BYTES * _CHUNKS_PER_WRITE)
         while (piece := await loop.run_in_executor(file_store_executor, next, pieces, None)) is not None:
             chunks = [piece[begin : begin + _CHUNK_BYTES] for begin in range(0, len(piece), _CHUNK_BYTES)]
             documents = [{"files_id": upload_id, "n": n, "data": data} for n, data in enumerate(chunks, written)]
@@ -182,9 +174,8 @@ class GridFSStore:
         return found.matched_count == 1
 
     async def begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
-        """Remove the digest from a file's entry: see `FileStore.begin_removal`."""
-        change = {"$set": {_REMOVED: sha256, _TOKEN: removal_id}, "$unset": {_DIGEST: ""}}
-        with translate_errors("setting a file aside"):
+        change = {"$set": {_REMOVED: sha256, _REMOVAL_ID: removal_id}, "$unset": {_DIGEST: ""}}
+        with translate_errors("beginning to remove a file"):
             for wanted in ({_DIGEST: sha256}, {_REMOVED: sha256}):
                 entry = await self._files.find_one_and_update(wanted, change)
                 if entry is not None:
@@ -193,64 +184,41 @@ class GridFSStore:
         return None
 
     async def cancel_removal(self, sha256: str, removal_id: str) -> None:
-        """Restore the digest. If the content was saved again meanwhile, delete this copy."""
-        change = {"$set": {_DIGEST: sha256}, "$unset": {_REMOVED: "", _TOKEN: ""}}
-        with translate_errors("putting a file back"):
+        change = {"$set": {_DIGEST: sha256}, "$unset": {_REMOVED: "", _REMOVAL_ID: ""}}
+        with translate_errors("cancelling the removal of a file"):
             try:
-                await self._files.update_one({_REMOVED: sha256, _TOKEN: removal_id}, change)
-            except DuplicateKeyError:
+                await self._files.update_one({_REMOVED: sha256, _REMOVAL_ID: removal_id}, change)
+            except DuplicateKeyError:  # the content was saved again meanwhile
                 await self.finish_removal(sha256, removal_id)
 
     async def finish_removal(self, sha256: str, removal_id: str) -> None:
-        """Delete a file whose removal has begun: the chunks first, so that none remain without an entry."""
         with translate_errors("removing a file"):
-            async for entry in self._files.find({_REMOVED: sha256, _TOKEN: removal_id}, {"_id": 1}):
-                await self._chunks.delete_many({"files_id": entry["_id"]})
+            async for entry in self._files.find({_REMOVED: sha256, _REMOVAL_ID: removal_id}, {"_id": 1}):
+                await self._chunks.delete_many({"files_id": entry["_id"]})  # first: none remain without an entry
                 await self._files.delete_one({"_id": entry["_id"]})
 
-    async def open(self, sha256: str, size: int) -> OpenFile:
-        """Open a file for reading. `size` is the recorded size.
-
-        Raises:
-            FileLost: The file is missing.
-            FileDamaged: Its content has changed.
-            LedgerUnavailable: The database failed.
-        """
-        file = await self._open(sha256)
-        await self.integrity.check(file, sha256, size)
-        return file
-
-    async def verify(self, sha256: str, size: int) -> None:
-        """Read a file and compare its size and content with the record. Raises as `open`."""
-        await IntegrityChecker().check(await self._open(sha256), sha256, size)
-
     async def list_files(self) -> AsyncIterator[StoredFile]:
-        """Yield all files in the store by ascending digest.
-
-        Raises:
-            LedgerUnavailable: The database failed.
-        """
         after = ""
         while True:  # no cursor stays open while the caller reads whole files: the server would end it
             query = {_DIGEST: {"$gt": after}}
             with translate_errors("listing the files"):
                 page = self._files.find(
-                    query, {_DIGEST: 1, "length": 1}, sort=[(_DIGEST, ASCENDING)], limit=_LISTED_AT_ONCE
+                    query, {_DIGEST: 1, "length": 1}, sort=[(_DIGEST, ASCENDING)], limit=_LISTED_PER_READ
                 )
                 entries = await page.to_list()
             for entry in entries:
                 after = str(entry["metadata"]["sha256"])
                 yield StoredFile(after, int(entry["length"]))
-            if len(entries) < _LISTED_AT_ONCE:
+            if len(entries) < _LISTED_PER_READ:
                 return
 
-    async def _open(self, sha256: str) -> _OpenFile:
+    async def _open_unchecked(self, sha256: str) -> _GridFSFile:
         with translate_errors("looking for a file"):
             entry = await self._files.find_one({_DIGEST: sha256})
         if entry is None:
             raise FileLost(f"GridFS has no file with the digest {sha256}")
         try:
-            return _OpenFile(self._chunks, entry)
+            return _GridFSFile(self._chunks, entry)
         except (LookupError, TypeError, ValueError) as error:
             raise FileDamaged(f"The entry of the file {sha256} in GridFS was changed: {error}") from error
 
@@ -260,8 +228,8 @@ def _dated_id(moment: datetime) -> ObjectId:
     return ObjectId(ObjectId.from_datetime(moment).binary[:4] + ObjectId().binary[4:])
 
 
-class _OpenFile:
-    """A file in GridFS, read in chunks. The driver's own reader always fetches 16 MB at a time."""
+class _GridFSFile:
+    """A file in GridFS, read in chunks. The driver's own reader always fetches 16 MB at once."""
 
     def __init__(self, chunks: Any, entry: Document) -> None:
         self._uploaded = entry.get("uploadDate")
@@ -270,7 +238,7 @@ class _OpenFile:
         self._size = int(entry["length"])
         self._chunk_size = int(entry["chunkSize"])
         if self._chunk_size < 1:
-            raise ValueError(f"its chunks have {self._chunk_size} bytes")
+            raise ValueError(f"its chunk size is {self._chunk_size}")
 
     @property
     def size(self) -> int:
@@ -279,7 +247,7 @@ class _OpenFile:
     @property
     def identity(self) -> Hashable:
         """A value that changes at least every ten minutes: the database does not record when a chunk was changed."""
-        return str(self._id), self._size, self._uploaded, int(time.monotonic() // _CHECKED_AGAIN_SECONDS)
+        return str(self._id), self._size, self._uploaded, int(time.monotonic() // _RECHECK_SECONDS)
 
     async def sha256(self, turns: asyncio.Semaphore) -> str:
         digest = hashlib.sha256()
@@ -293,14 +261,14 @@ class _OpenFile:
     async def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
         while start < end:
             first = start // self._chunk_size
-            last = min((end - 1) // self._chunk_size, first + _CHUNKS_AT_A_TIME - 1)
+            last = min((end - 1) // self._chunk_size, first + _CHUNKS_PER_READ - 1)
             with translate_errors("reading a file"):
                 wanted = {"files_id": self._id, "n": {"$gte": first, "$lte": last}}
                 found = await self._chunks.find(wanted, sort=[("n", ASCENDING)]).to_list()
             data = b"".join(chunk["data"] for chunk in found)
             begin = first * self._chunk_size
             if len(data) != min((last + 1) * self._chunk_size, self._size) - begin:
-                raise FileLost(f"In GridFS chunks {first} to {last} of the file {self._id} are not all there")
+                raise FileLost(f"Some of the chunks {first} to {last} of the file {self._id} in GridFS are missing")
             yield data[start - begin : end - begin]
             start = begin + len(data)
 

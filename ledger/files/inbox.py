@@ -24,7 +24,7 @@ HASH_CHUNK_BYTES: Final = 4 << 20
 """Bytes of a file that are read before another file gets its turn."""
 MISSING_FILE_ERRNOS: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 """Errors of `open` that mean that the file does not exist."""
-_FAULT_OF_THE_JOB: Final = MISSING_FILE_ERRNOS | {errno.EACCES, errno.EPERM, errno.ENODEV, errno.EAGAIN}
+_JOB_FAULT_ERRNOS: Final = MISSING_FILE_ERRNOS | {errno.EACCES, errno.EPERM, errno.ENODEV, errno.EAGAIN}
 """Errors that a job can cause below its directory, also by modes, devices and leases (EAGAIN). Others are transient."""
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -56,7 +56,7 @@ class InboxFile:
         try:
             self._directory = os.open(path.parents[2], _DIRECTORY)
         except OSError as error:
-            raise _opening_failed(path, error, MISSING_FILE_ERRNOS) from error
+            raise classify_open_error(path, error) from error
         try:
             for name in (path.parents[1].name, path.parent.name):
                 inner = os.open(name, _DIRECTORY, dir_fd=self._directory)
@@ -66,12 +66,12 @@ class InboxFile:
             self._require_regular(os.stat(path.name, dir_fd=self._directory, follow_symlinks=False))
             self._descriptor = os.open(path.name, _FILE, dir_fd=self._directory)
         except OSError as error:
-            raise _opening_failed(path, error, _FAULT_OF_THE_JOB) from error
+            raise classify_open_error(path, error, _JOB_FAULT_ERRNOS) from error
         self._require_regular(os.fstat(self._descriptor))
 
     def _require_regular(self, found: os.stat_result) -> None:
         if not stat.S_ISREG(found.st_mode):
-            raise FileLost(f"{self._path} is no file")
+            raise FileLost(f"{self._path} is not a regular file")
 
     def __enter__(self) -> InboxFile:
         return self
@@ -103,7 +103,7 @@ class InboxFile:
             digest.update(piece)
             yield piece
         if digest.hexdigest() != self._path.name:
-            raise FileLost(f"The file {self._path.name} has another content than its name says")
+            raise FileLost(f"The content of the file {self._path.name} does not match its digest")
 
     def verify(self) -> CooperativeWork[None]:
         """Read the content and compare its digest with the name.
@@ -128,6 +128,9 @@ def open_verified(path: Path) -> CooperativeWork[InboxFile]:
     return file
 
 
-def _opening_failed(path: Path, error: OSError, lost: frozenset[int]) -> FileLost | FileStoreUnavailable:
+def classify_open_error(
+    path: Path, error: OSError, lost: frozenset[int] = MISSING_FILE_ERRNOS
+) -> FileLost | FileStoreUnavailable:
+    """Return the error for a failed `open`: the file does not exist, or this machine cannot open it now."""
     kind = FileLost if error.errno in lost else FileStoreUnavailable
     return kind(f"{path} cannot be opened: {error.strerror}")

@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+from typing import IO
 
 from jobledger.ledger.domain.errors import FileDamaged, FileLost, FileStoreUnavailable, FileTooLarge, NotARegularFile
 from jobledger.ledger.domain.limits import MAX_FILE_BYTES
-from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, MISSING_FILE_ERRNOS
+from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES
 from jobledger.ledger.system.cooperative_threads import CooperativeWork
 from jobledger.ledger.system.private_files import FILE_MODE
 
@@ -73,7 +74,7 @@ class LocalFile:
             with translate_read_errors(self._path):
                 piece = await asyncio.to_thread(os.pread, self._descriptor, min(READ_CHUNK_BYTES, end - start), start)
             if not piece:
-                raise FileLost(f"{self._path} has become shorter while it was read")
+                raise FileLost(f"{self._path} was truncated while it was read")
             start += len(piece)
             if start >= end and self._is_changed():
                 raise FileDamaged(f"{self._path} was changed while it was read")
@@ -122,12 +123,6 @@ def check_size(path: Path, size: int) -> None:
         raise FileTooLarge(f"'{path}' has {size} bytes. At most {MAX_FILE_BYTES} are allowed")
 
 
-def classify_open_error(path: Path, error: OSError) -> FileLost | FileStoreUnavailable:
-    """Return the error for a failed `open`: the file does not exist, or this machine cannot open it now."""
-    kind = FileLost if error.errno in MISSING_FILE_ERRNOS else FileStoreUnavailable
-    return kind(f"{path} cannot be opened: {error.strerror}")
-
-
 @contextmanager
 def translate_read_errors(path: Path) -> Iterator[None]:
     """Convert errors of reading. A file that the disk cannot read (EIO) is lost; other errors are transient."""
@@ -153,7 +148,7 @@ def open_regular_file(path: Path) -> BufferedReader:
         raise NotARegularFile(f"'{path}' is {_KINDS.get(_file_type(path.stat()), 'a device')}") from error
     if (kind := _file_type(os.fstat(descriptor))) != stat.S_IFREG:
         os.close(descriptor)
-        raise NotARegularFile(f"'{path}' is {_KINDS.get(kind, 'no regular file')}")
+        raise NotARegularFile(f"'{path}' is {_KINDS.get(kind, 'not a regular file')}")
     return os.fdopen(descriptor, "rb")
 
 
@@ -166,22 +161,29 @@ def move_file(path: Path, file: BufferedReader, target: Path) -> None:
 
     `file` is the same file, opened: another file may have replaced it at `path` meanwhile.
     """
-    if not path.is_symlink():  # of a link, what it leads to is wanted, as it is now
-        with suppress(OSError):  # another file system, or another's file
-            os.utime(path)  # when it was saved, not when its content was made: see `set_aside`
+    if not path.is_symlink():  # of a symbolic link, the current content of its target is stored
+        with suppress(OSError):  # another file system, or another user's file
+            os.utime(path)  # the time of saving, not that of the content: see `begin_removal`
             path.chmod(FILE_MODE)
             path.replace(target)
             return
-    with (
-        tempfile.NamedTemporaryFile(dir=target.parent.parent, delete=False) as copy,  # the root: see remove_orphans
-        remove_on_exit(Path(copy.name)) as copied,
-    ):
+    with new_file(target, target.parent.parent) as copy:
         file.seek(0)
         shutil.copyfileobj(file, copy, 1 << 20)
-        copy.flush()
-        os.fsync(copy.fileno())
-        copied.chmod(FILE_MODE)
-        copied.replace(target)
+
+
+@contextmanager
+def new_file(target: Path, directory: Path) -> Iterator[IO[bytes]]:
+    """Write a temporary file in `directory`, and move it to `target` when it is complete and on disk.
+
+    In a store, `directory` is the root, where `remove_orphans` looks for files of killed processes.
+    """
+    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file, remove_on_exit(Path(file.name)) as path:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        path.chmod(FILE_MODE)
+        path.replace(target)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Final
 from pymongo import ReturnDocument
 
 from jobledger.ledger.domain.errors import FileStoreUnavailable
+from jobledger.ledger.files.local_files import new_file
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
-from jobledger.ledger.system.private_files import FILE_MODE, make_private_directory
+from jobledger.ledger.system.private_files import make_private_directory
 
 COLLECTION: Final = "result_store"
 MARKER_FILE_NAME: Final = "store-id"
@@ -73,16 +73,8 @@ class StoreMarker:
         make_private_directory(root)
         if read_marker(root) is not None:
             return
-        with tempfile.NamedTemporaryFile("w", dir=root, delete=False) as file:
-            path = Path(file.name)
-            try:
-                file.write(f"{self.store_id}\n{_NOTE}")
-                file.flush()
-                os.fsync(file.fileno())
-                path.chmod(FILE_MODE)
-                path.replace(root / MARKER_FILE_NAME)
-            finally:
-                path.unlink(missing_ok=True)
+        with new_file(root / MARKER_FILE_NAME, root) as file:
+            file.write(f"{self.store_id}\n{_NOTE}".encode())
 
 
 def read_marker(root: Path) -> str | None:

@@ -164,7 +164,7 @@ def no_integrity_check(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(*_: object) -> None:
         return
 
-    monkeypatch.setattr("jobledger.ledger.files.integrity.IntegrityChecker.check", check)
+    monkeypatch.setattr("jobledger.ledger.files.file_store.IntegrityChecker.check", check)
 
 
 async def find_stored_path(api: Api, path: str) -> Path:

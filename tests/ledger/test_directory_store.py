@@ -54,7 +54,7 @@ def test_same_content_is_stored_once(store: DirectoryStore, tmp_path: Path) -> N
     assert list_files(store) == [store.path(first.sha256)]
     after = store.path(first.sha256).stat()
     assert after.st_ino == before.st_ino
-    assert after.st_mtime_ns >= before.st_mtime_ns, "a save updates the time: see DirectoryStore.set_aside"
+    assert after.st_mtime_ns >= before.st_mtime_ns, "a save updates the time: see FileStore.begin_removal"
 
 
 def test_put_file_moves_file_into_store(store: DirectoryStore, tmp_path: Path) -> None:

@@ -185,14 +185,14 @@ async def test_disk_lost_during_ingest_raises_unavailable(
 ) -> None:
     OURS.write(root)
     digest = put_content(tmp_path / "inbox")
-    real = DirectoryStore._adopt
+    real = DirectoryStore._write
 
     def lose_disk(self: DirectoryStore, *arguments: Any) -> Any:
         root.rename(tmp_path / "moved")
         root.mkdir()
         return real(self, *arguments)
 
-    monkeypatch.setattr(DirectoryStore, "_adopt", lose_disk)
+    monkeypatch.setattr(DirectoryStore, "_write", lose_disk)
     with pytest.raises(FileStoreUnavailable, match="is not the result store"):
         await DirectoryStore(root, marker=OURS).ingest(tmp_path / "inbox", digest)
     assert DirectoryStore(tmp_path / "inbox").path(digest).exists(), "a retry can store the file when the disk is back"

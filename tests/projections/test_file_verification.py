@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -156,7 +156,7 @@ async def test_file_of_another_size_is_damaged_without_hashing(
     monkeypatch.setattr(type(await store.open(whole, len(CONTENT))), "sha256", None)
     for sha256 in grown:
         for operation in (store.open, store.verify):
-            with pytest.raises(FileDamaged, match=f"{TERABYTE} bytes, and 3000 on record"):
+            with pytest.raises(FileDamaged, match=f"{TERABYTE} bytes instead of 3000"):
                 await operation(sha256, 3000)
     await (await store.open(whole, len(CONTENT))).close()
 
@@ -186,6 +186,12 @@ class EndlessFile:
                 self.pieces += 1
                 self.started.set()
                 await asyncio.sleep(0)
+
+    def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        raise NotImplementedError
 
 
 async def test_small_file_is_opened_while_large_files_are_hashed(store: FileStore, tmp_path: Path) -> None:
@@ -222,7 +228,7 @@ async def test_verify_files_has_no_open_cursor_while_it_hashes(
 ) -> None:
     """The pages are small, so that they end between files and between rows of one file."""
     monkeypatch.setattr("jobledger.projections.engine.file_verification._ROWS_PER_PAGE", 2)
-    monkeypatch.setattr("jobledger.ledger.files.gridfs._LISTED_AT_ONCE", 2)
+    monkeypatch.setattr("jobledger.ledger.files.gridfs._LISTED_PER_READ", 2)
     digests = [await put_file(store, tmp_path, b"%d" % number) for number in range(5)]
     rows = [
         {"_id": f"{digest}{copy}", "path": f"p{digest}{copy}", "sha256": digest, "size": 1}

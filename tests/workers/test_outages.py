@@ -160,7 +160,7 @@ async def test_inbox_file_that_cannot_be_opened_is_retried(
 async def test_every_error_of_the_store_is_retried(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adopt, errors = DirectoryStore._adopt, list(STORE_ERRORS)
+    adopt, errors = DirectoryStore._write, list(STORE_ERRORS)
 
     def fail(self: DirectoryStore, file: Any, target: Path) -> Any:
         if errors:
@@ -168,7 +168,7 @@ async def test_every_error_of_the_store_is_retried(
             raise OSError(number, os.strerror(number), str(target))
         return adopt(self, file, target)
 
-    monkeypatch.setattr(DirectoryStore, "_adopt", fail)
+    monkeypatch.setattr(DirectoryStore, "_write", fail)
     monkeypatch.setattr("jobledger.workers.message_handler._STORE_RETRY_DELAYS", (0.01,))
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT)
@@ -185,7 +185,7 @@ async def test_job_waiting_for_the_store_can_be_cancelled_and_released(
     def fail(self: DirectoryStore, file: Any, target: Path) -> None:
         raise OSError(errno.EACCES, "Permission denied", str(target))
 
-    monkeypatch.setattr(DirectoryStore, "_adopt", fail)
+    monkeypatch.setattr(DirectoryStore, "_write", fail)
     options = WorkerOptions(confinement=NO_CONFINEMENT, shutdown_grace_seconds=0.1)
     async with run_roles_in_process(connection, store, projector=True) as roles:
         async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
@@ -208,7 +208,7 @@ async def test_job_process_killed_while_its_requests_wait_is_detected(
     def fail(self: DirectoryStore, file: Any, target: Path) -> None:
         raise OSError(errno.EACCES, "Permission denied", str(target))
 
-    monkeypatch.setattr(DirectoryStore, "_adopt", fail)
+    monkeypatch.setattr(DirectoryStore, "_write", fail)
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT)
     ) as roles:
