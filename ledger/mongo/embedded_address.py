@@ -34,7 +34,7 @@ def build_uri(socket_path: Path, key: str) -> str:
     """Return the URI of the server, which contains the secret."""
     return (
         f"mongodb://__system:{quote(key, safe='')}@{quote(str(socket_path), safe='')}/"
-        "?authSource=local&replicaSet=rs0&directConnection=true"
+        "?authSource=local&directConnection=true"
     )
 
 
@@ -72,7 +72,7 @@ def choose_socket_path(data_dir: Path) -> Path:
         OSError: The directory cannot be written.
     """
     path = data_dir / SOCKET_NAME
-    if _SOCKET_PATH.fullmatch(str(path)) and _takes_sockets(data_dir):
+    if _SOCKET_PATH.fullmatch(str(path)) and _supports_sockets(data_dir):
         return path
     name = f"jobledger-{os.geteuid()}-{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]}"
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
@@ -95,7 +95,7 @@ def _make_own_directory(path: Path) -> None:
     make_private_directory(path)
 
 
-def _takes_sockets(directory: Path) -> bool:
+def _supports_sockets(directory: Path) -> bool:
     """Return whether a directory supports sockets. Some file systems, such as shared folders, do not."""
     trial = directory / f"{SOCKET_NAME}.{os.getpid()}"
     if not _SOCKET_PATH.fullmatch(str(trial)):

@@ -26,7 +26,6 @@ class ServerInfo(BaseModel):
 
     uri: str
     pid: int
-    owner_pid: int
 
 
 class OwnerLock:

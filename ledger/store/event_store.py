@@ -17,7 +17,6 @@ import bson
 import structlog
 from pymongo import ASCENDING, DESCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from jobledger.ledger.domain.canonical_json import TextTooLong
@@ -46,9 +45,9 @@ _log = structlog.get_logger()
 StoredDocument = tuple[Document, bytes]
 """A document of the log and the BSON from which it was decoded."""
 EVENTS_COLLECTION: Final = "events"
-MAX_POSITION = 2**63 - 1  # what the database can count to
+MAX_POSITION = 2**63 - 1  # the largest integer of BSON
 _MAX_VOIDED_AT_ONCE = 10_000
-"""Missing positions that are voided at once. More than a few occur only if the counter was changed by hand."""
+"""Missing positions that are voided at once. More than a few occur only if a user has changed the counter."""
 _ENCODE_CHUNK_BYTES = 64 * 1024
 """After this many bytes of an append, other tasks may run. A larger event is encoded in a thread."""
 _HEAD_READ_ATTEMPTS = 8
@@ -61,6 +60,7 @@ _WITHOUT_METADATA = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
 _LOCATION_FIELDS = dict.fromkeys(("stream", "version", "type", "schema", "time"), 1)
 _BATCH_EVENTS = 1000
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
+_POSITIONS = [("_id", ASCENDING)]
 
 
 class ReadPosition(NamedTuple):
@@ -76,7 +76,7 @@ class ReadPosition(NamedTuple):
 
 
 class EventStore:
-    """The event log of one database. Register it as a listener of the process's `ChangeStream`."""
+    """The log of one database and its API. A listener of the process's `ChangeStream`."""
 
     def __init__(
         self, db: Database, limits: EventStoreLimits | None = None, *, collection: str = EVENTS_COLLECTION
@@ -84,20 +84,20 @@ class EventStore:
         """Open the log in a collection. Only an import uses another one than `events`, and only reads it."""
         self.collection = collection
         self._db = db
-        self._limits = limits or EventStoreLimits()
+        self.limits = limits or EventStoreLimits()
         self._events = db.get_collection(
             collection, codec_options=LENIENT_CODEC, write_concern=DURABLE, read_concern=MAJORITY
         )
-        self._appender = Appender(db, self._events, self._limits)
+        self._appender = Appender(db, self._events, self.limits)
         self.clock = get_server_clock(db.client)
-        """Says when something is due."""
-        self._tail = LiveTail(self._limits.max_tail_events, self._limits.max_tail_bytes)
+        """The database server's clock. It decides when something is due."""
+        self._tail = LiveTail(self.limits.max_tail_events, self.limits.max_tail_bytes)
         self.may_have_lost_events = False
         """Whether events may have been removed: one was deleted, or the change stream was opened again."""
         self.append_durations = DurationHistogram()
-        """How long appends took that were written, from the call to the answer."""
+        """The durations of successful appends."""
         self._gap_timer: asyncio.TimerHandle | None = None
-        self._gap_tasks: set[asyncio.Task[None]] = set()
+        self._gap_task: asyncio.Task[None] | None = None
 
     async def prepare(self) -> None:
         """Create the index that makes versions unique. If this user may not create it, check that it exists.
@@ -139,11 +139,10 @@ class EventStore:
     async def aclose(self) -> None:
         """Stop background tasks after pending appends have finished."""
         await self._appender.wait_until_idle()
-        for task in tuple(self._gap_tasks):  # a task that ends removes itself from the set
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        if self._gap_timer is not None:  # last, for the tasks set it
+        if self._gap_task is not None:
+            self._gap_task.cancel()
+            await asyncio.gather(self._gap_task, return_exceptions=True)
+        if self._gap_timer is not None:  # last, because the task sets it
             self._gap_timer.cancel()
 
     # Append -------------------------------------------------------------------------------------------------------
@@ -271,7 +270,7 @@ class EventStore:
         position, head = last_read.position, 0
         for look in range(_HEAD_READ_ATTEMPTS):
             if look:
-                await asyncio.sleep(self._limits.gap_timeout_seconds / 2)
+                await asyncio.sleep(self.limits.gap_timeout_seconds / 2)
             head = await self.head_position()
             if head >= position and await self._has_event(last_read):
                 return
@@ -302,9 +301,9 @@ class EventStore:
         found: dict[str, ReadPosition] = {}
         for collection, query, name in _READERS:
             with suppress(LedgerUnavailable), translate_errors("reading how far the log was read"):
-                async for place in self._db[collection].find(query, {"position": 1, "hash": 1}):
-                    if isinstance(place.get("position"), int):
-                        found[name.format(place["_id"])] = ReadPosition.from_document(place)
+                async for reader in self._db[collection].find(query, {"position": 1, "hash": 1}):
+                    if isinstance(reader.get("position"), int):
+                        found[name.format(reader["_id"])] = ReadPosition.from_document(reader)
         return found
 
     async def last_reserved_position(self) -> int:
@@ -318,12 +317,12 @@ class EventStore:
     async def oldest_position(self) -> int:
         """Return the smallest position in the log, 0 when it is empty."""
         with translate_errors("reading the beginning of the log"):
-            first = await self._events.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=[("_id", ASCENDING)])
+            first = await self._events.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=_POSITIONS)
             return first["_id"] if first else 0
 
     async def version_at(self, stream: str, position: int) -> int:
         """Return the version that a stream had at a position, 0 if it had not begun. Reads the later events."""
-        with translate_errors(f"looking for a place in {stream}"):
+        with translate_errors(f"reading the version of {stream}"):
             query = {"stream": stream, "_id": {"$lte": position}}
             last = await self._events.find_one(query, {"version": 1}, sort=[("version", DESCENDING)], hint=_VERSIONS)
             return last["version"] if last else 0
@@ -336,51 +335,31 @@ class EventStore:
         Waits for slow appenders, then voids the gaps they left (see `appender`). With `without_metadata` the events
         have no IDs, hashes and metadata, which projections do not need.
         """
-        _check_position(after)
+        check_position(after)
+        fields = _WITHOUT_METADATA if without_metadata else None
+        limit = limit or self.limits.page_events
         with translate_errors("reading the log"):
             while True:
-                fields = _WITHOUT_METADATA if without_metadata else None
-                documents = await self._page(after, limit or self._limits.page_events, fields=fields)
-                dense = [
-                    document for position, document in enumerate(documents, after + 1) if document["_id"] == position
+                query = {"_id": {"$gt": after}}
+                # A negative limit requests a single batch, and the server puts at most 16 MB into one.
+                cursor = self._events.find(query, fields, sort=_POSITIONS, limit=-limit, batch_size=limit)
+                documents = await cursor.to_list()
+                events = [
+                    RecordedEvent(it) for position, it in enumerate(documents, after + 1) if it["_id"] == position
                 ]
-                if dense or not documents:
-                    return [RecordedEvent(document) for document in dense]
+                if events or not documents:
+                    return events
                 await self._wait_for_gaps(after, documents)
 
-    async def _page(
-        self,
-        after: int,
-        limit: int,
-        events: AsyncCollection[Document] | None = None,
-        fields: Mapping[str, int] | None = None,
-    ) -> list[Document]:
-        """Return the next documents as stored; fewer than `limit` if they are large.
-
-        A negative limit requests a single batch, and the server puts at most 16 MB into one.
-        """
-        query = {"_id": {"$gt": after}}
-        events = self._events if events is None else events  # a collection has no truth value
-        cursor = events.find(query, fields, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit)
-        return await cursor.to_list()
-
-    # What only verification asks for: documents as they are stored, whatever was done to them.
-
-    @property
-    def gap_timeout_seconds(self) -> float:
-        """How long an appender may take from reserving a position to writing its event, before readers void the
-        position.
-        """
-        return self._limits.gap_timeout_seconds
+    # Documents as they are stored, possibly damaged. For verification.
 
     async def read_documents(self, *, after: int, limit: int) -> list[StoredDocument]:
         """Return documents after a position as they are stored, including damaged ones that can be decoded. May have
         gaps.
         """
         with translate_errors("reading the log"):
-            found = self._events.find_raw_batches(
-                {"_id": {"$gt": after}}, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit
-            )
+            query = {"_id": {"$gt": after}}
+            found = self._events.find_raw_batches(query, sort=_POSITIONS, limit=-limit, batch_size=limit)
             batches: list[Any] = await found.to_list()  # the driver's type hints say documents, it yields bytes
             return [stored for batch in batches for stored in _split_batch(batch)]
 
@@ -418,19 +397,21 @@ class EventStore:
         Voiding too early is always safe, because the writer then reserves another position. So the writers' clocks can
         be trusted here.
         """
-        old = datetime.now(UTC) - timedelta(seconds=10 * self._limits.gap_timeout_seconds)
+        old = datetime.now(UTC) - timedelta(seconds=10 * self.limits.gap_timeout_seconds)
         evidence = [it["_id"] for it in takewhile(lambda document: RecordedEvent(document).time < old, documents)]
         if not evidence:
-            await asyncio.sleep(self._limits.gap_timeout_seconds)
+            await asyncio.sleep(self.limits.gap_timeout_seconds)
             evidence = [document["_id"] for document in documents]
-        there = set(evidence)
-        holes = (position for position in range(after + 1, evidence[-1]) if position not in there)
-        missing = list(islice(holes, _MAX_VOIDED_AT_ONCE))
-        present = {document["_id"] async for document in self._find_at(missing)}
-        await self._appender.void_positions(position for position in missing if position not in present)
+        arrived = set(evidence)
+        gaps = (position for position in range(after + 1, evidence[-1]) if position not in arrived)
+        await self._void_missing(list(islice(gaps, _MAX_VOIDED_AT_ONCE)))
 
-    def _find_at(self, positions: Sequence[int]) -> AsyncIterator[Document]:
-        return self._events.find({"_id": {"$in": list(positions)}}).__aiter__()
+    async def _void_missing(self, positions: Sequence[int]) -> list[Document]:
+        """Void the positions at which there is no event, and return the events at the others."""
+        present = await self._events.find({"_id": {"$in": list(positions)}}).to_list()
+        arrived = {document["_id"] for document in present}
+        await self._appender.void_positions(position for position in positions if position not in arrived)
+        return present
 
     # Subscribe ----------------------------------------------------------------------------------------------------
 
@@ -445,7 +426,7 @@ class EventStore:
         With `chunk_bytes`, chunks have at most this size (approximate JSON bytes, at least one event), and nothing is
         read ahead. This suits many subscribers that may be slow.
         """
-        _check_position(after)
+        check_position(after)
         subscription = Subscription(self.read, self._tail, after, types, chunk_bytes)
         try:
             yield subscription
@@ -468,29 +449,24 @@ class EventStore:
         """Start the timeout for missing positions, one for all of them."""
         if self._gap_timer is None and (newest := self._tail.newest_out_of_order) is not None:
             self._gap_timer = asyncio.get_running_loop().call_later(
-                self._limits.gap_timeout_seconds, self._start_gap_filling, newest
+                self.limits.gap_timeout_seconds, self._start_gap_filling, newest
             )
 
     def _start_gap_filling(self, evidence: int) -> None:
         """Fill the positions that are still missing before an event that arrived one timeout ago."""
         missing = self._tail.missing_below(evidence, _MAX_VOIDED_AT_ONCE)
-        if not missing:
+        if missing:
+            self._gap_task = asyncio.create_task(self._fill_gaps(missing), name="fill-gaps")
+        else:
             self._gap_timer = None
             self._schedule_gap_filling()
-            return
-        task = asyncio.create_task(self._fill_gaps(missing), name="fill-gaps")
-        self._gap_tasks.add(task)
-        task.add_done_callback(self._gap_tasks.discard)
 
     async def _fill_gaps(self, missing: Sequence[int]) -> None:
         """Load events that the change stream did not deliver and void the other positions. The change stream
         delivers those.
         """
         try:
-            present = [document async for document in self._find_at(missing)]
-            seen = {document["_id"] for document in present}
-            await self._appender.void_positions(position for position in missing if position not in seen)
-            for document in present:
+            for document in await self._void_missing(missing):
                 self._tail.add(document)
         except PyMongoError as error:
             _log.warning("gap not filled, retrying", positions=missing[:10], error=summarize_error(error))
@@ -512,10 +488,15 @@ def _split_batch(batch: bytes) -> Iterator[StoredDocument]:
         begin = end
 
 
-def _check_position(after: int) -> None:
-    """Reject positions before the first and after the last possible one, where gaps could not be filled."""
-    if not 0 <= after <= MAX_POSITION:
-        raise ValueError(f"{after} is not a position: expected 0 (the beginning of the log) to {MAX_POSITION}")
+def check_position(after: Any) -> int:
+    """Return a position that was given from outside, or 0.
+
+    Raises:
+        ValueError: No event can have this position, and gaps before it could not be filled.
+    """
+    if isinstance(after, int) and not isinstance(after, bool) and 0 <= after <= MAX_POSITION:
+        return after
+    raise ValueError(f"{after!r} is not a position: expected 0 (the beginning of the log) to {MAX_POSITION}")
 
 
 def _check_distinct_streams(appends: Iterable[StreamAppend]) -> None:

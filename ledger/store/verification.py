@@ -187,7 +187,7 @@ async def _pages(
                 return
             else:
                 gap_reads += 1
-                await asyncio.sleep(event_store.gap_timeout_seconds / 2)
+                await asyncio.sleep(event_store.limits.gap_timeout_seconds / 2)
             if after < end:
                 fetching = asyncio.ensure_future(event_store.read_documents(after=after, limit=1000))
                 await asyncio.sleep(0)  # start the read

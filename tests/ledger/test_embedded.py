@@ -309,13 +309,11 @@ def test_find_running_server_returns_uri_until_stop(tmp_path: Path) -> None:
 
 
 def test_server_info_without_lock_is_stale(server: EmbeddedServer, tmp_path: Path) -> None:
-    write_server_info(tmp_path, ServerInfo(uri=server.uri, pid=server.pid, owner_pid=os.getpid()))
+    write_server_info(tmp_path, ServerInfo(uri=server.uri, pid=server.pid))
     assert find_running_server(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    "text", ['{"uri": "mongo', '{"uri": "%s", "pid": 1, "owner_pid": 1}'], ids=["truncated", "wrong pid"]
-)
+@pytest.mark.parametrize("text", ['{"uri": "mongo', '{"uri": "%s", "pid": 1}'], ids=["truncated", "wrong pid"])
 def test_server_info_that_does_not_match_is_stale(text: str, server: EmbeddedServer) -> None:
     path = server.data_dir / "server.json"
     original = path.read_text()
