@@ -29,7 +29,7 @@ from jobledger.ledger.domain.errors import ConfigurationError, JobledgerError, L
 from jobledger.ledger.domain.events import EVENT_TYPES, Event, RecordedEvent
 from jobledger.ledger.mongo.connection import MAJORITY, Connection, Database, check_server, translate_errors
 from jobledger.ledger.store.change_stream import ChangeStream
-from jobledger.ledger.store.event_store import MAX_POSITION, EventStore, ReadPosition
+from jobledger.ledger.store.event_store import EventStore, ReadPosition, check_position
 from jobledger.ledger.store.subscription import Subscription
 
 _log = structlog.get_logger()
@@ -63,9 +63,7 @@ class _Opened:
 
 
 class LedgerClient:
-    """Opens any number of subscriptions that share one connection and one change stream, until the last one is
-    closed.
-    """
+    """Opens subscriptions that share one connection and one change stream. Both close with the last subscription."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -96,22 +94,22 @@ class LedgerClient:
             LogTruncated: The log ends before the position of the named subscription.
             LedgerUnavailable: The database is unreachable. Open subscriptions survive interruptions.
         """
-        wanted, begin = _types_of(types), _position_of(after)
+        wanted, begin = _types_of(types), check_position(after or 0)
         _check_name(name)
         async with self._connected() as opened:
-            place = SubscriptionCursor(opened.db, name) if name is not None else None
-            if place is not None:
-                read = await place.acquire(initial_position=begin)
+            cursor = SubscriptionCursor(opened.db, name) if name is not None else None
+            if cursor is not None:
+                read = await cursor.acquire(initial_position=begin)
                 await opened.event_store.check_not_truncated(read, f"the subscription {name!r}")
                 begin = read.position
             async with opened.event_store.subscribe(after=begin) as subscription:
-                events = SubscriptionEvents(opened.event_store, subscription, wanted, place, opened.change_stream_task)
-                finished = False
+                events = SubscriptionEvents(opened.event_store, subscription, wanted, cursor, opened.change_stream_task)
+                is_last_processed = False
                 try:
                     yield events
-                    finished = True
+                    is_last_processed = True
                 finally:
-                    await events.close(finished=finished)
+                    await events.close(is_last_processed=is_last_processed)
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[_Opened]:
@@ -136,11 +134,11 @@ async def _open(connection: Connection) -> AsyncIterator[_Opened]:
     async with connection.client() as client:
         db = client[connection.db_name]
         await check_server(db, needs_write=False)
-        log, changes = EventStore(db), ChangeStream(db)
-        changes.add_listener(log)
-        async with changes.running() as change_stream_task:
-            yield _Opened(db, log, change_stream_task)
-            await log.aclose()
+        event_store, change_stream = EventStore(db), ChangeStream(db)
+        change_stream.add_listener(event_store)
+        async with change_stream.running() as change_stream_task:
+            yield _Opened(db, event_store, change_stream_task)
+            await event_store.aclose()
 
 
 class SubscriptionCursor:
@@ -154,13 +152,13 @@ class SubscriptionCursor:
     async def acquire(self, *, initial_position: int) -> ReadPosition:
         """Take over the subscription and return its position: `initial_position` if it is new."""
         with translate_errors(f"opening the subscription {self._name}"):
-            place = await self._cursors.find_one_and_update(
+            stored = await self._cursors.find_one_and_update(
                 {"_id": self._name},
                 [{"$set": {"holder": self._holder, "position": {"$ifNull": ["$position", initial_position]}}}],
                 upsert=True,
                 return_document=True,
             )
-        return ReadPosition.from_document(place) if place else ReadPosition(initial_position)
+        return ReadPosition.from_document(stored) if stored else ReadPosition(initial_position)
 
     async def save(self, done: ReadPosition) -> None:
         """Save the position up to which all events are processed.
@@ -190,25 +188,25 @@ class SubscriptionEvents:
         event_store: EventStore,
         subscription: Subscription,
         types: frozenset[str] | None,
-        place: SubscriptionCursor | None,
+        cursor: SubscriptionCursor | None,
         change_stream_task: asyncio.Task[None],
     ) -> None:
         self._event_store = event_store
         self._subscription = subscription
         self._types = types
-        self._place = place
+        self._cursor = cursor
         self._change_stream_task = change_stream_task
         self._reading: asyncio.Task[list[RecordedEvent]] | None = None
-        self._waiting: deque[RecordedEvent] = deque()
-        self._received = self._done = self._saved = subscription.position
+        self._pending: deque[RecordedEvent] = deque()
+        self._received = self._processed = self._saved = subscription.position
         self._saving = asyncio.Lock()
         self._saver: asyncio.Task[None] | None = None
-        self._closed = False
+        self._is_closed = False
 
     @property
     def position(self) -> int:
         """All events up to this position are processed, or of other types."""
-        return self._done
+        return self._processed
 
     def __aiter__(self) -> Self:
         return self
@@ -219,13 +217,13 @@ class SubscriptionEvents:
         Raises:
             SubscriptionTakenOver: Another process has taken over the subscription.
         """
-        if self._closed:
+        if self._is_closed:
             raise RuntimeError("this subscription is closed")
-        self._count_as_done()
-        while not self._waiting:
+        self._mark_processed()
+        while not self._pending:
             await self._receive()
-            self._count_as_done()
-        return self._waiting.popleft()
+            self._mark_processed()
+        return self._pending.popleft()
 
     async def save(self) -> None:
         """Save the position now instead of within a second.
@@ -235,20 +233,20 @@ class SubscriptionEvents:
             LedgerUnavailable: The database does not respond. A later save may succeed.
         """
         async with self._saving:
-            if self._place is not None and self._done > self._saved:
-                done = self._done
-                await self._place.save(ReadPosition(done, await self._event_store.hash_at(done)))
+            if self._cursor is not None and self._processed > self._saved:
+                done = self._processed
+                await self._cursor.save(ReadPosition(done, await self._event_store.hash_at(done)))
                 self._saved = done
 
-    def _count_as_done(self) -> None:
-        """Mark the events that were handed out as processed, because the caller requests the next one."""
-        self._done = self._waiting[0].position - 1 if self._waiting else self._received
-        if self._place is not None and self._done > self._saved and self._saver is None:
+    def _mark_processed(self) -> None:
+        """Mark the events that were returned as processed, because the caller requests the next one."""
+        self._processed = self._pending[0].position - 1 if self._pending else self._received
+        if self._cursor is not None and self._processed > self._saved and self._saver is None:
             self._saver = asyncio.create_task(self._save_soon(), name="save-subscription")
 
     async def _save_soon(self) -> None:
         """Save the position once a second until it is current."""
-        while self._done > self._saved:
+        while self._processed > self._saved:
             await asyncio.sleep(_SAVE_SECONDS)
             try:
                 await self.save()
@@ -274,13 +272,13 @@ class SubscriptionEvents:
                 await asyncio.sleep(_PAUSE_SECONDS)
                 return
             self._received = chunk[-1].position
-            self._waiting.extend(it for it in chunk if self._types is None or it.type in self._types)
+            self._pending.extend(it for it in chunk if self._types is None or it.type in self._types)
 
-    async def close(self, *, finished: bool) -> None:
-        """Save the position. `finished`: the last event handed out is processed."""
-        self._closed = True
-        if finished:
-            self._count_as_done()
+    async def close(self, *, is_last_processed: bool) -> None:
+        """Save the position. `is_last_processed`: the last event that was returned is processed."""
+        self._is_closed = True
+        if is_last_processed:
+            self._mark_processed()
         for task in (self._reading, self._saver):
             if task is not None:
                 task.cancel()
@@ -312,11 +310,3 @@ def _type_of(wanted: type[Event] | str) -> str:
 def _check_name(name: Any) -> None:
     if name is not None and not (isinstance(name, str) and name):
         raise ValueError(f"the name of a subscription must be a non-empty string, got {name!r}")
-
-
-def _position_of(after: Any) -> int:
-    if after is None:
-        return 0
-    if not isinstance(after, int) or isinstance(after, bool) or not 0 <= after <= MAX_POSITION:
-        raise ValueError(f"after must be a position, 0 for the beginning of the log, got {after!r}")
-    return after

@@ -25,7 +25,7 @@ _UTC = orjson.OPT_NAIVE_UTC
 
 
 class TextTooLong(Exception):
-    """The text would be longer than the caller allows. `size` is its approximate length in bytes, 0 if unknown."""
+    """The text is longer than the caller allows. `size` is its approximate length in bytes, 0 if unknown."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -39,7 +39,7 @@ def canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes:
 
     Args:
         value: The value.
-        max_bytes: The largest text that the caller has time for. A text of 8 MB may take a second.
+        max_bytes: The maximum length of the text. A text of 8 MB may take a second.
 
     Raises:
         InvalidEvent: The value contains NaN, infinity, an integer beyond ±(2^53 - 1), broken Unicode, or a type that
@@ -49,7 +49,7 @@ def canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes:
     try:
         text = orjson.dumps(value, default=_encode_scalar, option=JSON_OPTIONS)
     except orjson.JSONEncodeError:
-        text = b""  # the walk knows better what is wrong
+        text = b""  # `_plain` names the wrong value
     if len(text) > max_bytes or (not text and max_bytes < sys.maxsize):
         raise TextTooLong(len(text))
     try:
@@ -59,9 +59,9 @@ def canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes:
 
 
 def try_canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes | None:
-    """Return the canonical JSON of a value that has only JSON's own types and no whole floats, in a fast way.
+    """Return the canonical JSON of a value that has only JSON's own types and no whole floats.
 
-    Return None for other values, and for some that need a closer look. `canonical_json` encodes those.
+    Return None for other values, and for texts that need the slow path. `canonical_json` encodes those.
 
     Raises:
         TextTooLong: As `canonical_json`.
@@ -108,7 +108,7 @@ def _plain(value: Any, depth: int) -> Any:
         joined = "".join(value)
         if "$" in joined or "\0" in joined:
             _reject_names(value)
-        # RFC 8785 sorts by UTF-16 code units; for ASCII that is what Python's sort does.
+        # RFC 8785 sorts by UTF-16 code units. For ASCII this is the order of Python's sort.
         names = sorted(value) if joined.isascii() else sorted(value, key=lambda name: name.encode("utf-16-be"))
         return {name: _plain(value[name], depth + 1) for name in names}
     if isinstance(value, int):  # also BSON's Int64

@@ -21,7 +21,7 @@ JobledgerError
     ├── NotFound                it does not exist
     ├── AlreadyExists           the ID is taken
     └── InvalidState            it is in another state
-        └── NotDue              the job must not start yet
+        └── NotDue              the job is not due yet
 """
 
 from __future__ import annotations
@@ -147,4 +147,4 @@ class InvalidState(CommandRejected):
 
 
 class NotDue(InvalidState):
-    """The job must not start yet."""
+    """The job is not due yet."""

@@ -25,7 +25,7 @@ _SUB_MILLISECONDS = [timedelta(microseconds=microseconds) for microseconds in ra
 
 
 def truncate_to_milliseconds(time: datetime) -> datetime:
-    """Return a time in UTC, truncated to the milliseconds that BSON keeps. So hashes survive the database.
+    """Return a time in UTC, truncated to the milliseconds that BSON keeps, so that hashes stay valid.
 
     Raises:
         ValueError: In UTC the time is before year 1 or after year 9999.
@@ -68,10 +68,9 @@ Teams = Annotated[list[str], Field(exclude_if=operator.not_)]
 
 
 class Webhook(_Value):
-    """Where to send a message about the end.
+    """Where to send a message when the job or batch is finished.
 
-    Header values and signing secrets never enter the log: `secrets_ref` is
-    the ID of the document that holds them.
+    The log contains no header values and signing secrets. `secrets_ref` is the ID of the document that holds them.
 
     `has_own_secrets`: the message is signed with secrets of its own, not with the endpoint's.
     """
@@ -251,7 +250,7 @@ class JobFailed(Event):
 
 
 class JobLeaseExpired(Event):
-    """The worker stopped sending heartbeats. Its attempt is over, and the job is pending again."""
+    """The worker stopped sending heartbeats. Its attempt has ended, and the job is pending again."""
 
     worker_id: str
     attempt: int
@@ -309,7 +308,7 @@ class JobDeleted(_UserEvent):
 
 
 class WorkerFenced(Event):
-    """A worker reported for an attempt that was over, and the report was rejected."""
+    """A worker reported for an attempt that had ended, and the report was rejected."""
 
     worker_id: str
     attempt: int
@@ -320,7 +319,7 @@ class WorkerFenced(Event):
 
 
 class BatchCounts(_Value):
-    """The number of a batch's jobs per outcome."""
+    """The number of a batch's jobs per status."""
 
     completed: int = 0
     failed: int = 0
@@ -356,7 +355,7 @@ class BatchResumed(_UserEvent):
 
 
 class BatchFinished(Event):
-    """The last of the batch's jobs has ended."""
+    """All jobs of the batch are finished."""
 
     status: Literal["completed", "partial", "failed"]
     counts: BatchCounts
@@ -393,7 +392,7 @@ WebhookEventType = Literal[
 class DeliveryQueued(Event):
     """A webhook message is to be sent.
 
-    `source`, a job or batch, ended with the event at `source_version` of its stream.
+    The job or batch `source` finished with the event at `source_version` of its stream.
     """
 
     source: str
@@ -521,8 +520,8 @@ class RecordedEvent:
     """An event in the log: a document of `events` whose payload is parsed on first use.
 
     Two are equal if they are the same event at the same position. Code that only forwards events, or filters by type,
-    works with unknown types: the log may contain events of a later version of this program. The properties also work
-    for a damaged event. Then `event` raises `UnreadableEvent`.
+    works with unknown types: the log may contain events of a later version of this program. All properties but `event`
+    also work for a damaged event.
     """
 
     __slots__ = ("_document", "_event", "stream", "type")

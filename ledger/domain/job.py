@@ -54,7 +54,7 @@ pauses each for a second or more. It must end: after 5 failures and then `max_at
 def decide(command: commands.JobCommand, job: Job | None) -> list[events.JobEvent]:
     """Return the events that a command causes.
 
-    A worker that reports for an attempt that is over gets no error. The event `WorkerFenced` records the rejection.
+    A worker that reports for an attempt that has ended gets no error. The event `WorkerFenced` records the rejection.
 
     Raises:
         NotFound: There is no such job, or it was deleted.

@@ -4,8 +4,8 @@ MongoDB stores at most 16 MiB in one document, so nothing that enters a view's d
 are two kinds of numbers here:
 
 * Limits are checked when an event is appended (`check_event`), for every caller: API, worker, command or library.
-* Budgets are what the views keep of each field. The projector truncates larger values. So events that were written
-  before there were limits, or by other programs, also fit into documents.
+* Budgets are what the views keep of each field. The projector truncates larger values, so events that were written
+  by earlier versions or by other programs also fit into documents.
 
 A job's document is the largest. In MiB:
 
@@ -87,6 +87,15 @@ _BSON_FACTOR: Final = 9
 """BSON takes up to this many times the bytes of JSON: 17 for `0,` in a long list."""
 
 
+_MAX_CHARACTERS: Final = {
+    "job_name": MAX_TITLE_CHARACTERS,
+    "job_type": MAX_NAME_CHARACTERS,
+    "batch_name": MAX_TITLE_CHARACTERS,
+    "step": MAX_STEP_NAME_CHARACTERS,
+    "reason": MAX_REASON_CHARACTERS,
+}
+
+
 def check_event(event: events.Event, text_bytes: int) -> None:
     """Reject an event that exceeds a limit.
 
@@ -97,10 +106,15 @@ def check_event(event: events.Event, text_bytes: int) -> None:
     Raises:
         InvalidEvent: The message contains the field, the limit and the actual value.
     """
-    if (checks := _CHECKS.get(type(event))) is not None:
-        checks(event, text_bytes)
-    if text_bytes > MAX_REASON_CHARACTERS:
-        _check_text("reason", getattr(event, "reason", None), MAX_REASON_CHARACTERS)
+    if (check := _CHECKS.get(type(event))) is not None:
+        check(event, text_bytes)
+    if (access_control := getattr(event, "access_control", None)) is not None:
+        _check_access(access_control)
+    if text_bytes * _BSON_FACTOR > MAX_PARAMETERS_BYTES:
+        _check_bytes("parameters", getattr(event, "parameters", None), MAX_PARAMETERS_BYTES)
+    if text_bytes > MAX_NAME_CHARACTERS:
+        for field, limit in _MAX_CHARACTERS.items():
+            _check_text(field, getattr(event, field, None), limit)
 
 
 def check_steps(count: int, output_bytes: int) -> None:
@@ -130,42 +144,22 @@ def check_changed_parameters(total_bytes: int) -> None:
         )
 
 
-def _check_submission(submission: events.JobSubmitted | events.BatchSubmitted, text_bytes: int) -> None:
-    _check_access(submission.access_control)
+def _check_submission(submission: events.JobSubmitted | events.BatchSubmitted, _text_bytes: int) -> None:
     if submission.teams:
         _check_count("teams", len(submission.teams), MAX_TEAMS, "groups")
     if submission.webhook is not None:
         _check_text("webhook.url", submission.webhook.url, MAX_URL_CHARACTERS)
         _check_count("webhook.headers", len(submission.webhook.header_names), MAX_WEBHOOK_HEADERS, "headers")
     _check_text("user_id", submission.user_id, MAX_NAME_CHARACTERS)
-    _check_parameters(submission, text_bytes)
-
-
-def _check_job(submission: events.JobSubmitted, text_bytes: int) -> None:
-    _check_submission(submission, text_bytes)
-    if text_bytes > MAX_NAME_CHARACTERS:
-        _check_text("job_name", submission.job_name, MAX_TITLE_CHARACTERS)
-        _check_text("job_type", submission.job_type, MAX_NAME_CHARACTERS)
 
 
 def _check_batch(submission: events.BatchSubmitted, text_bytes: int) -> None:
     _check_submission(submission, text_bytes)
-    _check_text("batch_name", submission.batch_name, MAX_TITLE_CHARACTERS)
     _check_count("jobs", len(submission.job_ids), MAX_BATCH_JOBS, "jobs")
-
-
-def _check_parameters(event: events.JobSubmitted | events.BatchSubmitted | events.JobUpdated, text_bytes: int) -> None:
-    if text_bytes * _BSON_FACTOR > MAX_PARAMETERS_BYTES:
-        _check_bytes("parameters", event.parameters, MAX_PARAMETERS_BYTES)
-
-
-def _check_change_of_access(event: events.JobAccessChanged | events.BatchAccessChanged, _text_bytes: int) -> None:
-    _check_access(event.access_control)
 
 
 def _check_step(event: events.StepCompleted, text_bytes: int) -> None:
     if text_bytes > MAX_STEP_NAME_CHARACTERS:
-        _check_text("step", event.step, MAX_STEP_NAME_CHARACTERS)
         _check_count("warnings", len(event.warnings), MAX_STEP_WARNINGS, "warnings")
         _check_bytes("warnings", event.warnings, MAX_STEP_WARNING_BYTES)
 
@@ -179,11 +173,8 @@ def _check_results(event: events.JobCompleted, text_bytes: int) -> None:
 
 
 _CHECKS: Final[Mapping[type[events.Event], Callable[[Any, int], None]]] = {
-    events.JobSubmitted: _check_job,
+    events.JobSubmitted: _check_submission,
     events.BatchSubmitted: _check_batch,
-    events.JobUpdated: _check_parameters,
-    events.JobAccessChanged: _check_change_of_access,
-    events.BatchAccessChanged: _check_change_of_access,
     events.StepCompleted: _check_step,
     events.JobCompleted: _check_results,
 }

@@ -24,7 +24,7 @@ def parse_timestamp(text: str) -> datetime:
         moment = datetime.fromisoformat(text)
     except ValueError:
         if lost := _LOST_PLUS.fullmatch(text):
-            raise ValueError(f"write the + of an offset as %2B in an address: {lost[1]}%2B{lost[2]}") from None
+            raise ValueError(f"write the + of an offset as %2B in a URL: {lost[1]}%2B{lost[2]}") from None
         raise ValueError(f"expected a time with a UTC offset, such as {EXAMPLE_TIMESTAMP}") from None
     if moment.tzinfo is None:
         written = moment.isoformat()

@@ -14,13 +14,19 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobledger.ledger.domain.errors import FileLost, FileStoreUnavailable, ResourceUnavailable, classify_os_error
+from jobledger.ledger.domain.errors import (
+    FileLost,
+    FileStoreUnavailable,
+    FileTooLarge,
+    ResourceUnavailable,
+    classify_os_error,
+)
+from jobledger.ledger.domain.limits import MAX_FILE_BYTES
 from jobledger.ledger.files.file_store import ORPHAN_AGE_SECONDS, FileStore, StoredFile, file_store_executor
 from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, InboxFile, classify_open_error
 from jobledger.ledger.files.local_files import (
     OPEN_FLAGS,
     LocalFile,
-    check_size,
     has_content,
     move_file,
     new_file,
@@ -169,7 +175,8 @@ class DirectoryStore(FileStore):
         path = Path(os.fspath(path))  # a subclass might do anything
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open_regular_file(path) as file:
-            check_size(path, os.fstat(file.fileno()).st_size)
+            if (size := os.fstat(file.fileno()).st_size) > MAX_FILE_BYTES:
+                raise FileTooLarge(f"'{path}' has {size} bytes. At most {MAX_FILE_BYTES} are allowed")
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.seek(0, os.SEEK_END)
             if self._durable:

@@ -58,7 +58,9 @@ class GridFSStore(FileStore):
         Raises:
             LedgerUnavailable: The database is unreachable, or this user lacks privileges.
         """
-        with translate_errors("preparing results.store: gridfs (the rights it needs: jobledger mongo-roles)"):
+        with translate_errors(
+            "preparing results.store: gridfs (`jobledger mongo-roles` prints the privileges it needs)"
+        ):
             await self._files.create_index([("filename", ASCENDING), ("uploadDate", ASCENDING)])
             await self._chunks.create_index([("files_id", ASCENDING), ("n", ASCENDING)], unique=True)
             # Only our own files have this field: others may use the bucket as they like.

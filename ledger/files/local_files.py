@@ -16,8 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
-from jobledger.ledger.domain.errors import FileDamaged, FileLost, FileStoreUnavailable, FileTooLarge, NotARegularFile
-from jobledger.ledger.domain.limits import MAX_FILE_BYTES
+from jobledger.ledger.domain.errors import FileDamaged, FileLost, FileStoreUnavailable, NotARegularFile
 from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES
 from jobledger.ledger.system.cooperative_threads import CooperativeWork
 from jobledger.ledger.system.private_files import FILE_MODE
@@ -111,16 +110,6 @@ def has_content(target: Path, sha256: str, size: int) -> CooperativeWork[bool]:
     except FileNotFoundError:
         return False
     return True
-
-
-def check_size(path: Path, size: int) -> None:
-    """Reject a file that is too large.
-
-    Raises:
-        FileTooLarge: It has more than `limits.MAX_FILE_BYTES`.
-    """
-    if size > MAX_FILE_BYTES:
-        raise FileTooLarge(f"'{path}' has {size} bytes. At most {MAX_FILE_BYTES} are allowed")
 
 
 @contextmanager

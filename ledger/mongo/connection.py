@@ -11,16 +11,8 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import InvalidBSON
 from pymongo import AsyncMongoClient, MongoClient, WriteConcern
 from pymongo.asynchronous.database import AsyncDatabase
-from pymongo.errors import (
-    ConfigurationError as DriverConfigurationError,
-)
-from pymongo.errors import (
-    InvalidURI,
-    OperationFailure,
-    PyMongoError,
-    ServerSelectionTimeoutError,
-    WTimeoutError,
-)
+from pymongo.errors import ConfigurationError as DriverConfigurationError
+from pymongo.errors import InvalidURI, OperationFailure, PyMongoError, ServerSelectionTimeoutError, WTimeoutError
 from pymongo.read_concern import ReadConcern
 
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable, UnreadableEvent
@@ -36,7 +28,7 @@ LENIENT_CODEC: CodecOptions[Document] = CodecOptions(
 )
 """Also decodes damaged documents, so that one damaged event does not prevent reading others."""
 
-MIN_SERVER_VERSION = (5, 0)  # field names with dots and dollars, and $$NOW in updates, as the ledger uses them
+MIN_SERVER_VERSION = (5, 0)  # field names with dots and dollars, and $$NOW in updates, which Jobledger uses
 DURABLE = WriteConcern(w="majority", j=True)
 MAJORITY = ReadConcern("majority")
 LOCAL = ReadConcern("local")
@@ -59,6 +51,8 @@ class Connection:
             "tz_aware": True,
             "readPreference": "primary",  # whatever the URI says: decisions need what is true now
             "appname": "jobledger",
+            "w": "majority",
+            "journal": True,
         }
 
     def client(self) -> AsyncMongoClient[Document]:
@@ -67,26 +61,24 @@ class Connection:
         Raises:
             ConfigurationError: The URI is not valid.
         """
-        with _readable_uri(self.uri):
-            options = self._options()
-            clock = ServerClock()
-            options["event_listeners"] = [*options.get("event_listeners", ()), clock]
-            client: AsyncMongoClient[Document] = AsyncMongoClient(self.uri, w="majority", journal=True, **options)
+        clock = ServerClock()
+        with _translate_uri_errors(self.uri):
+            client: AsyncMongoClient[Document] = AsyncMongoClient(self.uri, event_listeners=[clock], **self._options())
         clock.attach_client(client)
         return client
 
     def blocking_client(self) -> MongoClient[Document]:
         """Return a client for a separate thread (heartbeats), which a busy event loop cannot delay."""
-        with _readable_uri(self.uri):
-            return MongoClient(self.uri, w="majority", journal=True, **self._options())
+        with _translate_uri_errors(self.uri):
+            return MongoClient(self.uri, **self._options())
 
 
 @contextmanager
-def _readable_uri(uri: str) -> Iterator[None]:
+def _translate_uri_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (InvalidURI, DriverConfigurationError, ValueError) as error:
-        # The driver quotes what it takes for a host or a name, and that may be a piece of the password.
+        # The driver's message quotes parts of the URI, perhaps of the password.
         why = "details are omitted because they may contain the password" if "@" in uri else str(error)
         raise ConfigurationError(
             f"mongodb.uri is not valid: {why}. Expected, for example, "
@@ -116,8 +108,8 @@ def server_error_code(error: BaseException) -> int | None:
 def summarize_error(error: PyMongoError) -> str:
     """Return the readable part of a driver error. The rest describes the topology."""
     text = str(error).split(", Timeout:")[0].split(", full error")[0].split(" to execute command")[0]
-    # What the driver says when it gives up a connection whose server has stopped answering its heartbeat.
-    return "the server does not answer" if text == "operation cancelled" else text
+    # The driver's message when it closes a connection because the server has stopped responding to heartbeats.
+    return "the server does not respond" if text == "operation cancelled" else text
 
 
 UNAUTHORIZED = 13  # the server's error codes
@@ -157,7 +149,7 @@ async def check_server(db: Database, *, needs_write: bool = True) -> None:
             raise DatabaseUnsuitable(_STANDALONE)
         if tuple(int(part) for part in version.split(".")[:2]) < MIN_SERVER_VERSION:
             raise DatabaseUnsuitable(
-                f"MongoDB {version} is too old: the ledger needs "
+                f"MongoDB {version} is too old: Jobledger needs "
                 f"{MIN_SERVER_VERSION[0]}.{MIN_SERVER_VERSION[1]} or newer."
             )
         if needs_write:
@@ -175,7 +167,7 @@ async def check_server(db: Database, *, needs_write: bool = True) -> None:
         if error.code in _TRANSIENT_CODES:
             raise LedgerUnavailable(f"MongoDB cannot be used now: {summarize_error(error)}") from error
         raise DatabaseUnsuitable(
-            f"MongoDB rejects an operation that the ledger needs: {summarize_error(error)}"
+            f"MongoDB rejects an operation that Jobledger needs: {summarize_error(error)}"
         ) from error
     except PyMongoError as error:
         raise LedgerUnavailable(f"The database failed during the check at startup: {summarize_error(error)}") from error
@@ -196,7 +188,7 @@ class OplogWindow:
 
 
 OPLOG_ADVICE = (
-    "The ledger loses nothing (readers continue from the collection), but a member that is down for longer must be "
+    "No event is lost (readers continue from the collection), but a member that is down for longer must be "
     "resynchronized. Increase the oplog with replSetResizeOplog."
 )
 
@@ -218,8 +210,8 @@ async def read_oplog_window(db: Database) -> OplogWindow | None:
                 return None
             raise
     hours = (last["ts"].time - first["ts"].time) / 3600 if first and last else 0.0
-    most = stats.get("maxSize", 0)
-    return OplogWindow(most / 2**20, hours, is_full=stats.get("size", 0) > 0.9 * most)
+    max_size = stats.get("maxSize", 0)
+    return OplogWindow(max_size / 2**20, hours, is_full=stats.get("size", 0) > 0.9 * max_size)
 
 
 async def read_transaction_limit_seconds(db: Database) -> int | None:
@@ -228,7 +220,7 @@ async def read_transaction_limit_seconds(db: Database) -> int | None:
     Raises:
         LedgerUnavailable: The database is unreachable.
     """
-    with translate_errors("reading its parameters"):
+    with translate_errors("reading parameters of the server"):
         try:
             answer = await db.client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
         except OperationFailure as error:
@@ -243,7 +235,7 @@ _SHARDED = (
     "collection on one replica set. Set mongodb.uri to the members of a replica set."
 )
 _STANDALONE = (
-    "This MongoDB is a standalone server, and the ledger needs a replica set (one node is enough): change streams and "
+    "This MongoDB is a standalone server, but Jobledger needs a replica set (one node is enough): change streams and "
     "transactions do not exist without one. Start mongod with --replSet rs0 (or `replication: {replSetName: rs0}` in "
     "mongod.conf), then run `rs.initiate()` once in mongosh. Or set mongodb.uri to `embedded`."
 )

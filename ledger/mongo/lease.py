@@ -19,6 +19,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import structlog
@@ -74,11 +75,11 @@ class LeaseObservation:
 
     @property
     def seconds_since_heartbeat(self) -> float:
-        """Return for how long there was no other heartbeat."""
+        """The time since the last new heartbeat."""
         return time.monotonic() - self._since
 
     def is_expired(self, seconds: float = 0.0) -> bool:
-        """Return whether there was no other heartbeat for the time of the lease, and for `seconds`."""
+        """Return whether there was no new heartbeat for the duration of the lease, and for `seconds`."""
         return self.heartbeat is not None and self.seconds_since_heartbeat >= max(self._seconds, seconds)
 
 
@@ -101,7 +102,7 @@ class Lease:
         self.fencing_token = 0
         self.current_lease: Document = {}
         """The document of the lease, when `acquire` has last returned False."""
-        self._beats = (0.0, -math.inf)
+        self._heartbeats = (0.0, -math.inf)
         """On the steady clock: since when no heartbeat has been missed, and when the last one was sent."""
 
     async def acquire(self, attributes: Mapping[str, Any], *, observation: LeaseObservation | None = None) -> bool:
@@ -114,23 +115,37 @@ class Lease:
         Raises:
             LedgerUnavailable: The database is unreachable.
         """
+        # Each thread has its own events: it may still run when the next `acquire` begins.
         self._lost = lost = asyncio.Event()
         self._stop = stop = threading.Event()
         loop = asyncio.get_running_loop()
         progress = LoopProgress(min(self._seconds / _TICKS_PER_LEASE, 1.0))
-        acquired: asyncio.Future[int | None] = loop.create_future()
-        # Each thread has events of its own: it may still run when the next `acquire` begins.
-        thread = threading.Thread(
-            target=self._keep,
-            args=(loop, acquired, dict(attributes), observation or LeaseObservation(), stop, lost, progress),
-            name=f"lease-{self._id}",
-            daemon=True,
-        )
+        acquired: Future[int | None] = Future()
+        acquired.set_running_or_notify_cancel()  # only the thread completes it
+
+        def hold() -> None:
+            try:
+                with self._connection.blocking_client() as client:
+                    leases = client[self._connection.db_name][self._collection]
+                    begun = time.monotonic()
+                    token = self._try_acquire(leases, attributes, observation or LeaseObservation())
+                    self._heartbeats = (begun, begun)
+                    acquired.set_result(token)
+                    good_until = begun + self._seconds
+                    if token is None or self._extend_until_stopped(leases, token, good_until, stop, progress):
+                        return
+            except Exception as error:  # noqa: BLE001 - the waiting caller must get the error
+                if not acquired.done():
+                    acquired.set_exception(error)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(lost.set)
+
+        thread = threading.Thread(target=hold, name=f"lease-{self._id}", daemon=True)
         thread.start()
         fencing_token = None
         try:
-            with translate_errors("taking a lease"):
-                fencing_token = await acquired
+            with translate_errors("acquiring a lease"):
+                fencing_token = await asyncio.wrap_future(acquired)
         except asyncio.CancelledError:
             stop.set()  # otherwise the thread would keep an unused lease
             raise
@@ -149,7 +164,7 @@ class Lease:
     @property
     def uninterrupted_seconds(self) -> float:
         """For how long the lease was extended without a missing heartbeat; 0 while one is missing."""
-        since, last = self._beats
+        since, last = self._heartbeats
         now = time.monotonic()
         return now - since if now - last <= MISSED_HEARTBEAT_SHARE * self._seconds else 0.0
 
@@ -167,30 +182,9 @@ class Lease:
         await asyncio.to_thread(self._thread.join, _RELEASE_SECONDS)
         self._thread = None
 
-    def _keep(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        acquired: asyncio.Future[int | None],
-        facts: Document,
-        seen: LeaseObservation,
-        stop: threading.Event,
-        lost: asyncio.Event,
-        progress: LoopProgress,
-    ) -> None:
-        try:
-            with self._connection.blocking_client() as client:
-                leases = client[self._connection.db_name][self._collection]
-                begun = time.monotonic()
-                fencing_token = self._take(leases, facts, seen)
-                self._beats = (begun, begun)
-                _call_on_loop(loop, _resolve, acquired, fencing_token)
-                if fencing_token is None or self._beat(leases, fencing_token, begun + self._seconds, stop, progress):
-                    return
-        except Exception as error:  # noqa: BLE001 - the waiting caller must get the error
-            _call_on_loop(loop, _resolve, acquired, error)
-        _call_on_loop(loop, lost.set)
-
-    def _take(self, leases: Collection[Document], facts: Document, seen: LeaseObservation) -> int | None:
+    def _try_acquire(
+        self, leases: Collection[Document], attributes: Mapping[str, Any], observation: LeaseObservation
+    ) -> int | None:
         """Acquire the lease in one write if it is free. Return its fencing token, None if another process holds it.
 
         The server's clock counts only for a holder that was never observed to extend its lease. So a process that has
@@ -199,7 +193,7 @@ class Lease:
         """
         acquisition_id = secrets.token_hex(8)
         mine: Document = {
-            **{name: {"$literal": value} for name, value in facts.items()},
+            **{name: {"$literal": value} for name, value in attributes.items()},
             "fencing_token": {"$add": [{"$ifNull": ["$fencing_token", 0]}, 1]},
             "seconds": self._seconds,
             "released": False,
@@ -208,10 +202,10 @@ class Lease:
             "lease_until": _expiry_after(self._seconds),
         }
         free: list[Any] = [{"$eq": [{"$ifNull": ["$fencing_token", 0]}, 0]}, {"$eq": ["$released", True]}]
-        if not seen.was_extended:
+        if not observation.was_extended:
             free.append({"$lte": ["$lease_until", "$$NOW"]})
-        if seen.is_expired(self._seconds):
-            free.append({"$eq": ["$heartbeat", seen.heartbeat]})
+        if observation.is_expired(self._seconds):
+            free.append({"$eq": ["$heartbeat", observation.heartbeat]})
         taken = {"$replaceWith": {"$cond": [{"$or": free}, {"$mergeObjects": ["$$ROOT", mine]}, "$$ROOT"]}}
         with timeout(max(self._seconds, self._connection.connect_timeout_ms / 1000)):
             document = leases.find_one_and_update(
@@ -222,7 +216,7 @@ class Lease:
         self.current_lease = document or {}
         return None
 
-    def _beat(
+    def _extend_until_stopped(
         self,
         leases: Collection[Document],
         fencing_token: int,
@@ -236,7 +230,7 @@ class Lease:
         """
         mine = {"_id": self._id, "fencing_token": fencing_token}
         extend = {"heartbeat": _NEXT_HEARTBEAT, "lease_until": _expiry_after(self._seconds)}
-        pause, away = self._seconds / 3, False
+        pause, is_interrupted = self._seconds / 3, False
         while not stop.wait(pause):
             if (missed := progress.count_missed()) >= _CHECKS_PER_LEASE:
                 if missed == _CHECKS_PER_LEASE:
@@ -248,33 +242,17 @@ class Lease:
                     extended = leases.update_one(mine, [{"$set": extend}])
                 if not extended.matched_count:
                     return False
-                good_until, pause, away = begun + self._seconds, self._seconds / 3, False
-                since, last = self._beats
-                self._beats = (since if begun - last <= MISSED_HEARTBEAT_SHARE * self._seconds else begun, begun)
+                good_until, pause, is_interrupted = begun + self._seconds, self._seconds / 3, False
+                since, last = self._heartbeats
+                self._heartbeats = (since if begun - last <= MISSED_HEARTBEAT_SHARE * self._seconds else begun, begun)
             except PyMongoError as error:
-                if not away:  # log once per outage
+                if not is_interrupted:  # log once per outage
                     _log.warning("lease renewal failed, retrying", lease_id=self._id, error=summarize_error(error))
-                pause, away = min(_RETRY_SECONDS, self._seconds / 3), True
+                pause, is_interrupted = min(_RETRY_SECONDS, self._seconds / 3), True
         try:
             with timeout(max(good_until - time.monotonic(), 0.1)):
-                leases.update_one(
-                    {"_id": self._id, "fencing_token": fencing_token},
-                    [{"$set": {"heartbeat": _NEXT_HEARTBEAT, "lease_until": "$$NOW", "released": True}}],
-                )
+                released = {"heartbeat": _NEXT_HEARTBEAT, "lease_until": "$$NOW", "released": True}
+                leases.update_one(mine, [{"$set": released}])
         except PyMongoError as error:
             _log.warning("lease not released, it will expire", lease_id=self._id, error=summarize_error(error))
         return True
-
-
-def _resolve(future: asyncio.Future[int | None], answer: int | Exception | None) -> None:
-    if future.done():
-        return
-    if isinstance(answer, Exception):
-        future.set_exception(answer)
-    else:
-        future.set_result(answer)
-
-
-def _call_on_loop(loop: asyncio.AbstractEventLoop, call: Any, *args: Any) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(call, *args)

@@ -94,25 +94,24 @@ class ServerClock(ServerHeartbeatListener):
     # Heartbeats of the driver -------------------------------------------------------------------------------------
 
     def started(self, event: ServerHeartbeatStartedEvent) -> None:
-        """Do nothing: a heartbeat without a response says nothing."""
+        """Do nothing: this heartbeat has no response yet."""
 
     def succeeded(self, event: ServerHeartbeatSucceededEvent) -> None:
         """Observe the clock of the member if it is the primary."""
         document = event.reply.document
         if document.get("isWritablePrimary") or document.get("ismaster"):  # `ismaster`: of a connection's first answer
-            said = document["localTime"].replace(tzinfo=UTC).timestamp()
-            self.observe(said, event.connection_id)
+            self.observe(document["localTime"].replace(tzinfo=UTC).timestamp(), event.connection_id)
 
     def failed(self, event: ServerHeartbeatFailedEvent) -> None:
         """Do nothing: the next primary's heartbeat reports its clock."""
 
-    def observe(self, said: float, primary: Any) -> None:
+    def observe(self, server_seconds: float, primary: Any) -> None:
         """Observe the server's time, in seconds since 1970, that a primary has just sent.
 
         The server's clock is at least there now. So an estimate that is behind is wrong and is replaced. An estimate
         that is ahead may be right if the response was slow, so the server must be asked.
         """
-        offset = said - _steady()
+        offset = server_seconds - _steady()
         if self._offset is None or offset > self._offset:
             self._offset = offset
         elif offset < self._offset - TOLERANCE_SECONDS:

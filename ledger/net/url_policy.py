@@ -22,17 +22,16 @@ _IPV4_COMPATIBLE = ip_network("::/96")  # RFC 4291, deprecated
 
 
 _LOWEST_FREE_PORT = 1024
-PUBLIC_ONLY_MESSAGE = "only public addresses are called, and those that `webhooks.allowed_private_hosts` names"
+PUBLIC_ONLY_MESSAGE = "only public addresses and those in `webhooks.allowed_private_hosts` are called"
 
 RejectionCode = Literal["BAD_URL", "PORT_REJECTED", "ADDRESS_REJECTED"]
 
 
 @dataclass(frozen=True, slots=True)
 class RejectionReason:
-    """Why a URL is not called.
+    """Why a URL is not called. `message` is for people: it starts in lower case and has no full stop.
 
-    The operator can allow a rejected address or port. A bad URL never becomes a good one. `message` is for people: it
-    starts in lower case and has no full stop.
+    The operator can allow a rejected address or port, but not a bad URL.
     """
 
     code: RejectionCode
@@ -65,21 +64,21 @@ class AllowedHosts:
             try:
                 self._networks.append(ip_network(entry, strict=False))
             except ValueError:
-                self._names.add(_plain_name(entry))
+                self._names.add(_normalize_host(entry))
 
     def address_rejection_reason(self, host: str, address: str) -> str | None:
         """Return why `host` must not be called at `address`; None if it may."""
-        real = _unwrapped(ip_address(address.partition("%")[0]))
-        if _plain_name(host) in self._names or any(real in network for network in self._networks):
+        real = _unwrap(ip_address(address.partition("%")[0]))
+        if _normalize_host(host) in self._names or any(real in network for network in self._networks):
             return None
-        return _why_not_public(real)
+        return _describe_non_public(real)
 
     def contains_host(self, host: str) -> bool:
         """Return whether the operator allows this host, or the network of this address."""
-        if _plain_name(host) in self._names:
+        if _normalize_host(host) in self._names:
             return True
         with suppress(ValueError):
-            real = _unwrapped(ip_address(host.partition("%")[0]))
+            real = _unwrap(ip_address(host.partition("%")[0]))
             return any(real in network for network in self._networks)
         return False
 
@@ -93,20 +92,20 @@ def rejection_reason(url: str, allowed: AllowedHosts) -> RejectionReason | None:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        return RejectionReason("BAD_URL", f"this is no address: {error}")
+        return RejectionReason("BAD_URL", f"this is not a URL: {error}")
     if parts.scheme not in ("http", "https") or not host:
-        return RejectionReason("BAD_URL", "expected an address that begins with http:// or https:// and names a host")
+        return RejectionReason("BAD_URL", "expected a URL that begins with http:// or https:// and has a host")
     if parts.username is not None or parts.password is not None:
         return RejectionReason(
             "BAD_URL",
-            "no user or password in the address, which everyone sees: send an Authorization header instead",
+            "the URL must not contain a user or password, which others can see: send an Authorization header instead",
         )
     if allowed.contains_host(host):
         return None
     if port is not None and port not in (80, 443) and port < _LOWEST_FREE_PORT:
         return RejectionReason(
             "PORT_REJECTED",
-            f"port {port} is not used for webhooks: only 80, 443 and those from {_LOWEST_FREE_PORT} on are",
+            f"port {port} is not allowed: only 80, 443 and ports from {_LOWEST_FREE_PORT} are",
         )
     with suppress(ValueError):
         if (kind := allowed.address_rejection_reason(host, str(ip_address(host.partition("%")[0])))) is not None:
@@ -119,7 +118,7 @@ _HOST_AT_FIRST: Final = re.compile(r"[\w-]+(\.[\w.-]*)?(?P<port>:\d+)?[.,;:!)]*"
 _REMOVED_BY_BROWSERS: Final = re.compile(r"[\t\r\n]")
 _STRIPPED_BY_BROWSERS: Final = "".join(map(chr, range(0x21)))
 USERINFO_MESSAGE: Final = (
-    "no user or password in a URL, which is published: put the file where it can be read without them, or at a URL "
+    "the URL must not contain a user or password, because it is published: use a URL that needs neither, or one "
     "that expires"
 )
 
@@ -171,25 +170,21 @@ def _is_prose(userinfo: str) -> bool:
     return re.search(r":\S", userinfo) is None
 
 
-def _plain_name(host: str) -> str:
+def _normalize_host(host: str) -> str:
     return host.rstrip(".").lower()
 
 
-def _unwrapped(address: Address) -> Address:
+def _unwrap(address: Address) -> Address:
     """Return the IPv4 address that an IPv6 address embeds, else the address."""
     if isinstance(address, IPv6Address):
-        if address.ipv4_mapped:
-            return address.ipv4_mapped
-        if address.sixtofour:
-            return address.sixtofour
-        if address.teredo:
-            return address.teredo[1]
+        if embedded := address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]:
+            return embedded
         if address in _NAT64 or (address in _IPV4_COMPATIBLE and int(address) > 1):
             return IPv4Address(int(address) & 0xFFFF_FFFF)
     return address
 
 
-def _why_not_public(address: Address) -> str | None:
+def _describe_non_public(address: Address) -> str | None:
     checks = {
         "an unspecified address": address.is_unspecified,
         "a loopback address": address.is_loopback,

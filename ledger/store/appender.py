@@ -2,8 +2,8 @@
 
 An appender reserves positions from a counter and then inserts its events at them. An appender that dies in between
 leaves a gap. A reader that sees a later event, but not this one, fills the gap with `PositionVoided`. `_id` is unique,
-so either that insert or the late appender's insert succeeds, and all readers see the same dense order. An appender
-whose position was voided reserves another one. docs/explanation.md describes the protocol and proves it.
+so either that insert or the late appender's insert succeeds, and all readers see the same order without gaps. If its
+position was voided, an appender reserves another one. docs/explanation.md describes the protocol and proves it.
 """
 
 from __future__ import annotations

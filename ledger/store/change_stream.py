@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,13 +43,11 @@ class ChangeListener(Protocol):
     @property
     def collection(self) -> str: ...
 
-    @property
-    def resync(self) -> Callable[[AsyncClientSession], Awaitable[None]]:
-        """Called when the stream was opened. Load the current state of the collection, reading with `session`."""
+    async def resync(self, session: AsyncClientSession, /) -> None:
+        """Load the current state of the collection, reading with `session`. Called when the stream was opened."""
 
-    @property
-    def on_change(self) -> Callable[[Mapping[str, Any]], None]:
-        """Called with a change stream event: a document was inserted, updated, replaced or deleted. Must not block."""
+    def on_change(self, change: Mapping[str, Any], /) -> None:
+        """Handle a change stream event: a document was inserted, updated, replaced or deleted. Must not block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ class CallbackListener:
 
     collection: str
     on_change: Callable[[Mapping[str, Any]], None]
-    resync: Callable[[AsyncClientSession], Awaitable[None]]
+    resync: Callable[[AsyncClientSession], Coroutine[Any, Any, None]]
 
 
 class ChangeStream:
@@ -137,7 +135,7 @@ class ChangeStream:
                 yield stream, opened_at
 
     def _pipeline(self) -> Sequence[Mapping[str, Any]]:
-        # Whole namespaces: the server compares them with those of its oplog; bare names it would turn into patterns.
+        # Complete namespaces: the server compares them with those of its oplog. It would turn bare names into patterns.
         spaces = {name: {"db": self._db.name, "coll": name} for name in {it.collection for it in self._listeners}}
         events: dict[str, Any] = {"ns": spaces.pop("events", None)}
         if self._event_types is not None:

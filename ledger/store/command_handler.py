@@ -108,7 +108,7 @@ async def handle_command(
     After a version conflict it decides again on the current state. It never repeats a decision blindly.
 
     Args:
-        log: The event store.
+        event_store: The event store.
         stream: The name of the stream.
         command: The command.
         meta: The metadata of the events.
@@ -142,10 +142,10 @@ async def handle_command(
             stream_state, is_current = await _catch_up(event_store, stream, stream_state), True
             continue
         try:
-            correlated = _correlated(meta, stream_state.aggregate)
+            correlated = _add_correlation_id(meta, stream_state.aggregate)
             appends = [
                 StreamAppend(stream, stream_state.head, events, correlated, now),
-                *_consequences(stream, stream_state, events, now),
+                *_derive_deliveries(stream, stream_state, events, now),
             ]
             recorded = (await event_store.append(*appends))[: len(events)] if events else []
         except VersionConflict:
@@ -158,12 +158,12 @@ async def handle_command(
             return CommandResult(recorded, stream_state.apply(recorded))
 
 
-def _consequences(
+def _derive_deliveries(
     stream: str, stream_state: StreamState, events: Sequence[Event], now: datetime
 ) -> Iterable[StreamAppend]:
-    """Yield the deliveries of webhooks for ends of the job or batch. They are queued in the same transaction.
+    """Yield a delivery for each event that finishes a job or batch with a webhook. The same transaction queues it.
 
-    The ID of a delivery is derived from the event. So each end has exactly one delivery, whichever process dies.
+    The ID of a delivery is derived from the event. Each such event has exactly one delivery, whichever process dies.
     """
     if not isinstance(stream_state.aggregate, Job | Batch) or stream_state.aggregate.spec.webhook is None:
         return
@@ -182,7 +182,7 @@ async def _catch_up(event_store: EventStore, stream: str, stream_state: StreamSt
     return stream_state
 
 
-def _correlated(meta: EventMetadata, state: Aggregate | None) -> EventMetadata:
+def _add_correlation_id(meta: EventMetadata, state: Aggregate | None) -> EventMetadata:
     """Add the batch of a job as correlation ID, so that all events of a batch can be found."""
     if meta.correlation_id is None and isinstance(state, Job | Delivery) and state.spec.batch_id is not None:
         return replace(meta, correlation_id=state.spec.batch_id)
@@ -192,8 +192,7 @@ def _correlated(meta: EventMetadata, state: Aggregate | None) -> EventMetadata:
 async def find_outcome(
     event_store: EventStore, stream: str, command: Command, *, stream_state: StreamState
 ) -> CommandResult | None:
-    """Find out, after `LedgerUnavailable`, whether a command took effect. Return None if it did not and may be
-    repeated.
+    """Return the result of a command that ended with `LedgerUnavailable`; None if it may be repeated.
 
     `stream_state` is the state that the command was decided on.
 
@@ -221,7 +220,7 @@ async def handle_command_until_known(
     """Handle a command, and repeat it while the database is unavailable. The command takes effect once.
 
     Args:
-        log: The event store.
+        event_store: The event store.
         stream: The name of the stream.
         command: The command.
         meta: The metadata of the events.
@@ -283,15 +282,12 @@ async def load_stream_states(
         async for events in parts:
             for event in events:
                 stream_state = found[event.stream]
-                if isinstance(stream_state, StreamState):
-                    found[event.stream] = _apply_event(stream_state, event)
+                if isinstance(stream_state, UnreadableEvent):
+                    continue
+                try:
+                    found[event.stream] = stream_state.apply((event,))
+                except UnreadableEvent as error:
+                    found[event.stream] = error
+                except Exception as error:  # noqa: BLE001 - no error may stop the other streams
+                    found[event.stream] = UnreadableEvent(f"{event.stream} cannot be read: {error!r}")
     return found
-
-
-def _apply_event(stream_state: StreamState, event: RecordedEvent) -> StreamState | UnreadableEvent:
-    try:
-        return stream_state.apply((event,))
-    except UnreadableEvent as error:
-        return error
-    except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other streams
-        return UnreadableEvent(f"{event.stream} cannot be read: {error!r}")

@@ -1,17 +1,17 @@
 """Signing secrets of webhook endpoints. An endpoint is a URL of one user (`endpoint_id_for`).
 
 Each endpoint has its own secret. So a message for one user never validates at the endpoint of another, even if both use
-the same URL. Secrets are stored only in the collection `endpoint_secrets`. They are in no event, log entry or response
-but the one that reveals them.
+the same URL. Secrets are stored only in the collection `endpoint_secrets`. No event, log entry or later response
+contains them.
 
 A secret is created on first use of its endpoint, and revealed by the submission that marks it as shown. Both are single
-atomic writes. So of several processes one creates it and one reveals it.
+atomic writes, so exactly one process creates it and one reveals it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -46,13 +46,10 @@ class RevealedSecret:
 
     endpoint_id: str
     url: str
-    secret: str
+    secret: str = field(repr=False)
 
     def to_response(self) -> dict[str, str]:
-        return {"endpoint_id": self.endpoint_id, "url": self.url, "secret": self.secret}
-
-    def __repr__(self) -> str:
-        return f"RevealedSecret({self.endpoint_id}, …)"
+        return asdict(self)
 
 
 async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
@@ -66,13 +63,13 @@ async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
         return
     with translate_errors("reading the endpoints of webhooks"):
         found = {it["_id"] async for it in db[COLLECTION].find({"_id": {"$in": list(by_id)}}, {"_id": 1})}
-        missing = [_new(it, _now(db)) for endpoint_id, it in by_id.items() if endpoint_id not in found]
+        missing = [_new_document(it, _now(db)) for endpoint_id, it in by_id.items() if endpoint_id not in found]
         if not missing:
             return
         try:
             await db[COLLECTION].insert_many(missing, ordered=False)
         except BulkWriteError as error:
-            # Another process has created some of them in this moment: theirs count.
+            # Another process has created some of them at the same time.
             if any(it["code"] != _DUPLICATE_KEY for it in error.details["writeErrors"]):
                 raise
 
@@ -82,7 +79,7 @@ def _now(db: Database) -> datetime:
     return get_server_clock(db.client).estimate()
 
 
-def _new(endpoint: Endpoint, now: datetime) -> Document:
+def _new_document(endpoint: Endpoint, now: datetime) -> Document:
     return {
         "_id": endpoint.endpoint_id,
         "user_id": endpoint.user_id,

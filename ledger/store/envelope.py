@@ -53,7 +53,7 @@ def build_documents(append: StreamAppend, documents: list[Document], max_bytes: 
     Args:
         append: The events.
         documents: The list.
-        max_bytes: The largest event that the caller has time for.
+        max_bytes: The maximum size of an event in bytes of JSON. Encoding 8 MB may take a second.
 
     Returns:
         Their size in bytes of canonical JSON.
@@ -89,17 +89,14 @@ def build_documents(append: StreamAppend, documents: list[Document], max_bytes: 
             raise InvalidEvent(f"a {document['type']} cannot be stored: {what}. Use a text, number, list or object")
         limits.check_event(event, len(text))
         document["hash"] = previous = hashlib.sha256(text).digest()
-        if len(text) > MAX_EVENT_BYTES // 10:  # BSON may take nine times as much
-            _refuse_too_large(document)
+        # BSON may take nine times as much as JSON.
+        if len(text) > MAX_EVENT_BYTES // 10 and (bson_bytes := len(encode_bson(document))) > MAX_EVENT_BYTES:
+            raise InvalidEvent(
+                f"a {document['type']} of {bson_bytes} bytes is too large: at most {MAX_EVENT_BYTES} are allowed"
+            )
         size += len(text)
         documents.append(document)
     return size
-
-
-def _refuse_too_large(document: Document) -> None:
-    size = len(encode_bson(document))
-    if size > MAX_EVENT_BYTES:
-        raise InvalidEvent(f"a {document['type']} of {size} bytes is too large: {MAX_EVENT_BYTES} can be stored")
 
 
 def encode_bson(document: Document) -> bytes:
@@ -111,7 +108,7 @@ def encode_bson(document: Document) -> bytes:
     try:
         return bson.encode(document)
     except (BSONError, ValueError, OverflowError) as error:
-        raise InvalidEvent(f"the database has no form for this {document['type']}: {error}") from error
+        raise InvalidEvent(f"BSON cannot express this {document['type']}: {error}") from error
 
 
 def build_void_document(position: int) -> Document:

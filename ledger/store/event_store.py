@@ -489,14 +489,14 @@ def _split_batch(batch: bytes) -> Iterator[StoredDocument]:
 
 
 def check_position(after: Any) -> int:
-    """Return a position that was given from outside, or 0.
+    """Return a position that a caller has given.
 
     Raises:
         ValueError: No event can have this position, and gaps before it could not be filled.
     """
     if isinstance(after, int) and not isinstance(after, bool) and 0 <= after <= MAX_POSITION:
         return after
-    raise ValueError(f"{after!r} is not a position: expected 0 (the beginning of the log) to {MAX_POSITION}")
+    raise ValueError(f"`after` must be a position, 0 (the beginning of the log) to {MAX_POSITION}, got {after!r}")
 
 
 def _check_distinct_streams(appends: Iterable[StreamAppend]) -> None:

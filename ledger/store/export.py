@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -30,6 +29,7 @@ from jobledger.ledger.store.hash_chain import GENESIS_HASH
 from jobledger.ledger.store.storage_format import find_deviation, find_envelope_deviation
 
 PAGE_EVENTS: Final = 2000
+_ADVICE: Final = "For details, run `jobledger log verify`."
 
 
 async def export_log(
@@ -55,39 +55,26 @@ async def export_log(
         raise ConfigurationError(f"{path} exists already: choose another name, or remove it")
     head = await event_store.head_position()
     part = path.with_name(f"{path.name}.part")
-    begun = _read_progress(part, after) if part.exists() else None
-    end = begun.last if begun is not None else min(up_to or head, head)
-    if begun is not None and up_to is not None and up_to != end:
+    interrupted = _read_progress(part, after) if part.exists() else None
+    end, position, digest, size = interrupted or _ExportProgress(min(up_to or head, head), after, GENESIS_HASH, 0)
+    if interrupted is not None and up_to is not None and up_to != end:
         raise ConfigurationError(f"{part} was begun for the events up to {end}: continue with that, or remove it")
     if end <= after:
-        raise ConfigurationError(f"there are no events behind position {after}: the log ends at {head}")
-    position, digest, size = (
-        (begun.position, begun.digest, begun.size) if begun is not None else (after, GENESIS_HASH, 0)
-    )
+        raise ConfigurationError(f"there are no events after position {after}: the log ends at {head}")
     with open_for_append(part, size) as write:
-        if begun is None:
-            about = {
-                "jobledger": "export",
-                "format": FORMAT,
-                "from": after + 1,
-                "to": end,
-                "exported_at": format_timestamp(datetime.now(UTC)),
-            }
-            write([orjson.dumps(about)])
+        if not size:
+            header = {"jobledger": "export", "format": FORMAT, "from": after + 1, "to": end}
+            write([orjson.dumps({**header, "exported_at": format_timestamp(datetime.now(UTC))})])
         while position < end:
             page = await event_store.read_documents(after=position, limit=min(PAGE_EVENTS, end - position))
             for expected, (document, _) in enumerate(page, position + 1):
                 if document["_id"] != expected:
-                    raise InvalidExportFile(
-                        f"The log has a hole at position {expected}: `jobledger log verify` says more."
-                    )
+                    raise InvalidExportFile(f"The log has a gap at position {expected}. {_ADVICE}")
                 if (what := find_envelope_deviation(document)) is not None:
-                    raise InvalidExportFile(
-                        f"The event at position {expected} {what}: `jobledger log verify` says more."
-                    )
+                    raise InvalidExportFile(f"The event at position {expected} is damaged: {what}. {_ADVICE}")
                 digest = hashlib.sha256(digest + document["hash"]).digest()
             if not page:
-                raise InvalidExportFile(f"The log ends at position {position}, and reached {end} before.")
+                raise InvalidExportFile(f"The log ends at position {position}, but had reached {end} before. {_ADVICE}")
             write([_encode_checked(document, raw) for document, raw in page])
             position += len(page)
             on_progress(position, end)
@@ -101,13 +88,10 @@ def _encode_checked(document: Document, raw: bytes) -> bytes:
         return encode_event(document)
     except (TypeError, ValueError) as error:
         what = find_deviation(document, raw, None) or f"cannot be written: {error}"
-        raise InvalidExportFile(
-            f"The event at position {document['_id']} {what}: `jobledger log verify` says more."
-        ) from error
+        raise InvalidExportFile(f"The event at position {document['_id']} is damaged: {what}. {_ADVICE}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _ExportProgress:
+class _ExportProgress(NamedTuple):
     """How far an interrupted export has got. The first `size` bytes of the file are complete."""
 
     last: int
@@ -118,26 +102,25 @@ class _ExportProgress:
 
 def _read_progress(part: Path, after: int) -> _ExportProgress | None:
     """Read a partial file. Return None if it has no complete header."""
-    about: dict[str, Any] | None = None
-    position, digest, good = after, GENESIS_HASH, 0
+    header: dict[str, Any] | None = None
+    position, digest, complete_bytes = after, GENESIS_HASH, 0
     for lines, size in read_frames(part):
         for line in lines:
-            if about is None:
-                about = read_header(part, line)
-                if about["from"] != after + 1:
+            if header is None:
+                header = read_header(part, line)
+                if header["from"] != after + 1:
                     raise ConfigurationError(
-                        f"{part} was begun with position {about['from']}: continue with that, or remove it"
+                        f"{part} was begun with position {header['from']}: continue with that, or remove it"
                     )
             elif line.startswith(TRAILER_PREFIX):  # only the new name is missing
-                return _ExportProgress(
-                    about["to"], position, digest, good if is_compressed(part) else size - len(line) - 1
-                )
+                bytes_before = complete_bytes if is_compressed(part) else size - len(line) - 1
+                return _ExportProgress(header["to"], position, digest, bytes_before)
             else:
                 try:
-                    found = orjson.loads(line)
-                    digest = hashlib.sha256(digest + bytes.fromhex(found["hash"])).digest()
-                    position = found["position"]
+                    event = orjson.loads(line)
+                    digest = hashlib.sha256(digest + bytes.fromhex(event["hash"])).digest()
+                    position = event["position"]
                 except (ValueError, KeyError, TypeError) as error:
                     raise InvalidExportFile(f"{part} is damaged: remove it, and start the export again") from error
-        good = size
-    return None if about is None else _ExportProgress(about["to"], position, digest, good)
+        complete_bytes = size
+    return None if header is None else _ExportProgress(header["to"], position, digest, complete_bytes)

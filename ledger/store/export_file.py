@@ -84,7 +84,7 @@ def decode_event(line: bytes) -> Document:
     """
     found = orjson.loads(line)
     if not isinstance(found, dict) or found.keys() != _FIELDS:
-        raise ValueError("it is not an event with the fields that events have")
+        raise ValueError("its fields are not those of an event")
     document: Document = {"_id": found.pop("position"), **found}
     document["time"] = datetime.fromisoformat(document["time"])
     document["prev"], document["hash"] = bytes.fromhex(document["prev"]), bytes.fromhex(document["hash"])
@@ -151,23 +151,23 @@ def check_export_file(
         InvalidExportFile: The file is not complete, or not what an export has written.
         ConfigurationError: The file cannot be read.
     """
-    about: dict[str, Any] | None = None
+    header: dict[str, Any] = {}
     position, digest, number = 0, GENESIS_HASH, 0
-    ended = False
-    for lines, size in read_frames(path, whole=True):
+    has_trailer = False
+    for lines, size in read_frames(path, must_be_complete=True):
         for line in lines:
             number += 1
-            if about is None:
-                about = read_header(path, line)
-                position = about["from"] - 1
+            if not header:
+                header = read_header(path, line)
+                position = header["from"] - 1
                 continue
             try:
                 found = orjson.loads(line)
-                if ended:
+                if has_trailer:
                     raise ValueError("there are lines after the trailer")
                 if found.get("end") is True:
-                    ended = True
-                    if (found["events"], found["digest"]) != (position - about["from"] + 1, digest.hex()):
+                    has_trailer = True
+                    if (found["events"], found["digest"]) != (position - header["from"] + 1, digest.hex()):
                         raise ValueError("the trailer does not match the events")
                     continue
                 if found["position"] != position + 1:
@@ -176,13 +176,11 @@ def check_export_file(
                 position, digest = position + 1, hashlib.sha256(digest + hash_).digest()
                 before = hashlib.sha256(before + hash_).digest()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InvalidExportFile(
-                    f"{path}, line {number} is not a valid line of an export: {_describe(error)}"
-                ) from error
+                raise _invalid_line(path, number, error) from error
         on_progress(size)
-    if about is None or not ended:
+    if not has_trailer:
         raise InvalidExportFile(f"{path} is not complete: it was cut off after line {number}. Nothing was imported.")
-    return ExportSummary(about["from"], position, digest, before)
+    return ExportSummary(header["from"], position, digest, before)
 
 
 def first_position(path: Path) -> int:
@@ -204,7 +202,7 @@ def iterate_documents(path: Path, *, after: int) -> Iterator[list[Document]]:
         InvalidExportFile: A line is not an event.
     """
     number = 0
-    for lines, _ in read_frames(path, whole=True):
+    for lines, _ in read_frames(path, must_be_complete=True):
         page: list[Document] = []
         for line in lines:
             number += 1
@@ -213,9 +211,7 @@ def iterate_documents(path: Path, *, after: int) -> Iterator[list[Document]]:
             try:
                 document = decode_event(line)
             except (ValueError, TypeError) as error:
-                raise InvalidExportFile(
-                    f"{path}, line {number} is not a valid line of an export: {_describe(error)}"
-                ) from error
+                raise _invalid_line(path, number, error) from error
             if document["_id"] > after:
                 page.append(document)
         if page:
@@ -241,18 +237,15 @@ def read_header(path: Path, line: bytes) -> dict[str, Any]:
     raise InvalidExportFile(f"{path} is not an export of a log: its first line is not an export header.")
 
 
-def read_frames(path: Path, *, whole: bool = False) -> Iterator[tuple[list[bytes], int]]:
+def read_frames(path: Path, *, must_be_complete: bool = False) -> Iterator[tuple[list[bytes], int]]:
     """Yield complete lines, some at a time, and the size in bytes of the file up to their end.
 
-    An incomplete frame at the end is ignored, or is an error if the file must be `whole`.
+    An incomplete frame at the end is ignored, unless `must_be_complete`.
     """
+    read = _read_compressed_frames if is_compressed(path) else _read_plain_frames
     try:
         with path.open("rb") as file:
-            yield from (
-                _read_compressed_frames(path, file, whole=whole)
-                if is_compressed(path)
-                else _read_plain_frames(path, file, whole=whole)
-            )
+            yield from read(path, file, must_be_complete)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -260,17 +253,17 @@ def read_frames(path: Path, *, whole: bool = False) -> Iterator[tuple[list[bytes
 _BLOCK_BYTES: Final = 4 * 1024 * 1024
 
 
-def _read_plain_frames(path: Path, file: IO[bytes], *, whole: bool) -> Iterator[tuple[list[bytes], int]]:
+def _read_plain_frames(path: Path, file: IO[bytes], must_be_complete: bool) -> Iterator[tuple[list[bytes], int]]:
     rest, size = b"", 0
     while block := file.read(_BLOCK_BYTES):
         *lines, rest = (rest + block).split(b"\n")
         size += sum(map(len, lines)) + len(lines)
         yield lines, size
-    if rest and whole:
+    if rest and must_be_complete:
         raise InvalidExportFile(f"{path} is not complete: it was cut off within a line. Nothing was imported.")
 
 
-def _read_compressed_frames(path: Path, file: IO[bytes], *, whole: bool) -> Iterator[tuple[list[bytes], int]]:
+def _read_compressed_frames(path: Path, file: IO[bytes], must_be_complete: bool) -> Iterator[tuple[list[bytes], int]]:
     decompressor, rest, size, within = zstandard.ZstdDecompressor(), b"", 0, b""
     try:
         unpack, used = decompressor.decompressobj(), 0
@@ -287,10 +280,10 @@ def _read_compressed_frames(path: Path, file: IO[bytes], *, whole: bool) -> Iter
             yield lines, size
             unpack, used, within = decompressor.decompressobj(), 0, b""
             block = block or file.read(_BLOCK_BYTES)
-        if used and whole:
+        if used and must_be_complete:
             raise InvalidExportFile(f"{path} is not complete: it was cut off. Nothing was imported.")
     except zstandard.ZstdError as error:
-        if whole or not size:
+        if must_be_complete or not size:
             raise InvalidExportFile(
                 f"{path} cannot be decompressed: it is damaged, or not compressed at all."
             ) from error
@@ -301,5 +294,6 @@ def is_compressed(path: Path) -> bool:
     return path.name.removesuffix(".part").endswith(".zst")
 
 
-def _describe(error: Exception) -> str:
-    return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+def _invalid_line(path: Path, number: int, error: Exception) -> InvalidExportFile:
+    problem = f"the field {error} is missing" if isinstance(error, KeyError) else error
+    return InvalidExportFile(f"{path}, line {number} is not a valid line of an export: {problem}")

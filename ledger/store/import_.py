@@ -89,15 +89,15 @@ def _check_files(paths: Sequence[Path]) -> list[tuple[Path, ExportSummary]]:
         summary = check_export_file(path, before=found[-1][1].log_digest if found else GENESIS_HASH)
         if summary.first != expected:
             raise ConfigurationError(
-                f"{path} begins with position {summary.first}, and position {expected} is needed: an import takes all "
-                "events from the first on, from one file or several that follow each other"
+                f"{path} begins with position {summary.first} instead of {expected}: an import needs all events from "
+                "the first, in one file or in consecutive files"
             )
         found.append((path, summary))
     return found
 
 
 async def _require_empty_database(db: Database) -> None:
-    with translate_errors("looking whether the database is empty"):
+    with translate_errors("checking that the database is empty"):
         if await db.events.find_one({}, {"_id": 1}) is not None:
             raise ConfigurationError(
                 f"the database {db.name} already has a log: import into an empty database (mongodb.db_name)"
@@ -115,23 +115,23 @@ async def _require_empty_database(db: Database) -> None:
 
 async def _publish_staged_log(db: Database, last: int) -> None:
     """Replace the empty log by the staged one. If a process has written events meanwhile, keep those instead."""
-    aside = "events.before-import"
+    replaced = "events.before-import"
     try:
-        with translate_errors("making the imported events the log"):
+        with translate_errors("renaming the imported events to the log"):
             await db.counters.update_one({"_id": "events"}, {"$max": {"next": last}}, upsert=True)
             if "events" in await db.list_collection_names():
-                await db.events.rename(aside, dropTarget=True)
+                await db.events.rename(replaced, dropTarget=True)
             await db[STAGING_COLLECTION].rename("events")
-            if await db[aside].find_one({}) is None:
-                await db.drop_collection(aside)
+            if await db[replaced].find_one({}) is None:
+                await db.drop_collection(replaced)
                 return
             await db.events.rename(STAGING_COLLECTION)
-            await db[aside].rename("events")
+            await db[replaced].rename("events")
     except LedgerUnavailable as error:
         if server_error_code(error) == UNAUTHORIZED:
             raise DatabaseUnsuitable(
-                "This user may not make the imported events the log: an import is for an administrator of the database "
-                "(the role `dbOwner` is enough)."
+                "This user may not rename collections. Run the import as an administrator of the database (MongoDB "
+                "role `dbOwner`)."
             ) from error
         raise
     raise ConfigurationError(

@@ -67,9 +67,9 @@ def find_deviation(document: Mapping[str, Any], raw: bytes | None, data: bytes |
     if what is None and data is None:
         what = find_data_deviation(document)
     if what is None and not set(map(type, document["meta"].values())) <= {str}:
-        what = _misfit_in("meta", document["meta"], _JSON)
+        what = _describe_find_misfit("meta", document["meta"], _JSON)
     if what is None and raw is not None and _encoded(document) != raw:
-        what = f"its {_place(document, raw)} is stored in a form that is never written"
+        what = f"its {_locate_difference(document, raw)} is encoded in a way that Jobledger does not write"
     return what
 
 
@@ -78,24 +78,24 @@ def find_envelope_deviation(document: Mapping[str, Any]) -> str | None:
     if tuple(document) == _NAMES and tuple(map(type, document.values())) == _KINDS:
         return None
     if more := document.keys() - ENVELOPE_FIELDS.keys():
-        return f"has fields that no event has: {', '.join(sorted(more))}"
+        return f"has unknown fields: {', '.join(sorted(more))}"
     for name, kind in ENVELOPE_FIELDS.items():
         if name not in document:
             return f"lacks the field {name}"
         value = document[name]
         if type(value) is not kind and not (kind is int and _kind(value) == "int"):
             return f"its {name} is a {type(value).__name__}"
-    return None if tuple(document) == _NAMES else "its fields are in another order than they are written in"
+    return None if tuple(document) == _NAMES else "its fields are in the wrong order"
 
 
 def find_data_deviation(document: Mapping[str, Any]) -> str | None:
     """Return which value in an event's `data` has a type that the program does not write there."""
-    return _misfit_in("data", document["data"], _form_of(document["type"], document["schema"]))
+    return _describe_find_misfit("data", document["data"], _format_of(document["type"], document["schema"]))
 
 
-def _misfit_in(name: str, value: Any, form: _Format) -> str | None:
+def _describe_find_misfit(name: str, value: Any, form: _Format) -> str | None:
     """Return which value in a field has a type that the program does not write there."""
-    found = _misfit(value, form, name)
+    found = _find_misfit(value, form, name)
     return None if found is None else f"its {found[0]} is a {found[1]}"
 
 
@@ -133,52 +133,46 @@ _JSON: Final = _any_of("str", "bool", "int", "float", _WHOLE, "NoneType")
 _LENIENT: Final = _any_of("str", "bool", "int", "float", _WHOLE, "NoneType", "datetime")
 """For fields and events of later versions, whose models are unknown."""
 _LEAVES: Final[Mapping[Any, _Format]] = {
-    str: _Format(frozenset({"str"})),
-    bool: _Format(frozenset({"bool"})),
-    int: _Format(frozenset({"int"})),
-    float: _Format(
-        frozenset({"int", "float"})
-    ),  # whole numbers are written as such: see `jobledger.ledger.domain.events.Number`
-    datetime: _Format(frozenset({"datetime"})),
-    type(None): _Format(frozenset({"NoneType"})),
+    **{kind: _Format(frozenset({name})) for name, kind in _TYPES.items()},
+    float: _Format(frozenset({"int", "float"})),  # whole numbers are written as integers: see `events.CompactFloat`
     Any: _JSON,
 }
 
 
 @cache
-def _form_of(event_type: str, schema: int) -> _Format:
+def _format_of(event_type: str, schema: int) -> _Format:
     event = EVENT_TYPES.get(event_type)
-    return _LENIENT if event is None or schema != event.schema_version else _form_of_model(event)
+    return _LENIENT if event is None or schema != event.schema_version else _format_of_model(event)
 
 
-def _form_of_model(model: type[BaseModel]) -> _Format:
-    fields = {name: _form_of_annotation(info.annotation) for name, info in model.model_fields.items()}
+def _format_of_model(model: type[BaseModel]) -> _Format:
+    fields = {name: _format_of_annotation(info.annotation) for name, info in model.model_fields.items()}
     return _Format(fields=fields, rest=_JSON if model.model_config.get("extra") == "allow" else _LENIENT)
 
 
-def _form_of_annotation(annotation: Any) -> _Format:
+def _format_of_annotation(annotation: Any) -> _Format:
     if annotation in _LEAVES:
         return _LEAVES[annotation]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return _form_of_model(annotation)
+        return _format_of_model(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _form_of_annotation(arguments[0])
     if origin is Literal:
         return _LEAVES[str]
+    if origin is Annotated:
+        return _format_of_annotation(arguments[0])
     if origin is list:
-        return _Format(item=_form_of_annotation(arguments[0]))
+        return _Format(item=_format_of_annotation(arguments[0]))
     if origin is dict:
-        return _Format(fields={}, rest=_form_of_annotation(arguments[1]))
+        return _Format(fields={}, rest=_format_of_annotation(arguments[1]))
     if origin in (Union, UnionType):
         form = _Format()
         for argument in arguments:
-            form |= _form_of_annotation(argument)
+            form |= _format_of_annotation(argument)
         return form
-    raise TypeError(f"an event has a field of the type {annotation}, of which the stored form is not known")
+    raise TypeError(f"an event has a field of the type {annotation}, whose stored format is not defined")
 
 
-def _misfit(value: Any, form: _Format, path: str) -> tuple[str, str] | None:
+def _find_misfit(value: Any, form: _Format, path: str) -> tuple[str, str] | None:
     """Return the path and the type of the first value that deviates from the format."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(value, dict) and form.fields is not None:
@@ -191,7 +185,7 @@ def _misfit(value: Any, form: _Format, path: str) -> tuple[str, str] | None:
         inner = fields.get(name, rest)
         if inner is None or type(it) in inner.types:
             continue
-        if (found := _misfit(it, inner, f"{path}.{name}")) is not None:
+        if (found := _find_misfit(it, inner, f"{path}.{name}")) is not None:
             return found
     return None
 
@@ -209,7 +203,7 @@ def _kind(value: Any) -> str:
     return "datetime" if isinstance(value, datetime) else type(value).__name__
 
 
-def _place(value: Any, raw: bytes, path: str = "") -> str:
+def _locate_difference(value: Any, raw: bytes, path: str = "") -> str:
     """Return the path of the innermost value whose encoding is not in `raw`."""
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
@@ -219,7 +213,7 @@ def _place(value: Any, raw: bytes, path: str = "") -> str:
     for name, inner in items:
         element = _encoded({str(name): inner})
         if element is None or element[4:-1] not in raw:
-            return _place(inner, raw, f"{path}.{name}" if path else str(name))
+            return _locate_difference(inner, raw, f"{path}.{name}" if path else str(name))
     return path or "document"
 
 

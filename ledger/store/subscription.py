@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any
 
 from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.domain.limits import json_bytes
@@ -15,17 +15,15 @@ _FIRST_PAGE_EVENTS = 50
 _EMPTY_READ_PAUSE_SECONDS = 0.05
 
 
-class _ReadEvents(Protocol):
-    async def __call__(self, *, after: int, limit: int) -> list[RecordedEvent]:
-        """Return events from the collection (`EventStore.read`)."""
-
-
 class Subscription:
-    """A position in the log that advances. Iterate for single events, or call `next_chunk`."""
+    """A position in the log that advances. Iterate for single events, or call `next_chunk`.
+
+    `read` is `EventStore.read`. `max_chunk_bytes` limits the approximate JSON size of a chunk.
+    """
 
     def __init__(
         self,
-        read: _ReadEvents,
+        read: Callable[..., Coroutine[Any, Any, list[RecordedEvent]]],
         tail: LiveTail,
         after: int,
         types: Collection[type[Event]] | None,
@@ -39,7 +37,7 @@ class Subscription:
         self._buffer: deque[RecordedEvent] = deque()
         self._ahead: tuple[int, asyncio.Task[list[RecordedEvent]]] | None = None
         self.position = after
-        """The last position that was taken from the log, whether or not its type was wanted."""
+        """The position of the last event that was read, of any type."""
         self.is_catching_up = False
         """Whether the last chunk was read from the collection: there may be more."""
 

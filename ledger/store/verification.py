@@ -1,8 +1,8 @@
 """Verify the log event by event, in bounded memory.
 
-It checks that positions are dense, that each stream's versions are dense and in the order of positions, each event's
-hash and link to the previous event, and the storage format (`storage_format`). It writes nothing: it reports a gap that
-a reader would fill.
+It checks that positions and the versions of each stream have no gaps, that versions are in the order of positions, each
+event's hash and link to the previous event, and the storage format (`storage_format`). It writes nothing: it reports a
+gap that a reader would fill.
 
 The views and named subscriptions store their position and the hash of the last event they have read. With these,
 verification finds a log whose end was removed, even if other events were appended afterwards.
@@ -81,7 +81,7 @@ async def verify_log(
     """Verify the events after `after`, up to `up_to` or the current end. Stops at the first problem.
 
     Args:
-        log: The event store.
+        event_store: The event store.
         after: Verify events after this position.
         up_to: The last position. Default: the current end.
         expected_digest: The position and digest of an earlier verification.
@@ -166,7 +166,7 @@ async def _find_global_problem(event_store: EventStore, after: int) -> Integrity
 async def _pages(
     event_store: EventStore, after: int, end: int
 ) -> AsyncGenerator[Sequence[StoredDocument] | IntegrityProblem, None]:
-    """Yield pages without gaps, or the problem if a gap stays open. A writer may be slow, but not for ever.
+    """Yield pages without gaps, or the problem if a gap remains. A writer may be slow, but not forever.
 
     The next page is read while the caller checks this one.
     """
@@ -175,9 +175,9 @@ async def _pages(
         while after < end:
             page = await fetching
             numbered = zip(page, range(after + 1, end + 1), strict=False)
-            dense = [stored for stored, _ in takewhile(lambda pair: pair[0][0]["_id"] == pair[1], numbered)]
-            if dense:
-                after, gap_reads = dense[-1][0]["_id"], 0
+            without_gaps = [stored for stored, _ in takewhile(lambda pair: pair[0][0]["_id"] == pair[1], numbered)]
+            if without_gaps:
+                after, gap_reads = without_gaps[-1][0]["_id"], 0
             elif gap_reads == _MAX_GAP_READS:
                 yield IntegrityProblem(
                     after + 1,
@@ -191,8 +191,8 @@ async def _pages(
             if after < end:
                 fetching = asyncio.ensure_future(event_store.read_documents(after=after, limit=1000))
                 await asyncio.sleep(0)  # start the read
-            if dense:
-                yield dense
+            if without_gaps:
+                yield without_gaps
     finally:
         await _cancel(fetching)
 
@@ -229,17 +229,10 @@ class _StreamChecker:
     def check_event(self, document: Document, raw: bytes | None) -> IntegrityProblem | None:
         """Return the problem of the next event, if any, and keep it as the head of its stream."""
         data = try_canonical_json(document.get("data"))
-        if (deviation := find_deviation(document, raw, data)) is not None:
-            return _problem_of(document, deviation)
-        try:
-            is_intact = hashlib.sha256(hash_input(document, data)).digest() == document["hash"]
-        except InvalidEvent as error:
-            return _problem_of(document, f"cannot be hashed: {error}")
-        if not is_intact:
-            return _problem_of(document, "its hash is not that of its content: one of the two was changed")
-        if (deviation := self._find_broken_link(document)) is not None:
-            return _problem_of(document, deviation)
-        return None
+        problem = (
+            find_deviation(document, raw, data) or _find_wrong_hash(document, data) or self._find_broken_link(document)
+        )
+        return None if problem is None else _problem_of(document, problem)
 
     def _find_broken_link(self, document: Document) -> str | None:
         stream, version, previous = document["stream"], document["version"], document["prev"]
@@ -255,6 +248,14 @@ class _StreamChecker:
         if previous != before.hash:
             return "is not linked to the event before it in its stream: one of the two was replaced"
         return None
+
+
+def _find_wrong_hash(document: Document, data: bytes | None) -> str | None:
+    try:
+        is_intact = hashlib.sha256(hash_input(document, data)).digest() == document["hash"]
+    except InvalidEvent as error:
+        return f"cannot be hashed: {error}"
+    return None if is_intact else "its hash does not match its content: one of the two was changed"
 
 
 def _problem_of(document: Mapping[str, Any], description: str) -> IntegrityProblem:

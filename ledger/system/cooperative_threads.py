@@ -19,11 +19,11 @@ async def run_cooperatively(work: CooperativeWork[T], threads: ThreadPoolExecuto
     If the caller is cancelled, the work stops after the current chunk and is closed. The caller does not wait for that.
     """
     while True:
-        turn = threads.submit(_next_piece, work)
+        chunk = threads.submit(_run_chunk, work)
         try:
-            result = await asyncio.wrap_future(turn)
+            result = await asyncio.wrap_future(chunk)
         except asyncio.CancelledError:
-            turn.add_done_callback(lambda _: _close(work, threads))
+            chunk.add_done_callback(lambda _: _close(work, threads))
             raise
         if result is not None:
             return result[0]
@@ -31,12 +31,12 @@ async def run_cooperatively(work: CooperativeWork[T], threads: ThreadPoolExecuto
 
 def run_to_completion(work: CooperativeWork[T]) -> T:
     """Run work in this thread without interruption."""
-    while (result := _next_piece(work)) is None:
+    while (result := _run_chunk(work)) is None:
         pass
     return result[0]
 
 
-def _next_piece(work: CooperativeWork[T]) -> tuple[T] | None:
+def _run_chunk(work: CooperativeWork[T]) -> tuple[T] | None:
     """Run the next chunk. Return the result in a tuple if it was the last one."""
     try:
         next(work)
@@ -46,5 +46,5 @@ def _next_piece(work: CooperativeWork[T]) -> tuple[T] | None:
 
 
 def _close(work: CooperativeWork[T], threads: ThreadPoolExecutor) -> None:
-    with suppress(RuntimeError):  # this process ends
+    with suppress(RuntimeError):  # the process is ending
         threads.submit(work.close)

@@ -19,7 +19,7 @@ import structlog
 MIB: Final = 2**20
 CHECK_INTERVAL_SECONDS: Final = 2.0
 _RESUME_FACTOR: Final = 1.25
-"""Work is accepted again only with this much more than the reserve. Otherwise a disk at the limit would alternate."""
+"""Work is accepted again when this multiple of the reserve is free, so that the state does not alternate."""
 _REASONS: Final = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
@@ -27,7 +27,7 @@ _REASONS: Final = {
     errno.EPERM: "this user has no permission to write there",
     errno.EIO: "the disk reports errors",
     errno.ENOENT: "the directory does not exist (is its disk mounted?)",
-    errno.ESTALE: "the network share has gone away",
+    errno.ESTALE: "the network share is no longer available",
 }
 _log = structlog.get_logger(__name__)
 
@@ -104,7 +104,7 @@ class DiskSpaceMonitor:
         self._directories = directories
         self._reserve = reserve_bytes
         self.problem: str | None = None
-        """Why new work should be refused now, for people anywhere: it names no path."""
+        """Why new work is rejected now; None if it is accepted. For all users, so it contains no path."""
 
     async def run(self) -> None:
         """Check the disks until cancelled. Uses a thread, because a network share may hang."""
@@ -119,7 +119,7 @@ class DiskSpaceMonitor:
             return
         if problems:
             name, problem = problems[0]
-            self.problem = f"The disk for {name} is nearly full: new jobs are refused until space is freed."
+            self.problem = f"The disk for {name} is nearly full: new jobs are rejected until space is freed."
             _log.warning("disk nearly full, rejecting new jobs", reason=str(problem))
         else:
             self.problem = None

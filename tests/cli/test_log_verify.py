@@ -221,7 +221,7 @@ def test_log_verify_changed_event_names_first_error_and_exits_1(verified_log: Ve
     assert verified_log.verify() == CommandOutcome(
         1,
         f"The log is damaged. First error: position 2 ({stream}, version 2): "
-        "its hash is not that of its content: one of the two was changed.\n1 events before it are intact.\n",
+        "its hash does not match its content: one of the two was changed.\n1 events before it are intact.\n",
         "",
     )
     assert verified_log.json(1) == {
@@ -233,7 +233,7 @@ def test_log_verify_changed_event_names_first_error_and_exits_1(verified_log: Ve
             "position": 2,
             "stream": stream,
             "version": 2,
-            "message": "its hash is not that of its content: one of the two was changed",
+            "message": "its hash does not match its content: one of the two was changed",
         },
         "last_reserved_position": None,
         "views": None,

@@ -167,7 +167,7 @@ class VersionRewritingProxy(TcpProxy):
 
 
 async def test_old_server_is_rejected_with_required_version(mongodb_uri: str) -> None:
-    too_old = r"MongoDB 4\.\S+ is too old: the ledger needs 5\.0 or newer"
+    too_old = r"MongoDB 4\.\S+ is too old: Jobledger needs 5\.0 or newer"
     with VersionRewritingProxy(mongodb_uri, 4) as proxy, pytest.raises(DatabaseUnsuitable, match=too_old):
         await check(Connection(proxy.uri, "test"))
     with VersionRewritingProxy(mongodb_uri, 5) as proxy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -291,7 +291,7 @@ async def test_acquire_without_database_fails_within_timeout(mongodb_uri: str, d
 
 async def test_error_in_acquire_is_raised(connection: Connection) -> None:
     class FailingLease(Lease):
-        def _take(self, *_: Any) -> int | None:
+        def _try_acquire(self, *_: Any) -> int | None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -302,8 +302,10 @@ async def test_cancelled_acquire_does_not_keep_lease(connection: Connection, lea
     class SlowLease(Lease):
         taken, may_continue = threading.Event(), threading.Event()
 
-        def _take(self, leases: Collection[Document], facts: Document, seen: LeaseObservation) -> int | None:
-            fencing_token = super()._take(leases, facts, seen)
+        def _try_acquire(
+            self, leases: Collection[Document], attributes: Mapping[str, Any], observation: LeaseObservation
+        ) -> int | None:
+            fencing_token = super()._try_acquire(leases, attributes, observation)
             self.taken.set()
             self.may_continue.wait(DEADLINE_SECONDS)
             return fencing_token
