@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
 from typing import Any, Final, NamedTuple
@@ -20,7 +20,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from jobledger.ledger.domain.canonical_json import TextTooLong
-from jobledger.ledger.domain.errors import DatabaseUnsuitable, LedgerUnavailable, LogTruncated, VersionConflict
+from jobledger.ledger.domain.errors import DatabaseUnsuitable, LogTruncated, VersionConflict
 from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.mongo.connection import (
     DURABLE,
@@ -51,11 +51,6 @@ _MAX_VOIDED_AT_ONCE = 10_000
 _ENCODE_CHUNK_BYTES = 64 * 1024
 """After this many bytes of an append, other tasks may run. A larger event is encoded in a thread."""
 _HEAD_READ_ATTEMPTS = 8
-_READERS: Sequence[tuple[str, Document, str]] = (
-    ("checkpoints", {"_id": "views"}, "the views"),
-    ("subscriptions", {}, "the subscription {0!r}"),
-)
-"""Readers that store their position in the database: collection, query, and name for messages."""
 _WITHOUT_METADATA = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
 _LOCATION_FIELDS = dict.fromkeys(("stream", "version", "type", "schema", "time"), 1)
 _BATCH_EVENTS = 1000
@@ -83,12 +78,12 @@ class EventStore:
     ) -> None:
         """Open the log in a collection. Only an import uses another one than `events`, and only reads it."""
         self.collection = collection
-        self._db = db
+        self.db = db
         self.limits = limits or EventStoreLimits()
-        self._events = db.get_collection(
+        self.events = db.get_collection(
             collection, codec_options=LENIENT_CODEC, write_concern=DURABLE, read_concern=MAJORITY
         )
-        self._appender = Appender(db, self._events, self.limits)
+        self._appender = Appender(db, self.events, self.limits)
         self.clock = get_server_clock(db.client)
         """The database server's clock. It decides when something is due."""
         self._tail = LiveTail(self.limits.max_tail_events, self.limits.max_tail_bytes)
@@ -108,7 +103,7 @@ class EventStore:
         """
         with translate_errors("preparing the log"):
             try:
-                await self._events.create_index(_VERSIONS, unique=True)
+                await self.events.create_index(_VERSIONS, unique=True)
             except DuplicateKeyError as error:
                 raise DatabaseUnsuitable(
                     f"Two events have the same version of a stream: {summarize_error(error)}"
@@ -122,7 +117,7 @@ class EventStore:
                     raise DatabaseUnsuitable(
                         "The index of `events` on (stream, version) is not unique: drop it, and Jobledger recreates it."
                     ) from error
-                create = f"db.getSiblingDB({self._db.name!r}).events.createIndex"
+                create = f"db.getSiblingDB({self.db.name!r}).events.createIndex"
                 raise DatabaseUnsuitable(
                     "The unique index of `events` on (stream, version) is missing, and this user may not create "
                     f"it. An administrator can, in mongosh: {create}({{stream: 1, version: 1}}, {{unique: true}})"
@@ -131,7 +126,7 @@ class EventStore:
     async def server_time(self) -> datetime:
         """Return the database server's time, or the last estimate if the server does not respond."""
         try:
-            return await self.clock.now(self._db.client)
+            return await self.clock.now(self.db.client)
         except PyMongoError as error:
             _log.warning("server time unavailable", error=summarize_error(error))
             return self.clock.estimate()
@@ -202,7 +197,7 @@ class EventStore:
             if types is not None:
                 query["type"] = {"$in": sorted(wanted.__name__ for wanted in types)}
             sized = {"limit": -limit, "batch_size": limit} if single_batch and limit else {"limit": limit}
-            found = self._events.find(query, sort=[("version", ASCENDING)], **sized)
+            found = self.events.find(query, sort=[("version", ASCENDING)], **sized)
             return [RecordedEvent(document) async for document in found]
 
     async def iterate_stream(self, stream: str, *, after_version: int = 0) -> AsyncGenerator[RecordedEvent, None]:
@@ -213,7 +208,7 @@ class EventStore:
         """
         with translate_errors(f"reading {stream}"):
             query: Document = {"stream": stream, "version": {"$gt": after_version}}
-            async with self._events.find(query, sort=[("version", ASCENDING)]) as found:
+            async with self.events.find(query, sort=[("version", ASCENDING)]) as found:
                 async for document in found:
                     yield RecordedEvent(document)
 
@@ -238,7 +233,7 @@ class EventStore:
             query["type"] = {"$nin": sorted(exclude_types)}
         fields = None if data_expression is None else {**_LOCATION_FIELDS, "data": data_expression}
         with translate_errors(f"reading {len(streams)} streams"):
-            async with self._events.find_raw_batches(query, fields, sort=_VERSIONS, batch_size=_BATCH_EVENTS) as found:
+            async with self.events.find_raw_batches(query, fields, sort=_VERSIONS, batch_size=_BATCH_EVENTS) as found:
                 part: Any  # the driver's type hints say documents, it yields bytes
                 async for part in found:
                     yield list(map(RecordedEvent, bson.decode_all(part, LENIENT_CODEC)))
@@ -254,7 +249,7 @@ class EventStore:
         A majority read may lag for a moment after a failover. A local read at the primary has everything that was
         durable.
         """
-        local = self._events.with_options(read_concern=LOCAL)
+        local = self.events.with_options(read_concern=LOCAL)
         with translate_errors("looking for a position of the log"):
             return await local.find_one({"_id": {"$gte": position}}, {"_id": 1}) is not None
 
@@ -290,41 +285,20 @@ class EventStore:
     async def hash_at(self, position: int) -> bytes | None:
         """Return the hash of the event at a position, None if there is none."""
         with translate_errors("reading the log"):
-            found = await self._events.find_one({"_id": position}, {"hash": 1})
+            found = await self.events.find_one({"_id": position}, {"hash": 1})
         return None if found is None else found.get("hash")
-
-    async def list_reader_positions(self) -> dict[str, ReadPosition]:
-        """Return the positions of the known readers by name: the views and each named subscription.
-
-        Readers whose positions this user may not read are omitted.
-        """
-        found: dict[str, ReadPosition] = {}
-        for collection, query, name in _READERS:
-            with suppress(LedgerUnavailable), translate_errors("reading how far the log was read"):
-                async for reader in self._db[collection].find(query, {"position": 1, "hash": 1}):
-                    if isinstance(reader.get("position"), int):
-                        found[name.format(reader["_id"])] = ReadPosition.from_document(reader)
-        return found
-
-    async def last_reserved_position(self) -> int:
-        """Return the largest position that an appender has reserved; 0 if unknown."""
-        with suppress(LedgerUnavailable), translate_errors("reading the counter of positions"):
-            counter = await self._db.counters.find_one({"_id": "events"})
-            if counter is not None and isinstance(counter.get("next"), int):
-                return int(counter["next"])
-        return 0
 
     async def oldest_position(self) -> int:
         """Return the smallest position in the log, 0 when it is empty."""
         with translate_errors("reading the beginning of the log"):
-            first = await self._events.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=_POSITIONS)
+            first = await self.events.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=_POSITIONS)
             return first["_id"] if first else 0
 
     async def version_at(self, stream: str, position: int) -> int:
         """Return the version that a stream had at a position, 0 if it had not begun. Reads the later events."""
         with translate_errors(f"reading the version of {stream}"):
             query = {"stream": stream, "_id": {"$lte": position}}
-            last = await self._events.find_one(query, {"version": 1}, sort=[("version", DESCENDING)], hint=_VERSIONS)
+            last = await self.events.find_one(query, {"version": 1}, sort=[("version", DESCENDING)], hint=_VERSIONS)
             return last["version"] if last else 0
 
     async def read(
@@ -342,7 +316,7 @@ class EventStore:
             while True:
                 query = {"_id": {"$gt": after}}
                 # A negative limit requests a single batch, and the server puts at most 16 MB into one.
-                cursor = self._events.find(query, fields, sort=_POSITIONS, limit=-limit, batch_size=limit)
+                cursor = self.events.find(query, fields, sort=_POSITIONS, limit=-limit, batch_size=limit)
                 documents = await cursor.to_list()
                 events = [
                     RecordedEvent(it) for position, it in enumerate(documents, after + 1) if it["_id"] == position
@@ -359,31 +333,14 @@ class EventStore:
         """
         with translate_errors("reading the log"):
             query = {"_id": {"$gt": after}}
-            found = self._events.find_raw_batches(query, sort=_POSITIONS, limit=-limit, batch_size=limit)
+            found = self.events.find_raw_batches(query, sort=_POSITIONS, limit=-limit, batch_size=limit)
             batches: list[Any] = await found.to_list()  # the driver's type hints say documents, it yields bytes
             return [stored for batch in batches for stored in _split_batch(batch)]
-
-    async def find_events_at(self, wanted: Mapping[str, int]) -> dict[str, Document]:
-        """Return position, version and hash of the event at one version of each stream, if it exists."""
-        found: dict[str, Document] = {}
-        pairs = [{"stream": stream, "version": version} for stream, version in wanted.items()]
-        with translate_errors("reading the log"):
-            for begin in range(0, len(pairs), 200):
-                cursor = self._events.find({"$or": pairs[begin : begin + 200]}, {"stream": 1, "version": 1, "hash": 1})
-                found |= {document["stream"]: document async for document in cursor}
-        return found
-
-    async def find_invalid_position(self) -> Document | None:
-        """Return a document whose `_id` is not a valid position, if there is one."""
-        with translate_errors("reading the log"):
-            return await self._events.find_one(
-                {"$or": [{"_id": {"$lt": 1}}, {"_id": {"$not": {"$type": ["int", "long"]}}}]}, {"_id": 1}
-            )
 
     async def has_unique_version_index(self) -> bool:
         """Return whether the unique index on (stream, version) exists."""
         with translate_errors("reading the indexes of the log"):
-            indexes = await self._events.index_information()
+            indexes = await self.events.index_information()
         return any(
             index["key"] == _VERSIONS and index.get("unique") and "partialFilterExpression" not in index
             for index in indexes.values()
@@ -408,7 +365,7 @@ class EventStore:
 
     async def _void_missing(self, positions: Sequence[int]) -> list[Document]:
         """Void the positions at which there is no event, and return the events at the others."""
-        present = await self._events.find({"_id": {"$in": list(positions)}}).to_list()
+        present = await self.events.find({"_id": {"$in": list(positions)}}).to_list()
         arrived = {document["_id"] for document in present}
         await self._appender.void_positions(position for position in positions if position not in arrived)
         return present

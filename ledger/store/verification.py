@@ -25,9 +25,9 @@ from itertools import takewhile
 from typing import Any
 
 from jobledger.ledger.domain.canonical_json import try_canonical_json
-from jobledger.ledger.domain.errors import InvalidEvent, JobledgerError, LogTruncated
+from jobledger.ledger.domain.errors import InvalidEvent, JobledgerError, LedgerUnavailable, LogTruncated
 from jobledger.ledger.domain.events import PositionVoided
-from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamHead
 from jobledger.ledger.store.event_store import EventStore, ReadPosition, StoredDocument
 from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
@@ -35,6 +35,12 @@ from jobledger.ledger.store.storage_format import are_canonical, find_deviation
 
 _MAX_CACHED_HEADS = 50_000
 _MAX_GAP_READS = 5
+_EVENTS_PER_QUERY = 200
+_READERS: Sequence[tuple[str, Document, str]] = (
+    ("checkpoints", {"_id": "views"}, "the views"),
+    ("subscriptions", {}, "the subscription {0!r}"),
+)
+"""Readers that store their position in the database: collection, query, and name for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +105,8 @@ async def verify_log(
         return VerificationResult(0, 0, after, None, problem)
     checker = _StreamChecker(event_store)
     # Before the head, which only grows: a reader is never ahead of it.
-    readers = await event_store.list_reader_positions()
-    last_reserved = await event_store.last_reserved_position()
+    readers = await _load_reader_positions(event_store.db)
+    last_reserved = await _load_last_reserved_position(event_store.db)
     head = await event_store.head_position()
     end = head if up_to is None else min(up_to, head)
     position, events, voided = after, 0, 0
@@ -138,6 +144,26 @@ async def verify_log(
     return VerificationResult(events, voided, position, digest, problem, last_reserved if last_reserved > head else 0)
 
 
+async def _load_reader_positions(db: Database) -> dict[str, ReadPosition]:
+    """Return the positions of the views and of each named subscription, if this user may read them."""
+    found: dict[str, ReadPosition] = {}
+    for collection, query, name in _READERS:
+        with suppress(LedgerUnavailable), translate_errors("reading the positions of readers"):
+            async for reader in db[collection].find(query, {"position": 1, "hash": 1}):
+                if isinstance(reader.get("position"), int):
+                    found[name.format(reader["_id"])] = ReadPosition.from_document(reader)
+    return found
+
+
+async def _load_last_reserved_position(db: Database) -> int:
+    """Return the largest position that an appender has reserved; 0 if unknown."""
+    with suppress(LedgerUnavailable), translate_errors("reading the counter of positions"):
+        counter = await db.counters.find_one({"_id": "events"})
+        if counter is not None and isinstance(counter.get("next"), int):
+            return int(counter["next"])
+    return 0
+
+
 async def _find_removed_end(event_store: EventStore, readers: Mapping[str, ReadPosition]) -> IntegrityProblem | None:
     """Look for evidence of removed events: readers that were further, or that had read other events."""
     for reader, read in sorted(readers.items(), key=lambda item: item[1].position, reverse=True):
@@ -153,7 +179,11 @@ async def _find_removed_end(event_store: EventStore, readers: Mapping[str, ReadP
 
 async def _find_global_problem(event_store: EventStore, after: int) -> IntegrityProblem | None:
     """Look for problems that a walk through the positions does not find."""
-    if (stray := await event_store.find_invalid_position()) is not None:
+    with translate_errors("reading the log"):
+        stray = await event_store.events.find_one(
+            {"$or": [{"_id": {"$lt": 1}}, {"_id": {"$not": {"$type": ["int", "long"]}}}]}, {"_id": 1}
+        )
+    if stray is not None:
         return IntegrityProblem(after, f"there is an event at {stray['_id']!r}, which is not a valid position")
     # The first append creates the index, so an empty log has none.
     if not await event_store.has_unique_version_index() and await event_store.head_position():
@@ -221,10 +251,15 @@ class _StreamChecker:
                 continue  # `check_event` reports it
             if version > 1 and stream != VOID_STREAM and stream not in self._heads:
                 previous.setdefault(stream, version - 1)
-        for stream, event in (await self._event_store.find_events_at(previous)).items():
-            # Events of this page or later are checked in their turn.
-            if event["_id"] < page[0][0]["_id"]:
-                self._heads[stream] = StreamHead(event["version"], event["_id"], event.get("hash", b""))
+        keys = [{"stream": stream, "version": version} for stream, version in previous.items()]
+        fields = {"stream": 1, "version": 1, "hash": 1}
+        with translate_errors("reading the log"):
+            for begin in range(0, len(keys), _EVENTS_PER_QUERY):
+                query = {"$or": keys[begin : begin + _EVENTS_PER_QUERY]}
+                async for event in self._event_store.events.find(query, fields):
+                    if event["_id"] < page[0][0]["_id"]:  # events of this page or later are checked in their turn
+                        head = StreamHead(event["version"], event["_id"], event.get("hash", b""))
+                        self._heads[event["stream"]] = head
 
     def check_event(self, document: Document, raw: bytes | None) -> IntegrityProblem | None:
         """Return the problem of the next event, if any, and keep it as the head of its stream."""

@@ -182,16 +182,16 @@ async def event_store(connection: Connection) -> AsyncIterator[EventStore]:
 
 async def test_first_answer_of_real_server_sets_clock(event_store: EventStore) -> None:
     await event_store.head_position()
-    answer = await event_store._db.client.admin.command("hello")
+    answer = await event_store.db.client.admin.command("hello")
     assert abs((event_store.clock.estimate() - answer["localTime"].replace(tzinfo=UTC)).total_seconds()) < 1
-    assert get_server_clock(event_store._db.client) is event_store.clock
+    assert get_server_clock(event_store.db.client) is event_store.clock
     assert not event_store.clock.is_uncertain
 
 
 async def test_unreachable_server_keeps_last_estimate(event_store: EventStore) -> None:
     await event_store.head_position()
     event_store.clock.is_uncertain = True
-    await event_store._db.client.close()
+    await event_store.db.client.close()
     before = event_store.clock.estimate()
     assert timedelta(0) <= await event_store.server_time() - before < timedelta(seconds=5)
     await asyncio.sleep(0)

@@ -1008,7 +1008,7 @@ class GapWatchingStore(EventStore):
         """Wait until the verification has read the gap twice, then insert the missing event."""
         async with asyncio.timeout(DEADLINE_SECONDS):
             await self.is_waiting.wait()
-        await self._db.events.insert_one(document)
+        await self.db.events.insert_one(document)
         self.gap_reads = 0
         self.is_waiting.clear()
         self.is_filled.set()

@@ -537,7 +537,7 @@ class TruncatedDuringRead(EventStore):
         page = await super().read(after=after, limit=limit, without_metadata=without_metadata)
         if not after and len(page) == 3:
             self.may_have_lost_events = False
-            await self._db.events.delete_many({"_id": {"$gte": 2}})
+            await self.db.events.delete_many({"_id": {"$gte": 2}})
             await poll_until(lambda: self.may_have_lost_events, "the change stream delivered the deletion")
         return page
 

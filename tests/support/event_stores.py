@@ -48,7 +48,7 @@ class PausableEventStore(EventStore):
 
     def __init__(self, db: Database, limits: EventStoreLimits) -> None:
         super().__init__(db, limits)
-        self._appender = PausableAppender(db, self._events, limits, self)
+        self._appender = PausableAppender(db, self.events, limits, self)
         self.may_insert = asyncio.Event()
         self.may_insert.set()
         self.is_reserved = asyncio.Event()
@@ -115,7 +115,7 @@ class ConnectionLossEventStore(EventStore):
 
     def __init__(self, db: Database, limits: EventStoreLimits) -> None:
         super().__init__(db, limits)
-        self._appender: ConnectionLossAppender = self.appender_class(db, self._events, limits)
+        self._appender: ConnectionLossAppender = self.appender_class(db, self.events, limits)
 
     def lose_connection_after(self, documents: int) -> None:
         self._appender.inserted_before_loss = documents

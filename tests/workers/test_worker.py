@@ -450,7 +450,7 @@ async def test_claim_in_flight_when_worker_stops_costs_no_attempt(connection: Co
         def __init__(self, db: Database) -> None:
             limits = EventStoreLimits()
             super().__init__(db, limits)
-            self._appender = SlowAppender(db, self._events, limits)
+            self._appender = SlowAppender(db, self.events, limits)
 
     async with run_roles_in_process(connection, store, projector=True) as roles:
         job_id = await roles.submit()
