@@ -265,8 +265,8 @@ class EmbeddedServer:
             return None
 
     def _announce(self) -> None:
-        """Write the address for other commands when the server is ready."""
-        if not self.is_alive or not self._is_primary():
+        """Write the address for other commands if the server is ready."""
+        if not self.is_alive or not self._was_primary:
             raise DatabaseUnsuitable(self._describe_failure())
         write_server_info(self.data_dir, ServerInfo(uri=self.uri, pid=self.pid))
 
