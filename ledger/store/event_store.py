@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
-from itertools import islice, takewhile
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 import bson
@@ -37,6 +36,7 @@ from jobledger.ledger.mongo.connection import (
 from jobledger.ledger.mongo.server_clock import get_server_clock
 from jobledger.ledger.store.appender import Appender, EventStoreLimits
 from jobledger.ledger.store.envelope import StreamAppend, build_documents
+from jobledger.ledger.store.gap_filler import GapFiller
 from jobledger.ledger.store.histogram import DurationHistogram
 from jobledger.ledger.store.live_tail import LiveTail
 from jobledger.ledger.store.subscription import Subscription
@@ -46,8 +46,6 @@ StoredDocument = tuple[Document, bytes]
 """A document of the log and the BSON from which it was decoded."""
 EVENTS_COLLECTION: Final = "events"
 MAX_POSITION = 2**63 - 1  # the largest integer of BSON
-_MAX_VOIDED_AT_ONCE = 10_000
-"""Missing positions that are voided at once. More than a few occur only if a user has changed the counter."""
 _ENCODE_CHUNK_BYTES = 64 * 1024
 """After this many bytes of an append, other tasks may run. A larger event is encoded in a thread."""
 _HEAD_READ_ATTEMPTS = 8
@@ -76,7 +74,7 @@ class EventStore:
     def __init__(
         self, db: Database, limits: EventStoreLimits | None = None, *, collection: str = EVENTS_COLLECTION
     ) -> None:
-        """Open the log in a collection. Only an import uses another one than `events`, and only reads it."""
+        """Open the log in a collection. Only an import uses, and reads, another one than `events`."""
         self.collection = collection
         self.db = db
         self.limits = limits or EventStoreLimits()
@@ -87,12 +85,11 @@ class EventStore:
         self.clock = get_server_clock(db.client)
         """The database server's clock. It decides when something is due."""
         self._tail = LiveTail(self.limits.max_tail_events, self.limits.max_tail_bytes)
+        self._gap_filler = GapFiller(self.events, self._appender, self._tail, self.limits.gap_timeout_seconds)
         self.may_have_lost_events = False
         """Whether events may have been removed: one was deleted, or the change stream was opened again."""
         self.append_durations = DurationHistogram()
         """The durations of successful appends."""
-        self._gap_timer: asyncio.TimerHandle | None = None
-        self._gap_task: asyncio.Task[None] | None = None
 
     async def prepare(self) -> None:
         """Create the index that makes versions unique. If this user may not create it, check that it exists.
@@ -134,11 +131,7 @@ class EventStore:
     async def aclose(self) -> None:
         """Stop background tasks after pending appends have finished."""
         await self._appender.wait_until_idle()
-        if self._gap_task is not None:
-            self._gap_task.cancel()
-            await asyncio.gather(self._gap_task, return_exceptions=True)
-        if self._gap_timer is not None:  # last, because the task sets it
-            self._gap_timer.cancel()
+        await self._gap_filler.aclose()
 
     # Append -------------------------------------------------------------------------------------------------------
 
@@ -246,8 +239,7 @@ class EventStore:
     async def may_have_reached(self, position: int) -> bool:
         """Return whether the log has this position or a later one, even if a majority may not have it yet.
 
-        A majority read may lag for a moment after a failover. A local read at the primary has everything that was
-        durable.
+        A majority read may lag after a failover. A local read at the primary has everything that was durable.
         """
         local = self.events.with_options(read_concern=LOCAL)
         with translate_errors("looking for a position of the log"):
@@ -323,14 +315,10 @@ class EventStore:
                 ]
                 if events or not documents:
                     return events
-                await self._wait_for_gaps(after, documents)
-
-    # Documents as they are stored, possibly damaged. For verification.
+                await self._gap_filler.wait_for_gaps(after, documents)
 
     async def read_documents(self, *, after: int, limit: int) -> list[StoredDocument]:
-        """Return documents after a position as they are stored, including damaged ones that can be decoded. May have
-        gaps.
-        """
+        """Return documents after a position as they are stored, even if damaged. May have gaps."""
         with translate_errors("reading the log"):
             query = {"_id": {"$gt": after}}
             found = self.events.find_raw_batches(query, sort=_POSITIONS, limit=-limit, batch_size=limit)
@@ -346,30 +334,6 @@ class EventStore:
             for index in indexes.values()
         )
 
-    async def _wait_for_gaps(self, after: int, documents: Sequence[Document]) -> None:
-        """Wait for slow appenders, unless the events after the gaps are old. Then void the positions that are still
-        missing.
-
-        All gaps of the page are waited for together, so a hundred killed writers delay a reader no longer than one.
-        Voiding too early is always safe, because the writer then reserves another position. So the writers' clocks can
-        be trusted here.
-        """
-        old = datetime.now(UTC) - timedelta(seconds=10 * self.limits.gap_timeout_seconds)
-        evidence = [it["_id"] for it in takewhile(lambda document: RecordedEvent(document).time < old, documents)]
-        if not evidence:
-            await asyncio.sleep(self.limits.gap_timeout_seconds)
-            evidence = [document["_id"] for document in documents]
-        arrived = set(evidence)
-        gaps = (position for position in range(after + 1, evidence[-1]) if position not in arrived)
-        await self._void_missing(list(islice(gaps, _MAX_VOIDED_AT_ONCE)))
-
-    async def _void_missing(self, positions: Sequence[int]) -> list[Document]:
-        """Void the positions at which there is no event, and return the events at the others."""
-        present = await self.events.find({"_id": {"$in": list(positions)}}).to_list()
-        arrived = {document["_id"] for document in present}
-        await self._appender.void_positions(position for position in positions if position not in arrived)
-        return present
-
     # Subscribe ----------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
@@ -378,10 +342,9 @@ class EventStore:
     ) -> AsyncIterator[Subscription]:
         """Subscribe to every event after a position, first from history and then live. No event is missed.
 
-        The process's change stream must be running. A slow subscriber needs no queue, only a cursor.
-
-        With `chunk_bytes`, chunks have at most this size (approximate JSON bytes, at least one event), and nothing is
-        read ahead. This suits many subscribers that may be slow.
+        The process's change stream must be running. A slow subscriber needs no queue, only a cursor. With
+        `chunk_bytes`, chunks have at most this size (approximate JSON bytes, at least one event), and nothing is read
+        ahead. This suits many subscribers that may be slow.
         """
         check_position(after)
         subscription = Subscription(self.read, self._tail, after, types, chunk_bytes)
@@ -397,39 +360,10 @@ class EventStore:
     def on_change(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] == "insert" and isinstance(change["fullDocument"]["_id"], int):
             self._tail.add(change["fullDocument"])
-            self._schedule_gap_filling()
+            self._gap_filler.schedule()
         elif change["operationType"] == "delete":  # `resync` follows
             self.may_have_lost_events = True
             self._tail.clear()
-
-    def _schedule_gap_filling(self) -> None:
-        """Start the timeout for missing positions, one for all of them."""
-        if self._gap_timer is None and (newest := self._tail.newest_out_of_order) is not None:
-            self._gap_timer = asyncio.get_running_loop().call_later(
-                self.limits.gap_timeout_seconds, self._start_gap_filling, newest
-            )
-
-    def _start_gap_filling(self, evidence: int) -> None:
-        """Fill the positions that are still missing before an event that arrived one timeout ago."""
-        missing = self._tail.missing_below(evidence, _MAX_VOIDED_AT_ONCE)
-        if missing:
-            self._gap_task = asyncio.create_task(self._fill_gaps(missing), name="fill-gaps")
-        else:
-            self._gap_timer = None
-            self._schedule_gap_filling()
-
-    async def _fill_gaps(self, missing: Sequence[int]) -> None:
-        """Load events that the change stream did not deliver and void the other positions. The change stream
-        delivers those.
-        """
-        try:
-            for document in await self._void_missing(missing):
-                self._tail.add(document)
-        except PyMongoError as error:
-            _log.warning("gap not filled, retrying", positions=missing[:10], error=summarize_error(error))
-        finally:
-            self._gap_timer = None
-            self._schedule_gap_filling()
 
 
 def override_payload_fields(fields: Document) -> Document:

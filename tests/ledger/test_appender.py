@@ -586,7 +586,7 @@ async def test_closed_gap_does_not_shorten_timeout_of_later_gap(connection: Conn
         slow_append = await slow_store.append_and_pause(create_append(make_job_submitted()))
         await ledger.submit_job()
         await poll_until(lambda: tail.newest_out_of_order == 2)
-        first_timer = ledger.event_store._gap_timer
+        first_timer = ledger.event_store._gap_filler._timer
         assert first_timer is not None
         slow_store.may_insert.set()
         await take_events(events, 2)
@@ -594,10 +594,10 @@ async def test_closed_gap_does_not_shorten_timeout_of_later_gap(connection: Conn
         slow_append = await slow_store.append_and_pause(create_append(make_job_submitted(), stream="job-late"))
         await ledger.submit_job()
         await poll_until(lambda: tail.newest_out_of_order == 4)
-        assert ledger.event_store._gap_timer is first_timer
+        assert ledger.event_store._gap_filler._timer is first_timer
         first_timer.cancel()
-        ledger.event_store._start_gap_filling(2)  # the timeout of the first gap ends now
-        second_timer = ledger.event_store._gap_timer
+        ledger.event_store._gap_filler._start_filling(2)  # the timeout of the first gap ends now
+        second_timer = ledger.event_store._gap_filler._timer
         assert second_timer is not first_timer
         assert second_timer is not None
         assert second_timer.when() - asyncio.get_running_loop().time() > DEADLINE_SECONDS / 2

@@ -329,7 +329,7 @@ async def test_aclose_during_gap_filling_leaves_no_task(
         await ledger.event_store.aclose()
         names = {task.get_name() for task in asyncio.all_tasks()}
         assert "fill-gaps" not in names
-        gap_timer = ledger.event_store._gap_timer
+        gap_timer = ledger.event_store._gap_filler._timer
         assert gap_timer is None or gap_timer.cancelled()  # so no task starts later
 
 
