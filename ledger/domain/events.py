@@ -72,7 +72,7 @@ class Webhook(_Value):
 
     The log contains no header values and signing secrets. `secrets_ref` is the ID of the document that holds them.
 
-    `has_own_secrets`: the message is signed with secrets of its own, not with the endpoint's.
+    `has_own_secrets`: the message is signed with the secrets of the submission, not with the endpoint's.
     """
 
     url: str

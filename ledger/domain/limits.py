@@ -85,8 +85,6 @@ MAX_SEARCHED_CHARACTERS: Final = 4000
 
 _BSON_FACTOR: Final = 9
 """BSON takes up to this many times the bytes of JSON: 17 for `0,` in a long list."""
-
-
 _MAX_CHARACTERS: Final = {
     "job_name": MAX_TITLE_CHARACTERS,
     "job_type": MAX_NAME_CHARACTERS,
@@ -108,13 +106,14 @@ def check_event(event: events.Event, text_bytes: int) -> None:
     """
     if (check := _CHECKS.get(type(event))) is not None:
         check(event, text_bytes)
-    if (access_control := getattr(event, "access_control", None)) is not None:
+    fields = vars(event)
+    if (access_control := fields.get("access_control")) is not None:
         _check_access(access_control)
     if text_bytes * _BSON_FACTOR > MAX_PARAMETERS_BYTES:
-        _check_bytes("parameters", getattr(event, "parameters", None), MAX_PARAMETERS_BYTES)
+        _check_bytes("parameters", fields.get("parameters"), MAX_PARAMETERS_BYTES)
     if text_bytes > MAX_NAME_CHARACTERS:
         for field, limit in _MAX_CHARACTERS.items():
-            _check_text(field, getattr(event, field, None), limit)
+            _check_text(field, fields.get(field), limit)
 
 
 def check_steps(count: int, output_bytes: int) -> None:

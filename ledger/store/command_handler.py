@@ -182,10 +182,10 @@ async def _catch_up(event_store: EventStore, stream: str, stream_state: StreamSt
     return stream_state
 
 
-def _add_correlation_id(meta: EventMetadata, state: Aggregate | None) -> EventMetadata:
+def _add_correlation_id(meta: EventMetadata, aggregate: Aggregate | None) -> EventMetadata:
     """Add the batch of a job as correlation ID, so that all events of a batch can be found."""
-    if meta.correlation_id is None and isinstance(state, Job | Delivery) and state.spec.batch_id is not None:
-        return replace(meta, correlation_id=state.spec.batch_id)
+    if meta.correlation_id is None and isinstance(aggregate, Job | Delivery) and aggregate.spec.batch_id is not None:
+        return replace(meta, correlation_id=aggregate.spec.batch_id)
     return meta
 
 

@@ -205,9 +205,9 @@ async def _pages(
         while after < end:
             page = await fetching
             numbered = zip(page, range(after + 1, end + 1), strict=False)
-            without_gaps = [stored for stored, _ in takewhile(lambda pair: pair[0][0]["_id"] == pair[1], numbered)]
-            if without_gaps:
-                after, gap_reads = without_gaps[-1][0]["_id"], 0
+            consecutive = [stored for stored, _ in takewhile(lambda pair: pair[0][0]["_id"] == pair[1], numbered)]
+            if consecutive:
+                after, gap_reads = consecutive[-1][0]["_id"], 0
             elif gap_reads == _MAX_GAP_READS:
                 yield IntegrityProblem(
                     after + 1,
@@ -221,8 +221,8 @@ async def _pages(
             if after < end:
                 fetching = asyncio.ensure_future(event_store.read_documents(after=after, limit=1000))
                 await asyncio.sleep(0)  # start the read
-            if without_gaps:
-                yield without_gaps
+            if consecutive:
+                yield consecutive
     finally:
         await _cancel(fetching)
 
