@@ -113,7 +113,8 @@ def check_event(event: events.Event, text_bytes: int) -> None:
         _check_bytes("parameters", fields.get("parameters"), MAX_PARAMETERS_BYTES)
     if text_bytes > MAX_NAME_CHARACTERS:
         for field, limit in _MAX_CHARACTERS.items():
-            _check_text(field, fields.get(field), limit)
+            if (text := fields.get(field)) is not None:
+                _check_text(field, text, limit)
 
 
 def check_steps(count: int, output_bytes: int) -> None:
