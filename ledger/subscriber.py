@@ -74,11 +74,7 @@ class LedgerClient:
 
     @asynccontextmanager
     async def subscribe(
-        self,
-        name: str | None = None,
-        *,
-        after: int | None = None,
-        types: Collection[type[Event] | str] | None = None,
+        self, name: str | None = None, *, after: int | None = None, types: Collection[type[Event] | str] | None = None
     ) -> AsyncIterator[SubscriptionEvents]:
         """Subscribe to every event after a position, in order and without gaps: history first, then live.
 

@@ -22,6 +22,7 @@ from jobledger.ledger.domain.errors import (
     classify_os_error,
 )
 from jobledger.ledger.domain.limits import MAX_FILE_BYTES
+from jobledger.ledger.domain.saved_files import is_sha256
 from jobledger.ledger.files.file_store import ORPHAN_AGE_SECONDS, FileStore, StoredFile, file_store_executor
 from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, InboxFile, classify_open_error
 from jobledger.ledger.files.local_files import (
@@ -42,7 +43,6 @@ from jobledger.ledger.system.private_files import DIRECTORY_MODE, make_private_d
 _CHECK_BYTES = 64 * 1024
 _TEMPORARY_NAME = re.compile(r"tmp[a-z0-9_]{8}")
 """Names that `tempfile` chooses."""
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class DirectoryStore(FileStore):
@@ -200,7 +200,7 @@ class DirectoryStore(FileStore):
 
     def path(self, sha256: str) -> Path:
         """Return the path of a file, whether or not it exists."""
-        if not _SHA256.fullmatch(sha256):
+        if not is_sha256(sha256):
             raise ValueError(f"{sha256!r} is not a SHA-256 in lower-case hex")
         return self.root / sha256[:2] / sha256
 
@@ -217,7 +217,7 @@ class DirectoryStore(FileStore):
                 return sorted(
                     StoredFile(entry.name, entry.stat(follow_symlinks=False).st_size)
                     for entry in entries
-                    if _SHA256.fullmatch(entry.name)
+                    if is_sha256(entry.name)
                 )
         except FileNotFoundError:
             return []

@@ -35,22 +35,14 @@ async def run_transaction(db: Database, write: Callable[[AsyncClientSession], Aw
     try:
         return await asyncio.shield(writing)
     except asyncio.CancelledError:
-        writing.add_done_callback(_retrieve_exception)
+        writing.add_done_callback(lambda task: task.cancelled() or task.exception())  # no other code retrieves it
         try:
             await asyncio.wait({writing}, timeout=CANCEL_TIMEOUT_SECONDS)
         finally:
             if not writing.done():
                 writing.cancel()
-                await asyncio.wait(
-                    {writing}, timeout=CANCEL_TIMEOUT_SECONDS
-                )  # to abort it, the server has to answer, too
+                await asyncio.wait({writing}, timeout=CANCEL_TIMEOUT_SECONDS)  # the abort also needs a response
         raise
-
-
-def _retrieve_exception(writing: asyncio.Future[T]) -> None:
-    """Retrieve the exception, which no other code does."""
-    if not writing.cancelled():
-        writing.exception()
 
 
 async def _transaction(db: Database, write: Callable[[AsyncClientSession], Awaitable[T]]) -> T:

@@ -104,8 +104,7 @@ def rejection_reason(url: str, allowed: AllowedHosts) -> RejectionReason | None:
         return None
     if port is not None and port not in (80, 443) and port < _LOWEST_FREE_PORT:
         return RejectionReason(
-            "PORT_REJECTED",
-            f"port {port} is not allowed: only 80, 443 and ports from {_LOWEST_FREE_PORT} are",
+            "PORT_REJECTED", f"port {port} is not allowed: only 80, 443 and ports from {_LOWEST_FREE_PORT} are"
         )
     with suppress(ValueError):
         if (kind := allowed.address_rejection_reason(host, str(ip_address(host.partition("%")[0])))) is not None:

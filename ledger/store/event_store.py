@@ -259,7 +259,7 @@ class EventStore:
             if look:
                 await asyncio.sleep(self.limits.gap_timeout_seconds / 2)
             head = await self.head_position()
-            if head >= position and await self._has_event(last_read):
+            if head >= position and (not position or last_read.hash in (None, await self.hash_at(position))):
                 return
         if head >= position:
             raise LogTruncated(
@@ -270,9 +270,6 @@ class EventStore:
             f"The log ends at position {head}, but {reader} had reached position {position}: events at the end were "
             "removed, or an older copy of the log was restored."
         )
-
-    async def _has_event(self, read: ReadPosition) -> bool:
-        return read.hash is None or read.position == 0 or await self.hash_at(read.position) == read.hash
 
     async def hash_at(self, position: int) -> bytes | None:
         """Return the hash of the event at a position, None if there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import accumulate
 from typing import Final
 
 BUCKET_BOUNDS_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -22,8 +23,4 @@ class DurationHistogram:
 
     def cumulative_counts(self) -> list[tuple[float, int]]:
         """Return for each bucket bound, and for infinity, how many durations were at most that long."""
-        found, sum_ = [], 0
-        for bound, count in zip((*BUCKET_BOUNDS_SECONDS, float("inf")), self._counts, strict=True):
-            sum_ += count
-            found.append((bound, sum_))
-        return found
+        return list(zip((*BUCKET_BOUNDS_SECONDS, float("inf")), accumulate(self._counts), strict=True))

@@ -224,13 +224,9 @@ async def _pages(
             if consecutive:
                 yield consecutive
     finally:
-        await _cancel(fetching)
-
-
-async def _cancel(task: asyncio.Future[Any]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError, JobledgerError):
-        await task
+        fetching.cancel()
+        with suppress(asyncio.CancelledError, JobledgerError):
+            await fetching
 
 
 class _StreamChecker:
@@ -267,7 +263,15 @@ class _StreamChecker:
         problem = (
             find_deviation(document, raw, data) or _find_wrong_hash(document, data) or self._find_broken_link(document)
         )
-        return None if problem is None else _problem_of(document, problem)
+        if problem is None:
+            return None
+        stream, version = document.get("stream"), document.get("version")
+        return IntegrityProblem(
+            int(document["_id"]),
+            problem,
+            stream if isinstance(stream, str) else None,
+            version if isinstance(version, int) and not isinstance(version, bool) else None,
+        )
 
     def _find_broken_link(self, document: Document) -> str | None:
         stream, version, previous = document["stream"], document["version"], document["prev"]
@@ -291,13 +295,3 @@ def _find_wrong_hash(document: Document, data: bytes | None) -> str | None:
     except InvalidEvent as error:
         return f"cannot be hashed: {error}"
     return None if is_intact else "its hash does not match its content: one of the two was changed"
-
-
-def _problem_of(document: Mapping[str, Any], description: str) -> IntegrityProblem:
-    stream, version = document.get("stream"), document.get("version")
-    return IntegrityProblem(
-        int(document["_id"]),
-        description,
-        stream if isinstance(stream, str) else None,
-        version if isinstance(version, int) and not isinstance(version, bool) else None,
-    )

@@ -47,11 +47,8 @@ def open_private(path: Path, mode: str) -> IO[Any]:
     Raises:
         OSError: The file cannot be opened.
     """
-    file = open(path, mode, opener=_private_opener)  # noqa: SIM115 - the caller closes it
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    file = open(path, mode, opener=lambda name, base: os.open(name, base | flags, FILE_MODE))  # noqa: SIM115 - the caller closes it
     if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
         os.fchmod(file.fileno(), FILE_MODE)
     return file
-
-
-def _private_opener(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)

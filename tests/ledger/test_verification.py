@@ -361,14 +361,14 @@ async def test_payload_field_of_other_bson_type_is_detected_and_named(unstreamed
 
 
 RAW_CHANGES: dict[str, tuple[bytes, bytes, str]] = {
-    "symbol": (b"\x02text\0", b"\x0etext\0", "its data.parameters.text is stored"),
-    "undefined": (b"\x0anothing\0", b"\x06nothing\0", "its data.parameters.nothing is stored"),
+    "symbol": (b"\x02text\0", b"\x0etext\0", "its data.parameters.text is encoded"),
+    "undefined": (b"\x0anothing\0", b"\x06nothing\0", "its data.parameters.nothing is encoded"),
     "duplicate name": (
         b"\x02c\0\x07\0\0\0forged\0",
         b"\x02b\0\x07\0\0\0forged\0",
-        "its data.parameters.inner is stored",
+        "its data.parameters.inner is encoded",
     ),
-    "bytes that are not text": (b"deadbeef", b"\xff\xfe\xff\xfe\xff\xfe\xff\xfe", "its data.parameters.text is stored"),
+    "bytes that are not text": (b"deadbeef", b"\xff\xfe\xff\xfe\xff\xfe\xff\xfe", "its data.parameters.text is encoded"),
 }
 
 
