@@ -7,6 +7,7 @@ cut off. A file whose events do not match its trailer was changed.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +22,11 @@ import zstandard
 from jobledger.ledger.domain.errors import ConfigurationError, JobledgerError
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.hash_chain import GENESIS_HASH
+from jobledger.ledger.store.storage_format import ENVELOPE_FIELDS
 
 FORMAT: Final = 1
 _OPTIONS: Final = orjson.OPT_PASSTHROUGH_DATETIME
-_FIELDS: Final = frozenset(
-    {"position", "event_id", "stream", "version", "type", "schema", "time", "data", "meta", "prev", "hash"}
-)
+_FIELDS: Final = ENVELOPE_FIELDS.keys() - {"_id"} | {"position"}
 _COMPRESSION_LEVEL: Final = 3
 TRAILER_PREFIX: Final = b'{"end":'
 """The beginning of the last line."""
@@ -72,7 +72,7 @@ def encode_event_or_stub(document: Mapping[str, Any]) -> bytes:
         return encode_event(document)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         stub = {"position": document["_id"], "stream": document.get("stream"), "type": document.get("type")}
-        why = f"This event was changed in the database: {error!r}. `jobledger log verify` says more."
+        why = f"This event was changed in the database: {error!r}. For details, run `jobledger log verify`."
         return orjson.dumps({**stub, "unreadable": why}, default=str)
 
 
@@ -82,14 +82,12 @@ def decode_event(line: bytes) -> Document:
     Raises:
         ValueError: The line is not an event.
     """
-    found = orjson.loads(line)
+    found = json.loads(line, object_hook=_decode_object) if b'{"$' in line else orjson.loads(line)
     if not isinstance(found, dict) or found.keys() != _FIELDS:
         raise ValueError("its fields are not those of an event")
     document: Document = {"_id": found.pop("position"), **found}
     document["time"] = datetime.fromisoformat(document["time"])
     document["prev"], document["hash"] = bytes.fromhex(document["prev"]), bytes.fromhex(document["hash"])
-    if b'{"$' in line:
-        document["data"] = _decode_value(document["data"])
     return document
 
 
@@ -106,16 +104,10 @@ def _encode_value(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} in an event")
 
 
-def _decode_value(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode_value(item) for item in value]
-    if not isinstance(value, dict):
-        return value
+def _decode_object(value: dict[str, Any]) -> Any:
     if value.keys() == {"$date"}:
         return datetime.fromisoformat(value["$date"])
-    if value.keys() == {"$bytes"}:
-        return bytes.fromhex(value["$bytes"])
-    return {name: _decode_value(item) for name, item in value.items()}
+    return bytes.fromhex(value["$bytes"]) if value.keys() == {"$bytes"} else value
 
 
 @contextmanager

@@ -368,7 +368,11 @@ RAW_CHANGES: dict[str, tuple[bytes, bytes, str]] = {
         b"\x02b\0\x07\0\0\0forged\0",
         "its data.parameters.inner is encoded",
     ),
-    "bytes that are not text": (b"deadbeef", b"\xff\xfe\xff\xfe\xff\xfe\xff\xfe", "its data.parameters.text is encoded"),
+    "bytes that are not text": (
+        b"deadbeef",
+        b"\xff\xfe\xff\xfe\xff\xfe\xff\xfe",
+        "its data.parameters.text is encoded",
+    ),
 }
 
 
