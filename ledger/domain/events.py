@@ -160,6 +160,15 @@ class _UserEvent(Event):
     reason: str | None = None
 
 
+class _AttemptEvent(Event):
+    attempt: int
+
+
+class _WorkerEvent(Event):
+    worker_id: str
+    attempt: int
+
+
 class _AccessChanged(Event):
     by: str
     access_control: AccessControl
@@ -186,37 +195,31 @@ class JobSubmitted(Event):
     template: str | None = None
 
 
-class JobClaimed(Event):
+class JobClaimed(_WorkerEvent):
     """A worker claimed the job: attempt `attempt` has begun, and only this attempt may report on the job."""
 
-    worker_id: str
-    attempt: int
 
-
-class JobProgressed(Event):
+class JobProgressed(_AttemptEvent):
     """The attempt reported progress: the percentage of the whole job, and what it is doing."""
 
-    attempt: int
     step: str
     percent: CompactFloat
     message: str
 
 
-class JobLogged(Event):
+class JobLogged(_AttemptEvent):
     """The attempt wrote log entries. They are in order."""
 
-    attempt: int
     entries: list[LogEntry]
 
 
-class StepCompleted(Event):
+class StepCompleted(_AttemptEvent):
     """The attempt completed a step. The step need not run again for inputs with the same digest `key`.
 
     `reused_from` is the job whose output was reused, if any. `cache_version` is the version of the processor whose
     later jobs of the same owner and type may reuse the output. None means that no other job may.
     """
 
-    attempt: int
     step: str
     key: str
     output: Any
@@ -227,43 +230,35 @@ class StepCompleted(Event):
     cache_version: str | None = None
 
 
-class JobCompleted(Event):
+class JobCompleted(_AttemptEvent):
     """The job completed, and its result files are stored."""
 
-    attempt: int
     results: JobResults
 
 
-class JobAttemptFailed(Event):
+class JobAttemptFailed(_AttemptEvent):
     """The attempt failed with a transient error. The job is pending until `retry_at` and is then retried."""
 
-    attempt: int
     error: Failure
     retry_at: UtcDatetime
 
 
-class JobFailed(Event):
+class JobFailed(_AttemptEvent):
     """The job failed: the error is permanent, or all attempts are used up."""
 
-    attempt: int
     error: Failure
 
 
-class JobLeaseExpired(Event):
+class JobLeaseExpired(_WorkerEvent):
     """The worker stopped sending heartbeats. Its attempt has ended, and the job is pending again."""
 
-    worker_id: str
-    attempt: int
 
-
-class JobReleased(Event):
+class JobReleased(_WorkerEvent):
     """The worker returned the job to the queue, for example at shutdown. The attempt does not count.
 
     `is_machine_failure`: the worker's machine could not run the job.
     """
 
-    worker_id: str
-    attempt: int
     reason: str
     is_machine_failure: bool = False
 
@@ -307,11 +302,9 @@ class JobDeleted(_UserEvent):
     """The job was deleted from the views, and its files are no longer served. Its history stays."""
 
 
-class WorkerFenced(Event):
+class WorkerFenced(_WorkerEvent):
     """A worker reported for an attempt that had ended, and the report was rejected."""
 
-    worker_id: str
-    attempt: int
     rejected_event: str
 
 
@@ -403,14 +396,13 @@ class DeliveryQueued(Event):
     batch_id: str | None = None
 
 
-class DeliveryAttempted(Event):
+class DeliveryAttempted(_AttemptEvent):
     """The endpoint was called.
 
     `response` is the beginning of its response. `error` is present unless the status is 2xx. `body_sha256` is the
     digest of the message body in hex. `next_attempt_at` is the time of the next attempt.
     """
 
-    attempt: int
     status_code: int | None = None
     error: Failure | None = None
     response: str = ""
@@ -419,10 +411,8 @@ class DeliveryAttempted(Event):
     next_attempt_at: UtcDatetime | None = None
 
 
-class DeliverySucceeded(Event):
+class DeliverySucceeded(_AttemptEvent):
     """The endpoint accepted the message with status 2xx."""
-
-    attempt: int
 
 
 class DeliveryAbandoned(Event):
