@@ -360,7 +360,7 @@ class BatchReopened(Event):
 
 
 class BatchAccessChanged(_AccessChanged):
-    """The batch's access control was replaced. Each of its jobs has an access control of its own."""
+    """The batch's access control was replaced. Each of its jobs has its own access control."""
 
 
 class BatchArchived(_UserEvent):

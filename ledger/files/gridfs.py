@@ -1,6 +1,6 @@
 """A file store in MongoDB (GridFS), for installations whose machines share no disk.
 
-A writer stores a file's chunks under an ID of its own. Last, in one write, it inserts the entry in `fs.files` with the
+A writer stores a file's chunks under a new ID. Finally, in one write, it inserts the entry in `fs.files` with the
 SHA-256, which a unique index allows once. So a file is complete or absent. The second of two writers removes its
 chunks. Chunks of a writer that died are orphans that no reader sees.
 """

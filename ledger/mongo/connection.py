@@ -49,7 +49,7 @@ class Connection:
             "connectTimeoutMS": self.connect_timeout_ms,
             "serverSelectionTimeoutMS": self.connect_timeout_ms,
             "tz_aware": True,
-            "readPreference": "primary",  # whatever the URI says: decisions need what is true now
+            "readPreference": "primary",  # also if the URI names another one: decisions need current data
             "appname": "jobledger",
             "w": "majority",
             "journal": True,
@@ -222,12 +222,12 @@ async def read_transaction_limit_seconds(db: Database) -> int | None:
     """
     with translate_errors("reading parameters of the server"):
         try:
-            answer = await db.client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
+            response = await db.client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
         except OperationFailure as error:
             if error.code == UNAUTHORIZED:
                 return None
             raise
-    return int(answer["transactionLifetimeLimitSeconds"])
+    return int(response["transactionLifetimeLimitSeconds"])
 
 
 _SHARDED = (

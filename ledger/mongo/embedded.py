@@ -279,7 +279,7 @@ class EmbeddedServer:
         # No TCP, and no socket in /tmp. mongod requires a port, but does not use it.
         command += ["--bind_ip", str(self._socket), "--nounixsocket", "--port", "27017", "--filePermissions", "0600"]
         command += ["--keyFile", str(self.data_dir / KEY_NAME), "--setParameter", "enableLocalhostAuthBypass=false"]
-        # The code that reads compressed messages runs before sign-in and has had holes (CVE-2025-14847).
+        # The code that reads compressed messages runs before authentication. It had a vulnerability: CVE-2025-14847.
         command += ["--networkMessageCompressors", "disabled"]
         command += ["--wiredTigerCacheSizeGB", f"{_cache_gb():.2f}"]
         command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]

@@ -1,9 +1,9 @@
 """The address of the embedded MongoDB server, a Unix socket, and its secret. Pure file operations.
 
 The server does not listen on TCP. Its socket is in the data directory. If that path is too long for a socket, or its
-file system has no sockets, the socket is in a short directory of its own. The secret is the server's key file: a client
-that knows it authenticates as `__system`, the user of the members of a replica set. So the database stores no user, and
-an existing data directory is protected from the next start on (docs/decisions/0054).
+file system has no sockets, the socket is in another directory with a short path. The secret is the server's key file: a
+client that knows it authenticates as `__system`, the user of the members of a replica set. So the database stores no
+user, and an existing data directory is protected from the next start on (docs/decisions/0054).
 """
 
 from __future__ import annotations

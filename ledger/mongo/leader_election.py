@@ -1,7 +1,7 @@
 """Leader election: one process leads, and others stand by to take over.
 
 The change stream delivers the leader's heartbeats, which extend its lease. A standby takes over when it has seen no
-heartbeat for the duration of the lease by its own steady clock, whatever the server's clock says, or at once when the
+heartbeat for the duration of the lease by its own steady clock, not by the server's clock, or at once when the
 leader releases the lease. `fencing_token`, which grows with each leader, fences what a leader writes.
 """
 

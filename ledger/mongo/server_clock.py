@@ -82,12 +82,12 @@ class ServerClock(ServerHeartbeatListener):
         """Ask the server. Of several responses the fastest counts: it bounds the server's clock best."""
         best: float | None = None
         for _ in range(_TRIES):
-            asked = _steady()
-            answer = await client.admin.command("hello")
-            answered = _steady()
-            offset = answer["localTime"].replace(tzinfo=UTC).timestamp() - answered
+            asked_at = _steady()
+            response = await client.admin.command("hello")
+            responded_at = _steady()
+            offset = response["localTime"].replace(tzinfo=UTC).timestamp() - responded_at
             best = offset if best is None else max(best, offset)
-            if answered - asked <= TOLERANCE_SECONDS:
+            if responded_at - asked_at <= TOLERANCE_SECONDS:
                 break
         self._offset, self.is_uncertain = best, False
 
@@ -99,7 +99,9 @@ class ServerClock(ServerHeartbeatListener):
     def succeeded(self, event: ServerHeartbeatSucceededEvent) -> None:
         """Observe the clock of the member if it is the primary."""
         document = event.reply.document
-        if document.get("isWritablePrimary") or document.get("ismaster"):  # `ismaster`: of a connection's first answer
+        if document.get("isWritablePrimary") or document.get(
+            "ismaster"
+        ):  # `ismaster`: in the first response of a connection
             self.observe(document["localTime"].replace(tzinfo=UTC).timestamp(), event.connection_id)
 
     def failed(self, event: ServerHeartbeatFailedEvent) -> None:

@@ -186,8 +186,8 @@ class Appender:
     async def _write_appends(self, appends: Sequence[PendingAppend]) -> None:
         """Write appends of one event in one unordered insert, or one append of several events in one transaction.
 
-        Whatever the database answers, the same documents may be inserted again: documents that are already stored are
-        recognized by their event IDs. So every transient failure is retried until the deadline.
+        After any response of the database, the same documents may be inserted again: documents that are already
+        stored are recognized by their event IDs. So every transient failure is retried until the deadline.
         """
         deadline = appends[0].deadline  # the first one has waited longest
         pause = 0.002
@@ -265,12 +265,12 @@ class Appender:
         command: dict[str, Any] = {"insert": "events", "documents": documents, "ordered": False}
         if session is None:
             command["writeConcern"] = DURABLE.document
-        answer = await self._db.command(command, session=session)
-        failures = answer.get("writeErrors", ())
+        response = await self._db.command(command, session=session)
+        failures = response.get("writeErrors", ())
         for failure in failures:
             if failure["code"] != _DUPLICATE_KEY:
                 raise OperationFailure(failure["errmsg"], failure["code"], failure)
-        if (error := answer.get("writeConcernError")) is not None:
+        if (error := response.get("writeConcernError")) is not None:
             raise WriteConcernError(error["errmsg"], error["code"], error)
         return {failure["index"] for failure in failures}
 
@@ -290,8 +290,8 @@ class Appender:
 
     async def reserve_positions(self, count: int) -> int:
         """Reserve `count` positions and return the first. Readers void positions at which no event appears in time."""
-        # A bare command, which the driver does not retry: a lost answer only leaves a gap.
-        answer = await self._db.command(
+        # A bare command, which the driver does not retry: a lost response only leaves a gap.
+        response = await self._db.command(
             {
                 "findAndModify": "counters",
                 "query": {"_id": "events"},
@@ -301,7 +301,7 @@ class Appender:
                 "writeConcern": {"w": 1},
             }
         )
-        return int(answer["value"]["next"]) - count + 1
+        return int(response["value"]["next"]) - count + 1
 
     async def _raise_counter(self) -> None:
         counters = self._db.get_collection("counters", write_concern=DURABLE)

@@ -125,7 +125,7 @@ class ChangeStream:
         async with self._db.client.start_session(causal_consistency=True) as session:
             await self._db.command("ping", session=session)
             opened_at = session.operation_time
-            assert opened_at is not None  # noqa: S101 - every answer of a replica set has it
+            assert opened_at is not None  # noqa: S101 - every response of a replica set has it
             async with await self._db.with_options(codec_options=LENIENT_CODEC).watch(
                 self._pipeline(), start_at_operation_time=opened_at, batch_size=1000
             ) as stream:

@@ -227,7 +227,7 @@ class EventStore:
         fields = None if data_expression is None else {**_LOCATION_FIELDS, "data": data_expression}
         with translate_errors(f"reading {len(streams)} streams"):
             async with self.events.find_raw_batches(query, fields, sort=_VERSIONS, batch_size=_BATCH_EVENTS) as found:
-                part: Any  # the driver's type hints say documents, it yields bytes
+                part: Any  # the driver yields bytes, unlike its type hints
                 async for part in found:
                     yield list(map(RecordedEvent, bson.decode_all(part, LENIENT_CODEC)))
 
@@ -319,7 +319,7 @@ class EventStore:
         with translate_errors("reading the log"):
             query = {"_id": {"$gt": after}}
             found = self.events.find_raw_batches(query, sort=_POSITIONS, limit=-limit, batch_size=limit)
-            batches: list[Any] = await found.to_list()  # the driver's type hints say documents, it yields bytes
+            batches: list[Any] = await found.to_list()  # the driver yields bytes, unlike its type hints
             return [stored for batch in batches for stored in _split_batch(batch)]
 
     async def has_unique_version_index(self) -> bool:

@@ -51,7 +51,7 @@ async def export_log(
             event.
         LedgerUnavailable: The database failed. The same call continues.
     """
-    if path.exists():  # noqa: ASYNC240 - files are written here all the time, and nothing else goes on
+    if path.exists():  # noqa: ASYNC240 - an export may block its event loop
         raise ConfigurationError(f"{path} exists already: choose another name, or remove it")
     head = await event_store.head_position()
     part = path.with_name(f"{path.name}.part")
