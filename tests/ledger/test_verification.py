@@ -396,7 +396,7 @@ async def test_encoding_hidden_by_decoding_is_detected_and_named(
 async def test_reordered_envelope_is_detected(unstreamed_ledger: Ledger) -> None:
     document = await submit_original(unstreamed_ledger)
     await replace_documents(unstreamed_ledger, {"_id": 2, **dict(reversed(document.items()))})
-    check_problem_at(await verify_log(unstreamed_ledger.event_store), document, "its fields are in another order")
+    check_problem_at(await verify_log(unstreamed_ledger.event_store), document, "its fields are in the wrong order")
 
 
 @given(parameters=OBJECTS)
