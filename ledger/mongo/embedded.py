@@ -308,7 +308,9 @@ class EmbeddedServer:
         """Return whether our mongod is a writable primary. Configures it if necessary."""
         if not is_listening(self._socket):
             return False
-        with MongoClient[dict[str, Any]](self.uri, serverSelectionTimeoutMS=2000) as client:
+        # A client that expects the name of the set finds no server before the set is initiated.
+        uri = self.uri.replace("&replicaSet=rs0", "")
+        with MongoClient[dict[str, Any]](uri, serverSelectionTimeoutMS=2000) as client:
             try:
                 if client.admin.command("serverStatus")["pid"] != self.pid:
                     return False  # a predecessor that is shutting down
