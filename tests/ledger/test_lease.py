@@ -214,7 +214,7 @@ async def test_lease_of_dead_holder_is_free_after_its_duration(
     connection: Connection, leases: Collection[Document]
 ) -> None:
     class LeaseWithoutHeartbeat(Lease):
-        def _beat(self, *_: Any) -> bool:
+        def _extend_until_stopped(self, *_: Any) -> bool:
             return True  # no heartbeat is sent
 
     dead_holder_lease = LeaseWithoutHeartbeat(connection, "leases", "the-lease", seconds=LEASE_SECONDS)
