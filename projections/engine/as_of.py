@@ -92,8 +92,8 @@ class HistoricalState:
         open_jobs: The jobs that are not finished, by ID.
         job_counts: Number of jobs by status.
         batches: The batches by ID.
-        status_changes: Previous and current status of the jobs whose status changed since `track_changes`. None: the
-            job does not exist.
+        status_changes: Previous and current status of the jobs whose status has changed since this was set to an empty
+            dictionary. A status of None: the job does not exist. None: changes are not recorded.
     """
 
     def __init__(self, event_store: EventStore) -> None:
@@ -103,12 +103,7 @@ class HistoricalState:
         self.open_jobs: dict[str, OpenJob] = {}
         self.job_counts: Counter[str] = Counter()
         self.batches: dict[str, BatchState] = {}
-        self.status_changes: dict[str, list[str | None]] = {}
-        self._tracks_changes = False
-
-    def track_changes(self) -> None:
-        """Record status changes from now on."""
-        self._tracks_changes = True
+        self.status_changes: dict[str, list[str | None]] | None = None
 
     async def apply(self, event: RecordedEvent) -> None:
         """Apply the next event.
@@ -152,7 +147,7 @@ class HistoricalState:
         else:
             submitted_at = open_job.submitted_at if open_job is not None else event.time
             self.open_jobs[event.stream] = OpenJob(after, submitted_at, event.time)
-        if self._tracks_changes and old_status != new_status:
+        if self.status_changes is not None and old_status != new_status:
             self.status_changes.setdefault(event.stream, [old_status, None])[1] = new_status
 
     async def _load_finished_job(self, event: RecordedEvent) -> Job | None:
@@ -206,11 +201,7 @@ async def load_state_as_of(
 ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, list[str | None]]]:
     """Return the state of all jobs and batches as of an earlier point, and optionally the changes until a later one.
 
-    Args:
-        event_store: The event store.
-        as_of: The earlier point.
-        until: The later point.
-        on_progress: Called with the current position and the highest possible one.
+    `on_progress` is called with the current position and the highest possible one.
 
     Returns:
         The state as of `as_of`; the state as of `until`, or None; and the previous and current status of each job whose
@@ -232,10 +223,9 @@ async def load_state_as_of(
     first = await apply_until(as_of)
     if until is None:
         return first, None, {}
-    state.track_changes()
+    state.status_changes = {}
     second = await apply_until(until)
-    changes = {job_id: statuses for job_id, statuses in state.status_changes.items() if statuses[0] != statuses[1]}
-    return first, second, changes
+    return first, second, {job_id: pair for job_id, pair in state.status_changes.items() if pair[0] != pair[1]}
 
 
 async def _iter_events(event_store: EventStore, end: PointInTime, *, after: int) -> AsyncIterator[RecordedEvent]:

@@ -60,13 +60,9 @@ class Difference:
 async def find_differences(
     view: str, actual: AsyncCollection[Document], expected: AsyncCollection[Document], session: AsyncClientSession
 ) -> AsyncIterator[Difference]:
-    """Yield the differences between two collections in the order of keys. Memory is bounded.
+    """Yield the differences between two collections of a view in the order of keys. Memory is bounded.
 
-    Args:
-        view: Name of the view.
-        actual: Collection of the active view. It is read with `session`.
-        expected: Collection of the rebuilt view.
-        session: Snapshot session.
+    The collection of the active view (`actual`) is read in a snapshot session.
 
     Raises:
         PyMongoError: The database failed.

@@ -54,7 +54,6 @@ class DocumentLoader:
         """Return an empty chunk with all documents that the events may change.
 
         Args:
-            events: The events to be applied.
             unwritten: The changes of the previous chunk, if the database does not contain them yet.
             position: The last position that the views contain.
 

@@ -57,12 +57,8 @@ async def verify_files(
 ) -> FileVerificationResult:
     """Read every file that the view `files` names, and compare its content with the recorded digest.
 
-    The view and the store are both read in the order of digests and merged, so memory need not hold either of them.
-
-    Args:
-        views: The collections of the views.
-        store: The file store.
-        on_progress: Called with the numbers of verified and of all files.
+    The view and the store are both read in the order of digests and merged, so memory holds neither of them.
+    `on_progress` is called with the numbers of verified files and of all files.
 
     Raises:
         LedgerUnavailable: The database failed.

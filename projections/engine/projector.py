@@ -55,12 +55,7 @@ class Projector:
     """Updates the views while it is the leader, and stands by otherwise.
 
     Args:
-        db: The database.
-        event_store: The event store.
-        connection: The connection settings.
-        checkpoint: The checkpoint of the active views.
         holder: Name of this process in the lease.
-        lease_seconds: Duration of the lease.
         leader_task: Runs while this process leads, for work that only one process should do. Default: nothing.
     """
 

@@ -83,18 +83,11 @@ class Rebuild:
         on_progress: ProgressCallback = lambda position, total: None,
         only_if_outdated: bool = False,
     ) -> int:
-        """Rebuild all views and switch to the named ones.
+        """Rebuild all views, switch to the named ones, and return the position of the switch.
 
         All views are rebuilt because they depend on each other. To switch to only some of them, the active views must
-        have reached the same position, so the switch waits until they are idle.
-
-        Args:
-            names: Views to switch to.
-            on_progress: Called with the progress.
-            only_if_outdated: Do nothing if the active views have the current version by now.
-
-        Returns:
-            The position of the switch, or 0 if nothing was done.
+        have reached the same position, so the switch waits until they are idle. With `only_if_outdated`, do nothing and
+        return 0 if the active views have the current version by now.
 
         Raises:
             DatabaseUnsuitable: The active views have another version or are ahead of the log, so all of them must be
@@ -140,15 +133,9 @@ class Rebuild:
         on_progress: ProgressCallback = lambda position, total: None,
         on_difference: OnDifference,
     ) -> int:
-        """Rebuild the views, compare the active views with them, and empty them again. Nothing is replaced.
+        """Rebuild the views in their shadow slots, compare the named active views with them, and empty them again.
 
-        Args:
-            names: Views to compare.
-            on_progress: Called with the progress.
-            on_difference: Called with each difference.
-
-        Returns:
-            The position at which the views were compared.
+        The active views are not changed. Returns the position at which the views were compared.
 
         Raises:
             NotComparable: The views have another version, the log lacks events, or the comparison took longer than the
@@ -162,7 +149,7 @@ class Rebuild:
             checkpoint = await load_checkpoint(self._db)
             await self._require_events(ReadPosition.from_document(checkpoint))
             writer, _ = await self._shadow.open(max_position=checkpoint["position"])
-            await self._apply_history(writer, checkpoint["position"], on_progress)
+            await self._apply_history(writer, (await load_checkpoint(self._db))["position"], on_progress)
             async with self._event_store.subscribe(after=writer.position) as events:
                 compared_position = await self._compare_in_snapshot(writer, events, names, on_difference)
             with translate_errors("emptying the shadow views"):

@@ -39,13 +39,9 @@ class ShadowViews:
         self._leader_election = leader_election
 
     async def open(self, *, max_position: int | None = None) -> tuple[ProjectionWriter, ViewSlots]:
-        """Continue an interrupted rebuild, or empty the shadow views and begin.
+        """Continue an interrupted rebuild, or begin a new one, and return the writer and the slots of the shadow views.
 
-        Args:
-            max_position: Begin again if the interrupted rebuild is beyond this position.
-
-        Returns:
-            The writer of the shadow views, and their slots.
+        An interrupted rebuild beyond `max_position` is not continued.
 
         Raises:
             LedgerUnavailable: The database failed.
@@ -83,10 +79,7 @@ class ShadowViews:
             raise LeadershipLost
 
     async def clear(self, switched_at: datetime | None = None) -> None:
-        """Empty the shadow views that were active before the last switch.
-
-        Args:
-            switched_at: Do so only if the last switch was at this time.
+        """Empty the shadow views that were active before the last switch; with `switched_at`, if it was at this time.
 
         Raises:
             LedgerUnavailable: The database failed.

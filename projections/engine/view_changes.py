@@ -39,7 +39,7 @@ _ROW_VIEWS: Final = (queue.NAME, files.NAME, steps.NAME, step_files.NAME)
 
 
 class _StreamView(Protocol):
-    """A view module whose documents are folded from streams."""
+    """A view module with one document for each stream."""
 
     @property
     def NAME(self) -> str: ...
@@ -48,16 +48,16 @@ class _StreamView(Protocol):
         """Apply the next event of a stream."""
 
     def isolate(self, document: Document | None, event: RecordedEvent, problem: Document, /) -> Document | None:
-        """Continue without an event that cannot be applied, and show the problem."""
+        """Return the document after an event that cannot be applied. It shows the problem."""
 
     def reduce_to_storable(self, document: Document, problem: Document, /) -> Document:
-        """Return a document that can be stored instead of one that cannot, and show the problem."""
+        """Return a reduced document that can be stored. It shows the problem."""
 
 
 _STREAM_VIEWS: Final[Mapping[str, _StreamView]] = {"job": jobs, "batch": batches, "delivery": deliveries}
 """Views by kind of stream. A stream's ID begins with its kind."""
 _REDUCIBLE_VIEWS: Final = {view.NAME: view for view in _STREAM_VIEWS.values()}
-"""Views by name whose documents are stored in reduced form if they cannot be stored completely. Others are skipped."""
+"""Views by name whose documents can be stored reduced. A document of another view is skipped instead."""
 
 
 class ChunkTooLarge(Exception):
@@ -74,10 +74,10 @@ class ViewChanges:
         current: Documents that the chunk changed, by view and key. None: deleted.
         counter_increments: Increments by counter document and field.
         position, hash: Position and hash of the last applied event.
-        unstorable: Documents that cannot be stored completely, with their problems.
-        skipped: Documents of `unstorable`, and rows of jobs, that are not stored at all.
-        unfoldable: Streams whose event could not be applied and whose document does not show the problem.
-        isolated: Keys and problems to log after the chunk was written.
+        unstorable: The problems of documents that cannot be stored completely. They are stored reduced.
+        skipped: Rows, and documents of `unstorable`, that are not stored at all.
+        problems_without_document: The problems of streams that have no document to show them.
+        new_problems: Keys and problems to log after the chunk was written.
         list_index_bytes: Estimated memory of the list index that the chunk writes.
     """
 
@@ -122,7 +122,7 @@ class ViewChanges:
                 self.problems_without_document[view.NAME, event.stream] = problem
 
     def get(self, view: str, key: str) -> Document | None:
-        """Return the current document, or None."""
+        """Return a document as it is after the applied events, or None."""
         return self.current[view][key] if key in self.current[view] else self.loaded[view].get(key)
 
     def _set_document(self, view: str, before: Document | None, after: Document | None, event: RecordedEvent) -> None:
@@ -184,10 +184,7 @@ class ViewChanges:
     # Documents that cannot be stored --------------------------------------------------------------------------------
 
     def mark_unstorable(self, view: str, key: str, message: str) -> None:
-        """Store a document reduced from now on, because it cannot be stored completely.
-
-        A row of a job is skipped instead, and its job is reduced. A document that cannot be stored reduced is skipped.
-        """
+        """Store a document reduced, or skip it if it already is. A row is skipped, and its job is stored reduced."""
         if view in _ROW_VIEWS:
             row = self.changed_rows()[view].get(key) or {}
             self.skipped.add((view, key))
@@ -246,15 +243,9 @@ class ViewChanges:
         """
         rows = self.changed_rows()  # first, because it may mark a job as unstorable
         writes: defaultdict[str, list[tuple[str, Write]]] = defaultdict(list)
-        is_usual = not (self.unstorable or replaced or upserts)
         for view, documents in self.current.items():
-            loaded = self.loaded[view]
             for key, document in documents.items():
-                if is_usual:
-                    write = _build_minimal_write(key, loaded.get(key), document)
-                else:
-                    write = self._build_full_write(view, key, document, replaced, upserts=upserts)
-                if write is not None:
+                if (write := self._build_write(view, key, document, replaced, upserts=upserts)) is not None:
                     writes[view].append((key, write))
         queued_before = self._job_ids_queued_before()
         for view, changed in rows.items():
@@ -277,7 +268,7 @@ class ViewChanges:
         writes[projection_errors.NAME] = self._projection_error_writes(replaced)
         return {view: changes for view, changes in writes.items() if changes}
 
-    def _build_full_write(
+    def _build_write(
         self, view: str, key: str, document: Document | None, replaced: Collection[DocumentKey], *, upserts: bool
     ) -> Write | None:
         problem = self.unstorable.get((view, key))

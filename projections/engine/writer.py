@@ -4,8 +4,8 @@ The writes of a chunk and the update of the checkpoint are one transaction. The 
 position where the chunk begins and the fence, which says who may write. A process that was replaced finds no such
 checkpoint, and its transaction is aborted.
 
-A chunk that exceeds the limits of a transaction is written in parts. If an event cannot be applied, or a document
-cannot be stored, only its stream is isolated (projections/views/projection_errors.py).
+If a chunk exceeds the limits of a transaction, it is split. If an event cannot be applied, or a document cannot be
+stored, only its stream is isolated (projections/views/projection_errors.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MAX_CHUNK_EVENTS: Final = 8192
 _MAX_REJECTED_WRITES: Final = 1000
 """Number of rejected writes in one chunk after which the writer assumes a server failure."""
 _EVENTS_PER_YIELD: Final = 4
-"""The database waits for each turn of the event loop. With 50 events per turn, a rebuild is a fifth slower."""
+"""After so many events, a write in progress may continue. With 50 events, a rebuild is a fifth slower."""
 _SERVER_ERROR_CODES: Final = frozenset({24, 46, 50, 112, 251, 262, 290, 14031})
 """Errors that do not concern a document: locks, time limits, write conflicts, a full disk."""
 _TOO_LARGE_CODES: Final = frozenset({257, 388})
@@ -49,13 +49,9 @@ BeforeWrite = Callable[[AsyncClientSession], Awaitable[None]]
 
 
 class ProjectionWriter:
-    """Applies events to one set of views.
-
-    The writer assumes that nothing else writes these views. The fence ensures it.
+    """Applies events to one set of views. The fence ensures that nothing else writes them.
 
     Args:
-        db: The database.
-        views: The views to write.
         checkpoint: ID of the checkpoint document that records the position of these views.
         fence: Fields that the checkpoint must have. Otherwise another process has taken over.
         last_applied: The last event that the views contain.
@@ -82,17 +78,13 @@ class ProjectionWriter:
     async def apply(
         self, events: Sequence[RecordedEvent], *, before_write: BeforeWrite | None = None
     ) -> list[Document]:
-        """Apply the next events to the views.
+        """Apply the events after `position` to the views, and return the documents of the changed batches.
 
         If the events exceed the limits of a transaction, they are written in several, each with its checkpoint.
 
         Args:
-            events: The events after `position`.
             before_write: Called at the start of the transaction that writes the last of the events. It is called again
                 if the transaction is repeated.
-
-        Returns:
-            The documents of the batches that changed.
 
         Raises:
             LeadershipLost: Another process has taken over. Nothing was written.
@@ -102,30 +94,30 @@ class ProjectionWriter:
         changed_batches: dict[str, Document | None] = {}
         begin = 0
         while begin < len(events):
-            part = events[begin : begin + self._max_chunk_events]
-            is_last = begin + len(part) == len(events)
+            chunk = events[begin : begin + self._max_chunk_events]
+            is_last = begin + len(chunk) == len(events)
             started = time.monotonic()
             try:
-                changes = await self.prepare(part)
+                changes = await self.prepare(chunk)
                 await self.write(changes, before_write=before_write if is_last else None)
             except ChunkTooLarge as error:
                 self.discard_unwritten()
-                if len(part) == 1:
+                if len(chunk) == 1:
                     raise LedgerUnavailable(
-                        f"The event at position {part[0].position} cannot be written to the views: {error}"
+                        f"The event at position {chunk[0].position} cannot be written to the views: {error}"
                     ) from error
-                self._max_chunk_events = len(part) // 2
+                self._max_chunk_events = len(chunk) // 2
                 continue
-            begin += len(part)
+            begin += len(chunk)
             if time.monotonic() - started > _SLOW_SECONDS:
-                self._max_chunk_events = max(1, len(part) // 2)
+                self._max_chunk_events = max(1, len(chunk) // 2)
             elif self._max_chunk_events < _MAX_CHUNK_EVENTS:
                 self._max_chunk_events *= 2
             changed_batches |= changes.current["batches"]
         return [batch for batch in changed_batches.values() if batch is not None]
 
     async def prepare(self, events: Sequence[RecordedEvent]) -> ViewChanges:
-        """Apply the next events in memory, for `write`. The previous chunk may still be being written.
+        """Apply the next chunk in memory. Meanwhile, `write` may write the previous one.
 
         Raises:
             ChunkTooLarge: Several events exceed the memory limits.
@@ -153,10 +145,10 @@ class ProjectionWriter:
     async def write(self, changes: ViewChanges, *, before_write: BeforeWrite | None = None) -> None:
         """Write a prepared chunk. Chunks must be written one after the other in the order of the log.
 
-        After an exception, this writer must not be used any more.
+        After any other exception than ChunkTooLarge, the writer must not be used any more.
 
         Raises:
-            ChunkTooLarge: The chunk exceeds the limits of a transaction.
+            ChunkTooLarge: The chunk exceeds the limits of a transaction. Call `discard_unwritten` next.
             LeadershipLost, LedgerUnavailable: As `apply`.
         """
         self._unwritten = changes
@@ -167,7 +159,7 @@ class ProjectionWriter:
         finally:
             self._written.set()  # also after an error: otherwise `prepare` would wait forever
         for key, problem in changes.new_problems:
-            _log.error("document isolated after projection failure", document=key, **problem)
+            _log.error("stream isolated after projection failure", document=key, **problem)
         reduced = self._loader.reduced
         if reduced or changes.unstorable:
             reduced.difference_update((view, key) for view, documents in changes.current.items() for key in documents)
@@ -188,12 +180,12 @@ class ProjectionWriter:
             if not _is_write_rejection(error):
                 raise
             _log.warning(
-                "chunk rejected, isolating documents that cannot be stored", position=changes.position, error=str(error)
+                "chunk rejected, isolating its unstorable documents", position=changes.position, error=str(error)
             )
-            await self._write_without_unstorable(changes, before_write)
+            await self._write_storable(changes, before_write)
 
-    async def _write_without_unstorable(self, changes: ViewChanges, before_write: BeforeWrite | None) -> None:
-        """Write a chunk without the documents that cannot be stored."""
+    async def _write_storable(self, changes: ViewChanges, before_write: BeforeWrite | None) -> None:
+        """Write a chunk with its unstorable documents reduced or skipped."""
         changes.mark_unstorable_documents()
         for _ in range(_MAX_REJECTED_WRITES):
             writes = changes.build_writes(replaced=self._loader.reduced, upserts=True)

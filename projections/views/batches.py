@@ -23,7 +23,6 @@ from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.ledger.domain.commands import BatchCommand, FinishBatch, ReopenBatch
 from jobledger.ledger.domain.events import RecordedEvent
-from jobledger.ledger.domain.limits import truncate_text
 from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
@@ -45,7 +44,7 @@ INDEXES: Final = [
 
 def fold(batch: Document | None, event: RecordedEvent) -> Document | None:
     """Apply one event of a batch's own stream; see `documents.Fold`."""
-    if batch is not None and projection_errors.is_isolated(batch):
+    if batch is not None and projection_errors.has_unapplied_event(batch):
         return _apply_event_type(batch, event)
     payload: Any = event.event
     if isinstance(payload, events.BatchSubmitted):
@@ -207,8 +206,7 @@ def _placeholder_document(event: RecordedEvent) -> Document:
     """Return a document for a batch whose first event is unreadable. It has the readable fields of the event."""
     values = event.payload.get("job_ids")
     job_ids = [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
-    user_id = event.payload.get("user_id")
-    owner = truncate_text(user_id, 200) if isinstance(user_id, str) else ""
+    owner = projection_errors.read_text(event, "user_id") or ""
     return _build_document(events.BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
 
 

@@ -51,7 +51,7 @@ _INDEXED_FIELDS: Final = frozenset({"error", "parameters", "access_control"})
 
 def fold(job: Document | None, event: RecordedEvent) -> Document | None:
     """Apply one event of a job's stream; see `documents.Fold`."""
-    if job is not None and projection_errors.is_isolated(job):
+    if job is not None and projection_errors.has_unapplied_event(job):
         return _apply_event_type(job, event)
     payload: Any
     try:
@@ -288,16 +288,11 @@ def _apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
 
 def _placeholder_document(event: RecordedEvent) -> Document:
     """Return a document for a job whose first event is unreadable. It has the readable fields of the event."""
-
-    def read_text(name: str, default: str | None = "") -> Any:
-        value = event.payload.get(name)
-        return truncate_text(value, 200) if isinstance(value, str) else default
-
     submitted = events.JobSubmitted(
-        job_type=read_text("job_type"),
-        job_name=read_text("job_name", None),
-        batch_id=read_text("batch_id", None),
-        user_id=read_text("user_id"),
+        job_type=projection_errors.read_text(event, "job_type") or "",
+        job_name=projection_errors.read_text(event, "job_name"),
+        batch_id=projection_errors.read_text(event, "batch_id"),
+        user_id=projection_errors.read_text(event, "user_id") or "",
         parameters={},
     )
     return _build_document(submitted, event)

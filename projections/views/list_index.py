@@ -188,13 +188,10 @@ def build_query(
     """Return the database query for the documents that a principal may see and that match all filters.
 
     Args:
-        principal: The caller.
         facets: Facet name, document field and value, the most selective facet first. The index looks up the first
             facet that has a value, and the database filters by the fields of the others.
         equal: Values of other document fields. None matches any value.
-        search: Only documents that contain all words of this text.
-        created_after: Only documents created after this time.
-        created_before: Only documents created before this time.
+        search: A text. All of its words must be in the document.
     """
     selected = [(name, field, value) for name, field, value in facets if value is not None]
     facet: Facet = (selected[0][0], selected[0][2]) if selected else NO_FACET

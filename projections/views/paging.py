@@ -78,14 +78,7 @@ async def find_page(
 ) -> tuple[list[Document], PageCursor | None]:
     """Return one page of a view's documents in order of creation, and the cursor of the next page, if any.
 
-    Memory holds the page and one batch of the server's (at most 16 MB).
-
-    Args:
-        views: The collections of the views.
-        view: Name of the view.
-        query: A query from `list_index.build_query`.
-        request: Which page to read.
-        projection: Projection of the documents.
+    `query` is from `list_index.build_query`. Memory holds the page and one batch of the server's (at most 16 MB).
 
     Raises:
         LedgerUnavailable: The database failed.

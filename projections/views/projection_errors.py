@@ -1,16 +1,18 @@
-"""View `projection_errors`: the documents of other views that differ from the log, with the reason.
+"""View `projection_errors`: the documents of other views that differ from the log, with the reason (a problem).
 
-One stream must not stop the projection of all others. So the projection writer isolates a stream if one of its events
-cannot be applied, or if its document cannot be stored: it is too large, BSON cannot hold a number in it, or the server
-rejects the write.
+One stream must not stop the projection of all others. If a stream has a problem, the projection writer *isolates* it:
+only its own document differs from the log. There are two kinds of problems:
 
-* If an event cannot be applied, the document keeps its previous content and gets the field `projection_error`. Of
-  further events only the types are applied (the status), so counts and the end of the batch remain correct.
-* If a document cannot be stored, it is folded as usual, but stored without the fields that may be large (`reduced`),
-  with the field `projection_error`. Once it can be stored again, it is stored completely.
+* An event cannot be applied. The document keeps its previous content and gets the field `projection_error`. Of further
+  events only the types are applied (the status), so counts and the end of the batch remain correct. If the stream has
+  no document, only this view shows the problem.
+* A document is *unstorable*: it is too large, BSON cannot hold a number in it, or the server rejects it. It is folded
+  as usual, but stored *reduced*: without the fields that may be large, and with the fields `projection_error` and
+  `reduced`. Once it can be stored again, it is stored completely. An unstorable row, and a reduced document that is
+  still unstorable, is *skipped*: it is not stored at all.
 
-Both depend only on the events of the stream and not on where chunks end. So a rebuild creates the same documents, and
-repairs them after the program was fixed. The log is complete in any case.
+The result depends only on the events of the stream and not on where chunks end. Therefore, a rebuild creates the same
+documents, and repairs them after the program was fixed. The log is complete in any case.
 """
 
 from __future__ import annotations
@@ -36,14 +38,21 @@ PRIVATE_ACCESS: Final[Document] = {
     "access_control": {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []},
     "teams": [],
 }
-"""Access fields of a document whose own ones are too large. Only admins see it."""
+"""Replaces the access fields of a reduced document, which then only its owner and admins may read."""
 MAX_LISTED: Final = 100
 _MAX_MESSAGE_CHARACTERS: Final = 1000
+_MAX_FIELD_CHARACTERS: Final = 200
 
 
-def is_isolated(document: Document) -> bool:
-    """Return whether an event of the document's stream could not be applied."""
+def has_unapplied_event(document: Document) -> bool:
+    """Return whether an earlier event of the document's stream could not be applied."""
     return ERROR_FIELD in document and REDUCED_FIELD not in document
+
+
+def read_text(event: RecordedEvent, name: str) -> str | None:
+    """Return the beginning of a text field of an event that cannot be read as a whole, or None."""
+    value = event.payload.get(name)
+    return truncate_text(value, _MAX_FIELD_CHARACTERS) if isinstance(value, str) else None
 
 
 def event_problem(event: RecordedEvent, error: Exception) -> Document:

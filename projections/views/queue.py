@@ -40,16 +40,9 @@ class QueueEntry(NamedTuple):
 async def find_candidates(
     views: Views, *, job_types: Collection[str], excluded_job_ids: Collection[str], now: datetime, limit: int
 ) -> list[QueueEntry]:
-    """Return jobs that may be claimed now, by priority, then by age.
+    """Return at most `limit` jobs that may be claimed now, by priority, then by age.
 
     Among the jobs that had a start time, only the `limit` jobs with the earliest start times are considered.
-
-    Args:
-        views: The collections of the views.
-        job_types: Only jobs of these types.
-        excluded_job_ids: Jobs to leave out.
-        now: The current time.
-        limit: Maximum number of jobs.
     """
     query = {"job_type": {"$in": sorted(job_types)}, "_id": {"$nin": sorted(excluded_job_ids)}}
     with translate_errors("finding pending jobs"):

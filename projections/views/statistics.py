@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Any, Final
 
 from pymongo import IndexModel
@@ -63,7 +64,7 @@ def counters_for_job(job: Document | None) -> CounterFields:
 
 
 def _track_counter(track: str) -> str:
-    """Return the key of a track's counter. A long name is replaced by its beginning and a digest."""
+    """Return the key of a track's counter: the track's name, a long one shortened and with a digest."""
     if len(track) <= _MAX_TRACK_CHARACTERS:
         return _TRACK_PREFIX + track
     digest = blake2b(track.encode(), digest_size=8).hexdigest()
@@ -247,9 +248,6 @@ def _percentile(counts: Mapping[str, int], share: float) -> float | None:
 
 def duration_histogram(counts: Mapping[str, int]) -> tuple[list[tuple[float, int]], float]:
     """Return the cumulative histogram of run times (upper bound in seconds, number of jobs), and their sum."""
-    buckets: list[tuple[float, int]] = []
-    below = 0
-    for bound_ms in _BOUNDS_MS:
-        below += counts.get(_bucket(bound_ms), 0)
-        buckets.append((bound_ms / 1000, below))
+    numbers = accumulate(counts.get(_bucket(bound_ms), 0) for bound_ms in _BOUNDS_MS)
+    buckets = [(bound_ms / 1000, number) for bound_ms, number in zip(_BOUNDS_MS, numbers, strict=True)]
     return [*buckets, (math.inf, counts.get("count", 0))], counts.get("total_ms", 0) / 1000

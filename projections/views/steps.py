@@ -1,4 +1,4 @@
-"""View `steps`: finished steps that other jobs of the same owner and job type may reuse.
+"""View `steps`: completed steps that other jobs of the same owner and job type may reuse.
 
 The output of a step stays in the log; a row names the event. A step with warnings has no row: it could not do all of
 its work, and the cause may be gone.
@@ -45,12 +45,10 @@ async def find_shared(
     """Return the newest step of another job that may be reused, or None.
 
     Args:
-        views: The collections of the views.
         key: Digest of the step's inputs.
-        user_id: Owner of the other job.
-        job_type: Type of the other job.
+        user_id, job_type: Owner and type of the other job.
         version: Cache version of the step: the version of its processor.
-        since: Earliest finish time.
+        since: Earliest time at which the step was completed.
         excluded_job_id: The job that would reuse the step.
     """
     query = {
