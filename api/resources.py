@@ -91,7 +91,7 @@ BATCH: Final = Resource(
     "batches",
     batches.get,
     _find_batch_completion,
-    lambda event: batches.with_submitted_counts(batches.fold(None, event)),
+    lambda event: batches.add_submitted_counts(batches.fold(None, event)),
 )
 
 

@@ -180,7 +180,7 @@ async def _drain_baseline(
 ) -> float:
     """Return the jobs per second of a usual MongoDB queue: findAndModify claims a document, an update completes it.
 
-    It has the same durability and the same number of processes, but no event_store, history, leases or views.
+    It has the same durability and the same number of processes, but no event store, history, leases or views.
     """
     async with open_empty_database(connection) as (db, _event_store):
         queue = db.get_collection("queue", write_concern=DURABLE)

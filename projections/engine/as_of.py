@@ -13,25 +13,15 @@ from datetime import datetime
 from typing import Any, Final
 
 from jobledger.ledger.domain import batch as batch_rules
+from jobledger.ledger.domain import events
 from jobledger.ledger.domain import job as job_rules
 from jobledger.ledger.domain.batch import Batch
-from jobledger.ledger.domain.events import (
-    BatchSubmitted,
-    JobArchived,
-    JobClaimed,
-    JobLogged,
-    JobProgressed,
-    JobUnarchived,
-    RecordedEvent,
-    StepCompleted,
-)
+from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.store.event_store import EventStore
 
-_IGNORED_EVENTS: Final = frozenset(
-    event.__name__ for event in (JobProgressed, JobLogged, StepCompleted, JobArchived, JobUnarchived)
-)
+_IGNORED_EVENTS: Final = frozenset({"JobProgressed", "JobLogged", "StepCompleted", "JobArchived", "JobUnarchived"})
 _PAGE_EVENTS: Final = 5000
 _EVENTS_PER_REPORT: Final = 1000
 PointInTime = int | datetime
@@ -74,12 +64,12 @@ class OpenJob:
     """A job that is not finished.
 
     Attributes:
-        job: The decider's state.
+        state: The decider's state.
         submitted_at: Time of its submission.
         status_since: Time of its last change of status, or of its last claim.
     """
 
-    job: Job
+    state: Job
     submitted_at: datetime
     status_since: datetime
 
@@ -121,7 +111,7 @@ class HistoricalState:
 
     def _apply_to_batch(self, event: RecordedEvent) -> None:
         payload: Any = event.event
-        if isinstance(payload, BatchSubmitted):
+        if isinstance(payload, events.BatchSubmitted):
             self.batches[event.stream] = BatchState(batch_rules.evolve(None, payload))
         elif (state := self.batches.get(event.stream)) is not None:
             state.batch = batch_rules.evolve(state.batch, payload)
@@ -131,12 +121,12 @@ class HistoricalState:
     async def _apply_to_job(self, event: RecordedEvent) -> None:
         payload: Any = event.event
         open_job = self.open_jobs.get(event.stream)
-        before = open_job.job if open_job is not None else await self._load_finished_job(event)
+        before = open_job.state if open_job is not None else await self._load_finished_job(event)
         after = job_rules.evolve(before, payload)
         old_status, new_status = _status(before), _status(after)
-        if old_status == new_status and not isinstance(payload, JobClaimed):
+        if old_status == new_status and not isinstance(payload, events.JobClaimed):
             if open_job is not None:
-                open_job.job = after
+                open_job.state = after
             return
         batch = self.batches.get(after.spec.batch_id or "")
         for counter in (self.job_counts, batch.job_counts if batch is not None else Counter[str]()):
@@ -162,8 +152,8 @@ class HistoricalState:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state for JSON output."""
-        pending = [job for job in self.open_jobs.values() if job.job.status == "pending"]
-        running = [(job_id, job) for job_id, job in self.open_jobs.items() if job.job.status == "processing"]
+        pending = [job for job in self.open_jobs.values() if job.state.status == "pending"]
+        running = [(job_id, job) for job_id, job in self.open_jobs.items() if job.state.status == "processing"]
         return {
             "position": self.position,
             "time": self.time,
@@ -171,18 +161,18 @@ class HistoricalState:
                 status: self.job_counts[status]
                 for status in ("pending", "processing", "completed", "failed", "cancelled")
             },
-            "oldest_pending_submitted_at": min((open_job.submitted_at for open_job in pending), default=None),
+            "oldest_pending_submitted_at": min((job.submitted_at for job in pending), default=None),
             "running": [
                 {
                     "job_id": job_id,
-                    "job_type": open_job.job.spec.job_type,
-                    "job_name": open_job.job.spec.job_name,
-                    "batch_id": open_job.job.spec.batch_id,
-                    "worker_id": open_job.job.worker_id,
-                    "attempt": open_job.job.attempt,
-                    "claimed_at": open_job.status_since,
+                    "job_type": job.state.spec.job_type,
+                    "job_name": job.state.spec.job_name,
+                    "batch_id": job.state.spec.batch_id,
+                    "worker_id": job.state.worker_id,
+                    "attempt": job.state.attempt,
+                    "claimed_at": job.status_since,
                 }
-                for job_id, open_job in sorted(running, key=lambda item: item[1].status_since)
+                for job_id, job in sorted(running, key=lambda item: item[1].status_since)
             ],
             "batches": [batch.to_dict(batch_id) for batch_id, batch in self.batches.items()],
         }

@@ -64,8 +64,8 @@ class StallDetector:
     """Detects that the views make no progress although the log does, or that they are ahead of the log.
 
     Add it as a listener to the process's change stream. It does not poll: it receives the events of the log and the
-    changes of the checkpoint. Time counts from the last change of the checkpoint, or from the first event after it. So
-    neither an idle nor a busy ledger counts as stalled.
+    changes of the checkpoint. Time counts from the last change of the checkpoint, or from the first event after it.
+    Therefore, neither an idle nor a busy ledger counts as stalled.
 
     Attributes:
         head: The last known position of the log.

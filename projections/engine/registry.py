@@ -23,21 +23,14 @@ PROJECTION_VERSION: Final = 13
 
 The projector rebuilds views of an older version.
 """
-ALL_VIEWS: Final = (
-    jobs,
-    batches,
-    queue,
-    files,
-    statistics,
-    steps,
-    step_files,
-    deliveries,
-    endpoints,
-    projection_errors,
-)
+_FOLDED: Final = (jobs, batches, statistics, deliveries, endpoints)
+_DERIVED: Final = (queue, files, steps, step_files)
+ALL_VIEWS: Final = (*_FOLDED, *_DERIVED, projection_errors)
 VIEW_NAMES: Final = tuple(view.NAME for view in ALL_VIEWS)
-FOLDED_VIEWS: Final = (jobs.NAME, batches.NAME, statistics.NAME, deliveries.NAME, endpoints.NAME)
-"""The views whose documents are folded from events. The rows of all other views are derived from these documents."""
+FOLDED_VIEWS: Final = tuple(view.NAME for view in _FOLDED)
+"""The views whose documents are folded from events."""
+ROW_VIEWS: Final = tuple(view.NAME for view in _DERIVED)
+"""The views with rows that are derived from a job's document."""
 
 
 async def create_indexes(views: Views) -> None:

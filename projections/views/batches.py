@@ -135,7 +135,7 @@ def apply_job_change(
         if new_status:
             changed[f"{new_status}_jobs"] += 1
     if after is None and before is not None:
-        changed["job_ids"] = _without(batch["job_ids"], before["job_id"])
+        changed["job_ids"] = _remove_job_id(batch["job_ids"], before["job_id"])
         changed["total_jobs"] -= 1
     if (
         batch["status"] != "processing"
@@ -162,10 +162,10 @@ def _add_cost(summary: Document, job: Document) -> Document:
     }
 
 
-def _without(job_ids: list[str], job_id: str) -> list[str]:
+def _remove_job_id(job_ids: list[str], job_id: str) -> list[str]:
     """Return the job IDs without one of them.
 
-    The jobs of a batch are often deleted in order. Then `remove` finds the ID at once, and a filter would compare up to
+    The jobs of a batch are often deleted in order. `remove` finds the first ID at once; a filter would compare up to
     ten thousand IDs.
     """
     remaining = job_ids.copy()
@@ -174,8 +174,8 @@ def _without(job_ids: list[str], job_id: str) -> list[str]:
     return remaining
 
 
-def with_submitted_counts(batch: Document | None) -> Document | None:
-    """Return a batch that was folded without its jobs with the counts after its submission: all jobs are pending."""
+def add_submitted_counts(batch: Document | None) -> Document | None:
+    """Return a batch that was folded without its jobs, with the counts of its submission: all jobs are pending."""
     return {**batch, "pending_jobs": batch["total_jobs"]} if batch else None
 
 
@@ -235,7 +235,7 @@ def follow_up_command(batch: Document) -> BatchCommand | None:
     """Return the command that the counts of a batch require: finish it, reopen it, or None.
 
     A new leader of the projector checks all batches of `find_unsettled` after it has caught up with the log. From then
-    on it checks each batch that it has changed. So after a crash at any time, a batch is finished once all its jobs
+    on it checks each batch that it has changed. Therefore, even after a crash, a batch is finished once all its jobs
     are, and it is reopened after a job was restarted, even if the job has finished again.
     """
     counts = _counts(batch)
@@ -274,7 +274,7 @@ _LIST_PROJECTION: Final[Document] = {
 async def get(views: Views, event_store: EventStore, batch_id: str) -> Document | None:
     """Return a batch's document, or None if the batch does not exist."""
     return await load_or_fold(
-        views, event_store, NAME, batch_id, lambda batch, event: with_submitted_counts(fold(batch, event))
+        views, event_store, NAME, batch_id, lambda batch, event: add_submitted_counts(fold(batch, event))
     )
 
 

@@ -68,7 +68,7 @@ async def has_other_owner(views: Views, path: str, job_id: str) -> bool:
 
 
 async def is_referenced(views: Views, sha256: str) -> bool:
-    """Return whether a job has a file with this digest among its results or the outputs of its finished steps.
+    """Return whether a job has a file with this digest among its results or the outputs of its completed steps.
 
     Files of the jobs of `find_jobs_with_unknown_files` may be missing in the views.
     """
@@ -76,7 +76,7 @@ async def is_referenced(views: Views, sha256: str) -> bool:
 
 
 async def has_any_file(views: Views) -> bool:
-    """Return whether any job has a file among its results or the outputs of its finished steps."""
+    """Return whether any job has a file among its results or the outputs of its completed steps."""
     return await _has_digest(views, {})
 
 

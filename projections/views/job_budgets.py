@@ -8,23 +8,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from jobledger.ledger.domain.limits import (
-    MAX_PARAMETERS_BYTES,
-    MAX_RESULTS_BYTES,
-    MAX_VIEW_LOGS_BYTES,
-    MAX_VIEW_STEPS_BYTES,
-    count_newest_within,
-    fits_in_document,
-    json_bytes,
-    truncate_text,
-)
+from jobledger.ledger.domain import limits
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import step_files
 from jobledger.projections.views.documents import set_field_flag
 
 LARGE_BYTES: Final = 64 * 1024
 """A field with more bytes of JSON is named in `large_fields`. The projector does not cache such a document."""
-BUDGETS: Final = {"parameters": MAX_PARAMETERS_BYTES, "results": MAX_RESULTS_BYTES}
+BUDGETS: Final = {"parameters": limits.MAX_PARAMETERS_BYTES, "results": limits.MAX_RESULTS_BYTES}
+_URL_FIELDS: Final = ("markdown_file", "markdown_url")
 BUDGETED_FIELDS: Final = frozenset({"parameters", "results", "logs", "steps"})
 
 
@@ -32,31 +24,36 @@ def apply_budgets(job: Document, changes: Document) -> None:
     """Cut the changed fields that exceed their budgets, and name these fields in `truncated`."""
     for name, budget in BUDGETS.items():
         if name in changes:
-            size = json_bytes(job[name])
+            size = limits.json_bytes(job[name])
             if size <= LARGE_BYTES and "large_fields" not in job and "truncated" not in job:
                 continue  # the usual case: nothing to cut, no flag to change
-            exceeds = not fits_in_document(job[name], budget, text_bytes=size)
+            exceeds = not limits.fits_in_document(job[name], budget, text_bytes=size)
             set_field_flag(job, "large_fields", name, is_set=size > LARGE_BYTES)
             if exceeds:
                 if name == "results":  # the job still needs these files, so they stay in the store
                     job |= step_files.add_digests(job, (file["sha256"] for file in job[name]["files"]))
                 job[name] = {} if name == "parameters" else _essential_results(job[name])
             set_field_flag(job, "truncated", name, is_set=exceeds)
-    if (logs := changes.get("logs")) and (kept := count_newest_within(logs, MAX_VIEW_LOGS_BYTES)) < len(logs):
-        job["logs"] = logs[len(logs) - kept :]
+    if "logs" in changes:
+        job["logs"] = _keep_newest(changes["logs"], limits.MAX_VIEW_LOGS_BYTES)
     if "steps" in changes:
         steps = changes["steps"]
-        kept = count_newest_within(steps, MAX_VIEW_STEPS_BYTES)
-        if kept < len(steps):
-            job["steps"] = steps[len(steps) - kept :]
+        job["steps"] = _keep_newest(steps, limits.MAX_VIEW_STEPS_BYTES)
         # Steps that were cut earlier are missing as long as the others remain.
         was_truncated = bool(steps) and "steps" in job.get("truncated", ())
-        set_field_flag(job, "truncated", "steps", is_set=kept < len(steps) or was_truncated)
+        set_field_flag(job, "truncated", "steps", is_set=len(job["steps"]) < len(steps) or was_truncated)
+
+
+def _keep_newest(items: list[Document], max_bytes: int) -> list[Document]:
+    kept = limits.count_newest_within(items, max_bytes)
+    return items if kept == len(items) else items[len(items) - kept :]
 
 
 def _essential_results(results: Document) -> Document:
     """Return results without their files, assets and warnings."""
     given = results["metadata"]
     metadata = {name: given[name] for name in ("processed_at", "duration", "tokens_used")} | {"warnings": []}
-    urls = {name: results[name] and truncate_text(results[name], 1000) for name in ("markdown_file", "markdown_url")}
+    urls = {
+        name: results[name] and limits.truncate_text(results[name], 1000) for name in ("markdown_file", "markdown_url")
+    }
     return {**results, **urls, "assets": [], "files": [], "metadata": metadata}

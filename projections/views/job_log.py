@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from jobledger.ledger.domain.events import (
-    Event,
-    JobAttemptFailed,
-    JobFailed,
-    JobLeaseExpired,
-    JobLogged,
-    JobReleased,
-    LogEntry,
-    RecordedEvent,
-)
+from jobledger.ledger.domain import events
+from jobledger.ledger.domain.events import LogEntry, RecordedEvent
 from jobledger.ledger.mongo.connection import Document
 
 MAX_LOG_LINES: Final = 100
 """The document contains the newest lines. The job's history contains all of them."""
 MAX_LOG_LINE_CHARACTERS: Final = 10_000
 """Maximum length of a line in the document: a hundred lines have to fit."""
-LOG_EVENT_TYPES: Final[tuple[type[Event], ...]] = (
-    JobLogged,
-    JobAttemptFailed,
-    JobFailed,
-    JobLeaseExpired,
-    JobReleased,
+LOG_EVENT_TYPES: Final[tuple[type[events.Event], ...]] = (
+    events.JobLogged,
+    events.JobAttemptFailed,
+    events.JobFailed,
+    events.JobLeaseExpired,
+    events.JobReleased,
 )
 """The events that add lines to the job's log."""
 
@@ -38,17 +30,17 @@ def log_lines_of_event(event: RecordedEvent) -> list[LogEntry]:
     """
     payload = event.event
     match payload:
-        case JobLogged():
+        case events.JobLogged():
             return payload.entries
-        case JobAttemptFailed():
+        case events.JobAttemptFailed():
             message = f"Attempt {payload.attempt} failed and will be repeated: {payload.error.message}"
             return [_line(event, message)]
-        case JobFailed():
+        case events.JobFailed():
             return [_line(event, f"Failed: {payload.error.message}", "error")]
-        case JobLeaseExpired():
+        case events.JobLeaseExpired():
             message = "The worker stopped sending heartbeats; another worker picks up the job."
             return [_line(event, message)]
-        case JobReleased():
+        case events.JobReleased():
             # Readers of the job see this line, so it names neither the worker nor the error of its machine.
             reason = "its machine cannot run it" if payload.is_machine_failure else payload.reason
             return [_line(event, f"The worker gave the job back: {reason}", "info")]

@@ -4,7 +4,7 @@ Lists of jobs are in projections/views/job_list.py.
 
 Fields in addition to konzept.md:
     attempt: Number of the last attempt.
-    steps: Summaries of finished steps, without their outputs.
+    steps: Summaries of completed steps, without their outputs.
     version, position: Version and position of the last applied event.
     due_at: Earliest start of a pending job.
     queued_position: Position of the event that queued the job; its age in the queue.
@@ -61,8 +61,8 @@ def fold(job: Document | None, event: RecordedEvent) -> Document | None:
     except UnreadableEvent:
         if job is None or event.type != events.JobProgressed.__name__:
             raise
-        # The next progress replaces this one, and the writer may skip it for that reason. So it must not isolate the
-        # job: the result would depend on where chunks end.
+        # The next progress replaces this one, and the writer may skip it for that reason. If it isolated the job, the
+        # result would depend on where chunks end.
         payload = events.JobProgressed(attempt=job["attempt"], step="unknown", percent=0.0, message="Cannot be read")
     if isinstance(payload, events.JobSubmitted):
         return _build_document(payload, event)
@@ -221,7 +221,7 @@ def _build_pending(message: str) -> Document:
 
 
 def _step_summary(step: events.StepCompleted, event: RecordedEvent) -> Document:
-    """Return a finished step without its output, which may be large and stays in the log for the next attempt."""
+    """Return a completed step without its output, which may be large and stays in the log for the next attempt."""
     return {
         "step": step.step,
         "key": step.key,

@@ -1,13 +1,13 @@
 """Build the list index of jobs, batches and deliveries: the keys by which lists and searches find a document.
 
-A list key consists of a scope and a facet. The scope says for whom the document is listed: one name, the public, or
-principals without restrictions. The facet says by what it is listed: everything, a batch, a track and so on. A document
-carries all its list keys in `list_keys`, and a search key for each word and scope in `search_keys`.
+A list key consists of a list scope and a facet. The scope says for whom the document is listed: one name, the public,
+or principals without restrictions. The facet says by what it is listed: everything, a batch, a track and so on. A
+document carries all its list keys in `list_keys`, and a search key for each word and scope in `search_keys`.
 
-One index holds the list keys with the creation time, a second one also the status, a third one the search keys. So a
-list reads only the rows that it shows, and a user among a million jobs of others pays for their own jobs only. If a
-query names several facets, the index looks up the most selective one, and the database filters by the others. The
-status is in no key because it changes often. Keys are built once, and again only when access or contents change.
+One index holds the list keys with the creation time, a second one also the status, a third one the search keys. A list
+reads only the index entries that it shows, however many documents other users have. If a query names several facets,
+the index looks up the most selective one, and the database filters by the others. The status is in no key because it
+changes often. Keys are built once, and again only when access or contents change.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_VALUE_CHARACTERS: Final = 80
 _MAX_WORDS: Final = 40
 _MIN_WORDS: Final = 5
 _MAX_UNMEASURED_KEYS: Final = 200
-"""So many keys always fit into the budget: names have at most 200 characters, values 80."""
+"""This many keys always fit into the budget: names have at most 200 characters, values 80."""
 _USUAL_FACETS: Final = 8
 _USUAL_KEY_CHARACTERS: Final = 16
 _WORD: Final = re.compile(r"\w+")
@@ -97,7 +97,7 @@ def split_words(text: str) -> list[str]:
 
 
 def _join_searched(texts: Iterable[object]) -> str:
-    """Return the beginning of the texts, so that half a million speakers do not cost a second for each change."""
+    """Return the beginning of the texts, because joining half a million speakers takes a second for each change."""
     parts, characters = [], 0
     for text in texts:
         if isinstance(text, str):

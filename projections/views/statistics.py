@@ -85,11 +85,11 @@ def counters_for_delivery(delivery: Document | None) -> CounterFields:
 
 def has_just_finished(before: Document | None, after: Document | None) -> bool:
     """Return whether a job has finished between two states of its document."""
-    return (
-        after is not None
-        and after["status"] in TERMINAL_STATUSES
-        and (before is None or before["status"] not in TERMINAL_STATUSES)
-    )
+    return _is_finished(after) and not _is_finished(before)
+
+
+def _is_finished(job: Document | None) -> bool:
+    return job is not None and job["status"] in TERMINAL_STATUSES
 
 
 def counters_for_completion(job: Document) -> Counter[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""View `step_files`: the result files that the finished steps of a job name, by digest.
+"""View `step_files`: the result files that the completed steps of a job name, by digest.
 
-A job that is retried or restarted uses these files again. So they stay in the file store as long as the job exists. The
-same holds for the files of results that are too large for the job's document.
+A job that is retried or restarted uses these files again. Therefore, they stay in the file store as long as the job
+exists. The same holds for the files of results that are too large for the job's document.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_STEP_FILES: Final = 10_000
 
 
 def digests_of_step(job: Document, step: StepCompleted) -> Document:
-    """Return the changed field `step_files` of a job after a finished step, or nothing if it names no new file."""
+    """Return the changed field `step_files` of a job after a completed step, or nothing if it names no new file."""
     if b'"sha256"' not in orjson.dumps(step.output, default=str, option=orjson.OPT_NON_STR_KEYS):
         return {}
     return add_digests(job, (file.sha256 for file in find_saved_files(step.output)))
