@@ -31,7 +31,7 @@ def other_slot(slot: Slot) -> Slot:
 
 
 class Views:
-    """The collections of the views, by view name.
+    """The collections of the views, by view name. All queries raise LedgerUnavailable if the database fails.
 
     Attributes:
         slots: The slot of each view. It may change while this object is in use.

@@ -20,11 +20,7 @@ VIEWS_CHECKPOINT_ID: Final = "views"
 
 
 async def load_checkpoint(db: Database, session: AsyncClientSession | None = None) -> Document:
-    """Read the checkpoint of the active views: `position`, `hash`, `slots` and `version`.
-
-    Raises:
-        LedgerUnavailable: The database failed.
-    """
+    """Read the checkpoint of the active views: `position`, `hash`, `slots` and `version`."""
     with translate_errors("reading the checkpoint of the views"):
         document = await db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID}, session=session)
     return document or {"position": 0, "version": PROJECTION_VERSION}

@@ -59,9 +59,6 @@ async def verify_files(
 
     The view and the store are both read in the order of digests and merged, so memory holds neither of them.
     `on_progress` is called with the numbers of verified files and of all files.
-
-    Raises:
-        LedgerUnavailable: The database failed.
     """
     result = FileVerificationResult()
     with translate_errors("counting the files"):

@@ -28,11 +28,7 @@ _MAX_REASON_CHARACTERS: Final = 1000
 
 
 async def record_stall(db: Database, reason: str) -> None:
-    """Store the reason why the projector has stopped at the current position.
-
-    Raises:
-        LedgerUnavailable: The database failed.
-    """
+    """Store the reason why the projector has stopped at the current position."""
     position = (await load_checkpoint(db))["position"]
     with translate_errors("recording a stall of the projector"):
         text = truncate_text(reason, _MAX_REASON_CHARACTERS)
@@ -41,11 +37,7 @@ async def record_stall(db: Database, reason: str) -> None:
 
 
 async def stall_reason(db: Database, position: int, head: int) -> str:
-    """Return why the views stay at a position while the log is at `head`, as far as it is known.
-
-    Raises:
-        LedgerUnavailable: The database failed.
-    """
+    """Return why the views stay at a position while the log is at `head`, as far as it is known."""
     with translate_errors("reading why the views are stalled"):
         stall = await db.checkpoints.find_one({"_id": _STALL_ID})
         if stall is not None and stall.get("position") == position:

@@ -83,11 +83,7 @@ class Projector:
         change_stream.add_listener(self._rebuild.leader_election)
 
     async def prepare(self) -> None:
-        """Create the checkpoint and the indexes of the active views, if they do not exist.
-
-        Raises:
-            LedgerUnavailable: The database failed.
-        """
+        """Create the checkpoint and the indexes of the active views, if they do not exist."""
         with translate_errors("preparing the views"):
             initial: Document = {"position": 0, "fencing_token": 0, "version": PROJECTION_VERSION, "slots": {}}
             await self._db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$setOnInsert": initial}, upsert=True)

@@ -31,7 +31,7 @@ _DELETE_CHUNK_SIZE: Final = 5000
 class ShadowViews:
     """The shadow views, for the process that leads the rebuild.
 
-    All methods raise LeadershipLost if another process leads by now.
+    All methods raise LeadershipLost if another process leads by now, and LedgerUnavailable if the database fails.
     """
 
     def __init__(self, db: Database, leader_election: LeaderElection) -> None:
@@ -42,9 +42,6 @@ class ShadowViews:
         """Continue an interrupted rebuild, or begin a new one, and return the writer and the slots of the shadow views.
 
         An interrupted rebuild beyond `max_position` is not continued.
-
-        Raises:
-            LedgerUnavailable: The database failed.
         """
         with translate_errors("beginning a rebuild of the views"):
             checkpoint = await self._take_over()
@@ -79,11 +76,7 @@ class ShadowViews:
             raise LeadershipLost
 
     async def clear(self, switched_at: datetime | None = None) -> None:
-        """Empty the shadow views that were active before the last switch; with `switched_at`, if it was at this time.
-
-        Raises:
-            LedgerUnavailable: The database failed.
-        """
+        """Empty the views that the last switch replaced; with `switched_at`, only if it was at this time."""
         with translate_errors("emptying the views of before the last rebuild"):
             last_switched_at = (await self._take_over()).get("switched_at")
             if last_switched_at is not None and switched_at in (None, last_switched_at):

@@ -79,9 +79,6 @@ async def find_page(
     """Return one page of a view's documents in order of creation, and the cursor of the next page, if any.
 
     `query` is from `list_index.build_query`. Memory holds the page and one batch of the server's (at most 16 MB).
-
-    Raises:
-        LedgerUnavailable: The database failed.
     """
     page_query, order = build_page_query(query, request.after, newest_first=request.newest_first)
     page: list[Document] = []
