@@ -36,7 +36,7 @@ _FIRST_EVENTS: Final = frozenset({JobSubmitted.__name__, BatchSubmitted.__name__
 
 
 class DocumentLoader:
-    """Reads documents from the chunk that is being written, from a cache, or from the views.
+    """Reads documents from the changes that are being written, from a cache, or from the views.
 
     Attributes:
         reduced: Documents that the views contain only in reduced form.
@@ -51,7 +51,7 @@ class DocumentLoader:
     async def load(
         self, events: Sequence[RecordedEvent], *, unwritten: ViewChanges | None, position: int
     ) -> ViewChanges:
-        """Return an empty chunk with all documents that the events may change.
+        """Load all documents that the events may change. Apply the events to the result.
 
         Args:
             unwritten: The changes of the previous chunk, if the database does not contain them yet.
@@ -128,11 +128,11 @@ class DocumentLoader:
     async def _read_documents(self, view: str, keys: Collection[str], max_bytes: int | None) -> AsyncIterator[Document]:
         size = 0
         raw_batches: Any = self._views[view].find_raw_batches({"_id": {"$in": sorted(keys)}})
-        async for batch in raw_batches:
-            size += len(batch)
+        async for encoded in raw_batches:
+            size += len(encoded)
             if max_bytes is not None and size > max_bytes:
                 raise ChunkTooLarge(f"its documents in the view {view} have more than {max_bytes} bytes")
-            for document in bson.decode_all(batch, LENIENT_CODEC):
+            for document in bson.decode_all(encoded, LENIENT_CODEC):
                 yield document
 
     async def _refold_job(self, job_id: str, position: int) -> Document:
