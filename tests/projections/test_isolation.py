@@ -276,7 +276,7 @@ async def test_unprojectable_stream_is_isolated_and_logged(
             assert job_id in failure["key"]
             assert failure["position"] <= head
             assert failure["message"]
-    isolated = [entry["document"] for entry in log_entries if entry["event"].startswith("document isolated")]
+    isolated = [entry["document"] for entry in log_entries if entry["event"].startswith("stream isolated")]
     assert isolated == [failure["key"]]
 
 
