@@ -153,7 +153,7 @@ async def test_userinfo_error_has_field_path_and_advice(api_without_worker: Api)
     response = (await api_without_worker.post("/api/events/batches", body)).json()
     [problem] = response["details"]["errors"]
     assert problem["path"] == "jobs[1].parameters.a[0].b"
-    assert "without them" in problem["message"]
+    assert "use a URL that needs neither" in problem["message"]
 
 
 @pytest.mark.parametrize("text", TEXTS_WITHOUT_USERINFO)
