@@ -189,21 +189,25 @@ def _add_correlation_id(meta: EventMetadata, aggregate: Aggregate | None) -> Eve
     return meta
 
 
-async def find_outcome(
-    event_store: EventStore, stream: str, command: Command, *, stream_state: StreamState
+async def _find_outcome(
+    event_store: EventStore, stream: str, command: Command, stream_state: StreamState
 ) -> CommandResult | None:
     """Return the result of a command that ended with `LedgerUnavailable`; None if it may be repeated.
 
-    `stream_state` is the state that the command was decided on.
+    After a version conflict the command was decided on a later state than `stream_state`. So each later state is
+    tried: the command took effect if exactly the events that it causes in a state follow that state.
 
     Raises:
         LedgerUnavailable: The database still does not respond.
     """
-    expected = decider_for(stream).decide(command, stream_state.aggregate)
     later_events = await event_store.read_stream(stream, after_version=stream_state.head.version)
-    own_events = later_events[: len(expected)]
-    if expected and [it.event for it in own_events] == list(expected):
-        return CommandResult(own_events, stream_state.apply(later_events))
+    for index, event in enumerate(later_events):
+        with suppress(CommandRejected):
+            expected = list(decider_for(stream).decide(command, stream_state.aggregate))
+            own_events = later_events[index : index + len(expected)]
+            if expected and [own_event.event for own_event in own_events] == expected:
+                return CommandResult(own_events, stream_state.apply(later_events[index:]))
+        stream_state = stream_state.apply([event])
     return None
 
 
@@ -239,7 +243,7 @@ async def handle_command_until_known(
             on_retry(error)
         await asyncio.sleep(retry_seconds)
         with suppress(LedgerUnavailable):
-            if (result := await find_outcome(event_store, stream, command, stream_state=stream_state)) is not None:
+            if (result := await _find_outcome(event_store, stream, command, stream_state)) is not None:
                 return result
 
 

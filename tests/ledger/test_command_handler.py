@@ -20,13 +20,21 @@ from jobledger.ledger.domain.commands import (
     SubmitBatch,
     SubmitJob,
 )
-from jobledger.ledger.domain.errors import AlreadyExists, InvalidEvent, InvalidState, NotFound, VersionConflict
+from jobledger.ledger.domain.errors import (
+    AlreadyExists,
+    InvalidEvent,
+    InvalidState,
+    LedgerUnavailable,
+    NotFound,
+    VersionConflict,
+)
 from jobledger.ledger.domain.events import (
     BatchSubmitted,
     EventMetadata,
     JobCancelled,
     JobCancelRequested,
     JobClaimed,
+    RecordedEvent,
     WorkerFenced,
 )
 from jobledger.ledger.domain.job import Job
@@ -35,11 +43,12 @@ from jobledger.ledger.store.command_handler import (
     create_streams,
     decider_for,
     handle_command,
+    handle_command_until_known,
     load_stream_state,
     new_batch_id,
     new_job_id,
 )
-from jobledger.ledger.store.envelope import StreamHead
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import ACCESS, NOON, make_job_submitted, make_results
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_log, load_event_documents
@@ -355,3 +364,52 @@ async def test_rejection_on_stale_state_is_decided_again(
             meta=EVENT_METADATA,
             stream_state=pending_state,
         )
+
+
+@pytest.mark.parametrize("is_stale", [False, True], ids=["current state", "after a version conflict"])
+@pytest.mark.parametrize("is_written", [False, True], ids=["not written", "written"])
+@pytest.mark.parametrize(
+    "command",
+    [ReportProgress("w1", 1, "read", 50, "half"), CompleteJob("w1", 1, make_results())],
+    ids=["report", "end"],
+)
+async def test_command_with_lost_response_takes_effect_once(
+    unstreamed_ledger: Ledger,
+    monkeypatch: pytest.MonkeyPatch,
+    command: ReportProgress | CompleteJob,
+    is_written: bool,
+    is_stale: bool,
+) -> None:
+    event_store = unstreamed_ledger.event_store
+    job_id, _ = await submit_job(event_store)
+    claimed = await handle_command(event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA)
+    if is_stale:
+        await handle_command(event_store, job_id, ChangeAccess("user:me", ACCESS), meta=EVENT_METADATA)
+    append = event_store.append
+    lost_responses: list[tuple[StreamAppend, ...]] = []
+
+    async def lose_first_response(*appends: StreamAppend) -> list[RecordedEvent]:
+        is_lost = not lost_responses and (not is_stale or appends[0].head.version > claimed.stream_state.head.version)
+        recorded = [] if is_lost and not is_written else await append(*appends)
+        if is_lost:
+            lost_responses.append(appends)
+            raise LedgerUnavailable("the connection was lost")
+        return recorded
+
+    monkeypatch.setattr(event_store, "append", lose_first_response)
+    retries: list[Exception] = []
+    result = await handle_command_until_known(
+        event_store,
+        job_id,
+        command,
+        meta=EVENT_METADATA,
+        stream_state=claimed.stream_state,
+        retry_seconds=0,
+        on_retry=retries.append,
+    )
+    assert len(retries) == len(lost_responses) == 1
+    stored = await event_store.read_stream(job_id, after_version=claimed.stream_state.head.version)
+    expected = "JobProgressed" if isinstance(command, ReportProgress) else "JobCompleted"
+    assert [event.type for event in stored] == ["JobAccessChanged"] * is_stale + [expected]
+    assert result.events == stored[-1:]
+    assert result.stream_state == await load_stream_state(event_store, job_id)
