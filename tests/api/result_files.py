@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from jobledger.api.routes.files import compute_file_etag
 from jobledger.ledger.domain.events import (
     EventMetadata,
     JobClaimed,
@@ -30,6 +31,11 @@ MEMORY_LIMIT_BYTES = 40 * 2**20
 """What serving a file of LARGE_FILE_BYTES may add to the memory of this process."""
 OCTET_STREAM = "application/octet-stream"
 _MEDIA_TYPES = {".md": "text/markdown", ".jpg": "image/jpeg"}
+
+
+def opaque_tag(digest: str, media_type: str = OCTET_STREAM) -> str:
+    """Return a file's ETag without its quotes."""
+    return compute_file_etag({"sha256": digest, "media_type": media_type}).strip('"')
 
 
 async def store_file(api: Api, path: str, content: bytes | Path, media_type: str | None = None) -> ResultFile:

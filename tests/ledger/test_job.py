@@ -1,19 +1,14 @@
-"""The job decider: each command in each state that matters, and invariants that hold for any sequence of commands."""
+"""The job decider: each command in each state that matters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jobledger.ledger.domain import job, limits
 from jobledger.ledger.domain.commands import (
-    AddLogEntries,
     Archive,
     CancelJob,
     ChangeAccess,
@@ -26,17 +21,15 @@ from jobledger.ledger.domain.commands import (
     FailAttempt,
     JobCommand,
     ReleaseJob,
-    ReportProgress,
     RestartJob,
     SubmitJob,
     Unarchive,
     UpdateJob,
     WorkerCommand,
 )
-from jobledger.ledger.domain.errors import AlreadyExists, CommandRejected, InvalidEvent, InvalidState, NotFound
+from jobledger.ledger.domain.errors import AlreadyExists, InvalidEvent, InvalidState, NotFound
 from jobledger.ledger.domain.events import (
     Event,
-    Failure,
     JobAccessChanged,
     JobArchived,
     JobAttemptFailed,
@@ -48,24 +41,19 @@ from jobledger.ledger.domain.events import (
     JobEvent,
     JobFailed,
     JobLeaseExpired,
-    JobLogged,
-    JobProgressed,
     JobReleased,
     JobRestarted,
     JobUnarchived,
     JobUpdated,
-    LogEntry,
     StepCompleted,
     WorkerFenced,
 )
 from jobledger.ledger.domain.job import Job
-from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
+from tests.ledger.job_reports import LATER, OUTAGE, make_reports
 from tests.support.decider_spec import given_for, parametrize_histories, type_name
 from tests.support.event_examples import ACCESS, NOON, make_job_submitted, make_results
 
 given = given_for(job)
-LATER = NOON + timedelta(minutes=1)
-OUTAGE = Failure(code="OUTAGE", message="no answer")
 
 submitted = make_job_submitted(max_attempts=2)
 claimed = JobClaimed(worker_id="w1", attempt=1)
@@ -102,43 +90,6 @@ FINISHED: dict[str, list[Event]] = {
 }
 EXISTING = WAITING | RUNNING | FINISHED
 
-
-def make_reports(worker_id: str = "w1", attempt: int = 1) -> list[tuple[WorkerCommand, JobEvent]]:
-    """Return each report of a worker, and its event in a job that has attempts left and no cancel request."""
-    line = LogEntry(timestamp=NOON, level="info", message="hello")
-    results = make_results()
-    finish = CompleteStep(worker_id, attempt, "page", "k1", [1], 0.5, 3, ("slow",))
-    return [
-        (
-            ReportProgress(worker_id, attempt, "page", 10.0, "reading"),
-            JobProgressed(attempt=attempt, step="page", percent=10.0, message="reading"),
-        ),
-        (AddLogEntries(worker_id, attempt, (line,)), JobLogged(attempt=attempt, entries=[line])),
-        (
-            finish,
-            StepCompleted(
-                attempt=attempt,
-                step="page",
-                key="k1",
-                output=[1],
-                duration_s=0.5,
-                tokens_used=3,
-                warnings=["slow"],
-            ),
-        ),
-        (CompleteJob(worker_id, attempt, results), JobCompleted(attempt=attempt, results=results)),
-        (
-            FailAttempt(worker_id, attempt, OUTAGE, LATER),
-            JobAttemptFailed(attempt=attempt, error=OUTAGE, retry_at=LATER),
-        ),
-        (
-            ReleaseJob(worker_id, attempt, "shutdown"),
-            JobReleased(worker_id=worker_id, attempt=attempt, reason="shutdown"),
-        ),
-        (ConfirmCancel(worker_id, attempt), JobCancelled(by=f"worker:{worker_id}")),
-    ]
-
-
 ALL_COMMANDS: list[JobCommand] = [
     *(command for command, _ in make_reports()),
     ClaimJob("w1", NOON),
@@ -151,7 +102,6 @@ ALL_COMMANDS: list[JobCommand] = [
     Unarchive("alice"),
     Delete("alice"),
 ]
-
 
 # Submission -------------------------------------------------------------------------------------------------------
 
@@ -435,161 +385,6 @@ def test_delete_job_that_is_not_running_succeeds(history: list[Event]) -> None:
 @parametrize_histories(RUNNING)
 def test_delete_running_job_is_rejected(history: list[Event]) -> None:
     given(*history).when(Delete("bob")).then_rejected(InvalidState, "cancel it first")
-
-
-# Invariants -------------------------------------------------------------------------------------------------------
-
-OUTCOMES = (JobCompleted, JobAttemptFailed, JobFailed, JobLeaseExpired, JobReleased, JobCancelled)
-ALWAYS_ALLOWED = (WorkerFenced, JobAccessChanged, JobArchived, JobUnarchived)
-WORKERS = st.sampled_from(["w1", "w2", "w3"])
-
-
-@dataclass(frozen=True)
-class Grant:
-    """The attempt that a worker was granted."""
-
-    worker_id: str
-    attempt: int
-
-
-class JobStateMachine(RuleBasedStateMachine):
-    """Commands of workers and users on one job, in any order. The model uses the events only, not the state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: Job | None = None
-        self.history: list[JobEvent] = []
-        self.grants: list[Grant] = []
-        self.running: Grant | None = None
-        self.outcomes: set[int] = set()
-        self.is_finished = self.is_deleted = self.cancel_is_requested = False
-        self.now = NOON
-
-    @initialize(max_attempts=st.integers(1, 3), planned=st.booleans())
-    def submit(self, max_attempts: int, planned: bool) -> None:
-        self.max_attempts = max_attempts
-        self.apply(SubmitJob(make_job_submitted(max_attempts=max_attempts, not_before=LATER if planned else None)))
-
-    @rule(worker_id=WORKERS)
-    def claim(self, worker_id: str) -> None:
-        self.apply(ClaimJob(worker_id, self.now))
-
-    @rule(seconds=st.integers(1, 90))
-    def wait(self, seconds: int) -> None:
-        self.now += timedelta(seconds=seconds)
-
-    @precondition(lambda self: self.grants)
-    @rule(data=st.data(), kind=st.integers(0, 6))
-    def report(self, data: st.DataObject, kind: int) -> None:
-        grant = data.draw(st.sampled_from(self.grants))
-        self.apply(make_reports(grant.worker_id, grant.attempt)[kind][0])
-
-    @precondition(lambda self: self.grants)
-    @rule(transient=st.booleans())
-    def fail_newest_attempt(self, transient: bool) -> None:
-        grant = self.grants[-1]
-        self.apply(FailAttempt(grant.worker_id, grant.attempt, OUTAGE, self.now if transient else None))
-
-    @rule(worker_id=WORKERS, attempt=st.integers(0, 9), kind=st.integers(0, 6))
-    def report_wrong_attempt(self, worker_id: str, attempt: int, kind: int) -> None:
-        self.apply(make_reports(worker_id, attempt)[kind][0])
-
-    @precondition(lambda self: self.grants)
-    @rule(data=st.data())
-    def expire(self, data: st.DataObject) -> None:
-        grant = data.draw(st.sampled_from(self.grants))
-        first = self.apply(ExpireLease(grant.worker_id, grant.attempt))
-        second = self.apply(ExpireLease(grant.worker_id, grant.attempt))
-        assert not second
-        assert bool(first) <= (grant == self.grants[-1])
-
-    @rule(reuse_steps=st.booleans())
-    def restart(self, reuse_steps: bool) -> None:
-        self.apply(RestartJob("bob", reuse_steps=reuse_steps))
-
-    @rule(
-        command=st.sampled_from(
-            [
-                CancelJob("alice"),
-                UpdateJob("bob", {"text": "bye"}),
-                UpdateJob("bob", not_before=NOON + timedelta(minutes=2)),
-                ChangeAccess("bob", ACCESS),
-                Archive("bob"),
-                Unarchive("bob"),
-            ]
-        )
-    )
-    def change_job(self, command: JobCommand) -> None:
-        self.apply(command)
-
-    @precondition(lambda self: len(self.history) > 8)
-    @rule()
-    def delete(self) -> None:
-        self.apply(Delete("bob"))
-
-    def apply(self, command: JobCommand) -> Iterable[JobEvent]:
-        try:
-            events = job.decide(command, self.state)
-        except CommandRejected:
-            return []
-        assert not self.is_deleted, "an event was recorded for a deleted job"
-        for event in events:
-            self.check_event(command, event)
-            self.history.append(event)
-            self.state = job.evolve(self.state, event)
-        return events
-
-    def check_event(self, command: JobCommand, event: JobEvent) -> None:
-        """Check one event against the invariants."""
-        if self.is_finished:
-            assert isinstance(event, (*ALWAYS_ALLOWED, JobRestarted, JobDeleted)), (
-                "a finished job continued without a restart"
-            )
-        if isinstance(command, WorkerCommand):
-            reporter = Grant(command.worker_id, command.attempt)
-            assert isinstance(event, WorkerFenced) == (reporter != self.running), (
-                "a report was accepted or fenced wrongly"
-            )
-        if isinstance(event, JobClaimed):
-            assert self.running is None, "two attempts ran at once"
-            assert not self.cancel_is_requested, "a job was claimed in spite of a cancel request"
-            assert event.attempt == len(self.grants) + 1, "an attempt number was skipped or reused"
-            self.running = Grant(event.worker_id, event.attempt)
-            self.grants.append(self.running)
-        if isinstance(event, OUTCOMES) and self.running is not None:
-            assert self.running.attempt not in self.outcomes, "an attempt ended twice"
-            self.outcomes.add(self.running.attempt)
-            self.running = None
-        if isinstance(event, JobCancelRequested):
-            self.cancel_is_requested = True
-        if isinstance(event, JobCompleted | JobFailed | JobCancelled):
-            self.is_finished, self.cancel_is_requested = True, False
-        if isinstance(event, JobRestarted):
-            assert self.is_finished, "an unfinished job was restarted"
-            self.is_finished = False
-        self.is_deleted = isinstance(event, JobDeleted)
-
-    @invariant()
-    def state_agrees_with_history(self) -> None:
-        if self.state is None:
-            return
-        assert (self.state.status in TERMINAL_STATUSES) == self.is_finished
-        assert (self.state.status == "processing") == (self.running is not None)
-        assert self.state.worker_id == (self.running.worker_id if self.running else None)
-        assert 0 <= self.state.counted_attempts <= self.max_attempts
-        assert self.state.counted_attempts <= self.state.attempt == len(self.grants)
-        if self.state.status == "pending":
-            assert self.state.counted_attempts < self.max_attempts, "a job is pending without attempts left"
-
-    def teardown(self) -> None:
-        state = None
-        for event in self.history:
-            state = job.evolve(state, event)
-        assert state == self.state
-
-
-TestJobStateMachine = JobStateMachine.TestCase
-TestJobStateMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_start_time_is_stored_in_utc_milliseconds() -> None:

@@ -12,22 +12,13 @@ import pytest
 from bson import ObjectId
 
 from jobledger.ledger.domain.commands import ClaimJob
-from jobledger.ledger.domain.events import (
-    JobClaimed,
-    JobSubmitted,
-    RecordedEvent,
-)
+from jobledger.ledger.domain.events import JobClaimed, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.appender import Appender, EventStoreLimits
 from jobledger.ledger.store.command_handler import handle_command
 from tests.support.decider_spec import type_name
 from tests.support.event_examples import NOON, make_job_submitted
-from tests.support.event_stores import (
-    FAST_GAP_LIMITS,
-    create_append,
-    create_progress,
-    kill_change_stream,
-)
+from tests.support.event_stores import FAST_GAP_LIMITS, create_append, create_progress, kill_change_stream
 from tests.support.ledger_setup import (
     DEADLINE_SECONDS,
     EVENT_METADATA,

@@ -10,23 +10,14 @@ from typing import Any
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import AutoReconnect
 
-from jobledger.ledger.domain.events import (
-    Event,
-    JobProgressed,
-    RecordedEvent,
-)
+from jobledger.ledger.domain.events import Event, JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store.appender import Appender, EventStoreLimits, PendingAppend
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import NOON
-from tests.support.ledger_setup import (
-    DEADLINE_SECONDS,
-    EVENT_METADATA,
-    change_stream_operations,
-    open_ledger,
-)
+from tests.support.ledger_setup import DEADLINE_SECONDS, EVENT_METADATA, change_stream_operations, open_ledger
 
 FAST_GAP_LIMITS = EventStoreLimits(gap_timeout_seconds=0.2)
 

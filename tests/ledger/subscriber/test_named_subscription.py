@@ -1,41 +1,34 @@
-"""The subscriber for other programs: it keeps its position, has one holder per name, and misses no event."""
+"""Subscriptions with a name: they save their position, have one holder, and miss no event after a fault."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from jobledger.ledger.domain.commands import ClaimJob
-from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable, LogTruncated
+from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable
 from jobledger.ledger.domain.events import JobClaimed, RecordedEvent
-from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.ledger.store.command_handler import handle_command
-from jobledger.ledger.subscriber import LedgerClient, SubscriptionEvents, SubscriptionTakenOver, ledger_client
-from tests.support.event_examples import NOON
-from tests.support.event_stores import FAST_GAP_LIMITS, create_append, create_progress, kill_change_stream
-from tests.support.ledger_setup import (
-    DEADLINE_SECONDS,
-    EVENT_METADATA,
-    Ledger,
-    change_stream_operations,
-    create_position_gap,
-    event_positions,
-    load_event_documents,
-    open_ledger,
-    poll_until,
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.subscriber import LedgerClient, SubscriptionTakenOver, ledger_client
+from tests.ledger.subscriber.conftest import (
+    NOT_A_URI,
+    background_appends,
+    count_saves,
+    load_saved_position,
+    submit_and_claim_job,
+    take,
+    wait_until_no_change_stream,
+    wait_until_saved,
 )
+from tests.support.event_stores import create_append, create_progress, kill_change_stream
+from tests.support.ledger_setup import DEADLINE_SECONDS, Ledger, create_position_gap, event_positions, poll_until
 from tests.support.message_proxy import MessageProxy
 from tests.support.tcp_proxy import TcpProxy
 
-NOT_A_URI = "http://127.0.0.1"
 PROGRAM = """
 import asyncio, sys
 from jobledger.ledger.subscriber import ledger_client
@@ -47,199 +40,6 @@ async def main(uri, db_name):
 
 asyncio.run(main(*sys.argv[1:]))
 """
-
-
-@pytest.fixture
-def client(connection: Connection) -> LedgerClient:
-    return ledger_client(connection.uri, db_name=connection.db_name)
-
-
-@pytest.fixture(autouse=True)
-async def no_tasks_or_errors_left() -> AsyncIterator[None]:
-    """Check that no task and no unretrieved error is left, however a subscription ends."""
-    reported_errors: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported_errors.append(context))
-    yield
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-    gc.collect()  # a task reports an exception that was never retrieved when it is collected
-    assert reported_errors == []
-
-
-async def take(events: SubscriptionEvents, count: int) -> list[RecordedEvent]:
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        return [await anext(events) for _ in range(count)]
-
-
-async def submit_and_claim_job(ledger: Ledger) -> RecordedEvent:
-    """Append the submission and claim of a job. Return the claim."""
-    submitted = await ledger.submit_job()
-    stream = submitted.events[0].stream
-    [claimed] = (
-        await handle_command(
-            ledger.event_store, stream, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=submitted.stream_state
-        )
-    ).events
-    return claimed
-
-
-@asynccontextmanager
-async def background_appends(ledger: Ledger) -> AsyncIterator[None]:
-    """Append events in the background during the block. Afterwards all appends have ended."""
-
-    async def write() -> None:
-        while True:
-            await ledger.submit_job()
-            await asyncio.sleep(0.005)
-
-    task = asyncio.create_task(write())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
-        await ledger.event_store.aclose()
-
-
-async def load_saved_position(db: Database, name: str = "mine") -> int | None:
-    saved_position = await db.subscriptions.find_one({"_id": name})
-    return int(saved_position["position"]) if saved_position else None
-
-
-async def wait_until_saved(db: Database, position: int, seconds: float = DEADLINE_SECONDS) -> None:
-    """Wait until this position or a later one is saved."""
-    async with asyncio.timeout(seconds):
-        while (await load_saved_position(db) or 0) < position:  # noqa: ASYNC110 - no notification
-            await asyncio.sleep(0.02)
-
-
-async def wait_until_no_change_stream(db: Database) -> None:
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while await change_stream_operations(db):  # noqa: ASYNC110 - no notification
-            await asyncio.sleep(0.02)
-
-
-async def load_collections(db: Database) -> dict[str, list[Document]]:
-    return {name: await db[name].find(sort=[("_id", 1)]).to_list() for name in await db.list_collection_names()}
-
-
-async def count_saves(db: Database) -> int:
-    """Return how often a position was saved since profiling began."""
-    return await db["system.profile"].count_documents({"ns": f"{db.name}.subscriptions", "op": "update"})
-
-
-# Without a name ---------------------------------------------------------------------------------------------------
-
-
-async def test_subscription_beyond_end_of_log_is_rejected(
-    connection: Connection, client: LedgerClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
-    async with connection.client() as driver:
-        await driver[connection.db_name].subscriptions.insert_one({"_id": "mine", "position": 99, "holder": "x"})
-    with pytest.raises(LogTruncated, match="ends at position 0, but the subscription 'mine' had reached position 99"):
-        async with client.subscribe("mine"):
-            pass
-
-
-async def test_subscription_that_read_replaced_events_is_rejected(
-    connection: Connection, client: LedgerClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
-    async with open_ledger(connection) as ledger:
-        for _ in range(3):
-            await ledger.submit_job()
-        async with client.subscribe("mine") as events:
-            await take(events, 3)
-        await ledger.db.events.delete_many({"_id": {"$gte": 2}})
-        await ledger.db.counters.update_one({"_id": "events"}, {"$set": {"next": 1}})
-        for _ in range(3):
-            await ledger.submit_job()
-        with pytest.raises(LogTruncated, match="'mine' had reached position 3, and the log has another"):
-            async with client.subscribe("mine"):
-                pass
-
-
-async def test_subscribe_switches_from_history_to_live_without_gaps(
-    connection: Connection, client: LedgerClient
-) -> None:
-    async def write(ledger: Ledger) -> None:
-        for number in range(60):
-            if number == 20:
-                await create_position_gap(ledger.db)
-            await ledger.event_store.append(create_append(*[create_progress()] * (1 + number % 3)))
-
-    total = 3 * (20 * (1 + 2 + 3) + 1)
-    start_positions = (0, 1, 40, total - 1)
-    async with AsyncExitStack() as stack:
-        writers = [
-            await stack.enter_async_context(open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False))
-            for _ in range(3)
-        ]
-        written = asyncio.gather(*(write(ledger) for ledger in writers))
-        subscribers = [
-            await stack.enter_async_context(client.subscribe(after=start_position))
-            for start_position in start_positions
-        ]
-        reading = [
-            take(events, total - start_position)
-            for events, start_position in zip(subscribers, start_positions, strict=True)
-        ]
-        received = asyncio.gather(*reading)
-        await written
-        await writers[0].submit_job()  # reveals the last gaps
-        assert [event_positions(events) for events in await received] == [
-            list(range(start_position + 1, total + 1)) for start_position in start_positions
-        ]
-        assert (await received)[0] == await writers[0].event_store.read(limit=total)
-
-
-async def test_unnamed_subscription_writes_nothing_and_skips_other_types(
-    unstreamed_ledger: Ledger, client: LedgerClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("jobledger.ledger.subscriber._SAVE_SECONDS", 0.1)
-    await submit_and_claim_job(unstreamed_ledger)
-    await unstreamed_ledger.submit_job()
-    before = await load_collections(unstreamed_ledger.db)
-    async with client.subscribe(types=[JobClaimed]) as events:
-        assert event_positions(await take(events, 1)) == [2]
-        pending = asyncio.create_task(take(events, 1))
-        await poll_until(lambda: events.position == 3)
-        await events.save()
-        await asyncio.sleep(0.3)  # a named subscription would save its position in this time
-        assert await load_collections(unstreamed_ledger.db) == before
-        await unstreamed_ledger.submit_job()
-        await poll_until(lambda: events.position == 4)
-        claimed = await submit_and_claim_job(unstreamed_ledger)
-        assert await pending == [claimed]
-    after = await load_collections(unstreamed_ledger.db)
-    assert after.keys() == before.keys()
-    assert after["events"][:3] == before["events"]
-    assert len(after["events"]) == 6
-
-
-async def test_types_accept_classes_and_names(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
-    await submit_and_claim_job(unstreamed_ledger)
-    await unstreamed_ledger.event_store.append(create_append(create_progress()))
-    async with client.subscribe(types=[JobClaimed, "JobProgressed"]) as events:
-        assert [event.type for event in await take(events, 2)] == ["JobClaimed", "JobProgressed"]
-
-
-@pytest.mark.parametrize(
-    ("types", "hint"),
-    [
-        (["JobClaimed", "JobCompletd"], r"no event type 'JobCompletd'; did you mean 'JobCompleted'\?"),
-        (["xyz"], "there are BatchAccessChanged, .*JobSubmitted"),
-        ([Connection], "no event type 'Connection'"),
-        ([5], "no event type '5'"),
-        ("JobCompleted", "must be a list of event types"),
-        ([], "must be a list of event types"),
-    ],
-)
-async def test_unknown_type_is_rejected_before_connecting(types: Any, hint: str) -> None:
-    with pytest.raises(ValueError, match=hint):
-        async with ledger_client(NOT_A_URI).subscribe("mine", types=types):
-            pass
-
 
 # With a name ------------------------------------------------------------------------------------------------------
 
@@ -335,7 +135,7 @@ async def test_killed_subscriber_repeats_only_unsaved_events(
         for _ in range(2):
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", PROGRAM, connection.uri, connection.db_name),
-                cwd=Path(__file__).parents[2],
+                cwd=Path(__file__).parents[3],
                 stdout=asyncio.subprocess.PIPE,
             )
             await wait_until_saved(unstreamed_ledger.db, saved_position + 50)
@@ -495,54 +295,6 @@ async def test_unreachable_or_invalid_uri_is_rejected_on_entry(mongodb_uri: str)
         with pytest.raises(ConfigurationError):
             async with client_without_connection.subscribe():
                 pass
-
-
-# Invalid arguments and edge cases ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "invalid_arguments", [{"after": -1}, {"after": 1.5}, {"after": "1"}, {"name": ""}, {"name": 5}], ids=str
-)
-async def test_invalid_position_or_name_is_rejected_before_connecting(invalid_arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"name|after"):
-        async with ledger_client(NOT_A_URI).subscribe(**invalid_arguments):
-            pass
-
-
-@pytest.mark.parametrize("name", ["", "a.b", "$x", "a b", "x" * 64])
-def test_invalid_database_name_is_rejected(name: str) -> None:
-    with pytest.raises(ConfigurationError, match="is not a database name"):
-        ledger_client("mongodb://127.0.0.1", db_name=name)
-
-
-async def test_subscriptions_of_client_share_one_change_stream(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
-    async with client.subscribe() as first:
-        async with client.subscribe("mine") as second, client.subscribe(after=1) as third:
-            await submit_and_claim_job(unstreamed_ledger)
-            stream_counts = [len(await change_stream_operations(unstreamed_ledger.db)) for _ in range(20)]
-            assert max(stream_counts) == 1  # there may be none between two getMore commands
-            assert event_positions([*await take(first, 1), *await take(second, 1), *await take(third, 1)]) == [1, 1, 2]
-        assert event_positions(await take(first, 1)) == [2], "this subscription continues after the others ended"
-    await wait_until_no_change_stream(unstreamed_ledger.db)
-    async with client.subscribe("mine") as reopened:
-        assert event_positions(await take(reopened, 1)) == [2]
-
-
-async def test_subscription_is_closed_after_block(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
-    await unstreamed_ledger.submit_job()
-    async with client.subscribe() as events:
-        pass
-    with pytest.raises(RuntimeError, match="is closed"):
-        await anext(events)
-
-
-async def test_negative_position_leaves_log_unchanged(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
-    await unstreamed_ledger.event_store.append(create_append(create_progress()))
-    before = await load_event_documents(unstreamed_ledger.db)
-    with suppress(ValueError):
-        async with client.subscribe(after=-3) as events:
-            await take(events, 1)
-    assert await load_event_documents(unstreamed_ledger.db) == before
 
 
 async def test_wait_cancelled_during_delivery_loses_no_event(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
