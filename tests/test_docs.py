@@ -23,8 +23,9 @@ from jobledger.ledger.mongo.embedded import find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support import generated_docs
 from tests.support.doc_examples import DOCS, create_installation, needs_curl, read_code_blocks, run_shell
-from tests.support.installation import COMMAND, DEADLINE_SECONDS, Installation
+from tests.support.installation import COMMAND, Installation
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.replica_set import exit_with_parent, free_port
 
 

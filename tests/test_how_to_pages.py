@@ -27,8 +27,9 @@ from tests.support.doc_examples import (
     run_program,
     run_shell,
 )
-from tests.support.installation import DEADLINE_SECONDS, Installation
+from tests.support.installation import Installation
 from tests.support.ledger_setup import open_ledger
+from tests.support.polling import DEADLINE_SECONDS
 
 
 async def test_follow_the_log_program_after_kill_continues_at_its_position(

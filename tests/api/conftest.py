@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from jobledger.ledger.mongo.connection import Database
 from jobledger.ledger.store.command_handler import Command, handle_command
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.header_auth import HeaderAuthBackend, principal_header
+from tests.support.polling import DEADLINE_SECONDS
 
-DEADLINE_SECONDS = 30.0
 TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
 TEST_METADATA = EventMetadata("test")
 WITHOUT_WORKER: frozenset[Role] = frozenset({"api", "projector"})
@@ -141,16 +141,6 @@ def check_error(response: httpx.Response, status: int, code: str) -> dict[str, A
     assert "Traceback" not in response.text
     assert "pydantic" not in response.text.lower()
     return content
-
-
-async def poll_response_until(condition: Callable[[], Awaitable[bool]], description: str) -> None:
-    """Poll a condition that needs a request or query, with a timeout."""
-    try:
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while not await condition():  # noqa: ASYNC110 - no notification
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise AssertionError(f"timeout after {DEADLINE_SECONDS} s: {description}") from None
 
 
 def make_settings(uri: str, db_name: str, directory: Path, **sections: dict[str, Any]) -> Any:

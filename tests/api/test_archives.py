@@ -33,7 +33,7 @@ from tests.api.result_files import (
     memory_bytes,
     stored_path,
 )
-from tests.support.role_runner import poll_until
+from tests.support.polling import poll_until
 
 TALK = {
     "FOSDEM/Keynotes/welcome-1a/Welcome.md": b"# Welcome\n\n![](assets/slide-001.jpg)\n\n[home](../index.md)\n" * 50,

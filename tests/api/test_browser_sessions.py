@@ -17,8 +17,9 @@ from jobledger.api.auth import browser_sessions as sessions
 from jobledger.api.auth.api_keys import ApiKeyToken
 from jobledger.cli.api_key_admin import new_key
 from jobledger.ledger.mongo.connection import Database
-from tests.api.conftest import DEADLINE_SECONDS, Api, run_api
+from tests.api.conftest import Api, run_api
 from tests.support.jwt_issuer import SECRET, make_token
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.replica_set import free_port
 
 SIGN_IN, SIGN_OUT, JOBS = "/monitoring/events/sign-in", "/monitoring/events/sign-out", "/api/events/jobs"

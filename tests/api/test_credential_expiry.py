@@ -23,8 +23,9 @@ from jobledger.api.http.errors import ApiError
 from jobledger.api.http.streaming import CloseableStreamingResponse
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import Database
-from tests.api.conftest import DEADLINE_SECONDS, WITHOUT_WORKER, Api, run_api
+from tests.api.conftest import WITHOUT_WORKER, Api, run_api
 from tests.support.jwt_issuer import SECRET, make_token
+from tests.support.polling import DEADLINE_SECONDS
 
 STREAM, VIEW_UPDATES, JOBS = "/api/ledger/stream", "/monitoring/events/view-updates", "/api/events/jobs"
 SIGN_IN, SIGN_OUT = "/monitoring/events/sign-in", "/monitoring/events/sign-out"

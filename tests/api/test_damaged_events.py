@@ -10,8 +10,9 @@ from jobledger.ledger.domain.events import EventMetadata, JobArchived
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
-from tests.api.conftest import DEADLINE_SECONDS, Api
+from tests.api.conftest import Api
 from tests.support.event_examples import NOON
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.tampered_events import ORIGINAL_EVENT, TAMPERED_FIELDS
 
 

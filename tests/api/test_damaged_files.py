@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.api.conftest import DEADLINE_SECONDS, Api
+from tests.api.conftest import Api
 from tests.api.result_files import (
     FILES,
     LARGE_FILE_BYTES,
@@ -20,7 +20,7 @@ from tests.api.result_files import (
     opaque_tag,
     stored_path,
 )
-from tests.support.role_runner import poll_until
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 
 
 async def add_large_file(api: Api, path: str) -> str:

@@ -12,8 +12,9 @@ from urllib.parse import quote, unquote
 import pytest
 
 from jobledger.api.http.streaming import format_content_disposition, format_content_type
-from tests.api.conftest import DEADLINE_SECONDS, Api
+from tests.api.conftest import Api
 from tests.api.result_files import CONTENT, FILES, add_file, opaque_tag, stored_path
+from tests.support.polling import DEADLINE_SECONDS
 
 
 def format_headers(headers: dict[str, str], digest: str) -> dict[str, str]:

@@ -14,7 +14,8 @@ from jobledger.ledger.domain.commands import SubmitJob
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.projections.engine import health
 from jobledger.projections.views import jobs
-from tests.api.conftest import Api, check_error, poll_response_until, run_api
+from tests.api.conftest import Api, check_error, run_api
+from tests.support.polling import poll_until
 from tests.support.role_runner import make_echo_job
 
 
@@ -57,7 +58,7 @@ async def advance_until_status(api: Api, clock: FakeClock, status: int) -> httpx
         response = await api.get("/readyz")
         return response.status_code == status
 
-    await poll_response_until(has_status, f"/readyz responds with {status}")
+    await poll_until(has_status, f"/readyz responds with {status}")
     assert response is not None
     return response
 

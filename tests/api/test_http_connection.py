@@ -25,8 +25,8 @@ from jobledger.cli.http_connection import (
     SheddingSocket,
     protocol_class,
 )
-from tests.api.conftest import DEADLINE_SECONDS, Api, RunApi, poll_response_until
-from tests.support.role_runner import poll_until
+from tests.api.conftest import Api, RunApi
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 
 JOBS, STREAM = "/api/events/jobs", "/api/ledger/stream"
 HOST = "Host: 127.0.0.1\r\n"
@@ -336,7 +336,7 @@ async def test_unread_responses_use_bounded_memory(run_without_worker: RunApi, m
         async def is_available() -> bool:
             return (await api.get(path)).status_code != 503
 
-        await poll_response_until(is_available, "the memory of the closed connections is released")
+        await poll_until(is_available, "the memory of the closed connections is released")
 
 
 # Too many connections -----------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ async def test_connection_beyond_limit_gets_503_until_others_close(
                 writer.write(f"{GET}{HOST}\r\n".encode())
                 return (await reader.readuntil(b"\r\n")).split()[1] == b"200"
 
-        await poll_response_until(is_connection_accepted, "a connection is accepted")
+        await poll_until(is_connection_accepted, "a connection is accepted")
 
 
 async def test_connections_without_descriptors_are_closed_and_logged_once(

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.api.conftest import DEADLINE_SECONDS, Api
+from tests.api.conftest import Api
+from tests.support.polling import DEADLINE_SECONDS
 
 
 async def test_stream_sends_past_events_then_live_events(api_without_worker: Api) -> None:

@@ -17,8 +17,9 @@ import httpx
 import pytest
 
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from tests.api.conftest import DEADLINE_SECONDS, WITHOUT_WORKER, Api, run_api
+from tests.api.conftest import WITHOUT_WORKER, Api, run_api
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS
 
 CLIENTS = 1000
 ECHO: dict[str, Any] = {"job_type": "echo", "parameters": {}}

@@ -18,8 +18,9 @@ from structlog.testing import capture_logs
 from jobledger.api.http.limits import TokenBuckets
 from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.request_context import RequestContextMiddleware
-from tests.api.conftest import DEADLINE_SECONDS, WITHOUT_WORKER, Api, run_api
+from tests.api.conftest import WITHOUT_WORKER, Api, run_api
 from tests.support.header_auth import principal_header
+from tests.support.polling import DEADLINE_SECONDS
 
 JOBS, STREAM, STATS = "/api/events/jobs", "/api/ledger/stream", "/api/monitoring/events/stats"
 ALLOWED_ORIGIN = "https://conference.example.org"

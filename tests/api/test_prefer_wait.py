@@ -20,7 +20,8 @@ from jobledger.api.schemas.jobs import JobBody
 from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.domain.events import BatchSubmitted, EventMetadata, JobSubmitted
 from jobledger.ledger.store.command_handler import handle_command
-from tests.api.conftest import DEADLINE_SECONDS, WITHOUT_WORKER, Api, run_api
+from tests.api.conftest import WITHOUT_WORKER, Api, run_api
+from tests.support.polling import DEADLINE_SECONDS
 
 
 @pytest.fixture

@@ -30,8 +30,9 @@ from jobledger.api.schemas.webhooks import DeliveryAttempt, DeliveryFilter, Deli
 from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.events import EVENT_TYPES, EventMetadata, JobLeaseExpired, JobReleased, RecordedEvent
 from jobledger.projections.views.job_log import log_lines_of_event
-from tests.api.conftest import Api, poll_response_until, run_api
+from tests.api.conftest import Api, run_api
 from tests.support.header_auth import principal_header
+from tests.support.polling import poll_until
 from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
 
 OWNER: Final = principal_header("owner", ["team-hidden-team"])
@@ -144,7 +145,7 @@ async def create_resources(api: Api, endpoint: WebhookEndpoint) -> dict[str, str
     async def all_deliveries_abandoned() -> bool:
         return await api.db.events.count_documents({"type": "DeliveryAbandoned"}) >= 3
 
-    await poll_response_until(all_deliveries_abandoned, "all deliveries are abandoned")
+    await poll_until(all_deliveries_abandoned, "all deliveries are abandoned")
     head = await admin.event_store.head_position()
     await admin.get("/api/events/jobs", head)
     return {

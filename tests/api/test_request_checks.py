@@ -18,7 +18,8 @@ from jobledger.api.routes import webhook_echo
 from jobledger.cli.options import parse_as_of, parse_time_option
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.timestamps import parse_timestamp
-from tests.api.conftest import DEADLINE_SECONDS, WITHOUT_WORKER, Api, run_api
+from tests.api.conftest import WITHOUT_WORKER, Api, run_api
+from tests.support.polling import DEADLINE_SECONDS
 
 JOBS = "/api/events/jobs"
 ALLOWED_ORIGIN = "https://conference.example.org"

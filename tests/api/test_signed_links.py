@@ -20,8 +20,9 @@ from jobledger.cli.server import open_listener
 from jobledger.ledger.domain.access import Principal
 from jobledger.projections.slots import Views
 from jobledger.projections.views import files as view
-from tests.api.conftest import DEADLINE_SECONDS, Api, RunApi, run_api
+from tests.api.conftest import Api, RunApi, run_api
 from tests.api.result_files import CONTENT, FILES, add_file
+from tests.support.polling import DEADLINE_SECONDS
 
 
 class RequiredUserBackend:

@@ -18,8 +18,9 @@ from jobledger.ledger.store.command_handler import Command, handle_command, new_
 from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
-from tests.api.conftest import DEADLINE_SECONDS, Api
+from tests.api.conftest import Api
 from tests.support.ledger_setup import Ledger, open_ledger
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.role_runner import make_echo_job
 
 pytestmark = pytest.mark.usefixtures("header_auth")

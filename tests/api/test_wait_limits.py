@@ -9,8 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.api.conftest import DEADLINE_SECONDS, Api, RunApi, run_api
+from tests.api.conftest import Api, RunApi, run_api
 from tests.support.header_auth import principal_header
+from tests.support.polling import DEADLINE_SECONDS
 
 JOBS = "/api/events/jobs"
 LIMITS = {"max_streams_per_user": 2, "max_streams": 3}

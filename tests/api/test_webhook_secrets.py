@@ -14,7 +14,8 @@ import standardwebhooks
 
 from jobledger.ledger.store import endpoint_secrets
 from jobledger.ledger.store.endpoint_secrets import Endpoint
-from tests.api.conftest import DEADLINE_SECONDS, Api, run_api
+from tests.api.conftest import Api, run_api
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.webhook_endpoint import ReceivedRequest, WebhookEndpoint, run_webhook_endpoint
 
 ENDPOINTS: Final = "/api/monitoring/events/webhook-endpoints"

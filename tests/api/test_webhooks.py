@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.net.webhook_signature import generate_secret
-from tests.api.conftest import DEADLINE_SECONDS, Api, run_api
+from tests.api.conftest import Api, run_api
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
 
 WEBHOOKS = "/api/monitoring/events/webhooks"

@@ -16,15 +16,9 @@ from jobledger.api.auth.api_keys import ApiKeyToken
 from jobledger.cli.api_key_admin import new_key, parse_lifetime
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.mongo.embedded_lock import wait_until
-from tests.support.installation import (
-    DEADLINE_SECONDS,
-    CommandOutcome,
-    Installation,
-    RunningCommand,
-    assert_one_line_error,
-    http_client,
-)
+from tests.support.installation import CommandOutcome, Installation, RunningCommand, assert_one_line_error, http_client
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS
 
 JOBS = "/api/events/jobs"
 ECHO = json.dumps({"job_type": "echo", "parameters": {"text": "hello"}})

@@ -22,8 +22,9 @@ from jobledger.cli.commands import jobs, resources, submit
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.event_store import MAX_POSITION
-from tests.support.installation import DEADLINE_SECONDS, CommandOutcome, Installation, assert_one_line_error
+from tests.support.installation import CommandOutcome, Installation, assert_one_line_error
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.scripted_server import serve_answers
 
 pytestmark = needs_local_mongod

@@ -10,8 +10,9 @@ import pytest
 
 from jobledger.ledger.files.store_marker import MARKER_FILE_NAME
 from jobledger.ledger.mongo.embedded_lock import wait_until
-from tests.support.installation import DEADLINE_SECONDS, Installation, http_client
+from tests.support.installation import Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(300)]
 ECHO = {"job_type": "echo", "parameters": {"text": "hello"}}

@@ -16,7 +16,6 @@ from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.api.conftest import make_settings
 from tests.support.installation import (
-    DEADLINE_SECONDS,
     Installation,
     assert_one_line_error,
     assert_outcome,
@@ -25,6 +24,7 @@ from tests.support.installation import (
     list_descendants,
 )
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS
 
 pytestmark = needs_local_mongod
 

@@ -17,8 +17,9 @@ from jobledger.ledger.domain.errors import ConfigurationError, ResourceUnavailab
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.api.conftest import make_settings
-from tests.support.installation import COMMAND, DEADLINE_SECONDS, Installation, http_client
+from tests.support.installation import COMMAND, Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.soak_only import soak_only
 
 

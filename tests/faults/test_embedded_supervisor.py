@@ -19,12 +19,9 @@ from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.system import disk_space
 from tests.support.mongodb_provider import needs_local_mongod
-from tests.support.role_runner import poll_until
+from tests.support.polling import poll_until
 
 pytestmark = needs_local_mongod
-
-
-DEADLINE_SECONDS = 60.0
 
 
 @pytest.fixture
@@ -53,7 +50,7 @@ async def test_crashed_server_is_restarted_without_blocking_the_event_loop(tmp_p
             longest_pause, last = max(longest_pause, now - last), now
             return count_entries(log_entries, "server restarted") > 0
 
-        await poll_until(is_restarted, "the server is restarted", seconds=DEADLINE_SECONDS)
+        await poll_until(is_restarted, "the server is restarted")
         assert longest_pause < max(1, (last - killed_at) / 2)
         assert server.pid != first
         shutdown._handle_signal()
@@ -75,29 +72,19 @@ async def test_full_disk_is_logged_once_and_waited_for_until_shutdown(
         running = asyncio.create_task(supervise_until_shutdown(server, shutdown))
         monkeypatch.setattr(disk_space, "free_bytes", report_full_disk)
         os.kill(server.pid, signal.SIGKILL)
-        await poll_until(
-            lambda: count_entries(log_entries, "waiting for its disk") == 1,
-            "it is logged",
-            seconds=DEADLINE_SECONDS,
-        )
+        await poll_until(lambda: count_entries(log_entries, "waiting for its disk") == 1, "it is logged")
         checks = 0
-        await poll_until(lambda: checks >= 5, "the disk is checked repeatedly", seconds=DEADLINE_SECONDS)
+        await poll_until(lambda: checks >= 5, "the disk is checked repeatedly")
         assert [entry["event"] for entry in log_entries if entry["log_level"] == "error"] == [
             "embedded MongoDB server exited, waiting for its disk"
         ]
         assert "0 MiB are free, 128 MiB are needed" in log_entries[0]["reason"]
         monkeypatch.setattr(disk_space, "free_bytes", free_bytes)
-        await poll_until(
-            lambda: count_entries(log_entries, "server restarted") == 1, "the server runs", seconds=DEADLINE_SECONDS
-        )
+        await poll_until(lambda: count_entries(log_entries, "server restarted") == 1, "the server runs")
         monkeypatch.setattr(disk_space, "free_bytes", report_full_disk)
         monkeypatch.setattr(embedded_supervisor, "DISK_CHECK_SECONDS", 3600)
         os.kill(server.pid, signal.SIGKILL)
-        await poll_until(
-            lambda: count_entries(log_entries, "waiting for its disk") == 2,
-            "it is logged",
-            seconds=DEADLINE_SECONDS,
-        )
+        await poll_until(lambda: count_entries(log_entries, "waiting for its disk") == 2, "it is logged")
         shutdown._handle_signal()
         await asyncio.wait_for(running, 20)
 
@@ -124,11 +111,7 @@ async def test_failed_restarts_are_repeated_with_delays(
             crashing_mongod.chmod(0o755)
             patch.setenv("PATH", f"{crashing_mongod.parent}:{os.environ['PATH']}")
             os.kill(server.pid, signal.SIGKILL)
-            await poll_until(
-                lambda: count_entries(log_entries, "failed to start") >= 4, "4 attempts", seconds=DEADLINE_SECONDS
-            )
-        await poll_until(
-            lambda: count_entries(log_entries, "server restarted") == 1, "the server runs", seconds=DEADLINE_SECONDS
-        )
+            await poll_until(lambda: count_entries(log_entries, "failed to start") >= 4, "4 attempts")
+        await poll_until(lambda: count_entries(log_entries, "server restarted") == 1, "the server runs")
         shutdown._handle_signal()
         await running

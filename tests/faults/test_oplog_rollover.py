@@ -30,10 +30,10 @@ from tests.support.ledger_setup import (
     create_position_gap,
     load_event_documents,
     open_ledger,
-    poll_until,
     read_all_events,
 )
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.suspension import suspend
 from tests.support.tcp_proxy import TcpProxy
 
@@ -41,7 +41,6 @@ pytestmark = needs_local_mongod
 
 OPLOG_MB = 1
 LIMITS = EventStoreLimits(gap_timeout_seconds=0.2)
-DEADLINE_SECONDS = 60.0
 HISTORY_LOST_CODES = {286, 136}  # ChangeStreamHistoryLost, or CappedPositionLost if the cursor was still open
 REOPENED_MESSAGE = "change stream interrupted, reopening"
 
@@ -134,7 +133,7 @@ class Subscriber:
         return {int(code) for code in self._errors.read_text().split()}
 
     async def wait_for_position(self, position: int) -> None:
-        await poll_until(lambda: self.delivered()[-1:] >= [(position, "")], DEADLINE_SECONDS)
+        await poll_until(lambda: self.delivered()[-1:] >= [(position, "")])
 
     def suspend(self) -> None:
         suspend(self.pid)
@@ -222,7 +221,7 @@ async def test_change_stream_with_lost_history_is_reopened_for_all_subscribers(
             collect_events(reader) as early,
         ):
             first = await append_events(writer)
-            await poll_until(lambda: len(early) == first, DEADLINE_SECONDS)
+            await poll_until(lambda: len(early) == first)
             proxy.suspend()
             await append_events(writer)
             await asyncio.to_thread(roll_over, connection.uri)
@@ -232,10 +231,10 @@ async def test_change_stream_with_lost_history_is_reopened_for_all_subscribers(
             assert REOPENED_MESSAGE not in [warning["event"] for warning in warnings]
             proxy.close_connections()  # the driver resumes with an old token
             proxy.resume()
-            await poll_until(lambda: len(early) >= last, DEADLINE_SECONDS)
+            await poll_until(lambda: len(early) >= last)
             async with collect_events(reader, after=first) as late:
                 last = await append_events(writer)
-                await poll_until(lambda: len(early) >= last and len(late) >= last - first, DEADLINE_SECONDS)
+                await poll_until(lambda: len(early) >= last and len(late) >= last - first)
         assert commands.failed_by_code[286], "the oplog still contained the missed events"
         assert REOPENED_MESSAGE in [warning["event"] for warning in warnings]
     assert late == early[first:]

@@ -34,8 +34,9 @@ from jobledger.ledger.store.command_handler import handle_command, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import ACCESS
-from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_log, load_event_documents, open_ledger, poll_until
+from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_log, load_event_documents, open_ledger
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.replica_set import Node, ReplicaSet
 from tests.support.soak_only import soak_only
 
@@ -47,7 +48,6 @@ STREAMS_PER_WRITER = 4  # that no other writer appends to
 PROGRESS_EVENTS = 50  # more than a writer can have in flight at the fault
 LIMITS = EventStoreLimits(gap_timeout_seconds=0.3)
 COMMIT_STREAMS = 5
-DEADLINE_SECONDS = 60.0
 NOTHING_ROLLED_BACK = "the old primary rolled back no event, so the test shows nothing"
 
 # Forked from a process with loaded modules, so that a writer starts within milliseconds.
@@ -194,8 +194,7 @@ class Load:
             await poll_until(
                 lambda: all(
                     count >= earlier + PROGRESS_EVENTS for count, earlier in zip(self._counts(), before, strict=True)
-                ),
-                DEADLINE_SECONDS,
+                )
             )
         except TimeoutError:
             pytest.fail(f"no progress: followed, paged, acknowledged were {before} and are {self._counts()}")
@@ -214,7 +213,7 @@ class Load:
         await asyncio.to_thread(self.replica_set.wait_until_in_sync)
         head = await self.ledger.event_store.head_position()
         try:
-            await poll_until(lambda: min(len(self.followed), len(self.paged)) >= head, DEADLINE_SECONDS)
+            await poll_until(lambda: min(len(self.followed), len(self.paged)) >= head)
         except TimeoutError:
             pytest.fail(f"of {head} events {len(self.followed)} were followed, {len(self.paged)} paged")
         documents = await load_event_documents(self.ledger.db)
@@ -234,7 +233,7 @@ async def run_load(replica_set: ReplicaSet, directory: Path) -> AsyncIterator[Lo
         load = Load(replica_set, connection, ledger, shared, directory)
         load.start_writers()
         try:
-            await poll_until(lambda: all(writer.read_acknowledged() for writer in load.writers), DEADLINE_SECONDS)
+            await poll_until(lambda: all(writer.read_acknowledged() for writer in load.writers))
             load.readers += [asyncio.create_task(load.follow()), asyncio.create_task(load.read_pages())]
             await load.wait_for_progress()
             yield load

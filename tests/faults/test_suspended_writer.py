@@ -28,17 +28,16 @@ from tests.support.ledger_setup import (
     event_positions,
     load_event_documents,
     open_ledger,
-    poll_until,
     read_all_events,
 )
 from tests.support.mongodb_provider import transaction_lifetime
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.suspension import is_suspended
 
 VOID_AFTER_SECONDS = 0.3
 LIMITS = EventStoreLimits(gap_timeout_seconds=VOID_AFTER_SECONDS)
 TRANSACTION_SECONDS = 2
 NOISE_SECONDS = 10.0  # for a loaded machine, not a promise
-DEADLINE_SECONDS = 60.0
 LATE_STREAM = "job-late"
 
 _context = multiprocessing.get_context("forkserver")
@@ -72,7 +71,7 @@ class SuspendedProcess:
         return self.process.pid
 
     async def wait_until_suspended(self) -> None:
-        await poll_until(lambda: not self.process.is_alive() or is_suspended(self.pid), DEADLINE_SECONDS)
+        await poll_until(lambda: not self.process.is_alive() or is_suspended(self.pid))
         assert self.process.is_alive(), "the process exited before it reached the hook point"
 
     def resume(self) -> None:
@@ -147,7 +146,7 @@ class Follower:
         self.seen: list[RecordedEvent] = []
 
     async def wait_for_position(self, position: int, seconds: float) -> None:
-        await poll_until(lambda: bool(self.seen) and self.seen[-1].position >= position, seconds)
+        await poll_until(lambda: bool(self.seen) and self.seen[-1].position >= position, seconds=seconds)
 
 
 @asynccontextmanager

@@ -16,7 +16,8 @@ import pytest
 
 from jobledger.ledger.mongo.connection import Connection
 from tests.support.plugins import install_plugin
-from tests.support.role_runner import RolesSubprocess, poll_until, run_roles_in_process, run_roles_subprocess
+from tests.support.polling import poll_until
+from tests.support.role_runner import RolesSubprocess, run_roles_in_process, run_roles_subprocess
 from tests.support.soak_only import soak_only
 
 pytestmark = pytest.mark.timeout(180)

@@ -29,12 +29,12 @@ from tests.support.installation import list_descendants
 from tests.support.job_processes import list_job_processes
 from tests.support.ledger_setup import load_event_documents
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import poll_until
 from tests.support.role_runner import (
     TERMINAL_EVENT_TYPES,
     RolesSubprocess,
     RunningRoles,
     list_live_processes_in_session,
-    poll_until,
     run_roles_in_process,
     run_roles_subprocess,
 )
@@ -51,7 +51,7 @@ WORKER, JOB, HELPER, PROJECTOR, MONGOD, CANCEL = "worker", "job", "helper", "pro
 FAULTS = [WORKER] * 4 + [JOB] * 4 + [HELPER] * 2 + [PROJECTOR] * 2 + [MONGOD] * 2 + [CANCEL] * 2
 FAULTS *= 2 if IS_SOAK_RUN else 1
 MAX_CLAIMS_BETWEEN_FAULTS = 8
-DEADLINE_SECONDS = 90.0
+FINISH_SECONDS = 90.0
 
 
 @dataclass
@@ -100,9 +100,7 @@ class Cluster:
     async def wait_for_claims(self, count: int) -> None:
         """Wait for this number of claims, or until all jobs finished."""
         target = self.claims + count
-        await poll_until(
-            lambda: self.claims >= target or not self.waiting, f"{target} claims", seconds=DEADLINE_SECONDS
-        )
+        await poll_until(lambda: self.claims >= target or not self.waiting, f"{target} claims", seconds=FINISH_SECONDS)
 
     async def cause(self, fault: str) -> None:
         match fault:
@@ -195,7 +193,7 @@ async def test_killed_processes_let_each_job_finish_without_overlapping_attempts
                 await cluster.wait_for_claims(random.randint(1, MAX_CLAIMS_BETWEEN_FAULTS))
                 if cluster.waiting:
                     await cluster.cause(fault)
-            await poll_until(lambda: not cluster.waiting, "each job finished", seconds=DEADLINE_SECONDS)
+            await poll_until(lambda: not cluster.waiting, "each job finished", seconds=FINISH_SECONDS)
 
             documents = await load_event_documents(cluster.observer.db)
             check_history(documents, all_finished=True)

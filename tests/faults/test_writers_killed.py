@@ -25,11 +25,11 @@ from tests.support.ledger_setup import (
     event_positions,
     load_event_documents,
     open_ledger,
-    poll_until,
     read_all_events,
     read_first_events,
 )
 from tests.support.mongodb_provider import transaction_lifetime
+from tests.support.polling import poll_until
 from tests.support.soak_only import IS_SOAK_RUN
 from tests.support.writers import start_writer
 
@@ -89,7 +89,7 @@ async def kill_writers_repeatedly(connection: Connection, shared: list[str], dir
     active_kills = 0
     try:
         while active_kills < KILLS or await ledger.event_store.head_position() < EVENTS:
-            await poll_until(lambda: any(writer.has_acknowledged_events() for writer in writers), 30)
+            await poll_until(lambda: any(writer.has_acknowledged_events() for writer in writers))
             await asyncio.sleep(random.uniform(0, 0.3))
             index = random.randrange(WRITERS)
             active_kills += writers[index].has_acknowledged_events()
@@ -123,7 +123,7 @@ async def test_killed_writers_lose_no_acknowledged_event_and_leave_no_gap(
         following = asyncio.create_task(follower.follow(reader))
         active_kills = await kill_writers_repeatedly(connection, shared, tmp_path, ledger)
         last = (await ledger.submit_job()).events[0]
-        await poll_until(lambda: bool(follower.events) and follower.events[-1].position >= last.position, 30)
+        await poll_until(lambda: bool(follower.events) and follower.events[-1].position >= last.position)
         following.cancel()
         with suppress(asyncio.CancelledError):
             await following

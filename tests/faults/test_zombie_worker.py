@@ -17,13 +17,8 @@ from jobledger.ledger.mongo.connection import Connection, Document
 from tests.support.history_check import check_history
 from tests.support.job_processes import list_job_processes
 from tests.support.ledger_setup import load_event_documents
-from tests.support.role_runner import (
-    RolesSubprocess,
-    RunningRoles,
-    poll_until,
-    run_roles_in_process,
-    run_roles_subprocess,
-)
+from tests.support.polling import poll_until
+from tests.support.role_runner import RolesSubprocess, RunningRoles, run_roles_in_process, run_roles_subprocess
 from tests.support.slow_site import SlowSite, serve_site
 from tests.support.soak_only import soak_only
 from tests.support.suspension import is_suspended

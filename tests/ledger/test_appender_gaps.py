@@ -25,18 +25,17 @@ from tests.support.event_stores import (
     open_pausable_store,
 )
 from tests.support.ledger_setup import (
-    DEADLINE_SECONDS,
     Ledger,
     check_log,
     create_position_gap,
     event_positions,
     load_event_documents,
     open_ledger,
-    poll_until,
     read_all_events,
     read_first_events,
     take_events,
 )
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 
 
 async def test_subscribers_of_all_processes_see_same_order_with_gaps(connection: Connection) -> None:

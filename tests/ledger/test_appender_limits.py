@@ -18,15 +18,14 @@ from jobledger.ledger.store.envelope import MAX_EVENT_BYTES, VOID_STREAM
 from tests.support.event_examples import NOON, make_job_submitted
 from tests.support.event_stores import create_append, open_pausable_store
 from tests.support.ledger_setup import (
-    DEADLINE_SECONDS,
     Ledger,
     check_log,
     event_positions,
     load_event_documents,
     open_ledger,
-    poll_until,
     read_all_events,
 )
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.tcp_proxy import TcpProxy
 
 

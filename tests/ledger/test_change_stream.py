@@ -14,7 +14,8 @@ from pymongo.errors import AutoReconnect
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import DURABLE, MAJORITY, Connection, Database
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
-from tests.support.ledger_setup import DEADLINE_SECONDS, Ledger, change_stream_operations, open_ledger
+from tests.support.ledger_setup import Ledger, change_stream_operations, open_ledger
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.tcp_proxy import TcpProxy
 
 Change = Mapping[str, Any]

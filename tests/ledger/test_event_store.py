@@ -20,7 +20,6 @@ from tests.support.event_stores import (
     open_pausable_store,
 )
 from tests.support.ledger_setup import (
-    DEADLINE_SECONDS,
     Ledger,
     check_log,
     create_position_gap,
@@ -29,6 +28,7 @@ from tests.support.ledger_setup import (
     open_ledger,
     read_first_events,
 )
+from tests.support.polling import DEADLINE_SECONDS
 
 
 async def test_may_have_reached_is_true_up_to_head(unstreamed_ledger: Ledger) -> None:

@@ -25,7 +25,7 @@ from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, InboxFile
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.system.cooperative_threads import CooperativeWork, run_cooperatively
-from tests.support.ledger_setup import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS
 
 FOREIGN = b"the result of another job"
 DIGEST = hashlib.sha256(FOREIGN).hexdigest()

@@ -16,7 +16,7 @@ from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, EXPIRED_LEASE_FILTER, Lease, LeaseObservation
 from jobledger.ledger.system.loop_progress import LoopProgress
-from tests.support.ledger_setup import DEADLINE_SECONDS, poll_until
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.tcp_proxy import TcpProxy
 
 LEASE_SECONDS = 0.9

@@ -12,7 +12,7 @@ import pytest
 
 from jobledger.ledger.mongo import _pymongo_compat
 from jobledger.ledger.mongo.connection import Connection
-from tests.support.ledger_setup import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS
 
 
 async def cancel_when_future_is_done(wait_for: object) -> bool:

@@ -20,7 +20,6 @@ from tests.support.decider_spec import type_name
 from tests.support.event_examples import NOON, make_job_submitted
 from tests.support.event_stores import FAST_GAP_LIMITS, create_append, create_progress, kill_change_stream
 from tests.support.ledger_setup import (
-    DEADLINE_SECONDS,
     EVENT_METADATA,
     Ledger,
     check_log,
@@ -28,10 +27,10 @@ from tests.support.ledger_setup import (
     event_positions,
     load_event_documents,
     open_ledger,
-    poll_until,
     read_first_events,
     take_events,
 )
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.tcp_proxy import TcpProxy
 
 

@@ -30,7 +30,6 @@ from tests.support import golden_events
 from tests.support.decider_spec import type_name
 from tests.support.event_examples import NOON
 from tests.support.ledger_setup import (
-    DEADLINE_SECONDS,
     EVENT_METADATA,
     Ledger,
     check_log,
@@ -39,6 +38,7 @@ from tests.support.ledger_setup import (
     read_first_events,
     take_events,
 )
+from tests.support.polling import DEADLINE_SECONDS
 
 ALL_EVENT_TYPES = sorted(EVENT_TYPES.values(), key=lambda event: event.__name__)
 GOLDEN_SCHEMAS = {(document["type"], document["schema"]) for document in golden_events.load_golden_events()}

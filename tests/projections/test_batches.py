@@ -26,10 +26,10 @@ from jobledger.projections.engine import projector
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import batches
 from tests.projections.expected_views import assert_views_match_log, make_failure, make_results
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.role_runner import RunningRoles, run_roles_in_process
 
 WORKER = "worker-1"
-DEADLINE_SECONDS = 30.0
 # konzept.md, "Batch Collection": each field and its type when it has a value.
 DOCUMENT_FIELDS: dict[str, type] = {
     "batch_id": str,

@@ -11,9 +11,8 @@ import pytest
 
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
-from tests.support.role_runner import poll_until, run_roles_in_process
-
-DEADLINE_SECONDS = 30.0
+from tests.support.polling import DEADLINE_SECONDS, poll_until
+from tests.support.role_runner import run_roles_in_process
 
 
 def assert_returns_at_once(coroutine: Coroutine[Any, Any, None]) -> None:

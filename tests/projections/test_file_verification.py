@@ -18,7 +18,7 @@ from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.projections.engine.file_verification import verify_files
 from jobledger.projections.slots import Views
-from tests.support.ledger_setup import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS
 
 Damage = Callable[[FileStore, Database, str], Awaitable[Any]]
 CONTENT = bytes(range(256)) * 3000

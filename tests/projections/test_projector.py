@@ -30,7 +30,8 @@ from tests.projections.expected_views import (
     load_views,
     run_random_history,
 )
-from tests.support.role_runner import WAIT_TIMEOUT_SECONDS, RunningRoles, poll_until, run_roles_in_process
+from tests.support.polling import DEADLINE_SECONDS, poll_until
+from tests.support.role_runner import RunningRoles, run_roles_in_process
 
 # Exactly once ---------------------------------------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ async def test_projector_stalls_when_applied_events_were_removed(
 
 async def append_until_stalled(roles: RunningRoles) -> None:
     """Submit jobs until the projector records why it stalls."""
-    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while "reached position 3" not in await health.stall_reason(roles.db, 3, 9):
             await roles.submit()
             await asyncio.sleep(0.1)

@@ -24,7 +24,8 @@ from jobledger.projections.engine.writer import ProjectionWriter
 from tests.projections.expected_views import assert_views_match_log, load_views, run_random_history
 from tests.support.message_proxy import MessageProxy
 from tests.support.mongodb_provider import transaction_lifetime
-from tests.support.role_runner import WAIT_TIMEOUT_SECONDS, RunningRoles, run_roles_in_process, run_roles_subprocess
+from tests.support.polling import DEADLINE_SECONDS
+from tests.support.role_runner import RunningRoles, run_roles_in_process, run_roles_subprocess
 
 LONG_LEASE_SECONDS = 300.0
 LONG_TRANSACTION_SECONDS = 300
@@ -75,7 +76,7 @@ async def test_transaction_of_a_former_leader_is_rejected(
     async with run_roles_in_process(connection, store, projector=True, projector_class=HangingProjector) as first:
         assert isinstance(first.projector, HangingProjector)
         await first.submit({"track": "A"})
-        await asyncio.wait_for(HangingProjector.reached.wait(), WAIT_TIMEOUT_SECONDS)
+        await asyncio.wait_for(HangingProjector.reached.wait(), DEADLINE_SECONDS)
         # Its lease expires, and another process leads.
         await first.db.leaders.update_one({}, [{"$set": {"lease_until": "$$NOW"}}])
         async with run_roles_in_process(connection, store, projector=True) as second:
@@ -187,7 +188,7 @@ async def stopped_within_a_transaction(
             await roles.wait_for_views(1)
             proxy.hold_request("update")
             await roles.submit()
-            assert await asyncio.to_thread(proxy.message_held.wait, WAIT_TIMEOUT_SECONDS)
+            assert await asyncio.to_thread(proxy.message_held.wait, DEADLINE_SECONDS)
             assert leader.projector_task is not None
             leader.projector_task.cancel()
             released = asyncio.Event()
@@ -195,7 +196,7 @@ async def stopped_within_a_transaction(
                 loop = asyncio.get_running_loop()
                 loop.call_later(wait_seconds, proxy.release_request)
                 loop.call_later(wait_seconds, released.set)
-            await asyncio.wait({leader.projector_task}, timeout=WAIT_TIMEOUT_SECONDS)
+            await asyncio.wait({leader.projector_task}, timeout=DEADLINE_SECONDS)
             assert leader.projector_task.done()
             if wait_seconds is None:
                 proxy.close_connections()  # the held statement never arrives

@@ -31,10 +31,9 @@ from tests.projections.expected_views import (
     run_random_history,
 )
 from tests.projections.rebuild_runner import compare_views, open_rebuild, rebuild_views
-from tests.support.role_runner import FAST_WEBHOOKS, RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.support.polling import DEADLINE_SECONDS, poll_until
+from tests.support.role_runner import FAST_WEBHOOKS, RunningRoles, WorkerOptions, run_roles_in_process
 from tests.support.webhook_endpoint import run_webhook_endpoint
-
-DEADLINE_SECONDS = 60.0
 
 
 async def load_active_slots(db: Database) -> dict[str, Slot]:
@@ -73,9 +72,7 @@ class ContinuousSubmitter:
 
     async def wait_for_more_jobs(self, count: int) -> None:
         target = len(self.job_ids) + count
-        await poll_until(
-            lambda: len(self.job_ids) >= target or self._task.done(), "more jobs", seconds=DEADLINE_SECONDS
-        )
+        await poll_until(lambda: len(self.job_ids) >= target or self._task.done(), "more jobs")
         assert not self._task.done()
 
     async def stop(self) -> None:

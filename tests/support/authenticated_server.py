@@ -21,9 +21,9 @@ from pymongo.errors import PyMongoError
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.mongo.embedded import find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.replica_set import exit_with_parent, free_port
 
-WAIT_TIMEOUT_SECONDS: Final = 60.0
 _REJECTION: Final = re.compile(r"not authorized on (\w+) to execute command \{ (\w+): \W*([\w.$]+)")
 _ADMINISTRATOR: Final = "administrator"
 
@@ -67,8 +67,8 @@ def start_authenticated_server(directory: Path) -> Iterator[AuthenticatedServer]
         )
     server = AuthenticatedServer(f"127.0.0.1:{port}", secrets.token_hex(8), log)
     try:
-        if not wait_until(lambda: process.poll() is not None or _is_primary(server.address), WAIT_TIMEOUT_SECONDS):
-            raise AssertionError(f"no primary within {WAIT_TIMEOUT_SECONDS:.0f} s; see {log}")
+        if not wait_until(lambda: process.poll() is not None or _is_primary(server.address), DEADLINE_SECONDS):
+            raise AssertionError(f"no primary within {DEADLINE_SECONDS:.0f} s; see {log}")
         assert process.returncode is None, f"the server exited; see {log}"
         _create_administrator(server)
         yield server

@@ -20,8 +20,9 @@ import pytest
 from jobledger.ledger.domain.commands import ClaimJob, CompleteJob
 from jobledger.ledger.store.command_handler import handle_command
 from tests.support.event_examples import NOON, RESULTS
-from tests.support.installation import COMMAND, DEADLINE_SECONDS, Installation
+from tests.support.installation import COMMAND, Installation
 from tests.support.ledger_setup import EVENT_METADATA, Ledger
+from tests.support.polling import DEADLINE_SECONDS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

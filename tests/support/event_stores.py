@@ -17,7 +17,8 @@ from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import NOON
-from tests.support.ledger_setup import DEADLINE_SECONDS, EVENT_METADATA, change_stream_operations, open_ledger
+from tests.support.ledger_setup import EVENT_METADATA, change_stream_operations, open_ledger
+from tests.support.polling import DEADLINE_SECONDS
 
 FAST_GAP_LIMITS = EventStoreLimits(gap_timeout_seconds=0.2)
 

@@ -22,8 +22,6 @@ from tests.support import forked_commands
 COMMAND = Path(sys.executable).parent / "jobledger"
 START_TIMEOUT_SECONDS = 40.0
 EXIT_TIMEOUT_SECONDS = 40.0
-DEADLINE_SECONDS = 60.0
-"""Limit for a condition that a test waits for, long enough for a machine under load."""
 _URL_LINE = re.compile(r"^Jobledger listens on (\S+)", re.MULTILINE)
 
 

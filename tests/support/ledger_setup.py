@@ -21,8 +21,8 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
 from jobledger.ledger.store.subscription import Subscription
 from tests.support.event_examples import make_job_submitted
+from tests.support.polling import DEADLINE_SECONDS
 
-DEADLINE_SECONDS = 60.0
 EVENT_METADATA = EventMetadata("user:alice")
 
 
@@ -79,13 +79,6 @@ async def read_first_events(event_store: EventStore, count: int, *, after: int =
     """Return the first `count` events after a position from a subscription."""
     async with event_store.subscribe(after=after) as events:
         return await take_events(events, count)
-
-
-async def poll_until(condition: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
-    """Poll a condition that has no notification, with a timeout."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - no notification
-            await asyncio.sleep(0.005)
 
 
 async def create_position_gap(db: Database, count: int = 1) -> int:

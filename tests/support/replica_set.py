@@ -26,12 +26,12 @@ from pymongo.errors import PyMongoError
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.mongo.embedded import PR_SET_PDEATHSIG, find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.suspension import suspend
 
 NODES: Final = 3
 ELECTION_TIMEOUT_MS: Final = 1500
 RESPONSE_TIMEOUT_MS: Final = 2000
-WAIT_TIMEOUT_SECONDS: Final = 60.0
 STEP_DOWN_SECONDS: Final = 20
 """How long a primary that stepped down is not electable unless another one is elected before."""
 
@@ -256,7 +256,7 @@ class ReplicaSet:
                 "catchUpTimeoutMillis": 0,
             },
         }
-        with pymongo.timeout(WAIT_TIMEOUT_SECONDS):
+        with pymongo.timeout(DEADLINE_SECONDS):
             self.nodes[0].client.admin.command("replSetInitiate", config)
         self.wait_until_in_sync()
 
@@ -266,7 +266,7 @@ def _is_primary(hello: Mapping[str, Any]) -> bool:
 
 
 def _wait(condition: Callable[[], bool], expected: str) -> None:
-    assert wait_until(condition, WAIT_TIMEOUT_SECONDS), f"timeout after {WAIT_TIMEOUT_SECONDS:.0f} s: {expected}"
+    assert wait_until(condition, DEADLINE_SECONDS), f"timeout after {DEADLINE_SECONDS:.0f} s: {expected}"
 
 
 def exit_with_parent(parent: int) -> None:

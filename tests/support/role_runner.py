@@ -40,9 +40,9 @@ from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.webhooks.deliverer import Deliverer
 from jobledger.workers.webhooks.schedule import DeliverySettings
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.suspension import suspend
 
-WAIT_TIMEOUT_SECONDS = 60.0
 TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
 
 
@@ -127,7 +127,7 @@ class RunningRoles:
         *,
         after: int = 0,
         predicate: Callable[[Any], bool] = lambda event: True,
-        seconds: float = WAIT_TIMEOUT_SECONDS,
+        seconds: float = DEADLINE_SECONDS,
     ) -> RecordedEvent:
         """Wait for the first event of these types after a position and return it."""
         event_types = types if isinstance(types, tuple) else (types,)
@@ -137,7 +137,7 @@ class RunningRoles:
                     return event
         raise AssertionError("the subscription ended")
 
-    async def wait_until_finished(self, *job_ids: str, seconds: float = WAIT_TIMEOUT_SECONDS) -> Document:
+    async def wait_until_finished(self, *job_ids: str, seconds: float = DEADLINE_SECONDS) -> Document:
         """Wait until the jobs finished and the views contain this. Return the document of the first job."""
         unfinished, position = set(job_ids), 0
         try:
@@ -154,7 +154,7 @@ class RunningRoles:
         await self.wait_for_views(position)
         return await self.load_job(job_ids[0])
 
-    async def wait_for_views(self, position: int | None = None, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
+    async def wait_for_views(self, position: int | None = None, *, seconds: float = DEADLINE_SECONDS) -> None:
         """Wait until the views reach a position. Default: the current head of the log."""
         async with asyncio.timeout(seconds):
             await self.checkpoint.wait_for_position(
@@ -296,7 +296,7 @@ async def _stop(task: asyncio.Task[None]) -> None:
 async def _stop_worker(worker: Worker, task: asyncio.Task[None]) -> None:
     worker.stop()
     try:
-        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             await task
     except asyncio.CancelledError:
         if not task.cancelled():  # a test may have cancelled it
@@ -329,7 +329,7 @@ class RolesSubprocess:
     async def wait_until_started(self) -> None:
         """Wait until all roles run."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             line = await asyncio.to_thread(self.process.stdout.readline)
         assert line == "running\n", "the process exited during startup"
 
@@ -340,7 +340,7 @@ class RolesSubprocess:
         else:
             self.process.send_signal(number)
 
-    async def wait_for_exit(self, seconds: float = WAIT_TIMEOUT_SECONDS) -> int:
+    async def wait_for_exit(self, seconds: float = DEADLINE_SECONDS) -> int:
         """Wait for the exit and return the exit code."""
         return await asyncio.to_thread(self.process.wait, seconds)
 
@@ -371,16 +371,6 @@ def list_live_processes_in_session(leader: int) -> list[int]:
         if int(session) == leader and state != "Z":
             pids.append(int(stat.parent.name))
     return pids
-
-
-async def poll_until(condition: Callable[[], bool], description: str, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
-    """Poll a condition that has no notification, such as the exit of another process."""
-    try:
-        async with asyncio.timeout(seconds):
-            while not condition():  # noqa: ASYNC110 - no notification
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise AssertionError(f"timeout after {seconds} s: {description}") from None
 
 
 async def _main(uri: str, db_name: str, store: str, roles: str, *arguments: str) -> None:

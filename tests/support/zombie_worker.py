@@ -22,9 +22,8 @@ from pymongo import monitoring
 
 from jobledger.ledger.mongo.connection import Connection
 from tests.support import role_runner
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.role_runner import RolesSubprocess, list_live_processes_in_session
-
-WAIT_TIMEOUT_SECONDS = 60.0
 
 
 class DelayedHeartbeat(monitoring.CommandListener):
@@ -42,7 +41,7 @@ class DelayedHeartbeat(monitoring.CommandListener):
                 self._rejection_request_id = event.request_id
         elif event.command_name == "update" and event.command["update"] == "workers":
             if time.monotonic() - self._last_heartbeat_at > self._lease_seconds:
-                self._rejected.wait(WAIT_TIMEOUT_SECONDS)
+                self._rejected.wait(DEADLINE_SECONDS)
             self._last_heartbeat_at = time.monotonic()
 
     def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:

@@ -26,7 +26,8 @@ from jobledger.workers.claim_queue import ClaimQueue
 from jobledger.workers.claim_ranking import ClaimDelay, list_higher_ranked
 from jobledger.workers.processor import JobContext, Results
 from tests.support.ledger_setup import load_event_documents
-from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.support.polling import poll_until
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 from tests.workers.inline_processor import ConcurrencyProbe, install_processor
 
 names = st.text("abcdefgh0123456789-", min_size=1, max_size=12)

@@ -24,7 +24,8 @@ from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.projections.views import files, job_budgets, jobs, step_files
 from jobledger.workers.cleanup import CURSOR, FILE_REMOVALS, Cleanup
-from tests.support.role_runner import WAIT_TIMEOUT_SECONDS, RunningRoles, run_roles_in_process
+from tests.support.polling import DEADLINE_SECONDS
+from tests.support.role_runner import RunningRoles, run_roles_in_process
 
 pytestmark = pytest.mark.usefixtures("connection")
 
@@ -58,7 +59,7 @@ async def wait_for_cleanup(roles: RunningRoles) -> None:
     """Wait until the cleanup has processed all deletions."""
     deleted = await roles.db.events.find_one({"type": "JobDeleted"}, sort=[("_id", -1)])
     assert deleted is not None
-    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while True:
             cursor = await roles.db.checkpoints.find_one({"_id": CURSOR})
             due = {"due_at": {"$lte": datetime.now(UTC)}}

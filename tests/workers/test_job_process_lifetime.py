@@ -17,11 +17,11 @@ from jobledger.ledger.mongo.connection import Connection
 from jobledger.workers.sandbox import runner
 from tests.processors.session.fixtures import CONFERENCE_PAGE, SiteResponse, html, serve_site
 from tests.support.job_processes import has_exited, list_own_job_processes
+from tests.support.polling import poll_until
 from tests.support.role_runner import (
     RunningRoles,
     WorkerOptions,
     list_live_processes_in_session,
-    poll_until,
     run_roles_in_process,
     run_roles_subprocess,
 )

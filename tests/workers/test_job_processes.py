@@ -31,13 +31,8 @@ from jobledger.workers.process_runner import ProcessRunner
 from jobledger.workers.sandbox import restrictions
 from tests.support.installation import list_descendants
 from tests.support.job_processes import has_exited, list_own_job_processes, parent_pid
-from tests.support.role_runner import (
-    RunningRoles,
-    WorkerOptions,
-    poll_until,
-    run_roles_in_process,
-    run_roles_subprocess,
-)
+from tests.support.polling import poll_until
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process, run_roles_subprocess
 from tests.support.suspension import suspend
 from tests.workers.misbehaving_processors import misbehaving_processors
 
@@ -82,7 +77,7 @@ def read_number(file: str | Path) -> int:
 
 async def wait_for_start(file: Path) -> int:
     """Wait until the job wrote its process ID to the file, and return it."""
-    await poll_until(file.exists, "the job has started", seconds=60)
+    await poll_until(file.exists, "the job has started")
     return read_number(file)
 
 
@@ -109,7 +104,7 @@ async def test_requests_waiting_for_the_database_are_bounded_in_bytes(
     database_responds = asyncio.Event()
     monkeypatch.setattr(ProcessRunner, "_handle_request", handle_slowly)
     job_id = await submit(roles, file, "finish large steps")
-    await poll_until(lambda: bool(sizes_in_memory), "the first request has arrived", seconds=60)
+    await poll_until(lambda: bool(sizes_in_memory), "the first request has arrived")
     await poll_until(lambda: len(sizes) == 4, "4 requests are in memory")
     await asyncio.sleep(0.5)
     assert len(sizes) == 4, "more requests were read before some were answered"

@@ -18,7 +18,8 @@ from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.domain.events import EventMetadata, JobLeaseExpired, JobProgressed
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.command_handler import handle_command
-from tests.support.role_runner import WorkerOptions, poll_until, run_roles_in_process, run_roles_subprocess
+from tests.support.polling import poll_until
+from tests.support.role_runner import WorkerOptions, run_roles_in_process, run_roles_subprocess
 
 LEASE = 1.5
 SKEW_MS = 120_000

@@ -29,13 +29,8 @@ from jobledger.projections.views import jobs
 from jobledger.workers import lease_reaper
 from jobledger.workers.lease_reaper import LeaseReaper
 from tests.projections.expected_views import make_results
-from tests.support.role_runner import (
-    RunningRoles,
-    WorkerOptions,
-    poll_until,
-    run_roles_in_process,
-    run_roles_subprocess,
-)
+from tests.support.polling import poll_until
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process, run_roles_subprocess
 
 LEASE = 1.5
 MAX_DELAY_SECONDS = 10.0  # on a busy machine

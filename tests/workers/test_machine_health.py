@@ -23,7 +23,8 @@ from jobledger.workers import process_runner
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.machine_health import MachineFailure, WorkerHealth, find_machine_failure
 from jobledger.workers.scratch import ScratchDirectory
-from tests.support.role_runner import WorkerOptions, make_echo_job, poll_until, run_roles_in_process
+from tests.support.polling import poll_until
+from tests.support.role_runner import WorkerOptions, make_echo_job, run_roles_in_process
 from tests.workers.misbehaving_processors import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]

@@ -21,7 +21,8 @@ from jobledger.workers import attempt_writer
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.result_conversion import to_text
 from tests.support import misbehaving
-from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.support.polling import poll_until
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 from tests.workers.misbehaving_processors import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]

@@ -27,7 +27,8 @@ from jobledger.workers.attempt_timeout import AttemptTimeout
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.directory_removal import remove_tree
 from jobledger.workers.step_cache import StepCache
-from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.support.polling import poll_until
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 from tests.workers.misbehaving_processors import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]

@@ -15,14 +15,8 @@ from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine import health
 from jobledger.projections.engine.projector import Projector
-from tests.support.role_runner import (
-    WAIT_TIMEOUT_SECONDS,
-    RunningRoles,
-    WorkerOptions,
-    make_echo_job,
-    poll_until,
-    run_roles_in_process,
-)
+from tests.support.polling import DEADLINE_SECONDS, poll_until
+from tests.support.role_runner import RunningRoles, WorkerOptions, make_echo_job, run_roles_in_process
 
 UNKNOWN: type[Event] = create_model("JobRepainted", __base__=Event, colour=(str, ...))
 RED = UNKNOWN.model_validate({"colour": "red"})
@@ -59,7 +53,7 @@ async def test_projector_stops_before_an_unreadable_event(connection: Connection
     async with run_roles_in_process(connection, tmp_path) as roles:
         projector = Projector(roles.db, roles.event_store, connection, roles.checkpoint, holder="this-version")
         projector_task = asyncio.create_task(projector.run())
-        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while "At position 2 of the log" not in await health.stall_reason(roles.db, 1, 3):  # noqa: ASYNC110 - no notification
                 await asyncio.sleep(0.05)
         assert not projector_task.done(), "the projector waits for a later version"
@@ -93,7 +87,7 @@ async def test_worker_skips_an_unreadable_submission_and_runs_others(connection:
 
 async def _wait_until_worker_completes_a_job(roles: RunningRoles) -> None:
     """Submit jobs until one completes. Without a projector, an idle worker finds only jobs submitted from now on."""
-    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while True:
             job_id = await roles.submit()
             for _ in range(50):

@@ -18,7 +18,8 @@ from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.attempt_writer import FLUSH_INTERVAL_SECONDS
 from jobledger.workers.processor import JobContext, ProcessorError, Results
-from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.support.polling import poll_until
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 from tests.workers.inline_processor import ConcurrencyProbe, install_processor
 
 MAX_DELAY = timedelta(seconds=10)

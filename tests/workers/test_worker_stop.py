@@ -27,7 +27,8 @@ from jobledger.ledger.store.command_handler import CommandResult, handle_command
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.processor import JobContext, Results
-from tests.support.role_runner import WorkerOptions, poll_until, run_roles_in_process
+from tests.support.polling import poll_until
+from tests.support.role_runner import WorkerOptions, run_roles_in_process
 from tests.workers.inline_processor import install_processor
 
 # Cancelling and stopping ----------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from jobledger.api.auth import api_keys as keys
 from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
 from jobledger.cli.api_key_admin import new_key
 from jobledger.cli.composition import Role
-from tests.api.conftest import DEADLINE_SECONDS, Api, run_api
+from tests.api.conftest import Api, run_api
 from tests.support.jwt_issuer import SECRET
+from tests.support.polling import DEADLINE_SECONDS
 
 JOBS, STATS = "/api/events/jobs", "/api/monitoring/events/stats"
 ECHO: dict[str, Any] = {"job_type": "echo", "parameters": {}}

@@ -12,7 +12,6 @@ from jobledger.api.auth.jwks import JwksKeySource
 from jobledger.api.http.errors import ApiError
 from tests.api.authentication.conftest import JOBS, ApiRunner, assert_unauthorized, bearer, submit_and_identify
 from tests.api.authentication.hand_made_tokens import sign_with_public_key
-from tests.api.conftest import DEADLINE_SECONDS
 from tests.support.jwt_issuer import (
     EC_KEY,
     OTHER_RSA_KEY,
@@ -24,6 +23,7 @@ from tests.support.jwt_issuer import (
     public_key_pem,
     serve_jwks,
 )
+from tests.support.polling import DEADLINE_SECONDS
 
 
 async def test_jwks_are_fetched_once_and_not_for_each_unknown_key(runner: ApiRunner) -> None:

@@ -15,8 +15,9 @@ from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.projections.engine import rebuild
 from tests.cli.log.conftest import LedgerCommands, write_job_history, write_long_history
 from tests.projections.expected_views import make_results
-from tests.support.installation import DEADLINE_SECONDS, Installation
+from tests.support.installation import Installation
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.role_runner import RunningRoles
 
 # log history ----------------------------------------------------------------------------------------------------------

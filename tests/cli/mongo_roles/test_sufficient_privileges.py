@@ -20,9 +20,10 @@ from jobledger.ledger.subscriber import SUBSCRIPTIONS, ledger_client
 from tests.api.conftest import Api, make_settings, run_api
 from tests.cli.mongo_roles.conftest import SERVICE, PreparedDatabase, parse_calls, read_uri
 from tests.support.authenticated_server import AuthenticatedServer
-from tests.support.installation import DEADLINE_SECONDS, Installation, http_client
+from tests.support.installation import Installation, http_client
 from tests.support.ledger_setup import create_position_gap, open_ledger
 from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS
 from tests.support.role_runner import run_roles_in_process
 
 pytestmark = needs_local_mongod

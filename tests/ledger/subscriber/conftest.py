@@ -16,7 +16,8 @@ from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.subscriber import LedgerClient, SubscriptionEvents, ledger_client
 from tests.support.event_examples import NOON
-from tests.support.ledger_setup import DEADLINE_SECONDS, EVENT_METADATA, Ledger, change_stream_operations
+from tests.support.ledger_setup import EVENT_METADATA, Ledger, change_stream_operations
+from tests.support.polling import DEADLINE_SECONDS
 
 NOT_A_URI = "http://127.0.0.1"
 

@@ -25,8 +25,9 @@ from tests.ledger.subscriber.conftest import (
     wait_until_saved,
 )
 from tests.support.event_stores import create_append, create_progress, kill_change_stream
-from tests.support.ledger_setup import DEADLINE_SECONDS, Ledger, create_position_gap, event_positions, poll_until
+from tests.support.ledger_setup import Ledger, create_position_gap, event_positions
 from tests.support.message_proxy import MessageProxy
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.tcp_proxy import TcpProxy
 
 PROGRAM = """

@@ -27,8 +27,8 @@ from tests.support.ledger_setup import (
     event_positions,
     load_event_documents,
     open_ledger,
-    poll_until,
 )
+from tests.support.polling import poll_until
 
 # Without a name ---------------------------------------------------------------------------------------------------
 

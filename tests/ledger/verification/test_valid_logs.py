@@ -36,7 +36,6 @@ from tests.ledger.verification.conftest import (
 )
 from tests.support.event_examples import ACCESS, NOON
 from tests.support.ledger_setup import (
-    DEADLINE_SECONDS,
     EVENT_METADATA,
     Ledger,
     create_position_gap,
@@ -44,6 +43,7 @@ from tests.support.ledger_setup import (
     open_ledger,
     read_all_events,
 )
+from tests.support.polling import DEADLINE_SECONDS
 
 # Valid logs -------------------------------------------------------------------------------------------------------
 

@@ -19,9 +19,8 @@ from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.host_limits import acquire_host_slot, host_lock_directory
 from tests.processors.session.fixtures import Site, html, make_settings
 from tests.support.event_loop_clock import advance_clock
-from tests.support.ledger_setup import poll_until
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 
-DEADLINE_SECONDS = 60.0
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
@@ -146,7 +145,7 @@ def refusals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def wait_for_polls(refusals: list[int], count: int) -> None:
-    await poll_until(lambda: len(refusals) >= count, DEADLINE_SECONDS)
+    await poll_until(lambda: len(refusals) >= count)
 
 
 async def test_killed_process_releases_its_slot(tmp_path: Path, refusals: list[int]) -> None:

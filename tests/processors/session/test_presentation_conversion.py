@@ -28,7 +28,7 @@ from tests.processors.session.fixtures import (
 )
 from tests.processors.session.presentations import make_flat_presentation, needs_libreoffice, needs_sandbox
 from tests.support.event_loop_clock import advance_clock
-from tests.support.ledger_setup import poll_until
+from tests.support.polling import poll_until
 
 
 def convert_with_libreoffice(suffix: str, content: bytes, folder: Path) -> bytes:
@@ -135,7 +135,7 @@ async def test_hanging_conversion_is_killed_with_its_child_processes(tmp_path: P
     scratch.mkdir()
 
     async def expire_timeout() -> None:
-        await poll_until((scratch / "output").exists, 100)
+        await poll_until((scratch / "output").exists, seconds=100)
         assert len(find_processes(program)) >= 2
         advance_clock(1000)
 

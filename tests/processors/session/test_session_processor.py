@@ -32,7 +32,7 @@ from tests.processors.session.fixtures import (
     split_front_matter,
 )
 from tests.support.event_loop_clock import advance_clock
-from tests.support.ledger_setup import poll_until
+from tests.support.polling import poll_until
 
 PDF = {"Content-Type": "application/pdf"}
 WEBM = {"Content-Type": "video/webm"}
@@ -45,7 +45,7 @@ async def run(job: RecordingJob, **changes: Any) -> Results:
 async def run_until_fetch_timeout(job: RecordingJob, site: Site, path: str, **changes: Any) -> Results:
     """Run a job with a step timeout of 1000 seconds, of which a fetch may use 900. Let `path` time out."""
     running = asyncio.create_task(run(job, read_timeout_seconds=10_000, **changes))
-    await poll_until(lambda: path in site.requested_paths, 60)
+    await poll_until(lambda: path in site.requested_paths)
     advance_clock(950)
     return await running
 

@@ -31,7 +31,7 @@ from tests.processors.session.fixtures import (
     split_front_matter,
 )
 from tests.processors.session.openai_server import KEY, FakeOpenAiServer
-from tests.support.ledger_setup import poll_until
+from tests.support.polling import poll_until
 
 
 @cache
@@ -171,7 +171,7 @@ async def test_pending_request_reports_progress_and_can_be_cancelled(
     job = RecordingJob(make_parameters(**urls), tmp_path)
     monkeypatch.setattr(speech_api, "PROGRESS_INTERVAL_SECONDS", 0.05)
     running = asyncio.create_task(run(job, openai_server))
-    await poll_until(lambda: any("waiting for" in message for _, message in job.progress), 60)
+    await poll_until(lambda: any("waiting for" in message for _, message in job.progress))
     job.cancel_at_percent = 0
     progress_count = len(job.progress)
     async with asyncio.timeout(60):
