@@ -54,28 +54,28 @@ def create_app(ctx: ApiContext) -> ASGIApp:
     the list below.
     """
     response_counts: monitoring.ResponseCounts = Counter()
-    options = ctx.http_options
+    settings = ctx.settings
     app = Starlette(
         routes=[*ROUTES, *dashboard.ROUTES],
         middleware=[
             Middleware(
                 HostOriginMiddleware,
                 allowed_hosts=ctx.allowed_hosts,
-                public_origin=ctx.public_origin,
-                cors_origins=options.cors_origins,
-                session_cookie_name=options.session_cookie_name,
+                public_origin=settings.public_url,
+                cors_origins=settings.cors_origins,
+                session_cookie_name=settings.session_cookie_name,
             ),
-            *build_cors_middleware(options.cors_origins),
-            Middleware(AuthFailureLimitMiddleware, options=options),
+            *build_cors_middleware(settings.cors_origins),
+            Middleware(AuthFailureLimitMiddleware, settings, ctx.trusted_proxies),
             Middleware(
                 AuthenticationMiddleware,
                 auth_backend=SignedLinkBackend(
-                    SessionCookieBackend(ctx.auth_backend, ctx.browser_sessions, options.session_cookie_name)
+                    SessionCookieBackend(ctx.auth_backend, ctx.browser_sessions, settings.session_cookie_name)
                 ),
                 revocation_notifier=ctx.revocation_notifier,
                 on_error=build_auth_error_response,
             ),
-            Middleware(RateLimitMiddleware, options=options),
+            Middleware(RateLimitMiddleware, settings, ctx.trusted_proxies),
             Middleware(MemoryLimitMiddleware, budget=ctx.memory_budget),
         ],
         exception_handlers={
@@ -91,6 +91,10 @@ def create_app(ctx: ApiContext) -> ASGIApp:
     app.router.redirect_slashes = False  # on_http_exception redirects, also behind a proxy
     # These wrap Starlette itself, so that its own error responses have the common headers and are counted.
     return monitoring.ResponseCounterMiddleware(
-        RequestContextMiddleware(PathPrefixMiddleware(app, ctx.signed_links.path_prefix), options),
+        RequestContextMiddleware(
+            PathPrefixMiddleware(app, ctx.signed_links.path_prefix),
+            is_https=settings.is_https,
+            has_access_log=ctx.has_access_log,
+        ),
         response_counts,
     )

@@ -16,12 +16,13 @@ from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.auth.stream_access import StreamAccessCache
 from jobledger.api.completion_waiter import CompletionWaiter
 from jobledger.api.dashboard.markdown_preview import MarkdownPreviewer
+from jobledger.api.http.client_address import Network
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.limits import track_waiting_request
 from jobledger.api.http.memory_budget import MemoryBudget
-from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.sse import LiveStreams
 from jobledger.api.http.validation import Model, validate_content
+from jobledger.api.settings import ApiSettings
 from jobledger.api.submission.parameters import ParameterValidator
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database
@@ -46,7 +47,8 @@ class ApiContext:
         job_types: Maps a job type to the model of its parameters.
         unavailable_job_types: Maps a job type whose processor is installed but cannot be used to the reason.
         get_groups: Returns the groups of a user, as far as they are known.
-        public_origin: The origin of `api.public_url`; None without it.
+        trusted_proxies: Networks of the proxies whose X-Forwarded-For header is used.
+        has_access_log: Whether each request is logged.
         allowed_webhook_hosts: The private hosts that webhooks may be sent to.
         is_webhook_echo_enabled: Whether the API has a path that receives webhooks for tests.
         browser_sessions: None in authentication modes without sessions.
@@ -62,15 +64,15 @@ class ApiContext:
     previews: MarkdownPreviewer
     memory_budget: MemoryBudget
     unavailable_job_types: Mapping[str, str]
-    max_body_bytes: int
     allowed_hosts: tuple[str, ...]
     auth_backend: AuthBackend
     browser_sessions: BrowserSessions | None
     revocation_notifier: RevocationNotifier
-    public_origin: str | None
     get_groups: Callable[[str], Collection[str]]
     completion_waiter: CompletionWaiter
-    http_options: HttpOptions
+    settings: ApiSettings
+    trusted_proxies: Collection[Network]
+    has_access_log: bool
     stream_access: StreamAccessCache
     stall_detector: StallDetector
     live_streams: LiveStreams

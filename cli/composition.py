@@ -18,20 +18,15 @@ from jobledger.cli.metrics_server import serve_metrics
 from jobledger.cli.process_tuning import raise_open_file_limit, tune_garbage_collector
 from jobledger.cli.role_tasks import failure_callback, run_in_background
 from jobledger.cli.settings import Settings
-from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
-from jobledger.workers.attempt_dependencies import ExecutorSettings
 from jobledger.workers.child import confinement
-from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.cleanup import Cleanup
 from jobledger.workers.registry import check_plugins, unusable_job_types
-from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.webhooks.deliverer import Deliverer
-from jobledger.workers.webhooks.schedule import DeliverySettings
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
 
 _log = structlog.get_logger()
@@ -106,27 +101,13 @@ async def start_roles(
                 await browser_sessions.create_indexes(db)
             if context.is_webhook_echo_enabled:
                 await webhook_echo.create_indexes(db)
-        shared = (checkpoint, change_stream, connection)
+        shared = (db, event_store, checkpoint, change_stream, connection, store)
         worker = sender = None
         if "worker" in selected:
-            section = settings.event_worker
-            confinement.check_confinement(section.confinement)
-            worker = Worker(
-                db,
-                event_store,
-                *shared,
-                settings=_executor_settings(settings, store),
-                slots=section.max_concurrent,
-                slots_per_type=section.max_concurrent_per_type,
-                lease_seconds=section.lease_seconds,
-                shutdown_grace_seconds=section.shutdown_grace_seconds,
-                scratch=ScratchDirectory(section.scratch_dir, min_free_mb=section.scratch_min_free_mb),
-            )
+            confinement.check_confinement(settings.event_worker.confinement)
+            worker = Worker(*shared, settings=settings.event_worker, processor_settings=settings.processors)
         if "webhook-sender" in selected:
-            delivery, lease_seconds = _delivery_settings(settings), settings.webhooks.lease_seconds
-            sender = Deliverer(
-                db, event_store, store, *shared, settings=delivery, holder=holder, lease_seconds=lease_seconds
-            )
+            sender = Deliverer(*shared, settings=settings.webhooks, base_url=settings.api.base_url, holder=holder)
         if settings.metrics.port is not None and "api" not in selected:
             stack.enter_context(serve_metrics(settings.metrics, event_store, change_stream))
         stream = await stack.enter_async_context(change_stream.running())
@@ -141,42 +122,9 @@ async def start_roles(
         if listener is not None and context is not None:
             await stack.enter_async_context(run_in_background(context.stream_access.run(), on_failure))
             await stack.enter_async_context(run_in_background(context.disk_monitor.run(), on_failure))
-            url = await stack.enter_async_context(serve_api(listener, settings.api, context, on_failure))
+            url = await stack.enter_async_context(serve_api(listener, context, on_failure))
         try:
             yield RunningProcess(db, event_store, url)
         finally:
             if worker is not None:  # first, so that its grace period runs while the other roles stop
                 worker.stop()
-
-
-def _executor_settings(settings: Settings, store: FileStore) -> ExecutorSettings:
-    section = settings.event_worker
-    return ExecutorSettings(
-        store,
-        settings.processors,
-        section.memory_limit_mb,
-        section.retry_base_seconds,
-        section.retry_max_seconds,
-        ConfinementSettings(
-            mode=section.confinement,
-            environment_variables=tuple(section.pass_environment),
-            protected_paths=tuple(section.protected_paths),
-            readable_paths=tuple(section.readable_paths),
-            writable_paths=tuple(section.writable_paths),
-        ),
-    )
-
-
-def _delivery_settings(settings: Settings) -> DeliverySettings:
-    section = settings.webhooks
-    return DeliverySettings(
-        section.retry_delays_seconds,
-        section.jitter,
-        section.timeout_seconds,
-        section.allowed_private_hosts,
-        section.max_concurrent,
-        section.max_concurrent_per_host,
-        section.circuit_breaker_failures,
-        section.circuit_breaker_cooldown_seconds,
-        (settings.api.public_url or "").rstrip("/"),
-    )

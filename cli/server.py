@@ -15,7 +15,7 @@ import uvicorn
 
 from jobledger.api.app import create_app
 from jobledger.api.auth.api_keys import ApiKeyCache
-from jobledger.api.auth.backends import ApiKeyBackend, JwtBackend, JwtOptions, ProxyBackend, ProxyHeaders, RoleGrants
+from jobledger.api.auth.backends import ApiKeyBackend, JwtBackend, ProxyBackend
 from jobledger.api.auth.browser_sessions import BrowserSessions
 from jobledger.api.auth.jwks import JwksKeySource, KeySource, StaticKeySource, create_hs256_key, load_public_key
 from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier, SingleUserBackend
@@ -25,13 +25,12 @@ from jobledger.api.completion_waiter import CompletionWaiter
 from jobledger.api.context import ApiContext
 from jobledger.api.dashboard.markdown_preview import MarkdownPreviewer
 from jobledger.api.http.memory_budget import MemoryBudget
-from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.sse import LiveStreams
+from jobledger.api.settings import AuthSettings, JwtSettings
 from jobledger.api.submission.parameters import ParameterValidator
-from jobledger.cli.auth_settings import AuthSettings, JwtSettings
 from jobledger.cli.http_connection import ConnectionLimits, SheddingSocket, protocol_class
 from jobledger.cli.role_tasks import run_in_background
-from jobledger.cli.settings import ApiSettings, Settings
+from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database
@@ -104,12 +103,10 @@ def build_context(
         previews=MarkdownPreviewer(),
         memory_budget=MemoryBudget(settings.api.request_memory_mb * 1024 * 1024),
         unavailable_job_types=unusable_job_types(),
-        max_body_bytes=settings.api.max_body_bytes,
         allowed_hosts=tuple(dict.fromkeys(name for name in hosts if name)),
         auth_backend=backend,
         browser_sessions=_make_browser_sessions(settings.auth, backend, db, change_stream, revocations),
         revocation_notifier=revocations,
-        public_origin=settings.api.public_url,
         get_groups=backend.get_groups if isinstance(backend, ApiKeyBackend) else lambda _user_id: frozenset[str](),
         completion_waiter=completion_waiter,
         stream_access=StreamAccessCache(event_store, checkpoint),
@@ -118,7 +115,9 @@ def build_context(
         signed_links=SignedLinks(db, settings.api.public_url),
         allowed_webhook_hosts=AllowedHosts(settings.webhooks.allowed_private_hosts),
         is_webhook_echo_enabled=settings.webhooks.echo_enabled,
-        http_options=_make_http_options(settings),
+        settings=settings.api,
+        trusted_proxies=[ip_network(text) for text in (*settings.api.trusted_proxies, *settings.auth.proxy.trusted)],
+        has_access_log=settings.logging.access_log,
         disk_monitor=_make_disk_monitor(settings),
     )
 
@@ -131,21 +130,6 @@ def _make_disk_monitor(settings: Settings) -> DiskSpaceMonitor:
     if settings.mongodb.is_embedded:
         directories["data"] = settings.mongodb.data_dir
     return DiskSpaceMonitor(directories, settings.results.min_free_mb * MIB)
-
-
-def _make_http_options(settings: Settings) -> HttpOptions:
-    api = settings.api
-    return HttpOptions(
-        cors_origins=tuple(api.cors_origins),
-        requests_per_second=api.requests_per_second,
-        burst=api.burst,
-        max_streams_per_user=api.max_streams_per_user,
-        max_streams=api.max_streams,
-        auth_failures_per_minute=api.auth_failures_per_minute,
-        trusted_proxies=tuple(ip_network(network) for network in (*api.trusted_proxies, *settings.auth.proxy.trusted)),
-        is_https=(api.public_url or "").startswith("https://"),
-        access_log=settings.logging.access_log,
-    )
 
 
 def _make_browser_sessions(
@@ -174,28 +158,17 @@ def _make_auth_backend(
     Raises:
         ConfigurationError: The public key cannot be used.
     """
-    grants = RoleGrants(frozenset(auth.admins), frozenset(auth.monitors))
     match auth.mode:
         case "open":
             return SingleUserBackend("local")
         case "keys":
             cache = ApiKeyCache(db, revocations)
             change_stream.add_listener(cache)
-            return ApiKeyBackend(cache, now=get_server_clock(db.client).estimate, anonymous_read=auth.anonymous_read)
+            return ApiKeyBackend(auth, cache, now=get_server_clock(db.client).estimate)
         case "jwt":
-            options = JwtOptions(
-                auth.jwt.issuer,
-                auth.jwt.audience,
-                auth.jwt.leeway_seconds,
-                auth.jwt.user_claim,
-                auth.jwt.groups_claim,
-                auth.jwt.roles_claim,
-            )
-            return JwtBackend(_make_key_source(auth.jwt), options, grants, anonymous_read=auth.anonymous_read)
+            return JwtBackend(auth, _make_key_source(auth.jwt))
         case "proxy":
-            trusted = [ip_network(network) for network in auth.proxy.trusted]
-            headers = ProxyHeaders(auth.proxy.user_header, auth.proxy.groups_header, auth.proxy.roles_header)
-            return ProxyBackend(trusted, headers, grants, anonymous_read=auth.anonymous_read)
+            return ProxyBackend(auth)
         case _:
             assert_never(auth.mode)
 
@@ -226,14 +199,13 @@ class BackgroundServer(uvicorn.Server):
 
 @asynccontextmanager
 async def serve_api(
-    listener: socket.socket, settings: ApiSettings, context: ApiContext, on_failure: Callable[[BaseException], None]
+    listener: socket.socket, context: ApiContext, on_failure: Callable[[BaseException], None]
 ) -> AsyncIterator[str]:
     """Serve inside the block. Yield the URL. `on_failure` is called with the exception if the server fails."""
+    settings = context.settings
     host, port = listener.getsockname()[:2]
     shown_host = f"[{host}]" if ":" in host else host
-    limits = ConnectionLimits(
-        settings.max_connections, settings.max_connections_per_address, context.http_options.trusted_proxies
-    )
+    limits = ConnectionLimits(settings.max_connections, settings.max_connections_per_address, context.trusted_proxies)
     server = BackgroundServer(
         uvicorn.Config(
             create_app(context),

@@ -1,6 +1,6 @@
-"""Settings: one model per section of config.yaml. Read them with `jobledger.cli.settings_file.read_settings`.
+"""All settings of config.yaml. Read them with `jobledger.cli.settings_file.read_settings`.
 
-Other packages receive values and never read settings themselves.
+The packages that use a section define its model. They receive it and never read settings themselves.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
-from urllib.parse import urlsplit
 
 import orjson
 from pydantic import (
@@ -23,11 +22,11 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from jobledger.cli.auth_settings import AuthSettings, SettingsSection, is_loopback, validate_network
+from jobledger.api.settings import ApiSettings, AuthSettings, is_loopback
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.net.url_policy import validate_host_or_network
-from jobledger.workers.child.confinement import ConfinementMode
+from jobledger.ledger.system.settings_section import SettingsSection
 from jobledger.workers.registry import disable_job_type, is_built_in, load_processors, unusable_job_types
+from jobledger.workers.settings import WebhookSettings, WorkerSettings
 
 EMBEDDED: Final = "embedded"
 ENV_PREFIX: Final = "JOBLEDGER_"
@@ -53,78 +52,6 @@ class MongodbSettings(SettingsSection):
     def make_connection(self, uri: str) -> Connection:
         """Return the connection parameters for the database at `uri`."""
         return Connection(uri, self.db_name, self.max_pool_size, self.connect_timeout_ms)
-
-
-def _check_job_types(limits: dict[str, int]) -> dict[str, int]:
-    for name in limits:
-        if name not in load_processors() and name not in unusable_job_types():
-            raise ValueError(f"unknown job type {name!r}. Installed job types: {', '.join(sorted(load_processors()))}")
-    return limits
-
-
-class WorkerSettings(SettingsSection):
-    max_concurrent: int = Field(5, ge=1, le=1000)
-    max_concurrent_per_type: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_check_job_types)] = (
-        Field({})
-    )
-    lease_seconds: float = Field(10, ge=1, le=3600)
-    shutdown_grace_seconds: float = Field(30, ge=0, le=86_400)
-    memory_limit_mb: int = Field(4096, ge=256)
-    scratch_dir: Path | None = None
-    scratch_min_free_mb: float = Field(100, ge=0, le=1_000_000_000)
-    retry_base_seconds: float = Field(5, gt=0, le=3600)
-    retry_max_seconds: float = Field(600, gt=0, le=86_400)
-    confinement: ConfinementMode = "auto"
-    pass_environment: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field([])
-    readable_paths: list[Path] = Field([])
-    writable_paths: list[Path] = Field([])
-    protected_paths: list[Path] = Field([])
-    poll_interval_sec: float | None = None
-
-
-_ROUTE_PREFIXES: Final = frozenset({"api", "monitoring", "metrics", "healthz", "readyz"})
-
-
-def _check_path_prefix(url: str | None) -> str | None:
-    """Reject a path that begins like a route: behind a proxy that strips it, the two could not be distinguished."""
-    first = urlsplit(url or "").path.strip("/").partition("/")[0]
-    if first in _ROUTE_PREFIXES:
-        raise ValueError(f"the path must not begin with /{first}, because routes of the API do: use e.g. /jobs/{first}")
-    return url
-
-
-class ApiSettings(SettingsSection):
-    host: str = "127.0.0.1"
-    port: int = Field(5001, ge=0, le=65_535)
-    public_url: Annotated[str | None, AfterValidator(_check_path_prefix)] = Field(
-        None, pattern=r"^https?://[^/@?#\s]+(/[^?#]*)?$"
-    )
-    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
-    request_memory_mb: int = Field(1024, ge=64, le=1_000_000)
-    requests_per_second: float = Field(0, ge=0, le=1_000_000)
-    burst: int = Field(50, ge=1, le=1_000_000)
-    max_streams_per_user: int = Field(100, ge=0, le=1_000_000)
-    max_streams: int = Field(2000, ge=0, le=1_000_000)
-    max_connections: int = Field(5000, ge=1, le=1_000_000)
-    max_connections_per_address: int = Field(2000, ge=1, le=1_000_000)
-    auth_failures_per_minute: int = Field(30, ge=0, le=1_000_000)
-    trusted_proxies: list[Annotated[str, AfterValidator(validate_network)]] = Field([])
-    cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*@\s]+$")]] = Field([])
-
-
-class WebhookSettings(SettingsSection):
-    retry_delays_seconds: list[Annotated[float, Field(ge=0, le=7 * 86_400)]] = Field(
-        [0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400], min_length=1, max_length=50
-    )
-    jitter: float = Field(0.1, ge=0, le=1)
-    timeout_seconds: float = Field(10, ge=0.1, le=120)
-    max_concurrent: int = Field(20, ge=1, le=1000)
-    max_concurrent_per_host: int = Field(4, ge=1, le=1000)
-    circuit_breaker_failures: int = Field(10, ge=1, le=1000)
-    circuit_breaker_cooldown_seconds: float = Field(30, ge=0.1, le=600)
-    allowed_private_hosts: list[Annotated[str, AfterValidator(validate_host_or_network)]] = Field([])
-    echo_enabled: bool = False
-    lease_seconds: float = Field(10, ge=1, le=3600)
 
 
 def _parse_store(store: Any) -> Any:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import SettingsError
 
-from jobledger.cli.auth_settings import validate_secret_length
+from jobledger.api.settings import validate_secret_length
 from jobledger.cli.settings import ENV_PREFIX, IGNORED_KEYS, Settings, disable_misconfigured_plugins
 from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
 from jobledger.workers.registry import load_processors

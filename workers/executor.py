@@ -50,6 +50,7 @@ class JobExecutor:
         self._job = self._writer.job
         self.job_type = self._job.spec.job_type
         self._settings = dependencies.settings
+        self._processor_settings = dependencies.processor_settings
         self._scratch = dependencies.scratch
         self._scratch_repairs = 0
         """`ScratchDirectory.repair_count` before the attempt."""
@@ -162,7 +163,7 @@ class JobExecutor:
                 self._messages,
                 self._timeout,
                 memory_limit_mb=self._settings.memory_limit_mb,
-                environment_variables=self._settings.confinement.environment_variables,
+                environment_variables=self._settings.pass_environment,
                 create_directories=partial(self._create_directories, assignment),
             )
             self._work = asyncio.create_task(runner.run(), name=f"run-{self.job_id}")
@@ -205,11 +206,11 @@ class JobExecutor:
             attempt=self.attempt,
             job_type=self.job_type,
             parameters=self._job.spec.parameters,
-            settings=dict(self._settings.processor_settings.get(self.job_type, {})),
+            settings=dict(self._processor_settings.get(self.job_type, {})),
             completed_steps=dict(self._job.steps),
             can_use_shared_steps=not self._job.is_full_restart,
             attempt_dir=attempt_dir,
-            confinement=self._settings.confinement,
+            confinement=self._settings,
         )
 
     async def _find_machine_failure(self, failed: AttemptFailed) -> MachineFailure | None:

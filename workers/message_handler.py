@@ -163,7 +163,7 @@ class MessageHandler:
             SavedFileLost: The job did not save the file, or changed or removed it.
         """
         assert self.assignment is not None  # noqa: S101 - set before the first message
-        file_store = self._dependencies.settings.file_store
+        file_store = self._dependencies.file_store
         last_reason, started_at = "", asyncio.get_running_loop().time()
         delays = chain(_STORE_RETRY_DELAYS, repeat(_STORE_RETRY_DELAYS[-1]))
         async with self._timeout.pause_while_waiting(), self._ingest_locks[hash(sha256) % len(self._ingest_locks)]:

@@ -21,6 +21,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent
 from jobledger.ledger.domain.job import Job
+from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
 from jobledger.ledger.mongo.lease import Lease
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
@@ -29,7 +30,7 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.workers import lease_reaper
-from jobledger.workers.attempt_dependencies import AttemptDependencies, ExecutorSettings
+from jobledger.workers.attempt_dependencies import AttemptDependencies
 from jobledger.workers.claim_queue import CLAIMER_EVENT_TYPES, ClaimQueue
 from jobledger.workers.claimer import Claimer
 from jobledger.workers.directory_removal import removal_executor
@@ -39,6 +40,7 @@ from jobledger.workers.machine_health import CHECKS, WorkerHealth, check_descrip
 from jobledger.workers.path_reservations import PathReservations
 from jobledger.workers.registry import load_processors
 from jobledger.workers.scratch import ScratchDirectory
+from jobledger.workers.settings import WorkerSettings
 from jobledger.workers.step_cache import StepCache
 
 _log = structlog.get_logger()
@@ -53,7 +55,7 @@ _STOP_SECONDS: Final = 2.0
 
 
 class Worker:
-    """Runs up to `slots` jobs concurrently, as long as it holds its lease."""
+    """Runs up to `max_concurrent` jobs at the same time, as long as it holds its lease."""
 
     def __init__(
         self,
@@ -62,22 +64,16 @@ class Worker:
         checkpoint: Checkpoint,
         change_stream: ChangeStream,
         connection: Connection,
+        file_store: FileStore,
         *,
-        settings: ExecutorSettings,
-        slots: int = 5,
-        slots_per_type: Mapping[str, int] | None = None,
-        lease_seconds: float = 10.0,
-        shutdown_grace_seconds: float = 30.0,
-        scratch: ScratchDirectory | None = None,
+        settings: WorkerSettings,
+        processor_settings: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self._db = db
         self._event_store = event_store
         self._connection = connection
-        self._file_store = settings.file_store
-        self._slots = slots
-        self._lease_seconds = lease_seconds
-        self._grace_seconds = shutdown_grace_seconds
-        self._slots_per_type = dict(slots_per_type or {})
+        self._file_store = file_store
+        self._settings = settings
         self._job_types = frozenset(load_processors())
         self._running: dict[JobExecutor, asyncio.Task[None]] = {}
         """Two may have the same job: while the files of an ended attempt are removed, the next attempt may run."""
@@ -89,7 +85,7 @@ class Worker:
         self._unreadable: UnreadableEvent | None = None
         self.worker_id = _new_worker_id()
         self._lease_reaper = LeaseReaper(db, event_store, checkpoint, change_stream)
-        self._scratch = scratch or ScratchDirectory()
+        self._scratch = ScratchDirectory(settings.scratch_dir, min_free_mb=settings.scratch_min_free_mb)
         self.health = WorkerHealth(
             [self._scratch.check, self._file_store.check_writable, *CHECKS],
             quick_checks=[check_descriptors, self._scratch.check_quickly],
@@ -98,7 +94,9 @@ class Worker:
         self._health_publisher: asyncio.Task[None] | None = None
         self._dependencies = AttemptDependencies(
             event_store,
+            file_store,
             settings,
+            processor_settings,
             StepCache(checkpoint.views, event_store),
             PathReservations(db, event_store, checkpoint.views),
             self._scratch,
@@ -108,7 +106,7 @@ class Worker:
             event_store,
             checkpoint,
             job_types=self._job_types,
-            slots=slots,
+            slots=settings.max_concurrent,
             eligible_workers=lambda: self._lease_reaper.healthy_workers,
             free_slots=self._free_slots,
             wake=self._wake.set,
@@ -172,11 +170,11 @@ class Worker:
             self.health.report(failure)
 
     async def _run_with_lease(self, reaping: asyncio.Task[None]) -> None:
-        lease = Lease(self._connection, lease_reaper.COLLECTION, self.worker_id, seconds=self._lease_seconds)
+        lease = Lease(self._connection, lease_reaper.COLLECTION, self.worker_id, seconds=self._settings.lease_seconds)
         fields = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "slots": self._slots,
+            "slots": self._settings.max_concurrent,
             "job_types": sorted(self._job_types),
             "started_at": datetime.now(UTC),
             **self.health.document_fields(),
@@ -244,10 +242,10 @@ class Worker:
         """Wait for running jobs within the grace period, then release them. Return early if the lease is lost."""
         if not self._running:
             return
-        _log.info("waiting for running jobs", jobs=len(self._running), seconds=self._grace_seconds)
+        _log.info("waiting for running jobs", jobs=len(self._running), seconds=self._settings.shutdown_grace_seconds)
         ended = asyncio.gather(*self._running.values(), return_exceptions=True)
         either: set[asyncio.Future[Any]] = {ended, lost}
-        await asyncio.wait(either, timeout=self._grace_seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, timeout=self._settings.shutdown_grace_seconds, return_when=asyncio.FIRST_COMPLETED)
         if not lost.done():
             for executor in list(self._running):
                 executor.release()
@@ -259,8 +257,8 @@ class Worker:
     def _free_slots(self, job_type: str) -> int:
         """Return how many more jobs of a type may be run now."""
         claiming = self._claim_queue.pending_claims
-        free = self._slots - len(self._running) - len(claiming)
-        if (max_slots := self._slots_per_type.get(job_type)) is None:
+        free = self._settings.max_concurrent - len(self._running) - len(claiming)
+        if (max_slots := self._settings.max_concurrent_per_type.get(job_type)) is None:
             return free
         used = [executor.job_type for executor in self._running] + [*claiming.values()]
         return min(free, max_slots - used.count(job_type))

@@ -6,9 +6,10 @@ Wrong credentials always get the same 401 response. The log has the reason.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
 from typing import Any, ClassVar, Final
 
 import jwt
@@ -17,8 +18,9 @@ from starlette.requests import HTTPConnection
 
 from jobledger.api.auth.api_keys import ApiKeyCache, ApiKeyToken
 from jobledger.api.auth.jwks import KeySource
-from jobledger.api.http.client_address import Network, is_in_networks
+from jobledger.api.http.client_address import is_in_networks
 from jobledger.api.http.errors import ApiError
+from jobledger.api.settings import AuthSettings
 from jobledger.ledger.domain.access import Principal, parse_group_name, parse_user_name
 
 _log = structlog.get_logger()
@@ -32,40 +34,14 @@ class _InvalidCredentials(Exception):
     """The credentials are not valid. The message is for the log and never holds them."""
 
 
-@dataclass(frozen=True, slots=True)
-class RoleGrants:
-    """Users and groups (with their prefix) that have a role by configuration."""
-
-    admins: frozenset[str] = frozenset()
-    monitors: frozenset[str] = frozenset()
-
-    def build_principal(
-        self, user_id: str, groups: Iterable[str], roles: Iterable[str], valid_until: datetime | None
-    ) -> Principal:
-        """Return the principal. Blank groups and unknown roles are ignored.
-
-        Raises:
-            ValueError: A name is invalid.
-        """
-        group_names = frozenset(parse_group_name(group) for group in groups if group.strip())
-        principal = Principal(parse_user_name(user_id), group_names, valid_until=valid_until)
-        names_by_role = {"admin": self.admins, "monitor": self.monitors}
-        granted_roles = {role for role, names in names_by_role.items() if not names.isdisjoint(principal.identities)}
-        return replace(principal, roles=frozenset(granted_roles | (_ROLES & set(roles))))
-
-
 class CredentialBackend(ABC):
-    """Authenticates requests by credentials in their headers.
-
-    Args:
-        anonymous_read: Whether requests without credentials may read public jobs.
-    """
+    """Authenticates requests by credentials in their headers."""
 
     _instruction: ClassVar[str]
     """How to authenticate, for the error message."""
 
-    def __init__(self, *, anonymous_read: bool) -> None:
-        self._anonymous_read = anonymous_read
+    def __init__(self, settings: AuthSettings) -> None:
+        self._settings = settings
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
         try:
@@ -75,7 +51,7 @@ class CredentialBackend(ABC):
             raise ApiError(401, "invalid_credentials", "The credentials are invalid, expired or revoked.") from None
         if principal is not None:
             return principal
-        if self._anonymous_read and connection.scope.get("method") in ("GET", "HEAD"):
+        if self._settings.anonymous_read and connection.scope.get("method") in ("GET", "HEAD"):
             return Principal(None)
         raise ApiError(401, "authentication_required", f"Authentication required: {self._instruction}.")
 
@@ -87,6 +63,20 @@ class CredentialBackend(ABC):
             _InvalidCredentials, PyJWTError, ValueError: The credentials are not valid.
             ApiError: 503, they cannot be checked now.
         """
+
+    def _build_principal(
+        self, user_id: str, groups: Iterable[str], roles: Iterable[str], valid_until: datetime | None
+    ) -> Principal:
+        """Return the principal, with the roles that the settings grant. Blank groups and unknown roles are ignored.
+
+        Raises:
+            ValueError: A name is invalid.
+        """
+        group_names = frozenset(parse_group_name(group) for group in groups if group.strip())
+        principal = Principal(parse_user_name(user_id), group_names, valid_until=valid_until)
+        names_by_role = {"admin": self._settings.admins, "monitor": self._settings.monitors}
+        granted_roles = {role for role, names in names_by_role.items() if not principal.identities.isdisjoint(names)}
+        return replace(principal, roles=frozenset(granted_roles | (_ROLES & set(roles))))
 
 
 def _read_bearer_token(connection: HTTPConnection) -> str | None:
@@ -109,8 +99,8 @@ class ApiKeyBackend(CredentialBackend):
 
     _instruction = "send an API key in the header Authorization: Bearer"
 
-    def __init__(self, keys: ApiKeyCache, *, now: Callable[[], datetime], anonymous_read: bool) -> None:
-        super().__init__(anonymous_read=anonymous_read)
+    def __init__(self, settings: AuthSettings, keys: ApiKeyCache, *, now: Callable[[], datetime]) -> None:
+        super().__init__(settings)
         self._keys = keys
         self._now = now
 
@@ -137,32 +127,18 @@ class ApiKeyBackend(CredentialBackend):
         return self._keys.get_groups(user_id, self._now())
 
 
-@dataclass(frozen=True, slots=True)
-class JwtOptions:
-    """Requirements for tokens, and the claims that are read. Dots select nested claims, as in `realm_access.roles`."""
-
-    issuer: str | None
-    audience: str | None
-    leeway_seconds: float
-    user_claim: str
-    groups_claim: str
-    roles_claim: str
-
-
 class JwtBackend(CredentialBackend):
     """Authenticates by JSON Web Tokens (RFC 7519) of an external issuer."""
 
     _instruction = "send a token in the header Authorization: Bearer"
 
-    def __init__(self, keys: KeySource, options: JwtOptions, grants: RoleGrants, *, anonymous_read: bool) -> None:
-        super().__init__(anonymous_read=anonymous_read)
+    def __init__(self, settings: AuthSettings, keys: KeySource) -> None:
+        super().__init__(settings)
         self._keys = keys
-        self._options = options
-        self._grants = grants
 
     async def _authenticate(self, connection: HTTPConnection) -> Principal | None:
         token = _read_bearer_token(connection)
-        return None if token is None else self._build_principal(await self._decode_claims(token))
+        return None if token is None else self._read_principal(await self._decode_claims(token))
 
     async def _decode_claims(self, token: str) -> Mapping[str, Any]:
         key = await self._keys.get_key(jwt.get_unverified_header(token).get("kid"))
@@ -172,24 +148,24 @@ class JwtBackend(CredentialBackend):
             token,
             key.key,
             algorithms=[key.algorithm],
-            audience=self._options.audience,
-            issuer=self._options.issuer,
-            leeway=self._options.leeway_seconds,
+            audience=self._settings.jwt.audience,
+            issuer=self._settings.jwt.issuer,
+            leeway=self._settings.jwt.leeway_seconds,
             options={"require": ["exp"]},
         )
         return claims
 
-    def _build_principal(self, claims: Mapping[str, Any]) -> Principal:
-        options = self._options
-        user_id = _read_claim(claims, options.user_claim)
+    def _read_principal(self, claims: Mapping[str, Any]) -> Principal:
+        settings = self._settings.jwt
+        user_id = _read_claim(claims, settings.user_claim)
         if not isinstance(user_id, str):
-            raise _InvalidCredentials(f"the claim {options.user_claim} is missing or not a string")
+            raise _InvalidCredentials(f"the claim {settings.user_claim} is missing or not a string")
         try:
-            valid_until = datetime.fromtimestamp(float(claims["exp"]) + options.leeway_seconds, UTC)
+            valid_until = datetime.fromtimestamp(float(claims["exp"]) + settings.leeway_seconds, UTC)
         except (OverflowError, ValueError, OSError):
             valid_until = None  # beyond the range of datetime
-        return self._grants.build_principal(
-            user_id, _read_names(claims, options.groups_claim), _read_names(claims, options.roles_claim), valid_until
+        return self._build_principal(
+            user_id, _read_names(claims, settings.groups_claim), _read_names(claims, settings.roles_claim), valid_until
         )
 
 
@@ -213,39 +189,26 @@ def _read_names(claims: Mapping[str, Any], name: str) -> list[str]:
     return names
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyHeaders:
-    """Names of the headers with the user, groups and roles. Groups and roles are comma-separated. None: not sent."""
-
-    user: str
-    groups: str | None
-    roles: str | None
-
-
 class ProxyBackend(CredentialBackend):
     """Authenticates by headers of a proxy that has authenticated the user. Only trusted addresses may send them."""
 
     _instruction = "sign in at the proxy"
 
-    def __init__(
-        self, trusted: Collection[Network], headers: ProxyHeaders, grants: RoleGrants, *, anonymous_read: bool
-    ) -> None:
-        super().__init__(anonymous_read=anonymous_read)
-        self._trusted = trusted
-        self._headers = headers
-        self._grants = grants
+    def __init__(self, settings: AuthSettings) -> None:
+        super().__init__(settings)
+        self._trusted = [ip_network(network) for network in settings.proxy.trusted]
 
     async def _authenticate(self, connection: HTTPConnection) -> Principal | None:
         if connection.client is None or not is_in_networks(connection.client.host, self._trusted):
             raise _InvalidCredentials("the connection does not come from an address in auth.proxy.trusted")
-        user_id = _read_header(connection, self._headers.user)
+        user_id = _read_header(connection, self._settings.proxy.user_header)
         if user_id is None:
             return None
         groups, roles = (
             map(str.strip, (_read_header(connection, name) or "").split(","))
-            for name in (self._headers.groups, self._headers.roles)
+            for name in (self._settings.proxy.groups_header, self._settings.proxy.roles_header)
         )
-        return self._grants.build_principal(user_id, groups, roles, datetime.now(UTC) + _PROXY_TRUST)
+        return self._build_principal(user_id, groups, roles, datetime.now(UTC) + _PROXY_TRUST)
 
 
 def _read_header(connection: HTTPConnection, name: str | None) -> str | None:

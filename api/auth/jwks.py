@@ -20,8 +20,6 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jobledger.api.http.errors import ApiError
 
 _log = structlog.get_logger()
-MIN_SECRET_BYTES: Final = 32
-"""RFC 7518, 3.2: a secret for HS256 must be at least as long as the output of SHA-256."""
 _MIN_RSA_BITS: Final = 2048
 _TIMEOUT_SECONDS: Final = 5.0
 _MAX_SET_BYTES: Final = 1_000_000

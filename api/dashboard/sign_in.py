@@ -40,7 +40,7 @@ async def sign_in(request: Request) -> Response:
         key = ApiKeyToken.parse(credential)
         session_id = await ctx.browser_sessions.create(principal, None if key is None else key.key_id)
         # Without an expiry, the browser deletes the cookie when it is closed.
-        name, is_https = ctx.http_options.session_cookie_name, ctx.http_options.is_https
+        name, is_https = ctx.settings.session_cookie_name, ctx.settings.is_https
         response.set_cookie(name, session_id, httponly=True, samesite="strict", secure=is_https)
     return response
 
@@ -49,8 +49,8 @@ async def sign_out(request: Request) -> Response:
     """POST /monitoring/events/sign-out"""
     await _end_browser_session(request)
     response = RedirectResponse("sign-in", 303)
-    options = get_api_context(request).http_options
-    response.delete_cookie(options.session_cookie_name, httponly=True, samesite="strict", secure=options.is_https)
+    settings = get_api_context(request).settings
+    response.delete_cookie(settings.session_cookie_name, httponly=True, samesite="strict", secure=settings.is_https)
     return response
 
 
@@ -80,7 +80,7 @@ async def _end_browser_session(request: Request) -> None:
         LedgerUnavailable: The database failed or does not respond.
     """
     ctx = get_api_context(request)
-    session_id = request.cookies.get(ctx.http_options.session_cookie_name)
+    session_id = request.cookies.get(ctx.settings.session_cookie_name)
     if ctx.browser_sessions is not None and session_id:
         await ctx.browser_sessions.end(session_id)
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobledger.api.http.client_address import Network, get_client_address, get_rate_limit_key
 from jobledger.api.http.errors import ApiError, error_response
-from jobledger.api.http.options import HttpOptions
+from jobledger.api.settings import ApiSettings
 from jobledger.ledger.domain.access import Principal
 
 STREAM_PATHS: Final = frozenset({"/api/ledger/stream", "/monitoring/events/view-updates"})
@@ -78,11 +78,11 @@ class AuthFailureLimitMiddleware:
     credentials need one token together while these are being checked.
     """
 
-    def __init__(self, app: ASGIApp, options: HttpOptions) -> None:
-        per_minute = options.auth_failures_per_minute
+    def __init__(self, app: ASGIApp, settings: ApiSettings, trusted_proxies: Collection[Network]) -> None:
+        per_minute = settings.auth_failures_per_minute
         self._app = app
         self._buckets = TokenBuckets(per_minute / 60, per_minute) if per_minute else None
-        self._trusted_proxies = options.trusted_proxies
+        self._trusted_proxies = trusted_proxies
         self._salt = token_bytes(16)
         self._accepted: OrderedDict[bytes, None] = OrderedDict()
         self._being_checked: set[bytes] = set()
@@ -159,9 +159,9 @@ def _read_credentials(scope: Scope) -> bytes | None:
 class OpenRequestLimiter:
     """Counts the long-running requests of each client in this process."""
 
-    def __init__(self, options: HttpOptions) -> None:
-        self._max_per_client = options.max_streams_per_user
-        self._max_total = options.max_streams
+    def __init__(self, settings: ApiSettings) -> None:
+        self._max_per_client = settings.max_streams_per_user
+        self._max_total = settings.max_streams
         self._open: Counter[str] = Counter()
 
     def get_rejection(self, client_key: str) -> ApiError | None:
@@ -210,14 +210,14 @@ def track_waiting_request(scope: Scope) -> Iterator[bool]:
 class RateLimitMiddleware:
     """Limits requests per second and open live streams. Requests for public paths are not counted."""
 
-    def __init__(self, app: ASGIApp, options: HttpOptions) -> None:
+    def __init__(self, app: ASGIApp, settings: ApiSettings, trusted_proxies: Collection[Network]) -> None:
         self._app = app
         self._buckets = (
-            TokenBuckets(options.requests_per_second, options.burst) if options.requests_per_second else None
+            TokenBuckets(settings.requests_per_second, settings.burst) if settings.requests_per_second else None
         )
-        self._trusted_proxies = options.trusted_proxies
-        self._streams = OpenRequestLimiter(options)
-        self._waiting = OpenRequestLimiter(options)
+        self._trusted_proxies = trusted_proxies
+        self._streams = OpenRequestLimiter(settings)
+        self._waiting = OpenRequestLimiter(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client_key = _get_client_key(scope, self._trusted_proxies)

@@ -14,7 +14,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobledger.api.http.errors import error_response
-from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.request_checks import find_malformed_request
 from jobledger.ledger.domain.access import Principal
 
@@ -30,16 +29,16 @@ class RequestContextMiddleware:
     It wraps the whole application, so that Starlette's own error responses have the headers, too.
     """
 
-    def __init__(self, app: ASGIApp, options: HttpOptions) -> None:
+    def __init__(self, app: ASGIApp, *, is_https: bool, has_access_log: bool) -> None:
         self._app = app
-        self._writes_access_log = options.access_log
+        self._has_access_log = has_access_log
         self._headers = {
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",  # a page must not leak the signed link it was opened with
             "Cross-Origin-Resource-Policy": "same-origin",
             "Content-Security-Policy": "default-src 'none'",
         }
-        if options.is_https:
+        if is_https:
             self._headers["Strict-Transport-Security"] = "max-age=31536000"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +74,7 @@ class RequestContextMiddleware:
                 else:
                     await self._app(scope, receive, send_with_headers)
             finally:
-                if self._writes_access_log:
+                if self._has_access_log:
                     duration_ms = round((time.perf_counter() - started_at) * 1000, 1)
                     _log_request(scope, context, status=status, duration_ms=duration_ms, response_bytes=size)
         return None

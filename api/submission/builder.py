@@ -239,7 +239,7 @@ def check_expanded_size(request: Request, field: str, value: Any, repetitions: i
         ApiError: 413.
     """
     text = bytearray(to_json(value))
-    size, limit = len(text) * repetitions, get_api_context(request).max_body_bytes
+    size, limit = len(text) * repetitions, get_api_context(request).settings.max_body_bytes
     if size > limit:
         message = (
             f"`{field}` is written once for each job: {size} bytes together, at most {limit} are allowed "

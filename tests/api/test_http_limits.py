@@ -17,9 +17,9 @@ from starlette.types import Message
 
 from jobledger.api.http.client_address import get_client_address, get_rate_limit_key
 from jobledger.api.http.limits import SIGN_IN_PATH, AuthFailureLimitMiddleware
-from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.sse import Throttle
 from jobledger.api.routes.log import EventFilter, _generate_blocks
+from jobledger.api.settings import ApiSettings
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from tests.api.conftest import RunApi
 from tests.support.header_auth import principal_header
@@ -120,7 +120,7 @@ async def test_credentials_checked_in_parallel_are_limited(path: str, requests: 
         await rejected.wait()
         await send({"type": "http.response.start", "status": 401, "headers": []})
 
-    limited = AuthFailureLimitMiddleware(app, HttpOptions(auth_failures_per_minute=10))
+    limited = AuthFailureLimitMiddleware(app, ApiSettings(auth_failures_per_minute=10), ())
     tasks = [asyncio.create_task(limited(make_scope(path, f"wrong-{n}"), _receive, _send)) for n in range(requests)]
     await asyncio.sleep(0.01)  # all tasks run until they wait or end
     rejected.set()
@@ -139,7 +139,7 @@ async def test_credentials_that_are_not_rejected_use_no_token(end: str) -> None:
         else:
             await send({"type": "http.response.start", "status": 503, "headers": []})
 
-    limited = AuthFailureLimitMiddleware(app, HttpOptions(auth_failures_per_minute=1))
+    limited = AuthFailureLimitMiddleware(app, ApiSettings(auth_failures_per_minute=1), ())
     for number in range(5):
         task = asyncio.create_task(limited(make_scope(JOBS, str(number)), _receive, _send))
         await asyncio.sleep(0)
@@ -158,7 +158,7 @@ async def test_same_credentials_in_parallel_need_one_token() -> None:
         passed += 1
         scope["on_credentials_accepted"]()
 
-    limited = AuthFailureLimitMiddleware(app, HttpOptions(auth_failures_per_minute=1))
+    limited = AuthFailureLimitMiddleware(app, ApiSettings(auth_failures_per_minute=1), ())
     await asyncio.gather(*(limited(make_scope(JOBS, "right"), _receive, _send) for _ in range(50)))
     assert passed == 50
     assert not limited._being_checked

@@ -16,7 +16,6 @@ from starlette.responses import PlainTextResponse
 from structlog.testing import capture_logs
 
 from jobledger.api.http.limits import TokenBuckets
-from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.request_context import RequestContextMiddleware
 from tests.api.conftest import WITHOUT_WORKER, Api, run_api
 from tests.support.header_auth import principal_header
@@ -87,7 +86,7 @@ async def test_hsts_header_is_sent_only_behind_https() -> None:
         await PlainTextResponse("hello")(scope, receive, send)
 
     for https, header in ((True, "max-age=31536000"), (False, None)):
-        transport = httpx.ASGITransport(RequestContextMiddleware(app, HttpOptions(is_https=https)))
+        transport = httpx.ASGITransport(RequestContextMiddleware(app, is_https=https, has_access_log=False))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             assert (await client.get("/")).headers.get("strict-transport-security") == header
 

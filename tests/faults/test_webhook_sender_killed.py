@@ -39,8 +39,7 @@ async def test_sender_killed_at_a_crash_point_delivers_each_message_under_one_id
             connection,
             store,
             worker=WorkerOptions(lease_seconds=1.5),
-            webhooks=FAST_WEBHOOKS,
-            webhooks_lease_seconds=1.5,
+            webhooks=FAST_WEBHOOKS.model_copy(update={"lease_seconds": 1.5}),
         ):
             for job_id in job_ids:
                 await roles.wait_until_finished(job_id)

@@ -195,7 +195,7 @@ async def test_pause_lets_running_jobs_finish_and_claims_no_pending_ones(
         return await run(self, job)
 
     monkeypatch.setattr(EchoProcessor, "run", run_when_allowed)
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=1)) as roles:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(max_concurrent=1)) as roles:
         batch_id, (running, waiting) = await roles.submit_batch({"seconds": 0.1}, {})
         await roles.wait_for_event(JobClaimed, running)
         await roles.handle_commands(batch_id, PAUSE)

@@ -67,8 +67,7 @@ async def main(uri: str, db_name: str, store: str) -> None:
         Connection(uri, db_name),
         Path(store),
         worker=WorkerOptions(lease_seconds=1.5),
-        webhooks=FAST_WEBHOOKS,
-        webhooks_lease_seconds=1.5,
+        webhooks=FAST_WEBHOOKS.model_copy(update={"lease_seconds": 1.5}),
     ):
         print("running", flush=True)
         await asyncio.Event().wait()

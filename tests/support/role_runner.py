@@ -16,10 +16,12 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from jobledger.ledger.domain.commands import ClaimJob, SubmitBatch, SubmitJob
 from jobledger.ledger.domain.events import BatchSubmitted, Event, EventMetadata, JobClaimed, JobSubmitted, RecordedEvent
@@ -33,12 +35,9 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import batches, jobs
-from jobledger.workers.attempt_dependencies import ExecutorSettings
-from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.containment import new_event_loop
-from jobledger.workers.scratch import ScratchDirectory
+from jobledger.workers.settings import WebhookSettings, WorkerSettings
 from jobledger.workers.webhooks.deliverer import Deliverer
-from jobledger.workers.webhooks.schedule import DeliverySettings
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.suspension import suspend
@@ -46,26 +45,20 @@ from tests.support.suspension import suspend
 TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
+class WorkerOptions(WorkerSettings):
     """Settings of a worker in a test, with short timeouts."""
 
-    slots: int = 5
-    slots_of_type: Mapping[str, int] | None = None
-    lease_seconds: float = 10.0
+    max_concurrent_per_type: dict[str, int] = Field({})  # also for job types that are not installed
     shutdown_grace_seconds: float = 10.0
     retry_base_seconds: float = 0.1
-    memory_limit_mb: int = 4096
-    processors: Mapping[str, Mapping[str, Any]] | None = None
-    scratch: Path | None = None
-    confinement: ConfinementSettings = field(default_factory=ConfinementSettings)
+    processors: dict[str, dict[str, Any]] = Field({})
     gridfs: bool = False
     """Whether result files are stored in the database."""
 
 
 STORE_ID = "5" * 32
-FAST_WEBHOOKS = DeliverySettings(
-    retry_delays=(0, 0.2, 0.2, 0.2, 0.2), jitter=0, timeout_seconds=1, allowed_private_hosts=["127.0.0.1"]
+FAST_WEBHOOKS = WebhookSettings(
+    retry_delays_seconds=[0, 0.2, 0.2, 0.2, 0.2], jitter=0, timeout_seconds=1, allowed_private_hosts=["127.0.0.1"]
 )
 """Webhook settings for endpoints on this machine with short retry delays."""
 
@@ -202,9 +195,8 @@ async def run_roles_in_process(
     *,
     projector: bool = False,
     worker: WorkerOptions | None = None,
-    webhooks: DeliverySettings | None = None,
+    webhooks: WebhookSettings | None = None,
     projector_lease_seconds: float = 10.0,
-    webhooks_lease_seconds: float = 10.0,
     worker_events_only: bool = False,
     store_class: type[EventStore] = EventStore,
     projector_class: type[Projector] = Projector,
@@ -240,17 +232,16 @@ async def run_roles_in_process(
             roles.worker = _create_worker(roles, worker)
         deliverer = None
         if webhooks is not None:
-            holder = f"test-{os.getpid()}"
             deliverer = Deliverer(
                 db,
                 log,
-                roles.store,
                 checkpoint,
                 changes,
                 connection,
+                roles.store,
                 settings=webhooks,
-                holder=holder,
-                lease_seconds=webhooks_lease_seconds,
+                base_url="",
+                holder=f"test-{os.getpid()}",
             )
         await stack.enter_async_context(changes.running())
         if projector:
@@ -272,18 +263,9 @@ def _create_worker(roles: RunningRoles, options: WorkerOptions) -> Worker:
         roles.checkpoint,
         roles.changes,
         roles.connection,
-        settings=ExecutorSettings(
-            GridFSStore(roles.db) if options.gridfs else roles.store,
-            options.processors or {},
-            memory_limit_mb=options.memory_limit_mb,
-            confinement=options.confinement,
-            retry_base_seconds=options.retry_base_seconds,
-        ),
-        slots=options.slots,
-        slots_per_type=options.slots_of_type,
-        lease_seconds=options.lease_seconds,
-        shutdown_grace_seconds=options.shutdown_grace_seconds,
-        scratch=ScratchDirectory(options.scratch),
+        GridFSStore(roles.db) if options.gridfs else roles.store,
+        settings=options,
+        processor_settings=options.processors,
     )
 
 
@@ -376,12 +358,13 @@ def list_live_processes_in_session(leader: int) -> list[int]:
 async def _main(uri: str, db_name: str, store: str, roles: str, *arguments: str) -> None:
     options = {name: float(value) for name, _, value in (item.partition("=") for item in arguments)}
     worker = WorkerOptions(
-        slots=int(options.get("slots", 5)),
+        max_concurrent=int(options.get("slots", 5)),
         lease_seconds=options.get("lease_seconds", 10.0),
         shutdown_grace_seconds=options.get("shutdown_grace_seconds", 10.0),
         processors={"session": {"allowed_private_hosts": ["127.0.0.1"]}},
-        confinement=ConfinementSettings(mode="auto" if options.get("confinement", 1) else "off"),
+        confinement="auto" if options.get("confinement", 1) else "off",
     )
+    webhooks = FAST_WEBHOOKS.model_copy(update={"lease_seconds": worker.lease_seconds})
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with run_roles_in_process(
@@ -389,8 +372,7 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *arguments: str)
         Path(store),
         projector="projector" in roles,
         worker=worker if "worker" in roles else None,
-        webhooks=FAST_WEBHOOKS if "webhooks" in roles else None,
-        webhooks_lease_seconds=options.get("lease_seconds", 10.0),
+        webhooks=webhooks if "webhooks" in roles else None,
         projector_lease_seconds=options.get("lease_seconds", 10.0),
         worker_events_only=not {"projector"} & set(roles.split(",")),
     ):

@@ -202,7 +202,7 @@ async def test_job_whose_first_worker_is_busy_runs_on_another_worker(
         return Results()
 
     install_processor(monkeypatch, work)
-    options = WorkerOptions(slots=1)
+    options = WorkerOptions(max_concurrent=1)
     async with (
         run_roles_in_process(connection, store, projector=True) as roles,
         run_roles_in_process(connection, store, worker=options, worker_events_only=True),
@@ -290,7 +290,7 @@ async def test_rows_keep_their_order_after_a_failed_load(
     async with run_roles_in_process(connection, store, projector=True) as roles:
         jobs = [await roles.submit() for _ in range(3)]
         await roles.wait_for_views()
-        async with run_roles_in_process(connection, store, worker=WorkerOptions(slots=1)):
+        async with run_roles_in_process(connection, store, worker=WorkerOptions(max_concurrent=1)):
             await roles.wait_until_finished(*jobs)
         assert [event.stream for event in await roles.read_all_events() if isinstance(event.event, JobClaimed)] == jobs
     assert not failures
@@ -305,7 +305,9 @@ async def test_slots_per_type_limit_one_type_and_delay_no_others(
         limited = [await roles.submit(job_type="test", priority=5) for _ in range(20)]
         unlimited = [await roles.submit() for _ in range(20)]
         await roles.wait_for_views()
-        async with run_roles_in_process(connection, store, worker=WorkerOptions(slots=8, slots_of_type={"test": 2})):
+        async with run_roles_in_process(
+            connection, store, worker=WorkerOptions(max_concurrent=8, max_concurrent_per_type={"test": 2})
+        ):
             limited += [await roles.submit(job_type="test") for _ in range(5)]
             await roles.wait_until_finished(*limited, *unlimited)
         ends = [event.stream for event in await roles.read_all_events() if event.type == "JobCompleted"]

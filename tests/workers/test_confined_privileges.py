@@ -104,7 +104,7 @@ def _confine_and_run(
         resource.setrlimit(resource.RLIMIT_RTPRIO, (99, 99))
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
     confinement.confine(
-        confinement.ConfinementSettings(mode=mode),
+        confinement.ConfinementSettings(confinement=mode),
         scratch_dir=scratch,
         inbox_dir=inbox,
         readable_paths=[],

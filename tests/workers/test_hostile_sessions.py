@@ -41,7 +41,7 @@ def site() -> Iterator[Site]:
 async def roles(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
     # The endless PDF needs about 0.4 GB per second, so the timeout ends the step long before the memory limit does.
     limits = {"allowed_private_hosts": ["127.0.0.1"], "slides_timeout_seconds": 4, "page_timeout_seconds": 30}
-    options = WorkerOptions(slots=2, memory_limit_mb=4096, processors={"session": limits})
+    options = WorkerOptions(max_concurrent=2, memory_limit_mb=4096, processors={"session": limits})
     async with run_roles_in_process(connection, store, projector=True, worker=options) as running:
         yield running
 

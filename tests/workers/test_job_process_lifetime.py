@@ -47,7 +47,7 @@ async def site() -> AsyncIterator[SlowSite]:
 @pytest.fixture
 async def roles(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
     options = WorkerOptions(
-        slots=2, shutdown_grace_seconds=0.2, processors={"session": {"allowed_private_hosts": ["127.0.0.1"]}}
+        max_concurrent=2, shutdown_grace_seconds=0.2, processors={"session": {"allowed_private_hosts": ["127.0.0.1"]}}
     )
     async with run_roles_in_process(connection, store, projector=True, worker=options) as running:
         yield running

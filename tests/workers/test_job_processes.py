@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -23,7 +24,6 @@ from jobledger.ledger.mongo.connection import Connection
 from jobledger.workers import process_runner
 from jobledger.workers.child import fork_server_client
 from jobledger.workers.child import process as job_process
-from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.fork_server import _Server
 from jobledger.workers.child.messages import MessageEnvelope, encode_frame
 from jobledger.workers.child.process import JobProcess
@@ -37,7 +37,7 @@ from tests.support.suspension import suspend
 from tests.workers.misbehaving_processors import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
-NO_CONFINEMENT = ConfinementSettings(mode="off")  # what confinement denies depends on the kernel version
+NO_CONFINEMENT: Final = "off"  # what confinement denies depends on the kernel version
 pytestmark = pytest.mark.usefixtures("misbehaving_processors")
 JOB_TYPE = "misbehaving"
 EXIT_SECONDS = 15.0  # on an idle machine about one second; far less than STALL_SECONDS and KILL_SECONDS
@@ -60,7 +60,7 @@ def test_set_limit_never_exceeds_the_limit_of_the_system(hard_limit: int) -> Non
 @pytest.fixture
 async def roles(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
     async with run_roles_in_process(
-        connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT, slots=10)
+        connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=10)
     ) as running:
         yield running
     assert list_own_job_processes() == []
@@ -245,7 +245,7 @@ async def test_unresponsive_job_process_ends_on_cancel_timeout_and_shutdown(
     connection: Connection, store: Path, tmp_path: Path, end: str
 ) -> None:
     actions = ["sleep", "block with gil", "flood the worker", "stop mid message"]
-    options = WorkerOptions(confinement=NO_CONFINEMENT, slots=6, shutdown_grace_seconds=0.2)
+    options = WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=6, shutdown_grace_seconds=0.2)
     async with run_roles_in_process(connection, store, projector=True) as roles:
         async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
             limit = 3 if end == "timeout" else 60
@@ -288,7 +288,7 @@ async def test_hanging_fork_server_is_replaced(
 
 
 async def test_hanging_process_start_does_not_delay_shutdown(connection: Connection, store: Path, file: Path) -> None:
-    options = WorkerOptions(confinement=NO_CONFINEMENT, slots=2, shutdown_grace_seconds=0.2)
+    options = WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=2, shutdown_grace_seconds=0.2)
     async with run_roles_in_process(connection, store, projector=True) as roles:
         async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
             await assert_other_jobs_complete(roles)

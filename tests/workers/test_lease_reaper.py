@@ -69,7 +69,7 @@ async def test_jobs_of_dead_worker_are_taken_over_in_time(
 
 
 async def test_fenced_worker_is_rejected_stops_and_is_recorded(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=1)) as roles:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(max_concurrent=1)) as roles:
         job_id = await roles.submit({"seconds": 60}, max_attempts=1)
         progressed = await roles.wait_for_event(JobProgressed, job_id)
         claimed = await roles.wait_for_event(JobClaimed, job_id)
@@ -155,7 +155,7 @@ async def test_claim_by_a_worker_that_is_being_reaped_is_reaped_too(
 
         monkeypatch.setattr(LeaseReaper, "_check_if_unknown", record_check)
         async with run_roles_in_process(
-            connection, store, worker=WorkerOptions(slots=1, lease_seconds=LEASE)
+            connection, store, worker=WorkerOptions(max_concurrent=1, lease_seconds=LEASE)
         ) as worker_roles:
             assert worker_roles.worker is not None
             reaper = worker_roles.worker._lease_reaper
@@ -214,7 +214,7 @@ async def test_document_of_stopped_worker_is_removed(connection: Connection, sto
 
 async def test_worker_that_lost_its_lease_continues_with_a_new_id(connection: Connection, store: Path) -> None:
     async with run_roles_in_process(
-        connection, store, projector=True, worker=WorkerOptions(slots=1, lease_seconds=1)
+        connection, store, projector=True, worker=WorkerOptions(max_concurrent=1, lease_seconds=1)
     ) as roles:
         job_id = await roles.submit({"seconds": 2})
         await roles.wait_for_event(JobProgressed, job_id)

@@ -20,7 +20,6 @@ from jobledger.ledger.mongo.lease import Lease, LeaseObservation
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.workers import machine_health as health
 from jobledger.workers import process_runner
-from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.machine_health import MachineFailure, WorkerHealth, find_machine_failure
 from jobledger.workers.scratch import ScratchDirectory
 from tests.support.polling import poll_until
@@ -121,7 +120,9 @@ async def test_worker_without_scratch_claims_nothing_until_it_exists(
 ) -> None:
     monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.1)
     scratch = tmp_path / "mount" / "scratch"
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(scratch=scratch)) as roles:
+    async with run_roles_in_process(
+        connection, store, projector=True, worker=WorkerOptions(scratch_dir=scratch)
+    ) as roles:
         await poll_until(lambda: roles.worker is not None and not roles.worker.health.can_claim(), "unhealthy")
         job_id = await roles.submit()
         async with asyncio.timeout(20):
@@ -151,7 +152,9 @@ async def test_worker_recovering_before_its_first_lease_is_shown_healthy(
         return await real(self, attributes, observation=observation)
 
     monkeypatch.setattr(Lease, "acquire", acquire_late)
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(scratch=scratch)) as roles:
+    async with run_roles_in_process(
+        connection, store, projector=True, worker=WorkerOptions(scratch_dir=scratch)
+    ) as roles:
         async with asyncio.timeout(20):
             while not await roles.db.workers.find_one({"problem": None}):  # noqa: ASYNC110 - no notification
                 await asyncio.sleep(0.05)
@@ -226,7 +229,7 @@ async def test_event_loop_never_accesses_files_of_attempts(
 
         return call
 
-    options = WorkerOptions(scratch=scratch, confinement=ConfinementSettings(mode="off"))
+    options = WorkerOptions(scratch_dir=scratch, confinement="off")
     async with run_roles_in_process(connection, store, projector=True, worker=options) as roles:
         await roles.wait_until_finished(await roles.submit())
         for name in ("stat", "lstat", "statvfs", "mkdir", "chmod", "open", "listdir", "rmdir", "unlink"):
@@ -253,7 +256,7 @@ async def test_unresponsive_disk_delays_only_jobs_that_use_it(
     monkeypatch.setattr(ScratchDirectory, "create_directories", create_late)
     monkeypatch.setattr(process_runner, "DISK_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.1)
-    options = WorkerOptions(scratch=tmp_path / "scratch", confinement=ConfinementSettings(mode="off"))
+    options = WorkerOptions(scratch_dir=tmp_path / "scratch", confinement="off")
     async with run_roles_in_process(connection, store, projector=True, worker=options) as roles:
         cancelled, released = [await roles.submit({"action": "nothing"}, job_type="misbehaving") for _ in range(2)]
         await poll_until(waiting.is_set, "the directory is being created")
@@ -285,7 +288,7 @@ async def test_unhealthy_worker_of_three_costs_no_attempt_and_recovers(
 ) -> None:
     monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.2)
     scratches = [tmp_path / f"scratch-{number}" for number in range(3)]
-    options = [WorkerOptions(scratch=path, shutdown_grace_seconds=0.5) for path in scratches]
+    options = [WorkerOptions(scratch_dir=path, shutdown_grace_seconds=0.5) for path in scratches]
     async with (
         run_roles_in_process(connection, store, projector=True, worker=options[0]) as roles,
         run_roles_in_process(connection, store, worker=options[1]),

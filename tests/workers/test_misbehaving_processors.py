@@ -18,7 +18,6 @@ from jobledger.ledger.store.command_handler import CommandResult, handle_command
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers import attempt_timeout as time_limit
 from jobledger.workers import attempt_writer
-from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.result_conversion import to_text
 from tests.support import misbehaving
 from tests.support.polling import poll_until
@@ -28,7 +27,7 @@ from tests.workers.misbehaving_processors import misbehaving_processors
 __all__ = ["misbehaving_processors"]
 pytestmark = pytest.mark.usefixtures("misbehaving_processors")
 TYPES = ["misbehaving", "misbehaving-inline"]
-OPTIONS = WorkerOptions(slots=8, confinement=ConfinementSettings(mode="off"))
+OPTIONS = WorkerOptions(max_concurrent=8, confinement="off")
 COMPLETED = ("completed", None, "")
 FAULT = "PROCESSOR_FAULT"
 
@@ -108,7 +107,7 @@ async def test_attempt_ends_with_the_cause_for_any_error_of_a_processor(
 async def test_job_that_ignores_cancellation_ends_when_stopped(
     job_type: str, connection: Connection, store: Path
 ) -> None:
-    options = WorkerOptions(slots=2, confinement=ConfinementSettings(mode="off"), shutdown_grace_seconds=0.1)
+    options = WorkerOptions(max_concurrent=2, confinement="off", shutdown_grace_seconds=0.1)
     async with run_roles_in_process(connection, store, projector=True) as roles:
 
         async def submit_and_wait_for_start(timeout_s: float = 60) -> str:

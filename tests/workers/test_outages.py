@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -24,7 +24,6 @@ from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import CooperativeWork
 from jobledger.workers.attempt_timeout import AttemptTimeout
-from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.directory_removal import remove_tree
 from jobledger.workers.step_cache import StepCache
 from tests.support.polling import poll_until
@@ -32,7 +31,7 @@ from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_
 from tests.workers.misbehaving_processors import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
-NO_CONFINEMENT = ConfinementSettings(mode="off")  # what confinement denies depends on the kernel version
+NO_CONFINEMENT: Final = "off"  # what confinement denies depends on the kernel version
 pytestmark = pytest.mark.usefixtures("misbehaving_processors")
 TYPES = ["misbehaving", "misbehaving-inline"]
 STORE_ERRORS = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENOENT", "ENOTCONN", "ETIMEDOUT"]
@@ -114,7 +113,7 @@ async def test_worker_without_its_store_claims_nothing(
 ) -> None:
     monkeypatch.setattr("jobledger.workers.message_handler._STORE_RETRY_DELAYS", (0.1,))
     monkeypatch.setattr("jobledger.workers.machine_health.MIN_BACKOFF_SECONDS", 0.1)
-    options = WorkerOptions(confinement=NO_CONFINEMENT, slots=4)
+    options = WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=4)
     async with run_roles_in_process(connection, store, projector=True, worker=options) as roles:
         assert roles.worker is not None
         await roles.wait_until_finished(await roles.submit())
@@ -315,7 +314,7 @@ async def test_end_of_job_is_recorded_before_its_directory_is_removed(
 
     monkeypatch.setattr("jobledger.workers.executor.remove_tree", remove_slowly)
     async with run_roles_in_process(
-        connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT, slots=6)
+        connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=6)
     ) as roles:
         assert roles.worker is not None
         try:
@@ -352,7 +351,7 @@ async def test_attempt_can_be_cancelled_while_the_previous_directory_is_removed(
 
     monkeypatch.setattr("jobledger.workers.executor.remove_tree", remove_slowly)
     async with run_roles_in_process(
-        connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT, slots=2)
+        connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=2)
     ) as roles:
         assert roles.worker is not None
         job_id = await roles.submit({"action": "fail once and leave a file"}, job_type="misbehaving-inline")

@@ -226,7 +226,9 @@ async def test_concurrent_jobs_with_the_same_path_get_distinct_paths(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_processor(monkeypatch, save_paths)
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=10)) as roles:
+    async with run_roles_in_process(
+        connection, store, projector=True, worker=WorkerOptions(max_concurrent=10)
+    ) as roles:
         jobs = await asyncio.gather(*(run_job(roles, "same.md", word=str(number)) for number in range(10)))
         paths = [list_paths(job)[0] for job in jobs]
         assert paths.count("same.md") == 1

@@ -215,7 +215,7 @@ async def test_fault_of_processor_fails_job_and_worker_continues(
 
 
 async def test_more_jobs_than_slots_all_complete_once(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=3)) as roles:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(max_concurrent=3)) as roles:
         batch_id, job_ids = await roles.submit_batch(*({"seconds": 0.05} for _ in range(40)))
         await roles.wait_until_finished(*job_ids)
         assert await count_claims(roles, *job_ids) == [1] * 40
@@ -227,7 +227,7 @@ async def test_worker_never_runs_more_jobs_than_slots(
 ) -> None:
     probe = ConcurrencyProbe(seconds=0.1)
     install_processor(monkeypatch, probe.run)
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=3)) as roles:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(max_concurrent=3)) as roles:
         _, first = await roles.submit_batch(*({} for _ in range(10)), job_type="test")
         second = [await roles.submit(job_type="test") for _ in range(10)]
         await roles.wait_until_finished(*first, *second)
@@ -238,7 +238,9 @@ async def test_jobs_submitted_before_worker_start_run_by_priority(connection: Co
     async with run_roles_in_process(connection, store, projector=True) as roles:
         job_ids = [await roles.submit(priority=priority) for priority in (1, 3, 2, 3)]
         await roles.wait_for_views()
-        async with run_roles_in_process(connection, store, worker=WorkerOptions(slots=1), worker_events_only=True):
+        async with run_roles_in_process(
+            connection, store, worker=WorkerOptions(max_concurrent=1), worker_events_only=True
+        ):
             await roles.wait_until_finished(*job_ids)
         low, high, middle, second_high = job_ids
         assert await list_claimed_jobs(roles) == [high, second_high, middle, low]
@@ -254,7 +256,7 @@ async def test_jobs_submitted_to_busy_worker_run_by_priority(
         return Results()
 
     install_processor(monkeypatch, wait)
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=1)) as roles:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(max_concurrent=1)) as roles:
         first = await roles.submit(job_type="test")
         await roles.wait_for_event(JobClaimed, first)
         low, high = await roles.submit(job_type="test", priority=1), await roles.submit(job_type="test", priority=5)
@@ -265,7 +267,7 @@ async def test_jobs_submitted_to_busy_worker_run_by_priority(
 
 
 async def test_two_workers_share_jobs_and_run_each_once(connection: Connection, store: Path) -> None:
-    options = WorkerOptions(slots=2)
+    options = WorkerOptions(max_concurrent=2)
     async with (
         run_roles_in_process(connection, store, projector=True) as roles,
         run_roles_in_process(connection, store, worker=options, worker_events_only=True),
@@ -290,7 +292,7 @@ async def test_stale_queue_row_is_tried_once_and_hides_no_other_job(connection: 
         await roles.claim(job_id)
         await roles.wait_for_views()
         await roles.db.queue.insert_one(row)
-        async with run_roles_in_process(connection, store, worker=WorkerOptions(slots=1)) as worker_roles:
+        async with run_roles_in_process(connection, store, worker=WorkerOptions(max_concurrent=1)) as worker_roles:
             worker = worker_roles.worker
             assert worker is not None
             await poll_until(lambda: worker._claim_queue._skipped == {job_id}, "the worker skips the row")

@@ -35,7 +35,7 @@ from tests.workers.inline_processor import install_processor
 
 
 async def test_cancelled_running_job_ends_and_frees_its_slot(connection: Connection, store: Path) -> None:
-    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=1)) as roles:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(max_concurrent=1)) as roles:
         job_id = await roles.submit({"seconds": 60})
         await roles.wait_for_event(JobClaimed, job_id)
         await roles.handle_commands(job_id, CancelJob("user-1", "enough"))
@@ -109,7 +109,7 @@ async def test_job_released_at_shutdown_loses_no_attempt(connection: Connection,
 async def test_stopping_worker_finishes_jobs_in_grace_time_and_claims_none(connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True) as roles:
         job_id = await roles.submit({"seconds": 1})
-        async with run_roles_in_process(connection, store, worker=WorkerOptions(slots=2)) as worker_roles:
+        async with run_roles_in_process(connection, store, worker=WorkerOptions(max_concurrent=2)) as worker_roles:
             await roles.wait_for_event(JobClaimed, job_id)
             assert worker_roles.worker is not None
             worker_roles.worker.stop()

@@ -15,12 +15,13 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import structlog
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from jobledger.ledger.domain.errors import ConfigurationError
+from jobledger.ledger.system.settings_section import SettingsSection
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox.restrictions import DEVICE_RULES, LIST_RIGHTS, READ_RIGHTS, WRITE_RIGHTS
 
@@ -45,22 +46,22 @@ _PRIVATE_PATHS: Final = (
 _READABLE_PATHS: Final = ("/proc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager/resolv.conf")
 
 
-class ConfinementSettings(BaseModel):
-    """How job processes are confined.
+class ConfinementSettings(SettingsSection):
+    """How job processes are confined: keys of the section `event_worker`.
 
     Attributes:
-        mode: `required`: fail without Landlock. `auto`: use Landlock if available. `off`: do not use Landlock.
-        environment_variables: Names of variables that job processes get besides the default ones.
-        protected_paths: Files and directories of Jobledger itself, which no job may access.
+        confinement: `required`: fail without Landlock. `auto`: use Landlock if available. `off`: do not use Landlock.
+        pass_environment: Names of variables that job processes get besides the default ones.
         readable_paths: Readable by all jobs, even if protected.
         writable_paths: Writable by all jobs, even if protected.
+        protected_paths: Files and directories of Jobledger itself, which no job may access.
     """
 
-    mode: ConfinementMode = "auto"
-    environment_variables: tuple[str, ...] = ()
-    protected_paths: tuple[Path, ...] = ()
-    readable_paths: tuple[Path, ...] = ()
-    writable_paths: tuple[Path, ...] = ()
+    confinement: ConfinementMode = "auto"
+    pass_environment: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field([])
+    readable_paths: list[Path] = Field([])
+    writable_paths: list[Path] = Field([])
+    protected_paths: list[Path] = Field([])
 
 
 def check_confinement(mode: ConfinementMode) -> None:
@@ -122,7 +123,7 @@ def confine(
     restrictions.limit_resource(resource.RLIMIT_RTPRIO, 0)
     restrictions.limit_resource(resource.RLIMIT_NICE, 0)
     restrictions.set_no_new_privileges()
-    if settings.mode == "off":
+    if settings.confinement == "off":
         restrictions.drop_capabilities(keep=restrictions.FILE_CAPABILITIES)
         return
     has_landlock = restrictions.landlock_version() >= 1

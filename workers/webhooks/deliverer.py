@@ -36,8 +36,9 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.slots import SLOTS, collection_name
 from jobledger.projections.views import deliveries
+from jobledger.workers.settings import WebhookSettings
 from jobledger.workers.webhooks.body import BodyUnavailable, build_body
-from jobledger.workers.webhooks.schedule import DeliverySchedule, DeliverySettings, ScheduledDelivery
+from jobledger.workers.webhooks.schedule import DeliverySchedule, ScheduledDelivery
 from jobledger.workers.webhooks.sender import Sender, WebhookRequest
 
 _log = structlog.get_logger()
@@ -54,14 +55,14 @@ class Deliverer:
         self,
         db: Database,
         event_store: EventStore,
-        file_store: FileStore,
         checkpoint: Checkpoint,
         change_stream: ChangeStream,
         connection: Connection,
+        file_store: FileStore,
         *,
-        settings: DeliverySettings,
+        settings: WebhookSettings,
+        base_url: str,
         holder: str,
-        lease_seconds: float = 10.0,
         sender: Sender | None = None,
     ) -> None:
         self._db = db
@@ -69,11 +70,12 @@ class Deliverer:
         self._file_store = file_store
         self._checkpoint = checkpoint
         self._settings = settings
+        self._base_url = base_url
         self._metadata = EventMetadata(f"webhooks:{holder}")
         self._sender = sender or Sender(
             allowed_private_hosts=settings.allowed_private_hosts, timeout_seconds=settings.timeout_seconds
         )
-        self._election = LeaderElection(connection, "webhooks", holder=holder, lease_seconds=lease_seconds)
+        self._election = LeaderElection(connection, "webhooks", holder=holder, lease_seconds=settings.lease_seconds)
         self._schedule = DeliverySchedule(settings)
         self._wake = asyncio.Event()
         self._is_leader = False
@@ -266,7 +268,7 @@ class Deliverer:
             delivery,
             sequence=due.sequence,
             endpoint_id=endpoint_id,
-            base_url=self._settings.base_url,
+            base_url=self._base_url,
         )
         secrets = stored.get("secrets") or await load_signing_secrets(
             self._db, Endpoint(delivery.spec.user_id, webhook.url)
@@ -294,10 +296,10 @@ class Deliverer:
     def _next_attempt_at(self, delivery: Delivery, retry_after: float) -> datetime | None:
         """Return the time of the next attempt after one more failure; None if there were enough."""
         attempts = delivery.counted_attempts + 1
-        if attempts >= len(self._settings.retry_delays):
+        if attempts >= len(self._settings.retry_delays_seconds):
             return None
         jitter = self._settings.jitter
-        delay = self._settings.retry_delays[attempts] * random.uniform(1 - jitter, 1 + jitter)  # noqa: S311 - spreads load
+        delay = self._settings.retry_delays_seconds[attempts] * random.uniform(1 - jitter, 1 + jitter)  # noqa: S311 - spreads load
         delay = max(delay, min(retry_after, _MAX_RETRY_AFTER_SECONDS))
         return self._event_store.clock.estimate() + timedelta(seconds=delay)
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
+
+from jobledger.workers.settings import WebhookSettings
 
 _MAX_COOLDOWN: Final = timedelta(minutes=10)
 
@@ -42,42 +44,10 @@ class _Host:
     open_until: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DeliverySettings:
-    """Settings for deliveries.
-
-    Attributes:
-        retry_delays: Delays before each attempt, in seconds.
-        jitter: Fraction by which delays vary at random.
-        timeout_seconds: Timeout of an attempt.
-        allowed_private_hosts: Hosts and networks that are allowed although they are private.
-        max_concurrent: Maximum number of concurrent attempts.
-        max_concurrent_per_host: Maximum number of concurrent attempts at one host.
-        circuit_breaker_failures: Number of consecutive attempts without a response that opens the circuit breaker.
-        circuit_breaker_cooldown_seconds: Duration of the first cooldown.
-        base_url: URL of the API.
-    """
-
-    retry_delays: Sequence[float] = (0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400)
-    jitter: float = 0.1
-    timeout_seconds: float = 10.0
-    allowed_private_hosts: Sequence[str] = ()
-    max_concurrent: int = 20
-    max_concurrent_per_host: int = 4
-    circuit_breaker_failures: int = 10
-    circuit_breaker_cooldown_seconds: float = 30
-    base_url: str = ""
-
-    @property
-    def max_age(self) -> timedelta:
-        """Age after which a delivery that had to wait for its host is abandoned."""
-        return timedelta(seconds=sum(self.retry_delays) * (1 + self.jitter) + 60)
-
-
 class DeliverySchedule:
     """All pending deliveries."""
 
-    def __init__(self, settings: DeliverySettings) -> None:
+    def __init__(self, settings: WebhookSettings) -> None:
         self._settings = settings
         self._current: dict[str, ScheduledDelivery] = {}
         self._scheduled: list[ScheduledDelivery] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -251,7 +250,9 @@ async def test_delivery_requeued_during_an_attempt_is_sent_once_more(
 async def test_hanging_endpoints_do_not_delay_other_endpoints(connection: Connection, store: Path) -> None:
     """Ten endpoints get 40 deliveries each. Three endpoints hang; the others get theirs within seconds."""
     expected = 280
-    slow = replace(FAST_WEBHOOKS, timeout_seconds=5, retry_delays=(0, 60), circuit_breaker_failures=5)
+    slow = FAST_WEBHOOKS.model_copy(
+        update={"timeout_seconds": 5, "retry_delays_seconds": [0, 60], "circuit_breaker_failures": 5}
+    )
     async with (
         run_webhook_endpoint() as endpoint,
         run_webhook_endpoint() as hanging_1,
@@ -282,11 +283,12 @@ async def test_hanging_endpoints_do_not_delay_other_endpoints(connection: Connec
 
 
 async def test_deliveries_wait_for_an_unreachable_endpoint(connection: Connection, store: Path) -> None:
-    settings = replace(
-        FAST_WEBHOOKS,
-        retry_delays=(0, *[60] * 9),
-        circuit_breaker_failures=3,
-        circuit_breaker_cooldown_seconds=5,  # longer than finishing 20 jobs takes
+    settings = FAST_WEBHOOKS.model_copy(
+        update={
+            "retry_delays_seconds": [0, *[60] * 9],
+            "circuit_breaker_failures": 3,
+            "circuit_breaker_cooldown_seconds": 5,  # longer than finishing 20 jobs takes
+        }
     )
     async with (
         run_webhook_endpoint() as endpoint,
@@ -307,7 +309,7 @@ async def test_standby_continues_deliveries_of_a_stopped_leader(
     connection: Connection, store: Path, endpoint: WebhookEndpoint
 ) -> None:
     endpoint.script_responses("/hook", 500, 200)
-    slow = replace(FAST_WEBHOOKS, retry_delays=(0, 2))
+    slow = FAST_WEBHOOKS.model_copy(update={"retry_delays_seconds": [0, 2]})
     async with (
         run_roles_in_process(connection, store, projector=True) as roles,
         run_roles_in_process(connection, store, webhooks=slow) as first,

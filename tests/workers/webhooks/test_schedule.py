@@ -8,7 +8,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobledger.workers.webhooks.schedule import DeliverySchedule, DeliverySettings, ScheduledDelivery
+from jobledger.workers.settings import WebhookSettings
+from jobledger.workers.webhooks.schedule import DeliverySchedule, ScheduledDelivery
 
 START = datetime(2026, 2, 1, 12, tzinfo=UTC)
 FOREVER = START + timedelta(days=100)
@@ -29,7 +30,7 @@ def list_ids(deliveries: list[ScheduledDelivery]) -> list[str]:
 
 
 def make_schedule(*entries: ScheduledDelivery, **limits: Any) -> DeliverySchedule:
-    schedule = DeliverySchedule(DeliverySettings(**limits))
+    schedule = DeliverySchedule(WebhookSettings(**limits))
     for entry in entries:
         schedule.add(entry)
     return schedule

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from jobledger.ledger.net.url_policy import validate_host_or_network
+from jobledger.ledger.system.settings_section import SettingsSection
 
 MEBIBYTE = 1024 * 1024
 
@@ -22,10 +23,8 @@ def _check_base_url(url: str | None) -> str | None:
     return url.rstrip("/")
 
 
-class OpenAiSettings(BaseModel):
+class OpenAiSettings(SettingsSection):
     """An OpenAI-compatible API. The operator chooses it, so it may have a private address."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     backend: str
     url: Annotated[str | None, AfterValidator(_check_base_url)] = Field(
@@ -68,10 +67,8 @@ class LanguageModelSettings(OpenAiSettings):
     temperature: float | None = Field(default=0.2, ge=0, le=2, description="Sampling temperature. null: model default.")
 
 
-class SessionSettings(BaseModel):
+class SessionSettings(SettingsSection):
     """Settings and limits of the session processor."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     connect_timeout_seconds: float = Field(default=10, gt=0, description="Timeout for DNS and connecting to a server.")
     read_timeout_seconds: float = Field(default=30, gt=0, description="Timeout for the next bytes of a response.")

@@ -1,4 +1,4 @@
-"""Settings of authentication."""
+"""Settings of the API and of authentication: the sections `api` and `auth` of config.yaml."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from jobledger.api.auth.jwks import MIN_SECRET_BYTES
+from jobledger.ledger.system.settings_section import SettingsSection
 
-
-class SettingsSection(BaseModel):
-    """A section of config.yaml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+_MIN_SECRET_BYTES: Final = 32
+"""RFC 7518, 3.2: a secret for HS256 must be at least as long as the output of SHA-256."""
 
 
 def is_loopback(host: str) -> bool:
@@ -40,7 +37,7 @@ def _check_jwks_url(url: str) -> str:
     return url
 
 
-def validate_network(text: str) -> str:
+def _validate_network(text: str) -> str:
     """Return an IP address or network unchanged.
 
     Raises:
@@ -67,9 +64,9 @@ def validate_secret_length(secret: SecretStr) -> SecretStr:
     Raises:
         ValueError: It is so short that it could be guessed.
     """
-    if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
+    if len(secret.get_secret_value().encode()) < _MIN_SECRET_BYTES:
         raise ValueError(
-            f"a JWT secret must have at least {MIN_SECRET_BYTES} bytes: generate one with `openssl rand -base64 48`"
+            f"a JWT secret must have at least {_MIN_SECRET_BYTES} bytes: generate one with `openssl rand -base64 48`"
         )
     return secret
 
@@ -88,7 +85,7 @@ class JwtSettings(SettingsSection):
 
 
 class ProxySettings(SettingsSection):
-    trusted: list[Annotated[str, AfterValidator(validate_network)]] = []
+    trusted: list[Annotated[str, AfterValidator(_validate_network)]] = Field([])
     user_header: Annotated[str, AfterValidator(_check_header_name)] = "X-Forwarded-User"
     groups_header: Annotated[str, AfterValidator(_check_header_name)] | None = None
     roles_header: Annotated[str, AfterValidator(_check_header_name)] | None = None
@@ -110,8 +107,8 @@ _RESTRICTED_KEYS: Final = {
 class AuthSettings(SettingsSection):
     mode: Literal["open", "keys", "jwt", "proxy"] = "open"
     anonymous_read: bool = False
-    admins: list[str] = []
-    monitors: list[str] = []
+    admins: list[str] = Field([])
+    monitors: list[str] = Field([])
     jwt: JwtSettings = JwtSettings()
     proxy: ProxySettings = ProxySettings()
 
@@ -131,3 +128,50 @@ class AuthSettings(SettingsSection):
         if self.mode == "proxy" and not self.proxy.trusted:
             raise ValueError("mode `proxy` requires the IP addresses of the proxy in proxy.trusted")
         return self
+
+
+_ROUTE_PREFIXES: Final = frozenset({"api", "monitoring", "metrics", "healthz", "readyz"})
+
+
+def _check_path_prefix(url: str | None) -> str | None:
+    """Reject a path that begins like a route: behind a proxy that strips it, the two could not be distinguished."""
+    first = urlsplit(url or "").path.strip("/").partition("/")[0]
+    if first in _ROUTE_PREFIXES:
+        raise ValueError(f"the path must not begin with /{first}, because routes of the API do: use e.g. /jobs/{first}")
+    return url
+
+
+class ApiSettings(SettingsSection):
+    """The section `api`. A limit of 0 means no limit."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(5001, ge=0, le=65_535)
+    public_url: Annotated[str | None, AfterValidator(_check_path_prefix)] = Field(
+        None, pattern=r"^https?://[^/@?#\s]+(/[^?#]*)?$"
+    )
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
+    request_memory_mb: int = Field(1024, ge=64, le=1_000_000)
+    requests_per_second: float = Field(0, ge=0, le=1_000_000)
+    burst: int = Field(50, ge=1, le=1_000_000)
+    max_streams_per_user: int = Field(100, ge=0, le=1_000_000)
+    max_streams: int = Field(2000, ge=0, le=1_000_000)
+    max_connections: int = Field(5000, ge=1, le=1_000_000)
+    max_connections_per_address: int = Field(2000, ge=1, le=1_000_000)
+    auth_failures_per_minute: int = Field(30, ge=0, le=1_000_000)
+    trusted_proxies: list[Annotated[str, AfterValidator(_validate_network)]] = Field([])
+    cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*@\s]+$")]] = Field([])
+
+    @property
+    def base_url(self) -> str:
+        """`public_url` without a slash at the end; empty without it."""
+        return (self.public_url or "").rstrip("/")
+
+    @property
+    def is_https(self) -> bool:
+        """Whether clients reach the API over HTTPS."""
+        return self.base_url.startswith("https://")
+
+    @property
+    def session_cookie_name(self) -> str:
+        """The name of the session cookie. The prefix `__Host-` protects it, but needs https."""
+        return "__Host-jobledger" if self.is_https else "jobledger"
