@@ -23,9 +23,9 @@ from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
-from jobledger.workers.child import confinement
 from jobledger.workers.cleanup import Cleanup
 from jobledger.workers.registry import check_plugins, unusable_job_types
+from jobledger.workers.sandbox import confinement
 from jobledger.workers.webhooks.deliverer import Deliverer
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
 

@@ -124,7 +124,7 @@ def run() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, RuntimeError, MemoryError) as error:
-        from jobledger.workers.machine_health import find_machine_failure
+        from jobledger.workers.machine.health import find_machine_failure
 
         if (failure := find_machine_failure(error)) is None:
             raise

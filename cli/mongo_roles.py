@@ -20,7 +20,7 @@ from jobledger.ledger.subscriber import SUBSCRIPTIONS
 from jobledger.projections.engine.registry import VIEW_NAMES
 from jobledger.projections.slots import SLOTS, collection_name
 from jobledger.workers.cleanup import FILE_REMOVALS
-from jobledger.workers.path_reservations import COLLECTION as RESULT_PATHS
+from jobledger.workers.results.path_reservations import COLLECTION as RESULT_PATHS
 
 _MUTABLE_COLLECTIONS: Final = (
     API_KEYS,

@@ -34,7 +34,7 @@ CONTAIN_FOREIGN_CODE = {
     "workers/child/attempt.py": "any exception of a processor fails its job, not the process that reports it",
     "workers/child/failures.py": "attributes and details of a foreign exception may raise anything when they are read",
     "workers/child/containment.py": "a closed coroutine of a processor may raise anything; the worker goes on",
-    "workers/result_conversion.py": "a __str__ of a foreign class may raise anything, but a text is required",
+    "workers/results/conversion.py": "a __str__ of a foreign class may raise anything, but a text is required",
     "workers/child/main.py": "the worker is told about any failure of the process or its connection",
     "workers/child/fork_server.py": "a module that raises on import must not end the process for all job types",
     "workers/registry.py": "a plug-in that raises when it is loaded makes only its own job type unusable",

@@ -24,13 +24,13 @@ PATH_OF_A_JOB = (
     "projections.engine.writer",
     "projections.views.jobs",
     "projections.views.queue",
-    "workers.claimer",
-    "workers.claim_queue",
-    "workers.executor",
+    "workers.claims.claimer",
+    "workers.claims.claim_queue",
+    "workers.attempts.executor",
     "workers.child.process",
     "workers.processor",
-    "workers.attempt_writer",
-    "workers.outcome_recorder",
+    "workers.attempts.attempt_writer",
+    "workers.attempts.outcome_recorder",
 )
 """From the request to the completed job: the modules that a submitted job passes, in this order."""
 

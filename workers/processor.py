@@ -1,7 +1,7 @@
 """The interface between processors and Jobledger.
 
-A processor implements one job type. It imports only this module, or the same names from `jobledger`. `executor.py` runs
-processors, in job processes or inline.
+A processor implements one job type. It imports only this module, or the same names from `jobledger`.
+`attempts/executor.py` runs processors, in job processes or inline.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 
-from jobledger.workers.child.confinement import UNUSABLE_PROCESSORS, build_job_environment
 from jobledger.workers.processor import Processor
+from jobledger.workers.sandbox.confinement import UNUSABLE_PROCESSORS, build_job_environment
 
 ENTRY_POINT_GROUP: Final = "jobledger.processors"
 LOAD_SECONDS: Final = 30.0

@@ -10,8 +10,8 @@ from pydantic import AfterValidator, Field
 
 from jobledger.ledger.net.url_policy import validate_host_or_network
 from jobledger.ledger.system.settings_section import SettingsSection
-from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.registry import load_processors, unusable_job_types
+from jobledger.workers.sandbox.confinement import ConfinementSettings
 
 
 def _check_job_types(limits: dict[str, int]) -> dict[str, int]:

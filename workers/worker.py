@@ -1,6 +1,7 @@
 """The worker process. It claims jobs and runs as many of them as it has slots.
 
-The change stream, timers and free slots wake one claim loop. `claim_queue.py` decides which jobs it tries to claim.
+The change stream, timers and free slots wake one claim loop. `claims/claim_queue.py` decides which jobs it tries to
+claim.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.workers import lease_reaper
-from jobledger.workers.attempt_dependencies import AttemptDependencies
-from jobledger.workers.claim_queue import CLAIMER_EVENT_TYPES, ClaimQueue
-from jobledger.workers.claimer import Claimer
-from jobledger.workers.directory_removal import removal_executor
-from jobledger.workers.executor import JobExecutor
+from jobledger.workers.attempts.dependencies import AttemptDependencies
+from jobledger.workers.attempts.executor import JobExecutor
+from jobledger.workers.attempts.shared_step_finder import StepCache
+from jobledger.workers.claims.claim_queue import CLAIMER_EVENT_TYPES, ClaimQueue
+from jobledger.workers.claims.claimer import Claimer
 from jobledger.workers.lease_reaper import LeaseReaper
-from jobledger.workers.machine_health import CHECKS, WorkerHealth, check_descriptors
-from jobledger.workers.path_reservations import PathReservations
+from jobledger.workers.machine.directory_removal import removal_executor
+from jobledger.workers.machine.health import CHECKS, WorkerHealth, check_descriptors
+from jobledger.workers.machine.scratch import ScratchDirectory
 from jobledger.workers.registry import load_processors
-from jobledger.workers.scratch import ScratchDirectory
+from jobledger.workers.results.path_reservations import PathReservations
 from jobledger.workers.settings import WorkerSettings
-from jobledger.workers.step_cache import StepCache
 
 _log = structlog.get_logger()
 _T = TypeVar("_T")

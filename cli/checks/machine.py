@@ -14,8 +14,8 @@ from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import JobledgerError
 from jobledger.ledger.mongo.embedded import find_mongod
 from jobledger.ledger.system.disk_space import MIB, free_bytes, nearest_existing_directory
-from jobledger.workers.child import confinement
-from jobledger.workers.machine_health import MachineFailure
+from jobledger.workers.machine.health import MachineFailure
+from jobledger.workers.machine.scratch import ScratchDirectory
 from jobledger.workers.registry import (
     ProcessorUnusable,
     check_plugins,
@@ -25,8 +25,7 @@ from jobledger.workers.registry import (
     load_processors,
     unusable_job_types,
 )
-from jobledger.workers.sandbox import restrictions, runner
-from jobledger.workers.scratch import ScratchDirectory
+from jobledger.workers.sandbox import confinement, restrictions, runner
 
 _LIBRARIES: Final = {"av": "video and audio", "pypdfium2": "PDF slides", "PIL": "images", "trafilatura": "web pages"}
 

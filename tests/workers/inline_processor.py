@@ -57,5 +57,5 @@ def install_processor(
     }
     monkeypatch.setattr("jobledger.workers.registry.load_processors", lambda: processors)
     monkeypatch.setattr("jobledger.workers.worker.load_processors", lambda: processors)
-    for module in ("jobledger.workers.message_handler", "jobledger.workers.step_cache"):
+    for module in ("jobledger.workers.attempts.message_handler", "jobledger.workers.attempts.shared_step_finder"):
         monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 1")

@@ -21,9 +21,9 @@ from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import queue
 from jobledger.projections.views.queue import QueueEntry
-from jobledger.workers import claim_queue as claiming
-from jobledger.workers.claim_queue import ClaimQueue
-from jobledger.workers.claim_ranking import ClaimDelay, list_higher_ranked
+from jobledger.workers.claims import claim_queue as claiming
+from jobledger.workers.claims.claim_queue import ClaimQueue
+from jobledger.workers.claims.claim_ranking import ClaimDelay, list_higher_ranked
 from jobledger.workers.processor import JobContext, Results
 from tests.support.ledger_setup import load_event_documents
 from tests.support.polling import poll_until
@@ -104,7 +104,7 @@ async def test_job_left_to_other_workers_is_tried_after_the_claim_delay(
     claims: ClaimQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("jobledger.workers.claim_queue.time.monotonic", lambda: now)
+    monkeypatch.setattr("jobledger.workers.claims.claim_queue.time.monotonic", lambda: now)
     rows = make_rows((JOBS_OF_OTHERS[0], 5), (OWN_JOBS[0], 1))
     assert select_jobs(claims, rows) == []
     now += 0.2
@@ -117,7 +117,7 @@ async def test_job_is_left_to_higher_ranked_workers_while_they_claim(
     claims: ClaimQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("jobledger.workers.claim_queue.time.monotonic", lambda: now)
+    monkeypatch.setattr("jobledger.workers.claims.claim_queue.time.monotonic", lambda: now)
     rows = make_rows((JOBS_OF_OTHERS[0], 1))
     for position in range(1, 10):
         for worker in list_higher_ranked("w1", WORKERS, JOBS_OF_OTHERS[0]):
@@ -139,7 +139,7 @@ async def test_job_is_left_to_higher_ranked_workers_while_they_claim(
 
 def test_claim_delay_follows_recent_claim_times(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("jobledger.workers.claim_queue.time.monotonic", lambda: now)
+    monkeypatch.setattr("jobledger.workers.claims.claim_queue.time.monotonic", lambda: now)
     delay = ClaimDelay()
 
     def record_claim(job_id: str, seconds: float, by: str = "w1") -> float:

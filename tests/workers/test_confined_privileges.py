@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobledger.workers.child import confinement
-from jobledger.workers.sandbox import restrictions, runner
+from jobledger.workers.sandbox import confinement, restrictions, runner
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.workers.system_calls import DEFINE_CALL, SYSTEM_CALL_NUMBERS
 

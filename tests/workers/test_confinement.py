@@ -16,8 +16,7 @@ import structlog
 
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.mongo.embedded_lock import wait_until
-from jobledger.workers.child import confinement
-from jobledger.workers.sandbox import restrictions
+from jobledger.workers.sandbox import confinement, restrictions
 from tests.support.installation import Installation, assert_one_line_error, http_client, list_descendants
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.workers.system_calls import DEFINE_CALL, SYSTEM_CALL_NUMBERS

@@ -21,13 +21,13 @@ import pytest
 from jobledger.ledger.domain.commands import CancelJob
 from jobledger.ledger.domain.events import JobClaimed
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.workers import process_runner
+from jobledger.workers.attempts import process_runner
+from jobledger.workers.attempts.process_runner import ProcessRunner
 from jobledger.workers.child import fork_server_client
 from jobledger.workers.child import process as job_process
 from jobledger.workers.child.fork_server import _Server
 from jobledger.workers.child.messages import MessageEnvelope, encode_frame
 from jobledger.workers.child.process import JobProcess
-from jobledger.workers.process_runner import ProcessRunner
 from jobledger.workers.sandbox import restrictions
 from tests.support.installation import list_descendants
 from tests.support.job_processes import has_exited, list_own_job_processes, parent_pid

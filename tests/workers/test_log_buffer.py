@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobledger.ledger.domain.limits import LOG_ENTRY_OVERHEAD_BYTES, MAX_JOB_LOG_BYTES
-from jobledger.workers.log_buffer import BURST_BYTES, FLOOD_TAIL_ENTRIES, MIN_ATTEMPT_BYTES, LogBuffer
+from jobledger.workers.attempts.log_buffer import BURST_BYTES, FLOOD_TAIL_ENTRIES, MIN_ATTEMPT_BYTES, LogBuffer
 
 WIDTH = 1000
 DAY = 24 * 3600
@@ -16,7 +16,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr("jobledger.workers.log_buffer.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("jobledger.workers.attempts.log_buffer.time.monotonic", lambda: self.now)
 
 
 def log_lines(buffer: LogBuffer, clock: Clock, *, lines: int, seconds: float) -> list[str]:

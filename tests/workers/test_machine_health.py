@@ -18,10 +18,10 @@ from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.lease import Lease, LeaseObservation
 from jobledger.ledger.store.command_handler import new_job_id
-from jobledger.workers import machine_health as health
-from jobledger.workers import process_runner
-from jobledger.workers.machine_health import MachineFailure, WorkerHealth, find_machine_failure
-from jobledger.workers.scratch import ScratchDirectory
+from jobledger.workers.attempts import process_runner
+from jobledger.workers.machine import health
+from jobledger.workers.machine.health import MachineFailure, WorkerHealth, find_machine_failure
+from jobledger.workers.machine.scratch import ScratchDirectory
 from tests.support.polling import poll_until
 from tests.support.role_runner import WorkerOptions, make_echo_job, run_roles_in_process
 from tests.workers.misbehaving_processors import misbehaving_processors

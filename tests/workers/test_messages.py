@@ -26,7 +26,7 @@ from jobledger.workers.child.messages import (
     encode_frame,
 )
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.result_conversion import MAX_TEXT_LENGTH, MAX_VALUE_BYTES, to_json, to_text
+from jobledger.workers.results.conversion import MAX_TEXT_LENGTH, MAX_VALUE_BYTES, to_json, to_text
 
 
 @pytest.mark.parametrize("value", [b"[]", b"{}", b"0", b'""', b'[0,{"a":[]}]'])

@@ -16,9 +16,9 @@ from jobledger.ledger.domain.events import JobLogged, StepCompleted
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.command_handler import CommandResult, handle_command_until_known
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers import attempt_timeout as time_limit
-from jobledger.workers import attempt_writer
-from jobledger.workers.result_conversion import to_text
+from jobledger.workers.attempts import attempt_timeout as time_limit
+from jobledger.workers.attempts import attempt_writer
+from jobledger.workers.results.conversion import to_text
 from tests.support import misbehaving
 from tests.support.polling import poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process

@@ -23,9 +23,9 @@ from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import CooperativeWork
-from jobledger.workers.attempt_timeout import AttemptTimeout
-from jobledger.workers.directory_removal import remove_tree
-from jobledger.workers.step_cache import StepCache
+from jobledger.workers.attempts.attempt_timeout import AttemptTimeout
+from jobledger.workers.attempts.shared_step_finder import StepCache
+from jobledger.workers.machine.directory_removal import remove_tree
 from tests.support.polling import poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 from tests.workers.misbehaving_processors import misbehaving_processors
@@ -56,8 +56,8 @@ def assert_digests_match(store: Path) -> None:
 async def test_job_waits_while_the_store_is_unavailable(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
-    monkeypatch.setattr("jobledger.workers.message_handler._STORE_RETRY_DELAYS", (0.2,))
+    monkeypatch.setattr("jobledger.workers.attempts.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
+    monkeypatch.setattr("jobledger.workers.attempts.message_handler._STORE_RETRY_DELAYS", (0.2,))
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT)
     ) as roles:
@@ -111,8 +111,8 @@ async def test_worker_without_its_store_claims_nothing(
     monkeypatch: pytest.MonkeyPatch,
     replace: Callable[[Path], None],
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.message_handler._STORE_RETRY_DELAYS", (0.1,))
-    monkeypatch.setattr("jobledger.workers.machine_health.MIN_BACKOFF_SECONDS", 0.1)
+    monkeypatch.setattr("jobledger.workers.attempts.message_handler._STORE_RETRY_DELAYS", (0.1,))
+    monkeypatch.setattr("jobledger.workers.machine.health.MIN_BACKOFF_SECONDS", 0.1)
     options = WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=4)
     async with run_roles_in_process(connection, store, projector=True, worker=options) as roles:
         assert roles.worker is not None
@@ -137,7 +137,7 @@ async def test_worker_without_its_store_claims_nothing(
 async def test_inbox_file_that_cannot_be_opened_is_retried(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, job_type: str
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.message_handler._STORE_RETRY_DELAYS", (0.1,))
+    monkeypatch.setattr("jobledger.workers.attempts.message_handler._STORE_RETRY_DELAYS", (0.1,))
     open_file, failed = os.open, list[str]()
 
     def fail(path: Any, *arguments: Any, **options: Any) -> int:
@@ -169,7 +169,7 @@ async def test_every_error_of_the_store_is_retried(
         return adopt(self, file, target)
 
     monkeypatch.setattr(DirectoryStore, "_write", fail)
-    monkeypatch.setattr("jobledger.workers.message_handler._STORE_RETRY_DELAYS", (0.01,))
+    monkeypatch.setattr("jobledger.workers.attempts.message_handler._STORE_RETRY_DELAYS", (0.01,))
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT)
     ) as roles:
@@ -230,7 +230,7 @@ async def test_time_limit_excludes_the_wait_for_a_shared_step(
         await asyncio.sleep(2)
         return await find_shared_step(self, *arguments, **options)
 
-    monkeypatch.setattr("jobledger.workers.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
+    monkeypatch.setattr("jobledger.workers.attempts.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
     monkeypatch.setattr(StepCache, "find_shared_step", find_slowly)
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT)
@@ -312,7 +312,7 @@ async def test_end_of_job_is_recorded_before_its_directory_is_removed(
                 yield
         yield from remove_tree(path)
 
-    monkeypatch.setattr("jobledger.workers.executor.remove_tree", remove_slowly)
+    monkeypatch.setattr("jobledger.workers.attempts.executor.remove_tree", remove_slowly)
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=6)
     ) as roles:
@@ -349,7 +349,7 @@ async def test_attempt_can_be_cancelled_while_the_previous_directory_is_removed(
             yield
         yield from remove_tree(path)
 
-    monkeypatch.setattr("jobledger.workers.executor.remove_tree", remove_slowly)
+    monkeypatch.setattr("jobledger.workers.attempts.executor.remove_tree", remove_slowly)
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=2)
     ) as roles:
@@ -387,7 +387,7 @@ class HangingEventStore(EventStore):
 async def test_time_limit_excludes_the_wait_for_the_database(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
+    monkeypatch.setattr("jobledger.workers.attempts.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
     async with run_roles_in_process(
         connection,
         store,
@@ -422,7 +422,7 @@ async def test_time_limit_continues_during_short_requests() -> None:
 
 
 async def test_time_limit_pauses_while_a_request_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.workers.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
+    monkeypatch.setattr("jobledger.workers.attempts.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
     expired = asyncio.Event()
     limit = AttemptTimeout(0.6, expired.set)
     limit.start()

@@ -20,7 +20,7 @@ from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.projections.views import files
 from jobledger.workers.processor import JobContext, ProcessorError, Results
 from jobledger.workers.processors.session.result_layout import build_layout
-from jobledger.workers.result_paths import MAX_PART_BYTES, generate_candidates, normalize_path
+from jobledger.workers.results.paths import MAX_PART_BYTES, generate_candidates, normalize_path
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 from tests.workers.inline_processor import install_processor
 

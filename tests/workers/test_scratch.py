@@ -16,14 +16,14 @@ import pytest
 import structlog
 
 from jobledger.ledger.system.cooperative_threads import run_to_completion
-from jobledger.workers.directory_removal import ENTRIES_PER_TURN, remove_tree
-from jobledger.workers.machine_health import MachineFailure
-from jobledger.workers.scratch import ScratchDirectory
+from jobledger.workers.machine.directory_removal import ENTRIES_PER_TURN, remove_tree
+from jobledger.workers.machine.health import MachineFailure
+from jobledger.workers.machine.scratch import ScratchDirectory
 
 HOLD_SCRATCH = """
 import sys, time
 from pathlib import Path
-from jobledger.workers.scratch import ScratchDirectory
+from jobledger.workers.machine.scratch import ScratchDirectory
 scratch = ScratchDirectory(Path(sys.argv[1]))
 scratch.prepare()
 attempt = scratch.new_attempt_path("job-1", 1)
@@ -129,7 +129,7 @@ def test_concurrent_scratch_checks_close_no_descriptor_twice(tmp_path: Path, mon
     scratch.prepare()
     (tmp_path / "root").rename(tmp_path / "away")
     (tmp_path / "root").write_text("a file where the directory was")
-    monkeypatch.setattr("jobledger.workers.scratch.os.close", close_slowly)
+    monkeypatch.setattr("jobledger.workers.machine.scratch.os.close", close_slowly)
     with ThreadPoolExecutor(8) as threads:
         errors = [check.exception() for check in [threads.submit(scratch.check) for _ in range(8)]]
     assert [type(error) for error in errors] == [MachineFailure] * 8
@@ -208,7 +208,7 @@ def fill_deeply(tree: Path) -> None:
 def test_remove_tree_works_in_turns_with_constant_memory(
     tmp_path: Path, fill: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.directory_removal.ENTRIES_PER_TURN", 40)
+    monkeypatch.setattr("jobledger.workers.machine.directory_removal.ENTRIES_PER_TURN", 40)
     tree = tmp_path / "tree"
     tree.mkdir()
     fill(tree)
@@ -240,7 +240,7 @@ def test_check_does_not_wait_for_the_removal_of_stale_directories(tmp_path: Path
 
 
 def test_close_does_not_wait_for_the_removal_of_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.workers.scratch._CLOSE_SECONDS", 0)
+    monkeypatch.setattr("jobledger.workers.machine.scratch._CLOSE_SECONDS", 0)
     scratch = ScratchDirectory(tmp_path)
     scratch.prepare()
     assert scratch.path is not None

@@ -16,7 +16,7 @@ from jobledger.ledger.domain.events import JobAttemptFailed, JobClaimed, JobComp
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers.attempt_writer import FLUSH_INTERVAL_SECONDS
+from jobledger.workers.attempts.attempt_writer import FLUSH_INTERVAL_SECONDS
 from jobledger.workers.processor import JobContext, ProcessorError, Results
 from tests.support.polling import poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process

@@ -57,7 +57,7 @@ async def test_cancellation_before_claim_result_arrives_cancels_job(
             await release.wait()
         return result
 
-    monkeypatch.setattr("jobledger.workers.claimer.handle_command", respond_late)
+    monkeypatch.setattr("jobledger.workers.claims.claimer.handle_command", respond_late)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
         job_id = await roles.submit({"seconds": 60})
         await claimed.wait()

@@ -29,11 +29,11 @@ from jobledger.ledger.domain.limits import MAX_STEP_WARNING_BYTES
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.file_store import StoredFile
 from jobledger.workers.child import messages
-from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.failures import failure_from_exception
 from jobledger.workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
-from jobledger.workers.result_conversion import InvalidResult, safe_str, to_json, to_text, type_name
-from jobledger.workers.result_paths import normalize_path
+from jobledger.workers.results.conversion import InvalidResult, safe_str, to_json, to_text, type_name
+from jobledger.workers.results.paths import normalize_path
+from jobledger.workers.sandbox.confinement import ConfinementSettings
 
 T = TypeVar("T")
 SendMessage = Callable[[messages.Message], Coroutine[Any, Any, Any]]

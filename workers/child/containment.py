@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from jobledger.workers.result_conversion import to_text, type_name
+from jobledger.workers.results.conversion import to_text, type_name
 
 T = TypeVar("T")
 _log = structlog.get_logger()

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from jobledger.workers.child.messages import AttemptFailed
 from jobledger.workers.processor import JSON, ProcessorError
-from jobledger.workers.result_conversion import InvalidResult, format_validation_error, to_json, to_text, type_name
+from jobledger.workers.results.conversion import InvalidResult, format_validation_error, to_json, to_text, type_name
 
 T = TypeVar("T")
 _MACHINE_ERRORS: Final = frozenset(

@@ -20,8 +20,8 @@ from importlib import import_module
 from typing import Final
 
 from jobledger.workers.child import supervisor
-from jobledger.workers.child.confinement import detect_mount_support
 from jobledger.workers.sandbox import restrictions
+from jobledger.workers.sandbox.confinement import detect_mount_support
 from jobledger.workers.sandbox.process_tree import kill_children
 
 READY: Final = b"ready"

@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from jobledger.workers.child import fork_server
-from jobledger.workers.child.confinement import build_job_environment
+from jobledger.workers.sandbox.confinement import build_job_environment
 
 _log = structlog.get_logger()
 START_SECONDS: Final = 20.0

@@ -24,7 +24,6 @@ import orjson
 
 from jobledger.ledger.domain.limits import MAX_FILE_BYTES
 from jobledger.workers.child.attempt import Assignment, run_attempt
-from jobledger.workers.child.confinement import confine, find_paths
 from jobledger.workers.child.containment import Containment, new_event_loop
 from jobledger.workers.child.failures import failure_from_exception
 from jobledger.workers.child.messages import (
@@ -39,7 +38,8 @@ from jobledger.workers.child.messages import (
 )
 from jobledger.workers.processor import Processor, ProcessorError
 from jobledger.workers.registry import get_processor, shared_directories
-from jobledger.workers.result_conversion import to_text
+from jobledger.workers.results.conversion import to_text
+from jobledger.workers.sandbox.confinement import confine, find_paths
 from jobledger.workers.sandbox.restrictions import limit_resource
 
 _MAX_ENTRIES_PER_MESSAGE: Final = 500

@@ -15,7 +15,7 @@ import orjson
 from pydantic import Field, TypeAdapter, ValidationError
 
 from jobledger.workers.processor import JSON, LogLevel
-from jobledger.workers.result_conversion import format_validation_error, to_text
+from jobledger.workers.results.conversion import format_validation_error, to_text
 
 FRAME_HEADER: Final = struct.Struct(">I")
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024  # maximum size of a frame that the worker accepts

@@ -22,7 +22,7 @@ from typing import Final
 
 import structlog
 
-from jobledger.workers.scratch import ensure_private_directory
+from jobledger.workers.machine.scratch import ensure_private_directory
 
 _log = structlog.get_logger()
 _POLL_SECONDS: Final = 0.1

@@ -19,15 +19,15 @@ from jobledger.ledger.domain.commands import CompleteStep
 from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
 from jobledger.ledger.domain.events import ResultFile
 from jobledger.ledger.domain.saved_files import find_saved_files
-from jobledger.workers.attempt_dependencies import AttemptDependencies
-from jobledger.workers.attempt_timeout import AttemptTimeout
-from jobledger.workers.attempt_writer import AttemptWriter, EventNotStorable
+from jobledger.workers.attempts.attempt_timeout import AttemptTimeout
+from jobledger.workers.attempts.attempt_writer import AttemptWriter, EventNotStorable
+from jobledger.workers.attempts.dependencies import AttemptDependencies
 from jobledger.workers.child import messages
 from jobledger.workers.child.attempt import Assignment
-from jobledger.workers.machine_health import find_machine_failure
+from jobledger.workers.machine.health import find_machine_failure
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
 from jobledger.workers.registry import processor_version
-from jobledger.workers.result_conversion import to_text
+from jobledger.workers.results.conversion import to_text
 
 _log = structlog.get_logger()
 _MAX_CONCURRENT_INGESTS: Final = 2  # of one attempt

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import Any, Final, TypeVar
 
-from jobledger.workers.attempt_timeout import AttemptTimeout
+from jobledger.workers.attempts.attempt_timeout import AttemptTimeout
+from jobledger.workers.attempts.message_handler import MessageHandler, SavedFileLost
 from jobledger.workers.child.attempt import Assignment
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, MessageEnvelope
 from jobledger.workers.child.process import JobProcess, ProcessFailed
-from jobledger.workers.machine_health import MachineFailure, disk_timeout_failure, find_machine_failure
-from jobledger.workers.message_handler import MessageHandler, SavedFileLost
+from jobledger.workers.machine.health import MachineFailure, disk_timeout_failure, find_machine_failure
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.result_conversion import to_text
+from jobledger.workers.results.conversion import to_text
 
 _T = TypeVar("_T")
 DISK_TIMEOUT_SECONDS = 30.0

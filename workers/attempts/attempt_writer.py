@@ -17,9 +17,9 @@ from jobledger.ledger.domain.events import EventMetadata, Failure, WorkerFenced
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import StreamState, handle_command_until_known
 from jobledger.ledger.store.event_store import EventStore
+from jobledger.workers.attempts.log_buffer import LogBuffer
 from jobledger.workers.child.messages import RawLogEntry
-from jobledger.workers.log_buffer import LogBuffer
-from jobledger.workers.result_conversion import to_text
+from jobledger.workers.results.conversion import to_text
 
 _log = structlog.get_logger()
 FLUSH_INTERVAL_SECONDS: Final = 0.5

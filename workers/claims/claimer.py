@@ -15,7 +15,7 @@ from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import CommandResult, StreamState, handle_command, load_stream_state
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers.claim_queue import ClaimQueue
+from jobledger.workers.claims.claim_queue import ClaimQueue
 
 _log = structlog.get_logger()
 

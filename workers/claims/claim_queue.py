@@ -29,7 +29,7 @@ from jobledger.ledger.store.command_handler import StreamState, load_stream_stat
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.views import queue
-from jobledger.workers.claim_ranking import ClaimDelay, list_higher_ranked
+from jobledger.workers.claims.claim_ranking import ClaimDelay, list_higher_ranked
 
 CLAIMABLE_EVENT_TYPES: Final = frozenset(
     {"JobSubmitted", "JobAttemptFailed", "JobLeaseExpired", "JobReleased", "JobRestarted", "JobUpdated"}

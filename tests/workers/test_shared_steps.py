@@ -111,7 +111,7 @@ async def test_step_of_other_processor_version_is_not_reused(
     roles: RunningRoles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await run_job(roles, "de")
-    for module in ("jobledger.workers.message_handler", "jobledger.workers.step_cache"):
+    for module in ("jobledger.workers.attempts.message_handler", "jobledger.workers.attempts.shared_step_finder"):
         monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 2")
     second = await run_job(roles, "fr")
     assert lookups == {"talk": 2}

@@ -14,13 +14,13 @@ from jobledger.ledger.domain.commands import CompleteJob, ConfirmCancel, FailAtt
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import Asset, Failure, JobResults, ResultFile, ResultMetadata
 from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES
-from jobledger.workers.attempt_dependencies import AttemptDependencies
-from jobledger.workers.attempt_writer import AttemptFenced, AttemptWriter
+from jobledger.workers.attempts.attempt_writer import AttemptFenced, AttemptWriter
+from jobledger.workers.attempts.dependencies import AttemptDependencies
+from jobledger.workers.attempts.message_handler import MessageHandler
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed
-from jobledger.workers.machine_health import MachineFailure
-from jobledger.workers.message_handler import MessageHandler
+from jobledger.workers.machine.health import MachineFailure
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
-from jobledger.workers.result_conversion import format_validation_error, to_text
+from jobledger.workers.results.conversion import format_validation_error, to_text
 
 _log = structlog.get_logger()
 _FILES_URL: Final = "/api/events/files/"

@@ -17,7 +17,7 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import files
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.result_paths import generate_candidates, normalize_path
+from jobledger.workers.results.paths import generate_candidates, normalize_path
 
 COLLECTION: Final = "result_paths"
 

@@ -20,18 +20,18 @@ import structlog
 
 from jobledger.ledger.store.command_handler import StreamState
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
-from jobledger.workers import process_runner
-from jobledger.workers.attempt_dependencies import AttemptDependencies
-from jobledger.workers.attempt_timeout import AttemptTimeout
-from jobledger.workers.attempt_writer import AttemptFenced, AttemptWriter
+from jobledger.workers.attempts import process_runner
+from jobledger.workers.attempts.attempt_timeout import AttemptTimeout
+from jobledger.workers.attempts.attempt_writer import AttemptFenced, AttemptWriter
+from jobledger.workers.attempts.dependencies import AttemptDependencies
+from jobledger.workers.attempts.message_handler import MessageHandler
+from jobledger.workers.attempts.outcome_recorder import Outcome, OutcomeRecorder, StopReason, worker_fault
+from jobledger.workers.attempts.process_runner import ProcessRunner, run_blocking
 from jobledger.workers.child.attempt import Assignment, run_attempt
 from jobledger.workers.child.containment import Containment, outside_containment
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message
-from jobledger.workers.directory_removal import removal_executor, remove_tree
-from jobledger.workers.machine_health import CHECKS, MachineFailure, find_failure, find_machine_failure
-from jobledger.workers.message_handler import MessageHandler
-from jobledger.workers.outcome_recorder import Outcome, OutcomeRecorder, StopReason, worker_fault
-from jobledger.workers.process_runner import ProcessRunner, run_blocking
+from jobledger.workers.machine.directory_removal import removal_executor, remove_tree
+from jobledger.workers.machine.health import CHECKS, MachineFailure, find_failure, find_machine_failure
 from jobledger.workers.registry import get_processor
 
 _log = structlog.get_logger()

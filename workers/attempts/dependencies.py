@@ -8,11 +8,11 @@ from typing import Any
 
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers.machine_health import WorkerHealth
-from jobledger.workers.path_reservations import PathReservations
-from jobledger.workers.scratch import ScratchDirectory
+from jobledger.workers.attempts.shared_step_finder import StepCache
+from jobledger.workers.machine.health import WorkerHealth
+from jobledger.workers.machine.scratch import ScratchDirectory
+from jobledger.workers.results.path_reservations import PathReservations
 from jobledger.workers.settings import WorkerSettings
-from jobledger.workers.step_cache import StepCache
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from typing import Final
 import structlog
 
 from jobledger.ledger.system.cooperative_threads import CooperativeWork
-from jobledger.workers.directory_removal import remove_tree
-from jobledger.workers.machine_health import MachineFailure
+from jobledger.workers.machine.directory_removal import remove_tree
+from jobledger.workers.machine.health import MachineFailure
 
 _log = structlog.get_logger()
 _STALE_PREFIX: Final = "removing-"
