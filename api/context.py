@@ -30,8 +30,8 @@ from jobledger.ledger.net.url_policy import AllowedHosts
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.disk_space import DiskSpaceMonitor
-from jobledger.projections.engine.checkpoint import Checkpoint
-from jobledger.projections.engine.health import StallDetector
+from jobledger.projections.engine.checkpoint import CheckpointFollower
+from jobledger.projections.engine.stalls import StallDetector
 from jobledger.projections.slots import Views
 
 _SHORT_WAIT_SECONDS: Final = 1.0
@@ -56,7 +56,7 @@ class ApiContext:
 
     db: Database
     event_store: EventStore
-    checkpoint: Checkpoint
+    checkpoint: CheckpointFollower
     change_stream: ChangeStream
     file_store: FileStore
     job_types: Mapping[str, type[BaseModel]]
@@ -139,7 +139,7 @@ async def _wait_for_position(request: Request, position: int) -> bool:
         return is_allowed and await _wait_for_checkpoint(ctx.checkpoint, position, _VIEW_WAIT_SECONDS)
 
 
-async def _wait_for_checkpoint(checkpoint: Checkpoint, position: int, seconds: float) -> bool:
+async def _wait_for_checkpoint(checkpoint: CheckpointFollower, position: int, seconds: float) -> bool:
     try:
         async with asyncio.timeout(seconds):
             await checkpoint.wait_for_position(position)

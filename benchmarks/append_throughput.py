@@ -17,7 +17,7 @@ from jobledger.ledger.store.event_store import EventStore
 
 CONCURRENCY = 1000
 PROCESSES = 8
-GROUP_SIZE = CONCURRENCY // 4
+CALLERS_EACH = CONCURRENCY // 4
 """Concurrent callers in each of the processes, and documents in each insert_many of theirs."""
 
 
@@ -43,14 +43,14 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
             await _measure_latency(db, event_store, rounds * 40),
         ]
         processes = await compare_rates(
-            f"append: {PROCESSES} processes, {GROUP_SIZE} callers; driver: insert_many of {GROUP_SIZE}",
+            f"append: {PROCESSES} processes, {CALLERS_EACH} callers; driver: insert_many of {CALLERS_EACH}",
             lambda: _write_in_processes(connection, "baseline", events // PROCESSES),
             lambda: _write_in_processes(connection, "jobledger", events // PROCESSES),
             rounds=max(2, rounds // 2),
             min_ratio=0.6,
         )
         voided = await db.events.count_documents({"stream": VOID_STREAM})
-        share = f"{voided} of {await event_store.head_position():,} positions were voided"
+        share = f"{voided} of {await event_store.read_head_position():,} positions were voided"
     return [*results, replace(processes, notes=(share,))]
 
 
@@ -63,7 +63,7 @@ async def _measure_inserts(db: Database, events: int) -> float:
     documents = make_documents(events)
     with Stopwatch() as watch:
         await _insert(db, documents, size=CONCURRENCY)
-    return watch.rate(events)
+    return watch.compute_rate(events)
 
 
 async def _insert(db: Database, documents: Sequence[Document], *, size: int) -> None:
@@ -86,14 +86,14 @@ async def _measure_transactions(db: Database, events: int, *, callers: int) -> f
 
     with Stopwatch() as watch:
         await asyncio.gather(*(caller() for _ in range(callers)))
-    return watch.rate(events)
+    return watch.compute_rate(events)
 
 
 async def _measure_appends(event_store: EventStore, events: int, *, callers: int, size: int) -> float:
     appends = make_appends(events)
     with Stopwatch() as watch:
         await _append(event_store, appends, callers=callers, size=size)
-    return watch.rate(events)
+    return watch.compute_rate(events)
 
 
 async def _append(event_store: EventStore, appends: Sequence[StreamAppend], *, callers: int, size: int) -> None:
@@ -140,7 +140,7 @@ def _write(connection: Connection, writer: str, events: int, pipe: Pipe) -> None
 
 
 async def _write_events(connection: Connection, writer: str, events: int, pipe: Pipe) -> None:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         await client.admin.command("ping")
         event_store = EventStore(db)
@@ -152,7 +152,7 @@ async def _write_events(connection: Connection, writer: str, events: int, pipe: 
             document["_id"] = first + offset
         start = time.time()
         if writer == "jobledger":
-            await _append(event_store, appends, callers=GROUP_SIZE, size=1)
+            await _append(event_store, appends, callers=CALLERS_EACH, size=1)
         else:
-            await _insert(db, documents, size=GROUP_SIZE)
+            await _insert(db, documents, size=CALLERS_EACH)
         pipe.send((start, time.time()))

@@ -7,7 +7,7 @@ from itertools import count
 
 from jobledger.ledger.domain.events import EventMetadata, JobProgressed
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_documents
 
 _META = EventMetadata("worker:bench-1", correlation_id="batch-674272d0c1a5e8b3f2a90b11")
@@ -19,7 +19,7 @@ def make_appends(number: int) -> list[StreamAppend]:
     now = datetime.now(UTC)
     return [
         StreamAppend(
-            new_job_id(),
+            create_job_id(),
             StreamHead(),
             [JobProgressed(attempt=1, step="slides", percent=n % 100, message=f"page {n}")],
             _META,

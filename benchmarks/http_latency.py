@@ -25,17 +25,17 @@ from benchmarks.measurement import (
     Result,
     Stopwatch,
     compare_rates,
+    compute_percentile,
     format_latencies,
     open_empty_database,
-    percentile,
 )
 from benchmarks.processes import Pipe, run_processes, run_role
 from jobledger.ledger.domain.events import JobCancelled, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import jobs
-from jobledger.projections.views.statistics import counters_for_job
+from jobledger.projections.views.statistics import get_job_counters
 
 FEW_JOBS = 1000
 JOBS_PER_REQUESTED_EVENT = 50
@@ -83,10 +83,13 @@ async def run_at_scale(connection: Connection, *, events: int, rounds: int) -> l
             f"http-scale: {name}: {many_jobs:,} jobs; baseline: {FEW_JOBS:,} jobs",
             format_latencies(few),
             format_latencies(many),
-            percentile(many, 99) / percentile(few, 99),
-            (statistics.median(many) / statistics.median(few), percentile(many, 99) / percentile(few, 99)),
+            compute_percentile(many, 99) / compute_percentile(few, 99),
+            (
+                statistics.median(many) / statistics.median(few),
+                compute_percentile(many, 99) / compute_percentile(few, 99),
+            ),
             f"≤ {MAX_RATIO}",
-            percentile(many, 99) <= MAX_RATIO * percentile(few, 99),
+            compute_percentile(many, 99) <= MAX_RATIO * compute_percentile(few, 99),
         )
         for (name, few), many in zip(latencies[0].items(), latencies[1].values(), strict=True)
     ]
@@ -96,7 +99,7 @@ async def run_at_scale(connection: Connection, *, events: int, rounds: int) -> l
 async def _run_api(connection: Connection, jobs: int) -> AsyncIterator[tuple[int, list[Document]]]:
     """Run the API with the views of this number of jobs. Yield its port and one job of each thousand."""
     async with open_empty_database(connection) as (db, event_store):
-        await Projector(db, event_store, connection, Checkpoint(db), holder="bench").prepare()
+        await Projector(db, event_store, connection, CheckpointFollower(db), holder="bench").prepare()
         samples = await _fill(db, jobs)
         with tempfile.TemporaryDirectory() as store:
             async with run_processes(1, run_role, connection, Path(store), "api", 1) as [api]:
@@ -117,7 +120,7 @@ async def _fill(db: Database, number: int) -> list[Document]:
             for index in range(begin, min(begin + 1000, number))
         ]
         for job in page:
-            increments.update(counters_for_job(job))
+            increments.update(get_job_counters(job))
         samples.append(rng.choice(page))
         await db.jobs.insert_many(page, ordered=False)
     for (counter, field), amount in increments.items():
@@ -134,14 +137,14 @@ def _build_job(rng: random.Random, time: datetime, index: int) -> Document:
         batch_id=f"batch-{index // 500:024x}",
         user_id=f"user-{rng.randrange(50)}",
     )
-    document = jobs.fold(None, _recorded(submission, job_id, 1, time, 2 * index + 1))
+    document = jobs.fold(None, _record_event(submission, job_id, 1, time, 2 * index + 1))
     if index % 3:
-        document = jobs.fold(document, _recorded(JobCancelled(by="bench"), job_id, 2, time, 2 * index + 2))
+        document = jobs.fold(document, _record_event(JobCancelled(by="bench"), job_id, 2, time, 2 * index + 2))
     assert document is not None  # noqa: S101 - narrows the type
     return document
 
 
-def _recorded(
+def _record_event(
     event: JobSubmitted | JobCancelled, stream: str, version: int, time: datetime, position: int
 ) -> RecordedEvent:
     return RecordedEvent(
@@ -189,7 +192,7 @@ async def _measure_rate(port: int, path: str, requests: int) -> float:
 
     with Stopwatch() as watch:
         await asyncio.gather(*(client() for _ in range(CONNECTIONS)))
-    return watch.rate(requests // CONNECTIONS * CONNECTIONS)
+    return watch.compute_rate(requests // CONNECTIONS * CONNECTIONS)
 
 
 async def _get(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str) -> bytes:
@@ -207,7 +210,7 @@ async def _get(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path:
 
 def _serve_baseline(connection: Connection, pipe: Pipe) -> None:
     async def serve() -> None:
-        async with connection.client() as client:
+        async with connection.create_client() as client:
             db = client[connection.db_name]
 
             async def get_job(request: Request) -> Response:

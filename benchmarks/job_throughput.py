@@ -17,15 +17,15 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 from pymongo import MongoClient
 
-from benchmarks.measurement import Result, Stopwatch, compare_latencies, open_empty_database, percentile
+from benchmarks.measurement import Result, Stopwatch, compare_latencies, compute_percentile, open_empty_database
 from benchmarks.processes import Child, Pipe, run_processes, run_role
 from jobledger.cli.composition import Role
 from jobledger.ledger.domain.commands import SubmitJob
 from jobledger.ledger.domain.events import EventMetadata, JobCompleted, JobSubmitted
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Document
 from jobledger.ledger.store.change_stream import ChangeStream
-from jobledger.ledger.store.command_handler import StreamState, create_streams, handle_command, new_job_id
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.ledger.store.command_handler import StreamState, create_job_id, create_streams, handle_command
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.workers.processor import Isolation, JobContext, Results
 from jobledger.workers.registry import load_processors
 
@@ -120,15 +120,15 @@ async def _measure_pickup(connection: Connection, store: Path, number: int) -> l
             await asyncio.sleep(_PAUSE_SECONDS)
             started = time.time()
             await handle_command(
-                event_store, new_job_id(), SubmitJob(_build_job("clock")), meta=_META, stream_state=StreamState()
+                event_store, create_job_id(), SubmitJob(_build_job("clock")), meta=_META, stream_state=StreamState()
             )
             [completed] = await ends.next_chunk()
             jobledger_seconds.append(completed.data["results"]["metadata"]["started"] - started)
             await asyncio.sleep(_PAUSE_SECONDS)
-        cpu = await _cpu_percent([role.process for role in roles], 10)
+        cpu = await _measure_cpu_percent([role.process for role in roles], 10)
     baseline_seconds, jobledger_seconds = baseline_seconds[_WARM_UP_JOBS:], jobledger_seconds[_WARM_UP_JOBS:]
     comparison = compare_latencies("", baseline_seconds, jobledger_seconds, max_ratio=1)
-    p50, p99 = percentile(jobledger_seconds, 50) * 1000, percentile(jobledger_seconds, 99) * 1000
+    p50, p99 = compute_percentile(jobledger_seconds, 50) * 1000, compute_percentile(jobledger_seconds, 99) * 1000
     return [
         replace(
             comparison,
@@ -161,16 +161,16 @@ def _claim_baseline(connection: Connection, pipe: Pipe) -> None:
                 pipe.send(time.time())
 
 
-async def _cpu_percent(processes: Sequence[BaseProcess], seconds: float) -> list[float]:
+async def _measure_cpu_percent(processes: Sequence[BaseProcess], seconds: float) -> list[float]:
     """Return the CPU use of each process in percent of one core over a period without work."""
     await asyncio.sleep(1)
-    before = [_cpu_seconds(process) for process in processes]
+    before = [_read_cpu_seconds(process) for process in processes]
     await asyncio.sleep(seconds)
-    used = [_cpu_seconds(process) - start for process, start in zip(processes, before, strict=True)]
+    used = [_read_cpu_seconds(process) - start for process, start in zip(processes, before, strict=True)]
     return [100 * cpu / seconds for cpu in used]
 
 
-def _cpu_seconds(process: BaseProcess) -> float:
+def _read_cpu_seconds(process: BaseProcess) -> float:
     times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()  # man 5 proc
     return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -195,12 +195,12 @@ async def _drain_baseline(
                 for child in children:
                     await child.receive()
         assert await queue.count_documents({"status": "completed"}) == jobs  # noqa: S101 - checks the benchmark itself
-    return watch.rate(jobs)
+    return watch.compute_rate(jobs)
 
 
 def _run_baseline_worker(connection: Connection, concurrency: int, pipe: Pipe) -> None:
     async def worker() -> None:
-        async with connection.client() as client:
+        async with connection.create_client() as client:
             queue = client[connection.db_name].get_collection("queue", write_concern=DURABLE)
             oldest = [("priority", -1), ("created_at", 1)]
 
@@ -229,20 +229,20 @@ async def _measure_backlog(
     """
     baseline = None if files else await _drain_baseline(connection, jobs, workers)
     async with open_empty_database(connection) as (db, event_store):
-        changes, checkpoint = ChangeStream(db), Checkpoint(db)
+        changes, checkpoint = ChangeStream(db), CheckpointFollower(db)
         changes.add_listener(checkpoint)
         async with changes.running(), _run_roles(connection, store, workers=workers):
             due = datetime.now(UTC) + timedelta(seconds=6 + 2 * workers)  # when all jobs are submitted
             for begin in range(0, jobs, 1000):
                 commands = [SubmitJob(_build_job("echo", due, file=files)) for _ in range(min(1000, jobs - begin))]
-                await create_streams(event_store, [(new_job_id(), command) for command in commands], meta=_META)
-            head = await event_store.head_position()
+                await create_streams(event_store, [(create_job_id(), command) for command in commands], meta=_META)
+            head = await event_store.read_head_position()
             await checkpoint.wait_for_position(head)
             assert datetime.now(UTC) < due, "the machine is too slow for this benchmark"  # noqa: S101 - checks the benchmark itself
             await checkpoint.wait_for_position(head + 2 * jobs)
             position = head + 2 * jobs
             while await db.jobs.count_documents({"status": "completed"}) < jobs:  # voided positions count as well
-                position = max(position + 1, await event_store.head_position())
+                position = max(position + 1, await event_store.read_head_position())
                 await checkpoint.wait_for_position(position)
             rate = jobs / (datetime.now(UTC) - due).total_seconds()
         claims = await db.events.count_documents({"type": "JobClaimed"})

@@ -20,7 +20,7 @@ from jobledger.cli.view_maintenance import open_rebuild, rebuild_views
 from jobledger.ledger.domain import events as domain
 from jobledger.ledger.domain.events import Event, EventMetadata
 from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
+from jobledger.ledger.store.command_handler import create_batch_id, create_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_documents
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.store.export import export_log
@@ -60,7 +60,7 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
 async def _measure_rate(number: int, work: Callable[[], Awaitable[None]]) -> float:
     with Stopwatch() as watch:
         await work()
-    return watch.rate(number)
+    return watch.compute_rate(number)
 
 
 async def _read_cursor(db: Database) -> None:
@@ -85,7 +85,7 @@ async def _measure_rebuild(connection: Connection, number: int) -> float:
         await rebuild_views(connection, on_progress=lambda position, total: None)
     async with open_rebuild(connection) as rebuild:
         await rebuild.clear_shadow()  # the projector does this later, so it is not measured
-    return watch.rate(number)
+    return watch.compute_rate(number)
 
 
 # The log --------------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def _generate_documents() -> Iterator[Document]:
     """Yield the documents of batch after batch without end. The events of twenty jobs at a time are interleaved."""
     time = _START_TIME
     while True:
-        batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(_JOBS_PER_BATCH)]
+        batch_id, job_ids = create_batch_id(), [create_job_id() for _ in range(_JOBS_PER_BATCH)]
         meta = EventMetadata("user:bench", correlation_id=batch_id)
         batch = domain.BatchSubmitted(
             batch_name="Tag 1",
@@ -122,7 +122,7 @@ def _generate_documents() -> Iterator[Document]:
         yield from _build_stream(batch_id, [batch], meta, time)
         for begin in range(0, _JOBS_PER_BATCH, _INTERLEAVED_JOBS):
             streams = [
-                _build_stream(job_id, _job_events(job_id, batch_id, time), meta, time)
+                _build_stream(job_id, _build_job_events(job_id, batch_id, time), meta, time)
                 for job_id in job_ids[begin : begin + _INTERLEAVED_JOBS]
             ]
             for documents in zip(*streams, strict=True):
@@ -136,7 +136,7 @@ def _build_stream(stream: str, events: list[Event], meta: EventMetadata, time: d
     return documents
 
 
-def _job_events(job_id: str, batch_id: str, time: datetime) -> list[Event]:
+def _build_job_events(job_id: str, batch_id: str, time: datetime) -> list[Event]:
     title = "Wie aus einem Vortrag ein Text wird, den man lesen mag"
     parameters = {
         "session": f"{title} {job_id[-4:]}",

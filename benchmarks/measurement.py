@@ -73,7 +73,7 @@ async def compare_rates(
 def compare_latencies(name: str, baseline: Sequence[float], jobledger: Sequence[float], *, max_ratio: float) -> Result:
     """Compare the medians of two sets of latencies in seconds, lower is better."""
     ratio = statistics.median(jobledger) / statistics.median(baseline)
-    tail = percentile(jobledger, 99) / percentile(baseline, 99)
+    tail = compute_percentile(jobledger, 99) / compute_percentile(baseline, 99)
     return Result(
         name,
         format_latencies(baseline),
@@ -100,7 +100,7 @@ async def _alternate(baseline: RateFunction, jobledger: RateFunction, rounds: in
     return pairs
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
+def compute_percentile(values: Sequence[float], percent: float) -> float:
     """Return the value below which `percent` of the values lie."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
@@ -108,13 +108,13 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def format_latencies(seconds: Sequence[float]) -> str:
     """Return the median and the 99th percentile as text."""
-    return f"p50 {percentile(seconds, 50) * 1000:.2f} ms, p99 {percentile(seconds, 99) * 1000:.2f} ms"
+    return f"p50 {compute_percentile(seconds, 50) * 1000:.2f} ms, p99 {compute_percentile(seconds, 99) * 1000:.2f} ms"
 
 
 @asynccontextmanager
 async def open_empty_database(connection: Connection) -> AsyncIterator[tuple[Database, EventStore]]:
     """Yield the empty database of the benchmarks and its event store."""
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         await client.drop_database(connection.db_name)
         db = client[connection.db_name]
         event_store = EventStore(db)
@@ -133,7 +133,7 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self._begin
 
-    def rate(self, count: int) -> float:
+    def compute_rate(self, count: int) -> float:
         """Return the rate per second."""
         return count / self.seconds
 

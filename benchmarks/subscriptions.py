@@ -61,11 +61,11 @@ async def _read_change_stream(connection: Connection, db: Database, events: int)
                 seen = 0
                 while seen < events:
                     seen += await stream.try_next() is not None
-    return watch.rate(events)
+    return watch.compute_rate(events)
 
 
 async def _read_subscription(connection: Connection, db: Database, event_store: EventStore, events: int) -> float:
-    head = await event_store.head_position()
+    head = await event_store.read_head_position()
     changes = ChangeStream(db)
     changes.add_listener(event_store)
     async with (
@@ -79,7 +79,7 @@ async def _read_subscription(connection: Connection, db: Database, event_store: 
             while seen < events:
                 seen += _count_payloads(await subscription.next_chunk())
     await db.counters.update_one({"_id": "events"}, {"$max": {"next": head + events}}, upsert=True)
-    return watch.rate(events)
+    return watch.compute_rate(events)
 
 
 def _write(connection: Connection, collection: str, first: int, number: int, pipe: Pipe) -> None:
@@ -102,17 +102,17 @@ async def _read_cursor(db: Database) -> float:
         seen = 0
         async for _ in db.baseline.find({"_id": {"$gt": 0}}, sort=[("_id", 1)]):
             seen += 1
-    return watch.rate(seen)
+    return watch.compute_rate(seen)
 
 
 async def _read_history(event_store: EventStore) -> float:
-    head = await event_store.head_position()
+    head = await event_store.read_head_position()
     with Stopwatch() as watch:
         seen = 0
         async with event_store.subscribe(after=0) as subscription:
             while subscription.position < head:
                 seen += _count_payloads(await subscription.next_chunk())
-    return watch.rate(seen)
+    return watch.compute_rate(seen)
 
 
 def _count_payloads(events: Sequence[RecordedEvent]) -> int:
@@ -135,7 +135,7 @@ async def _measure_latency(db: Database, event_store: EventStore, number: int) -
     async with (
         await db.watch(_PIPELINE) as stream,
         changes.running(),
-        event_store.subscribe(after=await event_store.head_position()) as subscription,
+        event_store.subscribe(after=await event_store.read_head_position()) as subscription,
     ):
         await stream.try_next()
         for document, append in zip(

@@ -21,7 +21,7 @@ from jobledger.cli.settings import Settings
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.engine.projector import Projector
 from jobledger.workers.cleanup import Cleanup
 from jobledger.workers.registry import check_plugins, unusable_job_types
@@ -81,7 +81,7 @@ async def start_roles(
         db = await stack.enter_async_context(open_database(connection))
         store = await open_file_store(settings, db)
         event_store = EventStore(db)
-        checkpoint = Checkpoint(db)
+        checkpoint = CheckpointFollower(db)
         change_stream = ChangeStream(db, event_types=None if selected & _READS_ALL_EVENTS else SUBSCRIBED_EVENT_TYPES)
         change_stream.add_listener(checkpoint)
         await event_store.prepare()

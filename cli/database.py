@@ -70,7 +70,7 @@ async def open_database(connection: Connection) -> AsyncIterator[Database]:
     Raises:
         DatabaseUnsuitable, LedgerUnavailable: The database cannot be used or reached.
     """
-    client = connection.client()
+    client = connection.create_client()
     try:
         db = client[connection.db_name]
         await check_server(db)

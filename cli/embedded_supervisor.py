@@ -11,7 +11,7 @@ import structlog
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable, ResourceUnavailable
 from jobledger.ledger.mongo.embedded import MIN_FREE_BYTES, EmbeddedServer
-from jobledger.ledger.system.disk_space import find_space_problem, nearest_existing_directory
+from jobledger.ledger.system.disk_space import find_existing_directory, find_space_problem
 
 if TYPE_CHECKING:
     from jobledger.cli.shutdown import Shutdown
@@ -34,12 +34,12 @@ def start_when_space_available(data_dir: Path, *, oplog_mb: int | None) -> Embed
     is_logged = False
     while True:
         try:
-            problem = find_space_problem(nearest_existing_directory(data_dir), MIN_FREE_BYTES)
+            problem = find_space_problem(find_existing_directory(data_dir), MIN_FREE_BYTES)
             if problem is None or not problem.is_out_of_space:
                 return EmbeddedServer.start(data_dir, oplog_mb=oplog_mb)
         except (DatabaseUnsuitable, ResourceUnavailable):
             # The start itself may have filled the disk: it needs more space than a restart.
-            problem = find_space_problem(nearest_existing_directory(data_dir), MIN_FREE_BYTES)
+            problem = find_space_problem(find_existing_directory(data_dir), MIN_FREE_BYTES)
             if problem is None or not problem.is_out_of_space:
                 raise
         if not is_logged:
@@ -105,13 +105,13 @@ async def _restart(server: EmbeddedServer, restarts: int) -> int:
                 f"The embedded MongoDB server can no longer run on {server.data_dir}: {outage.reason}"
             )
         now = time.monotonic()
-        if logged is None or logged[0] != outage.waits_for_disk or now - logged[1] > _LOG_INTERVAL_SECONDS:
-            logged = outage.waits_for_disk, now
-            if outage.waits_for_disk:
+        if logged is None or logged[0] != outage.is_waiting_for_disk or now - logged[1] > _LOG_INTERVAL_SECONDS:
+            logged = outage.is_waiting_for_disk, now
+            if outage.is_waiting_for_disk:
                 _log.error("embedded MongoDB server exited, waiting for its disk", reason=outage.reason)
             else:
                 _log.error("embedded MongoDB server exited, restarting", reason=outage.reason)
-        if outage.waits_for_disk:
+        if outage.is_waiting_for_disk:
             await asyncio.sleep(DISK_CHECK_SECONDS)
             continue
         if restarts:

@@ -15,10 +15,10 @@ from jobledger.api.auth.browser_sessions import COLLECTION as SESSIONS
 from jobledger.api.routes.webhook_echo import COLLECTION as WEBHOOK_ECHO
 from jobledger.ledger.files.gridfs import COLLECTIONS as GRIDFS
 from jobledger.ledger.files.store_marker import COLLECTION as RESULT_STORE
-from jobledger.ledger.store.endpoint_secrets import COLLECTION as ENDPOINTS
 from jobledger.ledger.subscriber import SUBSCRIPTIONS
-from jobledger.projections.engine.registry import VIEW_NAMES
-from jobledger.projections.slots import SLOTS, collection_name
+from jobledger.ledger.webhooks.endpoint_secrets import COLLECTION as ENDPOINTS
+from jobledger.projections.engine.view_registry import VIEW_NAMES
+from jobledger.projections.slots import SLOTS, get_collection_name
 from jobledger.workers.cleanup import FILE_REMOVALS
 from jobledger.workers.results.path_reservations import COLLECTION as RESULT_PATHS
 
@@ -38,7 +38,7 @@ _MUTABLE_COLLECTIONS: Final = (
     WEBHOOK_ECHO,
     "workers",
     FILE_REMOVALS,
-    *(collection_name(name, slot) for name in VIEW_NAMES for slot in SLOTS),
+    *(get_collection_name(name, slot) for name in VIEW_NAMES for slot in SLOTS),
 )
 _WRITE_ACTIONS: Final = ["find", "insert", "update", "remove", "createCollection", "createIndex", "listIndexes"]
 

@@ -82,7 +82,7 @@ def run_with_database(connection: Connection, work: Callable[[Database], Awaitab
     """Run an asynchronous function with the database, and return its result."""
 
     async def run() -> _T:
-        async with connection.client() as client:
+        async with connection.create_client() as client:
             return await work(client[connection.db_name])
 
     tune_garbage_collector()

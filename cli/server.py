@@ -39,8 +39,8 @@ from jobledger.ledger.net.url_policy import AllowedHosts
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.disk_space import MIB, DiskSpaceMonitor
-from jobledger.projections.engine.checkpoint import Checkpoint
-from jobledger.projections.engine.health import StallDetector
+from jobledger.projections.engine.checkpoint import CheckpointFollower
+from jobledger.projections.engine.stalls import StallDetector
 from jobledger.workers.registry import load_processors, unusable_job_types
 
 _KEEP_ALIVE_SECONDS: Final = 30
@@ -75,7 +75,7 @@ def build_context(
     settings: Settings,
     db: Database,
     event_store: EventStore,
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointFollower,
     change_stream: ChangeStream,
     store: FileStore,
 ) -> ApiContext:

@@ -120,7 +120,7 @@ async def rebuild_views(
 
 
 def _view_names(names: Collection[str] | None) -> Collection[str]:
-    from jobledger.projections.engine.registry import VIEW_NAMES
+    from jobledger.projections.engine.view_registry import VIEW_NAMES
 
     for name in names or ():
         if name not in VIEW_NAMES:
@@ -131,17 +131,17 @@ def _view_names(names: Collection[str] | None) -> Collection[str]:
 @asynccontextmanager
 async def open_rebuild(connection: Connection) -> AsyncIterator[Rebuild]:
     """Yield a rebuild whose event store and change stream run inside the block."""
-    from jobledger.projections.engine.checkpoint import Checkpoint
+    from jobledger.projections.engine.checkpoint import CheckpointFollower
     from jobledger.projections.engine.projector import Projector
     from jobledger.projections.engine.rebuild import Rebuild
 
     tune_garbage_collector()
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         event_store, change_stream, holder = EventStore(db), ChangeStream(db), f"{socket.gethostname()}-{os.getpid()}"
         rebuild = Rebuild(db, event_store, connection, holder=holder)
         await event_store.prepare()
-        await Projector(db, event_store, connection, Checkpoint(db), holder=holder).prepare()
+        await Projector(db, event_store, connection, CheckpointFollower(db), holder=holder).prepare()
         change_stream.add_listener(event_store)
         change_stream.add_listener(rebuild.leader_election)
         async with change_stream.running():

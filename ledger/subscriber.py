@@ -90,7 +90,7 @@ class LedgerClient:
             LogTruncated: The log ends before the position of the named subscription.
             LedgerUnavailable: The database is unreachable. Open subscriptions survive interruptions.
         """
-        wanted, begin = _types_of(types), check_position(after or 0)
+        wanted, begin = _get_type_names(types), check_position(after or 0)
         _check_name(name)
         async with self._connected() as opened:
             cursor = SubscriptionCursor(opened.db, name) if name is not None else None
@@ -127,7 +127,7 @@ class LedgerClient:
 
 @asynccontextmanager
 async def _open(connection: Connection) -> AsyncIterator[_Opened]:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         await check_server(db, needs_write=False)
         event_store, change_stream = EventStore(db), ChangeStream(db)
@@ -231,7 +231,7 @@ class SubscriptionEvents:
         async with self._saving:
             if self._cursor is not None and self._processed > self._saved:
                 done = self._processed
-                await self._cursor.save(ReadPosition(done, await self._event_store.hash_at(done)))
+                await self._cursor.save(ReadPosition(done, await self._event_store.read_hash_at(done)))
                 self._saved = done
 
     def _mark_processed(self) -> None:
@@ -286,15 +286,15 @@ class SubscriptionEvents:
             _log.warning("subscription position not saved", error=str(error))
 
 
-def _types_of(wanted: Collection[type[Event] | str] | None) -> frozenset[str] | None:
+def _get_type_names(wanted: Collection[type[Event] | str] | None) -> frozenset[str] | None:
     if wanted is None:
         return None
     if isinstance(wanted, str) or not wanted:
         raise ValueError(f"types must be a list of event types, or None for all, got {wanted!r}")
-    return frozenset(_type_of(it) for it in wanted)
+    return frozenset(_get_type_name(it) for it in wanted)
 
 
-def _type_of(wanted: type[Event] | str) -> str:
+def _get_type_name(wanted: type[Event] | str) -> str:
     name = wanted if isinstance(wanted, str) else getattr(wanted, "__name__", repr(wanted))
     if name not in EVENT_TYPES:
         near = difflib.get_close_matches(name, EVENT_TYPES, n=1)

@@ -20,12 +20,12 @@ ViewSlots = Mapping[str, Slot]
 """A slot for each view. A view without an entry is in slot `a`."""
 
 
-def collection_name(view: str, slot: Slot) -> str:
+def get_collection_name(view: str, slot: Slot) -> str:
     """Return the name of a view's collection: `jobs` in slot a, `jobs.b` in slot b."""
     return view if slot == "a" else f"{view}.b"
 
 
-def other_slot(slot: Slot) -> Slot:
+def get_other_slot(slot: Slot) -> Slot:
     """Return the other of the two slots."""
     return "b" if slot == "a" else "a"
 
@@ -42,6 +42,6 @@ class Views:
         self.slots: ViewSlots = slots or {}
 
     def __getitem__(self, view: str) -> AsyncCollection[Document]:
-        name = collection_name(view, self.slots.get(view, "a"))
+        name = get_collection_name(view, self.slots.get(view, "a"))
         # A view may contain the payload of a damaged event, which the strict codec cannot decode.
         return self._db.get_collection(name, codec_options=LENIENT_CODEC)

@@ -12,7 +12,7 @@ LOCAL_CLOCK_CALL = re.compile(r"datetime\.now\(|\btime\.time\(|utcnow\(|date\.to
 MODULES_WITH_DEADLINES = (
     "api/routes/files.py",
     "api/routes/monitoring.py",
-    "ledger/store/endpoint_secrets.py",
+    "ledger/webhooks/endpoint_secrets.py",
     "ledger/files/gridfs.py",
     "ledger/store/command_handler.py",
     "ledger/mongo/leader_election.py",
@@ -36,4 +36,4 @@ MODULES_WITH_DEADLINES = (
 def test_module_with_deadlines_does_not_read_the_local_clock(path: str) -> None:
     lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
     calls = [f"{path}:{number}" for number, line in enumerate(lines, 1) if LOCAL_CLOCK_CALL.search(line)]
-    assert not calls, "use `EventStore.server_time()` or `EventStore.clock`"
+    assert not calls, "use `EventStore.read_server_time()` or `EventStore.clock`"

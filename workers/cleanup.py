@@ -28,7 +28,7 @@ from typing import Final
 import structlog
 
 from jobledger.ledger.domain.commands import AbandonDelivery
-from jobledger.ledger.domain.delivery import Delivery, delivery_id_for
+from jobledger.ledger.domain.delivery import Delivery, build_delivery_id
 from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from jobledger.ledger.domain.events import BatchDeleted, EventMetadata, JobDeleted, RecordedEvent
 from jobledger.ledger.domain.saved_files import find_saved_files, is_sha256
@@ -36,7 +36,7 @@ from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database, translate_errors
 from jobledger.ledger.store.command_handler import handle_command, load_stream_state
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.views import files, jobs
 
 _log = structlog.get_logger()
@@ -72,7 +72,7 @@ class Cleanup:
         db: Database,
         event_store: EventStore,
         file_store: FileStore,
-        checkpoint: Checkpoint,
+        checkpoint: CheckpointFollower,
         *,
         holder: str,
         grace_seconds: float = GRACE_SECONDS,
@@ -148,7 +148,7 @@ class Cleanup:
             async for event in events:
                 if event.type in _FINAL_EVENT_TYPES:
                     final_versions.append(event.version)
-                webhook = event.payload.get("webhook") if event.type in _SUBMITTED_EVENT_TYPES else None
+                webhook = event.payload_fields.get("webhook") if event.type in _SUBMITTED_EVENT_TYPES else None
                 if webhook and webhook.get("secrets_ref"):
                     references.add(webhook["secrets_ref"])
                 if event.type in _EVENT_TYPES_WITH_FILES:
@@ -166,7 +166,7 @@ class Cleanup:
 
     async def _abandon_deliveries(self, stream: str, versions: Collection[int]) -> None:
         for version in versions:
-            delivery_id = delivery_id_for(stream, version)
+            delivery_id = build_delivery_id(stream, version)
             try:
                 state = await load_stream_state(self._event_store, delivery_id)
                 if isinstance(state.aggregate, Delivery) and state.aggregate.status == "pending":
@@ -232,7 +232,7 @@ class Cleanup:
         """Return whether to remove a file that was set aside, and the seconds until the next check if it stays."""
         if not await self._views_reach_head():
             return False, RETRY_SECONDS
-        oldest = await jobs.oldest_running_started_at(self._checkpoint.views)
+        oldest = await jobs.find_oldest_running_started_at(self._checkpoint.views)
         if await files.is_referenced(self._checkpoint.views, digest):  # after `oldest`: ended jobs are in the views
             return False, None
         if await files.find_jobs_with_unknown_files(self._checkpoint.views, limit=1):
@@ -242,7 +242,7 @@ class Cleanup:
         return True, None
 
     async def _views_reach_head(self) -> bool:
-        head = await self._event_store.head_position()
+        head = await self._event_store.read_head_position()
         with suppress(TimeoutError):
             async with asyncio.timeout(_VIEWS_TIMEOUT_SECONDS):
                 await self._checkpoint.wait_for_position(head)

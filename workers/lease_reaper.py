@@ -36,7 +36,7 @@ from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, Lease, LeaseObserv
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.views import jobs
 
 _log = structlog.get_logger()
@@ -57,7 +57,7 @@ class LeaseReaper:
     """Detects workers without heartbeats, and makes their jobs pending again."""
 
     def __init__(
-        self, db: Database, event_store: EventStore, checkpoint: Checkpoint, change_stream: ChangeStream
+        self, db: Database, event_store: EventStore, checkpoint: CheckpointFollower, change_stream: ChangeStream
     ) -> None:
         self._db = db
         self._event_store = event_store
@@ -162,7 +162,7 @@ class LeaseReaper:
 
     async def _check(self, worker_id: str) -> None:
         if worker_id == _UNKNOWN_WORKERS:
-            await self._checkpoint.wait_for_position(await self._event_store.head_position())
+            await self._checkpoint.wait_for_position(await self._event_store.read_head_position())
             for unknown_worker in await jobs.count_running_by_worker(self._checkpoint.views):
                 self._check_if_unknown(unknown_worker)
             return
@@ -187,7 +187,7 @@ class LeaseReaper:
         await self._reap(worker_id, worker, is_released=worker is None or worker["released"])
 
     async def _reap(self, worker_id: str, worker: Mapping[str, Any] | None, *, is_released: bool) -> None:
-        await self._checkpoint.wait_for_position(await self._event_store.head_position())
+        await self._checkpoint.wait_for_position(await self._event_store.read_head_position())
         running = await jobs.find_jobs_of_worker(self._checkpoint.views, worker_id)
         if running or not is_released:
             _log.warning("worker stopped sending heartbeats", worker_id=worker_id, jobs=len(running))

@@ -29,7 +29,7 @@ from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
 from jobledger.ledger.store.command_handler import StreamState, load_stream_state
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.workers import lease_reaper
 from jobledger.workers.attempts.dependencies import AttemptDependencies
 from jobledger.workers.attempts.executor import JobExecutor
@@ -62,7 +62,7 @@ class Worker:
         self,
         db: Database,
         event_store: EventStore,
-        checkpoint: Checkpoint,
+        checkpoint: CheckpointFollower,
         change_stream: ChangeStream,
         connection: Connection,
         file_store: FileStore,
@@ -267,7 +267,7 @@ class Worker:
     async def _resync(self, session: AsyncClientSession) -> None:
         """Changes may have been missed: query the queue, and check whether running jobs were cancelled."""
         self._may_have_missed_cancels = True
-        self._claim_queue.resync(await self._event_store.head_position(session))
+        self._claim_queue.resync(await self._event_store.read_head_position(session))
 
     def _on_event(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] != "insert":

@@ -267,7 +267,9 @@ def redact_event(event: RecordedEvent, viewer: Viewer) -> Document:
         "type": event.type,
         "time": event.time,
         "schema": event.schema,
-        "data": _apply_rules(event.payload, EVENT_FIELD_RULES.get(event.type, {}), viewer) if is_redacted else data,
+        "data": _apply_rules(event.payload_fields, EVENT_FIELD_RULES.get(event.type, {}), viewer)
+        if is_redacted
+        else data,
         "meta": _apply_rules(meta, METADATA_FIELD_RULES, viewer) if is_redacted else meta,
         "hash": None if is_redacted else digest,
     }

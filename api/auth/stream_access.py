@@ -36,7 +36,7 @@ from jobledger.ledger.domain.events import (
     RecordedEvent,
 )
 from jobledger.ledger.store.event_store import EventStore, override_payload_fields
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 
 _log = structlog.get_logger()
 _MAX_STREAMS: Final = 20_000
@@ -96,7 +96,7 @@ def _apply_event(access: StreamAccess | None, event: RecordedEvent) -> StreamAcc
 class StreamAccessCache:
     """Cache of the access rights to jobs and batches, most recently used first. One for each process."""
 
-    def __init__(self, event_store: EventStore, checkpoint: Checkpoint) -> None:
+    def __init__(self, event_store: EventStore, checkpoint: CheckpointFollower) -> None:
         self._event_store = event_store
         self._checkpoint = checkpoint
         self._access: OrderedDict[str, StreamAccess | None] = OrderedDict()

@@ -165,7 +165,7 @@ async def show_submit_form(request: Request) -> Response:
 async def show_log(request: Request) -> Response:
     """GET /monitoring/events/log"""
     filters = {name: request.query_params.get(name, "") for name in ("types", "stream")}
-    head = await get_api_context(request).event_store.head_position()
+    head = await get_api_context(request).event_store.read_head_position()
     # The route reads forwards, so the newest events are those after this position.
     query = {**filters, "after": max(0, head - _MAX_LOG_EVENTS), "limit": _MAX_LOG_EVENTS}
     result_page = await call_route(request, log.list_events, query)

@@ -7,14 +7,14 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Final
 
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 
 MIN_INTERVAL_SECONDS: Final = 1.0
 IDLE_INTERVAL_SECONDS: Final = 5.0
 MAX_STREAM_SECONDS: Final = 900.0
 
 
-async def watch_views(checkpoint: Checkpoint) -> AsyncGenerator[bytes, None]:
+async def watch_views(checkpoint: CheckpointFollower) -> AsyncGenerator[bytes, None]:
     """Yield a `views_updated` event when the views have been updated, at most once per second.
 
     An idle system yields an event every `MIN_INTERVAL_SECONDS + IDLE_INTERVAL_SECONDS`, because an expired lease

@@ -45,7 +45,7 @@ from jobledger.ledger.domain.events import (
 )
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.event_store import override_payload_fields
-from jobledger.projections.engine.as_of import as_of_filter
+from jobledger.projections.engine.as_of import build_as_of_filter
 from jobledger.projections.engine.view_changes import ViewChanges
 from jobledger.projections.views import batches as view
 from jobledger.projections.views import paging, statistics
@@ -182,7 +182,7 @@ async def _load_as_of(request: Request, batch_id: str, as_of: int | datetime) ->
                 async for job_events in parts:
                     events += job_events
         changes = ViewChanges()
-        for number, event in enumerate(sorted(filter(as_of_filter(as_of), events), key=attrgetter("position"))):
+        for number, event in enumerate(sorted(filter(build_as_of_filter(as_of), events), key=attrgetter("position"))):
             changes.apply(event)
             if number % _EVENTS_PER_YIELD == 0:  # lets other requests run
                 await asyncio.sleep(0)

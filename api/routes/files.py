@@ -85,7 +85,7 @@ async def create_signed_link(request: Request) -> Response:
     row = await _load_readable(request)
     require_user_id(request)  # the link stays valid if access is revoked, so anonymous callers get none
     ctx = get_api_context(request)
-    now = (await ctx.event_store.server_time()).replace(microsecond=0)
+    now = (await ctx.event_store.read_server_time()).replace(microsecond=0)
     expires_at = now + timedelta(seconds=body.expires_in_s)
     url = await ctx.signed_links.create(row, expires_at)
     return json_response({"status": "success", "url": url, "expires_at": expires_at})

@@ -20,7 +20,7 @@ from jobledger.api.resources import BATCH, JOB, Resource, load_or_404
 from jobledger.api.schemas.log import HistoryQuery, HistoryResponse, LogLinesResponse
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import Event, LogEntry, RecordedEvent
-from jobledger.projections.views.job_log import LOG_EVENT_TYPES, log_lines_of_event
+from jobledger.projections.views.job_log import LOG_EVENT_TYPES, build_log_entries
 
 _READ_BATCH_EVENTS: Final = 100
 
@@ -55,7 +55,7 @@ async def get_job_logs(request: Request) -> Response:
 def _encode_log_lines(event: RecordedEvent) -> list[bytes]:
     attempt = None
     try:
-        attempt, lines = event.payload.get("attempt"), log_lines_of_event(event)
+        attempt, lines = event.payload_fields.get("attempt"), build_log_entries(event)
     except (UnreadableEvent, AttributeError):
         time = event.document.get("time")
         lines = [

@@ -22,7 +22,7 @@ from jobledger.api.submission import recording
 from jobledger.api.submission.builder import build_job_submitted, check_parameters
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.mongo.connection import Document
-from jobledger.projections.engine.as_of import as_of_filter
+from jobledger.projections.engine.as_of import build_as_of_filter
 from jobledger.projections.views import batches
 from jobledger.projections.views import jobs as view
 from jobledger.projections.views.documents import fold_events
@@ -100,7 +100,7 @@ async def _load_as_of(request: Request, job_id: str, as_of: int | datetime) -> D
     """
     events = await get_api_context(request).event_store.read_stream(job_id)
     with translate_damaged_events(job_id):
-        job = fold_events(view.fold, filter(as_of_filter(as_of), events))
+        job = fold_events(view.fold, filter(build_as_of_filter(as_of), events))
     if job is None:
         raise JOB.not_found_error(job_id, "did not exist at that time")
     return job
@@ -112,5 +112,5 @@ async def _find_paused_batch_as_of(request: Request, job: Document, as_of: int |
     if job["status"] != "pending" or batch_id is None:
         return set()
     events = await get_api_context(request).event_store.read_stream(batch_id)
-    batch = fold_events(batches.fold, filter(as_of_filter(as_of), events))
+    batch = fold_events(batches.fold, filter(build_as_of_filter(as_of), events))
     return {batch_id} if batch is not None and batch["paused"] else set()

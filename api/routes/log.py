@@ -54,12 +54,12 @@ async def get_log_head(request: Request) -> Response:
     """Read the positions of the log and of the views."""
     require_user_id(request)
     ctx = get_api_context(request)
-    head, position = await ctx.event_store.head_position(), ctx.checkpoint.position
+    head, position = await ctx.event_store.read_head_position(), ctx.checkpoint.position
     return json_response(
         {
             "status": "success",
             "head": head,
-            "oldest": await ctx.event_store.oldest_position(),
+            "oldest": await ctx.event_store.read_oldest_position(),
             "projector": {"position": position, "lag": max(0, head - position)},
         }
     )
@@ -77,7 +77,7 @@ async def list_events(request: Request) -> Response:
     ctx, principal = get_api_context(request), get_principal(request)
     query = parse_query(request, EventListQuery)
     event_filter = EventFilter(_parse_event_types(query.types))
-    head = await ctx.event_store.head_position()
+    head = await ctx.event_store.read_head_position()
     if not principal.is_admin or query.stream is not None:
         await _wait_for_stream_access(ctx.stream_access, head)
     scan = _Scan(ctx, principal, event_filter, JsonPage(query.limit), query.after)
@@ -140,7 +140,7 @@ async def _scan_stream(scan: _Scan, stream: str) -> None:
     event_store = scan.ctx.event_store
     if not scan.principal.is_admin:
         await _check_readable(scan.ctx.stream_access, scan.principal, stream)
-    version = await event_store.version_at(stream, scan.last_position)
+    version = await event_store.read_version_at(stream, scan.last_position)
     if scan.principal.is_admin and not version and not await event_store.read_stream(stream, limit=1):
         raise ApiError(404, "stream_not_found", f"Stream {stream} not found.")
     while not scan.is_done and (
@@ -175,7 +175,7 @@ async def stream_events(request: Request) -> EventStreamResponse:
     ctx, principal = get_api_context(request), get_principal(request)
     query = _parse_query(request)
     event_filter = EventFilter(_parse_event_types(query.types), query.job_id, query.batch_id)
-    head = await ctx.event_store.head_position()
+    head = await ctx.event_store.read_head_position()
     after = head if query.after is None else query.after
     if after > head:
         raise ApiError(422, "invalid_content", f"after: got {after}, but the log ends at position {head}.")

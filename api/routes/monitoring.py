@@ -31,7 +31,7 @@ from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.health import stall_reason
+from jobledger.projections.engine.stalls import find_stall_reason
 from jobledger.projections.views import jobs, projection_errors, queue, statistics
 
 ResponseCounts = Counter[int]
@@ -57,7 +57,7 @@ async def get_statistics(request: Request) -> Response:
     await wait_for_requested_position(request)
     ctx = get_api_context(request)
     stats = await statistics.load_statistics(ctx.views, ctx.event_store.clock.estimate())
-    head, position = await ctx.event_store.head_position(), ctx.checkpoint.position
+    head, position = await ctx.event_store.read_head_position(), ctx.checkpoint.position
     stats["workers"] = await _list_live_workers(ctx)
     stats["log"] = {"head": head, "projection_position": position, "lag": max(0, head - position)}
     return json_response({"status": "success", "stats": stats})
@@ -103,7 +103,7 @@ async def check_readiness(request: Request) -> Response:
         raise ApiError(503, "database_unavailable", message, retry_after_seconds=10) from error
     if ctx.stall_detector.is_stalled():
         position, head = ctx.checkpoint.position, ctx.stall_detector.head
-        reason = await stall_reason(ctx.db, position, head)
+        reason = await find_stall_reason(ctx.db, position, head)
         message = f"The views have stopped at position {position} of {head}. {reason}"
         details = {"projection_position": position, "head": head}
         raise ApiError(503, "projection_stalled", message, details=details)
@@ -156,7 +156,7 @@ async def _collect_ledger_metrics(ctx: ApiContext) -> list[Metric]:
     stats = await statistics.load_statistics(ctx.views, now)
     events, duration_counts = await statistics.load_event_and_duration_counts(ctx.views)
     workers = await _list_live_workers(ctx)
-    buckets, total_seconds = statistics.duration_histogram(duration_counts)
+    buckets, total_seconds = statistics.build_duration_histogram(duration_counts)
 
     durations = HistogramMetricFamily("jobledger_job_duration_seconds", "Time from the first claim to completion.")
     durations.add_metric([], [(_format_bound(bound), count) for bound, count in buckets], total_seconds)
@@ -209,7 +209,7 @@ def _gauge_by_status(name: str, documentation: str, counts: Mapping[str, Any]) -
 
 
 async def _collect_queue_metrics(ctx: ApiContext, now: datetime) -> list[Metric]:
-    oldest = await jobs.oldest_pending_created_at(ctx.views)
+    oldest = await jobs.find_oldest_pending_created_at(ctx.views)
     return [
         GaugeMetricFamily(
             "jobledger_queue_jobs", "Jobs that wait to be claimed, due or not.", await queue.estimate_depth(ctx.views)
@@ -223,7 +223,7 @@ async def _collect_queue_metrics(ctx: ApiContext, now: datetime) -> list[Metric]
 
 
 async def _collect_projection_metrics(ctx: ApiContext, now: datetime) -> list[Metric]:
-    head, position = await ctx.event_store.head_position(), ctx.checkpoint.position
+    head, position = await ctx.event_store.read_head_position(), ctx.checkpoint.position
     unprojected = await ctx.event_store.read(after=position, limit=1) if position < head else []
     return [
         GaugeMetricFamily("jobledger_log_head_position", "The newest position of the log.", head),
@@ -270,7 +270,7 @@ def collect_process_metrics(event_store: EventStore, change_stream: ChangeStream
     appends = HistogramMetricFamily("jobledger_append_duration_seconds", "Duration of this process's appends.")
     appends.add_metric(
         [],
-        [(_format_bound(bound), count) for bound, count in event_store.append_durations.cumulative_counts()],
+        [(_format_bound(bound), count) for bound, count in event_store.append_durations.get_cumulative_counts()],
         event_store.append_durations.total_seconds,
     )
     restarts = CounterMetricFamily(

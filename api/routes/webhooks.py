@@ -37,8 +37,8 @@ from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.commands import RequeueDelivery
 from jobledger.ledger.domain.delivery import Delivery, parse_source
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store import endpoint_secrets
 from jobledger.ledger.store.command_handler import StreamState, is_deleted, load_stream_state
+from jobledger.ledger.webhooks import endpoint_secrets
 from jobledger.projections.views import deliveries as view
 from jobledger.projections.views import paging
 from jobledger.projections.views.documents import fold_events

@@ -18,7 +18,7 @@ from jobledger.api.schemas.request_models import (
 from jobledger.api.schemas.response_models import ListResponse, PartialDocument, SuccessResponse
 from jobledger.api.schemas.webhooks import AcceptedResponse, WebhookBody, WebhookResource
 from jobledger.ledger.domain import limits
-from jobledger.ledger.domain.events import AccessControl, Failure, JobResults, LogEntry
+from jobledger.ledger.domain.events import AccessControl, ErrorInfo, JobResults, LogEntry
 from jobledger.ledger.domain.statuses import JobStatus
 from jobledger.projections.views.job_list import OMITTABLE_FIELDS
 
@@ -153,7 +153,7 @@ class JobResource(PartialDocument):
     batch_id: str | None
     progress: Progress
     results: ResultsResource | None
-    error: Failure | None = Field(description="The error of the last failed attempt.")
+    error: ErrorInfo | None = Field(description="The error of the last failed attempt.")
     logs: list[LogEntry] = Field(max_length=100, description="The newest log lines. `…/logs` returns all.")
     worker_id: str | None = Field(description="A pseudonym without admin access.")
     attempt: int

@@ -12,10 +12,10 @@ from jobledger.api.schemas.request_models import IsoDatetime, PageQuery, ReasonB
 from jobledger.api.schemas.response_models import ListResponse, PartialDocument, SuccessResponse
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
-from jobledger.ledger.domain.events import Failure, WebhookEventType
+from jobledger.ledger.domain.events import ErrorInfo, WebhookEventType
 from jobledger.ledger.domain.statuses import DeliveryStatus
 from jobledger.ledger.domain.webhook_headers import find_header_problem
-from jobledger.ledger.net.webhook_signature import decode_secret
+from jobledger.ledger.webhooks.signature import decode_secret
 
 _MAX_GRACE_SECONDS = 30 * 86_400
 _MAX_ECHOES_LISTED = 100
@@ -149,7 +149,7 @@ class DeliveryAttempt(BaseModel):
     attempt: int
     attempted_at: datetime
     status_code: int | None
-    error: Failure | None
+    error: ErrorInfo | None
     response: str
     duration_s: float
     body_sha256: str | None

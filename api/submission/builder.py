@@ -21,7 +21,7 @@ from jobledger.api.schemas.jobs import JobBody
 from jobledger.api.schemas.webhooks import WebhookBody
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain import limits
-from jobledger.ledger.domain.canonical_json import canonical_json
+from jobledger.ledger.domain.canonical_json import encode_canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import AccessControl, JobSubmitted, Webhook
 from jobledger.ledger.mongo.connection import Document
@@ -258,7 +258,9 @@ def check_expanded_size(request: Request, field: str, value: Any, repetitions: i
 
 def estimate_list_index_bytes(user_id: str, access: AccessControl, teams: Sequence[str]) -> int:
     """Return the maximum size of the list index of one job."""
-    return list_index.max_list_index_bytes({"user_id": user_id, "access_control": access.model_dump(), "teams": teams})
+    return list_index.estimate_list_index_bytes(
+        {"user_id": user_id, "access_control": access.model_dump(), "teams": teams}
+    )
 
 
 def check_list_index_size(sizes: Iterable[int]) -> None:
@@ -287,7 +289,7 @@ def check_storable(jobs: Sequence[JobSubmitted]) -> None:
     for index, job in enumerate(jobs):
         location: tuple[str | int, ...] = ("jobs", index, "parameters")
         try:
-            size = len(canonical_json(job.parameters))
+            size = len(encode_canonical_json(job.parameters))
             location = ("jobs", index)
             limits.check_event(job, size)
         except InvalidEvent as error:

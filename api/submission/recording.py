@@ -21,7 +21,7 @@ from jobledger.ledger.domain.errors import VersionConflict
 from jobledger.ledger.domain.events import BatchSubmitted, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.command_handler import create_streams
-from jobledger.ledger.store.endpoint_secrets import Endpoint, RevealedSecret, ensure_secrets, reveal_new_secrets
+from jobledger.ledger.webhooks.endpoint_secrets import Endpoint, RevealedSecret, ensure_secrets, reveal_new_secrets
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def _build_submission(
     request: Request, resource: Resource, first_event: RecordedEvent, new_secrets: Collection[RevealedSecret] = ()
 ) -> Submission:
     """Return the submission that began with an event. One commit wrote a batch and its jobs, the batch first."""
-    position = first_event.position + (first_event.payload["total_jobs"] if resource is BATCH else 0)
+    position = first_event.position + (first_event.payload_fields["total_jobs"] if resource is BATCH else 0)
     document = None if prefers_wait(request) else resource.fold_submitted(first_event)
     return Submission(first_event.stream, position, new_secrets, document)
 

@@ -26,9 +26,9 @@ from jobledger.ledger.mongo.connection import (
 )
 from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
-from jobledger.ledger.system.disk_space import find_write_problem, nearest_existing_directory
+from jobledger.ledger.system.disk_space import find_existing_directory, find_write_problem
 from jobledger.projections.engine.checkpoint import load_checkpoint
-from jobledger.projections.engine.health import VIEWS_AHEAD_REASON, stall_reason
+from jobledger.projections.engine.stalls import VIEWS_AHEAD_REASON, find_stall_reason
 from jobledger.projections.slots import Views
 from jobledger.projections.views import files, projection_errors, step_files
 from jobledger.workers import cleanup
@@ -79,9 +79,7 @@ async def _check_directory(root: Path, db: Database) -> str:
     if not marker.is_new:
         await asyncio.to_thread(DirectoryStore(root, marker=marker).prepare)
         return str(root)
-    if (
-        problem := await asyncio.to_thread(lambda: find_write_problem(nearest_existing_directory(root), 0))
-    ) is not None:
+    if (problem := await asyncio.to_thread(lambda: find_write_problem(find_existing_directory(root), 0))) is not None:
         raise ResourceUnavailable(str(problem))
     return f"{root}, created by the first start"
 
@@ -157,13 +155,13 @@ def _covers_events(resource: Mapping[str, Any], db_name: str) -> bool:
 async def _check_log(db: Database) -> CheckResult:
     """Check whether the views are at the head of the log, or make progress."""
     event_store = EventStore(db)
-    head, start = await event_store.head_position(), await _views_position(db)
+    head, start = await event_store.read_head_position(), await _views_position(db)
     position, waited = start, 0.0
     while position < head and position == start and waited < _STALL_TIMEOUT_SECONDS:
         await asyncio.sleep(_POLL_INTERVAL_SECONDS)
         waited += _POLL_INTERVAL_SECONDS
         position = await _views_position(db)
-    if position > await event_store.head_position():
+    if position > await event_store.read_head_position():
         detail = f"{head} events, but the views are at position {position}"
         return CheckResult("Log", is_ok=False, detail=detail, advice=VIEWS_AHEAD_REASON)
     try:
@@ -172,7 +170,7 @@ async def _check_log(db: Database) -> CheckResult:
         return CheckResult("Log", is_ok=False, detail=str(error).rstrip("."), advice="Run `jobledger log verify`.")
     detail = f"{head} events, views at {position}"
     if position < head and position == start:
-        advice = await stall_reason(db, position, head)
+        advice = await find_stall_reason(db, position, head)
         return CheckResult("Log", is_ok=False, detail=f"{detail}, no progress for {waited:.0f} s", advice=advice)
     is_ok = head - position < _MAX_LAG_EVENTS
     return CheckResult("Log", is_ok, detail, "The views lag far behind, but catch up. Check again later.")
@@ -185,7 +183,7 @@ async def _views_position(db: Database) -> int:
 async def _check_projection_failures(db: Database) -> CheckResult:
     """Check whether all documents of the views match the log."""
     views = Views(db, (await load_checkpoint(db)).get("slots"))
-    rows = await projection_errors.list_problems(views, limit=_MAX_SHOWN + 1)
+    rows = await projection_errors.list_errors(views, limit=_MAX_SHOWN + 1)
     if not rows:
         return CheckResult("Views", is_ok=True, detail="match the log")
     failures = "; ".join(

@@ -13,7 +13,7 @@ from jobledger.cli.checks.result import CheckResult
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import JobledgerError
 from jobledger.ledger.mongo.embedded import find_mongod
-from jobledger.ledger.system.disk_space import MIB, free_bytes, nearest_existing_directory
+from jobledger.ledger.system.disk_space import MIB, find_existing_directory, read_free_bytes
 from jobledger.workers.machine.health import MachineFailure
 from jobledger.workers.machine.scratch import ScratchDirectory
 from jobledger.workers.registry import (
@@ -103,7 +103,7 @@ def _check_disk_space(name: str, directory: Path, settings: Settings) -> CheckRe
     """Check whether there is enough space to accept new jobs."""
     min_free_mb = settings.results.min_free_mb
     try:
-        free_mb = free_bytes(nearest_existing_directory(directory)) / MIB
+        free_mb = read_free_bytes(find_existing_directory(directory)) / MIB
     except OSError as error:
         return CheckResult(name, is_ok=False, detail="not readable", advice=str(error))
     advice = f"New jobs are rejected below {min_free_mb} MiB (results.min_free_mb): free disk space."

@@ -112,7 +112,7 @@ def verify(
 def _compare_views_if_permitted(connection: Connection) -> ViewComparison | None:
     """Compare all views; return None if there are none yet, or if this MongoDB user must not write to shadow views."""
     from jobledger.cli import view_maintenance
-    from jobledger.ledger.mongo.connection import UNAUTHORIZED, server_error_code
+    from jobledger.ledger.mongo.connection import UNAUTHORIZED, get_server_error_code
     from jobledger.projections.engine.checkpoint import load_checkpoint
 
     try:
@@ -121,7 +121,7 @@ def _compare_views_if_permitted(connection: Connection) -> ViewComparison | None
         with progress_bar("comparing views") as on_progress:
             return asyncio.run(view_maintenance.compare_views(connection, on_progress=on_progress))
     except JobledgerError as error:
-        if UNAUTHORIZED not in (server_error_code(error), server_error_code(error.__cause__ or error)):
+        if UNAUTHORIZED not in (get_server_error_code(error), get_server_error_code(error.__cause__ or error)):
             raise
         echo("note: views were not compared, because this MongoDB user has no write access to views", err=True)
         return None
@@ -246,9 +246,9 @@ async def _tail(
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.subscriber import LedgerClient
 
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         event_store = EventStore(client[connection.db_name])
-        head = await event_store.head_position()
+        head = await event_store.read_head_position()
         position = max(0, head - lines) if after is None else after
         if not follow:
             while position < head and (page := await event_store.read(after=position)):
@@ -280,7 +280,7 @@ def history(
     from jobledger.cli.formatting import format_changes, format_event
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.store.export_file import encode_event_or_stub
-    from jobledger.projections.engine.as_of import as_of_filter
+    from jobledger.projections.engine.as_of import build_as_of_filter
     from jobledger.projections.views import batches, deliveries, jobs
 
     limit = None if as_of is None else parse_as_of(as_of, "--as-of")
@@ -289,7 +289,7 @@ def history(
     if not events:
         raise NotFound(f"{stream} is not in the log: expected the ID of a job, batch or delivery.")
     if limit is not None:
-        events = list(filter(as_of_filter(limit), events))
+        events = list(filter(build_as_of_filter(limit), events))
     fold: Any = {"job": jobs.fold, "batch": batches.fold, "delivery": deliveries.fold}.get(stream.partition("-")[0])
     console = SafeConsole(soft_wrap=True)
     before: Any = None

@@ -134,7 +134,7 @@ def _build_test_request(url: str, header_options: Sequence[str], secret: str | N
     from bson import ObjectId
 
     from jobledger.ledger.domain.webhook_headers import find_header_problem
-    from jobledger.ledger.net.webhook_signature import build_signature_headers
+    from jobledger.ledger.webhooks.signature import build_signature_headers
     from jobledger.workers.webhooks.sender import WebhookRequest
 
     headers = dict(_parse_header(text) for text in header_options)
@@ -217,7 +217,7 @@ def revoke_secret(endpoint_id: EndpointArgument, url: UrlOption = DEFAULT_URL) -
 @app.command("generate-secret")
 def generate_secret() -> None:
     """Generate a signing secret for `webhook.secrets` of a submission"""
-    from jobledger.ledger.net.webhook_signature import generate_secret as generate
+    from jobledger.ledger.webhooks.signature import generate_secret as generate
 
     echo(generate())
 

@@ -43,7 +43,7 @@ def decide(command: commands.BatchCommand, batch: Batch | None) -> list[events.B
         case commands.FinishBatch():
             if batch.status != "processing":  # several processes may report it; only the first report has an effect
                 return []
-            status = final_status(command.counts)
+            status = compute_terminal_status(command.counts)
             return [events.BatchFinished(status=status, counts=command.counts, summary=command.summary)]
         case commands.ReopenBatch():
             return [] if batch.status == "processing" else [events.BatchReopened()]
@@ -61,7 +61,7 @@ def decide(command: commands.BatchCommand, batch: Batch | None) -> list[events.B
             assert_never(command)
 
 
-def final_status(counts: events.BatchCounts) -> Literal["completed", "partial", "failed"]:
+def compute_terminal_status(counts: events.BatchJobCounts) -> Literal["completed", "partial", "failed"]:
     """Return the final status of a batch (konzept.md, `update_batch_progress`): `partial` if only some jobs
     completed.
     """

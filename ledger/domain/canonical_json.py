@@ -32,7 +32,7 @@ class TextTooLong(Exception):
         self.size = size
 
 
-def canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes:
+def encode_canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes:
     """Return the canonical JSON of a value made of objects, lists, strings, numbers, booleans and null.
 
     Times become ISO 8601 in UTC with milliseconds, bytes become lower-case hex, because JSON has neither.
@@ -49,22 +49,22 @@ def canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes:
     try:
         text = orjson.dumps(value, default=_encode_scalar, option=JSON_OPTIONS)
     except orjson.JSONEncodeError:
-        text = b""  # `_plain` names the wrong value
+        text = b""  # `_normalize` names the wrong value
     if len(text) > max_bytes or (not text and max_bytes < sys.maxsize):
         raise TextTooLong(len(text))
     try:
-        return text if text and not _needs_slow_path(text) else orjson.dumps(_plain(value, 0))
+        return text if text and not _needs_slow_path(text) else orjson.dumps(_normalize(value, 0))
     except (orjson.JSONEncodeError, RecursionError, UnicodeEncodeError, TypeError) as error:
         raise InvalidEvent(f"this cannot be written as JSON: {error}") from error
 
 
-def try_canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes | None:
+def try_encode_canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes | None:
     """Return the canonical JSON of a value that has only JSON's own types and no whole floats.
 
-    Return None for other values, and for texts that need the slow path. `canonical_json` encodes those.
+    Return None for other values, and for texts that need the slow path. `encode_canonical_json` encodes those.
 
     Raises:
-        TextTooLong: As `canonical_json`.
+        TextTooLong: As `encode_canonical_json`.
     """
     try:
         text = orjson.dumps(value, option=_PLAIN_OPTIONS)
@@ -75,9 +75,9 @@ def try_canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes | None
     return None if _needs_slow_path(text) else text
 
 
-def canonical_digest(value: Any) -> str:
+def compute_canonical_digest(value: Any) -> str:
     """Return the SHA-256 of a value's canonical JSON in hex. It is the same for equal values on every machine."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    return hashlib.sha256(encode_canonical_json(value)).hexdigest()
 
 
 def _needs_slow_path(text: bytes) -> bool:
@@ -98,7 +98,7 @@ def _needs_slow_path(text: bytes) -> bool:
     )
 
 
-def _plain(value: Any, depth: int) -> Any:
+def _normalize(value: Any, depth: int) -> Any:
     kind = type(value)
     if kind is str or kind is bool or value is None:
         return value
@@ -110,15 +110,15 @@ def _plain(value: Any, depth: int) -> Any:
             _reject_names(value)
         # RFC 8785 sorts by UTF-16 code units. For ASCII this is the order of Python's sort.
         names = sorted(value) if joined.isascii() else sorted(value, key=lambda name: name.encode("utf-16-be"))
-        return {name: _plain(value[name], depth + 1) for name in names}
+        return {name: _normalize(value[name], depth + 1) for name in names}
     if isinstance(value, int):  # also BSON's Int64
         if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
             return int(value)
         raise InvalidEvent(f"the integer {value} is beyond ±(2^53 - 1): send it as a string")
     if kind is list or kind is tuple:
-        return [_plain(item, depth + 1) for item in value]
+        return [_normalize(item, depth + 1) for item in value]
     if kind is float:
-        return orjson.Fragment(_number(value))
+        return orjson.Fragment(_encode_float(value))
     return _encode_scalar(value)
 
 
@@ -149,7 +149,7 @@ def _reject_names(names: Iterable[str]) -> None:
             raise InvalidEvent(f"the field name {name!r} cannot be stored: it begins with $ or contains NUL")
 
 
-def _number(value: float) -> bytes:
+def _encode_float(value: float) -> bytes:
     """Encode a float as ECMAScript does (RFC 8785, section 3.2.2.3): the shortest digits that read back the same."""
     if not math.isfinite(value):
         raise InvalidEvent(f"{value} is not a JSON number")

@@ -75,7 +75,7 @@ class CompleteJob(_AttemptCommand):
 class FailAttempt(_AttemptCommand):
     """End the attempt with an error. `retry_at` is the time of the retry if the error is transient, else None."""
 
-    error: events.Failure
+    error: events.ErrorInfo
     retry_at: datetime | None
 
 
@@ -152,7 +152,7 @@ class ResumeBatch(_UserCommand):
 class FinishBatch:
     """Report that every job of the batch is finished, with the number of jobs per status."""
 
-    counts: events.BatchCounts
+    counts: events.BatchJobCounts
     summary: events.BatchSummary
 
 
@@ -168,7 +168,7 @@ class RecordAttempt:
     duration_s: float
     body_sha256: str | None
     status_code: int | None = None
-    error: events.Failure | None = None
+    error: events.ErrorInfo | None = None
     response: str = ""
     next_attempt_at: datetime | None = None
 

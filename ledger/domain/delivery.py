@@ -40,7 +40,7 @@ class Delivery:
     due_at: datetime | None = None
 
 
-def delivery_id_for(source: str, version: int) -> str:
+def build_delivery_id(source: str, version: int) -> str:
     """Return the ID of the delivery for the event at this version of a job's or batch's stream."""
     return f"{_PREFIX}{source}-{version}"
 
@@ -50,14 +50,12 @@ def parse_source(delivery_id: str) -> str:
     return delivery_id.removeprefix(_PREFIX).rpartition("-")[0]
 
 
-def endpoint_id_for(user_id: str, url: str) -> str:
+def build_endpoint_id(user_id: str, url: str) -> str:
     """Return the ID of an endpoint: a URL and the user whose deliveries go there."""
     return blake2b(f"{len(user_id)}{user_id}{url}".encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
 
-def delivery_for_event(
-    stream: str, source: Job | Batch, event: events.Event, version: int
-) -> events.DeliveryQueued | None:
+def build_delivery(stream: str, source: Job | Batch, event: events.Event, version: int) -> events.DeliveryQueued | None:
     """Return the delivery for an event that finishes a job or batch with a webhook, else None."""
     event_type = _WEBHOOK_EVENT_TYPES.get(event.status if isinstance(event, events.BatchFinished) else type(event))
     webhook = source.spec.webhook
@@ -101,7 +99,7 @@ def _record_attempt(command: commands.RecordAttempt, delivery: Delivery) -> list
     An error then changes nothing else.
     """
     is_pending = delivery.status == "pending"
-    error = None if command.error is None else limits.truncate_failure(command.error)
+    error = None if command.error is None else limits.truncate_error(command.error)
     attempted = events.DeliveryAttempted(
         attempt=delivery.attempt + 1,
         status_code=command.status_code,

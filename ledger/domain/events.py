@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
-from jobledger.ledger.domain.canonical_json import canonical_json
+from jobledger.ledger.domain.canonical_json import encode_canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent, UnreadableEvent, UnsupportedEvent
 
 _SUB_MILLISECONDS = [timedelta(microseconds=microseconds) for microseconds in range(1000)]
@@ -83,7 +83,7 @@ class Webhook(_Value):
     has_own_secrets: Annotated[bool, Field(exclude_if=operator.not_)] = False
 
 
-class Failure(_Value):
+class ErrorInfo(_Value):
     """An error: a stable code for programs and a message for people."""
 
     code: str
@@ -239,14 +239,14 @@ class JobCompleted(_AttemptEvent):
 class JobAttemptFailed(_AttemptEvent):
     """The attempt failed with a transient error. The job is pending until `retry_at` and is then retried."""
 
-    error: Failure
+    error: ErrorInfo
     retry_at: UtcDatetime
 
 
 class JobFailed(_AttemptEvent):
     """The job failed: the error is permanent, or all attempts are used up."""
 
-    error: Failure
+    error: ErrorInfo
 
 
 class JobLeaseExpired(_WorkerEvent):
@@ -311,7 +311,7 @@ class WorkerFenced(_WorkerEvent):
 # The batch stream -------------------------------------------------------------------------------------------------
 
 
-class BatchCounts(_Value):
+class BatchJobCounts(_Value):
     """The number of a batch's jobs per status."""
 
     completed: int = 0
@@ -351,7 +351,7 @@ class BatchFinished(Event):
     """All jobs of the batch are finished."""
 
     status: Literal["completed", "partial", "failed"]
-    counts: BatchCounts
+    counts: BatchJobCounts
     summary: BatchSummary
 
 
@@ -404,7 +404,7 @@ class DeliveryAttempted(_AttemptEvent):
     """
 
     status_code: int | None = None
-    error: Failure | None = None
+    error: ErrorInfo | None = None
     response: str = ""
     duration_s: CompactFloat
     body_sha256: str | None = None
@@ -570,7 +570,7 @@ class RecordedEvent:
         return data
 
     @property
-    def payload(self) -> Mapping[str, Any]:
+    def payload_fields(self) -> Mapping[str, Any]:
         """The payload as stored; empty if it is not an object."""
         data = self._document.get("data")
         return data if isinstance(data, Mapping) else {}
@@ -628,7 +628,7 @@ class RecordedEvent:
         """Return whether the hash matches the content."""
         try:
             hashed = {name: self._document[name] for name in _HASHED_FIELDS}
-            return hashlib.sha256(canonical_json(hashed)).digest() == self.hash
+            return hashlib.sha256(encode_canonical_json(hashed)).digest() == self.hash
         except (AttributeError, InvalidEvent, LookupError, TypeError, ValueError):
             return False
 

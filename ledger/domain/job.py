@@ -113,7 +113,7 @@ def _expire(command: commands.ExpireLease, job: Job) -> list[events.JobEvent]:
     if job.cancel_request is not None:
         return [expired, _confirm_cancel(job.cancel_request)]
     if job.counted_attempts >= job.spec.max_attempts:
-        error = events.Failure(
+        error = events.ErrorInfo(
             code="WORKER_LOST",
             message=f"The worker stopped sending heartbeats in attempt {job.attempt}, and all "
             f"{job.spec.max_attempts} attempts are used up.",
@@ -133,7 +133,7 @@ def _report(command: commands.WorkerCommand, job: Job) -> list[events.JobEvent]:
             )
         ]
     if isinstance(event, events.StepCompleted):
-        limits.check_steps(len(job.steps) + (event.key not in job.steps), _step_bytes(job, event))
+        limits.check_steps(len(job.steps) + (event.key not in job.steps), _add_step_bytes(job, event))
     return [event]
 
 
@@ -167,7 +167,7 @@ def _build_event(command: commands.WorkerCommand, job: Job) -> events.JobEvent:
         ):
             return _confirm_cancel(job.cancel_request)  # otherwise the next worker would start a cancelled job
         case commands.FailAttempt():
-            error = limits.truncate_failure(command.error)
+            error = limits.truncate_error(command.error)
             if command.retry_at is None or job.counted_attempts >= job.spec.max_attempts:
                 return events.JobFailed(attempt=command.attempt, error=error)
             return events.JobAttemptFailed(attempt=command.attempt, error=error, retry_at=command.retry_at)
@@ -199,7 +199,7 @@ def _update(command: commands.UpdateJob, job: Job) -> list[events.JobEvent]:
     caused: list[events.JobEvent] = []
     if (command.parameters, command.priority, command.not_before) != (None, None, None):
         _require(job.status == "pending", job, "only pending jobs can be changed")
-        limits.check_changed_parameters(_changed_bytes(job, command.parameters))
+        limits.check_changed_parameters(_add_changed_bytes(job, command.parameters))
         caused.append(
             events.JobUpdated(
                 by=command.by,
@@ -235,13 +235,13 @@ def evolve(job: Job | None, event: events.JobEvent) -> Job:
             added_bytes = sum(len(line.message) + limits.LOG_ENTRY_OVERHEAD_BYTES for line in event.entries)
             return replace(job, log_bytes=job.log_bytes + added_bytes)
         case events.StepCompleted():
-            return replace(job, steps={**job.steps, event.key: event}, step_output_bytes=_step_bytes(job, event))
+            return replace(job, steps={**job.steps, event.key: event}, step_output_bytes=_add_step_bytes(job, event))
         case events.JobCompleted():
-            return _end(job, "completed")
+            return _finish(job, "completed")
         case events.JobAttemptFailed():
             return replace(job, status="pending", worker_id=None, due_at=event.retry_at, consecutive_machine_failures=0)
         case events.JobFailed():
-            return _end(job, "failed")
+            return _finish(job, "failed")
         case events.JobLeaseExpired():
             return replace(job, status="pending", worker_id=None)
         case events.JobReleased():
@@ -255,7 +255,7 @@ def evolve(job: Job | None, event: events.JobEvent) -> Job:
         case events.JobCancelRequested():
             return replace(job, cancel_request=event)
         case events.JobCancelled():
-            return _end(job, "cancelled")
+            return _finish(job, "cancelled")
         case events.JobRestarted():
             return replace(
                 job,
@@ -282,7 +282,7 @@ def evolve(job: Job | None, event: events.JobEvent) -> Job:
             assert_never(event)
 
 
-def _end(job: Job, status: JobStatus) -> Job:
+def _finish(job: Job, status: JobStatus) -> Job:
     return replace(job, status=status, worker_id=None, due_at=None, cancel_request=None)
 
 
@@ -294,23 +294,23 @@ def _with_changes(job: Job, event: events.JobUpdated) -> Job:
         job,
         spec=job.spec.model_copy(update=changes),
         due_at=changes.get("not_before", job.due_at),
-        changed_parameters_bytes=_changed_bytes(job, event.parameters),
+        changed_parameters_bytes=_add_changed_bytes(job, event.parameters),
     )
 
 
-def _step_bytes(job: Job, step: events.StepCompleted) -> int:
+def _add_step_bytes(job: Job, step: events.StepCompleted) -> int:
     """Return the total size of the outputs of a job's steps after one more step, which may replace an earlier one."""
     previous = job.steps.get(step.key)
-    previous_bytes = _bytes(previous.output) if previous is not None else 0
-    return job.step_output_bytes - previous_bytes + _bytes(step.output)
+    previous_bytes = _measure_json(previous.output) if previous is not None else 0
+    return job.step_output_bytes - previous_bytes + _measure_json(step.output)
 
 
-def _changed_bytes(job: Job, parameters: Mapping[str, Any] | None) -> int:
-    return job.changed_parameters_bytes + (_bytes(parameters) if parameters is not None else 0)
+def _add_changed_bytes(job: Job, parameters: Mapping[str, Any] | None) -> int:
+    return job.changed_parameters_bytes + (_measure_json(parameters) if parameters is not None else 0)
 
 
-def _bytes(value: Any) -> int:
+def _measure_json(value: Any) -> int:
     try:
-        return limits.json_bytes(value)
+        return limits.compute_json_size(value)
     except TypeError:  # not JSON, so the append rejects the event with a reason
         return 0

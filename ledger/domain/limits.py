@@ -204,14 +204,14 @@ def _check_text(where: str, text: str | None, limit: int) -> None:
 
 
 def _check_bytes(where: str, value: Any, limit: int) -> None:
-    if value is not None and (size := bson_bytes(value)) > limit:
+    if value is not None and (size := compute_bson_size(value)) > limit:
         raise InvalidEvent(f"{where}: {size} bytes (as BSON) are too large: at most {limit} are allowed")
 
 
 # Sizes and truncation ----------------------------------------------------------------------------------------------
 
 
-def bson_bytes(value: Any) -> int:
+def compute_bson_size(value: Any) -> int:
     """Return the bytes that a value takes in a document, without its name.
 
     Raises:
@@ -223,7 +223,7 @@ def bson_bytes(value: Any) -> int:
         raise InvalidEvent(f"MongoDB cannot store this value: {error}") from error
 
 
-def json_bytes(value: Any) -> int:
+def compute_json_size(value: Any) -> int:
     """Return the approximate size of a value as JSON. Cheap. BSON takes at most nine times as much."""
     return len(orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS))
 
@@ -231,10 +231,10 @@ def json_bytes(value: Any) -> int:
 def fits_in_document(value: Any, limit: int, *, text_bytes: int | None = None) -> bool:
     """Return whether a value takes at most `limit` bytes in a document. Cheap for values far below the limit.
 
-    `text_bytes` is the result of `json_bytes`, if the caller has it.
+    `text_bytes` is the result of `compute_json_size`, if the caller has it.
     """
-    text_bytes = json_bytes(value) if text_bytes is None else text_bytes
-    return text_bytes * _BSON_FACTOR <= limit or bson_bytes(value) <= limit
+    text_bytes = compute_json_size(value) if text_bytes is None else text_bytes
+    return text_bytes * _BSON_FACTOR <= limit or compute_bson_size(value) <= limit
 
 
 def truncate_text(text: str, limit: int) -> str:
@@ -242,32 +242,32 @@ def truncate_text(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 2]} …"
 
 
-def truncate_failure(failure: events.Failure) -> events.Failure:
+def truncate_error(failure: events.ErrorInfo) -> events.ErrorInfo:
     """Return a failure whose message and details fit. Details that are too large are replaced by their size."""
     details = failure.details
     if not fits_in_document(details, MAX_ERROR_DETAILS_BYTES):
         kept = {name: details[name] for name in ("retryable",) if isinstance(details.get(name), bool)}
-        details = {**kept, "truncated": True, "bytes": bson_bytes(failure.details)}
+        details = {**kept, "truncated": True, "bytes": compute_bson_size(failure.details)}
     message = truncate_text(failure.message, MAX_ERROR_MESSAGE_CHARACTERS)
     code = truncate_text(failure.code, MAX_NAME_CHARACTERS)
     if (code, message) == (failure.code, failure.message) and details is failure.details:
         return failure
-    return events.Failure(code=code, message=message, details=details)
+    return events.ErrorInfo(code=code, message=message, details=details)
 
 
 def count_newest_within(items: Sequence[Mapping[str, Any]], budget: int) -> int:
     """Return how many of the last items fit into a budget of bytes. Counts their texts and 100 bytes per item."""
     used = 0
     for number, item in enumerate(reversed(items)):
-        used += 100 + sum(_text_bytes(value) for value in item.values())
+        used += 100 + sum(_count_text_bytes(value) for value in item.values())
         if used > budget:
             return number
     return len(items)
 
 
-def _text_bytes(value: Any) -> int:
+def _count_text_bytes(value: Any) -> int:
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode(errors="replace"))
     if isinstance(value, list):
-        return sum(20 + _text_bytes(item) for item in value)
+        return sum(20 + _count_text_bytes(item) for item in value)
     return 0

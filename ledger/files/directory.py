@@ -28,9 +28,9 @@ from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, InboxFile, classify_o
 from jobledger.ledger.files.local_files import (
     OPEN_FLAGS,
     LocalFile,
+    create_file,
     has_content,
     move_file,
-    new_file,
     open_regular_file,
     remove_on_exit,
     sync_directory,
@@ -113,8 +113,8 @@ class DirectoryStore(FileStore):
 
         The job may still have it open, and could change the content after its digest was checked.
         """
-        target = self.path(sha256)
-        with InboxFile(DirectoryStore(inbox).path(sha256)) as source:
+        target = self.get_path(sha256)
+        with InboxFile(DirectoryStore(inbox).get_path(sha256)) as source:
             yield from source.verify()
             try:
                 self.check_marker()
@@ -131,7 +131,7 @@ class DirectoryStore(FileStore):
             sync_directory(target.parent)  # its writer may not have done it yet
             return
         self._make_directory(target.parent)
-        with new_file(target, self.root) as copy:
+        with create_file(target, self.root) as copy:
             for piece in source.iterate_chunks():  # its digest is checked again: the job may have changed it
                 copy.write(piece)
                 if source.size > HASH_CHUNK_BYTES:
@@ -181,7 +181,7 @@ class DirectoryStore(FileStore):
             size = file.seek(0, os.SEEK_END)
             if self._durable:
                 os.fsync(file.fileno())
-            target = self.path(sha256)
+            target = self.get_path(sha256)
             if not run_to_completion(has_content(target, sha256, size)):
                 self._make_directory(target.parent)
                 move_file(path, file, target)
@@ -198,7 +198,7 @@ class DirectoryStore(FileStore):
             if self._durable:
                 sync_directory(directory.parent)
 
-    def path(self, sha256: str) -> Path:
+    def get_path(self, sha256: str) -> Path:
         """Return the path of a file, whether or not it exists."""
         if not is_sha256(sha256):
             raise ValueError(f"{sha256!r} is not a SHA-256 in lower-case hex")
@@ -227,7 +227,7 @@ class DirectoryStore(FileStore):
 
     def _begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
         self.check_marker()
-        target, renamed = self.path(sha256), self._removal_path(sha256, removal_id)
+        target, renamed = self.get_path(sha256), self._removal_path(sha256, removal_id)
         for path in (target, *target.parent.glob(f"{sha256}.removed-*")):
             with suppress(FileNotFoundError):
                 path.replace(renamed)
@@ -245,18 +245,18 @@ class DirectoryStore(FileStore):
         renamed = self._removal_path(sha256, removal_id)
         with suppress(FileNotFoundError):
             if is_cancelled:  # the content may have been saved again meanwhile: either copy is valid
-                renamed.replace(self.path(sha256))
+                renamed.replace(self.get_path(sha256))
             else:
                 renamed.unlink()
 
     def _removal_path(self, sha256: str, removal_id: str) -> Path:
-        return self.path(sha256).with_suffix(f".removed-{removal_id}")
+        return self.get_path(sha256).with_suffix(f".removed-{removal_id}")
 
     async def _open_unchecked(self, sha256: str) -> LocalFile:
         return await asyncio.to_thread(self._open, sha256)
 
     def _open(self, sha256: str) -> LocalFile:
-        path = self.path(sha256)
+        path = self.get_path(sha256)
         try:
             directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:

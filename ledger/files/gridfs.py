@@ -78,7 +78,9 @@ class GridFSStore(FileStore):
         """Do nothing: this store uses nothing on this machine but the scratch directory."""
 
     async def ingest(self, inbox: Path, sha256: str) -> int:
-        with await run_cooperatively(open_verified(DirectoryStore(inbox).path(sha256)), file_store_executor) as file:
+        with await run_cooperatively(
+            open_verified(DirectoryStore(inbox).get_path(sha256)), file_store_executor
+        ) as file:
             if not await self._is_stored(sha256):
                 await self._upload(file, sha256)
             await asyncio.get_running_loop().run_in_executor(file_store_executor, file.remove)
@@ -109,7 +111,7 @@ class GridFSStore(FileStore):
 
     async def _upload(self, file: InboxFile, sha256: str) -> None:
         with translate_errors("storing a file"):
-            upload_id = _dated_id(await self._clock.now(self._client))
+            upload_id = _create_dated_id(await self._clock.now(self._client))
             try:
                 size = await self._write_chunks(upload_id, file)
                 await self._check_chunks(upload_id, sha256, size)
@@ -225,7 +227,7 @@ class GridFSStore(FileStore):
             raise FileDamaged(f"The entry of the file {sha256} in GridFS was changed: {error}") from error
 
 
-def _dated_id(moment: datetime) -> ObjectId:
+def _create_dated_id(moment: datetime) -> ObjectId:
     """Return a new ID that contains a time of the server's clock, not of this machine's."""
     return ObjectId(ObjectId.from_datetime(moment).binary[:4] + ObjectId().binary[4:])
 

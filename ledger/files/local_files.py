@@ -156,13 +156,13 @@ def move_file(path: Path, file: BufferedReader, target: Path) -> None:
             path.chmod(FILE_MODE)
             path.replace(target)
             return
-    with new_file(target, target.parent.parent) as copy:
+    with create_file(target, target.parent.parent) as copy:
         file.seek(0)
         shutil.copyfileobj(file, copy, 1 << 20)
 
 
 @contextmanager
-def new_file(target: Path, directory: Path) -> Iterator[IO[bytes]]:
+def create_file(target: Path, directory: Path) -> Iterator[IO[bytes]]:
     """Write a temporary file in `directory`, and move it to `target` when it is complete and on disk.
 
     In a store, `directory` is the root, where `remove_orphans` looks for files of killed processes.

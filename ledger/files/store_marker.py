@@ -17,7 +17,7 @@ from typing import Final
 from pymongo import ReturnDocument
 
 from jobledger.ledger.domain.errors import FileStoreUnavailable
-from jobledger.ledger.files.local_files import new_file
+from jobledger.ledger.files.local_files import create_file
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 from jobledger.ledger.system.private_files import make_private_directory
 
@@ -73,7 +73,7 @@ class StoreMarker:
         make_private_directory(root)
         if read_marker(root) is not None:
             return
-        with new_file(root / MARKER_FILE_NAME, root) as file:
+        with create_file(root / MARKER_FILE_NAME, root) as file:
             file.write(f"{self.store_id}\n{_NOTE}".encode())
 
 

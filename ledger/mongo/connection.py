@@ -55,7 +55,7 @@ class Connection:
             "journal": True,
         }
 
-    def client(self) -> AsyncMongoClient[Document]:
+    def create_client(self) -> AsyncMongoClient[Document]:
         """Return a client for the event loop. Every write is journaled by a majority before it is acknowledged.
 
         Raises:
@@ -67,7 +67,7 @@ class Connection:
         clock.attach_client(client)
         return client
 
-    def blocking_client(self) -> MongoClient[Document]:
+    def create_blocking_client(self) -> MongoClient[Document]:
         """Return a client for a separate thread (heartbeats), which a busy event loop cannot delay."""
         with _translate_uri_errors(self.uri):
             return MongoClient(self.uri, **self._options())
@@ -100,7 +100,7 @@ def translate_errors(operation: str) -> Iterator[None]:
         ) from error
 
 
-def server_error_code(error: BaseException) -> int | None:
+def get_server_error_code(error: BaseException) -> int | None:
     """Return the server's error code behind an error of `translate_errors`; None if the server reported none."""
     return error.__cause__.code if isinstance(error.__cause__, OperationFailure) else None
 

@@ -112,7 +112,7 @@ class ServerExit:
     """Why mongod ended. `waits_for_disk`: a start needs a usable disk. `is_permanent`: no start can succeed."""
 
     reason: str
-    waits_for_disk: bool = False
+    is_waiting_for_disk: bool = False
     is_permanent: bool = False
 
 
@@ -220,7 +220,7 @@ class EmbeddedServer:
         code = self._process.returncode
         problem = find_write_problem(self.data_dir, MIN_FREE_BYTES) or find_write_problem(self._dbpath, MIN_FREE_BYTES)
         if problem is not None:
-            return ServerExit(str(problem), waits_for_disk=True)
+            return ServerExit(str(problem), is_waiting_for_disk=True)
         with suppress(OSError):
             tail = read_log_tail(self._log_path, self._log_start, lines=40)
             if not self._was_primary and not DISK_ERROR_PATTERN.search(tail):

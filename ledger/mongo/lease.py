@@ -125,7 +125,7 @@ class Lease:
 
         def hold() -> None:
             try:
-                with self._connection.blocking_client() as client:
+                with self._connection.create_blocking_client() as client:
                     leases = client[self._connection.db_name][self._collection]
                     begun = time.monotonic()
                     token = self._try_acquire(leases, attributes, observation or LeaseObservation())

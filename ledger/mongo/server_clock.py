@@ -30,13 +30,13 @@ TOLERANCE_SECONDS: Final = 0.1
 """A heartbeat may be this far behind the estimate, because its response was slow or this process was busy."""
 MAX_SLEEP_SECONDS: Final = 5.0
 """The longest timer until a time of the server's clock. An event loop's timers do not count a suspension."""
-_STEADY_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_BOOT_TIME_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _TRIES: Final = 3
 
 
-def _steady() -> float:
+def _read_boot_time_clock() -> float:
     """Return the seconds of a clock that is never set and that continues while the machine is suspended."""
-    return time.clock_gettime(_STEADY_CLOCK)
+    return time.clock_gettime(_BOOT_TIME_CLOCK)
 
 
 class ServerClock(ServerHeartbeatListener):
@@ -58,15 +58,15 @@ class ServerClock(ServerHeartbeatListener):
         """Return the estimated time of the server. Before the first response: this machine's time."""
         if self._offset is None:
             return datetime.now(UTC)
-        return datetime.fromtimestamp(self._offset + _steady(), UTC)
+        return datetime.fromtimestamp(self._offset + _read_boot_time_clock(), UTC)
 
-    def seconds_until(self, moment: datetime) -> float:
+    def compute_seconds_until(self, moment: datetime) -> float:
         """Return the seconds until a time of the server's clock, 0 if it has passed."""
         return max(0.0, (moment - self.estimate()).total_seconds())
 
-    def sleep_seconds_until(self, moment: datetime) -> float:
+    def compute_sleep_seconds(self, moment: datetime) -> float:
         """Return how long to sleep before `seconds_until` must be called again."""
-        return min(self.seconds_until(moment), MAX_SLEEP_SECONDS)
+        return min(self.compute_seconds_until(moment), MAX_SLEEP_SECONDS)
 
     async def now(self, client: AsyncMongoClient[Any]) -> datetime:
         """Return the server's time. Asks the server if the estimate is uncertain.
@@ -82,9 +82,9 @@ class ServerClock(ServerHeartbeatListener):
         """Ask the server. Of several responses the fastest counts: it bounds the server's clock best."""
         best: float | None = None
         for _ in range(_TRIES):
-            asked_at = _steady()
+            asked_at = _read_boot_time_clock()
             response = await client.admin.command("hello")
-            responded_at = _steady()
+            responded_at = _read_boot_time_clock()
             offset = response["localTime"].replace(tzinfo=UTC).timestamp() - responded_at
             best = offset if best is None else max(best, offset)
             if responded_at - asked_at <= TOLERANCE_SECONDS:
@@ -113,7 +113,7 @@ class ServerClock(ServerHeartbeatListener):
         The server's clock is at least there now. So an estimate that is behind is wrong and is replaced. An estimate
         that is ahead may be right if the response was slow, so the server must be asked.
         """
-        offset = server_seconds - _steady()
+        offset = server_seconds - _read_boot_time_clock()
         if self._offset is None or offset > self._offset:
             self._offset = offset
         elif offset < self._offset - TOLERANCE_SECONDS:
@@ -131,5 +131,5 @@ class ServerClock(ServerHeartbeatListener):
 
 
 def get_server_clock(client: AsyncMongoClient[Any]) -> ServerClock:
-    """Return the clock that listens to the heartbeats of a client (`Connection.client`)."""
+    """Return the clock that listens to the heartbeats of a client (`Connection.create_client`)."""
     return next(it for it in client.options.event_listeners if isinstance(it, ServerClock))

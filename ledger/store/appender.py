@@ -305,10 +305,10 @@ class Appender:
 
     async def _raise_counter(self) -> None:
         counters = self._db.get_collection("counters", write_concern=DURABLE)
-        head = await self.head_position()
+        head = await self.read_head_position()
         await counters.update_one({"_id": "events"}, {"$max": {"next": head}}, upsert=True)
 
-    async def head_position(self, session: AsyncClientSession | None = None) -> int:
+    async def read_head_position(self, session: AsyncClientSession | None = None) -> int:
         """Return the largest position in the log, 0 if it is empty. Documents without a numeric `_id` do not count."""
         numbers = {"_id": {"$gt": 0}}
         newest = await self._events.find_one(numbers, {"_id": 1}, sort=[("_id", DESCENDING)], session=session)

@@ -161,7 +161,7 @@ class ChangeStream:
                 except (AttributeError, LookupError, TypeError, ValueError) as error:
                     # A damaged document, written by another program, must not end all processes.
                     _log.error("unreadable change stream event", document_key=change["documentKey"], error=repr(error))
-            if change["operationType"] == "delete" and _removes_event(change, opened_at):
+            if change["operationType"] == "delete" and _is_event_deletion(change, opened_at):
                 _log.warning("event deleted from the log, reopening change stream", document_key=change["documentKey"])
                 return
             turn += 1
@@ -169,6 +169,6 @@ class ChangeStream:
                 await asyncio.sleep(0)
 
 
-def _removes_event(deletion: Mapping[str, Any], opened_at: Timestamp) -> bool:
+def _is_event_deletion(deletion: Mapping[str, Any], opened_at: Timestamp) -> bool:
     """Return whether an event was deleted that a listener may have read. Changes at `opened_at` came before."""
     return bool(deletion["ns"]["coll"] == "events" and deletion["clusterTime"] > opened_at)

@@ -30,15 +30,15 @@ from jobledger.ledger.store.event_store import EventStore
 
 Command = JobCommand | BatchCommand | DeliveryCommand
 Aggregate = Job | Batch | Delivery
-_MAX_ATTEMPTS = 20  # a job has few writers at a time, so twenty conflicts in a row mean a loop
+_MAX_TRIES = 20  # a job has few writers at a time, so twenty conflicts in a row mean a loop
 
 
-def new_job_id() -> str:
+def create_job_id() -> str:
     """Return an ID for a new job, which is also the name of its stream."""
     return f"job-{ObjectId()}"
 
 
-def new_batch_id() -> str:
+def create_batch_id() -> str:
     """Return an ID for a new batch, which is also the name of its stream."""
     return f"batch-{ObjectId()}"
 
@@ -149,7 +149,7 @@ async def handle_command(
             ]
             recorded = (await event_store.append(*appends))[: len(events)] if events else []
         except VersionConflict:
-            if attempts == _MAX_ATTEMPTS:
+            if attempts == _MAX_TRIES:
                 raise
             if attempts > 1:  # many writers of this stream: spread their retries
                 await asyncio.sleep(random.uniform(0, 0.002 * attempts))  # noqa: S311 - spreads load, guards no secret
@@ -168,10 +168,10 @@ def _derive_deliveries(
     if not isinstance(stream_state.aggregate, Job | Batch) or stream_state.aggregate.spec.webhook is None:
         return
     for version, event in enumerate(events, stream_state.head.version + 1):
-        queued = delivery.delivery_for_event(stream, stream_state.aggregate, event, version)
+        queued = delivery.build_delivery(stream, stream_state.aggregate, event, version)
         if queued is not None:
             meta = EventMetadata("system", queued.batch_id or stream)
-            yield StreamAppend(delivery.delivery_id_for(stream, version), StreamHead(), [queued], meta, now)
+            yield StreamAppend(delivery.build_delivery_id(stream, version), StreamHead(), [queued], meta, now)
 
 
 async def _catch_up(event_store: EventStore, stream: str, stream_state: StreamState) -> StreamState:
@@ -211,7 +211,7 @@ async def _find_outcome(
     return None
 
 
-async def handle_command_until_known(
+async def handle_command_with_retries(
     event_store: EventStore,
     stream: str,
     command: Command,

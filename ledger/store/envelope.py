@@ -14,11 +14,11 @@ import uuid_utils
 from bson.errors import BSONError
 
 from jobledger.ledger.domain import limits
-from jobledger.ledger.domain.canonical_json import TextTooLong, try_canonical_json
+from jobledger.ledger.domain.canonical_json import TextTooLong, try_encode_canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import Event, EventMetadata, PositionVoided, truncate_to_milliseconds
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, build_hash_input
 from jobledger.ledger.store.storage_format import find_data_deviation
 
 VOID_STREAM: Final = "void"
@@ -79,8 +79,8 @@ def build_documents(append: StreamAppend, documents: list[Document], max_bytes: 
             "prev": previous,
         }
         try:
-            data = try_canonical_json(document["data"], max_bytes)
-            text = hash_input(document, data, max_bytes)
+            data = try_encode_canonical_json(document["data"], max_bytes)
+            text = build_hash_input(document, data, max_bytes)
         except TextTooLong as long:
             del documents[begin:]
             limits.check_event(event, long.size)  # now, and not after the second that the text may take

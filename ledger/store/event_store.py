@@ -37,9 +37,9 @@ from jobledger.ledger.mongo.server_clock import get_server_clock
 from jobledger.ledger.store.appender import Appender, EventStoreLimits
 from jobledger.ledger.store.envelope import StreamAppend, build_documents
 from jobledger.ledger.store.gap_filler import GapFiller
-from jobledger.ledger.store.histogram import DurationHistogram
 from jobledger.ledger.store.live_tail import LiveTail
 from jobledger.ledger.store.subscription import Subscription
+from jobledger.ledger.system.histogram import DurationHistogram
 
 _log = structlog.get_logger()
 StoredDocument = tuple[Document, bytes]
@@ -48,10 +48,10 @@ EVENTS_COLLECTION: Final = "events"
 MAX_POSITION = 2**63 - 1  # the largest integer of BSON
 _ENCODE_CHUNK_BYTES = 64 * 1024
 """After this many bytes of an append, other tasks may run. A larger event is encoded in a thread."""
-_HEAD_READ_ATTEMPTS = 8
+_HEAD_READ_TRIES = 8
 _WITHOUT_METADATA = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
 _LOCATION_FIELDS = dict.fromkeys(("stream", "version", "type", "schema", "time"), 1)
-_BATCH_EVENTS = 1000
+_EVENTS_PER_READ = 1000
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 _POSITIONS = [("_id", ASCENDING)]
 
@@ -120,7 +120,7 @@ class EventStore:
                     f"it. An administrator can, in mongosh: {create}({{stream: 1, version: 1}}, {{unique: true}})"
                 ) from error
 
-    async def server_time(self) -> datetime:
+    async def read_server_time(self) -> datetime:
         """Return the database server's time, or the last estimate if the server does not respond."""
         try:
             return await self.clock.now(self.db.client)
@@ -226,15 +226,17 @@ class EventStore:
             query["type"] = {"$nin": sorted(exclude_types)}
         fields = None if data_expression is None else {**_LOCATION_FIELDS, "data": data_expression}
         with translate_errors(f"reading {len(streams)} streams"):
-            async with self.events.find_raw_batches(query, fields, sort=_VERSIONS, batch_size=_BATCH_EVENTS) as found:
+            async with self.events.find_raw_batches(
+                query, fields, sort=_VERSIONS, batch_size=_EVENTS_PER_READ
+            ) as found:
                 part: Any  # the driver yields bytes, unlike its type hints
                 async for part in found:
                     yield list(map(RecordedEvent, bson.decode_all(part, LENIENT_CODEC)))
 
-    async def head_position(self, session: AsyncClientSession | None = None) -> int:
+    async def read_head_position(self, session: AsyncClientSession | None = None) -> int:
         """Return the largest position in the log, 0 if it is empty. With `session`, as of the session's time."""
         with translate_errors("reading the head of the log"):
-            return await self._appender.head_position(session)
+            return await self._appender.read_head_position(session)
 
     async def may_have_reached(self, position: int) -> bool:
         """Return whether the log has this position or a later one, even if a majority may not have it yet.
@@ -255,11 +257,11 @@ class EventStore:
             LogTruncated: The log ends before that position, or has another event or none there.
         """
         position, head = last_read.position, 0
-        for look in range(_HEAD_READ_ATTEMPTS):
+        for look in range(_HEAD_READ_TRIES):
             if look:
                 await asyncio.sleep(self.limits.gap_timeout_seconds / 2)
-            head = await self.head_position()
-            if head >= position and (not position or last_read.hash in (None, await self.hash_at(position))):
+            head = await self.read_head_position()
+            if head >= position and (not position or last_read.hash in (None, await self.read_hash_at(position))):
                 return
         if head >= position:
             raise LogTruncated(
@@ -271,19 +273,19 @@ class EventStore:
             "removed, or an older copy of the log was restored."
         )
 
-    async def hash_at(self, position: int) -> bytes | None:
+    async def read_hash_at(self, position: int) -> bytes | None:
         """Return the hash of the event at a position, None if there is none."""
         with translate_errors("reading the log"):
             found = await self.events.find_one({"_id": position}, {"hash": 1})
         return None if found is None else found.get("hash")
 
-    async def oldest_position(self) -> int:
+    async def read_oldest_position(self) -> int:
         """Return the smallest position in the log, 0 when it is empty."""
         with translate_errors("reading the beginning of the log"):
             first = await self.events.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=_POSITIONS)
             return first["_id"] if first else 0
 
-    async def version_at(self, stream: str, position: int) -> int:
+    async def read_version_at(self, stream: str, position: int) -> int:
         """Return the version that a stream had at a position, 0 if it had not begun. Reads the later events."""
         with translate_errors(f"reading the version of {stream}"):
             query = {"stream": stream, "_id": {"$lte": position}}
@@ -352,7 +354,7 @@ class EventStore:
 
     async def resync(self, session: AsyncClientSession) -> None:
         self.may_have_lost_events = True
-        self._tail.reset_to(await self._appender.head_position(session))
+        self._tail.reset_to(await self._appender.read_head_position(session))
 
     def on_change(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] == "insert" and isinstance(change["fullDocument"]["_id"], int):

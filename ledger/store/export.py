@@ -53,7 +53,7 @@ async def export_log(
     """
     if path.exists():  # noqa: ASYNC240 - an export may block its event loop
         raise ConfigurationError(f"{path} exists already: choose another name, or remove it")
-    head = await event_store.head_position()
+    head = await event_store.read_head_position()
     part = path.with_name(f"{path.name}.part")
     interrupted = _read_progress(part, after) if part.exists() else None
     end, position, digest, size = interrupted or _ExportProgress(min(up_to or head, head), after, GENESIS_HASH, 0)

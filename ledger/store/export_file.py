@@ -175,7 +175,7 @@ def check_export_file(
     return ExportSummary(header["from"], position, digest, before)
 
 
-def first_position(path: Path) -> int:
+def read_first_position(path: Path) -> int:
     """Return the position of the first event in a file.
 
     Raises:

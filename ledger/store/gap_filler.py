@@ -73,7 +73,7 @@ class GapFiller:
 
     def _start_filling(self, evidence: int) -> None:
         """Fill the positions that are still missing before an event that arrived one timeout ago."""
-        missing = self._tail.missing_below(evidence, _MAX_VOIDED_AT_ONCE)
+        missing = self._tail.find_missing(evidence, _MAX_VOIDED_AT_ONCE)
         if missing:
             self._task = asyncio.create_task(self._fill(missing), name="fill-gaps")
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from jobledger.ledger.domain.canonical_json import JSON_OPTIONS, canonical_json, encode_timestamp
+from jobledger.ledger.domain.canonical_json import JSON_OPTIONS, encode_canonical_json, encode_timestamp
 from jobledger.ledger.domain.errors import InvalidEvent
 
 GENESIS_HASH = bytes(32)
@@ -18,23 +18,23 @@ _HASH_INPUT = (
 )
 
 
-def hash_input(document: Mapping[str, Any], data: bytes | None = None, max_bytes: int = sys.maxsize) -> bytes:
+def build_hash_input(document: Mapping[str, Any], data: bytes | None = None, max_bytes: int = sys.maxsize) -> bytes:
     """Return the bytes whose SHA-256 is an event's hash: the canonical JSON of all its fields but `_id` and `hash`.
 
     The field names are in order, so a template suffices. Only `data` needs the general encoder.
 
     Args:
         document: The event.
-        data: The result of `try_canonical_json` for its `data`, if the caller has it.
-        max_bytes: As in `canonical_json`.
+        data: The result of `try_encode_canonical_json` for its `data`, if the caller has it.
+        max_bytes: As in `encode_canonical_json`.
 
     Raises:
-        InvalidEvent: As `canonical_json`.
-        TextTooLong: As `canonical_json`.
+        InvalidEvent: As `encode_canonical_json`.
+        TextTooLong: As `encode_canonical_json`.
     """
     try:
         return _HASH_INPUT % (
-            data or canonical_json(document["data"], max_bytes),
+            data or encode_canonical_json(document["data"], max_bytes),
             orjson.dumps(document["event_id"]),
             orjson.dumps(document["meta"], option=JSON_OPTIONS),
             document["prev"].hex().encode(),

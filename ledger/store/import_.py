@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable
-from jobledger.ledger.mongo.connection import UNAUTHORIZED, Database, server_error_code, translate_errors
+from jobledger.ledger.mongo.connection import UNAUTHORIZED, Database, get_server_error_code, translate_errors
 from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.store.export_file import (
@@ -19,8 +19,8 @@ from jobledger.ledger.store.export_file import (
     InvalidExportFile,
     ProgressCallback,
     check_export_file,
-    first_position,
     iterate_documents,
+    read_first_position,
 )
 from jobledger.ledger.store.hash_chain import GENESIS_HASH
 from jobledger.ledger.store.verification import verify_log
@@ -52,7 +52,7 @@ async def import_log(
     await _require_empty_database(db)
     staged = EventStore(db, collection=STAGING_COLLECTION)
     with translate_errors("writing the imported events"):
-        position = await staged.head_position()
+        position = await staged.read_head_position()
         if position > last.last:
             await db.drop_collection(STAGING_COLLECTION)
             position = 0
@@ -84,7 +84,7 @@ async def import_log(
 def _check_files(paths: Sequence[Path]) -> list[tuple[Path, ExportSummary]]:
     """Check all files and return them in the order of their events."""
     found: list[tuple[Path, ExportSummary]] = []
-    for path in sorted(paths, key=lambda path: first_position(path)):
+    for path in sorted(paths, key=lambda path: read_first_position(path)):
         expected = found[-1][1].last + 1 if found else 1
         summary = check_export_file(path, before=found[-1][1].log_digest if found else GENESIS_HASH)
         if summary.first != expected:
@@ -128,7 +128,7 @@ async def _publish_staged_log(db: Database, last: int) -> None:
             await db.events.rename(STAGING_COLLECTION)
             await db[replaced].rename("events")
     except LedgerUnavailable as error:
-        if server_error_code(error) == UNAUTHORIZED:
+        if get_server_error_code(error) == UNAUTHORIZED:
             raise DatabaseUnsuitable(
                 "This user may not rename collections. Run the import as an administrator of the database (MongoDB "
                 "role `dbOwner`)."

@@ -61,7 +61,7 @@ def find_deviation(document: Mapping[str, Any], raw: bytes | None, data: bytes |
         document: The decoded event.
         raw: The bytes from which it was decoded. They show what decoding hides, such as a duplicate name. None if
             `are_canonical` has compared them.
-        data: The result of `try_canonical_json` for its `data`. If there is one, the hash covers all of `data`.
+        data: The result of `try_encode_canonical_json` for its `data`. If there is one, the hash covers all of `data`.
     """
     what = find_envelope_deviation(document)
     if what is None and data is None:

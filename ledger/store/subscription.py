@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from jobledger.ledger.domain.events import Event, RecordedEvent
-from jobledger.ledger.domain.limits import json_bytes
+from jobledger.ledger.domain.limits import compute_json_size
 from jobledger.ledger.store.live_tail import LiveTail
 
 _FIRST_PAGE_EVENTS = 50
@@ -74,7 +74,7 @@ class Subscription:
         """Return the first events up to `max_bytes`, and adapt the size of the next page."""
         size = 0
         for number, event in enumerate(events):
-            size += json_bytes(event.data)
+            size += compute_json_size(event.data)
             if size > max_bytes and number:
                 self._page_events = number
                 return events[:number]

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from jobledger.ledger.domain.canonical_json import try_canonical_json
+from jobledger.ledger.domain.canonical_json import try_encode_canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent, JobledgerError, LedgerUnavailable, LogTruncated
 from jobledger.ledger.domain.events import PositionVoided
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamHead
 from jobledger.ledger.store.event_store import EventStore, ReadPosition, StoredDocument
-from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, build_hash_input
 from jobledger.ledger.store.storage_format import are_canonical, find_deviation
 
 _MAX_CACHED_HEADS = 50_000
@@ -107,11 +107,11 @@ async def verify_log(
     # Before the head, which only grows: a reader is never ahead of it.
     readers = await _load_reader_positions(event_store.db)
     last_reserved = await _load_last_reserved_position(event_store.db)
-    head = await event_store.head_position()
+    head = await event_store.read_head_position()
     end = head if up_to is None else min(up_to, head)
     position, events, voided = after, 0, 0
     digest = None if after else GENESIS_HASH
-    async with aclosing(_pages(event_store, after, end)) as pages:
+    async with aclosing(_iterate_pages(event_store, after, end)) as pages:
         async for page in pages:
             if isinstance(page, IntegrityProblem):
                 return VerificationResult(events, voided, position, digest, page)
@@ -170,7 +170,7 @@ async def _find_removed_end(event_store: EventStore, readers: Mapping[str, ReadP
         try:
             await event_store.check_not_truncated(read, reader)
         except LogTruncated as truncated:
-            head = await event_store.head_position()
+            head = await event_store.read_head_position()
             if head < read.position:
                 return IntegrityProblem(head + 1, f"missing. {truncated}")
             return IntegrityProblem(read.position, f"replaced. {truncated}")
@@ -186,14 +186,14 @@ async def _find_global_problem(event_store: EventStore, after: int) -> Integrity
     if stray is not None:
         return IntegrityProblem(after, f"there is an event at {stray['_id']!r}, which is not a valid position")
     # The first append creates the index, so an empty log has none.
-    if not await event_store.has_unique_version_index() and await event_store.head_position():
+    if not await event_store.has_unique_version_index() and await event_store.read_head_position():
         return IntegrityProblem(
             after, "the unique index on (stream, version) is missing: a stream may contain the same version twice"
         )
     return None
 
 
-async def _pages(
+async def _iterate_pages(
     event_store: EventStore, after: int, end: int
 ) -> AsyncGenerator[Sequence[StoredDocument] | IntegrityProblem, None]:
     """Yield pages without gaps, or the problem if a gap remains. A writer may be slow, but not forever.
@@ -259,7 +259,7 @@ class _StreamChecker:
 
     def check_event(self, document: Document, raw: bytes | None) -> IntegrityProblem | None:
         """Return the problem of the next event, if any, and keep it as the head of its stream."""
-        data = try_canonical_json(document.get("data"))
+        data = try_encode_canonical_json(document.get("data"))
         problem = (
             find_deviation(document, raw, data) or _find_wrong_hash(document, data) or self._find_broken_link(document)
         )
@@ -291,7 +291,7 @@ class _StreamChecker:
 
 def _find_wrong_hash(document: Document, data: bytes | None) -> str | None:
     try:
-        is_intact = hashlib.sha256(hash_input(document, data)).digest() == document["hash"]
+        is_intact = hashlib.sha256(build_hash_input(document, data)).digest() == document["hash"]
     except InvalidEvent as error:
         return f"cannot be hashed: {error}"
     return None if is_intact else "its hash does not match its content: one of the two was changed"

@@ -44,7 +44,7 @@ class DiskProblem:
         return f"{self.directory}: {self.reason}"
 
 
-def free_bytes(directory: Path) -> int:
+def read_free_bytes(directory: Path) -> int:
     """Return the space that this user can fill. 0 if the file system has no inodes left.
 
     Raises:
@@ -56,7 +56,7 @@ def free_bytes(directory: Path) -> int:
     return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize
 
 
-def nearest_existing_directory(path: Path) -> Path:
+def find_existing_directory(path: Path) -> Path:
     """Return the directory, or its nearest existing parent, which is on the same disk."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
@@ -67,9 +67,9 @@ def nearest_existing_directory(path: Path) -> Path:
 def find_space_problem(directory: Path, needed_bytes: int) -> DiskProblem | None:
     """Return the problem if less than `needed_bytes` are free in a directory."""
     try:
-        free = free_bytes(directory)
+        free = read_free_bytes(directory)
     except OSError as error:
-        return _problem(directory, error)
+        return _describe_problem(directory, error)
     if free >= needed_bytes:
         return None
     reason = f"no space is left: {free / MIB:.0f} MiB are free, {needed_bytes / MIB:.0f} MiB are needed"
@@ -86,11 +86,11 @@ def find_write_problem(directory: Path, needed_bytes: int) -> DiskProblem | None
             trial.flush()
             os.fsync(trial.fileno())
     except OSError as error:
-        return _problem(directory, error)
+        return _describe_problem(directory, error)
     return None
 
 
-def _problem(directory: Path, error: OSError) -> DiskProblem:
+def _describe_problem(directory: Path, error: OSError) -> DiskProblem:
     number = error.errno or 0
     reason = _REASONS.get(number, os.strerror(number))
     return DiskProblem(directory, reason, is_out_of_space=number in (errno.ENOSPC, errno.EDQUOT))

@@ -28,14 +28,14 @@ PointInTime = int | datetime
 """A position of the log, or a time."""
 
 
-def as_of_filter(as_of: PointInTime) -> Callable[[RecordedEvent], bool]:
+def build_as_of_filter(as_of: PointInTime) -> Callable[[RecordedEvent], bool]:
     """Return a predicate for the events up to a position of the log or a time, inclusive."""
     if isinstance(as_of, int):
         return lambda event: event.position <= as_of
     return lambda event: isinstance(event.document.get("time"), datetime) and event.time <= as_of
 
 
-def events_up_to(events: Sequence[RecordedEvent], last: RecordedEvent) -> list[RecordedEvent]:
+def select_events_up_to(events: Sequence[RecordedEvent], last: RecordedEvent) -> list[RecordedEvent]:
     """Return the events of a stream up to one of them, inclusive."""
     return [event for event in events if event.version <= last.version]
 
@@ -123,7 +123,7 @@ class HistoricalState:
         open_job = self.open_jobs.get(event.stream)
         before = open_job.state if open_job is not None else await self._load_finished_job(event)
         after = job_rules.evolve(before, payload)
-        old_status, new_status = _status(before), _status(after)
+        old_status, new_status = _get_status(before), _get_status(after)
         if old_status == new_status and not isinstance(payload, events.JobClaimed):
             if open_job is not None:
                 open_job.state = after
@@ -178,7 +178,7 @@ class HistoricalState:
         }
 
 
-def _status(job: Job | None) -> str | None:
+def _get_status(job: Job | None) -> str | None:
     return None if job is None or job.is_deleted else job.status
 
 
@@ -201,7 +201,7 @@ async def load_state_as_of(
         LedgerUnavailable, UnreadableEvent: As `HistoricalState.apply`.
     """
     state = HistoricalState(event_store)
-    head = await event_store.head_position()
+    head = await event_store.read_head_position()
 
     async def apply_until(end: PointInTime) -> dict[str, Any]:
         async for event in _iter_events(event_store, end, after=state.position):

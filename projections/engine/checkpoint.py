@@ -13,7 +13,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.mongo.connection import MAJORITY, Database, Document, translate_errors
 from jobledger.ledger.mongo.leader_election import LeadershipLost
-from jobledger.projections.engine.registry import PROJECTION_VERSION
+from jobledger.projections.engine.view_registry import PROJECTION_VERSION
 from jobledger.projections.slots import Views, ViewSlots
 
 VIEWS_CHECKPOINT_ID: Final = "views"
@@ -39,7 +39,7 @@ async def take_over(db: Database, checkpoint_id: str, fencing_token: int) -> Doc
     return checkpoint
 
 
-class Checkpoint:
+class CheckpointFollower:
     """The current checkpoint. Add it as a listener to the process's change stream.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import bson
 
-from jobledger.ledger.domain.delivery import endpoint_id_for
+from jobledger.ledger.domain.delivery import build_endpoint_id
 from jobledger.ledger.domain.errors import UnreadableEvent, UnsupportedEvent
 from jobledger.ledger.domain.events import (
     BatchDeleted,
@@ -69,17 +69,17 @@ class DocumentLoader:
         first_events = [event for event in events if event.version == 1 and event.type in _FIRST_EVENTS]
         new_streams = {event.stream for event in first_events}
         streams = {event.stream for event in events} - new_streams
-        loaded = {jobs.NAME: await read(jobs.NAME, _of_kind("job", streams))}
+        loaded = {jobs.NAME: await read(jobs.NAME, _select_kind("job", streams))}
         batch_ids = {job["batch_id"] for job in loaded[jobs.NAME].values()}
         batch_ids |= {
             getattr(_read_payload(event), "batch_id", None) for event in first_events if event.stream.startswith("job-")
         }
-        batch_ids |= _of_kind("batch", streams)
+        batch_ids |= _select_kind("batch", streams)
         loaded[batches.NAME] = await read(batches.NAME, batch_ids - new_streams - {None})
-        loaded[deliveries.NAME] = await read(deliveries.NAME, _of_kind("delivery", streams))
+        loaded[deliveries.NAME] = await read(deliveries.NAME, _select_kind("delivery", streams))
         queued = [_read_payload(event) for event in events if event.type == DeliveryQueued.__name__]
         endpoint_ids = {
-            endpoint_id_for(payload.user_id, payload.webhook.url)
+            build_endpoint_id(payload.user_id, payload.webhook.url)
             for payload in queued
             if isinstance(payload, DeliveryQueued)
         }
@@ -146,7 +146,7 @@ class DocumentLoader:
         return job
 
 
-def _of_kind(kind: str, streams: set[str]) -> set[str]:
+def _select_kind(kind: str, streams: set[str]) -> set[str]:
     return {stream for stream in streams if stream.startswith(f"{kind}-")}
 
 

@@ -30,11 +30,11 @@ from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.store.subscription import Subscription
-from jobledger.projections.engine import health
-from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, Checkpoint, load_checkpoint, take_over
+from jobledger.projections.engine import stalls
+from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, CheckpointFollower, load_checkpoint, take_over
 from jobledger.projections.engine.rebuild import Rebuild
-from jobledger.projections.engine.registry import PROJECTION_VERSION, create_indexes
 from jobledger.projections.engine.shadow import REBUILD_CHECKPOINT_ID
+from jobledger.projections.engine.view_registry import PROJECTION_VERSION, create_indexes
 from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.slots import Views
 from jobledger.projections.views import batches
@@ -64,7 +64,7 @@ class Projector:
         db: Database,
         event_store: EventStore,
         connection: Connection,
-        checkpoint: Checkpoint,
+        checkpoint: CheckpointFollower,
         *,
         holder: str,
         lease_seconds: float = 10.0,
@@ -128,15 +128,15 @@ class Projector:
         try:
             async with self._event_store.subscribe(after=writer.position) as events:
                 changed_batches: dict[str, Document] = {}
-                head = await self._event_store.head_position()
+                head = await self._event_store.read_head_position()
                 while writer.position < head:
                     await writer.apply(await self._read_chunk(events, writer))
-                await self._append_follow_ups(await batches.find_unsettled(writer.views))
+                await self._append_follow_ups(await batches.find_batches_to_check(writer.views))
                 while True:
                     chunk = await self._read_chunk(events, writer)
                     changed_batches |= {batch["_id"]: batch for batch in await writer.apply(chunk)}
                     # If the log contains more events, the documents are already outdated.
-                    if len(chunk) < CHUNK_EVENTS or await self._event_store.head_position() <= writer.position:
+                    if len(chunk) < CHUNK_EVENTS or await self._event_store.read_head_position() <= writer.position:
                         await self._append_follow_ups(changed_batches.values())
                         changed_batches.clear()
         finally:
@@ -160,8 +160,8 @@ class Projector:
         return ProjectionWriter(
             self._db,
             Views(self._db, slots),
-            checkpoint=VIEWS_CHECKPOINT_ID,
-            fence={"fencing_token": token, "slots": slots},
+            checkpoint_id=VIEWS_CHECKPOINT_ID,
+            checkpoint_filter={"fencing_token": token, "slots": slots},
             last_applied=ReadPosition.from_document(checkpoint),
         )
 
@@ -184,7 +184,7 @@ class Projector:
         for batch in changed_batches:
             batch_id = batch["batch_id"]
             try:
-                if (command := batches.follow_up_command(batch)) is None:
+                if (command := batches.find_follow_up_command(batch)) is None:
                     continue
                 await handle_command(self._event_store, batch_id, command, meta=EventMetadata("system", batch_id))
             except CommandRejected as rejected:
@@ -203,7 +203,7 @@ class Projector:
         """
         _log.error("projector stalled", reason=str(error))
         with suppress(LedgerUnavailable):
-            await health.record_stall(self._db, str(error))
+            await stalls.record_stall(self._db, str(error))
         await asyncio.sleep(STALL_RETRY_SECONDS)
 
     async def _clear_shadow_after_switch(self) -> None:

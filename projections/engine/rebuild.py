@@ -32,7 +32,7 @@ from jobledger.ledger.mongo.connection import (
     Connection,
     Database,
     Document,
-    server_error_code,
+    get_server_error_code,
     translate_errors,
 )
 from jobledger.ledger.mongo.leader_election import LeaderElection
@@ -41,9 +41,9 @@ from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.store.subscription import Subscription
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, load_checkpoint
 from jobledger.projections.engine.comparison import Difference, find_differences
-from jobledger.projections.engine.registry import PROJECTION_VERSION, VIEW_NAMES, create_indexes
 from jobledger.projections.engine.shadow import REBUILD_CHECKPOINT_ID, ShadowViews
 from jobledger.projections.engine.view_changes import ChunkTooLarge
+from jobledger.projections.engine.view_registry import PROJECTION_VERSION, VIEW_NAMES, create_indexes
 from jobledger.projections.engine.writer import ProjectionWriter
 from jobledger.projections.slots import Views, ViewSlots
 
@@ -100,18 +100,18 @@ class Rebuild:
             nonlocal switched_position
             if only_if_outdated and (await load_checkpoint(self._db)).get("version", 0) >= PROJECTION_VERSION:
                 return
-            ahead_position = await self._position_ahead_of_log()
+            ahead_position = await self._find_position_ahead_of_log()
             writer, slots = await self._shadow.open(max_position=None if ahead_position is None else 0)
             _log.info("view rebuild started", after=writer.position)
-            switch = self._switch_function(slots, names, ahead_position=ahead_position)
-            await self._apply_history(writer, await self._event_store.head_position(), on_progress)
+            switch = self._build_switch_function(slots, names, ahead_position=ahead_position)
+            await self._apply_history(writer, await self._event_store.read_head_position(), on_progress)
             # Much faster than maintaining the indexes with each document of the history.
             with translate_errors("creating the indexes of the views"):
                 await create_indexes(writer.views)
             async with self._event_store.subscribe(after=writer.position) as events:
                 is_switched = False
                 while not is_switched:
-                    head = await self._event_store.head_position()
+                    head = await self._event_store.read_head_position()
                     on_progress(writer.position, head)
                     if writer.position == head:
                         is_switched = await self._switch_when_idle(head, switch)
@@ -248,7 +248,7 @@ class Rebuild:
         with translate_errors("switching to the rebuilt views"):
             return await run_transaction(self._db, try_switch)
 
-    async def _position_ahead_of_log(self) -> int | None:
+    async def _find_position_ahead_of_log(self) -> int | None:
         """Return the position of the active views if they contain events that the log lacks, else None."""
         last_applied = ReadPosition.from_document(await load_checkpoint(self._db))
         try:
@@ -258,7 +258,7 @@ class Rebuild:
             return last_applied.position
         return None
 
-    def _switch_function(
+    def _build_switch_function(
         self, slots: ViewSlots, names: Collection[str], ahead_position: int | None = None
     ) -> SwitchFunction:
         """Return the function that switches to views in the shadow slots.
@@ -282,7 +282,7 @@ class Rebuild:
             required: Document = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$lte": position} if all_views else position}
             if ahead_position is not None:
                 required = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$in": [ahead_position, position]}}
-            update = {"position": position, "hash": await self._event_store.hash_at(position), "switched_at": now}
+            update = {"position": position, "hash": await self._event_store.read_hash_at(position), "switched_at": now}
             active = await self._db.checkpoints.find_one_and_update(required, {"$set": update}, session=session)
             if active is None:
                 return False
@@ -323,7 +323,7 @@ class Rebuild:
                         async for difference in find_differences(name, active_views[name], writer.views[name], session):
                             on_difference(difference)
         except LedgerUnavailable as error:
-            if server_error_code(error) == SNAPSHOT_TOO_OLD:
+            if get_server_error_code(error) == SNAPSHOT_TOO_OLD:
                 raise NotComparable(
                     "The comparison took longer than the database keeps its history. An administrator can extend it: "
                     "db.adminCommand({setParameter: 1, minSnapshotHistoryWindowInSeconds: 3600})"

@@ -20,9 +20,9 @@ from jobledger.ledger.mongo.leader_election import LeaderElection, LeadershipLos
 from jobledger.ledger.mongo.transactions import run_transaction
 from jobledger.ledger.store.event_store import ReadPosition
 from jobledger.projections.engine.checkpoint import load_checkpoint, take_over
-from jobledger.projections.engine.registry import PROJECTION_VERSION, VIEW_NAMES
+from jobledger.projections.engine.view_registry import PROJECTION_VERSION, VIEW_NAMES
 from jobledger.projections.engine.writer import ProjectionWriter
-from jobledger.projections.slots import Views, ViewSlots, other_slot
+from jobledger.projections.slots import Views, ViewSlots, get_other_slot
 
 REBUILD_CHECKPOINT_ID: Final = "rebuild"
 _DELETE_CHUNK_SIZE: Final = 5000
@@ -59,8 +59,8 @@ class ShadowViews:
         writer = ProjectionWriter(
             self._db,
             Views(self._db, slots),
-            checkpoint=REBUILD_CHECKPOINT_ID,
-            fence={"fencing_token": self._leader_election.fencing_token, "shadow_empty": True},
+            checkpoint_id=REBUILD_CHECKPOINT_ID,
+            checkpoint_filter={"fencing_token": self._leader_election.fencing_token, "shadow_empty": True},
             last_applied=ReadPosition.from_document(checkpoint),
         )
         return writer, slots
@@ -112,4 +112,4 @@ class ShadowViews:
     async def _load_slots(self) -> ViewSlots:
         """Return the slots that are not active."""
         active = (await load_checkpoint(self._db)).get("slots", {})
-        return {name: other_slot(active.get(name, "a")) for name in VIEW_NAMES}
+        return {name: get_other_slot(active.get(name, "a")) for name in VIEW_NAMES}

@@ -18,7 +18,7 @@ from jobledger.ledger.domain.errors import UnsupportedEvent
 from jobledger.ledger.domain.events import EVENT_TYPES, RecordedEvent
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.engine.document_cache import DocumentKey
-from jobledger.projections.engine.registry import FOLDED_VIEWS, ROW_VIEWS
+from jobledger.projections.engine.view_registry import DOCUMENT_VIEWS, ROW_VIEWS
 from jobledger.projections.views import (
     batches,
     deliveries,
@@ -45,11 +45,11 @@ class _StreamView(Protocol):
     def fold(self, document: Document | None, event: RecordedEvent, /) -> Document | None:
         """Apply the next event of a stream."""
 
-    def isolate(self, document: Document | None, event: RecordedEvent, problem: Document, /) -> Document | None:
-        """Return the document after an event that cannot be applied. It shows the problem."""
+    def isolate(self, document: Document | None, event: RecordedEvent, error: Document, /) -> Document | None:
+        """Return the document after an event that cannot be applied. It shows the projection error."""
 
-    def reduce_to_storable(self, document: Document, problem: Document, /) -> Document:
-        """Return a reduced document that can be stored. It shows the problem."""
+    def reduce_to_storable(self, document: Document, error: Document, /) -> Document:
+        """Return a reduced document that can be stored. It shows the projection error."""
 
 
 _STREAM_VIEWS: Final[Mapping[str, _StreamView]] = {"job": jobs, "batch": batches, "delivery": deliveries}
@@ -72,23 +72,25 @@ class ViewChanges:
         current: Documents that the chunk changed, by view and key. None: deleted.
         counter_increments: Increments by counter document and field.
         position, hash: Position and hash of the last applied event.
-        unstorable: The problems of documents that cannot be stored completely. They are stored reduced.
+        unstorable: The projection errors of documents that cannot be stored completely. They are stored reduced.
         skipped: Rows, and documents of `unstorable`, that are not stored at all.
-        problems_without_document: The problems of streams that have no document to show them.
-        new_problems: Keys and problems to log after the chunk was written.
+        errors_without_document: The projection errors of streams that have no document to show them.
+        new_errors: Keys and projection errors to log after the chunk was written.
         list_index_bytes: Estimated memory of the list index that the chunk writes.
     """
 
-    loaded: dict[str, dict[str, Document]] = field(default_factory=lambda: {view: {} for view in FOLDED_VIEWS})
+    loaded: dict[str, dict[str, Document]] = field(default_factory=lambda: {view: {} for view in DOCUMENT_VIEWS})
     pending_jobs: Sequence[Document] = ()
-    current: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {view: {} for view in FOLDED_VIEWS})
+    current: dict[str, dict[str, Document | None]] = field(
+        default_factory=lambda: {view: {} for view in DOCUMENT_VIEWS}
+    )
     counter_increments: Counter[tuple[str, str]] = field(default_factory=Counter)
     position: int = 0
     hash: bytes | None = None
     unstorable: dict[DocumentKey, Document] = field(default_factory=dict)
     skipped: set[DocumentKey] = field(default_factory=set)
-    problems_without_document: dict[DocumentKey, Document] = field(default_factory=dict)
-    new_problems: list[tuple[str, Document]] = field(default_factory=list)
+    errors_without_document: dict[DocumentKey, Document] = field(default_factory=dict)
+    new_errors: list[tuple[str, Document]] = field(default_factory=list)
     list_index_bytes: int = 0
 
     # Applying events ------------------------------------------------------------------------------------------------
@@ -110,14 +112,14 @@ class ViewChanges:
         except (UnsupportedEvent, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other streams
-            problem = projection_errors.event_problem(event, error)
-            self.new_problems.append((event.stream, problem))
+            projection_error = projection_errors.build_event_error(event, error)
+            self.new_errors.append((event.stream, projection_error))
             try:
-                self._set_document(view.NAME, before, view.isolate(before, event, problem), event)
+                self._set_document(view.NAME, before, view.isolate(before, event, projection_error), event)
             except MemoryError:
                 raise
             except Exception:  # noqa: BLE001 - as above
-                self.problems_without_document[view.NAME, event.stream] = problem
+                self.errors_without_document[view.NAME, event.stream] = projection_error
 
     def get(self, view: str, key: str) -> Document | None:
         """Return a document as it is after the applied events, or None."""
@@ -143,10 +145,10 @@ class ViewChanges:
         if before and after and before["status"] == after["status"] == "processing":
             self.current["jobs"][event.stream] = after
             return  # progress and log lines change only the job's own document
-        counters_before, counters_after = statistics.counters_for_job(before), statistics.counters_for_job(after)
+        counters_before, counters_after = statistics.get_job_counters(before), statistics.get_job_counters(after)
         completion = finished_by_minute = None
         if after is not None and statistics.has_just_finished(before, after):
-            completion = statistics.counters_for_completion(after)
+            completion = statistics.build_completion_increments(after)
             minutes = self.get(statistics.NAME, statistics.FINISHED_BY_MINUTE)
             finished_by_minute = statistics.count_finished_job(minutes, after)
         batch_id = (after or before or {}).get("batch_id")
@@ -162,7 +164,7 @@ class ViewChanges:
 
     def _set_batch(self, batch_id: str, before: Document | None, after: Document | None) -> None:
         self.current["batches"][batch_id] = after
-        self._add_difference(statistics.counters_for_batch(before), statistics.counters_for_batch(after))
+        self._add_difference(statistics.get_batch_counters(before), statistics.get_batch_counters(after))
 
     def _set_delivery(self, before: Document | None, after: Document) -> None:
         if before is None:
@@ -170,7 +172,7 @@ class ViewChanges:
             self.current[endpoints.NAME][endpoint["_id"]] = endpoint
             after["sequence"] = endpoint["delivery_count"]
         self.current[deliveries.NAME][after["_id"]] = after
-        self._add_difference(statistics.counters_for_delivery(before), statistics.counters_for_delivery(after))
+        self._add_difference(statistics.get_delivery_counters(before), statistics.get_delivery_counters(after))
 
     def _add_difference(self, before: statistics.CounterFields, after: statistics.CounterFields) -> None:
         if before != after:
@@ -184,32 +186,36 @@ class ViewChanges:
     def mark_unstorable(self, view: str, key: str, message: str) -> None:
         """Store a document reduced, or skip it if it already is. A row is skipped, and its job is stored reduced."""
         if view in ROW_VIEWS:
-            row = self.changed_rows()[view].get(key) or {}
+            row = self.build_changed_rows()[view].get(key) or {}
             self.skipped.add((view, key))
             view, key = jobs.NAME, row.get("job_id", key)
         elif (view, key) in self.unstorable:
             self.skipped.add((view, key))
         if (view, key) not in self.unstorable:
-            problem = projection_errors.document_problem(self.current.get(view, {}).get(key) or {}, message)
-            self.unstorable[view, key] = problem
-            self.new_problems.append((key, problem))
+            projection_error = projection_errors.build_document_error(
+                self.current.get(view, {}).get(key) or {}, message
+            )
+            self.unstorable[view, key] = projection_error
+            self.new_errors.append((key, projection_error))
 
     def mark_unstorable_documents(self) -> None:
         """Mark all documents and rows that the database cannot store."""
-        for view, documents in {**self.current, **self.changed_rows()}.items():
+        for view, documents in {**self.current, **self.build_changed_rows()}.items():
             for key, document in documents.items():
-                if document is not None and (reason := projection_errors.unstorable_reason(document)) is not None:
+                if document is not None and (reason := projection_errors.find_unstorable_reason(document)) is not None:
                     self.mark_unstorable(view, key, reason)
 
     # Planning writes ------------------------------------------------------------------------------------------------
 
-    def changed_rows(self) -> dict[str, dict[str, Document | None]]:
+    def build_changed_rows(self) -> dict[str, dict[str, Document | None]]:
         """Return the new and changed rows of the derived views by view and key. None: the row is deleted."""
         rows: dict[str, dict[str, Document | None]] = {view: {} for view in ROW_VIEWS}
         batch_before, batch_now = self.loaded["batches"].get, partial(self.get, "batches")
         for job_id, after in self.current["jobs"].items():
             before = self.loaded["jobs"].get(job_id)
-            _add_changed_rows(rows[queue.NAME], _queue_rows(before, batch_before), _queue_rows(after, batch_now))
+            _add_changed_rows(
+                rows[queue.NAME], _build_queue_rows(before, batch_before), _build_queue_rows(after, batch_now)
+            )
             try:
                 for view in (files, steps, step_files):
                     _add_changed_rows(
@@ -221,7 +227,9 @@ class ViewChanges:
                     self.mark_unstorable(jobs.NAME, job_id, message)
         for job in self.pending_jobs:  # these jobs did not change and are not loaded completely
             if job["_id"] not in self.current["jobs"]:
-                _add_changed_rows(rows[queue.NAME], _queue_rows(job, batch_before), _queue_rows(job, batch_now))
+                _add_changed_rows(
+                    rows[queue.NAME], _build_queue_rows(job, batch_before), _build_queue_rows(job, batch_now)
+                )
         return rows
 
     def build_writes(
@@ -233,14 +241,14 @@ class ViewChanges:
             replaced: Documents that are stored in another form than they were loaded. They are written completely.
             upserts: Replace documents instead of inserting them, for views to which another writer has written.
         """
-        rows = self.changed_rows()  # first, because it may mark a job as unstorable
+        rows = self.build_changed_rows()  # first, because it may mark a job as unstorable
         writes: defaultdict[str, list[tuple[str, Write]]] = defaultdict(list)
         for view, documents in self.current.items():
             for key, document in documents.items():
                 if (write := self._build_write(view, key, document, replaced, upserts=upserts)) is not None:
                     writes[view].append((key, write))
         jobs_before = (*self.loaded["jobs"].values(), *self.pending_jobs)
-        queued_before = {job["_id"] for job in jobs_before if _queue_rows(job, self.loaded["batches"].get)}
+        queued_before = {job["_id"] for job in jobs_before if _build_queue_rows(job, self.loaded["batches"].get)}
         for view, changed in rows.items():
             # A row that does not exist yet is inserted. An upsert would first search for it, and pass all neighbouring
             # keys that were deleted in the last minutes. For ten thousand rows, upserts took 17 s and inserts 0.2 s.
@@ -258,24 +266,24 @@ class ViewChanges:
             increments.setdefault(counter, {})[name] = amount
         for key, by in increments.items():
             writes[statistics.NAME].append((key, UpdateOne({"_id": key}, {"$inc": by}, upsert=True)))
-        writes[projection_errors.NAME] = self._projection_error_writes(replaced)
+        writes[projection_errors.NAME] = self._build_projection_error_writes(replaced)
         return {view: changes for view, changes in writes.items() if changes}
 
     def _build_write(
         self, view: str, key: str, document: Document | None, replaced: Collection[DocumentKey], *, upserts: bool
     ) -> Write | None:
-        problem = self.unstorable.get((view, key))
-        if document is not None and problem is not None:
+        projection_error = self.unstorable.get((view, key))
+        if document is not None and projection_error is not None:
             if view not in _REDUCIBLE_VIEWS or (view, key) in self.skipped:
                 return DeleteOne({"_id": key})
-            return _build_upsert(key, _REDUCIBLE_VIEWS[view].reduce_to_storable(document, problem))
+            return _build_upsert(key, _REDUCIBLE_VIEWS[view].reduce_to_storable(document, projection_error))
         if (view, key) in replaced or (upserts and document is not None):
             return DeleteOne({"_id": key}) if document is None else _build_upsert(key, document)
         return _build_minimal_write(key, self.loaded[view].get(key), document)
 
-    def _projection_error_writes(self, replaced: Collection[DocumentKey]) -> list[tuple[str, Write]]:
+    def _build_projection_error_writes(self, replaced: Collection[DocumentKey]) -> list[tuple[str, Write]]:
         """Return the writes to the view of errors. Nearly all chunks have none."""
-        problems = {**self.problems_without_document, **self.unstorable}
+        errors = {**self.errors_without_document, **self.unstorable}
         writes: list[tuple[str, Write]] = []
         for view in _REDUCIBLE_VIEWS:
             loaded = self.loaded[view]
@@ -283,20 +291,20 @@ class ViewChanges:
                 if self.unstorable and (view, key) in self.unstorable:
                     continue
                 before = loaded.get(key)
-                problem_now = document.get(projection_errors.ERROR_FIELD) if document is not None else None
-                problem_before = before.get(projection_errors.ERROR_FIELD) if before is not None else None
-                if problem_now is not None and problem_now is not problem_before:
-                    problems[view, key] = problem_now
-                elif problem_now is None and (problem_before is not None or (view, key) in replaced):
+                error_now = document.get(projection_errors.ERROR_FIELD) if document is not None else None
+                error_before = before.get(projection_errors.ERROR_FIELD) if before is not None else None
+                if error_now is not None and error_now is not error_before:
+                    errors[view, key] = error_now
+                elif error_now is None and (error_before is not None or (view, key) in replaced):
                     writes.append((f"{view}/{key}", DeleteOne({"_id": f"{view}/{key}"})))
-        for (view, key), problem in problems.items():
-            row = projection_errors.build_row(view, key, problem)
+        for (view, key), projection_error in errors.items():
+            row = projection_errors.build_row(view, key, projection_error)
             writes.append((row["_id"], _build_upsert(row["_id"], row)))
         return writes
 
 
-def _queue_rows(job: Document | None, get_batch: Callable[[str], Document | None]) -> list[Document]:
-    return queue.rows(job, get_batch(job["batch_id"])) if job else []
+def _build_queue_rows(job: Document | None, get_batch: Callable[[str], Document | None]) -> list[Document]:
+    return queue.build_rows(job, get_batch(job["batch_id"])) if job else []
 
 
 def _add_changed_rows(

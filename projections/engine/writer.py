@@ -32,7 +32,7 @@ from jobledger.projections.slots import Views
 from jobledger.projections.views import projection_errors, statistics
 
 _log = structlog.get_logger()
-MAX_LIST_INDEX_BYTES: Final = 64 * 1024 * 1024
+MAX_CHUNK_LIST_INDEX_BYTES: Final = 64 * 1024 * 1024
 """Maximum memory of the list index that a chunk writes."""
 _SLOW_SECONDS: Final = 5.0
 """After a slower chunk, the next ones are smaller. The server aborts a transaction after 10 to 60 seconds."""
@@ -58,12 +58,18 @@ class ProjectionWriter:
     """
 
     def __init__(
-        self, db: Database, views: Views, *, checkpoint: str, fence: Mapping[str, Any], last_applied: ReadPosition
+        self,
+        db: Database,
+        views: Views,
+        *,
+        checkpoint_id: str,
+        checkpoint_filter: Mapping[str, Any],
+        last_applied: ReadPosition,
     ) -> None:
         self._db = db
         self.views = views
-        self._checkpoint = checkpoint
-        self._fence = fence
+        self._checkpoint_id = checkpoint_id
+        self._checkpoint_filter = checkpoint_filter
         self._loader = DocumentLoader(db, views)
         self._unwritten: ViewChanges | None = None
         self._written = asyncio.Event()
@@ -135,7 +141,7 @@ class ProjectionWriter:
             changes.counter_increments[statistics.EVENTS, JobProgressed.__name__] += len(events) - len(remaining)
         for number, event in enumerate(remaining, 1):
             changes.apply(event)
-            if changes.list_index_bytes > MAX_LIST_INDEX_BYTES and number < len(remaining):
+            if changes.list_index_bytes > MAX_CHUNK_LIST_INDEX_BYTES and number < len(remaining):
                 raise ChunkTooLarge(f"its documents have {changes.list_index_bytes} bytes of list index")
             if number % _EVENTS_PER_YIELD == 0 and self._unwritten is not None:
                 await asyncio.sleep(0)  # lets the write of the previous chunk continue
@@ -158,8 +164,8 @@ class ProjectionWriter:
                 await self._write_or_isolate(changes, before_write)
         finally:
             self._written.set()  # also after an error: otherwise `prepare` would wait forever
-        for key, problem in changes.new_problems:
-            _log.error("stream isolated after projection failure", document=key, **problem)
+        for key, projection_error in changes.new_errors:
+            _log.error("stream isolated after projection error", document=key, **projection_error)
         reduced = self._loader.reduced
         if reduced or changes.unstorable:
             reduced.difference_update((view, key) for view, documents in changes.current.items() for key in documents)
@@ -195,7 +201,7 @@ class ProjectionWriter:
                 view, key = rejected.view, rejected.key
                 if (view, key) in changes.skipped or view in (projection_errors.NAME, statistics.NAME):
                     raise rejected.error from None
-                message = f"The database rejected the document: {_server_message(rejected.error)}"
+                message = f"The database rejected the document: {_get_server_message(rejected.error)}"
                 changes.mark_unstorable(view, key, message)
         raise LedgerUnavailable(f"The database rejected more than {_MAX_REJECTED_WRITES} writes of one chunk.")
 
@@ -206,7 +212,7 @@ class ProjectionWriter:
         writes: Mapping[str, Sequence[tuple[str, Write]]],
     ) -> None:
         """Write a chunk and the checkpoint in one transaction."""
-        own_checkpoint = {"_id": self._checkpoint, "position": self.position, **self._fence}
+        own_checkpoint = {"_id": self._checkpoint_id, "position": self.position, **self._checkpoint_filter}
         update = {"$set": {"position": changes.position, "hash": changes.hash}}
         tries, started = 0, time.monotonic()
 
@@ -279,6 +285,6 @@ def _is_write_rejection(error: Exception) -> bool:
     return False
 
 
-def _server_message(error: BulkWriteError) -> str:
+def _get_server_message(error: BulkWriteError) -> str:
     """Return the server's message without the parts that differ between tries."""
     return str(error.details["writeErrors"][0].get("errmsg", "no reason given"))

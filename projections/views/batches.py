@@ -56,7 +56,7 @@ def fold(batch: Document | None, event: RecordedEvent) -> Document | None:
         return None
     after = apply_changes(batch, changes, event)
     if isinstance(payload, events.BatchFinished):
-        after["needs_reopen"] = _counts(batch) != payload.counts
+        after["needs_reopen"] = _get_counts(batch) != payload.counts
     if "access_control" in changes:
         _set_list_index(after)
     return after
@@ -182,10 +182,10 @@ def add_submitted_counts(batch: Document | None) -> Document | None:
 # Isolation of events and documents (projection_errors.py) -----------------------------------------------------------
 
 
-def isolate(batch: Document | None, event: RecordedEvent, problem: Document) -> Document | None:
-    """Return the document of a batch after an event that cannot be applied: the previous one with the problem."""
-    before = batch if batch is not None else _placeholder_document(event)
-    return _apply_event_type({**before, projection_errors.ERROR_FIELD: problem}, event)
+def isolate(batch: Document | None, event: RecordedEvent, error: Document) -> Document | None:
+    """Return the document of a batch after an event that cannot be applied: the previous one with the error."""
+    before = batch if batch is not None else _build_placeholder(event)
+    return _apply_event_type({**before, projection_errors.ERROR_FIELD: error}, event)
 
 
 def _apply_event_type(batch: Document, event: RecordedEvent) -> Document | None:
@@ -194,7 +194,7 @@ def _apply_event_type(batch: Document, event: RecordedEvent) -> Document | None:
         return None
     changes: Document = {}
     if event.type == events.BatchFinished.__name__:
-        status = event.payload.get("status")
+        status = event.payload_fields.get("status")
         final_status = status if status in ("completed", "partial", "failed") else "partial"
         changes = {"status": final_status, "completed_at": event.time, "needs_reopen": False}
     elif event.type == events.BatchReopened.__name__:
@@ -202,15 +202,15 @@ def _apply_event_type(batch: Document, event: RecordedEvent) -> Document | None:
     return apply_changes(batch, changes, event)
 
 
-def _placeholder_document(event: RecordedEvent) -> Document:
+def _build_placeholder(event: RecordedEvent) -> Document:
     """Return a document for a batch whose first event is unreadable. It has the readable fields of the event."""
-    values = event.payload.get("job_ids")
+    values = event.payload_fields.get("job_ids")
     job_ids = [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
     owner = projection_errors.read_text(event, "user_id") or ""
     return _build_document(events.BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
 
 
-def reduce_to_storable(batch: Document, problem: Document) -> Document:
+def reduce_to_storable(batch: Document, error: Document) -> Document:
     """Return a document that can be stored, without the fields that may be large."""
     document: Document = {
         **batch,
@@ -222,7 +222,7 @@ def reduce_to_storable(batch: Document, problem: Document) -> Document:
         **projection_errors.PRIVATE_ACCESS,
         "truncated": ["job_ids", "parameters"],
         projection_errors.REDUCED_FIELD: True,
-        projection_errors.ERROR_FIELD: problem,
+        projection_errors.ERROR_FIELD: error,
     }
     _set_list_index(document)
     return document
@@ -231,14 +231,14 @@ def reduce_to_storable(batch: Document, problem: Document) -> Document:
 # Follow-up commands -------------------------------------------------------------------------------------------------
 
 
-def follow_up_command(batch: Document) -> BatchCommand | None:
+def find_follow_up_command(batch: Document) -> BatchCommand | None:
     """Return the command that the counts of a batch require: finish it, reopen it, or None.
 
-    A new leader of the projector checks all batches of `find_unsettled` after it has caught up with the log. From then
-    on it checks each batch that it has changed. Therefore, even after a crash, a batch is finished once all its jobs
+    A new leader of the projector first catches up with the log and checks all batches of `find_batches_to_check`. After
+    that, it checks each batch that it has changed. Therefore, even after a crash, a batch is finished once all its jobs
     are, and it is reopened after a job was restarted, even if the job has finished again.
     """
-    counts = _counts(batch)
+    counts = _get_counts(batch)
     finished = counts.completed + counts.failed + counts.cancelled
     if batch["status"] == "processing" and finished == batch["total_jobs"]:
         return FinishBatch(counts, events.BatchSummary(**batch["summary"]))
@@ -247,8 +247,8 @@ def follow_up_command(batch: Document) -> BatchCommand | None:
     return None
 
 
-def _counts(batch: Document) -> events.BatchCounts:
-    return events.BatchCounts(
+def _get_counts(batch: Document) -> events.BatchJobCounts:
+    return events.BatchJobCounts(
         completed=batch["completed_jobs"], failed=batch["failed_jobs"], cancelled=batch["cancelled_jobs"]
     )
 
@@ -319,8 +319,8 @@ async def find_paused(views: Views, batch_ids: Collection[str]) -> set[str]:
         return {batch["_id"] async for batch in views[NAME].find(query, {"_id": 1})}
 
 
-async def find_unsettled(views: Views) -> Sequence[Document]:
-    """Return the batches for which `follow_up_command` may return a command."""
+async def find_batches_to_check(views: Views) -> Sequence[Document]:
+    """Return the batches for which `find_follow_up_command` may return a command."""
     conditions = [
         {"status": "processing"},
         {"needs_reopen": True},

@@ -19,13 +19,13 @@ from pymongo import ASCENDING, IndexModel
 
 from jobledger.ledger.domain import events
 from jobledger.ledger.domain.access import Principal
-from jobledger.ledger.domain.delivery import endpoint_id_for
+from jobledger.ledger.domain.delivery import build_endpoint_id
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.limits import MAX_REASON_CHARACTERS, MAX_RESPONSE_CHARACTERS, truncate_text
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.slots import Views
 from jobledger.projections.views import list_index, paging, projection_errors
-from jobledger.projections.views.documents import apply_changes, shorten_error
+from jobledger.projections.views.documents import apply_changes, dump_truncated_error
 from jobledger.projections.views.paging import PageCursor, PageRequest
 
 NAME: Final = "deliveries"
@@ -53,8 +53,8 @@ def fold(delivery: Document | None, event: RecordedEvent) -> Document:
 
 
 def _build_document(queued: events.DeliveryQueued, event: RecordedEvent) -> Document:
-    endpoint_id = endpoint_id_for(queued.user_id, queued.webhook.url)
-    source, batch_id, host = queued.source, queued.batch_id, host_and_port(queued.webhook.url)
+    endpoint_id = build_endpoint_id(queued.user_id, queued.webhook.url)
+    source, batch_id, host = queued.source, queued.batch_id, parse_host_and_port(queued.webhook.url)
     facets = [list_index.NO_FACET, ("endpoint_id", endpoint_id), ("source", source), ("host", host)]
     if batch_id is not None:
         facets.append(("batch", batch_id))
@@ -82,11 +82,11 @@ def _build_document(queued: events.DeliveryQueued, event: RecordedEvent) -> Docu
         "attempts": [],
         "version": event.version,
         "position": event.position,
-        "list_keys": list_index.build_list_keys(list_index.scopes_for_owner(queued.user_id), facets),
+        "list_keys": list_index.build_list_keys(list_index.get_owner_scopes(queued.user_id), facets),
     }
 
 
-def host_and_port(url: str) -> str:
+def parse_host_and_port(url: str) -> str:
     """Return the host and port of a URL. Deliveries to the same host and port fail together."""
     parts = urlsplit(url)
     return f"{parts.hostname or ''}:{parts.port or {'http': 80, 'https': 443}.get(parts.scheme, 0)}"
@@ -101,7 +101,7 @@ def _build_changes(delivery: Document, payload: events.DeliveryEvent, event: Rec
             attempt = {"attempted_at": event.time, "error": None, **payload.model_dump()}
             attempt["response"] = truncate_text(payload.response, MAX_RESPONSE_CHARACTERS)
             if payload.error is not None:
-                attempt["error"] = shorten_error(payload.error)
+                attempt["error"] = dump_truncated_error(payload.error)
             is_pending = delivery["status"] == "pending"
             return {
                 "attempt": payload.attempt,
@@ -138,10 +138,10 @@ _STATUS_AFTER: Final = {
 }
 
 
-def isolate(delivery: Document | None, event: RecordedEvent, problem: Document) -> Document:
-    """Return the document of a delivery after an event that cannot be applied: the previous one with the problem."""
+def isolate(delivery: Document | None, event: RecordedEvent, error: Document) -> Document:
+    """Return the document of a delivery after an event that cannot be applied: the previous one with the error."""
     assert delivery is not None  # noqa: S101 - without its first event, a delivery has no document
-    return _apply_event_type({**delivery, projection_errors.ERROR_FIELD: problem}, event)
+    return _apply_event_type({**delivery, projection_errors.ERROR_FIELD: error}, event)
 
 
 def _apply_event_type(delivery: Document, event: RecordedEvent) -> Document:
@@ -151,12 +151,12 @@ def _apply_event_type(delivery: Document, event: RecordedEvent) -> Document:
     return apply_changes(delivery, changes, event)
 
 
-def reduce_to_storable(delivery: Document, problem: Document) -> Document:
+def reduce_to_storable(delivery: Document, error: Document) -> Document:
     """Return a document that can be stored, without the fields that may be large."""
-    list_keys = list_index.build_list_keys(list_index.scopes_for_owner(""), [list_index.NO_FACET])
+    list_keys = list_index.build_list_keys(list_index.get_owner_scopes(""), [list_index.NO_FACET])
     texts = {name: truncate_text(str(delivery[name]), 200) for name in ("url", "host", "user_id")}
     empty = {"attempts": [], "reason": None, "list_keys": list_keys}
-    return {**delivery, **texts, **empty, projection_errors.REDUCED_FIELD: True, projection_errors.ERROR_FIELD: problem}
+    return {**delivery, **texts, **empty, projection_errors.REDUCED_FIELD: True, projection_errors.ERROR_FIELD: error}
 
 
 # Queries ------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from jobledger.ledger.domain.errors import UnreadableEvent
-from jobledger.ledger.domain.events import Failure, RecordedEvent, Webhook
-from jobledger.ledger.domain.limits import truncate_failure
+from jobledger.ledger.domain.events import ErrorInfo, RecordedEvent, Webhook
+from jobledger.ledger.domain.limits import truncate_error
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
@@ -36,7 +36,7 @@ def fold_events(fold: Fold, events: Iterable[RecordedEvent]) -> Document | None:
         except UnreadableEvent as error:
             if document is None:
                 raise
-            return {**document, projection_errors.ERROR_FIELD: projection_errors.event_problem(event, error)}
+            return {**document, projection_errors.ERROR_FIELD: projection_errors.build_event_error(event, error)}
     return document
 
 
@@ -61,9 +61,9 @@ def apply_changes(document: Document, changes: Document, event: RecordedEvent) -
 # Fields -------------------------------------------------------------------------------------------------------------
 
 
-def shorten_error(error: Failure) -> Document:
+def dump_truncated_error(error: ErrorInfo) -> Document:
     """Return an error as a document contains it: truncated to its budget."""
-    return truncate_failure(error).model_dump()
+    return truncate_error(error).model_dump()
 
 
 def redact_webhook(webhook: Webhook | None) -> Document | None:

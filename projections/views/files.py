@@ -26,7 +26,7 @@ _JOBS_PER_QUERY: Final = 100
 _ACCESS_FIELDS: Final = {"_id": 0, "user_id": 1, "access_control": 1, "teams": 1}
 
 
-def rows(job: Document) -> list[Document]:
+def build_rows(job: Document) -> list[Document]:
     """Return one row for each result file of a job. The job's document says who may read them."""
     if job["results"] is None:
         return []
@@ -95,7 +95,9 @@ async def find_jobs_with_unknown_files(views: Views, *, limit: int) -> list[str]
     with translate_errors("finding jobs with unknown files"):
         untracked = views[step_files.NAME].find({"sha256": step_files.UNTRACKED_FILES}, {"job_id": 1}, limit=limit)
         job_ids = [row["job_id"] async for row in untracked]
-        isolated = views[projection_errors.NAME].find(projection_errors.rows_query("jobs"), {"key": 1}, limit=limit)
+        isolated = views[projection_errors.NAME].find(
+            projection_errors.build_rows_query("jobs"), {"key": 1}, limit=limit
+        )
         job_ids += [row["key"] async for row in isolated]
     return job_ids[:limit]
 

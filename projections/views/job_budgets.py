@@ -24,7 +24,7 @@ def apply_budgets(job: Document, changes: Document) -> None:
     """Cut the changed fields that exceed their budgets, and name these fields in `truncated`."""
     for name, budget in BUDGETS.items():
         if name in changes:
-            size = limits.json_bytes(job[name])
+            size = limits.compute_json_size(job[name])
             if size <= LARGE_BYTES and "large_fields" not in job and "truncated" not in job:
                 continue  # the usual case: nothing to cut, no flag to change
             exceeds = not limits.fits_in_document(job[name], budget, text_bytes=size)
@@ -32,7 +32,7 @@ def apply_budgets(job: Document, changes: Document) -> None:
             if exceeds:
                 if name == "results":  # the job still needs these files, so they stay in the store
                     job |= step_files.add_digests(job, (file["sha256"] for file in job[name]["files"]))
-                job[name] = {} if name == "parameters" else _essential_results(job[name])
+                job[name] = {} if name == "parameters" else _reduce_results(job[name])
             set_field_flag(job, "truncated", name, is_set=exceeds)
     if "logs" in changes:
         job["logs"] = _keep_newest(changes["logs"], limits.MAX_VIEW_LOGS_BYTES)
@@ -49,7 +49,7 @@ def _keep_newest(items: list[Document], max_bytes: int) -> list[Document]:
     return items if kept == len(items) else items[len(items) - kept :]
 
 
-def _essential_results(results: Document) -> Document:
+def _reduce_results(results: Document) -> Document:
     """Return results without their files, assets and warnings."""
     given = results["metadata"]
     metadata = {name: given[name] for name in ("processed_at", "duration", "tokens_used")} | {"warnings": []}

@@ -8,9 +8,9 @@ from jobledger.ledger.domain import events
 from jobledger.ledger.domain.events import LogEntry, RecordedEvent
 from jobledger.ledger.mongo.connection import Document
 
-MAX_LOG_LINES: Final = 100
+MAX_LOG_ENTRIES: Final = 100
 """The document contains the newest lines. The job's history contains all of them."""
-MAX_LOG_LINE_CHARACTERS: Final = 10_000
+MAX_LOG_ENTRY_CHARACTERS: Final = 10_000
 """Maximum length of a line in the document: a hundred lines have to fit."""
 LOG_EVENT_TYPES: Final[tuple[type[events.Event], ...]] = (
     events.JobLogged,
@@ -22,7 +22,7 @@ LOG_EVENT_TYPES: Final[tuple[type[events.Event], ...]] = (
 """The events that add lines to the job's log."""
 
 
-def log_lines_of_event(event: RecordedEvent) -> list[LogEntry]:
+def build_log_entries(event: RecordedEvent) -> list[LogEntry]:
     """Return the log lines of an event, for readers of the job.
 
     Raises:
@@ -34,31 +34,31 @@ def log_lines_of_event(event: RecordedEvent) -> list[LogEntry]:
             return payload.entries
         case events.JobAttemptFailed():
             message = f"Attempt {payload.attempt} failed and will be repeated: {payload.error.message}"
-            return [_line(event, message)]
+            return [_build_entry(event, message)]
         case events.JobFailed():
-            return [_line(event, f"Failed: {payload.error.message}", "error")]
+            return [_build_entry(event, f"Failed: {payload.error.message}", "error")]
         case events.JobLeaseExpired():
             message = "The worker stopped sending heartbeats; another worker picks up the job."
-            return [_line(event, message)]
+            return [_build_entry(event, message)]
         case events.JobReleased():
             # Readers of the job see this line, so it names neither the worker nor the error of its machine.
             reason = "its machine cannot run it" if payload.is_machine_failure else payload.reason
-            return [_line(event, f"The worker gave the job back: {reason}", "info")]
+            return [_build_entry(event, f"The worker gave the job back: {reason}", "info")]
         case _:
             return []
 
 
-def append_log_lines(job: Document, event: RecordedEvent) -> Document:
+def append_log_entries(job: Document, event: RecordedEvent) -> Document:
     """Return the field `logs` of a job with the lines of one more event."""
-    lines = log_lines_of_event(event)
-    return {"logs": [*job["logs"], *(_shorten_line(line) for line in lines[-MAX_LOG_LINES:])][-MAX_LOG_LINES:]}
+    lines = build_log_entries(event)
+    return {"logs": [*job["logs"], *(_truncate_entry(line) for line in lines[-MAX_LOG_ENTRIES:])][-MAX_LOG_ENTRIES:]}
 
 
-def _line(event: RecordedEvent, message: str, level: Any = "warning") -> LogEntry:
+def _build_entry(event: RecordedEvent, message: str, level: Any = "warning") -> LogEntry:
     return LogEntry(timestamp=event.time, level=level, message=message)
 
 
-def _shorten_line(line: LogEntry) -> Document:
+def _truncate_entry(line: LogEntry) -> Document:
     text = line.message
-    message = text if len(text) <= MAX_LOG_LINE_CHARACTERS else f"{text[:MAX_LOG_LINE_CHARACTERS]} …"
+    message = text if len(text) <= MAX_LOG_ENTRY_CHARACTERS else f"{text[:MAX_LOG_ENTRY_CHARACTERS]} …"
     return {**line.model_dump(), "message": message}

@@ -32,9 +32,9 @@ from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import list_index, paging, projection_errors, step_files
-from jobledger.projections.views.documents import apply_changes, load_or_fold, redact_webhook, shorten_error
+from jobledger.projections.views.documents import apply_changes, dump_truncated_error, load_or_fold, redact_webhook
 from jobledger.projections.views.job_budgets import BUDGETED_FIELDS, apply_budgets
-from jobledger.projections.views.job_log import append_log_lines
+from jobledger.projections.views.job_log import append_log_entries
 from jobledger.projections.views.list_index import Facet
 from jobledger.projections.views.paging import PageRequest
 
@@ -140,10 +140,10 @@ def _build_changes(job: Document, payload: events.JobEvent, event: RecordedEvent
                 }
             }
         case events.JobLogged():
-            return append_log_lines(job, event)
+            return append_log_entries(job, event)
         case events.StepCompleted():
-            steps = [*job.get("steps", ()), _step_summary(payload, event)]
-            return {"steps": steps, **step_files.digests_of_step(job, payload)}
+            steps = [*job.get("steps", ()), _summarize_step(payload, event)]
+            return {"steps": steps, **step_files.add_step_digests(job, payload)}
         case events.WorkerFenced() | events.JobSubmitted():
             return {}
         case events.JobCompleted():
@@ -159,22 +159,22 @@ def _build_changes(job: Document, payload: events.JobEvent, event: RecordedEvent
                 **_build_pending("Waiting for the next attempt"),
                 "retries": job["retries"] + 1,
                 "due_at": payload.retry_at,
-                "error": shorten_error(payload.error),
-                **append_log_lines(job, event),
+                "error": dump_truncated_error(payload.error),
+                **append_log_entries(job, event),
             }
         case events.JobFailed():
             return {
                 "status": "failed",
                 "completed_at": event.time,
-                "error": shorten_error(payload.error),
+                "error": dump_truncated_error(payload.error),
                 "progress": {**job["progress"], "message": "Failed"},
-                **append_log_lines(job, event),
+                **append_log_entries(job, event),
             }
         case events.JobLeaseExpired():
             pending = _build_pending("Waiting for another worker")
-            return {**pending, "retries": job["retries"] + 1, **append_log_lines(job, event)}
+            return {**pending, "retries": job["retries"] + 1, **append_log_entries(job, event)}
         case events.JobReleased():
-            return {**_build_pending("Waiting for a worker"), **append_log_lines(job, event)}
+            return {**_build_pending("Waiting for a worker"), **append_log_entries(job, event)}
         case events.JobCancelRequested():
             return {"cancel_requested": True}
         case events.JobCancelled():
@@ -220,7 +220,7 @@ def _build_pending(message: str) -> Document:
     }
 
 
-def _step_summary(step: events.StepCompleted, event: RecordedEvent) -> Document:
+def _summarize_step(step: events.StepCompleted, event: RecordedEvent) -> Document:
     """Return a completed step without its output, which may be large and stays in the log for the next attempt."""
     return {
         "step": step.step,
@@ -265,10 +265,10 @@ _STATUS_AFTER: Final = {
 }
 
 
-def isolate(job: Document | None, event: RecordedEvent, problem: Document) -> Document | None:
-    """Return the document of a job after an event that cannot be applied: the previous one with the problem."""
-    before = job if job is not None else _placeholder_document(event)
-    return _apply_event_type({**before, projection_errors.ERROR_FIELD: problem}, event)
+def isolate(job: Document | None, event: RecordedEvent, error: Document) -> Document | None:
+    """Return the document of a job after an event that cannot be applied: the previous one with the error."""
+    before = job if job is not None else _build_placeholder(event)
+    return _apply_event_type({**before, projection_errors.ERROR_FIELD: error}, event)
 
 
 def _apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
@@ -286,7 +286,7 @@ def _apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
     return apply_changes(job, changes, event)
 
 
-def _placeholder_document(event: RecordedEvent) -> Document:
+def _build_placeholder(event: RecordedEvent) -> Document:
     """Return a document for a job whose first event is unreadable. It has the readable fields of the event."""
     submitted = events.JobSubmitted(
         job_type=projection_errors.read_text(event, "job_type") or "",
@@ -298,7 +298,7 @@ def _placeholder_document(event: RecordedEvent) -> Document:
     return _build_document(submitted, event)
 
 
-def reduce_to_storable(job: Document, problem: Document) -> Document:
+def reduce_to_storable(job: Document, error: Document) -> Document:
     """Return a document that can be stored, without the fields that may be large."""
     small = {name: value if name in _ALWAYS_SMALL or _is_small(value) else None for name, value in job.items()}
     document: Document = {
@@ -308,7 +308,7 @@ def reduce_to_storable(job: Document, problem: Document) -> Document:
         **{name: job[name] for name in projection_errors.PRIVATE_ACCESS if fits_in_document(job[name], _ACCESS_BYTES)},
         "truncated": sorted(name for name in _EMPTY_VALUES if job[name]),
         projection_errors.REDUCED_FIELD: True,
-        projection_errors.ERROR_FIELD: problem,
+        projection_errors.ERROR_FIELD: error,
     }
     _set_list_index(document)
     return document
@@ -330,7 +330,7 @@ _SMALL_BYTES: Final = 4096
 
 def _is_small(value: Any) -> bool:
     try:
-        return fits_in_document(value, _SMALL_BYTES) and projection_errors.unstorable_reason({"": value}) is None
+        return fits_in_document(value, _SMALL_BYTES) and projection_errors.find_unstorable_reason({"": value}) is None
     except (InvalidEvent, TypeError, ValueError):
         return False
 
@@ -339,7 +339,7 @@ def _is_small(value: Any) -> bool:
 
 # The few running jobs are searched for the jobs of a worker. An index by worker would add an eighth to the cost of each
 # write of a job (docs/decisions/0018).
-_ALL_JOBS: Final = list_index.unrestricted_list_key(list_index.NO_FACET)
+_ALL_JOBS: Final = list_index.build_unrestricted_list_key(list_index.NO_FACET)
 _RUNNING: Final[Document] = {"list_keys": _ALL_JOBS, "status": "processing"}
 
 
@@ -355,7 +355,7 @@ async def find_pending_jobs(views: Views, job_ids: Sequence[str]) -> list[Docume
         return await views[NAME].find({"_id": {"$in": list(job_ids)}, "status": "pending"}, excluded).to_list()
 
 
-async def oldest_pending_created_at(views: Views) -> datetime | None:
+async def find_oldest_pending_created_at(views: Views) -> datetime | None:
     """Return the submission time of the oldest pending job in the view, or None."""
     query = {"list_keys": _ALL_JOBS, "status": "pending"}
     oldest = PageRequest(limit=1, newest_first=False)
@@ -367,13 +367,13 @@ async def find_jobs_of_worker(views: Views, worker_id: str) -> Sequence[Document
     """Return `_id` and `attempt` of the jobs that a worker is running according to the view."""
     query = {**_RUNNING, "worker_id": worker_id}
     with translate_errors("finding a worker's jobs"):
-        return await views[NAME].find(query, {"attempt": 1}, hint=list_index.index_for(query)).to_list()
+        return await views[NAME].find(query, {"attempt": 1}, hint=list_index.select_index(query)).to_list()
 
 
-async def oldest_running_started_at(views: Views) -> datetime | None:
+async def find_oldest_running_started_at(views: Views) -> datetime | None:
     """Return the earliest start time of the running jobs in the view, or None."""
     with translate_errors("finding the oldest running job"):
-        index = list_index.index_for(_RUNNING)
+        index = list_index.select_index(_RUNNING)
         started = [job["started_at"] async for job in views[NAME].find(_RUNNING, {"started_at": 1}, hint=index)]
     return min((time for time in started if time is not None), default=None)
 
@@ -382,5 +382,5 @@ async def count_running_by_worker(views: Views) -> dict[str, int]:
     """Return the number of running jobs of each worker that runs any, according to the view."""
     pipeline: list[Document] = [{"$match": _RUNNING}, {"$group": {"_id": "$worker_id", "jobs": {"$sum": 1}}}]
     with translate_errors("counting the jobs of workers"):
-        rows = await views[NAME].aggregate(pipeline, hint=dict(list_index.index_for(_RUNNING)))
+        rows = await views[NAME].aggregate(pipeline, hint=dict(list_index.select_index(_RUNNING)))
         return {row["_id"]: row["jobs"] async for row in rows}

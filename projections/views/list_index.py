@@ -49,7 +49,7 @@ INDEXES: Final = [IndexModel(keys) for keys in (_BY_LIST_KEY, _BY_LIST_KEY_AND_S
 # Keys of a document -------------------------------------------------------------------------------------------------
 
 
-def scopes_for_document(document: Mapping[str, Any]) -> list[str]:
+def get_document_scopes(document: Mapping[str, Any]) -> list[str]:
     """Return the scopes in which a job or batch is listed, from its `user_id`, `access_control` and `teams`."""
     access = document["access_control"]
     public = [_PUBLIC_SCOPE] if access["visibility"] == "public" else []
@@ -65,21 +65,21 @@ def set_list_index(document: Document, facets: Sequence[Facet], texts: Iterable[
     If there are too many scopes for all keys, the document is flagged as truncated: the lists of some principals do not
     show it.
     """
-    scopes = scopes_for_document(document)
+    scopes = get_document_scopes(document)
     document["list_keys"] = build_list_keys(scopes, facets)
     document["search_keys"] = build_search_keys(scopes, texts)
     is_truncated = len(document["list_keys"]) < len(scopes) * len(facets)
     set_field_flag(document, "truncated", "list_keys", is_set=is_truncated)
 
 
-def scopes_for_owner(user_id: str) -> list[str]:
+def get_owner_scopes(user_id: str) -> list[str]:
     """Return the scopes of a document that only its owner and unrestricted principals may see."""
     return [_UNRESTRICTED_SCOPE, f"={user_id}"]
 
 
 def build_list_keys(scopes: Sequence[str], facets: Sequence[Facet]) -> list[str]:
     """Return one key for each facet in each scope. The last of very many scopes are left out."""
-    return _build_keys(scopes, [_facet_key(facet) for facet in facets])
+    return _build_keys(scopes, [_build_facet_key(facet) for facet in facets])
 
 
 def build_search_keys(scopes: Sequence[str], texts: Iterable[object]) -> list[str]:
@@ -111,7 +111,7 @@ def _join_searched(texts: Iterable[object]) -> str:
 def _build_keys(scopes: Sequence[str], texts: Sequence[str]) -> list[str]:
     """Return each text in each scope, for as many scopes as fit into the budget of a document."""
     max_scopes = min(len(scopes), MAX_LIST_INDEX_ROWS // max(1, len(texts)))
-    keys = [_list_key(scope, text) for scope in scopes[:max_scopes] for text in texts]
+    keys = [_build_list_key(scope, text) for scope in scopes[:max_scopes] for text in texts]
     if len(keys) > _MAX_UNMEASURED_KEYS and (used := _count_bytes(keys)) > MAX_LIST_INDEX_BYTES:
         while keys and used > MAX_LIST_INDEX_BYTES:
             used -= _count_bytes(keys[-len(texts) :])
@@ -123,19 +123,19 @@ def _count_bytes(keys: Iterable[str]) -> int:
     return sum(len(key.encode()) + 12 for key in keys)
 
 
-def _facet_key(facet: Facet) -> str:
+def _build_facet_key(facet: Facet) -> str:
     text = ""
     for part in facet:
-        short = part if len(part) <= _MAX_VALUE_CHARACTERS else _digest(part)
+        short = part if len(part) <= _MAX_VALUE_CHARACTERS else _compute_digest(part)
         text += "/" + (short.replace("/", "//") if "/" in short else short)
     return text
 
 
-def _digest(value: str) -> str:
+def _compute_digest(value: str) -> str:
     return blake2b(value.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
-def _list_key(scope: str, text: str) -> str:
+def _build_list_key(scope: str, text: str) -> str:
     """Return the key of a text in a scope. The length prefix separates scopes of which one begins with the other."""
     return f"{len(scope)}{scope}{text}"
 
@@ -154,9 +154,9 @@ def estimate_list_index_memory(document: Mapping[str, Any]) -> int:
     return fixed if count <= _FEW_KEYS else fixed + sum(map(len, list_keys)) + sum(map(len, search_keys))
 
 
-def max_list_index_bytes(document: Mapping[str, Any]) -> int:
+def estimate_list_index_bytes(document: Mapping[str, Any]) -> int:
     """Return the maximum size of the list index of a job or batch, from `user_id`, `access_control` and `teams`."""
-    scopes = scopes_for_document(document)
+    scopes = get_document_scopes(document)
     rows = _USUAL_FACETS + max(_MIN_WORDS, min(_MAX_WORDS, MAX_LIST_INDEX_ROWS // len(scopes)))
     return min(2 * MAX_LIST_INDEX_BYTES, rows * sum(len(scope.encode()) + _USUAL_KEY_CHARACTERS for scope in scopes))
 
@@ -164,16 +164,16 @@ def max_list_index_bytes(document: Mapping[str, Any]) -> int:
 # Queries ------------------------------------------------------------------------------------------------------------
 
 
-def scopes_for_principal(principal: Principal) -> list[str]:
+def get_principal_scopes(principal: Principal) -> list[str]:
     """Return the scopes that a principal may list."""
     if principal.is_admin:
         return [_UNRESTRICTED_SCOPE]
     return [_PUBLIC_SCOPE, *sorted(f"={name}" for name in principal.identities)]
 
 
-def unrestricted_list_key(facet: Facet) -> str:
+def build_unrestricted_list_key(facet: Facet) -> str:
     """Return the list key of a facet in the scope of unrestricted principals."""
-    return _list_key(_UNRESTRICTED_SCOPE, _facet_key(facet))
+    return _build_list_key(_UNRESTRICTED_SCOPE, _build_facet_key(facet))
 
 
 def build_query(
@@ -195,10 +195,10 @@ def build_query(
     """
     selected = [(name, field, value) for name, field, value in facets if value is not None]
     facet: Facet = (selected[0][0], selected[0][2]) if selected else NO_FACET
-    scopes = scopes_for_principal(principal)
+    scopes = get_principal_scopes(principal)
     query: Document = {"list_keys": {"$in": build_list_keys(scopes, [facet])}}
     if words := split_words(search or ""):
-        by_words = [{"search_keys": {"$in": [_list_key(scope, word) for scope in scopes]}} for word in words]
+        by_words = [{"search_keys": {"$in": [_build_list_key(scope, word) for scope in scopes]}} for word in words]
         query = {"$and": [*by_words, query] if facet else by_words}
     query |= {field: value for _, field, value in selected[1:]}
     query |= {field: value for field, value in equal.items() if value is not None}
@@ -208,7 +208,7 @@ def build_query(
     return query
 
 
-def index_for(query: Document) -> list[tuple[str, int]]:
+def select_index(query: Document) -> list[tuple[str, int]]:
     """Return the index that answers a query in list order. Without a hint, the database may read and sort instead."""
     if "search_keys" in query or "$and" in query:
         return _BY_SEARCH_KEY

@@ -18,7 +18,7 @@ from pymongo import ASCENDING, DESCENDING
 
 from jobledger.ledger.mongo.connection import LENIENT_CODEC, Document, translate_errors
 from jobledger.projections.slots import Views
-from jobledger.projections.views.list_index import index_for
+from jobledger.projections.views.list_index import select_index
 
 MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
 MAX_COUNT: Final = 10_000
@@ -91,7 +91,7 @@ async def find_page(
             sort=order,
             limit=request.limit + 1,
             skip=request.skip,
-            hint=index_for(query),
+            hint=select_index(query),
             batch_size=_READ_BATCH_DOCUMENTS,
         ) as documents:
             async for document in documents:  # `to_list` would hold several of the server's batches
@@ -105,7 +105,7 @@ async def find_page(
 async def count(views: Views, view: str, query: Document) -> int:
     """Count the documents that match a query, up to `MAX_COUNT`."""
     with translate_errors(f"counting {view}"):
-        return await views[view].count_documents(query, limit=MAX_COUNT, hint=index_for(query))
+        return await views[view].count_documents(query, limit=MAX_COUNT, hint=select_index(query))
 
 
 def omit_if_large(field: str, *, max_bytes: int, replacement: Any = OMITTED) -> Document:

@@ -1,11 +1,11 @@
-"""View `projection_errors`: the documents of other views that differ from the log, with the reason (a problem).
+"""View `projection_errors`: the documents of other views that differ from the log, with the reason.
 
-One stream must not stop the projection of all others. If a stream has a problem, the projection writer *isolates* it:
-only its own document differs from the log. There are two kinds of problems:
+One stream must not stop the projection of all others. If a stream has a projection error, the projection writer
+*isolates* it: only its own document differs from the log. There are two kinds of projection errors:
 
 * An event cannot be applied. The document keeps its previous content and gets the field `projection_error`. Of further
   events only the types are applied (the status), so counts and the end of the batch remain correct. If the stream has
-  no document, only this view shows the problem.
+  no document, only this view shows the error.
 * A document is *unstorable*: it is too large, BSON cannot hold a number in it, or the server rejects it. It is folded
   as usual, but stored *reduced*: without the fields that may be large, and with the fields `projection_error` and
   `reduced`. Once it can be stored again, it is stored completely. An unstorable row, and a reduced document that is
@@ -51,12 +51,12 @@ def has_unapplied_event(document: Document) -> bool:
 
 def read_text(event: RecordedEvent, name: str) -> str | None:
     """Return the beginning of a text field of an event that cannot be read as a whole, or None."""
-    value = event.payload.get(name)
+    value = event.payload_fields.get(name)
     return truncate_text(value, _MAX_FIELD_CHARACTERS) if isinstance(value, str) else None
 
 
-def event_problem(event: RecordedEvent, error: Exception) -> Document:
-    """Return the problem of an event that cannot be applied."""
+def build_event_error(event: RecordedEvent, error: Exception) -> Document:
+    """Return the projection error of an event that cannot be applied."""
     reason = next(iter(str(error).splitlines()), "")
     message = f"{event.type} cannot be applied: {type(error).__name__}: {reason}"
     return {
@@ -67,8 +67,8 @@ def event_problem(event: RecordedEvent, error: Exception) -> Document:
     }
 
 
-def document_problem(document: Document, message: str) -> Document:
-    """Return the problem of a document that cannot be stored."""
+def build_document_error(document: Document, message: str) -> Document:
+    """Return the projection error of a document that cannot be stored."""
     return {
         "position": document.get("position"),
         "version": document.get("version"),
@@ -77,7 +77,7 @@ def document_problem(document: Document, message: str) -> Document:
     }
 
 
-def unstorable_reason(document: Document) -> str | None:
+def find_unstorable_reason(document: Document) -> str | None:
     """Return why the database cannot store a document, or None if it can."""
     try:
         size = len(bson.encode(document))
@@ -88,12 +88,12 @@ def unstorable_reason(document: Document) -> str | None:
     return None
 
 
-def build_row(view: str, key: str, problem: Document) -> Document:
+def build_row(view: str, key: str, error: Document) -> Document:
     """Return the row for a document that differs from the log."""
-    return {"_id": f"{view}/{key}", "view": view, "key": key, **problem}
+    return {"_id": f"{view}/{key}", "view": view, "key": key, **error}
 
 
-def rows_query(view: str) -> Document:
+def build_rows_query(view: str) -> Document:
     """Return the database query for the rows of one view."""
     return {"_id": {"$gte": f"{view}/", "$lt": f"{view}0"}}  # in ASCII, "0" follows "/"
 
@@ -104,7 +104,7 @@ async def count(views: Views) -> int:
         return await views[NAME].estimated_document_count()
 
 
-async def list_problems(views: Views, *, limit: int = MAX_LISTED) -> list[Document]:
+async def list_errors(views: Views, *, limit: int = MAX_LISTED) -> list[Document]:
     """Return at most `limit` rows, sorted by key."""
     with translate_errors("reading projection errors"):
         return await views[NAME].find({}, sort=[("_id", 1)], limit=limit).to_list()

@@ -21,7 +21,7 @@ _ROW_FIELDS: Final = ("job_type", "batch_id", "priority", "due_at", "queued_posi
 _ENTRY_FIELDS: Final = {"job_type": 1, "batch_id": 1, "priority": 1, "queued_position": 1}
 
 
-def rows(job: Document, batch: Document | None) -> list[Document]:
+def build_rows(job: Document, batch: Document | None) -> list[Document]:
     """Return the row of a job if it is pending and its batch, if any, is not paused."""
     if job["status"] != "pending" or (batch is not None and batch["paused"]):
         return []

@@ -52,18 +52,18 @@ _ERROR_CONTEXT: Final = "reading the statistics"
 # Counting -----------------------------------------------------------------------------------------------------------
 
 
-def counters_for_job(job: Document | None) -> CounterFields:
+def get_job_counters(job: Document | None) -> CounterFields:
     """Return the counter fields that count a job."""
     if job is None:
         return ()
     status, track = job["status"], job["parameters"].get("track")
     if isinstance(track, str):
-        counter = _track_counter(track)
+        counter = _build_track_key(track)
         return ("jobs", "total"), ("jobs", status), (counter, "count"), (counter, status)
     return ("jobs", "total"), ("jobs", status)
 
 
-def _track_counter(track: str) -> str:
+def _build_track_key(track: str) -> str:
     """Return the key of a track's counter: the track's name, a long one shortened and with a digest."""
     if len(track) <= _MAX_TRACK_CHARACTERS:
         return _TRACK_PREFIX + track
@@ -71,14 +71,14 @@ def _track_counter(track: str) -> str:
     return f"{_TRACK_PREFIX}{track[:_MAX_TRACK_CHARACTERS]}… {digest}"
 
 
-def counters_for_batch(batch: Document | None) -> CounterFields:
+def get_batch_counters(batch: Document | None) -> CounterFields:
     """Return the counter fields that count a batch."""
     if batch is None:
         return ()
     return (("batches", "total"), ("batches", "active")) if batch["status"] == "processing" else (("batches", "total"),)
 
 
-def counters_for_delivery(delivery: Document | None) -> CounterFields:
+def get_delivery_counters(delivery: Document | None) -> CounterFields:
     """Return the counter fields that count a delivery."""
     return () if delivery is None else ((_DELIVERIES, "total"), (_DELIVERIES, delivery["status"]))
 
@@ -92,7 +92,7 @@ def _is_finished(job: Document | None) -> bool:
     return job is not None and job["status"] in TERMINAL_STATUSES
 
 
-def counters_for_completion(job: Document) -> Counter[tuple[str, str]]:
+def build_completion_increments(job: Document) -> Counter[tuple[str, str]]:
     """Return the increments of the histogram for a job that has just finished; empty unless it is completed.
 
     The run time is that from the first claim since the last restart to the end, in whole milliseconds. Sums of
@@ -104,11 +104,11 @@ def counters_for_completion(job: Document) -> Counter[tuple[str, str]]:
     duration_ms = max(0, min(duration_ms, _MAX_DURATION_MS))  # the clocks of the writers may be wrong
     bound_ms = next((bound_ms for bound_ms in _BOUNDS_MS if duration_ms <= bound_ms), None)
     return Counter(
-        {(_DURATIONS, "count"): 1, (_DURATIONS, "total_ms"): duration_ms, (_DURATIONS, _bucket(bound_ms)): 1}
+        {(_DURATIONS, "count"): 1, (_DURATIONS, "total_ms"): duration_ms, (_DURATIONS, _get_bucket_name(bound_ms)): 1}
     )
 
 
-def _bucket(bound_ms: int | None) -> str:
+def _get_bucket_name(bound_ms: int | None) -> str:
     return "le_inf" if bound_ms is None else f"le_{bound_ms}"
 
 
@@ -122,7 +122,7 @@ def count_finished_job(document: Document | None, job: Document) -> Document:
     minute = str(int(job["updated_at"].timestamp() // 60))
     minutes[minute] = {**_NO_FINISHED_JOBS, **minutes.get(minute, {})}
     minutes[minute][job["status"]] += 1
-    minutes[minute]["duration_ms"] += counters_for_completion(job)[_DURATIONS, "total_ms"]
+    minutes[minute]["duration_ms"] += build_completion_increments(job)[_DURATIONS, "total_ms"]
     if len(minutes) > MAX_MINUTES_STORED:
         del minutes[min(minutes, key=int)]
     return {"_id": FINISHED_BY_MINUTE, "minutes": minutes}
@@ -133,7 +133,7 @@ def count_finished_job(document: Document | None, job: Document) -> Document:
 
 async def count_jobs(views: Views, *, status: str | None, track: str | None) -> int:
     """Return the number of jobs, optionally only with a status or in a track."""
-    counter = "jobs" if track is None else _track_counter(track)
+    counter = "jobs" if track is None else _build_track_key(track)
     return await _read_counter(views, counter, status or ("total" if track is None else "count"))
 
 
@@ -181,12 +181,12 @@ async def load_statistics(views: Views, now: datetime) -> dict[str, Any]:
         ],
         "throughput": compute_throughput(minutes, now),
         "durations": summarize_durations(documents.get(_DURATIONS, {})),
-        "minutes": finished_per_minute(minutes, now),
+        "minutes": list_finished_per_minute(minutes, now),
     }
 
 
 async def load_event_and_duration_counts(views: Views) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the number of events by type, and the document for `duration_histogram`."""
+    """Return the number of events by type, and the document for `build_duration_histogram`."""
     with translate_errors(_ERROR_CONTEXT):
         cursor = views[NAME].find({"_id": {"$in": [EVENTS, _DURATIONS]}})
         documents = {document.pop("_id"): document async for document in cursor}
@@ -209,7 +209,7 @@ def compute_throughput(minutes: Mapping[str, Mapping[str, int]], now: datetime) 
     return {"last_minute": round(count_within(1), 2), "last_hour": round(count_within(60) / 60, 2)}
 
 
-def finished_per_minute(minutes: Mapping[str, Mapping[str, int]], now: datetime) -> list[dict[str, Any]]:
+def list_finished_per_minute(minutes: Mapping[str, Mapping[str, int]], now: datetime) -> list[dict[str, Any]]:
     """Return the finished jobs and their average run time in each of the last `MINUTES_SHOWN` minutes, oldest first."""
     current = int(now.timestamp() // 60)
     rows = []
@@ -231,23 +231,23 @@ def summarize_durations(counts: Mapping[str, int]) -> dict[str, float | int | No
     return {
         "completed": number,
         "average_seconds": round(counts["total_ms"] / number / 1000, 3) if number else None,
-        **{f"p{percent}_seconds": _percentile(counts, percent / 100) for percent in (50, 90, 99)},
+        **{f"p{percent}_seconds": _compute_percentile(counts, percent / 100) for percent in (50, 90, 99)},
     }
 
 
-def _percentile(counts: Mapping[str, int], share: float) -> float | None:
+def _compute_percentile(counts: Mapping[str, int], share: float) -> float | None:
     """Return the run time in seconds that this share of the jobs does not exceed, with linear interpolation."""
     rank, below, lower_ms = counts.get("count", 0) * share, 0, 0
     for bound_ms in _BOUNDS_MS:
-        in_bucket = counts.get(_bucket(bound_ms), 0)
+        in_bucket = counts.get(_get_bucket_name(bound_ms), 0)
         if in_bucket and below + in_bucket >= rank:
             return round((lower_ms + (bound_ms - lower_ms) * (rank - below) / in_bucket) / 1000, 3)
         below, lower_ms = below + in_bucket, bound_ms
-    return lower_ms / 1000 if counts.get(_bucket(None)) else None
+    return lower_ms / 1000 if counts.get(_get_bucket_name(None)) else None
 
 
-def duration_histogram(counts: Mapping[str, int]) -> tuple[list[tuple[float, int]], float]:
+def build_duration_histogram(counts: Mapping[str, int]) -> tuple[list[tuple[float, int]], float]:
     """Return the cumulative histogram of run times (upper bound in seconds, number of jobs), and their sum."""
-    numbers = accumulate(counts.get(_bucket(bound_ms), 0) for bound_ms in _BOUNDS_MS)
+    numbers = accumulate(counts.get(_get_bucket_name(bound_ms), 0) for bound_ms in _BOUNDS_MS)
     buckets = [(bound_ms / 1000, number) for bound_ms, number in zip(_BOUNDS_MS, numbers, strict=True)]
     return [*buckets, (math.inf, counts.get("count", 0))], counts.get("total_ms", 0) / 1000

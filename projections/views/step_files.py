@@ -24,7 +24,7 @@ MAX_STEP_FILES: Final = 10_000
 """Maximum number of tracked files per job. If a job has more, no file of any job is deleted: see `doctor`."""
 
 
-def digests_of_step(job: Document, step: StepCompleted) -> Document:
+def add_step_digests(job: Document, step: StepCompleted) -> Document:
     """Return the changed field `step_files` of a job after a completed step, or nothing if it names no new file."""
     if b'"sha256"' not in orjson.dumps(step.output, default=str, option=orjson.OPT_NON_STR_KEYS):
         return {}
@@ -42,7 +42,7 @@ def add_digests(job: Document, digests: Iterable[str]) -> Document:
     return {"step_files": list(merged)} if len(merged) > before else {}
 
 
-def rows(job: Document) -> list[Document]:
+def build_rows(job: Document) -> list[Document]:
     """Return one row for each file in the field `step_files` of a job."""
     digests = job.get("step_files", ())
     if not digests:

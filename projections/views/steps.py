@@ -21,7 +21,7 @@ INDEXES: Final = [
 ]
 
 
-def rows(job: Document) -> list[Document]:
+def build_rows(job: Document) -> list[Document]:
     """Return one row for each shared step of a job. A step that was reused has its row with the original job."""
     return [
         {

@@ -20,7 +20,7 @@ from jobledger.ledger.domain.events import (
     ResultMetadata,
 )
 from jobledger.ledger.files.directory import DirectoryStore
-from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import Api
 
@@ -64,7 +64,7 @@ async def add_job(
     submitted = JobSubmitted(job_type="echo", parameters={}, user_id=user_id, batch_id=batch_id)
     finished = [JobClaimed(worker_id="w", attempt=1), JobCompleted(attempt=1, results=results)]
     events = [submitted, *(finished if is_finished else [])]
-    job_id = new_job_id()
+    job_id = create_job_id()
     recorded = await api.event_store.append(StreamAppend(job_id, StreamHead(), events, EventMetadata(), now))
     await api.get("/api/events/jobs", recorded[-1].position)
     return job_id
@@ -92,7 +92,7 @@ async def add_file(api: Api, path: str, content: bytes | Path = CONTENT, media_t
 
 def stored_path(api: Api, digest: str) -> Path:
     """Return where the store keeps a file."""
-    return DirectoryStore(api.store).path(digest)
+    return DirectoryStore(api.store).get_path(digest)
 
 
 def memory_bytes() -> int:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from jobledger.api.routes.archives import _comparison_key, _EntryNames, sanitize_path
 from jobledger.ledger.domain.events import BatchSubmitted, EventMetadata
-from jobledger.ledger.store.command_handler import new_batch_id
+from jobledger.ledger.store.command_handler import create_batch_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import Api
 from tests.api.result_files import (
@@ -103,7 +103,7 @@ async def test_archive_without_results_is_rejected(api_without_worker: Api) -> N
     for job_id in (await add_job(api_without_worker, is_finished=False), await add_job(api_without_worker)):
         response = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
         assert (response.status_code, response.json()["code"]) == (409, "no_results")
-    batch_id = new_batch_id()
+    batch_id = create_batch_id()
     await add_batch(
         api_without_worker, batch_id, [await add_job(api_without_worker, batch_id=batch_id, is_finished=False)]
     )
@@ -128,7 +128,7 @@ async def test_archive_of_deleted_job_is_not_found(api_without_worker: Api) -> N
 
 
 async def test_batch_archive_contains_files_of_all_finished_jobs(api_without_worker: Api) -> None:
-    batch_id = new_batch_id()
+    batch_id = create_batch_id()
     jobs = [{f"e/t/talk-{number}/talk.md": f"{number}".encode()} for number in range(3)]
     job_ids = [await add_job_with_files(api_without_worker, contents, batch_id=batch_id) for contents in jobs]
     job_ids.append(await add_job(api_without_worker, batch_id=batch_id, is_finished=False))
@@ -138,14 +138,14 @@ async def test_batch_archive_contains_files_of_all_finished_jobs(api_without_wor
 
 async def test_batch_archive_contains_only_readable_jobs(header_auth_api: Api) -> None:
     alice, bob = header_auth_api.as_user("alice"), header_auth_api.as_user("bob")
-    batch_id = new_batch_id()
+    batch_id = create_batch_id()
     alices_job = await add_job_with_files(alice, {"a.md": b"1"}, batch_id=batch_id, user_id="alice")
     bobs_job = await add_job_with_files(bob, {"b.md": b"2"}, batch_id=batch_id, user_id="bob")
     await add_batch(alice, batch_id, [bobs_job, alices_job], user_id="alice")
     assert await fetch_archive(alice, f"batches/{batch_id}") == {"a.md": b"1"}
     for path in (f"batches/{batch_id}", f"jobs/{alices_job}"):
         assert (await bob.get(f"/api/events/{path}/download-archive")).status_code == 404
-    unreadable_batch_id = new_batch_id()
+    unreadable_batch_id = create_batch_id()
     await add_batch(alice, unreadable_batch_id, [bobs_job], user_id="alice")
     response = await alice.get(f"/api/events/batches/{unreadable_batch_id}/download-archive")
     assert response.status_code == 409
@@ -305,7 +305,7 @@ async def test_archive_with_conflicting_paths_can_be_extracted(
     if kind == "jobs":
         resource = f"jobs/{await add_job_with_files(api_without_worker, contents)}"
     else:  # a batch with one job for each file
-        batch_id = new_batch_id()
+        batch_id = create_batch_id()
         job_ids = [
             await add_job_with_files(api_without_worker, {path: content}, batch_id=batch_id)
             for path, content in contents.items()

@@ -10,7 +10,7 @@ import pytest
 
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, RestartJob
-from jobledger.ledger.domain.events import EventMetadata, Failure
+from jobledger.ledger.domain.events import ErrorInfo, EventMetadata
 from tests.api.conftest import Api
 from tests.support.event_examples import make_results
 from tests.support.soak_only import soak_only
@@ -39,7 +39,7 @@ async def create_batch_with_all_statuses(api: Api) -> tuple[str, list[str]]:
     batch_id, job_ids = batch["batch_id"], batch["job_ids"]
     claim = ClaimJob("w", datetime.now(UTC))
     _, running, completed, failed, cancelled = job_ids
-    failure = Failure(code="X", message="x")
+    failure = ErrorInfo(code="X", message="x")
     await api.handle_commands(running, claim, meta=WORKER)
     await api.handle_commands(completed, claim, CompleteJob("w", 1, make_results()), meta=WORKER)
     await api.handle_commands(failed, claim, FailAttempt("w", 1, failure, None), meta=WORKER)
@@ -92,7 +92,7 @@ async def test_repeated_pause_and_needless_resume_append_no_event(api_without_wo
     actions = ("resume", "pause", "pause")
     positions = [(await request_action(api_without_worker, batch_id, action))[1] for action in actions]
     assert positions == [1, 3, 3]
-    assert await api_without_worker.event_store.head_position() == 3
+    assert await api_without_worker.event_store.read_head_position() == 3
 
 
 async def test_pause_directly_after_submission_succeeds(api_without_worker: Api) -> None:
@@ -250,11 +250,11 @@ async def test_delete_batch_removes_jobs_and_files(api: Api) -> None:
 
 async def test_delete_of_unfinished_batch_is_rejected_without_event(api_without_worker: Api) -> None:
     batch_id, _ = await create_batch_with_all_statuses(api_without_worker)
-    head = await api_without_worker.event_store.head_position()
+    head = await api_without_worker.event_store.read_head_position()
     response = await api_without_worker.http.delete(f"{BATCHES}/{batch_id}")
     assert (response.status_code, response.json()["code"]) == (409, "invalid_state")
     assert "cancel it first" in response.json()["message"]
-    assert await api_without_worker.event_store.head_position() == head
+    assert await api_without_worker.event_store.read_head_position() == head
 
 
 async def test_delete_batch_with_job_restarted_meanwhile_is_rejected(
@@ -279,7 +279,7 @@ async def test_delete_batch_with_job_restarted_meanwhile_is_rejected(
     assert details["jobs"] == job_counts(2, changed=1, rejected=1)
     rejections = [(rejection["job_id"], rejection["code"]) for rejection in details["rejections"]]
     assert rejections == [(restarted_job, "invalid_state")]
-    head = await api_without_worker.event_store.head_position()
+    head = await api_without_worker.event_store.read_head_position()
     assert (await api_without_worker.get(path, head)).json()["batch"]["job_ids"] == [restarted_job]
     assert (await api_without_worker.get(f"/api/events/jobs/{deleted_job}")).status_code == 404
 
@@ -307,13 +307,13 @@ async def test_action_on_missing_batch_is_not_found(api_without_worker: Api, bat
     responses = [await api_without_worker.post(f"{BATCHES}/{batch_id}/{action}") for action in ACTIONS]
     responses.append(await api_without_worker.http.delete(f"{BATCHES}/{batch_id}"))
     assert {(response.status_code, response.json()["code"]) for response in responses} == {(404, "batch_not_found")}
-    assert await api_without_worker.event_store.head_position() == 0
+    assert await api_without_worker.event_store.read_head_position() == 0
 
 
 @pytest.mark.parametrize("action", ACTIONS)
 async def test_action_with_invalid_body_is_rejected_without_event(api_without_worker: Api, action: str) -> None:
     batch_id, _ = await create_batch_with_all_statuses(api_without_worker)
-    head, path = await api_without_worker.event_store.head_position(), f"{BATCHES}/{batch_id}/{action}"
+    head, path = await api_without_worker.event_store.read_head_position(), f"{BATCHES}/{batch_id}/{action}"
     invalid_bodies: list[tuple[Any, str]] = [
         ({"resaon": "x"}, "resaon"),
         ({"reason": 3}, "reason"),
@@ -331,7 +331,7 @@ async def test_action_with_invalid_body_is_rejected_without_event(api_without_wo
     malformed = await api_without_worker.http.post(path, content=b"{", headers={"Content-Type": "application/json"})
     assert (malformed.status_code, malformed.json()["code"]) == (400, "malformed_json")
     assert (await api_without_worker.http.get(path)).status_code == 405
-    assert await api_without_worker.event_store.head_position() == head
+    assert await api_without_worker.event_store.read_head_position() == head
 
 
 async def test_access_lists_over_list_index_limit_are_rejected(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

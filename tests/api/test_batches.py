@@ -102,7 +102,7 @@ async def test_submit_batch_with_invalid_job_is_rejected_with_its_index(
     assert response.status_code == 422
     assert path in [error["path"] for error in content["details"]["errors"]], content
     assert content["message"].startswith("jobs[2]")
-    assert await api_without_worker.event_store.head_position() == 0
+    assert await api_without_worker.event_store.read_head_position() == 0
 
 
 @pytest.mark.parametrize("jobs", [[], {}, "x", None, 3], ids=str)
@@ -117,7 +117,7 @@ async def test_submit_batch_accepts_ten_thousand_jobs_but_not_one_more(api_witho
     rejected = await api_without_worker.post("/api/events/batches", {"jobs": [VALID_JOB] * 10_001})
     assert rejected.status_code == 422
     assert "10000" in rejected.json()["message"]
-    assert await api_without_worker.event_store.head_position() == 0
+    assert await api_without_worker.event_store.read_head_position() == 0
 
     start = time.monotonic()
     response = await api_without_worker.post("/api/events/batches", {"jobs": [VALID_JOB] * 10_000})

@@ -17,7 +17,13 @@ from jobledger.ledger.domain.events import Event, EventMetadata, RecordedEvent
 from jobledger.ledger.domain.statuses import JobStatus
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.appender import EventStoreLimits
-from jobledger.ledger.store.command_handler import Command, StreamState, handle_command, load_stream_state, new_job_id
+from jobledger.ledger.store.command_handler import (
+    Command,
+    StreamState,
+    create_job_id,
+    handle_command,
+    load_stream_state,
+)
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import make_job_submitted
@@ -60,7 +66,7 @@ def handle_after_read(ledger: Ledger, job_id: str, command: Command) -> None:
 
 
 async def submit_jobs(event_store: EventStore, count: int) -> list[str]:
-    job_ids = [new_job_id() for _ in range(count)]
+    job_ids = [create_job_id() for _ in range(count)]
     for job_id in job_ids:
         await handle_command(
             event_store,
@@ -81,7 +87,7 @@ async def test_bulk_cancel_reports_job_that_finished_meanwhile(ledger: Ledger) -
     [rejection] = response["rejections"]
     assert (rejection["job_id"], rejection["code"]) == (job_ids[1], "invalid_state")
     assert "finished jobs cannot be cancelled" in rejection["message"]
-    assert outcome.position == await ledger.event_store.head_position()
+    assert outcome.position == await ledger.event_store.read_head_position()
 
 
 async def test_bulk_cancel_decides_again_for_job_claimed_meanwhile(ledger: Ledger) -> None:
@@ -130,12 +136,12 @@ async def test_bulk_cancel_rejects_job_with_unknown_event_type(ledger: Ledger) -
 
 async def test_bulk_cancel_with_invalid_event_raises_and_appends_nothing(ledger: Ledger) -> None:
     job_ids = await submit_jobs(ledger.event_store, 3)
-    head = await ledger.event_store.head_position()
+    head = await ledger.event_store.read_head_position()
     with pytest.raises(InvalidEvent):
         await bulk.apply_to_jobs(
             ledger.event_store, job_ids, CancelJob("user:ada", "\ud800"), meta=BATCH_METADATA, statuses=UNFINISHED
         )
-    assert await ledger.event_store.head_position() == head
+    assert await ledger.event_store.read_head_position() == head
 
 
 async def test_bulk_cancel_on_busy_ledger_raises_and_can_be_repeated(mongodb_uri: str, db_name: str) -> None:
@@ -144,12 +150,12 @@ async def test_bulk_cancel_on_busy_ledger_raises_and_can_be_repeated(mongodb_uri
         job_ids = await submit_jobs(ledger.event_store, 100)
         with pytest.raises(LedgerBusy):
             await cancel_jobs(ledger.event_store, job_ids)
-        head = await ledger.event_store.head_position()
+        head = await ledger.event_store.read_head_position()
         assert 100 < head < 200
     async with open_ledger(Connection(mongodb_uri, db_name), with_change_stream=False) as ledger:
         outcome = await cancel_jobs(ledger.event_store, job_ids)
         assert outcome.changed == 200 - head
-        assert outcome.position == await ledger.event_store.head_position() == 200
+        assert outcome.position == await ledger.event_store.read_head_position() == 200
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 1000])
@@ -166,7 +172,7 @@ async def test_bulk_cancel_handles_each_job_once_for_any_chunk_size(
 
     async def iterate_and_record_heads(*arguments: Any, **options: Any) -> AsyncGenerator[list[RecordedEvent], None]:
         async for chunk in iterate_stream_batches(*arguments, **options):
-            heads.append(await ledger.event_store.head_position())
+            heads.append(await ledger.event_store.read_head_position())
             yield chunk
 
     monkeypatch.setattr(EventStore, "iterate_stream_batches", iterate_and_record_heads)

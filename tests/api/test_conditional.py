@@ -97,7 +97,7 @@ async def test_etag_changes_with_each_field_of_a_job_or_batch(api: Api, kind: st
 async def test_etag_changes_with_the_batch_of_a_pending_job(api_without_worker: Api) -> None:
     batch = await api_without_worker.submit_batch({})
     path = f"/api/events/jobs/{batch['job_ids'][0]}"
-    position = await api_without_worker.event_store.head_position()
+    position = await api_without_worker.event_store.read_head_position()
     etag = (await api_without_worker.get(path, position)).headers["etag"]
     for action, is_paused in (("pause", True), ("resume", False)):
         response = await api_without_worker.post(f"/api/events/batches/{batch['batch_id']}/{action}")
@@ -183,7 +183,7 @@ async def test_etag_differs_between_different_bodies_of_one_url(header_auth_api:
     batch_id, job_id = batch["batch_id"], batch["job_ids"][0]
     job_url, batch_url = f"/api/events/jobs/{job_id}", f"/api/events/batches/{batch_id}"
     bodies: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    position = str(await header_auth_api.event_store.head_position())
+    position = str(await header_auth_api.event_store.read_head_position())
     for method, path, content in (
         ("GET", job_url, None),
         ("POST", f"{batch_url}/pause", None),
@@ -214,7 +214,7 @@ async def test_etag_differs_between_different_bodies_of_one_url(header_auth_api:
 async def test_job_as_of_position_is_paused_if_its_batch_was(api_without_worker: Api) -> None:
     batch = await api_without_worker.submit_batch({})
     url = f"/api/events/jobs/{batch['job_ids'][0]}"
-    states = [(await api_without_worker.event_store.head_position(), False)]
+    states = [(await api_without_worker.event_store.read_head_position(), False)]
     for action, paused in (("pause", True), ("resume", False), ("pause", True)):
         response = await api_without_worker.post(f"/api/events/batches/{batch['batch_id']}/{action}")
         states.append((int(response.headers["ledger-position"]), paused))

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobledger.ledger.domain.events import EventMetadata, JobArchived
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import Api
 from tests.support.event_examples import NOON
@@ -19,7 +19,7 @@ from tests.support.tampered_events import ORIGINAL_EVENT, TAMPERED_FIELDS
 async def append_job(api: Api, *later_events: Any) -> list[Document]:
     """Append a job with these events after its submission. Return the stored documents."""
     events = await api.event_store.append(
-        StreamAppend(new_job_id(), StreamHead(), [ORIGINAL_EVENT, *later_events], EventMetadata("user:local"), NOON)
+        StreamAppend(create_job_id(), StreamHead(), [ORIGINAL_EVENT, *later_events], EventMetadata("user:local"), NOON)
     )
     await api.get("/api/monitoring/events/stats", events[-1].position)
     return [dict(event.document) for event in events]

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from jobledger.ledger.domain.commands import SubmitJob
-from jobledger.ledger.store.command_handler import new_job_id
-from jobledger.projections.engine import health
+from jobledger.ledger.store.command_handler import create_job_id
+from jobledger.projections.engine import stalls
 from jobledger.projections.views import jobs
 from tests.api.conftest import Api, check_error, run_api
 from tests.support.polling import poll_until
@@ -35,7 +35,7 @@ class FakeClock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     clock = FakeClock()
-    monkeypatch.setattr(health, "time", clock)
+    monkeypatch.setattr(stalls, "time", clock)
     return clock
 
 
@@ -54,7 +54,7 @@ async def advance_until_status(api: Api, clock: FakeClock, status: int) -> httpx
 
     async def has_status() -> bool:
         nonlocal response
-        clock.advance(health.STALL_SECONDS)
+        clock.advance(stalls.STALL_SECONDS)
         response = await api.get("/readyz")
         return response.status_code == status
 
@@ -76,14 +76,14 @@ async def wait_until_reached(api: Api, position: int) -> None:
 async def test_readyz_with_stalled_views_gives_the_reason(api_without_projector: Api, clock: FakeClock) -> None:
     api = api_without_projector
     assert (await api.get("/readyz")).status_code == 200
-    clock.advance(2 * health.STALL_SECONDS)
+    clock.advance(2 * stalls.STALL_SECONDS)
     assert (await api.get("/readyz")).status_code == 200, "the views are not behind"
     await api.submit()
     response = await advance_until_status(api, clock, 503)
     check_error(response, 503, "projection_stalled")
     assert response.json()["details"] == {"projection_position": 0, "head": 1}
     assert "No projector is running" in response.json()["message"]
-    await health.record_stall(api.db, "At position 1 of the log is a JobRepainted: upgrade.")
+    await stalls.record_stall(api.db, "At position 1 of the log is a JobRepainted: upgrade.")
     assert "upgrade" in (await api.get("/readyz")).json()["message"]
 
 
@@ -98,7 +98,7 @@ async def test_readyz_with_views_ahead_of_log_gives_503(api_without_projector: A
     assert "were removed" in response.json()["message"]
     await set_checkpoint(api, 1)
     await advance_until_status(api, clock, 200)
-    clock.advance(2 * health.STALL_SECONDS)
+    clock.advance(2 * stalls.STALL_SECONDS)
     assert (await api.get("/readyz")).status_code == 200
 
 
@@ -110,7 +110,7 @@ async def test_readyz_after_removal_of_log_end_gives_503_until_rebuild(
         await api.submit()
     await set_checkpoint(api, 3)
     await wait_until_reached(api, 3)
-    clock.advance(2 * health.STALL_SECONDS)
+    clock.advance(2 * stalls.STALL_SECONDS)
     assert (await api.get("/readyz")).status_code == 200
     await api.db.events.delete_many({"_id": {"$gte": 2}})
     response = await advance_until_status(api, clock, 503)
@@ -119,7 +119,7 @@ async def test_readyz_after_removal_of_log_end_gives_503_until_rebuild(
     assert "were removed" in response.json()["message"]
     await set_checkpoint(api, 1)  # as a rebuild does
     await advance_until_status(api, clock, 200)
-    clock.advance(2 * health.STALL_SECONDS)
+    clock.advance(2 * stalls.STALL_SECONDS)
     assert (await api.get("/readyz")).status_code == 200
 
 
@@ -128,7 +128,7 @@ async def test_readyz_stays_ready_while_views_make_progress(clock: FakeClock, ap
         response = await api_without_worker.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})
         await asyncio.gather(*(api_without_worker.submit() for _ in range(4)))
         await wait_until_reached(api_without_worker, int(response.headers["ledger-position"]))
-        clock.advance(0.9 * health.STALL_SECONDS)
+        clock.advance(0.9 * stalls.STALL_SECONDS)
         assert (await api_without_worker.get("/readyz")).status_code == 200
 
 
@@ -144,9 +144,9 @@ async def test_job_with_projection_error_is_shown_with_the_reason(
 
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "fold", fold_with_error)
-        job_id = new_job_id()
+        job_id = create_job_id()
         await api_without_worker.handle_commands(job_id, SubmitJob(make_echo_job(job_name="BROKEN")))
-        position = await api_without_worker.event_store.head_position()
+        position = await api_without_worker.event_store.read_head_position()
         job = (await api_without_worker.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
     assert job["projection_error"]["position"] == position
     assert "an error of fold" in job["projection_error"]["message"]

@@ -15,7 +15,7 @@ from jobledger.ledger.domain.commands import (
     ReleaseJob,
     ReportProgress,
 )
-from jobledger.ledger.domain.events import Failure, LogEntry
+from jobledger.ledger.domain.events import ErrorInfo, LogEntry
 from jobledger.ledger.store.command_handler import Command
 from tests.api.conftest import Api
 
@@ -106,7 +106,7 @@ async def test_logs_contain_attempt_outcomes_like_the_job_document(
 ) -> None:
     job_id = await api_without_worker.submit(max_attempts=9)
     claim = ClaimJob("worker-1", NOON + timedelta(days=9999))
-    failure = Failure(code="BROKEN", message="it broke")
+    failure = ErrorInfo(code="BROKEN", message="it broke")
     commands: list[Command] = [
         claim,
         make_log_entries("a line that is too long for the job's document: " + "x" * 20_000),

@@ -19,7 +19,7 @@ async def test_repeated_submission_creates_one_job_and_returns_same_response(api
     assert (first.status_code, repeated.status_code) == (202, 202)
     assert repeated.json() == first.json()
     assert repeated.headers["ledger-position"] == first.headers["ledger-position"]
-    assert await api_without_worker.event_store.head_position() == 1
+    assert await api_without_worker.event_store.read_head_position() == 1
 
 
 async def test_concurrent_submissions_with_one_key_create_one_job(api_without_worker: Api) -> None:

@@ -75,7 +75,7 @@ async def test_imported_log_gives_same_response_on_every_route(
             before = await load_responses(api, ids)
             statistics.append((await api.get("/api/monitoring/events/stats")).json()["stats"])
             await export_log(api.event_store, tmp_path / "log.ndjson.zst")
-    async with import_target.client() as client:
+    async with import_target.create_client() as client:
         await import_log(client[import_target.db_name], [tmp_path / "log.ndjson.zst"])
     await rebuild_views(import_target, on_progress=lambda position, head: None)
     async for api in run_api(mongodb_uri, import_target.db_name, tmp_path, WITHOUT_WORKER):

@@ -189,7 +189,7 @@ async def test_action_in_wrong_state_is_rejected_without_event(api: Api) -> None
     await api.wait_until_finished(finished)
     running = await api.submit({"seconds": 3600})
     await api.wait_for_event(running, "JobClaimed")
-    head = await api.event_store.head_position()
+    head = await api.event_store.read_head_position()
 
     for path in (f"{finished}/cancel", f"{running}/restart"):
         response = await api.post(f"/api/events/jobs/{path}")

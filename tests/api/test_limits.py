@@ -40,7 +40,7 @@ async def test_job_over_a_limit_is_rejected_alone_and_in_a_batch(api_without_wor
         assert response.status_code == 422, response.text[:500]
         for word in words:
             assert word in response.json()["message"], response.json()["message"]
-    assert await api_without_worker.event_store.head_position() == 0
+    assert await api_without_worker.event_store.read_head_position() == 0
 
 
 async def test_updates_have_the_limits_of_submissions(api_without_worker: Api) -> None:
@@ -52,11 +52,11 @@ async def test_updates_have_the_limits_of_submissions(api_without_worker: Api) -
         (f"/api/events/jobs/{job_id}", {"parameters": LARGE}),
         (f"/api/events/batches/{batch['batch_id']}", access),
     ):
-        head = await api_without_worker.event_store.head_position()
+        head = await api_without_worker.event_store.read_head_position()
         response = await api_without_worker.http.put(path, json=content)
         check_error(response, 422, "invalid_content")
         assert "at most" in response.text
-        assert await api_without_worker.event_store.head_position() == head
+        assert await api_without_worker.event_store.read_head_position() == head
     for content in (access, {"parameters": LARGE}):
         response = await api_without_worker.post("/api/events/batches", {"jobs": [JOB] * 2, **content})
         check_error(response, 422, "invalid_content")

@@ -45,10 +45,10 @@ async def create_jobs(api: Api) -> str:
             },
             **principal_header("alice" if number < 20 else "bob"),
         )
-    jobs = (await list_jobs(api, await api.event_store.head_position()))["jobs"]
+    jobs = (await list_jobs(api, await api.event_store.read_head_position()))["jobs"]
     for job in jobs[:5]:
         await api.post(f"/api/events/jobs/{job['job_id']}/cancel")
-    return str(await api.event_store.head_position())
+    return str(await api.event_store.read_head_position())
 
 
 async def test_job_list_filter_returns_matches_and_total(header_auth_api: Api) -> None:
@@ -122,7 +122,7 @@ async def test_job_list_with_invalid_paging_is_rejected(api_without_worker: Api,
 async def test_jobs_of_batch_are_paged_with_total(api_without_worker: Api) -> None:
     batch = await api_without_worker.submit_batch(*({"number": number} for number in range(12)))
     await api_without_worker.submit()
-    position = await api_without_worker.event_store.head_position()
+    position = await api_without_worker.event_store.read_head_position()
     path = f"/api/events/batches/{batch['batch_id']}/jobs"
     first = (await api_without_worker.get(f"{path}?limit=10&sort=created_at", position)).json()
     rest = (await api_without_worker.get(f"{path}?limit=10&sort=created_at&cursor={first['next_cursor']}")).json()
@@ -137,7 +137,7 @@ async def test_batch_list_filters_by_status_user_and_name(header_auth_api: Api) 
     for user, name in (("alice", "FOSDEM main track"), ("bob", "FOSDEM other"), ("alice", "PyCon")):
         content = {"batch_name": name, "jobs": [{"job_type": "echo", "parameters": {}}]}
         await header_auth_api.post("/api/events/batches", content, **principal_header(user))
-    position = await header_auth_api.event_store.head_position()
+    position = await header_auth_api.event_store.read_head_position()
 
     async def list_names(**query: Any) -> list[str]:
         headers = {"Ledger-Position": str(position)}
@@ -218,7 +218,7 @@ async def test_every_job_list_query_examines_few_index_keys(api_without_worker: 
 async def check_query_plan(api: Api, query: Document, after: paging.PageCursor | None, *, newest_first: bool) -> None:
     """Check that a page is read from an index without a sort, and that few more keys are examined than returned."""
     page_query, order = paging.build_page_query(query, after, newest_first=newest_first)
-    hint = dict(list_index.index_for(query))
+    hint = dict(list_index.select_index(query))
     command = {"find": "jobs", "filter": page_query, "sort": dict(order), "limit": 50, "hint": hint}
     explanation = await api.db.command({"explain": command, "verbosity": "executionStats"})
     stats = explanation["executionStats"]

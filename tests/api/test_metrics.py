@@ -11,7 +11,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobledger.ledger.domain.commands import ClaimJob, ExpireLease, FailAttempt
-from jobledger.ledger.domain.events import EventMetadata, Failure
+from jobledger.ledger.domain.events import ErrorInfo, EventMetadata
 from jobledger.ledger.store.command_handler import handle_command
 from tests.api.conftest import Api
 
@@ -71,7 +71,7 @@ async def test_metrics_count_failed_attempts_and_expired_leases(api_without_work
     position = 0
     for command in (
         ClaimJob("worker-1", lease_until),
-        FailAttempt("worker-1", 1, Failure(code="BROKEN", message="it broke"), datetime.now(UTC)),
+        FailAttempt("worker-1", 1, ErrorInfo(code="BROKEN", message="it broke"), datetime.now(UTC)),
         ClaimJob("worker-2", lease_until),
         ExpireLease("worker-2", 2),
     ):
@@ -96,7 +96,7 @@ async def test_metrics_of_an_empty_log_are_zero(api_without_worker: Api) -> None
 async def test_metrics_count_attempts_by_outcome_and_show_queue_age(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
     claim = ClaimJob("worker-1", datetime.now(UTC))
-    for command in (claim, FailAttempt("worker-1", 1, Failure(code="BROKEN", message="x"), datetime.now(UTC))):
+    for command in (claim, FailAttempt("worker-1", 1, ErrorInfo(code="BROKEN", message="x"), datetime.now(UTC))):
         await handle_command(api_without_worker.event_store, job_id, command, meta=EventMetadata("test"))
     await api_without_worker.submit()
     event = await api_without_worker.wait_for_event(job_id, "JobAttemptFailed")

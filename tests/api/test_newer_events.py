@@ -12,7 +12,7 @@ from pydantic import create_model
 
 from jobledger.ledger.domain.events import Event, EventMetadata, JobSubmitted
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from tests.api.conftest import WITHOUT_WORKER, Api, run_api
@@ -48,7 +48,7 @@ async def older_api(mongodb_uri: str, db_name: str, tmp_path: Path, job_id: str)
         damaged = DAMAGED.model_validate({"attempt": "invalid"})
         await append_unchecked(api.event_store, job_id, UNKNOWN.model_validate({"colour": "red"}), damaged)
         newer = NEWER.model_validate({"job_type": "echo", "parameters": {}, "user_id": "alice"})
-        await append_unchecked(api.event_store, new_job_id(), newer)
+        await append_unchecked(api.event_store, create_job_id(), newer)
         yield api
 
 
@@ -111,7 +111,7 @@ async def test_jobs_lists_and_submissions_work_beside_newer_events(older_api: Ap
 
 
 async def test_command_on_stream_with_newer_events_is_rejected_with_reason(older_api: Api, job_id: str) -> None:
-    before = await older_api.event_store.head_position()
+    before = await older_api.event_store.read_head_position()
     newer_stream = (await load_event_documents(older_api.db))[-1]["stream"]
     for response in (
         await older_api.post(f"/api/events/jobs/{job_id}/cancel"),
@@ -120,4 +120,4 @@ async def test_command_on_stream_with_newer_events_is_rejected_with_reason(older
     ):
         assert (response.status_code, response.json()["code"]) == (500, "unreadable_event")
         assert "which this version of Jobledger does not know" in response.json()["message"]
-    assert await older_api.event_store.head_position() == before
+    assert await older_api.event_store.read_head_position() == before

@@ -186,7 +186,7 @@ async def test_operation_with_sufficient_access_succeeds(api: Api) -> None:
 @pytest.mark.timeout(300)
 async def test_lists_and_totals_contain_only_readable_jobs_and_batches(api: Api) -> None:
     resources = {visibility: await create_resources(api, visibility) for visibility in VISIBILITIES}
-    position = str(await api.event_store.head_position())
+    position = str(await api.event_store.read_head_position())
     for caller in CALLERS:
         headers = {**caller.headers, "Ledger-Position": position}
         readable = [resources[visibility] for visibility in VISIBILITIES if getattr(caller, visibility) >= READ]
@@ -251,7 +251,7 @@ async def test_batch_operation_skips_jobs_without_read_access(header_auth_api: A
     private_job = {**job, "access_control": {"visibility": "private"}}
     content = {"access_control": {"write_access": ["writer"]}, "jobs": [private_job, job]}
     batch = (await header_auth_api.post("/api/events/batches", content, **OWNER)).json()
-    await header_auth_api.get("/api/events/jobs", await header_auth_api.event_store.head_position())
+    await header_auth_api.get("/api/events/jobs", await header_auth_api.event_store.read_head_position())
 
     listed = await header_auth_api.get(f"/api/events/batches/{batch['batch_id']}/jobs", **principal_header("writer"))
     cancelled = await header_auth_api.post(

@@ -183,7 +183,7 @@ async def test_wait_keeps_no_body_in_memory_or_budget(
         async with asyncio.timeout(DEADLINE_SECONDS):
             await waits.get()
             # The event store keeps its newest events in memory, up to a limit.
-            while budgets[0].reserved or count_bodies() > await api.event_store.head_position():  # noqa: ASYNC110 - no event signals it
+            while budgets[0].reserved or count_bodies() > await api.event_store.read_head_position():  # noqa: ASYNC110 - no event signals it
                 await asyncio.sleep(0.05)
         assert not waiting.done()
         [event] = await api.event_store.read(limit=1)

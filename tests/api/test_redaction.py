@@ -29,7 +29,7 @@ from jobledger.api.schemas.request_models import PageQuery
 from jobledger.api.schemas.webhooks import DeliveryAttempt, DeliveryFilter, DeliveryResource, DeliveryResponse
 from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.events import EVENT_TYPES, EventMetadata, JobLeaseExpired, JobReleased, RecordedEvent
-from jobledger.projections.views.job_log import log_lines_of_event
+from jobledger.projections.views.job_log import build_log_entries
 from tests.api.conftest import Api, run_api
 from tests.support.header_auth import principal_header
 from tests.support.polling import poll_until
@@ -85,7 +85,7 @@ def test_every_response_field_has_a_redaction_rule(
 )
 def test_log_lines_contain_no_worker_host(event: Any) -> None:
     document = {"type": type(event).__name__, "time": datetime.now(UTC)}
-    [line] = log_lines_of_event(RecordedEvent(document, event))
+    [line] = build_log_entries(RecordedEvent(document, event))
     assert HOST not in line.message
 
 
@@ -146,7 +146,7 @@ async def create_resources(api: Api, endpoint: WebhookEndpoint) -> dict[str, str
         return await api.db.events.count_documents({"type": "DeliveryAbandoned"}) >= 3
 
     await poll_until(all_deliveries_abandoned, "all deliveries are abandoned")
-    head = await admin.event_store.head_position()
+    head = await admin.event_store.read_head_position()
     await admin.get("/api/events/jobs", head)
     return {
         "batch": batch["batch_id"],

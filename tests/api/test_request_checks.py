@@ -157,7 +157,7 @@ async def test_compressed_body_is_rejected_with_accept_encoding(api_without_work
 
 async def test_empty_last_event_id_is_treated_as_missing(api_without_worker: Api) -> None:
     await api_without_worker.submit()
-    for query, first_id in (("", await api_without_worker.event_store.head_position()), ("?after=0", 0)):
+    for query, first_id in (("", await api_without_worker.event_store.read_head_position()), ("?after=0", 0)):
         async with (
             asyncio.timeout(DEADLINE_SECONDS),
             api_without_worker.http.stream(

@@ -34,7 +34,7 @@ async def load_pages(api: Api, path: str, name: str, **query: Any) -> list[list[
 async def test_lists_omit_large_fields_unless_included(api_without_worker: Api) -> None:
     ids = [await api_without_worker.submit({"text": "x" * 3_000_000, "track": "Main"}) for _ in range(4)]
     small = await api_without_worker.submit({"track": "Main"})
-    head = await api_without_worker.event_store.head_position()
+    head = await api_without_worker.event_store.read_head_position()
     [listed] = await load_pages(api_without_worker, "/api/events/jobs", "jobs", min_position=head)
     assert [job["job_id"] for job in listed] == [small, *reversed(ids)]
     for job in listed[1:]:
@@ -53,7 +53,7 @@ async def test_lists_omit_large_fields_unless_included(api_without_worker: Api) 
 
 async def test_lists_omit_every_field_that_can_be_large(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
-    await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.head_position())
+    await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.read_head_position())
     large = {
         "parameters": {"text": "x" * 20_000},
         "error": {"code": "X", "message": "m" * 20_000, "details": {}},
@@ -83,7 +83,7 @@ async def test_list_pages_of_medium_items_are_limited_by_bytes(api_without_worke
     parameters = {"text": "x" * 14_000}
     batch = await api_without_worker.submit_batch(*[parameters] * 400, parameters={"more": "y" * 100})
     large = await api_without_worker.submit_batch({}, {}, parameters={"text": "x" * 2_000_000})
-    head = await api_without_worker.event_store.head_position()
+    head = await api_without_worker.event_store.read_head_position()
     job_ids = [job["job_id"] for job in (await api_without_worker.get("/api/events/jobs?limit=1", head)).json()["jobs"]]
     assert job_ids
     path = f"/api/events/batches/{batch['batch_id']}/jobs"
@@ -122,7 +122,7 @@ async def test_event_pages_are_limited_by_bytes(api_without_worker: Api, path: s
 
 async def test_dashboard_pages_with_large_jobs_stay_small(api_without_worker: Api) -> None:
     ids = [await api_without_worker.submit({"text": "x" * 3_000_000}, job_name="Large") for _ in range(3)]
-    await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.head_position())
+    await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.read_head_position())
     paths = ("/monitoring/events/jobs", "/monitoring/events", f"/monitoring/events/jobs/{ids[0]}")
     for response in await asyncio.gather(*(api_without_worker.get(path) for path in paths)):
         assert response.status_code == 200

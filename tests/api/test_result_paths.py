@@ -13,7 +13,7 @@ from hypothesis import find, settings
 
 from jobledger.ledger.domain.commands import Delete, SubmitJob
 from jobledger.ledger.domain.events import EventMetadata, JobSubmitted
-from jobledger.ledger.store.command_handler import handle_command, new_job_id
+from jobledger.ledger.store.command_handler import create_job_id, handle_command
 from jobledger.workers.processor import JobContext, Results
 from tests.api.conftest import Api
 from tests.api.result_files import FILES, add_file
@@ -49,7 +49,7 @@ def generate_accepted_paths() -> list[str]:
 
 async def test_accepted_paths_are_served_under_their_urls_and_in_the_archive(job_type: str, api: Api) -> None:
     paths = await asyncio.to_thread(generate_accepted_paths)
-    job_id, job = new_job_id(), JobSubmitted(job_type=job_type, user_id="local", parameters={"paths": paths})
+    job_id, job = create_job_id(), JobSubmitted(job_type=job_type, user_id="local", parameters={"paths": paths})
     await handle_command(api.event_store, job_id, SubmitJob(job), meta=EventMetadata("test"))
     results = (await api.wait_until_finished(job_id))["results"]
     assert [file["path"] for file in results["files"]] == paths

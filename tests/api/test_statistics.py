@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, Delete, FailAttempt
-from jobledger.ledger.domain.events import EventMetadata, Failure
+from jobledger.ledger.domain.events import ErrorInfo, EventMetadata
 from jobledger.ledger.store.command_handler import Command, handle_command
 from jobledger.projections.slots import Views
 from jobledger.projections.views import statistics
@@ -92,7 +92,7 @@ async def test_statistics_list_live_workers_with_busy_slots(api_without_worker: 
 
 async def test_deleted_job_leaves_job_counts_but_not_throughput(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit({"track": "A"})
-    broken = Failure(code="BROKEN", message="it broke")
+    broken = ErrorInfo(code="BROKEN", message="it broke")
     claim = ClaimJob("worker-1", datetime.now(UTC) + timedelta(hours=1))
     await handle_commands(api_without_worker, job_id, claim, FailAttempt("worker-1", 1, broken, None))
     stats = await load_stats(
@@ -150,7 +150,7 @@ def make_completed_job(seconds: float, *, at: datetime = NOON) -> dict[str, Any]
 def test_percentiles_are_as_exact_as_the_bucket_width() -> None:
     counters: Counter[tuple[str, str]] = Counter()
     for number in range(1, 101):
-        counters.update(statistics.counters_for_completion(make_completed_job(number)))
+        counters.update(statistics.build_completion_increments(make_completed_job(number)))
     fields = {name: amount for (_, name), amount in counters.items()}
     summary = statistics.summarize_durations(fields)
     assert summary["completed"] == 100
@@ -158,7 +158,7 @@ def test_percentiles_are_as_exact_as_the_bucket_width() -> None:
     assert summary["p50_seconds"] == pytest.approx(50, abs=2)
     assert summary["p90_seconds"] == pytest.approx(90, abs=20)
     assert summary["p99_seconds"] == pytest.approx(99, abs=20)
-    buckets, seconds = statistics.duration_histogram(fields)
+    buckets, seconds = statistics.build_duration_histogram(fields)
     assert seconds == 5050
     assert dict(buckets)[10.0] == 10
     assert buckets[-1] == (float("inf"), 100)
@@ -166,10 +166,10 @@ def test_percentiles_are_as_exact_as_the_bucket_width() -> None:
 
 def test_durations_beyond_last_bucket_and_negative_ones_are_counted() -> None:
     for seconds, p50 in ((10**6, 14_400.0), (-5, 0.025)):
-        counters = statistics.counters_for_completion(make_completed_job(seconds))
+        counters = statistics.build_completion_increments(make_completed_job(seconds))
         fields = {name: amount for (_, name), amount in counters.items()}
         assert statistics.summarize_durations(fields)["p50_seconds"] == p50
-        assert statistics.duration_histogram(fields)[0][-1] == (float("inf"), 1)
+        assert statistics.build_duration_histogram(fields)[0][-1] == (float("inf"), 1)
 
 
 def test_minutes_beyond_maximum_are_dropped_oldest_first() -> None:

@@ -14,10 +14,10 @@ from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.commands import CancelJob, ChangeAccess, Delete, SubmitJob
 from jobledger.ledger.domain.events import EVENT_TYPES, AccessControl, EventMetadata, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.store.command_handler import Command, handle_command, new_job_id
+from jobledger.ledger.store.command_handler import Command, create_job_id, handle_command
 from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 from tests.api.conftest import Api
 from tests.support.ledger_setup import Ledger, open_ledger
 from tests.support.polling import DEADLINE_SECONDS
@@ -133,9 +133,9 @@ async def test_unreadable_and_missing_streams_get_the_same_response(api_without_
     job_id = await alice.submit()
     batch_id = (await alice.submit_batch({}))["batch_id"]
     for path, existing, missing in (
-        ("/api/ledger/stream?job_id=", job_id, new_job_id()),
+        ("/api/ledger/stream?job_id=", job_id, create_job_id()),
         ("/api/ledger/stream?batch_id=", batch_id, "batch-" + "0" * 24),
-        ("/api/ledger/events?stream=", job_id, new_job_id()),
+        ("/api/ledger/events?stream=", job_id, create_job_id()),
         ("/api/ledger/events?stream=", batch_id, "batch-" + "0" * 24),
         ("/api/ledger/events?stream=", "positions", "position"),
     ):
@@ -145,7 +145,7 @@ async def test_unreadable_and_missing_streams_get_the_same_response(api_without_
             response.text.replace(stream, "") for response, stream in zip(responses, (existing, missing), strict=True)
         )
         assert first == second
-    assert (await api_without_worker.get(f"/api/ledger/stream?job_id={new_job_id()}")).status_code == 404
+    assert (await api_without_worker.get(f"/api/ledger/stream?job_id={create_job_id()}")).status_code == 404
 
 
 async def test_batch_stream_hides_events_of_unreadable_jobs(api_without_worker: Api) -> None:
@@ -287,7 +287,7 @@ class ConcurrentCommandStore(EventStore):
 
 @asynccontextmanager
 async def run_stream_access(ledger: Ledger) -> AsyncIterator[StreamAccessCache]:
-    stream_access = StreamAccessCache(ledger.event_store, Checkpoint(ledger.db))
+    stream_access = StreamAccessCache(ledger.event_store, CheckpointFollower(ledger.db))
     task = asyncio.create_task(stream_access.run())
     try:
         yield stream_access
@@ -308,7 +308,7 @@ async def open_ledger_with_stream_access(uri: str, db_name: str) -> AsyncIterato
 
 async def submit_job(event_store: EventStore, **fields: Any) -> RecordedEvent:
     command = SubmitJob(make_echo_job(**fields))
-    return (await handle_command(event_store, new_job_id(), command, meta=EventMetadata("test"))).events[0]
+    return (await handle_command(event_store, create_job_id(), command, meta=EventMetadata("test"))).events[0]
 
 
 async def test_access_change_during_load_is_not_lost(
@@ -348,7 +348,7 @@ async def test_late_event_does_not_undo_newer_access(mongodb_uri: str, db_name: 
 
 async def test_get_viewer_waits_for_earlier_events(mongodb_uri: str, db_name: str) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS), open_ledger(Connection(mongodb_uri, db_name)) as ledger:
-        stream_access = StreamAccessCache(ledger.event_store, Checkpoint(ledger.db))
+        stream_access = StreamAccessCache(ledger.event_store, CheckpointFollower(ledger.db))
         event = await submit_job(ledger.event_store, access_control=AccessControl(visibility="public"))
         viewer = asyncio.create_task(stream_access.get_viewer(Principal("bob"), event))
         await asyncio.wait({viewer}, timeout=0.2)

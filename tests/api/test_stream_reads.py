@@ -11,11 +11,11 @@ import pytest
 
 from jobledger.api.auth.stream_access import StreamAccessCache
 from jobledger.ledger.domain.commands import AddLogEntries, CancelJob, ClaimJob, CompleteJob, CompleteStep, FailAttempt
-from jobledger.ledger.domain.events import EventMetadata, Failure, JobResults, LogEntry, ResultFile, ResultMetadata
+from jobledger.ledger.domain.events import ErrorInfo, EventMetadata, JobResults, LogEntry, ResultFile, ResultMetadata
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 from tests.api.conftest import Api
 
 LARGE = "x" * 200_000
@@ -38,7 +38,7 @@ async def submit_large_batch(api: Api) -> tuple[str, list[str]]:
         step = CompleteStep("w", 1, "s", "k", {"text": LARGE}, 0.1)
         await handle_commands(job_id, ClaimJob("w", datetime.now(UTC)), AddLogEntries("w", 1, lines), step)
     await handle_commands(completed, CompleteJob("w", 1, JobResults(files=FILES, metadata=metadata)))
-    error = Failure(code="X", message=LARGE[:1000], details={"text": LARGE[:10_000]})
+    error = ErrorInfo(code="X", message=LARGE[:1000], details={"text": LARGE[:10_000]})
     await handle_commands(failed, FailAttempt("w", 1, error, None))
     await handle_commands(cancelled, CancelJob("user:a"))
     return batch["batch_id"], batch["job_ids"]
@@ -71,7 +71,7 @@ async def test_batch_as_of_equals_view_and_reads_few_bytes_of_large_jobs(
     api_without_worker: Api, read_bytes: list[int]
 ) -> None:
     batch_id, _ = await submit_large_batch(api_without_worker)
-    head = await api_without_worker.event_store.head_position()
+    head = await api_without_worker.event_store.read_head_position()
     now = (await api_without_worker.get(f"/api/events/batches/{batch_id}", head)).json()["batch"]
     assert read_bytes == []
     as_of = (await api_without_worker.get(f"/api/events/batches/{batch_id}?as_of={head}")).json()["batch"]
@@ -84,7 +84,7 @@ async def test_visibility_loads_access_with_few_bytes_of_large_jobs(
     api_without_worker: Api, read_bytes: list[int]
 ) -> None:
     batch_id, job_ids = await submit_large_batch(api_without_worker)
-    stream_access = StreamAccessCache(api_without_worker.event_store, Checkpoint(api_without_worker.db))
+    stream_access = StreamAccessCache(api_without_worker.event_store, CheckpointFollower(api_without_worker.db))
     await stream_access.load_access([batch_id, *job_ids])
     assert 0 < sum(read_bytes) < 10_000
     accesses = [stream_access._access[stream] for stream in (batch_id, *job_ids)]

@@ -141,7 +141,7 @@ async def test_submission_and_update_reject_userinfo_in_every_field(api_without_
             assert "hunter2" not in response.text
         response = await api_without_worker.http.put(f"{JOBS}/{job_id}", json={"parameters": {"url": url}})
         assert response.status_code == 422
-    assert (await api_without_worker.get(JOBS, await api_without_worker.event_store.head_position())).json()[
+    assert (await api_without_worker.get(JOBS, await api_without_worker.event_store.read_head_position())).json()[
         "total"
     ] == 1
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 import pytest
 import standardwebhooks
 
-from jobledger.ledger.store import endpoint_secrets
-from jobledger.ledger.store.endpoint_secrets import Endpoint
+from jobledger.ledger.webhooks import endpoint_secrets
+from jobledger.ledger.webhooks.endpoint_secrets import Endpoint
 from tests.api.conftest import Api, run_api
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.webhook_endpoint import ReceivedRequest, WebhookEndpoint, run_webhook_endpoint
@@ -72,7 +72,7 @@ async def test_secret_is_shown_once_by_first_submission(api: Api, endpoint: Webh
     assert await submit_with_webhook(alice, endpoint.url()) == []
     requests = await endpoint.wait_for_requests(2)
     assert all(is_valid_signature(new["secret"], request) for request in requests)
-    position = await api.event_store.head_position()
+    position = await api.event_store.read_head_position()
     for path in (
         "/api/ledger/events?limit=1000",
         "/api/events/jobs",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.net.webhook_signature import generate_secret
+from jobledger.ledger.webhooks.signature import generate_secret
 from tests.api.conftest import Api, run_api
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint

@@ -22,7 +22,7 @@ from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.hash_chain import GENESIS_HASH
-from jobledger.projections.engine.registry import PROJECTION_VERSION
+from jobledger.projections.engine.view_registry import PROJECTION_VERSION
 from tests.support.event_examples import NOON
 from tests.support.in_process_command import run_command_in_process
 from tests.support.installation import CommandOutcome, Installation, assert_one_line_error, has_exited

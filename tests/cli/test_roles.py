@@ -97,7 +97,7 @@ async def test_start_roles_port_in_use_fails_before_database_access(
         with pytest.raises(ResourceUnavailable, match="cannot listen"):
             async with start_roles(settings, connection, ALL_ROLES, on_failure=lambda _: None):
                 pass
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         assert await client[db_name].list_collection_names() == []
 
 

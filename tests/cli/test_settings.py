@@ -327,7 +327,7 @@ def test_settings_error_does_not_show_misplaced_password(tmp_path: Path, text: s
 def test_mongodb_uri_unusable_error_hides_password(tmp_path: Path, uri: str) -> None:
     settings, _ = read_config(tmp_path, yaml.safe_dump({"mongodb": {"uri": uri}}))
     with pytest.raises(ConfigurationError) as raised:
-        settings.mongodb.make_connection(uri).client()
+        settings.mongodb.make_connection(uri).create_client()
     message = str(raised.value)
 
     assert message.startswith("mongodb.uri is not valid")

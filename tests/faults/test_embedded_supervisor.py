@@ -61,7 +61,7 @@ async def test_full_disk_is_logged_once_and_waited_for_until_shutdown(
     tmp_path: Path, shutdown: Shutdown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded_supervisor, "DISK_CHECK_SECONDS", 0.1)
-    free_bytes, checks = disk_space.free_bytes, 0
+    free_bytes, checks = disk_space.read_free_bytes, 0
 
     def report_full_disk(_directory: Path) -> int:
         nonlocal checks
@@ -70,7 +70,7 @@ async def test_full_disk_is_logged_once_and_waited_for_until_shutdown(
 
     with EmbeddedServer.start(tmp_path) as server, capture_logs() as log_entries:
         running = asyncio.create_task(supervise_until_shutdown(server, shutdown))
-        monkeypatch.setattr(disk_space, "free_bytes", report_full_disk)
+        monkeypatch.setattr(disk_space, "read_free_bytes", report_full_disk)
         os.kill(server.pid, signal.SIGKILL)
         await poll_until(lambda: count_entries(log_entries, "waiting for its disk") == 1, "it is logged")
         checks = 0
@@ -79,9 +79,9 @@ async def test_full_disk_is_logged_once_and_waited_for_until_shutdown(
             "embedded MongoDB server exited, waiting for its disk"
         ]
         assert "0 MiB are free, 128 MiB are needed" in log_entries[0]["reason"]
-        monkeypatch.setattr(disk_space, "free_bytes", free_bytes)
+        monkeypatch.setattr(disk_space, "read_free_bytes", free_bytes)
         await poll_until(lambda: count_entries(log_entries, "server restarted") == 1, "the server runs")
-        monkeypatch.setattr(disk_space, "free_bytes", report_full_disk)
+        monkeypatch.setattr(disk_space, "read_free_bytes", report_full_disk)
         monkeypatch.setattr(embedded_supervisor, "DISK_CHECK_SECONDS", 3600)
         os.kill(server.pid, signal.SIGKILL)
         await poll_until(lambda: count_entries(log_entries, "waiting for its disk") == 2, "it is logged")

@@ -153,7 +153,7 @@ async def test_disk_space_monitor_accepts_work_again_above_the_reserve(
     monitor = DiskSpaceMonitor({"results": tmp_path}, 100)
     has_problem = []
     for free in (101, 99, 110, 126, 110):
-        monkeypatch.setattr("jobledger.ledger.system.disk_space.free_bytes", lambda _directory, free=free: free)
+        monkeypatch.setattr("jobledger.ledger.system.disk_space.read_free_bytes", lambda _directory, free=free: free)
         await monitor.check()
         has_problem.append(monitor.problem is not None)
     assert has_problem == [False, True, True, False, False]

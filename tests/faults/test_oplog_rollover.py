@@ -19,7 +19,7 @@ from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import EmbeddedServer, find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.appender import EventStoreLimits
-from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
 from tests.support.driver_hooks import CommandCounter, monitor_connection
 from tests.support.event_examples import NOON
@@ -82,7 +82,7 @@ async def append_events(writer: Ledger) -> int:
     await asyncio.gather(*(writer.submit_job() for _ in range(20)))
     await create_position_gap(writer.db)
     events = [JobProgressed(attempt=1, step="page", percent=number, message="") for number in range(30)]
-    return (await writer.event_store.append(StreamAppend(new_job_id(), StreamHead(), events, EVENT_METADATA, NOON)))[
+    return (await writer.event_store.append(StreamAppend(create_job_id(), StreamHead(), events, EVENT_METADATA, NOON)))[
         -1
     ].position
 

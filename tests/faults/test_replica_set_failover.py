@@ -30,7 +30,7 @@ from jobledger.ledger.domain.events import EventMetadata, JobProgressed, Recorde
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.appender import EventStoreLimits
-from jobledger.ledger.store.command_handler import handle_command, new_job_id
+from jobledger.ledger.store.command_handler import create_job_id, handle_command
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import ACCESS
@@ -118,7 +118,7 @@ def _make_append(stream: str, head: StreamHead, events: int, meta: EventMetadata
 
 async def _append_to_own_stream(event_store: EventStore, record: RecordAcknowledged) -> None:
     """Append to a stream that no other writer appends to. A version conflict would be an error."""
-    stream, head = new_job_id(), StreamHead()
+    stream, head = create_job_id(), StreamHead()
     for count in (1, 1, 1, 3, 1, 1):
         events = await event_store.append(_make_append(stream, head, count))
         record(events)
@@ -127,7 +127,7 @@ async def _append_to_own_stream(event_store: EventStore, record: RecordAcknowled
 
 async def _append_to_several_streams(event_store: EventStore, record: RecordAcknowledged) -> None:
     """Append to several streams in one commit: all events are written or none."""
-    streams = [new_job_id() for _ in range(COMMIT_STREAMS)]
+    streams = [create_job_id() for _ in range(COMMIT_STREAMS)]
     record(
         await event_store.append(
             *(
@@ -211,7 +211,7 @@ class Load:
         for writer in self.writers[-WRITERS:]:
             await asyncio.to_thread(writer.stop)
         await asyncio.to_thread(self.replica_set.wait_until_in_sync)
-        head = await self.ledger.event_store.head_position()
+        head = await self.ledger.event_store.read_head_position()
         try:
             await poll_until(lambda: min(len(self.followed), len(self.paged)) >= head)
         except TimeoutError:

@@ -88,7 +88,7 @@ async def kill_writers_repeatedly(connection: Connection, shared: list[str], dir
     writers = [Writer(connection, shared, next(paths)) for _ in range(WRITERS)]
     active_kills = 0
     try:
-        while active_kills < KILLS or await ledger.event_store.head_position() < EVENTS:
+        while active_kills < KILLS or await ledger.event_store.read_head_position() < EVENTS:
             await poll_until(lambda: any(writer.has_acknowledged_events() for writer in writers))
             await asyncio.sleep(random.uniform(0, 0.3))
             index = random.randrange(WRITERS)

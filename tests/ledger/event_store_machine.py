@@ -417,7 +417,7 @@ class EventStoreMachine(RuleBasedStateMachine):
     @rule(process=indexes, after=indexes, at_a_time=st.integers(1, 10))
     def add_subscriber(self, process: int, after: int, at_a_time: int) -> None:
         async def run() -> None:
-            start_process = after % (await self.processes[0].ledger.event_store.head_position() + 1)
+            start_process = after % (await self.processes[0].ledger.event_store.read_head_position() + 1)
             self.all_subscribers.append(await self.process(process).subscribe(after=start_process, at_a_time=at_a_time))
 
         self.run_step(run())
@@ -425,7 +425,7 @@ class EventStoreMachine(RuleBasedStateMachine):
     @rule()
     def wait_for_subscribers(self) -> None:
         async def run() -> None:
-            await self.wait_until_all_reach(await self.processes[0].ledger.event_store.head_position())
+            await self.wait_until_all_reach(await self.processes[0].ledger.event_store.read_head_position())
 
         self.run_step(run())
 
@@ -483,7 +483,7 @@ class EventStoreMachine(RuleBasedStateMachine):
         if self.processes:
             for process in (*self.processes, self.crashing_process, self.pausing_process):
                 await process.stack.aclose()
-            async with self.connection.client() as client:
+            async with self.connection.create_client() as client:
                 await client.drop_database(self.connection.db_name)
 
 

@@ -15,7 +15,7 @@ from jobledger.ledger.domain.commands import (
     WorkerCommand,
 )
 from jobledger.ledger.domain.events import (
-    Failure,
+    ErrorInfo,
     JobAttemptFailed,
     JobCancelled,
     JobCompleted,
@@ -29,7 +29,7 @@ from jobledger.ledger.domain.events import (
 from tests.support.event_examples import NOON, make_results
 
 LATER = NOON + timedelta(minutes=1)
-OUTAGE = Failure(code="OUTAGE", message="no answer")
+OUTAGE = ErrorInfo(code="OUTAGE", message="no answer")
 
 
 def make_reports(worker_id: str = "w1", attempt: int = 1) -> list[tuple[WorkerCommand, JobEvent]]:

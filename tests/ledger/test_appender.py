@@ -12,7 +12,7 @@ from jobledger.ledger.domain.errors import VersionConflict
 from jobledger.ledger.domain.events import BatchSubmitted
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.appender import Appender
-from jobledger.ledger.store.command_handler import create_streams, handle_command, new_batch_id, new_job_id
+from jobledger.ledger.store.command_handler import create_batch_id, create_job_id, create_streams, handle_command
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamHead
 from tests.support.event_examples import ACCESS, NOON, make_job_submitted
 from tests.support.event_stores import FAST_GAP_LIMITS, create_append, create_progress, head_after, open_pausable_store
@@ -151,7 +151,7 @@ async def test_concurrent_commands_on_one_stream_get_distinct_versions(connectio
 
 async def test_append_to_several_streams_is_atomic(unstreamed_ledger: Ledger) -> None:
     existing = (await unstreamed_ledger.submit_job()).events[0].stream
-    batch_id, job_id = new_batch_id(), new_job_id()
+    batch_id, job_id = create_batch_id(), create_job_id()
     batch = SubmitBatch(BatchSubmitted(total_jobs=2, job_ids=[job_id, existing], user_id="alice"))
     with pytest.raises(VersionConflict, match=existing):
         await create_streams(
@@ -195,7 +195,7 @@ async def test_two_appends_to_one_stream_in_one_call_conflict(unstreamed_ledger:
     with pytest.raises(VersionConflict, match="job-1 is at version 1, not 0"):
         async with asyncio.timeout(5):
             await unstreamed_ledger.event_store.append(*appends)
-    assert await unstreamed_ledger.event_store.head_position() == 0
+    assert await unstreamed_ledger.event_store.read_head_position() == 0
 
 
 async def test_queued_single_events_get_consecutive_positions(connection: Connection) -> None:

@@ -107,7 +107,7 @@ async def test_append_above_pending_event_limit_is_rejected(connection: Connecti
         event_store.may_insert.set()
         await asyncio.gather(first_append, *pending)
         await event_store.append(create_append(make_job_submitted()))
-        assert await event_store.head_position() == 5
+        assert await event_store.read_head_position() == 5
 
 
 async def test_append_above_pending_byte_limit_is_rejected(connection: Connection) -> None:
@@ -123,7 +123,7 @@ async def test_append_above_pending_byte_limit_is_rejected(connection: Connectio
         event_store.may_insert.set()
         await asyncio.gather(first_append, *pending)
         await event_store.append(create_append(large))
-        assert await event_store.head_position() == 5
+        assert await event_store.read_head_position() == 5
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ async def test_large_event_is_encoded_in_thread(
         threads.append(threading.current_thread() is threading.main_thread())
         return needs_slow_path(text)
 
-    encode_plain, needs_slow_path = canonical_json._plain, canonical_json._needs_slow_path
-    monkeypatch.setattr(canonical_json, "_plain", record_encoder_thread)
+    encode_plain, needs_slow_path = canonical_json._normalize, canonical_json._needs_slow_path
+    monkeypatch.setattr(canonical_json, "_normalize", record_encoder_thread)
     monkeypatch.setattr(canonical_json, "_needs_slow_path", record_check_thread)
     for job in (make_job_submitted(parameters=parameters), make_job_submitted(parameters=parameters, not_before=NOON)):
         threads.clear()
@@ -166,7 +166,7 @@ async def test_large_event_is_encoded_in_thread(
 async def test_oversized_event_is_rejected_before_encoding(
     unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canonical_json, "_plain", None)
+    monkeypatch.setattr(canonical_json, "_normalize", None)
     monkeypatch.setattr(canonical_json, "_needs_slow_path", None)
     for content in ([[1.0] * 3] * 240_000, [None] * 1_000_000, ["$"] * 1_000_000):
         with pytest.raises(InvalidEvent, match=r"parameters: \d+ bytes"):
@@ -267,7 +267,7 @@ async def test_append_without_database_fails_after_timeout(mongodb_uri: str, db_
             with pytest.raises(LedgerUnavailable, match="in time"):
                 await asyncio.wait_for(ledger.submit_job(), DEADLINE_SECONDS)
             for reading in (
-                ledger.event_store.head_position(),
+                ledger.event_store.read_head_position(),
                 ledger.event_store.read(),
                 ledger.event_store.read_stream("job-1"),
             ):

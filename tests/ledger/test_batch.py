@@ -7,7 +7,7 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 
 from jobledger.ledger.domain import batch
-from jobledger.ledger.domain.batch import final_status
+from jobledger.ledger.domain.batch import compute_terminal_status
 from jobledger.ledger.domain.commands import (
     Archive,
     BatchCommand,
@@ -25,10 +25,10 @@ from jobledger.ledger.domain.events import (
     AccessControl,
     BatchAccessChanged,
     BatchArchived,
-    BatchCounts,
     BatchDeleted,
     BatchEvent,
     BatchFinished,
+    BatchJobCounts,
     BatchPaused,
     BatchReopened,
     BatchResumed,
@@ -40,7 +40,7 @@ from jobledger.ledger.domain.events import (
 from tests.support.decider_spec import given_for, parametrize_histories, type_name
 
 given = given_for(batch)
-COUNTS = BatchCounts(completed=2)
+COUNTS = BatchJobCounts(completed=2)
 SUMMARY = BatchSummary(duration=3.5, tokens_used=7)
 
 submitted = BatchSubmitted(total_jobs=2, job_ids=["job-1", "job-2"], user_id="alice")
@@ -118,7 +118,7 @@ def test_finish_and_reopen_keep_batch_paused() -> None:
 def test_second_finish_records_nothing(history: list[Event]) -> None:
     given(*history).when(FinishBatch(COUNTS, SUMMARY)).then(finished)
     given(*history, finished).when(FinishBatch(COUNTS, SUMMARY)).then_no_events()
-    given(*history, finished).when(FinishBatch(BatchCounts(failed=2), SUMMARY)).then_no_events()
+    given(*history, finished).when(FinishBatch(BatchJobCounts(failed=2), SUMMARY)).then_no_events()
 
 
 def test_reopen_unfinished_batch_records_nothing() -> None:
@@ -130,18 +130,18 @@ def test_reopen_unfinished_batch_records_nothing() -> None:
 @pytest.mark.parametrize(
     ("counts", "status"),
     [
-        (BatchCounts(completed=2), "completed"),
-        (BatchCounts(), "completed"),
-        (BatchCounts(completed=1, failed=1), "partial"),
-        (BatchCounts(completed=1, cancelled=1), "partial"),
-        (BatchCounts(failed=2), "failed"),
-        (BatchCounts(cancelled=2), "failed"),
-        (BatchCounts(failed=1, cancelled=1), "failed"),
+        (BatchJobCounts(completed=2), "completed"),
+        (BatchJobCounts(), "completed"),
+        (BatchJobCounts(completed=1, failed=1), "partial"),
+        (BatchJobCounts(completed=1, cancelled=1), "partial"),
+        (BatchJobCounts(failed=2), "failed"),
+        (BatchJobCounts(cancelled=2), "failed"),
+        (BatchJobCounts(failed=1, cancelled=1), "failed"),
     ],
 )
-def test_final_status_follows_job_counts(counts: BatchCounts, status: str) -> None:
-    assert final_status(counts) == status
-    end = BatchFinished(status=final_status(counts), counts=counts, summary=SUMMARY)
+def test_final_status_follows_job_counts(counts: BatchJobCounts, status: str) -> None:
+    assert compute_terminal_status(counts) == status
+    end = BatchFinished(status=compute_terminal_status(counts), counts=counts, summary=SUMMARY)
     given(submitted).when(FinishBatch(counts, SUMMARY)).then(end)
     assert given(submitted, end).state.status == status
 

@@ -17,7 +17,12 @@ from bson.int64 import Int64
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobledger.ledger.domain.canonical_json import MAX_DEPTH, MAX_SAFE_INTEGER, canonical_digest, canonical_json
+from jobledger.ledger.domain.canonical_json import (
+    MAX_DEPTH,
+    MAX_SAFE_INTEGER,
+    compute_canonical_digest,
+    encode_canonical_json,
+)
 from jobledger.ledger.domain.errors import InvalidEvent
 from tests.support.event_examples import NOON
 from tests.support.strategies import FLOATS, INTEGERS, JSON
@@ -31,8 +36,8 @@ DRIVER_CODEC = CodecOptions[dict[str, Any]](tz_aware=True, tzinfo=UTC)
 @example(['\u20ac$\x0f\nA\'B"\\\\"/', "\x7f", "\u2028", "\0"])
 @example({"": 1, "a.b": 2, "a$": 3})
 def test_canonical_json_matches_reference_implementation(value: Any) -> None:
-    assert canonical_json(value) == rfc8785.dumps(value)
-    assert canonical_json({"in an object": value}) == rfc8785.dumps({"in an object": value})
+    assert encode_canonical_json(value) == rfc8785.dumps(value)
+    assert encode_canonical_json({"in an object": value}) == rfc8785.dumps({"in an object": value})
 
 
 @given(st.integers(0, 2**64 - 1).map(lambda bits: struct.unpack("<d", struct.pack("<Q", bits))[0]))
@@ -51,36 +56,40 @@ def test_canonical_json_matches_reference_implementation(value: Any) -> None:
 def test_canonical_json_of_double_matches_reference_implementation(number: float) -> None:
     if number - number != 0:  # NaN or infinite
         with pytest.raises(InvalidEvent):
-            canonical_json({"n": number})
+            encode_canonical_json({"n": number})
     else:
-        assert canonical_json({"n": number, "m": [1, number]}) == rfc8785.dumps({"n": number, "m": [1, number]})
-        assert float(canonical_json(number)) == number
+        assert encode_canonical_json({"n": number, "m": [1, number]}) == rfc8785.dumps({"n": number, "m": [1, number]})
+        assert float(encode_canonical_json(number)) == number
 
 
 @given(INTEGERS)
 @example(MAX_SAFE_INTEGER)
 @example(-MAX_SAFE_INTEGER)
 def test_canonical_json_of_integer_and_int64_has_all_digits(number: int) -> None:
-    assert canonical_json({"n": [number]}) == canonical_json({"n": [Int64(number)]}) == rfc8785.dumps({"n": [number]})
+    assert (
+        encode_canonical_json({"n": [number]})
+        == encode_canonical_json({"n": [Int64(number)]})
+        == rfc8785.dumps({"n": [number]})
+    )
 
 
 @given(FLOATS)
 def test_canonical_json_of_equal_numbers_is_equal(number: float) -> None:
     if number.is_integer() and abs(number) <= MAX_SAFE_INTEGER:
-        assert canonical_json({"n": number}) == canonical_json({"n": int(number)})
+        assert encode_canonical_json({"n": number}) == encode_canonical_json({"n": int(number)})
 
 
 @given(st.integers(min_value=MAX_SAFE_INTEGER + 1) | st.integers(max_value=-MAX_SAFE_INTEGER - 1))
 def test_canonical_json_of_unsafe_integer_is_rejected(number: int) -> None:
     with pytest.raises(InvalidEvent):
-        canonical_json({"n": number})
+        encode_canonical_json({"n": number})
     with pytest.raises(InvalidEvent):
-        canonical_json([{"n": [number]}])
+        encode_canonical_json([{"n": [number]}])
 
 
 def test_unsafe_integer_error_suggests_string() -> None:
     with pytest.raises(InvalidEvent, match="send it as a string"):
-        canonical_json({"n": MAX_SAFE_INTEGER + 1})
+        encode_canonical_json({"n": MAX_SAFE_INTEGER + 1})
 
 
 def nest(levels: int, leaf: Any = 0) -> Any:
@@ -125,14 +134,14 @@ NOT_JSON: dict[str, Any] = {
 )
 def test_canonical_json_of_unsupported_value_is_rejected(value: Any, beside: Any) -> None:
     with pytest.raises(InvalidEvent):
-        canonical_json({"beside": beside, "data": {"values": [value]}})
+        encode_canonical_json({"beside": beside, "data": {"values": [value]}})
     with pytest.raises(InvalidEvent):
-        canonical_json(value)
+        encode_canonical_json(value)
 
 
 def test_deepest_allowed_value_survives_bson_round_trip() -> None:
     value = {"data": nest(MAX_DEPTH - 1)}
-    assert canonical_json(bson.decode(bson.encode(value))) == canonical_json(value)
+    assert encode_canonical_json(bson.decode(bson.encode(value))) == encode_canonical_json(value)
 
 
 @pytest.mark.parametrize(
@@ -148,14 +157,16 @@ def test_deepest_allowed_value_survives_bson_round_trip() -> None:
 )
 def test_time_has_same_json_after_bson_round_trip(moment: datetime) -> None:
     decoded = bson.decode(bson.encode({"at": moment}), DRIVER_CODEC)
-    assert canonical_json(decoded) == canonical_json({"at": moment})
-    assert datetime.fromisoformat(canonical_json(moment).decode().strip('"')) == decoded["at"]
+    assert encode_canonical_json(decoded) == encode_canonical_json({"at": moment})
+    assert datetime.fromisoformat(encode_canonical_json(moment).decode().strip('"')) == decoded["at"]
 
 
 def test_bytes_and_tuples_have_same_json_after_bson_round_trip() -> None:
     value = {"bytes": b"\x00\xff", "tuple": (1, (2,))}
     assert (
-        canonical_json(bson.decode(bson.encode(value))) == canonical_json(value) == b'{"bytes":"00ff","tuple":[1,[2]]}'
+        encode_canonical_json(bson.decode(bson.encode(value)))
+        == encode_canonical_json(value)
+        == b'{"bytes":"00ff","tuple":[1,[2]]}'
     )
 
 
@@ -164,7 +175,7 @@ def test_canonical_digest_ignores_order_of_names(value: dict[str, int], random: 
     names = list(value)
     random.shuffle(names)
     assert (
-        canonical_digest({name: value[name] for name in names})
-        == canonical_digest(value)
+        compute_canonical_digest({name: value[name] for name in names})
+        == compute_canonical_digest(value)
         == sha256(rfc8785.dumps(value)).hexdigest()
     )

@@ -54,7 +54,7 @@ class RecordingListener:
 
 @pytest.fixture
 async def db(connection: Connection) -> AsyncIterator[Database]:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         yield client.get_database(connection.db_name, write_concern=DURABLE)
 
 
@@ -145,7 +145,7 @@ async def test_killed_stream_is_reopened_and_all_listeners_resync(db: Database) 
 
 async def test_broken_connection_loses_no_change(mongodb_uri: str, db_name: str, db: Database) -> None:
     with TcpProxy(mongodb_uri) as proxy:
-        async with Connection(proxy.uri, db_name).client() as client:
+        async with Connection(proxy.uri, db_name).create_client() as client:
             listener = RecordingListener(client[db_name])
             async with running_stream(client[db_name], listener):
                 for number in range(30):

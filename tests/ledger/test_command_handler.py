@@ -40,13 +40,13 @@ from jobledger.ledger.domain.events import (
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import (
     StreamState,
+    create_batch_id,
+    create_job_id,
     create_streams,
     decider_for,
     handle_command,
-    handle_command_until_known,
+    handle_command_with_retries,
     load_stream_state,
-    new_batch_id,
-    new_job_id,
 )
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
@@ -58,7 +58,7 @@ CLOCK_ERROR = timedelta(seconds=1)
 
 
 async def submit_job(event_store: EventStore, max_attempts: int = 3) -> tuple[str, StreamState]:
-    job_id = new_job_id()
+    job_id = create_job_id()
     return job_id, (
         await handle_command(
             event_store, job_id, SubmitJob(make_job_submitted(max_attempts=max_attempts)), meta=EVENT_METADATA
@@ -91,7 +91,7 @@ async def test_command_without_events_appends_nothing(unstreamed_ledger: Ledger)
     handled = await handle_command(unstreamed_ledger.event_store, job_id, ExpireLease("w1", 1), meta=EVENT_METADATA)
     assert handled.events == []
     assert handled.stream_state == stream_state
-    assert await unstreamed_ledger.event_store.head_position() == 1
+    assert await unstreamed_ledger.event_store.read_head_position() == 1
 
 
 async def test_rejected_command_appends_nothing(unstreamed_ledger: Ledger) -> None:
@@ -101,8 +101,8 @@ async def test_rejected_command_appends_nothing(unstreamed_ledger: Ledger) -> No
             unstreamed_ledger.event_store, job_id, SubmitJob(make_job_submitted()), meta=EVENT_METADATA
         )
     with pytest.raises(NotFound):
-        await handle_command(unstreamed_ledger.event_store, new_job_id(), CancelJob("alice"), meta=EVENT_METADATA)
-    assert await unstreamed_ledger.event_store.head_position() == 1
+        await handle_command(unstreamed_ledger.event_store, create_job_id(), CancelJob("alice"), meta=EVENT_METADATA)
+    assert await unstreamed_ledger.event_store.read_head_position() == 1
 
 
 async def test_version_conflict_is_decided_again_on_current_state(unstreamed_ledger: Ledger) -> None:
@@ -281,7 +281,7 @@ async def test_invalid_event_raises_to_caller(unstreamed_ledger: Ledger) -> None
 
 
 async def test_create_streams_appends_batch_and_jobs_in_given_order(unstreamed_ledger: Ledger) -> None:
-    batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(300)]
+    batch_id, job_ids = create_batch_id(), [create_job_id() for _ in range(300)]
     batch = BatchSubmitted(total_jobs=300, job_ids=job_ids, user_id="alice")
     jobs = [(job_id, SubmitJob(make_job_submitted(batch_id=batch_id))) for job_id in job_ids]
     recorded = await create_streams(
@@ -299,10 +299,10 @@ async def test_create_streams_with_rejection_or_conflict_appends_nothing(unstrea
     with pytest.raises(NotFound):
         await create_streams(
             unstreamed_ledger.event_store,
-            [(new_job_id(), SubmitJob(make_job_submitted())), (new_job_id(), Archive("a"))],
+            [(create_job_id(), SubmitJob(make_job_submitted())), (create_job_id(), Archive("a"))],
             meta=EVENT_METADATA,
         )
-    fresh = new_job_id()
+    fresh = create_job_id()
     with pytest.raises(VersionConflict):
         await create_streams(
             unstreamed_ledger.event_store,
@@ -313,7 +313,7 @@ async def test_create_streams_with_rejection_or_conflict_appends_nothing(unstrea
 
 
 async def test_new_ids_are_unique_and_select_their_decider() -> None:
-    ids = {new_job_id() for _ in range(100)} | {new_batch_id() for _ in range(100)}
+    ids = {create_job_id() for _ in range(100)} | {create_batch_id() for _ in range(100)}
     assert len(ids) == 200
     assert {decider_for(name).__name__ for name in ids} == {  # type: ignore[attr-defined]  # modules
         "jobledger.ledger.domain.job",
@@ -398,7 +398,7 @@ async def test_command_with_lost_response_takes_effect_once(
 
     monkeypatch.setattr(event_store, "append", lose_first_response)
     retries: list[Exception] = []
-    result = await handle_command_until_known(
+    result = await handle_command_with_retries(
         event_store,
         job_id,
         command,

@@ -65,7 +65,7 @@ def is_reachable(uri: str) -> bool:
 
 
 async def check(connection: Connection) -> None:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         await check_server(client[connection.db_name])
 
 
@@ -113,14 +113,14 @@ async def test_silent_server_is_reported_within_timeout(
 )
 async def test_invalid_uri_error_names_setting(uri: str) -> None:
     connection = Connection(uri, "test")
-    for create_client in (connection.client, connection.blocking_client):
+    for create_client in (connection.create_client, connection.create_blocking_client):
         with pytest.raises(ConfigurationError, match=r"mongodb\.uri.*mongodb://user:password@host1"):
             create_client()
 
 
 async def test_uri_options_cannot_weaken_guarantees(mongodb_uri: str, db_name: str) -> None:
     weak_uri = f"{mongodb_uri}&w=0&journal=false&readPreference=secondary&tz_aware=false"
-    async with Connection(weak_uri, db_name).client() as client:
+    async with Connection(weak_uri, db_name).create_client() as client:
         assert client.write_concern.document == {"w": "majority", "j": True}
         assert client.codec_options.tz_aware
         assert client.read_preference.mode == 0, "state for a decision must be read from the primary"
@@ -200,7 +200,7 @@ def rejection_without_majority(tmp_path_factory: pytest.TempPathFactory) -> Reje
     """The error for a primary without a majority. A check without writes succeeds."""
 
     async def check_lone_primary(connection: Connection) -> Rejection:
-        async with connection.client() as client:
+        async with connection.create_client() as client:
             await check_server(client[connection.db_name], needs_write=False)
         started = time.monotonic()
         with pytest.raises(JobledgerError) as raised:
@@ -243,7 +243,7 @@ async def test_replica_set_without_primary_is_reported_within_timeout(tmp_path: 
 @needs_local_mongod
 async def test_oplog_is_too_short_only_when_full(tmp_path: Path) -> None:
     with EmbeddedServer.start(tmp_path, oplog_mb=1) as server:
-        async with Connection(server.uri, "test").client() as client:
+        async with Connection(server.uri, "test").create_client() as client:
             fresh = await read_oplog_window(client["test"])
             await client["test"].talks.insert_many([{"text": "." * 10_000} for _ in range(120)])
             full = await read_oplog_window(client["test"])
@@ -269,7 +269,7 @@ VERSIONS = [("stream", 1), ("version", 1)]
 
 
 async def test_non_unique_index_is_rejected_until_dropped(connection: Connection) -> None:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         name = await db.events.create_index(VERSIONS)
         event_store = EventStore(db)
@@ -283,7 +283,7 @@ async def test_non_unique_index_is_rejected_until_dropped(connection: Connection
 
 
 async def test_prepare_creates_unique_index_beside_other_index(connection: Connection) -> None:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         await db.events.create_index(VERSIONS, name="of_another_program")
         event_store = EventStore(db)
@@ -292,7 +292,7 @@ async def test_prepare_creates_unique_index_beside_other_index(connection: Conne
 
 
 async def test_unique_index_with_other_name_is_accepted(connection: Connection) -> None:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         await db.events.create_index(VERSIONS, unique=True, name="of_another_program")
         event_store = EventStore(db)
@@ -301,7 +301,7 @@ async def test_unique_index_with_other_name_is_accepted(connection: Connection) 
 
 
 async def test_log_with_duplicate_version_is_rejected(connection: Connection) -> None:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         await db.events.insert_many([{"_id": number, "stream": "job-1", "version": 7} for number in (1, 2)])
         with pytest.raises(DatabaseUnsuitable, match=r"Two events .* version of a stream.*job-1.*version: 7"):

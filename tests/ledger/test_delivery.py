@@ -23,10 +23,10 @@ from jobledger.ledger.domain.commands import (
     SubmitBatch,
     SubmitJob,
 )
-from jobledger.ledger.domain.delivery import Delivery, delivery_id_for, endpoint_id_for
+from jobledger.ledger.domain.delivery import Delivery, build_delivery_id, build_endpoint_id
 from jobledger.ledger.domain.errors import InvalidState, NotFound
 from jobledger.ledger.domain.events import (
-    BatchCounts,
+    BatchJobCounts,
     BatchSubmitted,
     BatchSummary,
     DeliveryAbandoned,
@@ -34,19 +34,19 @@ from jobledger.ledger.domain.events import (
     DeliveryQueued,
     DeliveryRequeued,
     DeliverySucceeded,
+    ErrorInfo,
     Event,
     EventMetadata,
-    Failure,
     Webhook,
 )
-from jobledger.ledger.store.command_handler import handle_command, load_stream_state, new_batch_id, new_job_id
+from jobledger.ledger.store.command_handler import create_batch_id, create_job_id, handle_command, load_stream_state
 from tests.support.decider_spec import given_for
 from tests.support.event_examples import NOON, make_job_submitted, make_results
 from tests.support.ledger_setup import Ledger
 
 given = given_for(delivery)
 WEBHOOK = Webhook(url="https://cms.example/hook?token=1")
-DOWN = Failure(code="HTTP_ERROR", message="The endpoint answered 500.")
+DOWN = ErrorInfo(code="HTTP_ERROR", message="The endpoint answered 500.")
 LATER = NOON + timedelta(minutes=5)
 
 queued = DeliveryQueued(source="job-1", source_version=3, event_type="job.completed", user_id="alice", webhook=WEBHOOK)
@@ -119,11 +119,11 @@ def test_abandon_is_rejected_unless_pending() -> None:
 
 
 def test_endpoint_id_differs_by_user_and_url() -> None:
-    assert endpoint_id_for("alice", "https://a") == endpoint_id_for("alice", "https://a")
+    assert build_endpoint_id("alice", "https://a") == build_endpoint_id("alice", "https://a")
     assert (
         len(
             {
-                endpoint_id_for(*owner_and_url)
+                build_endpoint_id(*owner_and_url)
                 for owner_and_url in (("alice", "xx"), ("alicex", "x"), ("bob", "xx"), ("alice", "xy"))
             }
         )
@@ -143,14 +143,14 @@ async def run_commands(ledger: Ledger, stream: str, *commands: Any) -> list[Even
 
 
 async def load_deliveries(ledger: Ledger, stream: str) -> list[DeliveryQueued]:
-    parts = ledger.event_store.iterate_stream_batches([delivery_id_for(stream, version) for version in range(1, 12)])
+    parts = ledger.event_store.iterate_stream_batches([build_delivery_id(stream, version) for version in range(1, 12)])
     return [
         recorded.event async for events in parts for recorded in events if isinstance(recorded.event, DeliveryQueued)
     ]
 
 
 async def test_each_end_of_job_queues_one_delivery(ledger: Ledger) -> None:
-    job_id = new_job_id()
+    job_id = create_job_id()
     await run_commands(
         ledger,
         job_id,
@@ -173,19 +173,19 @@ async def test_each_end_of_job_queues_one_delivery(ledger: Ledger) -> None:
 
 
 async def test_job_end_and_delivery_are_in_one_commit(ledger: Ledger) -> None:
-    job_id = new_job_id()
+    job_id = create_job_id()
     await run_commands(ledger, job_id, SubmitJob(make_job_submitted(webhook=WEBHOOK)), ClaimJob("w", NOON))
     handled = await handle_command(
         ledger.event_store, job_id, CompleteJob("w", 1, make_results()), meta=EventMetadata()
     )
     [end] = handled.events
     assert handled.stream_state.head.version == 3
-    [delivery_event] = await ledger.event_store.read_stream(delivery_id_for(job_id, 3))
+    [delivery_event] = await ledger.event_store.read_stream(build_delivery_id(job_id, 3))
     assert delivery_event.position == end.position + 1
 
 
 async def test_retried_attempt_or_job_without_webhook_queues_nothing(ledger: Ledger) -> None:
-    job_with_webhook, job_without_webhook = new_job_id(), new_job_id()
+    job_with_webhook, job_without_webhook = create_job_id(), create_job_id()
     await run_commands(
         ledger,
         job_with_webhook,
@@ -200,13 +200,13 @@ async def test_retried_attempt_or_job_without_webhook_queues_nothing(ledger: Led
 @pytest.mark.parametrize(
     ("counts", "event_type"),
     [
-        (BatchCounts(completed=2), "batch.completed"),
-        (BatchCounts(completed=1, failed=1), "batch.partial"),
-        (BatchCounts(failed=2), "batch.failed"),
+        (BatchJobCounts(completed=2), "batch.completed"),
+        (BatchJobCounts(completed=1, failed=1), "batch.partial"),
+        (BatchJobCounts(failed=2), "batch.failed"),
     ],
 )
-async def test_each_end_of_batch_queues_one_delivery(ledger: Ledger, counts: BatchCounts, event_type: str) -> None:
-    batch_id = new_batch_id()
+async def test_each_end_of_batch_queues_one_delivery(ledger: Ledger, counts: BatchJobCounts, event_type: str) -> None:
+    batch_id = create_batch_id()
     batch = BatchSubmitted(total_jobs=2, job_ids=["job-1", "job-2"], user_id="alice", webhook=WEBHOOK)
     finish = FinishBatch(counts, BatchSummary())
     await run_commands(ledger, batch_id, SubmitBatch(batch), finish, finish, ReopenBatch(), finish)
@@ -221,7 +221,7 @@ async def test_each_end_of_batch_queues_one_delivery(ledger: Ledger, counts: Bat
 
 
 async def test_concurrent_cancels_queue_one_delivery(ledger: Ledger) -> None:
-    job_id = new_job_id()
+    job_id = create_job_id()
     await run_commands(ledger, job_id, SubmitJob(make_job_submitted(webhook=WEBHOOK)))
     stream_state = await load_stream_state(ledger.event_store, job_id)
     await asyncio.gather(

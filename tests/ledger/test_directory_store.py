@@ -42,17 +42,17 @@ def sha256(content: bytes) -> str:
 def test_put_bytes_stores_content_under_digest(store: DirectoryStore, content: bytes) -> None:
     stored = store.put_bytes(content)
     assert stored == (sha256(content), len(content))
-    assert store.path(stored.sha256).read_bytes() == content
+    assert store.get_path(stored.sha256).read_bytes() == content
 
 
 def test_same_content_is_stored_once(store: DirectoryStore, tmp_path: Path) -> None:
     first = store.put_bytes(b"hello")
-    before = store.path(first.sha256).stat()
+    before = store.get_path(first.sha256).stat()
     other = tmp_path / "other"
     other.write_bytes(b"hello")
     assert store.put_bytes(b"hello") == store.put_file(other) == first
-    assert list_files(store) == [store.path(first.sha256)]
-    after = store.path(first.sha256).stat()
+    assert list_files(store) == [store.get_path(first.sha256)]
+    after = store.get_path(first.sha256).stat()
     assert after.st_ino == before.st_ino
     assert after.st_mtime_ns >= before.st_mtime_ns, "a save updates the time: see FileStore.begin_removal"
 
@@ -62,7 +62,7 @@ def test_put_file_moves_file_into_store(store: DirectoryStore, tmp_path: Path) -
     path.write_bytes(b"# A talk")
     stored = store.put_file(path)
     assert not path.exists()
-    assert store.path(stored.sha256).read_bytes() == b"# A talk"
+    assert store.get_path(stored.sha256).read_bytes() == b"# A talk"
 
 
 def test_stored_file_has_mode_0600(store: DirectoryStore, tmp_path: Path) -> None:
@@ -70,13 +70,13 @@ def test_stored_file_has_mode_0600(store: DirectoryStore, tmp_path: Path) -> Non
     secret.write_bytes(b"1")
     secret.chmod(0o600)
     for stored in (store.put_file(secret), store.put_bytes(b"2")):
-        assert stat.S_IMODE(store.path(stored.sha256).stat().st_mode) == 0o600
+        assert stat.S_IMODE(store.get_path(stored.sha256).stat().st_mode) == 0o600
 
 
 def test_put_file_of_stored_file_keeps_it(store: DirectoryStore) -> None:
     stored = store.put_bytes(b"hello")
-    assert store.put_file(store.path(stored.sha256)) == stored
-    assert store.path(stored.sha256).read_bytes() == b"hello"
+    assert store.put_file(store.get_path(stored.sha256)) == stored
+    assert store.get_path(stored.sha256).read_bytes() == b"hello"
 
 
 def test_put_file_of_link_stores_target_content(store: DirectoryStore, tmp_path: Path) -> None:
@@ -85,8 +85,8 @@ def test_put_file_of_link_stores_target_content(store: DirectoryStore, tmp_path:
     link.symlink_to(target)
     stored = store.put_file(link)
     target.write_bytes(b"changed")
-    assert store.path(stored.sha256).read_bytes() == b"hello"
-    assert not store.path(stored.sha256).is_symlink()
+    assert store.get_path(stored.sha256).read_bytes() == b"hello"
+    assert not store.get_path(stored.sha256).is_symlink()
 
 
 def test_concurrent_puts_store_each_content_once(store: DirectoryStore) -> None:
@@ -118,9 +118,9 @@ def test_put_file_across_file_systems_copies_and_removes(
     path.write_bytes(b"x" * 3_000_000)
     stored = store.put_file(path)
     assert not path.exists()
-    assert store.path(stored.sha256).read_bytes() == b"x" * 3_000_000
-    assert list_files(store) == [store.path(stored.sha256)]
-    assert stat.S_IMODE(store.path(stored.sha256).stat().st_mode) == 0o600
+    assert store.get_path(stored.sha256).read_bytes() == b"x" * 3_000_000
+    assert list_files(store) == [store.get_path(stored.sha256)]
+    assert stat.S_IMODE(store.get_path(stored.sha256).stat().st_mode) == 0o600
 
 
 @pytest.mark.skipif(
@@ -132,7 +132,7 @@ def test_put_file_from_dev_shm_moves_file(store: DirectoryStore) -> None:
     try:
         stored = store.put_file(path)
         assert not path.exists()
-        assert store.path(stored.sha256).read_bytes() == b"elsewhere"
+        assert store.get_path(stored.sha256).read_bytes() == b"elsewhere"
     finally:
         path.unlink(missing_ok=True)
 
@@ -167,7 +167,7 @@ def test_power_cut_leaves_complete_file_or_none(
             patched.setattr(Path, name, wrap_with_power_cut(getattr(Path, name)))
         with suppress(PowerCut):
             store.put_file(path)
-    stored_path = store.path(sha256(content))
+    stored_path = store.get_path(sha256(content))
     assert not stored_path.exists() or stored_path.read_bytes() == content
     assert stored_path.exists() or path.exists()
     second_path = tmp_path / "again"
@@ -201,7 +201,7 @@ def test_put_bytes_syncs_file_and_directories(store: DirectoryStore, monkeypatch
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    stored_path = store.path(store.put_bytes(b"hello").sha256)
+    stored_path = store.get_path(store.put_bytes(b"hello").sha256)
     content, *directories = synced
     assert Path(content).parent == store.root
     assert set(directories) == {str(store.root), str(stored_path.parent)}
@@ -211,7 +211,7 @@ def test_put_bytes_syncs_file_and_directories(store: DirectoryStore, monkeypatch
 @pytest.mark.parametrize("name", ["", "abc", "../" * 21 + "x", "A" * 64, "0" * 63 + "\n", "0" * 65])
 def test_path_of_invalid_digest_raises(store: DirectoryStore, name: str) -> None:
     with pytest.raises(ValueError, match="not a SHA-256"):
-        store.path(name)
+        store.get_path(name)
 
 
 def test_prepare_error_names_path_and_setting(tmp_path: Path) -> None:
@@ -225,11 +225,11 @@ def test_prepare_error_names_path_and_setting(tmp_path: Path) -> None:
 def test_second_prepare_keeps_files(store: DirectoryStore) -> None:
     stored = store.put_bytes(b"hello")
     store.prepare()
-    assert list_files(store) == [store.path(stored.sha256)]
+    assert list_files(store) == [store.get_path(stored.sha256)]
 
 
 def test_put_bytes_replaces_link_at_path(store: DirectoryStore, tmp_path: Path) -> None:
-    stored_path = store.path(sha256(b"hello"))
+    stored_path = store.get_path(sha256(b"hello"))
     stored_path.parent.mkdir()
     (tmp_path / "elsewhere").write_bytes(b"something else")
     stored_path.symlink_to(tmp_path / "elsewhere")
@@ -263,10 +263,10 @@ async def test_remove_orphans_removes_old_temporary_files_only(store: DirectoryS
         path.write_bytes(b"unfinished")
     directory.mkdir()
     link = store.root / "tmplink_000"
-    link.symlink_to(store.path(kept.sha256))
+    link.symlink_to(store.get_path(kept.sha256))
     long_ago = time.time() - ORPHAN_AGE_SECONDS - 60
-    for path in (old, foreign, directory, store.path(kept.sha256)):
+    for path in (old, foreign, directory, store.get_path(kept.sha256)):
         os.utime(path, (long_ago, long_ago))
     assert await store.remove_orphans() == 1
     assert not old.exists()
-    assert all(path.exists() for path in (fresh, foreign, directory, link, store.path(kept.sha256)))
+    assert all(path.exists() for path in (fresh, foreign, directory, link, store.get_path(kept.sha256)))

@@ -60,7 +60,7 @@ async def test_gap_at_end_of_log_is_ignored(unstreamed_ledger: Ledger) -> None:
     await create_position_gap(unstreamed_ledger.db)
     assert event_positions(await unstreamed_ledger.event_store.read()) == [1]
     assert await unstreamed_ledger.event_store.read(after=1) == []
-    assert await unstreamed_ledger.event_store.head_position() == 1
+    assert await unstreamed_ledger.event_store.read_head_position() == 1
 
 
 async def test_read_returns_pages(connection: Connection) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from jobledger.ledger.domain.events import EVENT_TYPES, Event, EventMetadata, RecordedEvent
 from jobledger.ledger.store.envelope import VOID_STREAM
-from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, build_hash_input
 from tests.support import golden_events
 from tests.support.decider_spec import type_name
 from tests.support.event_examples import EVENT_EXAMPLES, NOON
@@ -40,7 +40,7 @@ def build_document(event: Event) -> dict[str, Any]:
         "meta": EventMetadata("user:alice", "batch-1", "01a209d5", "00-4bf9-00f0-01").to_document(),
         "prev": GENESIS_HASH,
     }
-    return {**document, "hash": sha256(hash_input(document)).digest()}
+    return {**document, "hash": sha256(build_hash_input(document)).digest()}
 
 
 def round_trip_bson(document: dict[str, Any]) -> dict[str, Any]:

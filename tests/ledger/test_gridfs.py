@@ -27,7 +27,7 @@ CONTENT = bytes(range(256)) * 10_000  # ten chunks, the last one not full
 
 @pytest.fixture
 async def db(connection: Connection) -> AsyncIterator[Database]:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         yield client[connection.db_name]
 
 
@@ -65,7 +65,7 @@ async def test_ingest_moves_file_from_inbox_to_store(store: GridFSStore, inbox: 
 
     assert await read(store, sha256, size=size) == CONTENT[:size]
     assert (await store.open(sha256, size)).size == size
-    assert not DirectoryStore(inbox).path(sha256).exists()
+    assert not DirectoryStore(inbox).get_path(sha256).exists()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ async def test_cancelled_ingest_leaves_nothing(
 
 async def test_ingest_of_content_with_other_digest_is_rejected(store: GridFSStore, db: Database, inbox: Path) -> None:
     sha256 = await save_to_inbox(inbox)
-    DirectoryStore(inbox).path(sha256).write_bytes(b"something else")
+    DirectoryStore(inbox).get_path(sha256).write_bytes(b"something else")
     with pytest.raises(FileLost, match="does not match its digest"):
         await store.ingest(inbox, sha256)
     assert await db.fs.files.count_documents({}) == await db.fs.chunks.count_documents({}) == 0
@@ -170,7 +170,7 @@ async def test_ingest_of_content_with_other_digest_is_rejected(store: GridFSStor
 
 async def test_ingest_does_not_follow_link(store: GridFSStore, inbox: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
-    path = DirectoryStore(inbox).path(hashlib.sha256(b"secret").hexdigest())
+    path = DirectoryStore(inbox).get_path(hashlib.sha256(b"secret").hexdigest())
     path.parent.mkdir(parents=True)
     path.symlink_to(tmp_path / "secret")
     with pytest.raises(FileLost):
@@ -216,7 +216,7 @@ async def test_lookup_uses_index(store: GridFSStore, db: Database, inbox: Path) 
 
 async def test_unreachable_database_is_not_reported_as_lost_file() -> None:
     unreachable = Connection("mongodb://127.0.0.1:1/?directConnection=true", "test", connect_timeout_ms=100)
-    async with unreachable.client() as client:
+    async with unreachable.create_client() as client:
         store = GridFSStore(client["test"])
         with pytest.raises(LedgerUnavailable):
             await store.prepare()

@@ -11,7 +11,7 @@ import pytest
 from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.domain.events import JobSubmitted
 from jobledger.ledger.store.command_handler import handle_command
-from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, build_hash_input
 from tests.support.event_examples import EVENT_EXAMPLES, NOON, make_job_submitted
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_chain, check_log, load_event_documents
 
@@ -30,7 +30,7 @@ async def test_changed_field_breaks_hash_chain(unstreamed_ledger: Ledger, name: 
         "prev": b"\1" + GENESIS_HASH[1:],
     }
     forged = document | {name: changes.get(name, f"{document.get(name)}x")}
-    assert sha256(hash_input(forged)).digest() != document["hash"]
+    assert sha256(build_hash_input(forged)).digest() != document["hash"]
 
 
 async def test_missing_or_swapped_event_breaks_hash_chain(unstreamed_ledger: Ledger) -> None:

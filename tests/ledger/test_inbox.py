@@ -46,7 +46,7 @@ async def store(
         yield directory_store
         return
     connection = Connection(mongodb_uri, db_name)
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         gridfs = GridFSStore(client[connection.db_name])
         await gridfs.prepare()
         await gridfs.ingest(foreign_inbox, DIGEST)
@@ -58,7 +58,7 @@ def saved_path(tmp_path: Path) -> Path:
     """The path at which the job's file of this digest belongs."""
     inbox = tmp_path / "attempt" / "saved"
     inbox.parent.mkdir()
-    return DirectoryStore(inbox).path(DIGEST)
+    return DirectoryStore(inbox).get_path(DIGEST)
 
 
 # Manipulations ----------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def saved_path(tmp_path: Path) -> Path:
 
 def get_foreign_file(saved_path: Path) -> Path:
     """Return the path of the foreign file in a directory store, which a job can only guess. Create it for GridFS."""
-    place = DirectoryStore(saved_path.parents[3] / "results").path(DIGEST)
+    place = DirectoryStore(saved_path.parents[3] / "results").get_path(DIGEST)
     place.parent.mkdir(parents=True, exist_ok=True)
     if not place.exists():
         place.write_bytes(FOREIGN)
@@ -262,7 +262,7 @@ async def test_large_files_do_not_delay_small_file_or_cancellation(
     large = []
     for number in range(12):
         inbox = tmp_path / f"attempt-{number}" / "saved"
-        path = DirectoryStore(inbox).path(hashlib.sha256(str(number).encode()).hexdigest())
+        path = DirectoryStore(inbox).get_path(hashlib.sha256(str(number).encode()).hexdigest())
         path.parent.mkdir(parents=True)
         path.touch()
         os.truncate(path, MAX_FILE_BYTES)
@@ -311,5 +311,5 @@ async def test_large_file_is_stored_completely(store: FileStore, saved_path: Pat
     for _ in range(2):  # first new, then already stored
         assert await store.ingest(saved_path.parents[1], stored.sha256) == len(content)
         await store.verify(stored.sha256, len(content))
-        assert not DirectoryStore(saved_path.parents[1]).path(stored.sha256).exists()
+        assert not DirectoryStore(saved_path.parents[1]).get_path(stored.sha256).exists()
         await asyncio.to_thread(DirectoryStore(saved_path.parents[1]).put_bytes, content)

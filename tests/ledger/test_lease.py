@@ -24,7 +24,7 @@ LEASE_SECONDS = 0.9
 
 @pytest.fixture
 def leases(connection: Connection) -> Iterator[Collection[Document]]:
-    with connection.blocking_client() as client:
+    with connection.create_blocking_client() as client:
         yield client[connection.db_name].leases
 
 

@@ -49,7 +49,7 @@ async def test_wait_for_after_timeout_cancels_future() -> None:
 async def test_client_cancelled_while_connecting_stops_at_any_point(connection: Connection) -> None:
     """Each attempt is cancelled two event-loop iterations later than the one before."""
     for iterations in range(0, 120, 2):
-        async with connection.client() as client:
+        async with connection.create_client() as client:
             done = asyncio.Event()
 
             async def ping_and_wait(client: object = client, done: asyncio.Event = done) -> None:

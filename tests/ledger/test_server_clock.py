@@ -23,7 +23,7 @@ class SteadyClock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 500.0
-        monkeypatch.setattr(server_clock, "_steady", lambda: self.seconds)
+        monkeypatch.setattr(server_clock, "_read_boot_time_clock", lambda: self.seconds)
 
 
 class FakeServer:
@@ -168,20 +168,24 @@ def test_sleep_seconds_are_bounded_and_never_negative(steady_clock: SteadyClock)
     clock = ServerClock()
     clock.observe(START, "a")
     due = clock.estimate()
-    assert clock.sleep_seconds_until(due + timedelta(days=1)) == MAX_SLEEP_SECONDS
-    assert clock.sleep_seconds_until(due + timedelta(seconds=2)) == pytest.approx(2)
-    assert clock.sleep_seconds_until(due - timedelta(days=1)) == clock.seconds_until(due - timedelta(days=1)) == 0
+    assert clock.compute_sleep_seconds(due + timedelta(days=1)) == MAX_SLEEP_SECONDS
+    assert clock.compute_sleep_seconds(due + timedelta(seconds=2)) == pytest.approx(2)
+    assert (
+        clock.compute_sleep_seconds(due - timedelta(days=1))
+        == clock.compute_seconds_until(due - timedelta(days=1))
+        == 0
+    )
 
 
 @pytest.fixture
 async def event_store(connection: Connection) -> AsyncIterator[EventStore]:
-    client = connection.client()
+    client = connection.create_client()
     yield EventStore(client[connection.db_name])
     await client.close()
 
 
 async def test_first_answer_of_real_server_sets_clock(event_store: EventStore) -> None:
-    await event_store.head_position()
+    await event_store.read_head_position()
     answer = await event_store.db.client.admin.command("hello")
     assert abs((event_store.clock.estimate() - answer["localTime"].replace(tzinfo=UTC)).total_seconds()) < 1
     assert get_server_clock(event_store.db.client) is event_store.clock
@@ -189,9 +193,9 @@ async def test_first_answer_of_real_server_sets_clock(event_store: EventStore) -
 
 
 async def test_unreachable_server_keeps_last_estimate(event_store: EventStore) -> None:
-    await event_store.head_position()
+    await event_store.read_head_position()
     event_store.clock.is_uncertain = True
     await event_store.db.client.close()
     before = event_store.clock.estimate()
-    assert timedelta(0) <= await event_store.server_time() - before < timedelta(seconds=5)
+    assert timedelta(0) <= await event_store.read_server_time() - before < timedelta(seconds=5)
     await asyncio.sleep(0)

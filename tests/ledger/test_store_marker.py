@@ -29,7 +29,7 @@ CONTENT = b"# A talk\n"
 
 @pytest.fixture
 async def db(connection: Connection) -> AsyncIterator[Database]:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         yield client[connection.db_name]
 
 
@@ -177,7 +177,7 @@ async def test_store_is_used_again_after_it_returns(
         await store.ingest(tmp_path / "inbox", digest)
     restore_store(moved_store, root)
     await store.ingest(tmp_path / "inbox", digest)
-    assert store.path(digest).read_bytes() == CONTENT
+    assert store.get_path(digest).read_bytes() == CONTENT
 
 
 async def test_disk_lost_during_ingest_raises_unavailable(
@@ -195,7 +195,9 @@ async def test_disk_lost_during_ingest_raises_unavailable(
     monkeypatch.setattr(DirectoryStore, "_write", lose_disk)
     with pytest.raises(FileStoreUnavailable, match="is not the result store"):
         await DirectoryStore(root, marker=OURS).ingest(tmp_path / "inbox", digest)
-    assert DirectoryStore(tmp_path / "inbox").path(digest).exists(), "a retry can store the file when the disk is back"
+    assert DirectoryStore(tmp_path / "inbox").get_path(digest).exists(), (
+        "a retry can store the file when the disk is back"
+    )
 
 
 # Starting ---------------------------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ async def test_later_start_with_wrong_directory_creates_nothing(
 
 async def test_concurrent_first_starts_create_one_store(connection: Connection, root: Path) -> None:
     async def start_once() -> DirectoryStore:
-        async with connection.client() as client:
+        async with connection.create_client() as client:
             return await start(client[connection.db_name], root)
 
     for store in await asyncio.gather(*(start_once() for _ in range(8))):

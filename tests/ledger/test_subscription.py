@@ -153,7 +153,7 @@ async def test_events_held_behind_gap_are_bounded(connection: Connection, bound:
         tail, max_held = ledger.event_store._tail, 0
         for _ in range(100):
             await ledger.submit_job(job)
-            max_held = max(max_held, len(tail._early))
+            max_held = max(max_held, len(tail._out_of_order))
         assert 0 < max_held <= 20
         assert event_positions(await taking) == list(range(2, 103))
         check_log(await load_event_documents(ledger.db))
@@ -185,7 +185,7 @@ async def test_documents_that_are_no_events_are_ignored(connection: Connection, 
         assert event_positions(await take_events(events, 2)) == [1, 2]
     async with open_ledger(connection, FAST_GAP_LIMITS) as ledger:
         await ledger.submit_job()
-        assert await ledger.event_store.head_position() == 3
+        assert await ledger.event_store.read_head_position() == 3
         assert event_positions(await read_first_events(ledger.event_store, 2)) == [1, 2]
 
 
@@ -326,7 +326,7 @@ async def test_aclose_during_gap_filling_leaves_no_task(
 @pytest.fixture
 async def short_transactions(connection: Connection) -> AsyncIterator[None]:
     """Let the server abort open transactions after one second instead of a minute."""
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         before = await client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
         await client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": 1})
         yield
@@ -338,7 +338,7 @@ async def short_transactions(connection: Connection) -> AsyncIterator[None]:
 async def test_open_transaction_of_killed_appender_delays_readers_briefly(
     connection: Connection,
 ) -> None:
-    async with open_ledger(connection, FAST_GAP_LIMITS) as ledger, connection.client() as killed_client:
+    async with open_ledger(connection, FAST_GAP_LIMITS) as ledger, connection.create_client() as killed_client:
         gap = await create_position_gap(ledger.db)
         session = killed_client.start_session()
         await session.start_transaction()

@@ -22,9 +22,9 @@ from jobledger.ledger.domain.events import (
     RecordedEvent,
     Upcaster,
 )
-from jobledger.ledger.store.command_handler import load_stream_state, new_job_id
+from jobledger.ledger.store.command_handler import create_job_id, load_stream_state
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
-from jobledger.ledger.store.hash_chain import hash_input
+from jobledger.ledger.store.hash_chain import build_hash_input
 from jobledger.ledger.store.verification import verify_log
 from tests.support import golden_events
 from tests.support.decider_spec import type_name
@@ -152,7 +152,7 @@ def build_document(data: Any, *, name: str = "RoomBooked", schema: Any = 1) -> d
 
 def add_hash(document: dict[str, Any]) -> dict[str, Any]:
     """Return the document with the hash of its content."""
-    return {**document, "hash": sha256(hash_input(document)).digest()}
+    return {**document, "hash": sha256(build_hash_input(document)).digest()}
 
 
 def test_upcasters_before_stored_schema_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,7 @@ async def append_unreadable_events(ledger: Ledger) -> None:
     later = [UNKNOWN.model_validate({"colour": "red"}), DAMAGED_CLAIM.model_validate({"attempt": "often"})]
     await append(ledger, *later, stream=event.stream, head=head)
     newer = NEWER.model_validate({"job_type": "echo", "parameters": {}, "user_id": "alice"})
-    await append(ledger, newer, stream=new_job_id())
+    await append(ledger, newer, stream=create_job_id())
     await append(ledger, UNKNOWN.model_validate({"colour": "blue"}), stream="painting-1")
     await ledger.submit_job()
 

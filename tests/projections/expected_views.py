@@ -11,7 +11,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from jobledger.ledger.domain.canonical_json import canonical_json
+from jobledger.ledger.domain.canonical_json import encode_canonical_json
 from jobledger.ledger.domain.commands import (
     AddLogEntries,
     Archive,
@@ -35,7 +35,7 @@ from jobledger.ledger.domain.commands import (
 from jobledger.ledger.domain.errors import CommandRejected
 from jobledger.ledger.domain.events import (
     AccessControl,
-    Failure,
+    ErrorInfo,
     JobResults,
     LogEntry,
     RecordedEvent,
@@ -67,7 +67,7 @@ def fold_views(events: list[RecordedEvent]) -> Views:
                 before = job.get(event.stream)
                 after = job[event.stream] = jobs.fold(before, event)
                 if after and statistics.has_just_finished(before, after):
-                    counters.update(statistics.counters_for_completion(after))
+                    counters.update(statistics.build_completion_increments(after))
                     recent = statistics.count_finished_job(recent, after)
                 batch_id = (after or before or {}).get("batch_id")
                 # Progress and log entries of a running job do not change its batch.
@@ -79,18 +79,18 @@ def fold_views(events: list[RecordedEvent]) -> Views:
                 batch[event.stream] = batches.fold(batch.get(event.stream), event)
     job_documents = [document for document in job.values() if document]
     for document in job_documents:
-        counters.update(statistics.counters_for_job(document))
+        counters.update(statistics.get_job_counters(document))
     for document in filter(None, batch.values()):
-        counters.update(statistics.counters_for_batch(document))
+        counters.update(statistics.get_batch_counters(document))
     return _to_canonical_json(
         {
             "jobs": job_documents,
             "batches": [document for document in batch.values() if document],
             "queue": [
-                row for document in job_documents for row in queue.rows(document, batch.get(document["batch_id"]))
+                row for document in job_documents for row in queue.build_rows(document, batch.get(document["batch_id"]))
             ],
-            "files": [row for document in job_documents for row in files.rows(document)],
-            "steps": [row for document in job_documents for row in steps.rows(document)],
+            "files": [row for document in job_documents for row in files.build_rows(document)],
+            "steps": [row for document in job_documents for row in steps.build_rows(document)],
             "statistics": _drop_zeros([*_counter_documents(counters), *([recent] if recent else [])]),
         }
     )
@@ -121,16 +121,16 @@ def _drop_zeros(counters: list[Document]) -> list[Document]:
 
 
 def _to_canonical_json(views: dict[str, list[Document]]) -> Views:
-    return {name: sorted(canonical_json(document).decode() for document in views[name]) for name in views}
+    return {name: sorted(encode_canonical_json(document).decode() for document in views[name]) for name in views}
 
 
 async def assert_views_match_log(roles: RunningRoles) -> None:
     """Wait for the views, then compare them with a fresh fold of the whole log."""
     while True:
-        head = await roles.event_store.head_position()
+        head = await roles.event_store.read_head_position()
         await roles.wait_for_views(head)
         events, actual = await roles.read_all_events(), await load_views(roles.db, zeros=False)
-        if head == len(events) == await roles.event_store.head_position():
+        if head == len(events) == await roles.event_store.read_head_position():
             break  # otherwise the projector has appended an event of a batch meanwhile
     for name, documents in fold_views(events).items():
         assert actual[name] == documents, f"the view `{name}` differs from the log"
@@ -153,8 +153,8 @@ def make_empty_results(**metadata: Any) -> JobResults:
     return JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0, **metadata))
 
 
-def make_failure(message: str = "it broke") -> Failure:
-    return Failure(code="BROKEN", message=message, details={"retryable": True})
+def make_failure(message: str = "it broke") -> ErrorInfo:
+    return ErrorInfo(code="BROKEN", message=message, details={"retryable": True})
 
 
 async def run_random_job_commands(roles: RunningRoles, job_ids: list[str], dice: random.Random, *, steps: int) -> None:

@@ -11,7 +11,7 @@ from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.comparison import Difference
 from jobledger.projections.engine.rebuild import Rebuild
-from jobledger.projections.engine.registry import VIEW_NAMES
+from jobledger.projections.engine.view_registry import VIEW_NAMES
 
 DEADLINE_SECONDS = 120.0
 
@@ -19,7 +19,7 @@ DEADLINE_SECONDS = 120.0
 @asynccontextmanager
 async def open_rebuild(connection: Connection, *, holder: str = "rebuilder") -> AsyncIterator[Rebuild]:
     """Open a rebuild with its own client and change stream."""
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         log, changes = EventStore(db), ChangeStream(db)
         rebuild = Rebuild(db, log, connection, holder=holder, lease_seconds=10.0)

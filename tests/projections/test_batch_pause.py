@@ -25,7 +25,7 @@ from jobledger.ledger.domain.commands import (
     ResumeBatch,
     UpdateJob,
 )
-from jobledger.ledger.domain.events import BatchCounts, BatchSummary, JobClaimed, JobCompleted
+from jobledger.ledger.domain.events import BatchJobCounts, BatchSummary, JobClaimed, JobCompleted
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.projections.engine import projector
 from jobledger.projections.views import batches, files, jobs, queue, statistics
@@ -112,7 +112,7 @@ async def test_deletion_of_a_paused_batch_queues_its_pending_jobs(
         await roles.handle_commands(batch_id, PAUSE)
         for job_id in (early, late):
             await roles.handle_commands(job_id, CancelJob("user-1"))
-        await roles.handle_commands(batch_id, FinishBatch(BatchCounts(cancelled=2), BatchSummary()))
+        await roles.handle_commands(batch_id, FinishBatch(BatchJobCounts(cancelled=2), BatchSummary()))
         await roles.handle_commands(early, RestartJob("user-1"))
         await roles.handle_commands(batch_id, Delete("user-1"))
         await roles.handle_commands(late, RestartJob("user-1"))
@@ -149,7 +149,7 @@ async def test_pause_has_the_same_result_for_each_chunk_size(
 ) -> None:
     async with run_roles_in_process(connection, store) as roles:
         await write_pause_history(roles)
-        length = await roles.event_store.head_position()
+        length = await roles.event_store.read_head_position()
         results: list[Views] = []
         for chunk_events in (*range(1, length), 1000):
             monkeypatch.setattr(projector, "CHUNK_EVENTS", chunk_events)
@@ -159,7 +159,7 @@ async def test_pause_has_the_same_result_for_each_chunk_size(
                 await assert_views_match_log(roles)
                 assert len(results[0]["queue"]) == 1
         assert all(views == results[0] for views in results)
-        assert await roles.event_store.head_position() == length
+        assert await roles.event_store.read_head_position() == length
 
 
 async def project_from_empty_views(connection: Connection, store: Path, db: Database) -> None:

@@ -20,7 +20,7 @@ from jobledger.ledger.domain.commands import (
     RestartJob,
     ResumeBatch,
 )
-from jobledger.ledger.domain.events import BatchCounts, BatchFinished, BatchReopened, BatchSummary, RecordedEvent
+from jobledger.ledger.domain.events import BatchFinished, BatchJobCounts, BatchReopened, BatchSummary, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.projections.engine import projector
 from jobledger.projections.engine.projector import Projector
@@ -86,7 +86,7 @@ async def test_batch_document_has_all_fields_and_counts_jobs(roles: RunningRoles
     batch = await roles.load_batch(batch_id)
     assert job_counts(batch) == (4, 1, 1, 1, 1, 0)
     assert (batch["status"], batch["completed_at"], batch["version"]) == ("processing", None, 1)
-    assert batch["position"] == await roles.event_store.head_position()
+    assert batch["position"] == await roles.event_store.read_head_position()
 
 
 async def test_batch_with_only_completed_jobs_is_completed(roles: RunningRoles) -> None:
@@ -97,7 +97,7 @@ async def test_batch_with_only_completed_jobs_is_completed(roles: RunningRoles) 
     assert (batch["status"], job_counts(batch)) == ("completed", (3, 0, 0, 3, 0, 0))
     assert batch["summary"] == {"duration": 4.5, "tokens_used": 300}
     assert batch["completed_at"] == batch["updated_at"]
-    assert (batch["version"], batch["position"]) == (2, await roles.event_store.head_position())
+    assert (batch["version"], batch["position"]) == (2, await roles.event_store.read_head_position())
 
 
 async def test_batch_with_completed_and_failed_jobs_is_partial(roles: RunningRoles) -> None:
@@ -182,11 +182,11 @@ class HangingProjector(Projector):
     reached: asyncio.Event
 
     async def _append_follow_ups(self, changed_batches: Iterable[Document]) -> None:
-        batches_to_settle = list(changed_batches)
-        if any(batch["status"] == self.hang_status and batches.follow_up_command(batch) for batch in batches_to_settle):
+        checked = list(changed_batches)
+        if any(batch["status"] == self.hang_status and batches.find_follow_up_command(batch) for batch in checked):
             self.reached.set()
             await asyncio.Event().wait()
-        await super()._append_follow_ups(batches_to_settle)
+        await super()._append_follow_ups(checked)
 
 
 @pytest.fixture
@@ -288,9 +288,12 @@ async def test_batch_finished_with_outdated_counts_is_reopened(roles: RunningRol
     await roles.wait_for_views()
     before = await roles.load_batch(batch_id)
     all_completed = {**before, "pending_jobs": 0, "completed_jobs": 2}
-    for counts, command in ((BatchCounts(completed=2), None), (BatchCounts(completed=1, failed=1), ReopenBatch())):
+    for counts, command in (
+        (BatchJobCounts(completed=2), None),
+        (BatchJobCounts(completed=1, failed=1), ReopenBatch()),
+    ):
         finished = BatchFinished(status="completed", counts=counts, summary=BatchSummary())
         [event] = await roles.event_store.read_stream(batch_id)
         after = batches.fold(all_completed, RecordedEvent(event.document, finished))
         assert after is not None
-        assert batches.follow_up_command(after) == command
+        assert batches.find_follow_up_command(after) == command

@@ -26,7 +26,7 @@ CONTENT = bytes(range(256)) * 3000
 
 @pytest.fixture
 async def db(mongodb_uri: str, db_name: str) -> AsyncIterator[Database]:
-    async with Connection(mongodb_uri, db_name).client() as client:
+    async with Connection(mongodb_uri, db_name).create_client() as client:
         yield client[db_name]
 
 
@@ -54,7 +54,7 @@ def make_damage(edit: Callable[[bytes], bytes]) -> Damage:
 
     async def damage(store: FileStore, db: Database, sha256: str) -> None:
         if isinstance(store, DirectoryStore):
-            path = store.path(sha256)
+            path = store.get_path(sha256)
             path.write_bytes(edit(path.read_bytes()))
             return
         entry = await db["fs.files"].find_one({"filename": sha256})
@@ -94,7 +94,7 @@ async def test_open_file_changed_after_first_open_raises_until_it_is_stored_agai
     store = DirectoryStore(tmp_path)
     sha256 = (await asyncio.to_thread(store.put_bytes, CONTENT)).sha256
     file = await store.open(sha256, len(CONTENT))
-    with store.path(sha256).open("r+b") as stored_file:
+    with store.get_path(sha256).open("r+b") as stored_file:
         stored_file.write(b"\xff")
     with pytest.raises(FileDamaged):
         [piece async for piece in file.read(0, file.size)]
@@ -141,7 +141,7 @@ TERABYTE = 2**40
 async def grow_file(store: FileStore, db: Database, sha256: str) -> None:
     """Set the size of a file to a terabyte, without using disk space."""
     if isinstance(store, DirectoryStore):
-        await asyncio.to_thread(os.truncate, store.path(sha256), TERABYTE)
+        await asyncio.to_thread(os.truncate, store.get_path(sha256), TERABYTE)
     else:
         await db["fs.files"].update_one({"filename": sha256}, {"$set": {"length": TERABYTE}})
 

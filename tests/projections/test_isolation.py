@@ -138,13 +138,13 @@ async def test_unprojectable_stream_is_isolated_and_logged(
         for healthy in healthy_jobs:
             await roles.claim(healthy)
             await roles.handle_commands(healthy, CompleteJob("worker-1", 1, make_empty_results()))
-        head = await roles.event_store.head_position()
+        head = await roles.event_store.read_head_position()
     with capture_logs() as log_entries:
         async with run_roles_in_process(connection, store, projector=True) as roles:
             await roles.wait_for_event(EVENT_TYPES["BatchFinished"], batch_id)
             await roles.wait_for_views()
             assert (await roles.load_batch(batch_id))["completed_jobs"] == 2
-            [failure] = await projection_errors.list_problems(roles.checkpoint.views)
+            [failure] = await projection_errors.list_errors(roles.checkpoint.views)
             assert job_id in failure["key"]
             assert failure["position"] <= head
             assert failure["message"]
@@ -183,7 +183,7 @@ async def append_claim(roles: RunningRoles, job_id: str, *, attempt: int) -> Non
 
 
 async def load_views_and_problems(roles: RunningRoles) -> Any:
-    rows = sorted(await projection_errors.list_problems(roles.checkpoint.views), key=lambda row: str(row["_id"]))
+    rows = sorted(await projection_errors.list_errors(roles.checkpoint.views), key=lambda row: str(row["_id"]))
     return [*(await load_views(roles.db, zeros=False)).items(), rows]
 
 
@@ -319,7 +319,7 @@ async def test_document_that_cannot_be_isolated_keeps_its_state(
         await roles.wait_for_views()
         assert (await roles.load_job(healthy))["status"] == "pending"
         assert (await roles.load_job(job_id))["parameters"] == {"a": 1}
-        assert [row["key"] for row in await projection_errors.list_problems(roles.checkpoint.views)] == [job_id]
+        assert [row["key"] for row in await projection_errors.list_errors(roles.checkpoint.views)] == [job_id]
 
 
 async def test_date_out_of_range_in_a_payload_does_not_stop_the_projector(connection: Connection, store: Path) -> None:

@@ -27,7 +27,7 @@ from jobledger.ledger.domain.commands import (
 from jobledger.ledger.domain.events import AccessControl, LogEntry, Webhook, truncate_to_milliseconds
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.projections.views import jobs
-from jobledger.projections.views.list_index import index_for
+from jobledger.projections.views.list_index import select_index
 from tests.projections.expected_views import make_failure, make_results
 from tests.support.role_runner import RunningRoles, run_roles_in_process
 
@@ -275,7 +275,7 @@ async def test_running_jobs_of_a_worker_are_found_by_index(roles: RunningRoles) 
         {"find": "jobs", "filter": {**jobs._RUNNING, "worker_id": WORKER}},
         {"aggregate": "jobs", "pipeline": [{"$match": jobs._RUNNING}], "cursor": {}},
     ):
-        hint = dict(index_for(jobs._RUNNING))
+        hint = dict(select_index(jobs._RUNNING))
         plan = await roles.db.command({"explain": {**query, "hint": hint}, "verbosity": "executionStats"})
         documents_examined.append(plan["executionStats"]["totalDocsExamined"])
     assert documents_examined == [2, 2]

@@ -19,7 +19,7 @@ from jobledger.ledger.domain.commands import (
     ReportProgress,
     UpdateJob,
 )
-from jobledger.ledger.domain.events import AccessControl, Failure, ResultFile
+from jobledger.ledger.domain.events import AccessControl, ErrorInfo, ResultFile
 from jobledger.ledger.domain.limits import MAX_DOCUMENT_BYTES
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.transactions import run_transaction
@@ -89,7 +89,7 @@ async def many_steps(roles: RunningRoles) -> str:
 async def large_error_and_progress(roles: RunningRoles) -> str:
     job_id = await roles.submit({"text": "x" * 7_000_000})
     await roles.claim(job_id)
-    failure = Failure(code="X" * 500_000, message="m" * 3_000_000, details={"text": "d" * 3_000_000})
+    failure = ErrorInfo(code="X" * 500_000, message="m" * 3_000_000, details={"text": "d" * 3_000_000})
     await roles.handle_commands(job_id, ReportProgress("worker-1", 1, "p" * 3_000_000, 1.0, "m" * 3_000_000))
     await roles.handle_commands(job_id, FailAttempt("worker-1", 1, failure, datetime.now(UTC)))
     return job_id
@@ -189,7 +189,7 @@ async def test_file_rows_of_one_event_are_bounded_in_bytes(connection: Connectio
     changes = ViewChanges()
     for event in events:
         changes.apply(event)
-    rows = changes.changed_rows()["files"].values()
+    rows = changes.build_changed_rows()["files"].values()
     assert len(rows) == limits.MAX_RESULT_FILES
     assert sum(len(bson.encode(row)) for row in rows if row) < 2 * limits.MAX_RESULTS_BYTES
 

@@ -18,10 +18,10 @@ from jobledger.ledger.domain.events import BatchFinished, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine import health, projector, writer
+from jobledger.projections.engine import projector, stalls, writer
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
-from jobledger.projections.engine.registry import FOLDED_VIEWS, PROJECTION_VERSION
 from jobledger.projections.engine.view_changes import ViewChanges
+from jobledger.projections.engine.view_registry import DOCUMENT_VIEWS, PROJECTION_VERSION
 from jobledger.projections.views import queue, statistics
 from tests.projections.expected_views import (
     COMPARED_VIEWS,
@@ -92,7 +92,7 @@ async def test_views_of_another_version_are_rebuilt(connection: Connection, stor
         await run_random_history(roles, random.Random(11))
         await roles.wait_for_views()
     expected = await _load_stored_views(connection)
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         await db.jobs.update_many({}, {"$unset": {"list_keys": ""}})
         await db.jobs.insert_one({"_id": "job-of-nobody"})
@@ -106,7 +106,7 @@ async def test_views_of_another_version_are_rebuilt(connection: Connection, stor
 
 
 async def _load_stored_views(connection: Connection) -> dict[str, list[str]]:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         return await load_views(client[connection.db_name])
 
 
@@ -117,9 +117,9 @@ async def test_chunk_writes_do_not_depend_on_the_chunk_size(connection: Connecti
     at_once = ViewChanges()
     for event in events:
         at_once.apply(event)
-    loaded: dict[str, dict[str, Document]] = {view: {} for view in FOLDED_VIEWS}
+    loaded: dict[str, dict[str, Document]] = {view: {} for view in DOCUMENT_VIEWS}
     increments: Counter[tuple[str, str]] = Counter()
-    rows: dict[str, dict[str, Document]] = {view: {} for view in at_once.changed_rows()}
+    rows: dict[str, dict[str, Document]] = {view: {} for view in at_once.build_changed_rows()}
     for event in events:
         changes = ViewChanges(loaded, [job for job in loaded["jobs"].values() if job["status"] == "pending"])
         changes.apply(event)
@@ -129,7 +129,7 @@ async def test_chunk_writes_do_not_depend_on_the_chunk_size(connection: Connecti
                 assert write._doc["_id"] not in rows[queue.NAME]
             elif isinstance(write, ReplaceOne):
                 assert write._filter["_id"] in rows[queue.NAME], "missing rows are inserted: see view_changes.py"
-        for view, changed in changes.changed_rows().items():
+        for view, changed in changes.build_changed_rows().items():
             rows[view] = {key: row for key, row in {**rows[view], **changed}.items() if row is not None}
         for view, documents in changes.current.items():
             for key, document in documents.items():
@@ -137,11 +137,11 @@ async def test_chunk_writes_do_not_depend_on_the_chunk_size(connection: Connecti
                 if document is not None:
                     loaded[view][key] = document
     assert increments == at_once.counter_increments
-    for view in FOLDED_VIEWS:
+    for view in DOCUMENT_VIEWS:
         assert loaded[view] == {
             key: document for key, document in at_once.current[view].items() if document is not None
         }
-    assert rows == at_once.changed_rows()
+    assert rows == at_once.build_changed_rows()
 
 
 async def test_superseded_progress_in_a_chunk_is_counted_but_not_applied(connection: Connection, store: Path) -> None:
@@ -265,7 +265,7 @@ async def test_projector_stalls_when_applied_events_were_removed(
 async def append_until_stalled(roles: RunningRoles) -> None:
     """Submit jobs until the projector records why it stalls."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while "reached position 3" not in await health.stall_reason(roles.db, 3, 9):
+        while "reached position 3" not in await stalls.find_stall_reason(roles.db, 3, 9):
             await roles.submit()
             await asyncio.sleep(0.1)
     checkpoint = await roles.db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID})

@@ -64,7 +64,11 @@ class HangingProjector(Projector):
     async def _take_over(self) -> ProjectionWriter:
         writer = await super()._take_over()
         self.writer = HangingWriter(
-            self._db, writer.views, checkpoint=writer._checkpoint, fence=writer._fence, last_applied=writer.last_applied
+            self._db,
+            writer.views,
+            checkpoint_id=writer._checkpoint_id,
+            checkpoint_filter=writer._checkpoint_filter,
+            last_applied=writer.last_applied,
         )
         return self.writer
 
@@ -100,8 +104,8 @@ async def test_second_writer_with_the_same_fencing_token_is_rejected(connection:
         second_writer = ProjectionWriter(
             roles.db,
             views,
-            checkpoint=VIEWS_CHECKPOINT_ID,
-            fence={"fencing_token": 1, "slots": views.slots},
+            checkpoint_id=VIEWS_CHECKPOINT_ID,
+            checkpoint_filter={"fencing_token": 1, "slots": views.slots},
             last_applied=ReadPosition(0),
         )
         with pytest.raises(LeadershipLost):

@@ -19,10 +19,10 @@ from jobledger.ledger.mongo.leader_election import LeadershipLost
 from jobledger.projections.engine import projector, rebuild, shadow
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, load_checkpoint
 from jobledger.projections.engine.rebuild import Rebuild
-from jobledger.projections.engine.registry import PROJECTION_VERSION, VIEW_NAMES
 from jobledger.projections.engine.view_changes import ViewChanges
+from jobledger.projections.engine.view_registry import PROJECTION_VERSION, VIEW_NAMES
 from jobledger.projections.engine.writer import ProjectionWriter
-from jobledger.projections.slots import SLOTS, Slot, Views, collection_name, other_slot
+from jobledger.projections.slots import SLOTS, Slot, Views, get_collection_name, get_other_slot
 from jobledger.projections.views import deliveries
 from tests.projections.expected_views import (
     assert_views_match_log,
@@ -43,7 +43,9 @@ async def load_active_slots(db: Database) -> dict[str, Slot]:
 
 async def count_shadow_documents(db: Database) -> int:
     active = await load_active_slots(db)
-    counts = [await db[collection_name(name, other_slot(active[name]))].count_documents({}) for name in VIEW_NAMES]
+    counts = [
+        await db[get_collection_name(name, get_other_slot(active[name]))].count_documents({}) for name in VIEW_NAMES
+    ]
     return sum(counts)
 
 
@@ -91,7 +93,7 @@ async def test_rebuilt_views_are_identical_and_active_in_the_other_slots(
     async with run_roles_in_process(connection, store, projector=True) as roles:
         await run_random_history(roles, random.Random(20), steps=60)
         await assert_views_match_log(roles)
-        before, head = await load_views(roles.db), await roles.event_store.head_position()
+        before, head = await load_views(roles.db), await roles.event_store.read_head_position()
         for slot in reversed(SLOTS):
             async with open_rebuild(connection) as rebuild_process:
                 position = await rebuild_process.run(
@@ -100,7 +102,7 @@ async def test_rebuilt_views_are_identical_and_active_in_the_other_slots(
             assert position == head
             assert set((await load_active_slots(roles.db)).values()) == {slot}
             assert await load_views(roles.db) == before
-            assert head == await roles.event_store.head_position() == roles.checkpoint.position
+            assert head == await roles.event_store.read_head_position() == roles.checkpoint.position
         half = len(progress) // 2
         assert progress == sorted(progress[:half]) + sorted(progress[half:])
         assert progress[0] == (50, head)
@@ -160,7 +162,7 @@ async def test_rebuild_of_one_view_of_another_version_is_rejected(connection: Co
     async with run_roles_in_process(connection, store, projector=True) as roles:
         await roles.submit()
         await roles.wait_for_views()
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         await client[connection.db_name].checkpoints.update_one(
             {"_id": VIEWS_CHECKPOINT_ID}, {"$set": {"version": PROJECTION_VERSION + 1}}
         )
@@ -218,7 +220,7 @@ async def test_interrupted_rebuild_continues_at_its_checkpoint(
     async with run_roles_in_process(connection, store, projector=True) as roles:
         await run_random_history(roles, random.Random(23), steps=100)
         await assert_views_match_log(roles)
-        before, head = await load_views(roles.db), await roles.event_store.head_position()
+        before, head = await load_views(roles.db), await roles.event_store.read_head_position()
         with monkeypatch.context() as patched:
             patched.setattr(ProjectionWriter, "write", write_three_chunks)
             with pytest.raises(InterruptedRebuild):
@@ -240,7 +242,7 @@ async def test_interrupted_rebuild_of_another_version_starts_again(
         await assert_views_match_log(roles)
         before = await load_views(roles.db)
         for name in VIEW_NAMES:
-            await roles.db[collection_name(name, "b")].insert_one({"_id": "left"})
+            await roles.db[get_collection_name(name, "b")].insert_one({"_id": "left"})
         checkpoint = {
             "slots": dict.fromkeys(VIEW_NAMES, "b"),
             "shadow_empty": True,
@@ -269,7 +271,7 @@ async def test_former_leader_of_a_rebuild_writes_nothing(connection: Connection,
                 for attempt in (
                     writer.apply(await roles.read_all_events()),
                     slow._shadow.delete_documents(writer.views),
-                    slow._switch_when_idle(0, slow._switch_function(slots, VIEW_NAMES)),
+                    slow._switch_when_idle(0, slow._build_switch_function(slots, VIEW_NAMES)),
                 ):
                     with pytest.raises(LeadershipLost):
                         await attempt
@@ -374,7 +376,7 @@ async def test_views_of_an_older_version_are_active_until_the_switch(
         return await apply(self, *arguments)
 
     monkeypatch.setattr(Rebuild, "_apply", apply_when_allowed)
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         await client[connection.db_name].checkpoints.update_one(
             {"_id": VIEWS_CHECKPOINT_ID}, {"$set": {"version": PROJECTION_VERSION - 1}}
         )
@@ -399,7 +401,7 @@ async def test_views_of_a_newer_version_are_not_changed_by_the_projector(connect
     async with run_roles_in_process(connection, store, projector=True) as roles:
         await roles.submit()
         await roles.wait_for_views()
-        head = await roles.event_store.head_position()
+        head = await roles.event_store.read_head_position()
         newer = {"version": PROJECTION_VERSION + 1, "slots": dict.fromkeys(VIEW_NAMES, "a")}
         await roles.db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$set": newer})
         await poll_until(lambda: roles.checkpoint.version == PROJECTION_VERSION + 1, "the version is known")

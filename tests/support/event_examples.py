@@ -10,9 +10,9 @@ from jobledger.ledger.domain.events import (
     Asset,
     BatchAccessChanged,
     BatchArchived,
-    BatchCounts,
     BatchDeleted,
     BatchFinished,
+    BatchJobCounts,
     BatchPaused,
     BatchReopened,
     BatchResumed,
@@ -24,8 +24,8 @@ from jobledger.ledger.domain.events import (
     DeliveryQueued,
     DeliveryRequeued,
     DeliverySucceeded,
+    ErrorInfo,
     Event,
-    Failure,
     JobAccessChanged,
     JobArchived,
     JobAttemptFailed,
@@ -62,7 +62,9 @@ WEBHOOK = Webhook(
     include_markdown=True,
     include_metadata=True,
 )
-ERROR = Failure(code="PAGE_GONE", message="Die Seite gibt es nicht mehr: 404", details={"status": 404, "tries": [1, 2]})
+ERROR = ErrorInfo(
+    code="PAGE_GONE", message="Die Seite gibt es nicht mehr: 404", details={"status": 404, "tries": [1, 2]}
+)
 DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 RESULTS = JobResults(
     markdown_file="/events/FOSDEM/talk.md",
@@ -128,7 +130,7 @@ EVENT_EXAMPLES: tuple[Event, ...] = (
     BatchResumed(by="alice", reason="now"),
     BatchFinished(
         status="partial",
-        counts=BatchCounts(completed=1, failed=1, cancelled=0),
+        counts=BatchJobCounts(completed=1, failed=1, cancelled=0),
         summary=BatchSummary(duration=12.5, tokens_used=7),
     ),
     BatchReopened(),
@@ -147,7 +149,7 @@ EVENT_EXAMPLES: tuple[Event, ...] = (
     DeliveryAttempted(
         attempt=1,
         status_code=503,
-        error=Failure(code="HTTP_ERROR", message="503 Service Unavailable"),
+        error=ErrorInfo(code="HTTP_ERROR", message="503 Service Unavailable"),
         response="gleich zurück",
         duration_s=0.25,
         body_sha256=DIGEST,

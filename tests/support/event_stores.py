@@ -13,7 +13,7 @@ from pymongo.errors import AutoReconnect
 from jobledger.ledger.domain.events import Event, JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store.appender import Appender, EventStoreLimits, PendingAppend
-from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import NOON
@@ -24,7 +24,7 @@ FAST_GAP_LIMITS = EventStoreLimits(gap_timeout_seconds=0.2)
 
 
 def create_append(*events: Event, stream: str | None = None, head: StreamHead | None = None) -> StreamAppend:
-    return StreamAppend(stream or new_job_id(), head or StreamHead(), events, EVENT_METADATA, NOON)
+    return StreamAppend(stream or create_job_id(), head or StreamHead(), events, EVENT_METADATA, NOON)
 
 
 def head_after(event: RecordedEvent) -> StreamHead:

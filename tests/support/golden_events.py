@@ -15,11 +15,11 @@ from pathlib import Path
 
 from bson import json_util
 
-from jobledger.ledger.domain.delivery import delivery_id_for
+from jobledger.ledger.domain.delivery import build_delivery_id
 from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, Event, PositionVoided
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
+from jobledger.ledger.store.command_handler import create_batch_id, create_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.support.event_examples import EVENT_EXAMPLES, NOON
 from tests.support.ledger_setup import EVENT_METADATA, create_position_gap, load_event_documents, open_ledger
@@ -52,15 +52,15 @@ async def record_golden_events(uri: str, examples: Sequence[Event], directory: P
     """Append the examples to a log and record the stored documents."""
     async with open_ledger(Connection(uri, "golden"), with_change_stream=False) as ledger:
         for stream, event_types in (
-            (new_job_id(), JOB_EVENTS),
-            (new_batch_id(), BATCH_EVENTS),
-            (delivery_id_for("job-1", 5), DELIVERY_EVENTS),
+            (create_job_id(), JOB_EVENTS),
+            (create_batch_id(), BATCH_EVENTS),
+            (build_delivery_id("job-1", 5), DELIVERY_EVENTS),
         ):
             if events := [example for example in examples if type(example) in event_types]:
                 await ledger.event_store.append(StreamAppend(stream, StreamHead(), events, EVENT_METADATA, NOON))
         if any(isinstance(example, PositionVoided) for example in examples):
             await create_position_gap(ledger.db)
-            after = await ledger.event_store.head_position()
+            after = await ledger.event_store.read_head_position()
             await ledger.event_store.append(
                 StreamAppend("job-after-gap", StreamHead(), EVENT_EXAMPLES[:1], EVENT_METADATA, NOON)
             )

@@ -15,10 +15,10 @@ from jobledger.ledger.domain.events import EventMetadata, JobSubmitted, Recorded
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.change_stream import ChangeStream
-from jobledger.ledger.store.command_handler import CommandResult, StreamState, handle_command, new_job_id
+from jobledger.ledger.store.command_handler import CommandResult, StreamState, create_job_id, handle_command
 from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, build_hash_input
 from jobledger.ledger.store.subscription import Subscription
 from tests.support.event_examples import make_job_submitted
 from tests.support.polling import DEADLINE_SECONDS
@@ -37,7 +37,7 @@ class Ledger:
     async def submit_job(self, job: JobSubmitted | None = None) -> CommandResult:
         return await handle_command(
             self.event_store,
-            new_job_id(),
+            create_job_id(),
             SubmitJob(job or make_job_submitted()),
             meta=EVENT_METADATA,
             stream_state=StreamState(),
@@ -53,7 +53,7 @@ async def open_ledger(
     store_class: Callable[[Database, EventStoreLimits], EventStore] = EventStore,
 ) -> AsyncIterator[Ledger]:
     """Open an event store with its own client and, by default, a running change stream."""
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         log, changes = store_class(db, limits or EventStoreLimits()), ChangeStream(db)
         changes.add_listener(log)
@@ -121,7 +121,7 @@ def check_chain(documents: Iterable[Document]) -> None:
     previous = GENESIS_HASH
     for document in documents:
         assert document["prev"] == previous, document["_id"]
-        assert document["hash"] == sha256(hash_input(document)).digest(), document["_id"]
+        assert document["hash"] == sha256(build_hash_input(document)).digest(), document["_id"]
         previous = document["hash"]
 
 

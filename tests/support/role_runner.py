@@ -30,9 +30,15 @@ from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.files.store_marker import StoreMarker
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store.change_stream import ChangeStream
-from jobledger.ledger.store.command_handler import Command, create_streams, handle_command, new_batch_id, new_job_id
+from jobledger.ledger.store.command_handler import (
+    Command,
+    create_batch_id,
+    create_job_id,
+    create_streams,
+    handle_command,
+)
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import batches, jobs
 from jobledger.workers.child.containment import new_event_loop
@@ -70,7 +76,7 @@ class RunningRoles:
     connection: Connection
     db: Database
     event_store: EventStore
-    checkpoint: Checkpoint
+    checkpoint: CheckpointFollower
     changes: ChangeStream
     store: DirectoryStore
     projector: Projector | None = None
@@ -83,13 +89,13 @@ class RunningRoles:
 
     async def submit(self, parameters: Mapping[str, Any] | None = None, **fields: Any) -> str:
         """Submit an `echo` job, with `fields` as overrides, and return its ID."""
-        job_id = new_job_id()
+        job_id = create_job_id()
         await self.handle_commands(job_id, SubmitJob(make_echo_job(parameters, **fields)))
         return job_id
 
     async def submit_batch(self, *parameters: Mapping[str, Any], **fields: Any) -> tuple[str, list[str]]:
         """Submit a batch with one `echo` job for each of the `parameters`. `fields` apply to every job."""
-        batch_id, job_ids = new_batch_id(), [new_job_id() for _ in parameters]
+        batch_id, job_ids = create_batch_id(), [create_job_id() for _ in parameters]
         batch = BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id="user-1")
         commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
         for job_id, job_parameters in zip(job_ids, parameters, strict=True):
@@ -151,7 +157,7 @@ class RunningRoles:
         """Wait until the views reach a position. Default: the current head of the log."""
         async with asyncio.timeout(seconds):
             await self.checkpoint.wait_for_position(
-                await self.event_store.head_position() if position is None else position
+                await self.event_store.read_head_position() if position is None else position
             )
 
     async def load_job(self, job_id: str) -> Document:
@@ -206,10 +212,10 @@ async def run_roles_in_process(
     With `worker_events_only`, the process subscribes only to the events of a worker process.
     """
     async with AsyncExitStack() as stack:
-        client = connection.client()
+        client = connection.create_client()
         stack.push_async_callback(client.close)
         db = client[connection.db_name]
-        log, checkpoint = store_class(db), Checkpoint(db)
+        log, checkpoint = store_class(db), CheckpointFollower(db)
         changes = ChangeStream(db, event_types=SUBSCRIBED_EVENT_TYPES if worker_events_only else None)
         results = DirectoryStore(store, marker=StoreMarker(STORE_ID, is_new=True))
         roles = RunningRoles(connection, db, log, checkpoint, changes, results)

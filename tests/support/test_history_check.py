@@ -33,8 +33,8 @@ from jobledger.ledger.domain.commands import (
 )
 from jobledger.ledger.domain.errors import CommandRejected
 from jobledger.ledger.domain.events import (
+    ErrorInfo,
     EventMetadata,
-    Failure,
     JobAttemptFailed,
     JobCancelled,
     JobCancelRequested,
@@ -59,7 +59,7 @@ from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_docu
 from tests.support.event_examples import NOON, make_job_submitted, make_results
 from tests.support.history_check import check_history
 
-OUTAGE = Failure(code="OUTAGE", message="no answer")
+OUTAGE = ErrorInfo(code="OUTAGE", message="no answer")
 LINE = LogEntry(timestamp=NOON, level="info", message="hello")
 
 

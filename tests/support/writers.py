@@ -19,7 +19,7 @@ from jobledger.ledger.domain.errors import VersionConflict
 from jobledger.ledger.domain.events import BatchSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.appender import EventStoreLimits
-from jobledger.ledger.store.command_handler import create_streams, handle_command, new_batch_id, new_job_id
+from jobledger.ledger.store.command_handler import create_batch_id, create_job_id, create_streams, handle_command
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import ACCESS, make_job_submitted
 from tests.support.ledger_setup import EVENT_METADATA, open_ledger
@@ -63,7 +63,7 @@ def _record(descriptor: int, events: Sequence[RecordedEvent]) -> None:
 
 async def _append_single_events(event_store: EventStore, descriptor: int) -> None:
     while True:
-        job_id = new_job_id()
+        job_id = create_job_id()
         submitted = await handle_command(event_store, job_id, SubmitJob(make_job_submitted()), meta=EVENT_METADATA)
         _record(descriptor, submitted.events)
         changed = await handle_command(
@@ -74,7 +74,7 @@ async def _append_single_events(event_store: EventStore, descriptor: int) -> Non
 
 async def _submit_batches(event_store: EventStore, descriptor: int) -> None:
     while True:
-        batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(random.randint(1, MAX_BATCH_JOBS))]
+        batch_id, job_ids = create_batch_id(), [create_job_id() for _ in range(random.randint(1, MAX_BATCH_JOBS))]
         batch = SubmitBatch(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id="alice"))
         jobs = [(job_id, SubmitJob(make_job_submitted(batch_id=batch_id))) for job_id in job_ids]
         _record(descriptor, await create_streams(event_store, [(batch_id, batch), *jobs], meta=EVENT_METADATA))

@@ -239,7 +239,7 @@ async def test_job_that_arrives_during_a_query_is_found(
         async with asyncio.timeout(20):
             await querying.wait()
         job_id = await roles.submit()
-        await worker_roles.wait_for_views(await roles.event_store.head_position())
+        await worker_roles.wait_for_views(await roles.event_store.read_head_position())
         release.set()
         await roles.wait_until_finished(job_id)
 

@@ -17,7 +17,7 @@ import pytest
 
 from jobledger.cli.checks.database import _check_cleanup
 from jobledger.ledger.domain.commands import ClaimJob, CompleteJob, CompleteStep, Delete, FailAttempt, RestartJob
-from jobledger.ledger.domain.events import Failure, JobResults, ResultFile, ResultMetadata, Webhook
+from jobledger.ledger.domain.events import ErrorInfo, JobResults, ResultFile, ResultMetadata, Webhook
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.files.gridfs import GridFSStore
@@ -78,7 +78,7 @@ async def test_cleanup_removes_files_secrets_and_deliveries_of_deleted_job(conne
         async with run_cleanup(roles):
             await roles.handle_commands(job_id, Delete("user:a"))
             await wait_for_cleanup(roles)
-        assert not roles.store.path(stored.sha256).exists()
+        assert not roles.store.get_path(stored.sha256).exists()
         assert await roles.db.webhook_secrets.count_documents({}) == 0
         assert await roles.db[FILE_REMOVALS].count_documents({}) == 0
         assert await roles.read_event_types(f"delivery-{job_id}-3") == ["DeliveryQueued", "DeliveryAbandoned"]
@@ -93,18 +93,18 @@ async def test_cleanup_keeps_file_of_another_job(connection: Connection, store: 
         await roles.claim(failed)
         output = {"image": {"path": "a.png", "sha256": in_step.sha256, "size": 3, "media_type": "image/png"}}
         await roles.handle_commands(failed, CompleteStep("worker-1", 1, "draw", "key", output, 0.1))
-        await roles.handle_commands(failed, FailAttempt("worker-1", 1, Failure(code="X", message="x"), None))
+        await roles.handle_commands(failed, FailAttempt("worker-1", 1, ErrorInfo(code="X", message="x"), None))
         third = await complete_job(roles, in_step.sha256)
         async with run_cleanup(roles):
             for job_id in (first, third):
                 await roles.handle_commands(job_id, Delete("user:a"))
             await wait_for_cleanup(roles)
-            assert roles.store.path(stored.sha256).read_bytes() == b"shared content"
-            assert roles.store.path(in_step.sha256).is_file()
+            assert roles.store.get_path(stored.sha256).read_bytes() == b"shared content"
+            assert roles.store.get_path(in_step.sha256).is_file()
             await roles.handle_commands(failed, RestartJob("user:a", reuse_steps=False))
             await roles.handle_commands(second, Delete("user:a"))
             await wait_for_cleanup(roles)
-            assert not roles.store.path(stored.sha256).exists()
+            assert not roles.store.get_path(stored.sha256).exists()
 
 
 async def test_cleanup_keeps_file_that_a_running_job_may_have_saved(connection: Connection, store: Path) -> None:
@@ -116,14 +116,14 @@ async def test_cleanup_keeps_file_that_a_running_job_may_have_saved(connection: 
         async with run_cleanup(roles):
             await roles.handle_commands(job_id, Delete("user:a"))
             await wait_for_cleanup(roles)
-            assert roles.store.path(stored.sha256).is_file()
+            assert roles.store.get_path(stored.sha256).is_file()
             assert await roles.db[FILE_REMOVALS].count_documents({}) == 1
             metadata = ResultMetadata(processed_at=datetime.now(UTC), duration=1.0)
             await roles.handle_commands(running, CompleteJob("worker-1", 1, JobResults(metadata=metadata)))
         await roles.db[FILE_REMOVALS].update_many({}, {"$set": {"due_at": datetime.now(UTC)}})
         async with run_cleanup(roles):
             await wait_for_cleanup(roles)
-        assert not roles.store.path(stored.sha256).exists()
+        assert not roles.store.get_path(stored.sha256).exists()
 
 
 async def test_cleanup_finishes_an_interrupted_cleanup(connection: Connection, store: Path) -> None:
@@ -152,13 +152,13 @@ async def test_cleanup_ignores_other_digests_in_step_output(connection: Connecti
         await roles.claim(failed)
         locked = [{"name": f"p{n}", "sha256": f"{n:064x}"} for n in range(step_files.MAX_STEP_FILES + 1)]
         await roles.handle_commands(failed, CompleteStep("worker-1", 1, "lock", "key", locked, 0.1))
-        await roles.handle_commands(failed, FailAttempt("worker-1", 1, Failure(code="X", message="x"), None))
+        await roles.handle_commands(failed, FailAttempt("worker-1", 1, ErrorInfo(code="X", message="x"), None))
         stored = roles.store.put_bytes(b"one")
         job_id = await complete_job(roles, stored.sha256)
         async with run_cleanup(roles):
             await roles.handle_commands(job_id, Delete("user:a"))
             await wait_for_cleanup(roles)
-        assert not roles.store.path(stored.sha256).exists()
+        assert not roles.store.get_path(stored.sha256).exists()
         assert (await _check_cleanup(roles.db)).is_ok
 
 
@@ -171,13 +171,13 @@ async def test_cleanup_waits_while_files_are_unknown_and_doctor_names_the_job(
         await roles.claim(failed)
         outputs = [{"path": "a", "sha256": f"{n:064x}", "size": 1, "media_type": "a/b"} for n in range(11)]
         await roles.handle_commands(failed, CompleteStep("worker-1", 1, "save", "key", outputs, 0.1))
-        await roles.handle_commands(failed, FailAttempt("worker-1", 1, Failure(code="X", message="x"), None))
+        await roles.handle_commands(failed, FailAttempt("worker-1", 1, ErrorInfo(code="X", message="x"), None))
         stored = roles.store.put_bytes(b"one")
         job_id = await complete_job(roles, stored.sha256)
         async with run_cleanup(roles):
             await roles.handle_commands(job_id, Delete("user:a"))
             await wait_for_cleanup(roles)
-        assert roles.store.path(stored.sha256).exists()
+        assert roles.store.get_path(stored.sha256).exists()
         assert await roles.db[FILE_REMOVALS].count_documents({}) == 1
         finding = await _check_cleanup(roles.db)
         assert not finding.is_ok
@@ -187,7 +187,7 @@ async def test_cleanup_waits_while_files_are_unknown_and_doctor_names_the_job(
         await roles.db[FILE_REMOVALS].update_many({}, {"$set": {"due_at": datetime.now(UTC)}})
         async with run_cleanup(roles):
             await wait_for_cleanup(roles)
-        assert not roles.store.path(stored.sha256).exists()
+        assert not roles.store.get_path(stored.sha256).exists()
 
 
 def fail_to_fold(*arguments: Any) -> Any:
@@ -215,7 +215,7 @@ async def test_cleanup_keeps_files_of_jobs_that_views_contain_in_part(
         async with run_cleanup(roles):
             await roles.handle_commands(intact, Delete("user:a"))
             await wait_for_cleanup(roles)
-        assert roles.store.path(stored.sha256).exists()
+        assert roles.store.get_path(stored.sha256).exists()
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ async def test_cleanup_continues_after_a_damaged_stream(
         await roles.db.events.update_one({"stream": damaged, "version": version}, damage)
         async with run_cleanup(roles):
             await wait_for_cleanup(roles)
-        assert not roles.store.path(second.sha256).exists()
+        assert not roles.store.get_path(second.sha256).exists()
 
 
 async def test_cleanup_continues_after_an_invalid_digest(connection: Connection, store: Path) -> None:
@@ -254,7 +254,7 @@ async def test_cleanup_continues_after_an_invalid_digest(connection: Connection,
         async with run_cleanup(roles):
             await roles.handle_commands(job_id, Delete("user:a"))
             await wait_for_cleanup(roles)
-        assert not roles.store.path(stored.sha256).exists()
+        assert not roles.store.get_path(stored.sha256).exists()
 
 
 # The stores -----------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ async def test_directory_store_save_renews_time_and_survives_a_removal(tmp_path:
     store = DirectoryStore(tmp_path / "store")
     store.prepare()
     stored = store.put_bytes(b"content")
-    path = store.path(stored.sha256)
+    path = store.get_path(stored.sha256)
     long_ago = datetime.now(UTC) - timedelta(days=9)
     os.utime(path, (long_ago.timestamp(),) * 2)
     store.put_bytes(b"content")
@@ -290,7 +290,7 @@ async def test_directory_store_save_renews_time_and_survives_a_removal(tmp_path:
 
 
 async def test_gridfs_store_save_renews_time_and_survives_a_removal(connection: Connection, tmp_path: Path) -> None:
-    async with connection.client() as client:
+    async with connection.create_client() as client:
         db = client[connection.db_name]
         store = GridFSStore(db)
         await store.prepare()

@@ -160,7 +160,7 @@ async def test_claim_by_a_worker_that_is_being_reaped_is_reaped_too(
             assert worker_roles.worker is not None
             reaper = worker_roles.worker._lease_reaper
             head_position, find_jobs, reap = (
-                worker_roles.event_store.head_position,
+                worker_roles.event_store.read_head_position,
                 jobs.find_jobs_of_worker,
                 reaper._reap,
             )
@@ -181,7 +181,7 @@ async def test_claim_by_a_worker_that_is_being_reaped_is_reaped_too(
                     await pause()
 
             if moment == "before the head is read":
-                monkeypatch.setattr(worker_roles.event_store, "head_position", read_head_slowly)
+                monkeypatch.setattr(worker_roles.event_store, "read_head_position", read_head_slowly)
             elif moment == "after the head is read":
                 monkeypatch.setattr("jobledger.workers.lease_reaper.jobs.find_jobs_of_worker", find_slowly)
             else:

@@ -17,7 +17,7 @@ from jobledger.ledger.domain.events import JobClaimed, JobReleased
 from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.lease import Lease, LeaseObservation
-from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.workers.attempts import process_runner
 from jobledger.workers.machine import health
 from jobledger.workers.machine.health import MachineFailure, WorkerHealth, find_machine_failure
@@ -173,7 +173,7 @@ async def test_job_with_repeated_machine_failures_fails(
         return real(self, job_id, attempt)
 
     monkeypatch.setattr(ScratchDirectory, "new_attempt_path", fail_for_one_job)
-    failing = new_job_id()
+    failing = create_job_id()
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
         await roles.handle_commands(failing, SubmitJob(make_echo_job({}, max_attempts=2)))
         healthy = [await roles.submit() for _ in range(20)]

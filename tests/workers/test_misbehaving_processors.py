@@ -14,7 +14,7 @@ import pytest
 from jobledger.ledger.domain.commands import AddLogEntries, CancelJob
 from jobledger.ledger.domain.events import JobLogged, StepCompleted
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.command_handler import CommandResult, handle_command_until_known
+from jobledger.ledger.store.command_handler import CommandResult, handle_command_with_retries
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.attempts import attempt_timeout as time_limit
 from jobledger.workers.attempts import attempt_writer
@@ -179,7 +179,7 @@ async def test_concurrent_calls_get_their_own_results(job_type: str, connection:
             number = step.output["number"]
             assert (name, step.tokens_used) == (f"step {number}", 1)
             assert step.warnings == ([f"warning {number}"] if number % 10 == 0 else [])
-            content = roles.store.path(step.output["file"]["sha256"]).read_bytes()
+            content = roles.store.get_path(step.output["file"]["sha256"]).read_bytes()
             assert content == f"file {number}".encode()
         lines = [line.message for event in events if isinstance(event, JobLogged) for line in event.entries]
         numbered_lines = {line for line in lines if line.startswith("line ")}
@@ -271,10 +271,10 @@ async def test_log_lines_survive_cancellation_of_their_request(
         if isinstance(command, AddLogEntries):
             writing.set()
             await asyncio.sleep(0.2)
-        return await handle_command_until_known(event_store, stream, command, **options)
+        return await handle_command_with_retries(event_store, stream, command, **options)
 
     writing = asyncio.Event()
-    monkeypatch.setattr(attempt_writer, "handle_command_until_known", handle_slowly)
+    monkeypatch.setattr(attempt_writer, "handle_command_with_retries", handle_slowly)
     if end == "timeout":
         monkeypatch.setattr(time_limit, "PAUSE_AFTER_SECONDS", 60.0)
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:

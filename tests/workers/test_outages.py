@@ -75,7 +75,7 @@ async def test_job_waits_while_the_store_is_unavailable(
         for job_id in job_ids:
             job = await roles.load_job(job_id)
             assert (job["status"], job["attempt"], job["error"]) == ("completed", 1, None)
-            assert roles.store.path(job["results"]["files"][0]["sha256"]).read_bytes() == b"# text\n"
+            assert roles.store.get_path(job["results"]["files"][0]["sha256"]).read_bytes() == b"# text\n"
             assert "is writable again" in str(job["logs"])
 
 

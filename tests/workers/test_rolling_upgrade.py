@@ -10,10 +10,10 @@ from pydantic import create_model
 
 from jobledger.ledger.domain.events import Event, EventMetadata, JobCompleted, JobSubmitted
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine import health
+from jobledger.projections.engine import stalls
 from jobledger.projections.engine.projector import Projector
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, make_echo_job, run_roles_in_process
@@ -54,7 +54,7 @@ async def test_projector_stops_before_an_unreadable_event(connection: Connection
         projector = Projector(roles.db, roles.event_store, connection, roles.checkpoint, holder="this-version")
         projector_task = asyncio.create_task(projector.run())
         async with asyncio.timeout(DEADLINE_SECONDS):
-            while "At position 2 of the log" not in await health.stall_reason(roles.db, 1, 3):  # noqa: ASYNC110 - no notification
+            while "At position 2 of the log" not in await stalls.find_stall_reason(roles.db, 1, 3):  # noqa: ASYNC110 - no notification
                 await asyncio.sleep(0.05)
         assert not projector_task.done(), "the projector waits for a later version"
         projector_task.cancel()
@@ -79,7 +79,7 @@ async def test_worker_skips_an_unreadable_job_and_runs_others(connection: Connec
 async def test_worker_skips_an_unreadable_submission_and_runs_others(connection: Connection, tmp_path: Path) -> None:
     async with run_roles_in_process(connection, tmp_path, worker=WorkerOptions(), worker_events_only=True) as roles:
         await _wait_until_worker_completes_a_job(roles)
-        await append_blindly(roles.event_store, new_job_id(), NEWER.model_validate(make_echo_job().to_payload()))
+        await append_blindly(roles.event_store, create_job_id(), NEWER.model_validate(make_echo_job().to_payload()))
         await _wait_until_worker_completes_a_job(roles)
         assert roles.worker_task is not None
         assert not roles.worker_task.done()

@@ -45,7 +45,7 @@ async def test_echo_job_completes_and_its_file_is_stored(connection: Connection,
         job = await roles.wait_until_finished(job_id)
         assert (job["status"], job["retries"], job["attempt"], job["error"]) == ("completed", 0, 1, None)
         (file,) = job["results"]["files"]
-        content = roles.store.path(file["sha256"]).read_bytes()
+        content = roles.store.get_path(file["sha256"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == file["sha256"]
         assert (file["size"], file["path"]) == (len(content), f"echo/{job_id}/echo.md")
         assert '"text":"Grüße"' in content.decode()
@@ -185,7 +185,7 @@ async def test_next_attempt_reuses_finished_steps(
         assert (job["status"], executed) == ("completed", ["page"])
         assert job["results"]["metadata"]["warnings"] == ["the page is short"]
         assert job["results"]["metadata"]["attempt"] == 2
-        position = await roles.event_store.head_position()
+        position = await roles.event_store.read_head_position()
         await roles.handle_commands(job_id, RestartJob("user-1", reuse_steps=False))
         await roles.wait_for_event(JobCompleted, job_id, after=position)
         assert executed == ["page", "page"]

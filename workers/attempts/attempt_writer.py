@@ -13,9 +13,9 @@ import structlog
 
 from jobledger.ledger.domain.commands import AddLogEntries, FailAttempt, ReportProgress, WorkerCommand
 from jobledger.ledger.domain.errors import InvalidEvent, JobledgerError, NotFound
-from jobledger.ledger.domain.events import EventMetadata, Failure, WorkerFenced
+from jobledger.ledger.domain.events import ErrorInfo, EventMetadata, WorkerFenced
 from jobledger.ledger.domain.job import Job
-from jobledger.ledger.store.command_handler import StreamState, handle_command_until_known
+from jobledger.ledger.store.command_handler import StreamState, handle_command_with_retries
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.attempts.log_buffer import LogBuffer
 from jobledger.workers.child.messages import RawLogEntry
@@ -140,7 +140,7 @@ class AttemptWriter:
         """
         async with self._write_lock:
             try:
-                result = await handle_command_until_known(
+                result = await handle_command_with_retries(
                     self._event_store,
                     self.job_id,
                     command,
@@ -167,14 +167,16 @@ class AttemptWriter:
         try:
             await self.append(command)
         except EventNotStorable as error:
-            failure = Failure(code="INVALID_RESULT", message=f"The result cannot be stored: {error}.")
+            failure = ErrorInfo(code="INVALID_RESULT", message=f"The result cannot be stored: {error}.")
             if isinstance(command, FailAttempt):  # keep the original error
                 text = to_text(command.error.message, 2000)
-                failure = Failure(code=to_text(command.error.code, 100), message=f"{text} (Details omitted: {error}.)")
+                failure = ErrorInfo(
+                    code=to_text(command.error.code, 100), message=f"{text} (Details omitted: {error}.)"
+                )
             try:
                 await self.append(FailAttempt(self.worker_id, self.attempt, failure, None))
             except EventNotStorable:
-                failure = Failure(code="INVALID_RESULT", message="The result cannot be stored.")
+                failure = ErrorInfo(code="INVALID_RESULT", message="The result cannot be stored.")
                 await self.append(FailAttempt(self.worker_id, self.attempt, failure, None))
 
     def _on_retry(self, error: JobledgerError) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from jobledger.ledger.domain.commands import CompleteJob, ConfirmCancel, FailAttempt, ReleaseJob
 from jobledger.ledger.domain.errors import UnreadableEvent
-from jobledger.ledger.domain.events import Asset, Failure, JobResults, ResultFile, ResultMetadata
+from jobledger.ledger.domain.events import Asset, ErrorInfo, JobResults, ResultFile, ResultMetadata
 from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES
 from jobledger.workers.attempts.attempt_writer import AttemptFenced, AttemptWriter
 from jobledger.workers.attempts.dependencies import AttemptDependencies
@@ -100,9 +100,9 @@ class OutcomeRecorder:
     async def _fail(self, failed: AttemptFailed) -> None:
         retry_at = None
         if failed.transient:
-            retry_at = await self._dependencies.event_store.server_time() + self._retry_delay()
+            retry_at = await self._dependencies.event_store.read_server_time() + self._retry_delay()
         details = {**failed.details, "retryable": failed.transient}
-        failure = Failure(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
+        failure = ErrorInfo(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
         await self._writer.append_final(FailAttempt(*self._claim, failure, retry_at))
 
     async def _release_for_machine_failure(self, failure: MachineFailure) -> None:

@@ -45,7 +45,7 @@ class StepCache:
             user_id=job.user_id,
             job_type=job.job_type,
             version=processor_version(job.job_type),
-            since=await self._event_store.server_time() - max_age,
+            since=await self._event_store.read_server_time() - max_age,
             excluded_job_id=job_id,
         )
         if row is None:

@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, Field
 
-from jobledger.ledger.domain.canonical_json import canonical_digest
+from jobledger.ledger.domain.canonical_json import compute_canonical_digest
 from jobledger.ledger.domain.errors import FileTooLarge, NotARegularFile
 from jobledger.ledger.domain.events import StepCompleted
 from jobledger.ledger.domain.limits import MAX_STEP_WARNING_BYTES
@@ -188,7 +188,7 @@ class _JobContext:
         self._job_scope.step = name
         # The digest covers the whole name: truncated names of two steps may be equal.
         digest_name = name if full_name == name else ascii(full_name)
-        key = canonical_digest({"step": digest_name, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
+        key = compute_canonical_digest({"step": digest_name, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
         if (completed := self._assignment.completed_steps.get(key)) is not None:
             for warning in completed.warnings:
                 self._add_warning(warning)

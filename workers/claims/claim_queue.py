@@ -27,7 +27,7 @@ from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import StreamState, load_stream_states
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.views import queue
 from jobledger.workers.claims.claim_ranking import ClaimDelay, list_higher_ranked
 
@@ -88,7 +88,7 @@ class ClaimQueue:
     def __init__(
         self,
         event_store: EventStore,
-        checkpoint: Checkpoint,
+        checkpoint: CheckpointFollower,
         *,
         job_types: Collection[str],
         slots: int,
@@ -170,7 +170,7 @@ class ClaimQueue:
 
     async def handle_rejection(self, job_id: str) -> None:
         """Exclude a job whose claim was rejected, until the views show why. If they are up to date, skip the job."""
-        head = await self._event_store.head_position()
+        head = await self._event_store.read_head_position()
         if head > self._checkpoint.position:
             self.mark_claimed(job_id, head)
         else:
@@ -313,7 +313,7 @@ class ClaimQueue:
         position, change_count = self._checkpoint.position, self._change_count
         workers = self._rows_workers = frozenset(self._eligible_workers())
         limit = min(_ROWS_PER_WORKER * max(1, len(workers)), _MAX_ROWS)
-        now = await self._event_store.server_time()
+        now = await self._event_store.read_server_time()
         # Rows that would take the place of others. The views may still show running jobs as pending.
         excluded = [*self._claimed_positions, *self._skipped, *self.pending_claims]
         views = self._checkpoint.views
@@ -360,13 +360,13 @@ class ClaimQueue:
     def _wake_at(self, due: datetime | None) -> None:
         """Query again at a time of the server's clock. The clock is read again then: it may have been corrected."""
         if due is not None:
-            self._set_timer(self._event_store.clock.sleep_seconds_until(due), self._when_due, due)
+            self._set_timer(self._event_store.clock.compute_sleep_seconds(due), self._when_due, due)
         elif self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _when_due(self, due: datetime) -> None:
-        if self._event_store.clock.is_uncertain or self._event_store.clock.seconds_until(due) == 0:
+        if self._event_store.clock.is_uncertain or self._event_store.clock.compute_seconds_until(due) == 0:
             self._request_query()
         else:
             self._wake_at(due)

@@ -22,19 +22,19 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.commands import AbandonDelivery, DeliveryCommand, RecordAttempt
-from jobledger.ledger.domain.delivery import Delivery, endpoint_id_for
+from jobledger.ledger.domain.delivery import Delivery, build_endpoint_id
 from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.domain.events import EventMetadata, Failure
+from jobledger.ledger.domain.events import ErrorInfo, EventMetadata
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
 from jobledger.ledger.mongo.leader_election import LeaderElection
-from jobledger.ledger.net.webhook_signature import build_signature_headers
 from jobledger.ledger.store import command_handler
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
-from jobledger.ledger.store.endpoint_secrets import Endpoint, load_signing_secrets
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.checkpoint import Checkpoint
-from jobledger.projections.slots import SLOTS, collection_name
+from jobledger.ledger.webhooks.endpoint_secrets import Endpoint, load_signing_secrets
+from jobledger.ledger.webhooks.signature import build_signature_headers
+from jobledger.projections.engine.checkpoint import CheckpointFollower
+from jobledger.projections.slots import SLOTS, get_collection_name
 from jobledger.projections.views import deliveries
 from jobledger.workers.settings import WebhookSettings
 from jobledger.workers.webhooks.body import BodyUnavailable, build_body
@@ -55,7 +55,7 @@ class Deliverer:
         self,
         db: Database,
         event_store: EventStore,
-        checkpoint: Checkpoint,
+        checkpoint: CheckpointFollower,
         change_stream: ChangeStream,
         connection: Connection,
         file_store: FileStore,
@@ -90,7 +90,7 @@ class Deliverer:
         change_stream.add_listener(self._election)
         for slot in SLOTS:  # also the shadow slot of a rebuild; deliveries are read from the active slot
             change_stream.add_listener(
-                CallbackListener(collection_name(deliveries.NAME, slot), self._on_change, self._resync)
+                CallbackListener(get_collection_name(deliveries.NAME, slot), self._on_change, self._resync)
             )
 
     async def run(self) -> None:
@@ -159,7 +159,7 @@ class Deliverer:
             while True:
                 self._wake.clear()
                 await self._read_pending()
-                now = await self._event_store.server_time()
+                now = await self._event_store.read_server_time()
                 to_attempt, to_abandon = self._schedule.take_due(now)
                 for due in to_attempt:
                     self._start_task(self._deliver(due), due)
@@ -194,12 +194,12 @@ class Deliverer:
         while True:
             try:
                 async with asyncio.timeout(
-                    None if next_attempt_at is None else clock.sleep_seconds_until(next_attempt_at)
+                    None if next_attempt_at is None else clock.compute_sleep_seconds(next_attempt_at)
                 ):
                     await self._wake.wait()
                     return
             except TimeoutError:
-                if next_attempt_at is None or clock.is_uncertain or clock.seconds_until(next_attempt_at) == 0:
+                if next_attempt_at is None or clock.is_uncertain or clock.compute_seconds_until(next_attempt_at) == 0:
                     return
 
     async def _drain(self) -> None:
@@ -238,13 +238,13 @@ class Deliverer:
         try:
             request = await self._build_request(due, delivery)
         except (BodyUnavailable, UnreadableEvent) as error:
-            unavailable = Failure(code="BODY_UNAVAILABLE", message=str(error))
+            unavailable = ErrorInfo(code="BODY_UNAVAILABLE", message=str(error))
             retry_at = self._next_attempt_at(delivery, 0.0)
             return RecordAttempt(0.0, None, error=unavailable, next_attempt_at=retry_at), True
         response = await self._sender.send(request)
         failure = None
         if response.error_code is not None:
-            failure = Failure(code=response.error_code, message=response.message or response.error_code)
+            failure = ErrorInfo(code=response.error_code, message=response.message or response.error_code)
             _log.info("webhook attempt failed", delivery_id=due.delivery_id, host=due.host, error=failure.code)
         retry_at = None if response.is_permanent else self._next_attempt_at(delivery, response.retry_after_s or 0.0)
         command = RecordAttempt(
@@ -260,7 +260,7 @@ class Deliverer:
     async def _build_request(self, due: ScheduledDelivery, delivery: Delivery) -> WebhookRequest:
         webhook = delivery.spec.webhook
         stored = await self._load_secrets(webhook.secrets_ref)
-        endpoint_id = endpoint_id_for(delivery.spec.user_id, webhook.url)
+        endpoint_id = build_endpoint_id(delivery.spec.user_id, webhook.url)
         body = await build_body(
             self._event_store,
             self._file_store,
@@ -311,7 +311,7 @@ class Deliverer:
 
     async def _record(self, delivery_id: str, command: DeliveryCommand, state: command_handler.StreamState) -> None:
         """Record a command once. Retry while the database is unavailable."""
-        result = await command_handler.handle_command_until_known(
+        result = await command_handler.handle_command_with_retries(
             self._event_store,
             delivery_id,
             command,

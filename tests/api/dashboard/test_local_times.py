@@ -33,7 +33,7 @@ async def submit_retrying_job(api: Api) -> str:
     """Submit a job that fails once. Return its ID when it waits for the next attempt."""
     job_id = await api.submit({"fail": "not yet", "transient": True}, max_attempts=3)
     await api.wait_for_event(job_id, "JobAttemptFailed")
-    await api.get("/api/events/jobs", await api.event_store.head_position())
+    await api.get("/api/events/jobs", await api.event_store.read_head_position())
     return job_id
 
 

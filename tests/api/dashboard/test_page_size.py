@@ -162,7 +162,7 @@ def test_template_loops_are_over_constants_or_limited_rows(template: str) -> Non
 
 async def test_truncated_page_links_to_the_full_document(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit({"file": False, "a": "<" * 7_400_000})
-    await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.head_position())
+    await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.read_head_position())
     for path in (f"/jobs/{job_id}", "/jobs", "/log", ""):
         response = await api_without_worker.get(page_url(api_without_worker, path))
         assert response.status_code == 200

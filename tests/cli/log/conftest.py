@@ -16,7 +16,7 @@ import yaml
 from pymongo import MongoClient
 
 from jobledger.ledger.domain.commands import CancelJob, CompleteJob, FailAttempt, RestartJob
-from jobledger.ledger.domain.events import Failure
+from jobledger.ledger.domain.events import ErrorInfo
 from jobledger.ledger.mongo.connection import Connection
 from tests.projections.expected_views import assert_views_match_log, make_results, run_random_history
 from tests.support.in_process_command import run_command_in_process
@@ -89,7 +89,7 @@ async def write_job_history(roles: RunningRoles) -> str:
     attempt = await roles.claim(job_id, "worker-7")
     retry_at = datetime.now(UTC) + timedelta(minutes=5)
     await roles.handle_commands(
-        job_id, FailAttempt("worker-7", attempt, Failure(code="BROKEN", message="it broke"), retry_at)
+        job_id, FailAttempt("worker-7", attempt, ErrorInfo(code="BROKEN", message="it broke"), retry_at)
     )
     await roles.handle_commands(job_id, CancelJob("ada", "no longer wanted"), RestartJob("ada"))
     attempt = await roles.claim(job_id, "worker-8")

@@ -12,7 +12,7 @@ from bson import ObjectId
 from pymongo import MongoClient
 
 from jobledger.ledger.store import export, export_file, import_
-from jobledger.ledger.store.hash_chain import hash_input
+from jobledger.ledger.store.hash_chain import build_hash_input
 from tests.cli.log.conftest import LedgerCommands, write_job_history, write_long_history
 from tests.projections.expected_views import load_views
 from tests.support.installation import CommandOutcome
@@ -147,7 +147,7 @@ def damage(path: Path, kind: str) -> None:
         case "text changed and event hashed again":
             document = export_file.decode_event(lines[10])
             document["meta"]["actor"] = "nobody"
-            document["hash"] = sha256(hash_input(document)).digest()
+            document["hash"] = sha256(build_hash_input(document)).digest()
             lines[10] = export_file.encode_event(document) + b"\n"
             text = b"".join(lines)
         case "line after the trailer":

@@ -148,7 +148,7 @@ def test_log_state_as_of_and_until_shows_states_and_changes(ledger: LedgerComman
         cancelled = await roles.submit(job_name="first")
         batch_id, [completed, running] = await roles.submit_batch({}, {})
         await roles.claim(completed, "worker-7")
-        head = await roles.event_store.head_position()
+        head = await roles.event_store.read_head_position()
         assert head == 5
         await roles.handle_commands(completed, CompleteJob("worker-7", 1, make_results(completed)))
         await roles.handle_commands(cancelled, CancelJob("ada"))

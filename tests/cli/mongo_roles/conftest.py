@@ -125,7 +125,7 @@ class PreparedDatabase:
 
     @asynccontextmanager
     async def open_as_administrator(self) -> AsyncIterator[Database]:
-        async with Connection(self.server.uri, self.db.name).client() as client:
+        async with Connection(self.server.uri, self.db.name).create_client() as client:
             yield client[self.db.name]
 
 
@@ -164,7 +164,7 @@ class FilledDatabase:
         """Check that neither role may do it and that the attempt changed nothing."""
         before = self.load_protected_state()
         for connection in (self.prepared.service, self.prepared.subscriber):
-            with connection.blocking_client() as client, pytest.raises(OperationFailure) as raised:
+            with connection.create_blocking_client() as client, pytest.raises(OperationFailure) as raised:
                 attempt(client[connection.db_name])
             assert raised.value.code == UNAUTHORIZED, raised.value
         assert self.load_protected_state() == before

@@ -38,7 +38,7 @@ def test_service_and_subscriber_roles_can_only_append_events(filled: FilledDatab
     for position, connection in enumerate(
         (filled.prepared.service, filled.prepared.subscriber), len(events_before) + 1
     ):
-        with connection.blocking_client() as client:
+        with connection.create_blocking_client() as client:
             events = client[connection.db_name].events
             events.insert_one({"_id": position, "stream": f"job-{position}", "version": 1})
             for duplicate in ({"_id": position}, {"_id": 99, "stream": f"job-{position}", "version": 1}):
@@ -52,7 +52,10 @@ def test_service_and_subscriber_roles_can_only_append_events(filled: FilledDatab
 def test_create_events_collection_with_options_fails_because_it_exists(filled: FilledDatabase) -> None:
     """A user who may insert may also create the collection with any options. The script creates it before."""
     before = filled.load_protected_state()
-    with filled.prepared.service.blocking_client() as client, pytest.raises(OperationFailure, match="already exists"):
+    with (
+        filled.prepared.service.create_blocking_client() as client,
+        pytest.raises(OperationFailure, match="already exists"),
+    ):
         client[filled.prepared.db.name].create_collection("events", validator={"x": 1}, check_exists=False)
     assert filled.load_protected_state() == before
 
@@ -73,7 +76,7 @@ def test_subscriber_role_writes_only_its_subscription(filled: FilledDatabase) ->
     } - {SUBSCRIPTIONS}
     assert other_collections >= {"api_keys", "jobs", "batches", "checkpoints", "counters", "workers"}
     connection = filled.prepared.subscriber
-    with connection.blocking_client() as client:
+    with connection.create_blocking_client() as client:
         subscriber_db = client[connection.db_name]
         subscriber_db[SUBSCRIPTIONS].insert_one({"_id": "mine", "position": 1})
         subscriber_db[SUBSCRIPTIONS].update_one({"_id": "mine"}, {"$set": {"position": 2}})

@@ -71,14 +71,14 @@ async def test_doctor_detects_privilege_to_change_events(
     connection = prepared.create_user("extended", "more")
     rights_check = await run_check(prepared, connection, tmp_path, "Rights")
     prepared.db.events.insert_one({"_id": 1})
-    with connection.blocking_client() as client:
+    with connection.create_blocking_client() as client:
         change(client[prepared.db.name])  # the privilege really allows it
 
     assert "can change and remove events" in rights_check.detail
 
 
 async def test_server_limits_without_privilege_are_none(prepared: PreparedDatabase) -> None:
-    async with prepared.subscriber.client() as client:
+    async with prepared.subscriber.create_client() as client:
         db = client[prepared.db.name]
         assert await read_oplog_window(db) is None
         assert await read_transaction_limit_seconds(db) is None
@@ -89,7 +89,7 @@ async def test_server_limits_without_privilege_are_none(prepared: PreparedDataba
 
 async def test_prepare_without_index_fails_and_prints_command(prepared: PreparedDatabase) -> None:
     prepared.db.events.drop_index("stream_1_version_1")
-    async with prepared.service.client() as client:
+    async with prepared.service.create_client() as client:
         event_store = EventStore(client[prepared.db.name])
         with pytest.raises(DatabaseUnsuitable, match="this user may not create it") as raised:
             await event_store.prepare()
@@ -104,13 +104,13 @@ async def test_prepare_without_index_fails_and_prints_command(prepared: Prepared
 async def test_prepare_with_unsuitable_index_fails(prepared: PreparedDatabase, options: dict[str, Any]) -> None:
     prepared.db.events.drop_index("stream_1_version_1")
     prepared.db.events.create_index([("stream", 1), ("version", 1)], **options)
-    async with prepared.service.client() as client:
+    async with prepared.service.create_client() as client:
         with pytest.raises(DatabaseUnsuitable, match="createIndex"):
             await EventStore(client[prepared.db.name]).prepare()
 
 
 async def read_head(db: Database) -> None:
-    await EventStore(db).head_position()
+    await EventStore(db).read_head_position()
 
 
 async def prepare_store(db: Database) -> None:
@@ -126,7 +126,7 @@ async def test_connection_errors_do_not_show_password(prepared: PreparedDatabase
     errors: list[JobledgerError] = []
     for connection in (without_roles, wrong_user, unreachable):
         for operation in (check_server, read_head, prepare_store):
-            async with connection.client() as client:
+            async with connection.create_client() as client:
                 with pytest.raises(JobledgerError) as raised:
                     await operation(client[prepared.db.name])
             errors.append(raised.value)

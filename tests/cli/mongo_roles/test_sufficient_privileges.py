@@ -42,7 +42,7 @@ async def test_mongo_roles_script_runs_and_its_uri_connects(
     text = mongosh_script(db_name)
     for call in parse_calls(text):
         call.run(administrator)
-    async with Connection(read_uri(text, server), db_name).client() as client:
+    async with Connection(read_uri(text, server), db_name).create_client() as client:
         await check_server(client[db_name])
 
 

@@ -116,7 +116,7 @@ async def test_position_is_saved_once_a_second_without_requests_when_idle(
             await wait_until_saved(
                 unstreamed_ledger.db, 1, seconds=DEADLINE_SECONDS
             )  # while events arrive without a pause
-        head = await unstreamed_ledger.event_store.head_position()
+        head = await unstreamed_ledger.event_store.read_head_position()
         assert head > 20
         await wait_until_saved(unstreamed_ledger.db, head)
         assert await count_saves(unstreamed_ledger.db) <= clock() - started + 1
@@ -146,7 +146,7 @@ async def test_killed_subscriber_repeats_only_unsaved_events(
             assert received == list(range(saved_position + 1, saved_position + len(received) + 1))
             saved_position = await load_saved_position(unstreamed_ledger.db) or 0
             assert received[0] <= saved_position <= received[-1]
-    head = await unstreamed_ledger.event_store.head_position()
+    head = await unstreamed_ledger.event_store.read_head_position()
     async with client.subscribe("mine") as events:
         assert event_positions(await take(events, head - saved_position)) == list(range(saved_position + 1, head + 1))
 

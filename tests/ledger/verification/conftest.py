@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain.commands import ClaimJob, ReportProgress, SubmitBatch, SubmitJob
-from jobledger.ledger.domain.delivery import delivery_id_for
+from jobledger.ledger.domain.delivery import build_delivery_id
 from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, BatchSubmitted
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.appender import EventStoreLimits
-from jobledger.ledger.store.command_handler import create_streams, handle_command, new_batch_id, new_job_id
+from jobledger.ledger.store.command_handler import create_batch_id, create_job_id, create_streams, handle_command
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore, StoredDocument
-from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, build_hash_input
 from jobledger.ledger.store.verification import IntegrityProblem, VerificationResult
 from tests.support.event_examples import EVENT_EXAMPLES, NOON, make_job_submitted
 from tests.support.ledger_setup import (
@@ -53,7 +53,7 @@ async def create_history(ledger: Ledger) -> list[Document]:
     for stream in streams:  # 3 and 4
         await handle_command(ledger.event_store, stream, ClaimJob("w1", NOON), meta=EVENT_METADATA)
     assert await create_position_gap(ledger.db, 2) == 5  # 5 and 6
-    batch_id, job_ids = new_batch_id(), [new_job_id(), new_job_id()]
+    batch_id, job_ids = create_batch_id(), [create_job_id(), create_job_id()]
     batch = SubmitBatch(BatchSubmitted(total_jobs=2, job_ids=job_ids, user_id="alice"))
     await create_streams(  # 7 to 9
         ledger.event_store,
@@ -78,9 +78,9 @@ DIGEST_MISMATCH = "the log up to here does not match the expected digest, althou
 async def append_every_type(ledger: Ledger) -> list[Document]:
     """Append one event of each type, with all its fields."""
     for stream, members in (
-        (new_job_id(), JOB_EVENTS),
-        (new_batch_id(), BATCH_EVENTS),
-        (delivery_id_for("job-1", 5), DELIVERY_EVENTS),
+        (create_job_id(), JOB_EVENTS),
+        (create_batch_id(), BATCH_EVENTS),
+        (build_delivery_id("job-1", 5), DELIVERY_EVENTS),
     ):
         events = [example for example in EVENT_EXAMPLES if type(example) in members]
         await ledger.event_store.append(StreamAppend(stream, StreamHead(), events, EVENT_METADATA, NOON))
@@ -91,7 +91,7 @@ async def append_every_type(ledger: Ledger) -> list[Document]:
 
 
 def add_hash(document: Document) -> Document:
-    return document | {"hash": sha256(hash_input(document)).digest()}
+    return document | {"hash": sha256(build_hash_input(document)).digest()}
 
 
 def compute_digest(documents: Sequence[Document]) -> tuple[int, bytes]:

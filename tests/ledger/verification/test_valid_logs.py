@@ -94,14 +94,14 @@ async def test_log_is_valid_during_concurrent_appends(connection: Connection) ->
                         writing.create_task(write(ledger))
                 previous = check_valid(await verify_log(checker))
                 for _ in range(15):
-                    head = await checker.head_position()
+                    head = await checker.read_head_position()
                     following = check_valid(await verify_log(checker, expected_digest=get_digest(previous)))
                     assert following.position >= max(head, previous.position)
                     assert following.events == following.position
                     previous = following
             finally:
                 stop.set()
-        assert check_valid(await verify_log(checker)).events == await checker.head_position()
+        assert check_valid(await verify_log(checker)).events == await checker.read_head_position()
 
 
 # Ranges -----------------------------------------------------------------------------------------------------------
@@ -354,8 +354,8 @@ async def test_events_after_start_of_verification_are_ignored(connection: Connec
         progress: list[tuple[int, int]] = []
 
         class AppendingStore(SmallPageStore):
-            async def head_position(self, session: AsyncClientSession | None = None) -> int:
-                head = await super().head_position(session)
+            async def read_head_position(self, session: AsyncClientSession | None = None) -> int:
+                head = await super().read_head_position(session)
                 await create_position_gap(ledger.db)
                 await ledger.submit_job()
                 return head

@@ -13,7 +13,7 @@ import pytest
 import standardwebhooks
 
 from jobledger.ledger.domain.commands import CancelJob, RequeueDelivery, RestartJob, SubmitBatch, SubmitJob
-from jobledger.ledger.domain.delivery import delivery_id_for
+from jobledger.ledger.domain.delivery import build_delivery_id
 from jobledger.ledger.domain.events import (
     BatchSubmitted,
     DeliveryAbandoned,
@@ -23,8 +23,8 @@ from jobledger.ledger.domain.events import (
     Webhook,
 )
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.net.webhook_signature import generate_secret
-from jobledger.ledger.store.command_handler import create_streams, new_batch_id, new_job_id
+from jobledger.ledger.store.command_handler import create_batch_id, create_job_id, create_streams
+from jobledger.ledger.webhooks.signature import generate_secret
 from jobledger.projections.views import deliveries
 from tests.support.role_runner import FAST_WEBHOOKS, RunningRoles, WorkerOptions, make_echo_job, run_roles_in_process
 from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
@@ -48,7 +48,7 @@ async def finish_job(roles: RunningRoles, webhook: Webhook, **fields: Any) -> st
     """Submit and cancel a job with a webhook. Return the ID of the delivery."""
     job_id = await roles.submit(webhook=webhook, **fields)
     [cancelled] = await roles.handle_commands(job_id, CancelJob("user-1"))
-    return delivery_id_for(job_id, cancelled.version)
+    return build_delivery_id(job_id, cancelled.version)
 
 
 async def wait_for_delivery(roles: RunningRoles, delivery_id: str, *, after: int = 0) -> Document:
@@ -117,7 +117,7 @@ async def test_batch_sends_one_webhook_per_completion(
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(), webhooks=FAST_WEBHOOKS
     ) as roles:
-        batch_id, job_ids = new_batch_id(), [new_job_id(), new_job_id()]
+        batch_id, job_ids = create_batch_id(), [create_job_id(), create_job_id()]
         batch = BatchSubmitted(
             batch_name="Tag 1", total_jobs=2, job_ids=job_ids, user_id="user-1", webhook=Webhook(url=endpoint.url())
         )

@@ -1,4 +1,4 @@
-"""Signing secrets of webhook endpoints. An endpoint is a URL of one user (`endpoint_id_for`).
+"""Signing secrets of webhook endpoints. An endpoint is a URL of one user (`build_endpoint_id`).
 
 Each endpoint has its own secret. So a message for one user never validates at the endpoint of another, even if both use
 the same URL. Secrets are stored only in the collection `endpoint_secrets`. No event, log entry or later response
@@ -18,10 +18,10 @@ from typing import Any, Final
 from pymongo import ReturnDocument
 from pymongo.errors import BulkWriteError
 
-from jobledger.ledger.domain.delivery import endpoint_id_for
+from jobledger.ledger.domain.delivery import build_endpoint_id
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 from jobledger.ledger.mongo.server_clock import get_server_clock
-from jobledger.ledger.net.webhook_signature import generate_secret
+from jobledger.ledger.webhooks.signature import generate_secret
 
 COLLECTION: Final = "endpoint_secrets"
 MAX_PREVIOUS_SECRETS: Final = 3
@@ -37,7 +37,7 @@ class Endpoint:
 
     @property
     def endpoint_id(self) -> str:
-        return endpoint_id_for(self.user_id, self.url)
+        return build_endpoint_id(self.user_id, self.url)
 
 
 @dataclass(frozen=True, slots=True)

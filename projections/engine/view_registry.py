@@ -23,13 +23,13 @@ PROJECTION_VERSION: Final = 13
 
 The projector rebuilds views of an older version.
 """
-_FOLDED: Final = (jobs, batches, statistics, deliveries, endpoints)
-_DERIVED: Final = (queue, files, steps, step_files)
-ALL_VIEWS: Final = (*_FOLDED, *_DERIVED, projection_errors)
+_DOCUMENT_VIEWS: Final = (jobs, batches, statistics, deliveries, endpoints)
+_ROW_VIEWS: Final = (queue, files, steps, step_files)
+ALL_VIEWS: Final = (*_DOCUMENT_VIEWS, *_ROW_VIEWS, projection_errors)
 VIEW_NAMES: Final = tuple(view.NAME for view in ALL_VIEWS)
-FOLDED_VIEWS: Final = tuple(view.NAME for view in _FOLDED)
+DOCUMENT_VIEWS: Final = tuple(view.NAME for view in _DOCUMENT_VIEWS)
 """The views whose documents are folded from events."""
-ROW_VIEWS: Final = tuple(view.NAME for view in _DERIVED)
+ROW_VIEWS: Final = tuple(view.NAME for view in _ROW_VIEWS)
 """The views with rows that are derived from a job's document."""
 
 

@@ -21,6 +21,6 @@ class DurationHistogram:
         self._counts[bisect_left(BUCKET_BOUNDS_SECONDS, seconds)] += 1
         self.total_seconds += seconds
 
-    def cumulative_counts(self) -> list[tuple[float, int]]:
+    def get_cumulative_counts(self) -> list[tuple[float, int]]:
         """Return for each bucket bound, and for infinity, how many durations were at most that long."""
         return list(zip((*BUCKET_BOUNDS_SECONDS, float("inf")), accumulate(self._counts), strict=True))

@@ -13,8 +13,8 @@ from jobledger.ledger.domain.limits import truncate_text
 from jobledger.ledger.mongo.connection import Database, translate_errors
 from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
 from jobledger.ledger.store.event_store import EVENTS_COLLECTION, EventStore
-from jobledger.projections.engine.checkpoint import Checkpoint, load_checkpoint
-from jobledger.projections.engine.registry import PROJECTION_VERSION
+from jobledger.projections.engine.checkpoint import CheckpointFollower, load_checkpoint
+from jobledger.projections.engine.view_registry import PROJECTION_VERSION
 
 STALL_SECONDS: Final = 30.0
 """Longer than a failover of the projector (its lease, 10 s) and longer than the write of a chunk may take."""
@@ -36,7 +36,7 @@ async def record_stall(db: Database, reason: str) -> None:
         await db.checkpoints.update_one({"_id": _STALL_ID}, {"$set": stall}, upsert=True)
 
 
-async def stall_reason(db: Database, position: int, head: int) -> str:
+async def find_stall_reason(db: Database, position: int, head: int) -> str:
     """Return why the views stay at a position while the log is at `head`, as far as it is known."""
     with translate_errors("reading why the views are stalled"):
         stall = await db.checkpoints.find_one({"_id": _STALL_ID})
@@ -65,7 +65,7 @@ class StallDetector:
 
     collection: Final = EVENTS_COLLECTION
 
-    def __init__(self, event_store: EventStore, checkpoint: Checkpoint) -> None:
+    def __init__(self, event_store: EventStore, checkpoint: CheckpointFollower) -> None:
         self._event_store = event_store
         self._checkpoint = checkpoint
         self.head = 0
@@ -84,7 +84,7 @@ class StallDetector:
 
     async def resync(self, session: AsyncClientSession) -> None:
         """Read the head of the log when the change stream starts."""
-        self._update_head(await self._event_store.head_position(session))
+        self._update_head(await self._event_store.read_head_position(session))
 
     def on_change(self, change: Mapping[str, Any]) -> None:
         """Process a change of the log."""
