@@ -219,7 +219,9 @@ class ViewChanges:
             try:
                 for view in (files, steps, step_files):
                     _add_changed_rows(
-                        rows[view.NAME], view.rows(before) if before else [], view.rows(after) if after else []
+                        rows[view.NAME],
+                        view.build_rows(before) if before else [],
+                        view.build_rows(after) if after else [],
                     )
             except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other jobs
                 if (jobs.NAME, job_id) not in self.unstorable:
