@@ -64,7 +64,7 @@ def _translate_errors(base_url: httpx.URL) -> Iterator[None]:
     except httpx.HTTPError as error:
         raise LedgerUnavailable(
             f"Cannot connect to Jobledger at {_without_password(base_url)}: {str(error) or type(error).__name__}. "
-            "Is it running (`jobledger up`)?"
+            "Start it with `jobledger up`, or check --url."
         ) from error
 
 

@@ -14,4 +14,4 @@ EXIT_USAGE: Final = 2
 EXIT_UNREACHABLE: Final = 3
 """A service, such as the database or the API, does not respond."""
 EXIT_UNAVAILABLE: Final = 4
-"""A port, disk, lock or limit of this machine is not usable now."""
+"""A port, disk, lock or limit of this machine is temporarily unavailable."""

@@ -49,6 +49,11 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def format_count(count: int, singular: str, plural: str | None = None) -> str:
+    """Return a number with its noun: `1 job`, `2,000 jobs`. The default plural adds an `s`."""
+    return f"{count:,} {singular if count == 1 else plural or f'{singular}s'}"
+
+
 def format_event(event: RecordedEvent, *, with_stream: bool = True) -> Text:
     """Return an event as one line: position, time, stream, type, description and actor."""
     time = format_timestamp(event.time) if isinstance(event.document.get("time"), datetime) else "?"
@@ -79,20 +84,23 @@ def describe_event(event: RecordedEvent) -> str:
             title = data.get("job_name") or data.get("parameters", {}).get("session") or ""
             return f"{data['job_type']} {title!r} by {data['user_id']}"
         case "BatchSubmitted":
-            return f"{data.get('batch_name') or ''!r} with {data['total_jobs']} jobs by {data['user_id']}"
+            return (
+                f"{data.get('batch_name') or ''!r} with {format_count(data['total_jobs'], 'job')} by {data['user_id']}"
+            )
         case "JobClaimed":
             return f"attempt {data['attempt']} on {data['worker_id']}"
         case "JobProgressed":
             message = data.get("message") or ""
             return f"{data['percent']:g} % {data['step']} {message}".rstrip()
         case "JobLogged":
-            lines = data["entries"] if "entries" in data else data.get("lines", ())
-            return f"{len(lines)} lines: {lines[0]['message']}" if lines else "0 lines"
+            entries = data["entries"]
+            count = format_count(len(entries), "entry", "entries")
+            return f"{count}: {entries[0]['message']}" if entries else count
         case "StepCompleted":
             reused = f", reused from {data['reused_from']}" if data.get("reused_from") else ""
             return f"{data['step']} in {data['duration_s']:g} s{reused}"
         case "JobCompleted":
-            return f"{len(data['results']['files'])} files"
+            return format_count(len(data["results"]["files"]), "file")
         case "JobAttemptFailed" | "JobFailed":
             retry_at = data.get("retry_at")
             retry = f"; retry at {format_timestamp(retry_at)}" if isinstance(retry_at, datetime) else ""

@@ -49,8 +49,8 @@ DRAIN_TIMEOUT_SECONDS: Final = 300.0
 class SheddingSocket(socket.socket):
     """A listening socket that closes new connections while the process has no free file descriptors.
 
-    asyncio would log such an error up to 2048 times, once per waiting connection, and retry at once. One descriptor is
-    reserved, to accept a connection and close it.
+    asyncio would log such an error up to 2048 times, once per waiting connection, and retry immediately. One
+    descriptor is reserved, to accept a connection and close it.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -62,7 +62,7 @@ class SheddingSocket(socket.socket):
         """Accept a connection.
 
         Raises:
-            BlockingIOError: No connection is waiting, or it was closed at once.
+            BlockingIOError: No connection is waiting, or it was closed immediately.
         """
         try:
             return super().accept()
@@ -84,7 +84,7 @@ class SheddingSocket(socket.socket):
                 "out of file descriptors, closing new connections", reason=str(error.strerror), hint=_DESCRIPTOR_HINT
             )
         if self._reserve < 0:
-            time.sleep(_SHED_DELAY_SECONDS)  # asyncio would call again at once
+            time.sleep(_SHED_DELAY_SECONDS)  # asyncio would call again immediately
         self._release()
         with suppress(OSError):
             super().accept()[0].close()

@@ -1,6 +1,6 @@
 """Exit a process whose event loop is blocked, so that its supervisor restarts it.
 
-The usual cause is an inline job that blocks (`time.sleep`, an endless loop). Leases expire without the event loop
+The usual cause is an inline job that blocks (`time.sleep`, an endless loop). The lease then expires
 (`jobledger.ledger.mongo.lease`), but the API, the views and the other jobs of this process would hang forever.
 """
 
@@ -19,9 +19,9 @@ from jobledger.ledger.system.loop_progress import LoopProgress
 
 _log = structlog.get_logger()
 _CHECKS_PER_LEASE: Final = 3
-"""As often as the lease is renewed."""
+"""As often as the lease is extended."""
 _LEASES_UNTIL_EXIT: Final = 5
-"""By then other processes have all leases, and a job that blocks for a limited time has had its chance."""
+"""By then other processes have all leases, and a job that blocks for a limited time has ended."""
 
 
 @contextmanager

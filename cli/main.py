@@ -65,7 +65,7 @@ def options(_version: VersionOption = False) -> None:
 
 @app.command()
 def demo(
-    keep_running: Annotated[bool, typer.Option("--keep-running", help="Leave everything running until Ctrl-C")] = False,
+    keep_running: Annotated[bool, typer.Option("--keep-running", help="Keep all roles running until Ctrl-C")] = False,
 ) -> None:
     """Process a small generated conference from submission to Markdown"""
     from jobledger.cli.commands import demo as demo_command
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _exit_without_threads(code: object) -> None:
-    """End the process at once if threads are left. Python would wait for them, and a job may block one forever."""
+    """End the process immediately if threads are left. Python would wait for them, and a job may block one forever."""
     if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):

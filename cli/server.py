@@ -65,8 +65,8 @@ def open_listener(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             raise classify_os_error(
                 error,
-                f"api.port: cannot listen on {host}:{port} ({error.strerror}). Is another Jobledger process running? "
-                "Stop it, or use another port: api.port (JOBLEDGER_API__PORT).",
+                f"api.port: cannot listen on {host}:{port} ({error.strerror}). "
+                "Stop the process that uses the port, or use another port: api.port (JOBLEDGER_API__PORT).",
             ) from error
         yield listener
 

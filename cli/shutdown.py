@@ -26,10 +26,10 @@ def shutdown_timeout(settings: Settings, selected: Collection[str]) -> float:
 
 
 class Shutdown:
-    """Requested by Ctrl-C, SIGTERM, or a role that failed. A second signal exits the process at once.
+    """Requested by Ctrl-C, SIGTERM, or a role that failed. A second signal exits the process immediately.
 
     A process that has not exited `timeout_seconds` later exits too: a call may wait for a database that does not
-    respond. No data is lost when a process dies, and leases that were not released expire.
+    respond. No data is lost when a process is killed, and leases that were not released expire.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -50,7 +50,7 @@ class Shutdown:
 
     def _handle_signal(self) -> None:
         if self._event.is_set():
-            os._exit(130)  # no data is lost when a process dies
+            os._exit(130)  # no data is lost when a process is killed
         self.request()
 
     def request_after_failure(self, error: BaseException) -> None:

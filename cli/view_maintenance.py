@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from jobledger.cli.database import find_store_marker
+from jobledger.cli.formatting import format_count
 from jobledger.cli.process_tuning import tune_garbage_collector
 from jobledger.cli.progress import ProgressCallback
 from jobledger.ledger.domain.errors import ConfigurationError
@@ -173,20 +174,24 @@ async def verify_result_files(
 def format_verification(result: VerificationResult) -> list[str]:
     """Return the result of a verification as lines of text."""
     if result.problem is not None:
-        return [f"The log is damaged. First error: {result.problem}.", f"{result.events} events before it are intact."]
+        return [f"The log is damaged. First error: {result.problem}.", f"{_format_intact(result.events, 'before it')}."]
     if not result.events and not result.last_reserved_position:
         return ["There are no events to verify."]
     lines = [
-        f"{result.events} events up to position {result.position} are intact "
+        f"{_format_intact(result.events, f'up to position {result.position}')} "
         f"({result.voided} of them voided positions)."
     ]
     if result.last_reserved_position:
         lines.append(
-            f"note: positions up to {result.last_reserved_position} were reserved by writers, but the log ends at "
-            f"{result.position}. Either these writers crashed, or events at the end were removed."
+            f"note: positions up to {result.last_reserved_position} were reserved by appenders, but the log ends at "
+            f"{result.position}. Either these appenders crashed, or events at the end were removed."
         )
     digest = format_digest(result)
     return lines if digest is None else [*lines, f"Digest, for `log verify --expected-digest`: {digest}"]
+
+
+def _format_intact(events: int, where: str) -> str:
+    return f"{format_count(events, 'event')} {where} {'is' if events == 1 else 'are'} intact"
 
 
 def format_digest(result: VerificationResult) -> str | None:
@@ -201,7 +206,8 @@ def format_comparison(comparison: ViewComparison) -> list[str]:
     if not comparison.difference_count:
         return [f"The views match the log up to position {comparison.position}."]
     counts = ", ".join(f"{count} in {view}" for view, count in comparison.counts.items())
-    lines = [f"The views do not match the log: {comparison.difference_count} documents differ ({counts})."]
+    differing = format_count(comparison.difference_count, "document differs", "documents differ")
+    lines = [f"The views do not match the log: {differing} ({counts})."]
     lines += [f"  {difference}" for difference in comparison.first_differences]
     if comparison.difference_count > len(comparison.first_differences):
         lines.append(f"  … and {comparison.difference_count - len(comparison.first_differences)} more")
@@ -210,7 +216,7 @@ def format_comparison(comparison: ViewComparison) -> list[str]:
 
 def format_file_verification(result: FileVerificationResult) -> list[str]:
     """Return the result of comparing result files as lines of text."""
-    count = "1 result file" if result.files == 1 else f"{result.files:,} result files"
+    count = format_count(result.files, "result file")
     if result.is_ok:
         lines = [f"{count} checked: all are intact."]
     else:
@@ -219,7 +225,9 @@ def format_file_verification(result: FileVerificationResult) -> list[str]:
         if (more := result.missing + result.changed - len(result.problems)) > 0:
             lines.append(f"  … and {more} more")
     if result.orphans:
-        lines.append(f"{result.orphans} files in the store ({result.orphan_bytes:,} bytes) belong to no result.")
+        lines.append(
+            f"Files in the store that belong to no result: {result.orphans:,} ({result.orphan_bytes:,} bytes)."
+        )
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from jobledger.cli.checks.result import CheckResult
 from jobledger.cli.database import find_store_marker, open_database, open_file_store
-from jobledger.cli.formatting import format_timestamp
+from jobledger.cli.formatting import format_count, format_timestamp
 from jobledger.cli.mongodb_support import support_warning
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import JobledgerError, LogTruncated, ResourceUnavailable
@@ -35,7 +35,7 @@ from jobledger.workers import cleanup
 
 _MAX_CLOCK_DIFFERENCE_SECONDS: Final = 2.0
 _STALL_TIMEOUT_SECONDS: Final = 12.0
-"""Longer than a fail-over of the projector."""
+"""Longer than a failover of the projector."""
 _POLL_INTERVAL_SECONDS: Final = 0.5
 _MAX_SHOWN: Final = 5
 _MAX_LAG_EVENTS: Final = 10_000
@@ -87,8 +87,8 @@ async def _check_directory(root: Path, db: Database) -> str:
 async def _check_server(db: Database) -> CheckResult:
     hello = await db.client.admin.command("hello", compression=["zlib"])
     build = await db.client.admin.command("buildInfo")
-    members = len(hello.get("hosts", []))
-    detail = f"{build['version']}, replica set {hello['setName']} with {members} member{'s' if members != 1 else ''}"
+    members = format_count(len(hello.get("hosts", [])), "member")
+    detail = f"{build['version']}, replica set {hello['setName']} with {members}"
     warning = support_warning(build["version"], datetime.now(UTC).date(), zlib="zlib" in hello.get("compression", ()))
     return CheckResult("MongoDB", is_ok=True, detail=detail if warning is None else f"{detail}. Note: {warning}")
 
@@ -102,7 +102,8 @@ async def _check_clock(db: Database) -> CheckResult:
         "Clocks",
         abs(difference) < _MAX_CLOCK_DIFFERENCE_SECONDS,
         f"database server differs by {difference:+.2f} s",
-        "Run a time service (chrony, systemd-timesyncd) on both: workers compare `not_before` with their clock.",
+        "Run a time service (chrony, systemd-timesyncd) on both machines. Jobs start by the server's clock, but log "
+        "lines and JWT checks use this machine's clock.",
     )
 
 
@@ -115,14 +116,15 @@ async def _check_oplog(db: Database) -> CheckResult:
 
 
 async def _check_transaction_limit(db: Database) -> CheckResult:
-    """Check how long readers wait for a writer that was killed inside a transaction."""
+    """Check how long readers wait for an appender that was killed inside a transaction."""
     seconds = await read_transaction_limit_seconds(db)
     if seconds is None:
         return CheckResult("Transactions", is_ok=True, detail="time limit not readable by this MongoDB user")
     detail = f"time limit {seconds} s"
     if seconds > TRANSACTION_SECONDS:
         command = f"{{setParameter: 1, transactionLifetimeLimitSeconds: {TRANSACTION_SECONDS}}}"
-        detail += f"; a killed writer can delay readers for this long. Run on each member: db.adminCommand({command})"
+        detail += "; an appender that was killed can delay readers for this long. "
+        detail += f"Run on each member: db.adminCommand({command})"
     return CheckResult("Transactions", is_ok=True, detail=detail)
 
 
@@ -221,7 +223,7 @@ async def _check_workers(db: Database) -> CheckResult:
         f"{worker['_id']} since {format_timestamp(worker['unhealthy_since'], 'seconds')}: {worker['problem']}"
         for worker in unhealthy
     )
-    detail = f"{len(workers)} active, {len(unhealthy)} of them claim no jobs"
+    detail = f"{len(workers)} active" + (f", {len(unhealthy)} not claiming jobs" if unhealthy else "")
     return CheckResult("Workers", not unhealthy, detail, problems)
 
 

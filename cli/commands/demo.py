@@ -16,6 +16,7 @@ from rich.text import Text
 from jobledger.cli.api_client import open_async_client
 from jobledger.cli.commands.submit import follow_batch, submit_batch
 from jobledger.cli.composition import ALL_ROLES, start_roles
+from jobledger.cli.formatting import format_count
 from jobledger.cli.settings import Settings
 from jobledger.cli.settings_file import read_settings
 from jobledger.cli.shutdown import Shutdown, shutdown_timeout
@@ -150,7 +151,7 @@ async def _keep_copy(client: httpx.AsyncClient, url: str) -> None:
     response.raise_for_status()
     copy = _copy_path(url)
     if not copy.resolve().is_relative_to(RESULTS_DIR.resolve()):
-        raise ConfigurationError(f"The API returned a result URL outside of {RESULTS_DIR}: {url}")
+        raise ConfigurationError(f"The API returned a result URL outside {RESULTS_DIR}: {url}")
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_bytes(response.content)
 
@@ -167,7 +168,9 @@ def _print_result(client: httpx.AsyncClient, job: Mapping[str, Any], console: Sa
     console.print(f"  {client.base_url.join(url)}", soft_wrap=True, style="cyan", highlight=False)
     console.print(f"  {_copy_path(url).as_uri()}", soft_wrap=True, style="cyan", highlight=False)
     audio = f", {metadata['audio_seconds']:.0f} s of audio" if metadata["audio_seconds"] else ""
-    console.print(f"  {metadata['slides']} slides{audio}; {metadata['duration']:.1f} s run time", style="dim")
+    console.print(
+        f"  {format_count(metadata['slides'], 'slide')}{audio}; {metadata['duration']:.1f} s run time", style="dim"
+    )
     for warning in metadata["warnings"]:
         console.print(Text.assemble(("  warning ", "yellow"), (escape_line(warning), "dim")), soft_wrap=True)
 

@@ -10,12 +10,12 @@ import typer
 
 from jobledger.cli.commands import resources
 from jobledger.cli.commands.resources import Document, format_iso_timestamp
-from jobledger.cli.formatting import format_duration
+from jobledger.cli.formatting import format_count, format_duration
 from jobledger.cli.options import DEFAULT_URL, JsonOption, UrlOption, parse_time_option
 from jobledger.ledger.domain.statuses import JobStatus
 
 app = typer.Typer(help="List, inspect, cancel and restart jobs", no_args_is_help=True)
-_LOG_LINES: Final = 10
+_LOG_ENTRIES: Final = 10
 _OMITTED: Final = "too large for a list, see `jobs show`"
 
 
@@ -27,7 +27,7 @@ def list_jobs(
     track: Annotated[str | None, typer.Option(help="Only of this track")] = None,
     event: Annotated[str | None, typer.Option(help="Only of this conference")] = None,
     day: Annotated[str | None, typer.Option(help="Only of this day")] = None,
-    language: Annotated[str | None, typer.Option(help="Only in this language, e.g. en")] = None,
+    language: Annotated[str | None, typer.Option(help="Only with this target language, e.g. en")] = None,
     job_type: Annotated[str | None, typer.Option("--type", help="Only of this job type")] = None,
     error: Annotated[str | None, typer.Option("--error", help="Only with this error code, e.g. TIMEOUT")] = None,
     created_after: Annotated[
@@ -73,7 +73,7 @@ def _format_detail(job: Document) -> str:
             progress = job["progress"]
             return f"{progress['percent']:.0f} % {progress['step']} {progress['message']}".strip()
         case "completed":
-            return _OMITTED if _is_omitted(job, "results") else f"{len(job['results']['files'])} files"
+            return _OMITTED if _is_omitted(job, "results") else format_count(len(job["results"]["files"]), "file")
         case "pending" if job["due_at"]:
             error = _format_error(job)
             return f"not before {format_iso_timestamp(job['due_at'])}{': ' if error else ''}{error}"
@@ -117,8 +117,8 @@ def _list_details(job: Document, url: str) -> Iterator[tuple[str, str]]:
     for step in job["steps"]:
         reused = f", reused from {step['reused_from']}" if step["reused_from"] else ""
         yield "step", f"{step['step']} in {format_duration(step['duration_s'])}{reused}"
-    for line in job["logs"][-_LOG_LINES:]:
-        yield "log", f"{format_iso_timestamp(line['timestamp'])} {line['level']} {line['message']}"
+    for entry in job["logs"][-_LOG_ENTRIES:]:
+        yield "log", f"{format_iso_timestamp(entry['timestamp'])} {entry['level']} {entry['message']}"
     results = job["results"] or {"files": ()}
     for warning in results.get("metadata", {}).get("warnings", ()):
         yield "warning", warning

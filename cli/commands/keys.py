@@ -71,7 +71,7 @@ def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     elif keys:
         print_table(api_key_admin.key_rows(keys, sessions))
     else:
-        echo("There are no API keys.")
+        echo("No API keys.")
 
 
 @app.command()
@@ -93,7 +93,7 @@ def revoke(
 
     _, existed = _run_with_database(config, revoke_key)
     if not existed:  # the message does not repeat the argument, which may be most of a key
-        raise NotFound("There is no API key with this ID: see `jobledger keys list`.")
+        raise NotFound("No API key has this ID. See `jobledger keys list`.")
     if as_json:
         print_json({"revoked": key_id})
     else:
@@ -109,7 +109,7 @@ def sign_out(
 ) -> None:
     """End the browser sessions of an API key or of a user
 
-    The key itself stays valid; `keys revoke` ends both.
+    The key itself stays valid. `keys revoke` also revokes the key.
     """
     from jobledger.api.auth.browser_sessions import end_sessions, get_session_owner
     from jobledger.cli.api_key_admin import parse_key_id

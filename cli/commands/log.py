@@ -13,6 +13,7 @@ from rich.text import Text
 
 from jobledger.cli.commands import log_state
 from jobledger.cli.exit_codes import EXIT_FAILED
+from jobledger.cli.formatting import format_count
 from jobledger.cli.options import AS_OF_HELP, LARGEST_POSITION, ConfigOption, JsonOption, parse_as_of
 from jobledger.cli.progress import progress_bar
 from jobledger.cli.runtime import open_ledger, run_with_database
@@ -129,7 +130,7 @@ def _compare_views_if_permitted(connection: Connection) -> ViewComparison | None
 
 @app.command()
 def export(
-    file: Annotated[Path, typer.Argument(help="File to write. A name that ends in .zst is compressed")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write. A name that ends in .zst is compressed")],
     config: ConfigOption = None,
     first: FromOption = 1,
     last: ToOption = None,
@@ -148,13 +149,15 @@ def export(
             connection,
             lambda db: export_log(EventStore(db), file, after=first - 1, up_to=last, on_progress=on_progress),
         )
-    text = f"{file}: {summary.events} events, positions {summary.first} to {summary.last}."
+    text = f"{file}: {format_count(summary.events, 'event')}, positions {summary.first} to {summary.last}."
     _print_summary(text, summary, as_json=as_json)
 
 
 @app.command("import")
 def import_(
-    files: Annotated[list[Path], typer.Argument(help="Files written by `log export`, in the order of positions")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Files written by `log export`, in the order of positions")
+    ],
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -170,7 +173,9 @@ def import_(
             summary = run_with_database(connection, lambda db: import_log(db, files, on_progress=on_progress))
         with progress_bar("building views") as on_progress:
             asyncio.run(rebuild_views(connection, on_progress=on_progress))
-    text = f"Imported and verified {summary.events} events into {connection.db_name}, and built its views."
+    text = (
+        f"Imported and verified {format_count(summary.events, 'event')} into {connection.db_name}, and built its views."
+    )
     _print_summary(text, summary, as_json=as_json)
 
 
@@ -203,7 +208,7 @@ def tail(
 ) -> None:
     """Follow the log
 
-    Reconnects by itself when the database or the whole system was restarted.
+    Reconnects after a restart of the database or Jobledger.
     """
     _check_event_types(event_type or ())
     with open_ledger(config) as (_, connection):
@@ -271,7 +276,7 @@ async def _tail(
 
 @app.command()
 def history(
-    stream: Annotated[str, typer.Argument(help="ID of a job, batch or delivery")],
+    stream: Annotated[str, typer.Argument(metavar="ID", help="ID of a job, batch or delivery")],
     config: ConfigOption = None,
     as_of: Annotated[str | None, typer.Option("--as-of", help=f"Stop at this point. {AS_OF_HELP}")] = None,
     as_json: JsonOption = False,

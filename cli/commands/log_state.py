@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 import typer
 from rich.text import Text
 
-from jobledger.cli.formatting import format_timestamp
+from jobledger.cli.formatting import format_count, format_timestamp
 from jobledger.cli.options import AS_OF_HELP, ConfigOption, JsonOption, parse_as_of
 from jobledger.cli.progress import progress_bar
 from jobledger.cli.runtime import open_ledger, run_with_database
@@ -78,7 +78,7 @@ def print_state(state: State) -> None:
     if running:
         echo("Running batches")
         print_table([("BATCH", "NAME", "JOBS", ""), *map(_batch_row, running[:_MAX_ROWS])])
-    echo(f"{len(state['batches'])} batches, {len(running)} of them running")
+    echo(f"{format_count(len(state['batches']), 'batch', 'batches')}, {len(running)} of them running")
 
 
 def _print_point(label: str, state: State) -> None:

@@ -38,7 +38,9 @@ Rows = Iterable[Sequence[str | Text]]
 """The header and the rows of a table."""
 LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="Maximum number of results")]
 OldestFirstOption = Annotated[bool, typer.Option("--oldest-first", help="Sort oldest first (default: newest)")]
-SearchOption = Annotated[str | None, typer.Option("--search", help="Only results that contain all of these words")]
+SearchOption = Annotated[
+    str | None, typer.Option("--search", help="Only with all of these words in name, ID or other searched fields")
+]
 UserOption = Annotated[str | None, typer.Option("--user", help="Only of this user")]
 ArchivedOption = Annotated[
     bool | None, typer.Option("--archived/--not-archived", help="Only archived (or only non-archived)")
@@ -46,7 +48,7 @@ ArchivedOption = Annotated[
 AsOfOption = Annotated[str | None, typer.Option("--as-of", help=f"Show the state at this point. {AS_OF_HELP}")]
 IdsOption = Annotated[bool, typer.Option("--ids", help="Print IDs only, one per line")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="ID as printed by `list`")]
-IdsArgument = Annotated[list[str], typer.Argument(metavar="ID...", help="IDs as printed by `list --ids`")]
+IdsArgument = Annotated[list[str], typer.Argument(metavar="ID", help="IDs as printed by `list --ids`")]
 ReasonOption = Annotated[str | None, typer.Option(help="Reason, recorded in the log")]
 FromScratchOption = Annotated[bool, typer.Option("--from-scratch", help="Repeat completed steps too")]
 

@@ -23,7 +23,7 @@ def api(config: ConfigOption = None) -> None:
 def projector(config: ConfigOption = None) -> None:
     """Run the projector, which keeps the views up to date
 
-    Of several projectors one is the leader; the others stand by.
+    One projector is the leader. The others stand by.
     """
     run_roles(config, frozenset({"projector"}))
 
@@ -31,7 +31,8 @@ def projector(config: ConfigOption = None) -> None:
 def worker(config: ConfigOption = None) -> None:
     """Run a worker
 
-    Run any number of workers, on any number of machines. One of them also sends the webhooks.
+    Run any number of workers, on any number of machines. Workers also send webhooks; only the
+    leader among all senders does.
     """
     run_roles(config, frozenset({"worker", "webhook-sender"}))
 
@@ -39,6 +40,6 @@ def worker(config: ConfigOption = None) -> None:
 def webhook_sender(config: ConfigOption = None) -> None:
     """Run the webhook sender
 
-    Workers send webhooks too. Of all senders one is the leader; the others stand by.
+    One process, a webhook sender or a worker, is the leader. The others stand by.
     """
     run_roles(config, frozenset({"webhook-sender"}))

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from jobledger.cli.api_client import open_async_client, parse_response, retry_delay, unexpected_response
 from jobledger.cli.exit_codes import EXIT_FAILED
+from jobledger.cli.formatting import format_count
 from jobledger.cli.options import DEFAULT_URL, UrlOption
 from jobledger.cli.terminal_text import SafeConsole, echo, escape_line
 from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable
@@ -34,7 +35,10 @@ _UNAVAILABLE_STATUSES: Final = (429, 502, 503, 504)
 
 def submit(
     file: Annotated[
-        str, typer.Argument(help="JSON or YAML file: a job, a list of jobs, or a batch. - reads standard input")
+        str,
+        typer.Argument(
+            metavar="FILE", help="JSON or YAML file: a job, a list of jobs, or a batch. Use - for standard input"
+        ),
     ],
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait until the batch has finished. Exit with 1 if a job did not complete")
@@ -42,7 +46,7 @@ def submit(
     job_type: Annotated[str | None, typer.Option("--type", help="Submit every job as this job type")] = None,
     url: UrlOption = DEFAULT_URL,
 ) -> None:
-    """Submit jobs, all or none
+    """Submit jobs in one atomic batch
 
     Uses the API key in JOBLEDGER_KEY if set.
     """
@@ -104,8 +108,8 @@ async def _submit_and_follow(url: str, batch: dict[str, Any], *, wait: bool) -> 
     console = SafeConsole()
     async with open_async_client(url) as client:
         submitted, position = await submit_batch(client, batch)
-        count = len(submitted["job_ids"])
-        jobs = "1 job" if count == 1 else f"{count} jobs"
+
+        jobs = format_count(len(submitted["job_ids"]), "job")
         console.print(f"{submitted['batch_id']}: {jobs} accepted", highlight=False)
         for endpoint in submitted.get("webhook_secrets", ()):
             echo(f"Signing secret of {endpoint['url']}: {endpoint['secret']} (not shown again)", err=True)
@@ -208,7 +212,7 @@ async def follow_batch(
         console=console,
         disable=not console.is_terminal,
     ) as progress:
-        batch_bar = progress.add_task(f"[bold]{total} jobs", total=total, message="")
+        batch_bar = progress.add_task(f"[bold]{format_count(total, 'job')}", total=total, message="")
         bars: dict[str, TaskID] = {}
         async for event in stream_events(client, after=after, batch_id=batch_id):
             job_id, data, event_type = event["stream"], event["data"], event["type"]

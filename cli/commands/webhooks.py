@@ -15,6 +15,7 @@ from jobledger.cli.api_client import open_client, parse_response, without_none
 from jobledger.cli.commands import resources
 from jobledger.cli.commands.resources import Document, format_iso_timestamp
 from jobledger.cli.exit_codes import EXIT_FAILED
+from jobledger.cli.formatting import format_count
 from jobledger.cli.options import DEFAULT_URL, ConfigOption, JsonOption, UrlOption
 from jobledger.cli.runtime import load_settings
 from jobledger.cli.terminal_text import echo, echo_text, print_json, print_table
@@ -70,7 +71,7 @@ def redeliver(
 ) -> None:
     """Send webhooks again
 
-    Name delivery IDs, or select abandoned deliveries with filters.
+    Specify delivery IDs, or select deliveries with filters (default: abandoned).
     """
     filters = without_none({"status": status, "job_id": job, "batch_id": batch, "host": host})
     if ids and filters:
@@ -89,7 +90,7 @@ def redeliver(
     if as_json:
         print_json({"redelivered": count})
     else:
-        echo(f"Scheduled {count} webhooks for redelivery.")
+        echo(f"Scheduled {format_count(count, 'delivery', 'deliveries')}.")
 
 
 @app.command("test")
@@ -182,7 +183,7 @@ def list_endpoints(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) ->
     elif endpoints:
         print_table(endpoint_rows(endpoints))
     else:
-        echo("There are no webhook endpoints.")
+        echo("No webhook endpoints.")
 
 
 @app.command("rotate-secret")

@@ -32,7 +32,7 @@ class Chart(_Content):
 
 
 class Flow(_Content):
-    """Boxes from left to right, with an arrow between neighbours."""
+    """Boxes from left to right, with an arrow between neighbors."""
 
     boxes: tuple[str, ...]
     caption: str
@@ -78,7 +78,7 @@ class Talk(_Content):
     speakers: tuple[Speaker, ...]
     abstract: str
     body: str
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     slides: tuple[Slide, ...] = ()
     video: Video | None = None
 

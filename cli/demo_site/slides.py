@@ -14,7 +14,7 @@ TEXT, BACKGROUND, MUTED = (32, 36, 42), (253, 252, 249), (120, 126, 134)
 
 
 class SlidesPdf(FPDF):
-    """Landscape pages in the colour of the talk."""
+    """Landscape pages in the color of the talk."""
 
     def __init__(self, talk: Talk) -> None:
         super().__init__(orientation="landscape", unit="mm", format=(HEIGHT, WIDTH))
@@ -41,8 +41,8 @@ class SlidesPdf(FPDF):
         self.set_xy(x, y)
         self.multi_cell(width or WIDTH - x - MARGIN, size * 0.48, text, align="L", new_x="LMARGIN", new_y="NEXT")
 
-    def fill_background(self, colour: tuple[int, int, int]) -> None:
-        self.set_fill_color(*colour)
+    def fill_background(self, color: tuple[int, int, int]) -> None:
+        self.set_fill_color(*color)
         self.rect(0, 0, WIDTH, HEIGHT, style="F")
 
 
@@ -58,7 +58,7 @@ def write_slides(talk: Talk, path: Path) -> None:
 def _draw_cover(pdf: SlidesPdf, talk: Talk) -> None:
     conference = load_conference()
     pdf.add_page()
-    pdf.fill_background(talk.colour)
+    pdf.fill_background(talk.color)
     pdf.set_fill_color(255, 255, 255)
     with pdf.local_context(fill_opacity=0.08):
         for step in range(7):  # columns behind the title
@@ -74,9 +74,9 @@ def _draw_cover(pdf: SlidesPdf, talk: Talk) -> None:
 def _draw_page(pdf: SlidesPdf, slide: Slide) -> None:
     pdf.add_page()
     pdf.fill_background(BACKGROUND)
-    pdf.set_fill_color(*pdf.talk.colour)
+    pdf.set_fill_color(*pdf.talk.color)
     pdf.rect(0, 0, 5, HEIGHT, style="F")
-    pdf.set_text_color(*pdf.talk.colour)
+    pdf.set_text_color(*pdf.talk.color)
     pdf.write_at(MARGIN, 15, slide.title, size=26, bold=True)
     pdf.set_text_color(*TEXT)
     pdf.set_y(pdf.get_y() + 7)
@@ -97,7 +97,7 @@ def _draw_page(pdf: SlidesPdf, slide: Slide) -> None:
 
 def _draw_point(pdf: SlidesPdf, point: str, *, size: float) -> None:
     y = pdf.get_y()
-    pdf.set_fill_color(*pdf.talk.colour)
+    pdf.set_fill_color(*pdf.talk.color)
     pdf.rect(MARGIN, y + size * 0.15, 2.4, 2.4, style="F")
     pdf.write_at(MARGIN + 8, y, point, size=size)
     pdf.set_y(pdf.get_y() + size * 0.28)
@@ -110,7 +110,7 @@ def _draw_chart(pdf: SlidesPdf, chart: Chart, top: float) -> None:
     for row, (label, value) in enumerate(chart.bars):
         y, length = top + row * pitch, max_length * value / largest
         pdf.write_at(MARGIN, y + 1.5, label, size=13, width=74)
-        pdf.set_fill_color(*pdf.talk.colour)
+        pdf.set_fill_color(*pdf.talk.color)
         pdf.rect(left, y, length, pitch * 0.62, style="F")
         pdf.write_at(left + length + 2, y + 1.5, f"{value:g}{chart.unit}", size=13, bold=True, width=30)
     pdf.set_draw_color(*MUTED)
@@ -121,7 +121,7 @@ def _draw_flow(pdf: SlidesPdf, flow: Flow, top: float) -> None:
     gap, height = 11.0, 26.0
     width = (WIDTH - 2 * MARGIN - gap * (len(flow.boxes) - 1)) / len(flow.boxes)
     y = top + 10
-    pdf.set_draw_color(*pdf.talk.colour)
+    pdf.set_draw_color(*pdf.talk.color)
     pdf.set_line_width(0.8)
     for number, box in enumerate(flow.boxes):
         x = MARGIN + number * (width + gap)

@@ -97,7 +97,7 @@ def _load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _draw_frame(talk: Talk, video: Video, progress: float) -> Image.Image:
     """Return the frame at `progress` (0 to 1) of the video."""
-    picture = Image.new("RGB", (WIDTH, HEIGHT), talk.colour)
+    picture = Image.new("RGB", (WIDTH, HEIGHT), talk.color)
     draw = ImageDraw.Draw(picture)
     headline, byline = video.caption
     draw.text((36, 34), headline, font=_load_font(32), fill="white")
@@ -119,9 +119,9 @@ def _draw_ledger(draw: ImageDraw.ImageDraw, talk: Talk, progress: float) -> None
         rest = max(0.0, 1 - (arriving - entry) * 1.6)
         left = 36 + entry * 82 + round(rest**2 * WIDTH)
         draw.rounded_rectangle((left, 156, left + 72, 246), radius=8, fill="white")
-        draw.text((left + 22, 176), f"{entry + 1:02}", font=_load_font(24), fill=talk.colour)
+        draw.text((left + 22, 176), f"{entry + 1:02}", font=_load_font(24), fill=talk.color)
         for line in range(3):
-            draw.rectangle((left + 12, 214 + line * 8, left + 60 - line * 9, 217 + line * 8), fill=talk.colour)
+            draw.rectangle((left + 12, 214 + line * 8, left + 60 - line * 9, 217 + line * 8), fill=talk.color)
 
 
 def _draw_contrast(draw: ImageDraw.ImageDraw, progress: float) -> None:

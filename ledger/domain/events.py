@@ -416,7 +416,7 @@ class DeliverySucceeded(_AttemptEvent):
 
 
 class DeliveryAbandoned(Event):
-    """The delivery is not retried any more, unless a user redelivers it."""
+    """The delivery is no longer retried unless a user redelivers it."""
 
     reason: str
 
@@ -429,7 +429,7 @@ class DeliveryRequeued(_UserEvent):
 
 
 class PositionVoided(Event):
-    """A position without an event: its writer died after it had reserved the position."""
+    """A position without an event: its appender reserved it and did not write it."""
 
 
 JobEvent = (

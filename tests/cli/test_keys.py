@@ -59,7 +59,7 @@ def test_key_is_created_listed_used_and_revoked(installation: Installation) -> N
     assert list_jobs_status(up, key) == 200
     assert text.key_id in assert_success(installation.run("keys", "revoke", text.key_id))
     assert wait_until(lambda: list_jobs_status(up, key) == 401, DEADLINE_SECONDS)
-    assert assert_success(installation.run("keys", "list")) == "There are no API keys.\n"
+    assert assert_success(installation.run("keys", "list")) == "No API keys.\n"
     assert_one_line_error(installation.run("keys", "revoke", text.key_id), 1, "`jobledger keys list`")
     assert text.secret not in up.stdout + up.stderr
 

@@ -221,7 +221,7 @@ def test_log_verify_changed_event_names_first_error_and_exits_1(verified_log: Ve
     assert verified_log.verify() == CommandOutcome(
         1,
         f"The log is damaged. First error: position 2 ({stream}, version 2): "
-        "its hash does not match its content: one of the two was changed.\n1 events before it are intact.\n",
+        "its hash does not match its content: one of the two was changed.\n1 event before it is intact.\n",
         "",
     )
     assert verified_log.json(1) == {
@@ -357,7 +357,7 @@ def test_log_verify_allocated_unwritten_positions_are_noted(verified_log: Verifi
     verified_log.run_with_ledger(lambda ledger: create_position_gap(ledger.db))
     outcome = verified_log.verify()
     assert outcome.exit_code == 0
-    assert "note: positions up to 6 were reserved by writers, but the log ends at 5." in outcome.out
+    assert "note: positions up to 6 were reserved by appenders, but the log ends at 5." in outcome.out
     assert verified_log.json(0)["last_reserved_position"] == 6
 
 

@@ -93,7 +93,7 @@ def test_jobs_list_shows_status_name_and_detail(batch: SubmittedBatch) -> None:
     header, opening, keynote, broken, waiting, count = output
     assert header.split("  ")[0] == "JOB"
     assert " completed " in opening
-    assert opening.endswith("Opening [b]  1 files")
+    assert opening.endswith("Opening [b]  1 file")
     assert " processing " in keynote
     assert "Key\\x07note" in keynote
     assert "of 120 seconds elapsed" in keynote

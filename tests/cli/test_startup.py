@@ -103,6 +103,6 @@ def test_worker_unwritable_store_starts_and_claims_no_jobs(
             assert 'jobledger_worker_healthy{worker_id="' in client.get("/metrics").text
         doctor = installation.start("doctor").wait_for_exit()
         assert doctor.exit_code == 1
-        assert "1 active, 1 of them claim no jobs" in doctor.out
+        assert "1 active, 1 not claiming jobs" in doctor.out
         assert worker.process.poll() is None
         assert worker.stop().exit_code == 0

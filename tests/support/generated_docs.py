@@ -16,6 +16,16 @@ from jobledger.cli import main
 from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, VALUE_TYPES, PositionVoided
 
 DOCS = Path(__file__).parents[2] / "docs"
+_EXIT_CODES = """\
+## Exit codes
+
+- 0: success
+- 1: the operation failed, or a check found a problem
+- 2: wrong arguments or settings
+- 3: a service is unreachable
+- 4: a port, disk, lock or limit of this machine is temporarily unavailable
+- 130: interrupted by Ctrl-C; roles exit with 130 only at the second Ctrl-C or SIGTERM
+"""
 
 
 def render_commands() -> str:
@@ -24,11 +34,7 @@ def render_commands() -> str:
     context = typer.Context(command, info_name="jobledger")
     text = get_docs_for_click(obj=command, ctx=context, name="jobledger", title="Reference: commands")
     text = _with_full_summaries(text, command)
-    codes = (
-        "Exit codes: 0 success, 1 the operation failed or a check found a problem, 2 wrong arguments or settings, "
-        "3 a service is unreachable, 4 a port, disk, lock or limit of this machine is not usable now."
-    )
-    return "\n".join(line.rstrip() for line in f"{text.strip()}\n\n{codes}\n".splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in f"{text.strip()}\n\n{_EXIT_CODES}".splitlines()) + "\n"
 
 
 def _with_full_summaries(text: str, command: Any) -> str:

@@ -45,7 +45,7 @@ async def test_user_signs_in_and_out_and_sees_only_permitted_content(
         await expect(page.locator("h1")).to_have_text("Sign in")
         assert await context.cookies() == []
         await sign_in(page, key_of_grace)
-        await expect(page.locator("main")).to_contain_text("requires the role “monitor” or “admin”")
+        await expect(page.locator("main")).to_contain_text("requires the user role “monitor” or “admin”")
         await open_live_page(page, page_url(api, f"/jobs/{job_id}"))
         await expect(page.locator("h1")).to_have_text(job_id)
         await expect(page.locator("main button")).to_have_count(0)

@@ -47,7 +47,7 @@ class TranscriptionSettings(OpenAiSettings):
     backend: Literal["none", "pocketsphinx", "openai"] = Field(
         default="none",
         description="`none`: no transcripts, and no video is downloaded unless `keep_audio` is set. `openai`: an "
-        "OpenAI-compatible `/audio/transcriptions` endpoint, hosted or local. `pocketsphinx`: offline, English only, "
+        "OpenAI-compatible `/audio/transcriptions` service, hosted or local. `pocketsphinx`: offline, English only, "
         "low quality, for demonstrations and tests; needs `pip install pocketsphinx`.",
     )
     chunk_seconds: float = Field(default=300, ge=10, le=780, description="Length of the audio chunks that are sent.")
@@ -59,7 +59,7 @@ class LanguageModelSettings(OpenAiSettings):
     """Summary and translation by a language model."""
 
     backend: Literal["none", "openai"] = Field(
-        default="none", description="`openai`: an OpenAI-compatible `/chat/completions` endpoint, hosted or local."
+        default="none", description="`openai`: an OpenAI-compatible `/chat/completions` service, hosted or local."
     )
     timeout_seconds: float = Field(default=120, gt=0, description="Timeout for one response.")
     chunk_characters: int = Field(default=6000, ge=500, description="Size of the text chunks that are translated.")
@@ -108,13 +108,14 @@ class SessionSettings(SettingsSection):
     video_sites: list[str] = Field(
         default=["youtube.com", "youtu.be", "vimeo.com", "dailymotion.com"],
         description="Sites, including subdomains, where yt-dlp looks for the recording on a page. Needs "
-        "`pip install yt-dlp`; keep it up to date.",
+        "`pip install 'jobledger[video-sites]'`; keep it up to date.",
     )
     libreoffice_command: str | None = Field(
         default="soffice",
         min_length=1,
         description="Command that converts PowerPoint, OpenDocument and Keynote files to PDF. If it is null or not "
-        "installed, these files are only linked.",
+        "installed, results contain only the text of PowerPoint (.pptx) and OpenDocument files, and a link. Keynote "
+        "files are only linked.",
     )
 
     transcription: TranscriptionSettings = Field(default=TranscriptionSettings(), description="Speech to text.")
