@@ -1,4 +1,4 @@
-"""Bar charts of values over time. Pure; the style sheet sets the colours."""
+"""Bar charts of values over time. Pure; the style sheet sets the colors."""
 
 from __future__ import annotations
 
