@@ -179,7 +179,8 @@ def test_webhooks_how_to_commands_send_list_and_redeliver(mongodb_uri: str, db_n
         )
         assert output == "No webhook deliveries match these filters.\nScheduled 1 delivery.\n"
         assert run_shell(installation, redeliver_many) == "Scheduled 0 deliveries.\n"
-        missed = run_shell(installation, list_missed.replace("0f6c1a2b3c4d5e6f70818283", delivery["endpoint_id"]).replace("=11", "=0"))
+        list_missed = list_missed.replace("0f6c1a2b3c4d5e6f70818283", delivery["endpoint_id"])
+        missed = run_shell(installation, list_missed.replace("=11", "=0"))
         assert json.loads(missed)["deliveries"][0]["delivery_id"] == delivery["delivery_id"]
         test_output = run_shell(installation, f"jobledger webhooks test {callback_url} --header 'X-Key: 1'")
         assert test_output.startswith("200 delivered (")
