@@ -24,7 +24,7 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.engine.projector import Projector
 from jobledger.workers.cleanup import Cleanup
-from jobledger.workers.registry import check_plugins, unusable_job_types
+from jobledger.workers.registry import check_plugins, get_unusable_job_types
 from jobledger.workers.sandbox import confinement
 from jobledger.workers.webhooks.deliverer import Deliverer
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
@@ -70,7 +70,7 @@ async def start_roles(
     if "worker" in selected:
         await asyncio.to_thread(check_plugins, settings.event_worker.pass_environment)
     if selected & _USES_PROCESSORS:
-        for job_type, reason in unusable_job_types().items():
+        for job_type, reason in get_unusable_job_types().items():
             _log.error("job type unavailable", job_type=job_type, reason=reason)
     async with AsyncExitStack() as stack:
         stack.enter_context(watch_event_loop(settings.event_worker.lease_seconds))

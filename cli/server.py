@@ -41,7 +41,7 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.disk_space import MIB, DiskSpaceMonitor
 from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.engine.stalls import StallDetector
-from jobledger.workers.registry import load_processors, unusable_job_types
+from jobledger.workers.registry import get_unusable_job_types, load_processors
 
 _KEEP_ALIVE_SECONDS: Final = 30
 _GRACEFUL_SHUTDOWN_SECONDS: Final = 3
@@ -102,7 +102,7 @@ def build_context(
         parameter_validator=ParameterValidator(),
         previews=MarkdownPreviewer(),
         memory_budget=MemoryBudget(settings.api.request_memory_mb * 1024 * 1024),
-        unavailable_job_types=unusable_job_types(),
+        unavailable_job_types=get_unusable_job_types(),
         allowed_hosts=tuple(dict.fromkeys(name for name in hosts if name)),
         auth_backend=backend,
         browser_sessions=_make_browser_sessions(settings.auth, backend, db, change_stream, revocations),

@@ -25,7 +25,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from jobledger.api.settings import ApiSettings, AuthSettings, is_loopback
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.system.settings_section import SettingsSection
-from jobledger.workers.registry import disable_job_type, is_built_in, load_processors, unusable_job_types
+from jobledger.workers.registry import disable_job_type, get_unusable_job_types, is_built_in, load_processors
 from jobledger.workers.settings import WebhookSettings, WorkerSettings
 
 EMBEDDED: Final = "embedded"
@@ -82,7 +82,7 @@ class MetricsSettings(SettingsSection):
 def _check_sections(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Validate the sections of built-in processors. `disable_misconfigured_plugins` validates those of plug-ins."""
     for name, section in sections.items():
-        if name in unusable_job_types() or (name in load_processors() and not is_built_in(name)):
+        if name in get_unusable_job_types() or (name in load_processors() and not is_built_in(name)):
             continue  # an invalid section of a plug-in must disable only its own job type
         if name not in load_processors():
             raise ValueError(

@@ -57,7 +57,7 @@ _MAX_CLOCK_SKEW: Final = timedelta(minutes=2)
 _SAVE_CURSOR_SECONDS: Final = 60.0
 _VIEWS_TIMEOUT_SECONDS: Final = 30.0
 _EVENT_TYPES_WITH_FILES: Final = ("JobCompleted", "StepCompleted")
-_FINAL_EVENT_TYPES: Final = ("JobCompleted", "JobFailed", "JobCancelled", "BatchFinished")
+_FINISHING_EVENT_TYPES: Final = ("JobCompleted", "JobFailed", "JobCancelled", "BatchFinished")
 _SUBMITTED_EVENT_TYPES: Final = ("JobSubmitted", "BatchSubmitted")
 
 
@@ -146,7 +146,7 @@ class Cleanup:
         digests: set[str] = set()
         async with aclosing(self._event_store.iterate_stream(stream)) as events:
             async for event in events:
-                if event.type in _FINAL_EVENT_TYPES:
+                if event.type in _FINISHING_EVENT_TYPES:
                     final_versions.append(event.version)
                 webhook = event.payload_fields.get("webhook") if event.type in _SUBMITTED_EVENT_TYPES else None
                 if webhook and webhook.get("secrets_ref"):
@@ -210,7 +210,7 @@ class Cleanup:
 
     async def _remove_or_put_back(self, digest: str) -> float | None:
         """Remove a file or put it back. Return the seconds until the next check; None if none is needed."""
-        if not await self._views_reach_head():
+        if not await self._wait_until_views_reach_head():
             return RETRY_SECONDS
         is_needed = await files.is_referenced(self._checkpoint.views, digest)
         token = secrets.token_hex(8)
@@ -230,7 +230,7 @@ class Cleanup:
 
     async def _decide_removal(self, digest: str, saved_at: datetime) -> tuple[bool, float | None]:
         """Return whether to remove a file that was set aside, and the seconds until the next check if it stays."""
-        if not await self._views_reach_head():
+        if not await self._wait_until_views_reach_head():
             return False, RETRY_SECONDS
         oldest = await jobs.find_oldest_running_started_at(self._checkpoint.views)
         if await files.is_referenced(self._checkpoint.views, digest):  # after `oldest`: ended jobs are in the views
@@ -241,7 +241,7 @@ class Cleanup:
             return False, RETRY_SECONDS
         return True, None
 
-    async def _views_reach_head(self) -> bool:
+    async def _wait_until_views_reach_head(self) -> bool:
         head = await self._event_store.read_head_position()
         with suppress(TimeoutError):
             async with asyncio.timeout(_VIEWS_TIMEOUT_SECONDS):

@@ -104,7 +104,7 @@ class LeaseReaper:
         async for worker in workers:
             self._lease_seconds[worker["_id"]] = worker["seconds"]
             self._update_health(worker["_id"], worker)
-            self._schedule_check(worker["_id"], 0.0 if worker["released"] else self._remaining_seconds(worker))
+            self._schedule_check(worker["_id"], 0.0 if worker["released"] else self._observe_remaining_seconds(worker))
         self._schedule_check(_UNKNOWN_WORKERS, 0.0)
 
     def _on_heartbeat(self, change: Mapping[str, Any]) -> None:
@@ -146,7 +146,7 @@ class LeaseReaper:
         loop = asyncio.get_running_loop()
         self._timers[worker_id] = loop.call_later(pause, self._check_queue.put_nowait, worker_id)
 
-    def _remaining_seconds(self, worker: Mapping[str, Any]) -> float:
+    def _observe_remaining_seconds(self, worker: Mapping[str, Any]) -> float:
         """Observe a lease document. Return the seconds until the lease expires, 0 or less if it has expired."""
         observation = self._observed.setdefault(worker["_id"], LeaseObservation())
         observation.record(worker.get("heartbeat"))
@@ -169,7 +169,7 @@ class LeaseReaper:
         with translate_errors("checking a lease"):
             worker = await self._db[COLLECTION].find_one({"_id": worker_id}, _FIELDS)
         if worker is not None and not worker["released"]:
-            if (remaining := self._remaining_seconds(worker)) > 0:
+            if (remaining := self._observe_remaining_seconds(worker)) > 0:
                 self._schedule_check(worker_id, remaining)
                 return
             uninterrupted = self.lease.uninterrupted_seconds if self.lease is not None else 0.0

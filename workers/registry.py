@@ -38,7 +38,7 @@ class ProcessorUnusable(Exception):
 
 
 @cache
-def _installed() -> tuple[dict[str, type[Processor]], dict[str, str]]:
+def _load_all() -> tuple[dict[str, type[Processor]], dict[str, str]]:
     """Load all processors. Return the usable ones, and the problems of the others, by job type."""
     usable: dict[str, type[Processor]] = {}
     unusable: dict[str, str] = {}
@@ -56,17 +56,17 @@ def _installed() -> tuple[dict[str, type[Processor]], dict[str, str]]:
 
 def load_processors() -> dict[str, type[Processor]]:
     """Return all usable processors by job type."""
-    return _installed()[0]
+    return _load_all()[0]
 
 
-def unusable_job_types() -> dict[str, str]:
+def get_unusable_job_types() -> dict[str, str]:
     """Return the job types whose processors are installed but unusable, with the problem of each."""
-    return _installed()[1]
+    return _load_all()[1]
 
 
 def disable_job_type(job_type: str, reason: str) -> None:
     """Disable a job type in this process."""
-    usable, unusable = _installed()
+    usable, unusable = _load_all()
     if usable.pop(job_type, None) is not None:
         unusable[job_type] = reason
         _export_unusable(unusable)
@@ -84,7 +84,7 @@ def is_built_in(job_type: str) -> bool:
 
 
 @cache
-def processor_version(job_type: str) -> str:
+def get_processor_version(job_type: str) -> str:
     """Return the version of the processor's distribution, such as "jobledger 1.0"."""
     entry = _choose_entry_point(job_type, _find_entry_points()[job_type])
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
@@ -99,7 +99,7 @@ def get_processor(job_type: str) -> type[Processor]:
     return load_processors()[job_type]
 
 
-def shared_directories(processor: type[Processor]) -> list[Path]:
+def get_shared_directories(processor: type[Processor]) -> list[Path]:
     """Return the directories that all jobs of a type write to.
 
     Raises:
@@ -118,7 +118,7 @@ def check_preload(job_type: str) -> None:
         ProcessorUnusable: A module cannot be imported, or `shared_directories()` failed.
     """
     processor = get_processor(job_type)
-    _call_foreign_code(partial(shared_directories, processor), "shared_directories()", "called")
+    _call_foreign_code(partial(get_shared_directories, processor), "shared_directories()", "called")
     for module in processor.preload:
         _call_foreign_code(partial(import_module, module), f"its module {module!r} (preload)", seconds=PRELOAD_SECONDS)
 

@@ -10,13 +10,13 @@ from pydantic import AfterValidator, Field
 
 from jobledger.ledger.net.url_policy import validate_host_or_network
 from jobledger.ledger.system.settings_section import SettingsSection
-from jobledger.workers.registry import load_processors, unusable_job_types
+from jobledger.workers.registry import get_unusable_job_types, load_processors
 from jobledger.workers.sandbox.confinement import ConfinementSettings
 
 
 def _check_job_types(limits: dict[str, int]) -> dict[str, int]:
     for name in limits:
-        if name not in load_processors() and name not in unusable_job_types():
+        if name not in load_processors() and name not in get_unusable_job_types():
             raise ValueError(f"unknown job type {name!r}. Installed job types: {', '.join(sorted(load_processors()))}")
     return limits
 

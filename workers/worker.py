@@ -33,7 +33,7 @@ from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.workers import lease_reaper
 from jobledger.workers.attempts.dependencies import AttemptDependencies
 from jobledger.workers.attempts.executor import JobExecutor
-from jobledger.workers.attempts.shared_step_finder import StepCache
+from jobledger.workers.attempts.shared_step_finder import SharedStepFinder
 from jobledger.workers.claims.claim_queue import CLAIMER_EVENT_TYPES, ClaimQueue
 from jobledger.workers.claims.claimer import Claimer
 from jobledger.workers.lease_reaper import LeaseReaper
@@ -90,7 +90,7 @@ class Worker:
         self.health = WorkerHealth(
             [self._scratch.check, self._file_store.check_writable, *CHECKS],
             quick_checks=[check_descriptors, self._scratch.check_quickly],
-            on_change=self._health_changed,
+            on_change=self._on_health_changed,
         )
         self._health_publisher: asyncio.Task[None] | None = None
         self._dependencies = AttemptDependencies(
@@ -98,7 +98,7 @@ class Worker:
             file_store,
             settings,
             processor_settings,
-            StepCache(checkpoint.views, event_store),
+            SharedStepFinder(checkpoint.views, event_store),
             PathReservations(db, event_store, checkpoint.views),
             self._scratch,
             self.health,
@@ -109,7 +109,7 @@ class Worker:
             job_types=self._job_types,
             slots=settings.max_concurrent,
             eligible_workers=lambda: self._lease_reaper.healthy_workers,
-            free_slots=self._free_slots,
+            free_slots=self._count_free_slots,
             wake=self._wake.set,
         )
         self._claimer = Claimer(
@@ -178,7 +178,7 @@ class Worker:
             "slots": self._settings.max_concurrent,
             "job_types": sorted(self._job_types),
             "started_at": datetime.now(UTC),
-            **self.health.document_fields(),
+            **self.health.get_document_fields(),
         }
         try:
             if not await self._run_unless_stopped(lease.acquire(fields)):
@@ -213,7 +213,7 @@ class Worker:
                 task.cancel()
             await self._claimer.cancel_pending()
             await asyncio.gather(claiming, return_exceptions=True)
-            await self._fence_all()
+            await self._stop_fenced_jobs()
             await lease.release()
             self._lease_reaper.worker_id, self._lease_reaper.lease = "", None
             self.worker_id = _new_worker_id()
@@ -229,10 +229,10 @@ class Worker:
             task.cancel()
             stopping.cancel()
 
-    async def _fence_all(self) -> None:
+    async def _stop_fenced_jobs(self) -> None:
         """Fence all running jobs. Cancel their last calls to a database that does not respond."""
         for executor in list(self._running):
-            executor.fence()
+            executor.stop_fenced()
         if self._running:
             _, pending = await asyncio.wait(self._running.values(), timeout=_STOP_SECONDS)
             for task in pending:
@@ -255,7 +255,7 @@ class Worker:
 
     # Waking up ----------------------------------------------------------------------------------------------------
 
-    def _free_slots(self, job_type: str) -> int:
+    def _count_free_slots(self, job_type: str) -> int:
         """Return how many more jobs of a type may be run now."""
         claiming = self._claim_queue.pending_claims
         free = self._settings.max_concurrent - len(self._running) - len(claiming)
@@ -286,7 +286,7 @@ class Worker:
 
     # Health -------------------------------------------------------------------------------------------------------
 
-    def _health_changed(self) -> None:
+    def _on_health_changed(self) -> None:
         """Wake the claim loop, and inform the other workers, so that none defers a job to an unhealthy worker."""
         self._wake.set()
         if self._health_publisher is None or self._health_publisher.done():
@@ -298,7 +298,7 @@ class Worker:
         Before the lease is acquired, there is no document. It may then be created with outdated fields.
         """
         published: Document | None = None
-        while published != (fields := self.health.document_fields()):
+        while published != (fields := self.health.get_document_fields()):
             with suppress(LedgerUnavailable), translate_errors("recording a worker's health"):
                 update = await self._db[lease_reaper.COLLECTION].update_one({"_id": self.worker_id}, {"$set": fields})
                 if update.matched_count:

@@ -21,9 +21,9 @@ from jobledger.workers.registry import (
     check_plugins,
     check_preload,
     disable_job_type,
+    get_unusable_job_types,
     is_built_in,
     load_processors,
-    unusable_job_types,
 )
 from jobledger.workers.sandbox import confinement, restrictions, runner
 
@@ -48,7 +48,7 @@ def check_machine(settings: Settings) -> Iterator[CheckResult]:
             disable_job_type(job_type, str(error))
     yield from check_confinement(settings)
     yield _check("Job types", lambda: ", ".join(sorted(load_processors())))
-    for job_type, reason in unusable_job_types().items():
+    for job_type, reason in get_unusable_job_types().items():
         yield CheckResult(f"Job type {job_type}", is_ok=False, detail="not usable", advice=reason)
     yield _check("Scratch space", lambda: _check_scratch_directory(settings))
 
@@ -58,7 +58,7 @@ def check_confinement(settings: Settings) -> Iterator[CheckResult]:
 
     Jobs also run without confinement, so a missing feature is a fault only if the settings require it.
     """
-    mode, version = settings.event_worker.confinement, restrictions.landlock_version()
+    mode, version = settings.event_worker.confinement, restrictions.get_landlock_version()
     if mode == "off":
         yield CheckResult("Confinement of jobs", is_ok=True, detail="off (event_worker.confinement)")
     elif version:

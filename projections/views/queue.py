@@ -28,7 +28,7 @@ def build_rows(job: Document, batch: Document | None) -> list[Document]:
     return [{"_id": job["job_id"], **{name: job[name] for name in _ROW_FIELDS}}]
 
 
-class QueueEntry(NamedTuple):
+class QueueRow(NamedTuple):
     """A job that a worker may claim."""
 
     job_id: str
@@ -37,9 +37,9 @@ class QueueEntry(NamedTuple):
     priority: int
 
 
-async def find_candidates(
+async def find_rows(
     views: Views, *, job_types: Collection[str], excluded_job_ids: Collection[str], now: datetime, limit: int
-) -> list[QueueEntry]:
+) -> list[QueueRow]:
     """Return at most `limit` jobs that may be claimed now, by priority, then by age.
 
     Among the jobs that had a start time, only the `limit` jobs with the earliest start times are considered.
@@ -49,7 +49,7 @@ async def find_candidates(
         unscheduled = await _find(views, {"due_at": None, **query}, limit)
         due = await _find(views, {"due_at": {"$lte": now}, **query}, limit)  # in BSON, null is not less than a date
     rows = sorted(unscheduled + due, key=lambda row: (-row["priority"], row["queued_position"]))
-    return [QueueEntry(row["_id"], row["job_type"], row["batch_id"], row["priority"]) for row in rows[:limit]]
+    return [QueueRow(row["_id"], row["job_type"], row["batch_id"], row["priority"]) for row in rows[:limit]]
 
 
 async def _find(views: Views, query: Document, limit: int) -> list[Document]:

@@ -14,11 +14,11 @@ SOON = NOW + timedelta(minutes=1)
 LATER = NOW + timedelta(hours=1)
 
 
-async def find_candidates(
+async def find_rows(
     roles: RunningRoles, *, excluded: frozenset[str] = frozenset(), now: datetime = NOW, limit: int = 100
 ) -> list[str]:
     await roles.wait_for_views()
-    rows = await queue.find_candidates(
+    rows = await queue.find_rows(
         roles.checkpoint.views, job_types={"echo"}, excluded_job_ids=excluded, now=now, limit=limit
     )
     return [row.job_id for row in rows]
@@ -27,18 +27,18 @@ async def find_candidates(
 async def test_find_candidates_sorts_by_priority_and_then_by_age(roles: RunningRoles) -> None:
     low = await roles.submit(priority=0)
     first, high, second = [await roles.submit(priority=priority) for priority in (1, 5, 1)]
-    assert await find_candidates(roles) == [high, first, second, low]
-    assert await find_candidates(roles, limit=2) == [high, first]
+    assert await find_rows(roles) == [high, first, second, low]
+    assert await find_rows(roles, limit=2) == [high, first]
 
 
 async def test_find_candidates_before_not_before_leaves_the_job_out(roles: RunningRoles) -> None:
     later = await roles.submit(not_before=LATER, priority=9)
     soon = await roles.submit(not_before=SOON, priority=5)
     due = await roles.submit(priority=5)
-    assert await find_candidates(roles) == [due]
-    assert await find_candidates(roles, now=SOON - timedelta(milliseconds=1)) == [due]
-    assert await find_candidates(roles, now=SOON) == [soon, due]
-    assert await find_candidates(roles, now=LATER) == [later, soon, due]
+    assert await find_rows(roles) == [due]
+    assert await find_rows(roles, now=SOON - timedelta(milliseconds=1)) == [due]
+    assert await find_rows(roles, now=SOON) == [soon, due]
+    assert await find_rows(roles, now=LATER) == [later, soon, due]
     assert await queue.get_next_due_at(roles.checkpoint.views, now=NOW) == SOON
     assert await queue.get_next_due_at(roles.checkpoint.views, now=SOON) == LATER
     assert await queue.get_next_due_at(roles.checkpoint.views, now=LATER) is None
@@ -48,27 +48,27 @@ async def test_find_candidates_with_due_jobs_sorts_by_priority(roles: RunningRol
     for minutes in range(3):
         await roles.submit(not_before=NOW - timedelta(minutes=10 + minutes), priority=1)
     urgent = await roles.submit(not_before=NOW - timedelta(minutes=1), priority=9)
-    assert (await find_candidates(roles))[0] == urgent
+    assert (await find_rows(roles))[0] == urgent
 
 
 async def test_find_candidates_leaves_out_excluded_jobs_and_other_job_types(roles: RunningRoles) -> None:
     first, second = await roles.submit(), await roles.submit()
     await roles.submit(job_type="session")
-    assert await find_candidates(roles, excluded=frozenset({first})) == [second]
-    assert await find_candidates(roles, excluded=frozenset({first, second})) == []
+    assert await find_rows(roles, excluded=frozenset({first})) == [second]
+    assert await find_rows(roles, excluded=frozenset({first, second})) == []
 
 
 async def test_queue_contains_a_job_exactly_while_it_is_pending(roles: RunningRoles) -> None:
     job_id, cancelled = await roles.submit(), await roles.submit()
     await roles.claim(job_id)
     await roles.handle_commands(cancelled, CancelJob("user-1"))
-    assert await find_candidates(roles) == []
+    assert await find_rows(roles) == []
     await roles.handle_commands(job_id, ReleaseJob("worker-1", 1, "shutdown"))
-    assert await find_candidates(roles) == [job_id]
+    assert await find_rows(roles) == [job_id]
 
 
 async def test_released_job_keeps_its_place_in_the_queue(roles: RunningRoles) -> None:
     older, newer = await roles.submit(), await roles.submit()
     await roles.claim(older)
     await roles.handle_commands(older, ReleaseJob("worker-1", 1, "shutdown"))
-    assert await find_candidates(roles) == [older, newer]
+    assert await find_rows(roles) == [older, newer]

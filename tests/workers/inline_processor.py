@@ -58,4 +58,4 @@ def install_processor(
     monkeypatch.setattr("jobledger.workers.registry.load_processors", lambda: processors)
     monkeypatch.setattr("jobledger.workers.worker.load_processors", lambda: processors)
     for module in ("jobledger.workers.attempts.message_handler", "jobledger.workers.attempts.shared_step_finder"):
-        monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 1")
+        monkeypatch.setattr(f"{module}.get_processor_version", lambda _: "tests 1")

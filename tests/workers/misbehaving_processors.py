@@ -9,7 +9,7 @@ import pytest
 
 from jobledger.workers import registry
 from jobledger.workers.child.fork_server_client import fork_server_client
-from jobledger.workers.registry import processor_version
+from jobledger.workers.registry import get_processor_version
 
 _ENTRY_POINTS = """[jobledger.processors]
 misbehaving = tests.support.misbehaving:MisbehavingProcessor
@@ -37,6 +37,6 @@ def misbehaving_processors(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def _clear_caches() -> None:
-    registry._installed.cache_clear()
-    processor_version.cache_clear()
+    registry._load_all.cache_clear()
+    get_processor_version.cache_clear()
     fork_server_client.stop()

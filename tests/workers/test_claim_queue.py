@@ -20,7 +20,7 @@ from jobledger.ledger.store.command_handler import handle_command, load_stream_s
 from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import queue
-from jobledger.projections.views.queue import QueueEntry
+from jobledger.projections.views.queue import QueueRow
 from jobledger.workers.claims import claim_queue as claiming
 from jobledger.workers.claims.claim_queue import ClaimQueue
 from jobledger.workers.claims.claim_ranking import ClaimDelay, list_higher_ranked
@@ -82,11 +82,11 @@ OWN_JOBS = [job_id for n in range(60) if not list_higher_ranked("w1", WORKERS, j
 JOBS_OF_OTHERS = [job_id for n in range(60) if list_higher_ranked("w1", WORKERS, job_id := f"job-{n}")]
 
 
-def make_rows(*jobs: tuple[str, int]) -> list[QueueEntry]:
-    return [QueueEntry(job_id, "echo", None, priority) for job_id, priority in jobs]
+def make_rows(*jobs: tuple[str, int]) -> list[QueueRow]:
+    return [QueueRow(job_id, "echo", None, priority) for job_id, priority in jobs]
 
 
-def select_jobs(claims: ClaimQueue, rows: list[QueueEntry]) -> list[str]:
+def select_jobs(claims: ClaimQueue, rows: list[QueueRow]) -> list[str]:
     return [row.job_id for row in claims._filter_by_rank(rows, WORKERS)]
 
 
@@ -223,15 +223,15 @@ async def test_job_that_arrives_during_a_query_is_found(
 ) -> None:
     """The query starts before the job is in the queue, and ends after the worker received the job's event."""
     querying, release = asyncio.Event(), asyncio.Event()
-    find_candidates = queue.find_candidates
+    find_rows = queue.find_rows
 
-    async def find_slowly(*arguments: Any, **options: Any) -> list[QueueEntry]:
-        rows = await find_candidates(*arguments, **options)
+    async def find_slowly(*arguments: Any, **options: Any) -> list[QueueRow]:
+        rows = await find_rows(*arguments, **options)
         querying.set()
         await release.wait()
         return rows
 
-    monkeypatch.setattr(queue, "find_candidates", find_slowly)
+    monkeypatch.setattr(queue, "find_rows", find_slowly)
     async with (
         run_roles_in_process(connection, store, projector=True) as roles,
         run_roles_in_process(connection, store, worker=WorkerOptions()) as worker_roles,

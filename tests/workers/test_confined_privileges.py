@@ -127,7 +127,7 @@ def test_job_process_has_no_privileges_over_the_machine(
     mode: confinement.ConfinementMode, landlock: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not landlock:
-        monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
+        monkeypatch.setattr(restrictions, "get_landlock_version", lambda: 0)
     denied = _run_confined(mode, PRIVILEGED_CALLS, tmp_path / "denied")
     assert {name: number for name, number in denied.items() if number not in (errno.EPERM, errno.EACCES)} == {}
     harmless = {**HARMLESS_CALLS, **(UNCONFINED_ROOT_CALLS if mode == "off" and os.getuid() == 0 else {})}

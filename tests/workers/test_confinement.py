@@ -23,7 +23,7 @@ from tests.workers.system_calls import DEFINE_CALL, SYSTEM_CALL_NUMBERS
 
 pytestmark = needs_local_mongod
 needs_landlock = pytest.mark.skipif(
-    restrictions.landlock_version() < 1, reason="enable Landlock in the kernel: boot option lsm=landlock,…"
+    restrictions.get_landlock_version() < 1, reason="enable Landlock in the kernel: boot option lsm=landlock,…"
 )
 
 PRYING_MODULE = '''
@@ -284,7 +284,7 @@ USER_CALLS = {
     not restrictions.is_seccomp_supported(), reason="the system call numbers of this architecture are unknown"
 )
 @pytest.mark.skipif(
-    restrictions.landlock_version() < restrictions.LANDLOCK_SIGNALS_VERSION,
+    restrictions.get_landlock_version() < restrictions.LANDLOCK_SIGNALS_VERSION,
     reason="upgrade to Linux 6.12, which restricts signals",
 )
 def test_job_process_cannot_change_limits_or_priorities_of_others(installation: Installation) -> None:
@@ -321,7 +321,7 @@ def test_job_process_cannot_change_limits_or_priorities_of_others(installation: 
 
 
 def test_worker_without_landlock_logs_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
+    monkeypatch.setattr(restrictions, "get_landlock_version", lambda: 0)
     monkeypatch.setattr(restrictions, "hide_from_same_user", lambda: None)
     with structlog.testing.capture_logs() as lines:
         confinement.check_confinement("auto")
@@ -353,7 +353,7 @@ def find_database_file(directory: Path) -> Path:
     return next(path for path in sorted((directory / "data").rglob("*")) if path.is_file() and path.stat().st_size)
 
 
-@pytest.mark.skipif(restrictions.landlock_version() > 0, reason="job processes can be confined on this machine")
+@pytest.mark.skipif(restrictions.get_landlock_version() > 0, reason="job processes can be confined on this machine")
 def test_worker_does_not_start_without_required_confinement(tmp_path: Path) -> None:
     with Installation(tmp_path, event_worker={"confinement": "required"}) as installation:
         assert_one_line_error(installation.start("up").wait_for_exit(), 2, "event_worker.confinement", "Landlock")

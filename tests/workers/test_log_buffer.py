@@ -27,7 +27,7 @@ def log_lines(buffer: LogBuffer, clock: Clock, *, lines: int, seconds: float) ->
         buffer.add((0.0, "info", f"{number} ".ljust(WIDTH, "x")))
         if number % 50 == 0:
             kept += buffer.take()
-    kept += buffer.take(final=True)
+    kept += buffer.take(is_last=True)
     return [line.message for part in kept for line in part]
 
 

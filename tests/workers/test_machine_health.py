@@ -93,10 +93,10 @@ async def test_health_after_report_allows_claims_only_when_check_passes(monkeypa
     assert not worker.can_claim()
     await poll_until(lambda: check_count > 2, "checks are repeated")
     assert not worker.can_claim()
-    assert "scratch_dir" in worker.document_fields()["problem"]
+    assert "scratch_dir" in worker.get_document_fields()["problem"]
     is_broken = False
     await poll_until(worker.can_claim, "the worker has recovered")
-    assert worker.document_fields() == {"problem": None, "unhealthy_since": None}
+    assert worker.get_document_fields() == {"problem": None, "unhealthy_since": None}
     running.cancel()
 
 
@@ -280,7 +280,7 @@ async def test_hanging_quick_check_is_a_failure(monkeypatch: pytest.MonkeyPatch)
     await worker.run_quick_checks()
     release.set()
     assert not worker.can_claim()
-    assert "did not return" in worker.document_fields()["problem"]
+    assert "did not return" in worker.get_document_fields()["problem"]
 
 
 async def test_unhealthy_worker_of_three_costs_no_attempt_and_recovers(

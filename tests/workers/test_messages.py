@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.workers.child import main, messages
-from jobledger.workers.child.failures import failure_from_exception
+from jobledger.workers.child.failures import convert_exception_to_failure
 from jobledger.workers.child.messages import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
@@ -75,7 +75,7 @@ def test_largest_values_of_inline_jobs_are_accepted_from_job_processes() -> None
 
 def test_largest_error_details_are_accepted_from_job_processes() -> None:
     details = {f"{number}": [0] * 33_000 for number in range(100)}
-    failed = failure_from_exception(ProcessorError("ODD", "an odd error", details=details))
+    failed = convert_exception_to_failure(ProcessorError("ODD", "an odd error", details=details))
     assert failed.details["0"] == details["0"]
     assert "too large" in str(failed.details["99"])
     assert send_and_decode(failed) == failed

@@ -24,7 +24,7 @@ from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import CooperativeWork
 from jobledger.workers.attempts.attempt_timeout import AttemptTimeout
-from jobledger.workers.attempts.shared_step_finder import StepCache
+from jobledger.workers.attempts.shared_step_finder import SharedStepFinder
 from jobledger.workers.machine.directory_removal import remove_tree
 from tests.support.polling import poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
@@ -224,14 +224,14 @@ async def test_job_process_killed_while_its_requests_wait_is_detected(
 async def test_time_limit_excludes_the_wait_for_a_shared_step(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find_shared_step = StepCache.find_shared_step
+    find_shared_step = SharedStepFinder.find_shared_step
 
-    async def find_slowly(self: StepCache, *arguments: Any, **options: Any) -> Any:
+    async def find_slowly(self: SharedStepFinder, *arguments: Any, **options: Any) -> Any:
         await asyncio.sleep(2)
         return await find_shared_step(self, *arguments, **options)
 
     monkeypatch.setattr("jobledger.workers.attempts.attempt_timeout.PAUSE_AFTER_SECONDS", 0.3)
-    monkeypatch.setattr(StepCache, "find_shared_step", find_slowly)
+    monkeypatch.setattr(SharedStepFinder, "find_shared_step", find_slowly)
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(confinement=NO_CONFINEMENT)
     ) as roles:

@@ -58,7 +58,7 @@ SHARED_DIRECTORIES = {
 LIST = """
 import json, jobledger.workers.registry as registry
 registry.LOAD_SECONDS = 1
-print(json.dumps([sorted(registry.load_processors()), registry.unusable_job_types()]))
+print(json.dumps([sorted(registry.load_processors()), registry.get_unusable_job_types()]))
 """
 
 

@@ -158,7 +158,7 @@ def test_candidates_for_a_taken_path_are_valid_and_distinct(path: str, job_id: s
 @example("\u4e2d" * 300, "\U0001f469" * 300, "x" * 999, "y" * 999)
 def test_every_path_of_a_session_is_valid(event: str, track: str, session: str, filename: str) -> None:
     layout = build_layout(event=event, track=track, session=session, filename=filename, job_id="job-1")
-    for path in (layout.markdown_path, layout.asset_path("slide-001.jpg")):
+    for path in (layout.markdown_path, layout.build_asset_path("slide-001.jpg")):
         assert normalize_path(path) == path
 
 

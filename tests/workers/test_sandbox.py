@@ -23,7 +23,7 @@ WORKING = [
         ),
     )
     for method, works in (
-        ("landlock", restrictions.landlock_version() > 0 and restrictions.is_seccomp_supported()),
+        ("landlock", restrictions.get_landlock_version() > 0 and restrictions.is_seccomp_supported()),
         ("bubblewrap", shutil.which("bwrap") is not None and not sandbox._find_problem("bubblewrap")),
     )
 ]
@@ -89,7 +89,7 @@ async def test_sandboxed_program_reaches_nothing_outside(
         local.bind("canary.socket")
         local.listen()
         arguments = (str(canary), str(server.getsockname()[1]), str(os.getpid()), json.dumps(attempts))
-        program = Program(sandbox.python_command("-c", _TRY_ALL, *arguments), scratch, limits=LIMITS)
+        program = Program(sandbox.build_python_command("-c", _TRY_ALL, *arguments), scratch, limits=LIMITS)
         ended = await sandbox._run(program, method, None, 10_000)
     reached = ended.output.decode().split("\n")[:-1]
     assert reached.pop() == "tried"
@@ -102,7 +102,7 @@ async def test_sandboxed_program_reaches_nothing_outside(
 
 @pytest.mark.parametrize("method", WORKING)
 async def test_sandboxed_program_can_use_files_threads_and_subprocesses(method: SandboxMethod, tmp_path: Path) -> None:
-    command = sandbox.python_command(
+    command = sandbox.build_python_command(
         "-c",
         "import os, threading; threading.Thread(target=print).start(); os.mkdir('d');"
         "open('d/a', 'w').close(); os.rename('d/a', 'b'); print(os.popen('echo done').read())",
@@ -119,7 +119,10 @@ async def test_cancelled_program_ends_with_all_its_processes(method: SandboxMeth
     write_beats = "  while True:\n   open('beat', 'a').write('x'); time.sleep(0.05)\n"
     running = asyncio.create_task(
         sandbox._run(
-            Program(sandbox.python_command("-c", escape + write_beats + "time.sleep(100)"), tmp_path), method, None, 0
+            Program(sandbox.build_python_command("-c", escape + write_beats + "time.sleep(100)"), tmp_path),
+            method,
+            None,
+            0,
         )
     )
     async with asyncio.timeout(60):
@@ -139,7 +142,7 @@ async def test_run_program_without_a_sandbox_runs_nothing(tmp_path: Path, monkey
     probe = ProbeResult("landlock", is_working=False, reason="the kernel does not support it")
     monkeypatch.setattr(sandbox, "probe_methods", lambda: (probe,))
     with pytest.raises(SandboxUnavailable, match=r"the kernel does not support it.*apt install bubblewrap"):
-        await sandbox.run_program(Program(sandbox.python_command("-c", "open('ran', 'w')"), tmp_path))
+        await sandbox.run_program(Program(sandbox.build_python_command("-c", "open('ran', 'w')"), tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
@@ -150,9 +153,9 @@ def test_probe_detects_a_method_that_confines_nothing(monkeypatch: pytest.Monkey
         return ["/bin/sh", "-c", f'cd {program.scratch_dir} && exec "$@"', "sh", *program.command]
 
     monkeypatch.setattr(sandbox, "_build_command", build_unconfined)
-    problem = sandbox._find_problem("landlock" if restrictions.landlock_version() else "bubblewrap")
+    problem = sandbox._find_problem("landlock" if restrictions.get_landlock_version() else "bubblewrap")
     assert problem
-    if restrictions.landlock_version() or shutil.which("bwrap"):
+    if restrictions.get_landlock_version() or shutil.which("bwrap"):
         assert "files outside" in problem
         assert "the network" in problem
 
@@ -162,7 +165,7 @@ def test_doctor_names_the_sandbox_or_the_missing_part(monkeypatch: pytest.Monkey
     from jobledger.cli.settings import Settings
 
     monkeypatch.setattr(sandbox, "probe_methods", lambda: (ProbeResult("landlock", is_working=False, reason="no"),))
-    monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
+    monkeypatch.setattr(restrictions, "get_landlock_version", lambda: 0)
     for mode in ("auto", "required"):
         worker = Settings().event_worker.model_copy(update={"confinement": mode})
         jobs, programs = check_confinement(Settings().model_copy(update={"event_worker": worker}))
@@ -170,7 +173,7 @@ def test_doctor_names_the_sandbox_or_the_missing_part(monkeypatch: pytest.Monkey
         assert "Landlock enabled" in (jobs.detail if mode == "auto" else jobs.advice)
         assert "apt install bubblewrap" in programs.detail
     monkeypatch.setattr(sandbox, "probe_methods", lambda: (ProbeResult("bubblewrap", is_working=True),))
-    monkeypatch.setattr(restrictions, "landlock_version", lambda: 7)
+    monkeypatch.setattr(restrictions, "get_landlock_version", lambda: 7)
     jobs, programs = check_confinement(Settings())
     assert (jobs.is_ok, jobs.detail) == (True, "Landlock, version 7")
     assert (programs.is_ok, programs.detail) == (True, "bubblewrap")
@@ -195,7 +198,7 @@ async def test_program_with_a_proxy_can_open_only_ip_sockets(tmp_path: Path) -> 
 
     try:
         ended = await sandbox.run_program(
-            Program(sandbox.python_command("-c", _FAMILIES), tmp_path), proxy=proxy, max_output=1000
+            Program(sandbox.build_python_command("-c", _FAMILIES), tmp_path), proxy=proxy, max_output=1000
         )
     except SandboxUnavailable as error:
         pytest.skip(str(error))

@@ -112,7 +112,7 @@ async def test_step_of_other_processor_version_is_not_reused(
 ) -> None:
     await run_job(roles, "de")
     for module in ("jobledger.workers.attempts.message_handler", "jobledger.workers.attempts.shared_step_finder"):
-        monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 2")
+        monkeypatch.setattr(f"{module}.get_processor_version", lambda _: "tests 2")
     second = await run_job(roles, "fr")
     assert lookups == {"talk": 2}
     assert (await run_job(roles, "it"))["steps"][0]["reused_from"] == second["job_id"]

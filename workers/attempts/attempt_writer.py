@@ -95,7 +95,7 @@ class AttemptWriter:
             if self._progress is None and self._log_buffer.is_empty:
                 return
 
-    async def flush(self, *, final: bool = False) -> None:
+    async def flush(self, *, is_last: bool = False) -> None:
         """Write the collected entries and progress, even if the caller is cancelled.
 
         Args:
@@ -103,14 +103,14 @@ class AttemptWriter:
         """
         if self._log_buffer.is_empty and self._progress is None and not self._flush_lock.locked():
             return
-        flush = asyncio.create_task(self._flush(final=final), name=f"flush-{self.job_id}")
+        flush = asyncio.create_task(self._flush(is_last=is_last), name=f"flush-{self.job_id}")
         self._flushes.add(flush)
         flush.add_done_callback(self._flushes.discard)
         await asyncio.shield(flush)
 
-    async def _flush(self, *, final: bool) -> None:
+    async def _flush(self, *, is_last: bool) -> None:
         async with self._flush_lock:  # the last event of the attempt must come after a pending flush
-            for entries in self._log_buffer.take(final=final):
+            for entries in self._log_buffer.take(is_last=is_last):
                 await self._append_text(AddLogEntries(self.worker_id, self.attempt, entries))
             progress, self._progress = self._progress, None
             if progress is not None:
@@ -157,13 +157,13 @@ class AttemptWriter:
         if any(isinstance(event.event, WorkerFenced) for event in result.events):
             raise AttemptFenced
 
-    async def append_final(self, command: WorkerCommand) -> None:
+    async def append_last(self, command: WorkerCommand) -> None:
         """Flush, then append the last event of the attempt. If it cannot be stored, fail the job instead.
 
         Raises:
             AttemptFenced: See `append`.
         """
-        await self.flush(final=True)
+        await self.flush(is_last=True)
         try:
             await self.append(command)
         except EventNotStorable as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers.attempts.shared_step_finder import StepCache
+from jobledger.workers.attempts.shared_step_finder import SharedStepFinder
 from jobledger.workers.machine.health import WorkerHealth
 from jobledger.workers.machine.scratch import ScratchDirectory
 from jobledger.workers.results.path_reservations import PathReservations
@@ -23,7 +23,7 @@ class AttemptDependencies:
     file_store: FileStore
     settings: WorkerSettings
     processor_settings: Mapping[str, Mapping[str, Any]]
-    step_cache: StepCache
+    shared_step_finder: SharedStepFinder
     path_reservations: PathReservations
     scratch: ScratchDirectory
     health: WorkerHealth

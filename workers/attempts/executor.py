@@ -25,13 +25,13 @@ from jobledger.workers.attempts.attempt_timeout import AttemptTimeout
 from jobledger.workers.attempts.attempt_writer import AttemptFenced, AttemptWriter
 from jobledger.workers.attempts.dependencies import AttemptDependencies
 from jobledger.workers.attempts.message_handler import MessageHandler
-from jobledger.workers.attempts.outcome_recorder import Outcome, OutcomeRecorder, StopReason, worker_fault
+from jobledger.workers.attempts.outcome_recorder import Outcome, OutcomeRecorder, StopReason, report_worker_fault
 from jobledger.workers.attempts.process_runner import ProcessRunner, run_blocking
 from jobledger.workers.child.attempt import Assignment, run_attempt
 from jobledger.workers.child.containment import Containment, outside_containment
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message
 from jobledger.workers.machine.directory_removal import removal_executor, remove_tree
-from jobledger.workers.machine.health import CHECKS, MachineFailure, find_failure, find_machine_failure
+from jobledger.workers.machine.health import CHECKS, MachineFailure, find_machine_failure, run_checks_until_failure
 from jobledger.workers.registry import get_processor
 
 _log = structlog.get_logger()
@@ -44,7 +44,7 @@ class JobExecutor:
     """Runs one attempt at one job, from its claim to its end."""
 
     def __init__(self, dependencies: AttemptDependencies, stream_state: StreamState, job_id: str) -> None:
-        self._writer = AttemptWriter(dependencies.event_store, stream_state, job_id, on_fenced=self.fence)
+        self._writer = AttemptWriter(dependencies.event_store, stream_state, job_id, on_fenced=self.stop_fenced)
         self.job_id = job_id
         self.attempt = self._writer.attempt
         self._job = self._writer.job
@@ -59,7 +59,7 @@ class JobExecutor:
         self._outcome_recorder = OutcomeRecorder(dependencies, self._writer, self._messages)
         self._work: asyncio.Task[Outcome] | None = None
         self._recording: asyncio.Task[Any] | None = None
-        """The task of `run()` while it records the outcome. `fence()` cancels it."""
+        """The task of `run()` while it records the outcome. `stop_fenced()` cancels it."""
         self._stop_reason: StopReason | None = None
         self._containment: Containment | None = None
 
@@ -73,7 +73,7 @@ class JobExecutor:
         """Stop and release the job, because the worker shuts down."""
         self._stop("release")
 
-    def fence(self) -> None:
+    def stop_fenced(self) -> None:
         """Stop and record nothing more, because the worker lost its lease and another worker may have the job."""
         self._writer.is_fenced = True
         self._stop("fence")
@@ -143,9 +143,11 @@ class JobExecutor:
                 with suppress(TimeoutError):  # free the disk first, in case the job itself filled it
                     async with asyncio.timeout(process_runner.DISK_TIMEOUT_SECONDS):
                         await _remove_directory(attempt_dir)
-                outcome = await self._find_machine_failure(outcome) or outcome
+                outcome = await self._recheck_machine(outcome) or outcome
         except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
-            return find_machine_failure(error, scratch_dir=self._scratch.path) or worker_fault(error, self.job_id)
+            return find_machine_failure(error, scratch_dir=self._scratch.path) or report_worker_fault(
+                error, self.job_id
+            )
         return outcome
 
     async def _run_processor(self, attempt_dir: Path) -> Outcome | None:
@@ -171,7 +173,7 @@ class JobExecutor:
             self._interrupt(self._work)
         try:
             await _wait_for(self._work)
-            return self._outcome_of(self._work)
+            return self._get_outcome(self._work)
         finally:
             self._timeout.stop()
             if self._containment is not None:
@@ -186,16 +188,16 @@ class JobExecutor:
             try:
                 return await self._messages.handle(message)
             except AttemptFenced:
-                self.fence()  # even if the processor catches everything
+                self.stop_fenced()  # even if the processor catches everything
                 raise
 
-    def _outcome_of(self, work: asyncio.Task[Outcome]) -> Outcome | None:
+    def _get_outcome(self, work: asyncio.Task[Outcome]) -> Outcome | None:
         if work.cancelled():
             return None
         try:
             outcome = work.result()
         except AttemptFenced:
-            self.fence()
+            self.stop_fenced()
             return None
         # Stopped work often ends with an error caused by the stop, so only results count.
         return outcome if self._stop_reason is None or isinstance(outcome, AttemptCompleted) else None
@@ -213,7 +215,7 @@ class JobExecutor:
             confinement=self._settings,
         )
 
-    async def _find_machine_failure(self, failed: AttemptFailed) -> MachineFailure | None:
+    async def _recheck_machine(self, failed: AttemptFailed) -> MachineFailure | None:
         """Return the machine failure that caused a processor's system error, if the machine still has it.
 
         A job that filled the disk itself is not a machine failure: its scratch directory has been removed by now.
@@ -221,7 +223,7 @@ class JobExecutor:
         scratch = self._scratch
         # Quick check first: the full check creates a missing directory, which would hide that it was missing.
         checks = (scratch.check_quickly, scratch.check, *CHECKS)
-        failure = await run_blocking(partial(find_failure, checks))
+        failure = await run_blocking(partial(run_checks_until_failure, checks))
         if failure is not None:
             _log.warning("a job failed because of its machine", job_id=self.job_id, error=failed.message)
         elif scratch.repair_count != self._scratch_repairs:

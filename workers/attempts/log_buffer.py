@@ -62,7 +62,7 @@ class LogBuffer:
             self._dropped += 1
             self._dropped_bytes += len(self._tail.popleft()[2])
 
-    def take(self, *, final: bool = False) -> list[tuple[LogEntry, ...]]:
+    def take(self, *, is_last: bool = False) -> list[tuple[LogEntry, ...]]:
         """Return and remove the entries, in chunks that each fit into an event.
 
         Args:
@@ -71,7 +71,7 @@ class LogBuffer:
         self._refill()
         free = min(self._byte_tokens, self._remaining_bytes - (FLOOD_TAIL_ENTRIES + 1) * LOG_ENTRY_OVERHEAD_BYTES)
         is_flood_over = self._entry_tokens >= FLOOD_TAIL_ENTRIES and free >= sum(len(text) for _, _, text in self._tail)
-        if self._tail and (final or is_flood_over):
+        if self._tail and (is_last or is_flood_over):
             self._end_flood()
         entries, self._entries, self._bytes = self._entries, [], 0
         return _split_into_chunks(entries)

@@ -26,7 +26,7 @@ from jobledger.workers.child import messages
 from jobledger.workers.child.attempt import Assignment
 from jobledger.workers.machine.health import find_machine_failure
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
-from jobledger.workers.registry import processor_version
+from jobledger.workers.registry import get_processor_version
 from jobledger.workers.results.conversion import to_text
 
 _log = structlog.get_logger()
@@ -114,7 +114,7 @@ class MessageHandler:
         try:
             max_age = timedelta(seconds=request.max_age_s)
             async with self._timeout.pause_while_waiting():
-                shared = await self._dependencies.step_cache.find_shared_step(
+                shared = await self._dependencies.shared_step_finder.find_shared_step(
                     request.key, self._job_id, self._job.spec, max_age=max_age
                 )
         except (LedgerUnavailable, OverflowError) as error:
@@ -142,7 +142,7 @@ class MessageHandler:
             tokens_used=step.tokens_used,
             warnings=tuple(step.warnings),
             reused_from=step.reused_from,
-            cache_version=processor_version(self._job.spec.job_type) if step.is_shared else None,
+            cache_version=get_processor_version(self._job.spec.job_type) if step.is_shared else None,
         )
         async with self._timeout.pause_while_waiting():
             await self._writer.flush()

@@ -29,7 +29,7 @@ Outcome = AttemptCompleted | AttemptFailed | MachineFailure
 """How the work of an attempt ended. A `MachineFailure` was caught: the job is released, and the attempt not counted."""
 
 
-def worker_fault(error: BaseException, job_id: str) -> AttemptFailed:
+def report_worker_fault(error: BaseException, job_id: str) -> AttemptFailed:
     """Log an unexpected error of the worker, and return the failure that it means for the attempt."""
     _log.error("unexpected error while running a job", job_id=job_id, exc_info=error)
     text = f"The worker failed while running the job: {type(error).__name__}: {to_text(error, 1000)}"
@@ -62,7 +62,7 @@ class OutcomeRecorder:
         except UnreadableEvent:
             raise
         except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
-            await self._fail(worker_fault(error, self._writer.job_id))
+            await self._fail(report_worker_fault(error, self._writer.job_id))
 
     async def _record(self, outcome: Outcome | None, stop_reason: StopReason | None) -> None:
         match outcome:
@@ -73,9 +73,9 @@ class OutcomeRecorder:
             case MachineFailure():
                 await self._release_for_machine_failure(outcome)
             case None if stop_reason == "cancel":
-                await self._writer.append_final(ConfirmCancel(*self._claim))
+                await self._writer.append_last(ConfirmCancel(*self._claim))
             case None if stop_reason == "release":
-                await self._writer.append_final(ReleaseJob(*self._claim, "the worker shuts down"))
+                await self._writer.append_last(ReleaseJob(*self._claim, "the worker shuts down"))
             case None if stop_reason == "timeout":
                 message = f"The job took longer than its time limit of {self._job.spec.timeout_s:g} seconds."
                 await self._fail(AttemptFailed("TIMEOUT", message, transient=True))
@@ -95,15 +95,15 @@ class OutcomeRecorder:
         except ProcessorError as error:
             await self._fail(AttemptFailed(error.code, error.message, details=error.details))
             return
-        await self._writer.append_final(CompleteJob(*self._claim, job_results))
+        await self._writer.append_last(CompleteJob(*self._claim, job_results))
 
     async def _fail(self, failed: AttemptFailed) -> None:
         retry_at = None
         if failed.transient:
-            retry_at = await self._dependencies.event_store.read_server_time() + self._retry_delay()
+            retry_at = await self._dependencies.event_store.read_server_time() + self._choose_retry_delay()
         details = {**failed.details, "retryable": failed.transient}
         failure = ErrorInfo(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
-        await self._writer.append_final(FailAttempt(*self._claim, failure, retry_at))
+        await self._writer.append_last(FailAttempt(*self._claim, failure, retry_at))
 
     async def _release_for_machine_failure(self, failure: MachineFailure) -> None:
         """Release the job without counting the attempt, because this machine cannot run it.
@@ -117,9 +117,9 @@ class OutcomeRecorder:
             await self._fail(AttemptFailed("MACHINE_FAILURE", message, transient=True))
         else:
             reason = f"the worker's machine cannot run it: {failure}"
-            await self._writer.append_final(ReleaseJob(*self._claim, reason, is_machine_failure=True))
+            await self._writer.append_last(ReleaseJob(*self._claim, reason, is_machine_failure=True))
 
-    def _retry_delay(self) -> timedelta:
+    def _choose_retry_delay(self) -> timedelta:
         """Return an exponential backoff with full jitter, so that jobs that failed together do not retry together."""
         settings = self._dependencies.settings
         max_delay = min(settings.retry_base_seconds * 2 ** (self._job.counted_attempts - 1), settings.retry_max_seconds)
@@ -131,9 +131,9 @@ def _build_job_results(results: Results, warnings: list[str], duration_s: float)
     files = [results.markdown, *results.assets] if results.markdown else list(results.assets)
     return JobResults(
         markdown_file=f"/events/{results.markdown.path}" if results.markdown else None,
-        markdown_url=_file_url(results.markdown) if results.markdown else None,
+        markdown_url=_build_file_url(results.markdown) if results.markdown else None,
         assets=[
-            Asset(type=file.media_type.partition("/")[0], path=f"/events/{file.path}", url=_file_url(file))
+            Asset(type=file.media_type.partition("/")[0], path=f"/events/{file.path}", url=_build_file_url(file))
             for file in results.assets
         ],
         files=[ResultFile(**file.model_dump()) for file in files],
@@ -149,5 +149,5 @@ def _build_job_results(results: Results, warnings: list[str], duration_s: float)
     )
 
 
-def _file_url(file: SavedFile) -> str:
+def _build_file_url(file: SavedFile) -> str:
     return _FILES_URL + quote(file.path, safe="/&,+;=@!$~")

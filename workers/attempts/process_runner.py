@@ -13,7 +13,7 @@ from jobledger.workers.attempts.message_handler import MessageHandler, SavedFile
 from jobledger.workers.child.attempt import Assignment
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, MessageEnvelope
 from jobledger.workers.child.process import JobProcess, ProcessFailed
-from jobledger.workers.machine.health import MachineFailure, disk_timeout_failure, find_machine_failure
+from jobledger.workers.machine.health import MachineFailure, build_disk_timeout_failure, find_machine_failure
 from jobledger.workers.processor import ProcessorError
 from jobledger.workers.results.conversion import to_text
 
@@ -149,7 +149,7 @@ async def run_blocking(function: Callable[[], _T]) -> _T:
         async with asyncio.timeout(DISK_TIMEOUT_SECONDS):
             return await asyncio.get_running_loop().run_in_executor(_executor, function)
     except TimeoutError as error:
-        raise disk_timeout_failure(DISK_TIMEOUT_SECONDS) from error
+        raise build_disk_timeout_failure(DISK_TIMEOUT_SECONDS) from error
 
 
 async def _wait_uncancelled(task: asyncio.Task[Any]) -> None:

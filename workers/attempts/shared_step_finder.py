@@ -12,10 +12,10 @@ from jobledger.ledger.domain.events import JobSubmitted, StepCompleted
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import steps
-from jobledger.workers.registry import processor_version
+from jobledger.workers.registry import get_processor_version
 
 
-class StepCache:
+class SharedStepFinder:
     """Finds completed steps of other jobs with the same owner, job type and processor version."""
 
     def __init__(self, views: Views, event_store: EventStore) -> None:
@@ -44,7 +44,7 @@ class StepCache:
             key,
             user_id=job.user_id,
             job_type=job.job_type,
-            version=processor_version(job.job_type),
+            version=get_processor_version(job.job_type),
             since=await self._event_store.read_server_time() - max_age,
             excluded_job_id=job_id,
         )

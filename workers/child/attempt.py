@@ -29,9 +29,9 @@ from jobledger.ledger.domain.limits import MAX_STEP_WARNING_BYTES
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.file_store import StoredFile
 from jobledger.workers.child import messages
-from jobledger.workers.child.failures import failure_from_exception
+from jobledger.workers.child.failures import convert_exception_to_failure
 from jobledger.workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
-from jobledger.workers.results.conversion import InvalidResult, safe_str, to_json, to_text, type_name
+from jobledger.workers.results.conversion import InvalidResult, get_type_name, to_json, to_safe_str, to_text
 from jobledger.workers.results.paths import normalize_path
 from jobledger.workers.sandbox.confinement import ConfinementSettings
 
@@ -96,7 +96,7 @@ async def run_attempt(
         results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
         return job.build_completed(results, time.monotonic() - started_at)
     except BaseException as error:  # noqa: BLE001 - a processor may raise anything; it fails only its job
-        return failure_from_exception(error, scratch_dir=assignment.attempt_dir.parent)
+        return convert_exception_to_failure(error, scratch_dir=assignment.attempt_dir.parent)
     finally:
         if job is not None:
             job.close()
@@ -159,7 +159,7 @@ class _JobContext:
         self._count_lock = threading.Lock()
         self._is_stopping = is_stopping
         self._loop = asyncio.get_running_loop()
-        self._closed = False
+        self._is_closed = False
 
     @property
     def _scope(self) -> _Scope:
@@ -184,7 +184,7 @@ class _JobContext:
         *,
         share_max_age: timedelta | None = None,
     ) -> JSON:
-        full_name, name = safe_str(name), to_text(name, 200)
+        full_name, name = to_safe_str(name), to_text(name, 200)
         self._job_scope.step = name
         # The digest covers the whole name: truncated names of two steps may be equal.
         digest_name = name if full_name == name else ascii(full_name)
@@ -274,7 +274,7 @@ class _JobContext:
 
     def build_completed(self, results: object, seconds: float) -> messages.AttemptCompleted:
         if not isinstance(results, Results):
-            problem = f"the processor returned a {type_name(results)}"
+            problem = f"the processor returned a {get_type_name(results)}"
             raise InvalidResult("The result", problem, "Return jobledger.Results.")
         values = {name: getattr(results, name) for name in Results.model_fields}
         values["tokens_used"] += self._job_scope.tokens
@@ -283,10 +283,10 @@ class _JobContext:
 
     def close(self) -> None:
         """Reject further messages. Tasks that the processor left behind must not report after the attempt."""
-        self._closed = True
+        self._is_closed = True
 
     async def _send_message(self, message: messages.Message) -> Any:
-        if self._closed:
+        if self._is_closed:
             raise RuntimeError("the attempt has ended: do not use the job context after run() has returned")
         if asyncio.get_running_loop() is self._loop:
             return await self._send(message)
@@ -299,4 +299,4 @@ def _make_store_call(inbox: DirectoryStore, content: object) -> Callable[[], Sto
         return partial(inbox.put_file, content)
     if isinstance(content, bytes | bytearray | memoryview):
         return partial(inbox.put_bytes, bytes(content))
-    raise TypeError(f"save() takes bytes or a Path as content, not a {type_name(content)}")
+    raise TypeError(f"save() takes bytes or a Path as content, not a {get_type_name(content)}")

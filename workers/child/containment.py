@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from jobledger.workers.results.conversion import to_text, type_name
+from jobledger.workers.results.conversion import get_type_name, to_text
 
 T = TypeVar("T")
 _log = structlog.get_logger()
@@ -129,7 +129,7 @@ def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
     try:
         coroutine.close()
     except BaseException as error:  # noqa: BLE001 - foreign code may raise anything; it is never resumed
-        _log.warning("processor coroutine failed on close", error=type_name(error))
+        _log.warning("processor coroutine failed on close", error=get_type_name(error))
     _unclosed_coroutines.extend(inner for inner in chain if getattr(inner, "cr_frame", None) is not None)
 
 
@@ -214,7 +214,7 @@ def _handle_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
     handle, error = context.get("handle"), context.get("exception")
     is_foreign = isinstance(handle, asyncio.Handle) and handle._context.get(_current) is not None  # type: ignore[attr-defined]  # private
     if is_foreign or isinstance(error, _StopRejected):
-        _log.warning("processor callback failed", error=f"{type_name(error)}: {to_text(error, 200)}")
+        _log.warning("processor callback failed", error=f"{get_type_name(error)}: {to_text(error, 200)}")
     else:
         loop.default_exception_handler(context)
 
@@ -248,7 +248,7 @@ def _run(self: asyncio.Handle) -> None:
     except (SystemExit, KeyboardInterrupt) as error:
         if not _is_foreign(self._loop, self._context):  # type: ignore[attr-defined]  # private
             raise
-        cause = f"{type_name(error)}: {to_text(error, 200)}"
+        cause = f"{get_type_name(error)}: {to_text(error, 200)}"
         _log.warning("processor tried to exit the process", error=cause)
 
 

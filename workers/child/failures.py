@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from jobledger.workers.child.messages import AttemptFailed
 from jobledger.workers.processor import JSON, ProcessorError
-from jobledger.workers.results.conversion import InvalidResult, format_validation_error, to_json, to_text, type_name
+from jobledger.workers.results.conversion import InvalidResult, format_validation_error, get_type_name, to_json, to_text
 
 T = TypeVar("T")
 _MACHINE_ERRORS: Final = frozenset(
@@ -30,7 +30,7 @@ _MAX_ERRORS: Final = 10  # of an exception group, that are listed in the details
 _MAX_DEPTH: Final = 20  # of exception groups and chains
 
 
-def failure_from_exception(error: BaseException, *, scratch_dir: Path | None = None) -> AttemptFailed:
+def convert_exception_to_failure(error: BaseException, *, scratch_dir: Path | None = None) -> AttemptFailed:
     """Return the failure that an exception means for its attempt. Never raises.
 
     In an exception group, the most informative error decides.
@@ -46,22 +46,22 @@ def failure_from_exception(error: BaseException, *, scratch_dir: Path | None = N
     ]
     more: dict[str, JSON] = {}
     if len(leaves) > 1:
-        more["errors"] = [f"{type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_ERRORS]]
+        more["errors"] = [f"{get_type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_ERRORS]]
     number = _find_errno(error, leaves, scratch_dir)
     if memory_errors:
         message = "The job needed more memory than event_worker.memory_limit_mb allows."
         return AttemptFailed("OUT_OF_MEMORY", message, details=more)
     if processor_errors and not other_errors:
         permanent_errors = [leaf for leaf in processor_errors if not _read_attribute(leaf, "transient", bool)]
-        return _failure_from_processor_error((permanent_errors or processor_errors)[0], more, number)
+        return _convert_processor_error((permanent_errors or processor_errors)[0], more, number)
     first = (other_errors or leaves)[0]
     if isinstance(first, ValidationError) and first.title in ("Results", "SavedFile"):
         root = "results" if first.title == "Results" else "saved file"
         return AttemptFailed(
             "INVALID_RESULT", to_text(f"The results are invalid: {format_validation_error(first, root)}")
         )
-    details: dict[str, JSON] = {"exception": type_name(first), "at": _raise_location(first), **more}
-    message = f"The processor failed unexpectedly: {type_name(first)}: {to_text(first)}"
+    details: dict[str, JSON] = {"exception": get_type_name(first), "at": _find_raise_location(first), **more}
+    message = f"The processor failed unexpectedly: {get_type_name(first)}: {to_text(first)}"
     return AttemptFailed("PROCESSOR_FAULT", to_text(message), details=details, errno=number)
 
 
@@ -73,7 +73,7 @@ def _iterate_leaf_errors(error: BaseException, depth: int) -> Iterator[BaseExcep
         yield error
 
 
-def _failure_from_processor_error(error: ProcessorError, more: dict[str, JSON], number: int | None) -> AttemptFailed:
+def _convert_processor_error(error: ProcessorError, more: dict[str, JSON], number: int | None) -> AttemptFailed:
     details = _read_attribute(error, "details", dict)
     return AttemptFailed(
         to_text(_read_attribute(error, "code", str) or "PROCESSOR_ERROR", 100),
@@ -111,7 +111,7 @@ def _convert_details(details: Mapping[Any, Any]) -> dict[str, JSON]:
     return converted
 
 
-def _raise_location(error: BaseException) -> str:
+def _find_raise_location(error: BaseException) -> str:
     """Return the file and line where an exception was raised."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:

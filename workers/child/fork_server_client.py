@@ -38,8 +38,8 @@ class ForkServerClient:
         self._killed: list[subprocess.Popen[bytes]] = []
         """Killed fork servers that have not died yet. A process that waits for a disk cannot die."""
         self._requests: socket.socket | None = None
-        self._ready = False
-        self._preload_enabled = True
+        self._has_reported_ready = False
+        self._is_preload_enabled = True
 
     @property
     def request_timeout(self) -> float:
@@ -82,7 +82,7 @@ class ForkServerClient:
             return
         if not self._is_ready():
             _log.error("preloading processor modules failed or timed out: job processes import them instead")
-            self._preload_enabled = False
+            self._is_preload_enabled = False
         self.stop()
 
     def stop(self) -> None:
@@ -93,7 +93,7 @@ class ForkServerClient:
         if self._requests is not None:
             self._requests.close()
         self._process = self._requests = None
-        self._ready = False
+        self._has_reported_ready = False
         self._reap()
 
     def _reap(self) -> None:
@@ -103,7 +103,7 @@ class ForkServerClient:
         self.stop()
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._requests.setblocking(False)  # noqa: FBT003 - it takes no name
-        modules = PRELOAD_MODULES if self._preload_enabled else []
+        modules = PRELOAD_MODULES if self._is_preload_enabled else []
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
                 [
@@ -116,10 +116,10 @@ class ForkServerClient:
             )
 
     def _is_ready(self) -> bool:
-        if not self._ready and self._requests is not None:
+        if not self._has_reported_ready and self._requests is not None:
             with suppress(OSError):
-                self._ready = self._requests.recv(16) == fork_server.READY
-        return self._ready
+                self._has_reported_ready = self._requests.recv(16) == fork_server.READY
+        return self._has_reported_ready
 
 
 fork_server_client = ForkServerClient()

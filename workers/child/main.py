@@ -25,7 +25,7 @@ import orjson
 from jobledger.ledger.domain.limits import MAX_FILE_BYTES
 from jobledger.workers.child.attempt import Assignment, run_attempt
 from jobledger.workers.child.containment import Containment, new_event_loop
-from jobledger.workers.child.failures import failure_from_exception
+from jobledger.workers.child.failures import convert_exception_to_failure
 from jobledger.workers.child.messages import (
     FRAME_HEADER,
     AttemptCompleted,
@@ -37,7 +37,7 @@ from jobledger.workers.child.messages import (
     encode_frame,
 )
 from jobledger.workers.processor import Processor, ProcessorError
-from jobledger.workers.registry import get_processor, shared_directories
+from jobledger.workers.registry import get_processor, get_shared_directories
 from jobledger.workers.results.conversion import to_text
 from jobledger.workers.sandbox.confinement import confine, find_paths
 from jobledger.workers.sandbox.restrictions import limit_resource
@@ -68,11 +68,11 @@ def _run_attempt(worker: _WorkerConnection, text: bytes) -> AttemptCompleted | A
         assignment = Assignment.model_validate_json(text)
         processor = get_processor(assignment.job_type)
         readable = [*find_paths(processor.Settings.model_validate(assignment.settings))]
-        shared = shared_directories(processor)
+        shared = get_shared_directories(processor)
         for directory in shared:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except BaseException as error:  # noqa: BLE001 - the settings class and the method are foreign code
-        return failure_from_exception(error)
+        return convert_exception_to_failure(error)
     try:  # before any other code of the processor runs, and before there are threads
         confine(
             assignment.confinement,
@@ -88,7 +88,7 @@ def _run_attempt(worker: _WorkerConnection, text: bytes) -> AttemptCompleted | A
         asyncio.set_event_loop(loop := new_event_loop())
         return loop.run_until_complete(_run_processor(worker, assignment, processor))
     except BaseException as error:  # noqa: BLE001 - the processor stopped the event loop or cancelled this task
-        return failure_from_exception(error, scratch_dir=assignment.attempt_dir.parent)
+        return convert_exception_to_failure(error, scratch_dir=assignment.attempt_dir.parent)
 
 
 async def _run_processor(
@@ -108,13 +108,13 @@ class _WorkerConnection:
         self.stopping = threading.Event()
         self._connection = connection
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._responses: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
         self._queue: deque[MessageEnvelope] = deque()
         self._queue_changed = threading.Condition()
         self._has_capacity = asyncio.Event()
         self._has_capacity.set()
-        self._finished = False
+        self._is_finished = False
         self._writer = threading.Thread(target=self._write, name="send-messages", daemon=True)
 
     def start(self) -> None:
@@ -130,18 +130,18 @@ class _WorkerConnection:
             self._enqueue(MessageEnvelope(0, message))
             return None
         request_id, answer = next(self._ids), asyncio.get_running_loop().create_future()
-        self._answers[request_id] = answer
+        self._responses[request_id] = answer
         try:
             self._enqueue(MessageEnvelope(request_id, message))
             return await answer
         finally:
-            self._answers.pop(request_id, None)
+            self._responses.pop(request_id, None)
 
     def finish(self, message: Message) -> None:
         """Send the last message, and return when all are sent. The event loop may have ended."""
         self._enqueue(MessageEnvelope(0, message))
         with self._queue_changed:
-            self._finished = True
+            self._is_finished = True
             self._queue_changed.notify()
         if self._loop is None:  # start() was not called
             self._write()
@@ -169,17 +169,17 @@ class _WorkerConnection:
     def _write(self) -> None:
         """Send queued messages. Only this thread writes, so messages are not interleaved."""
         try:
-            while (envelope := self._next_message()) is not None:
+            while (envelope := self._take_message()) is not None:
                 self._connection.sendall(encode_frame(envelope))
         except OSError:
             os._exit(1)  # the worker has ended, and the supervisor kills what is left
         except BaseException as error:  # noqa: BLE001 - see _die
             _die(error)
 
-    def _next_message(self) -> MessageEnvelope | None:
+    def _take_message(self) -> MessageEnvelope | None:
         with self._queue_changed:
             while not self._queue:
-                if self._finished:
+                if self._is_finished:
                     return None
                 self._queue_changed.wait()
             envelope = self._queue.popleft()
@@ -195,7 +195,7 @@ class _WorkerConnection:
                 if "stop" in content:
                     self.stopping.set()
                 else:
-                    self._call_soon(self._handle_answer, content)
+                    self._call_soon(self._handle_response, content)
         except BaseException as error:  # noqa: BLE001 - see _die
             _die(error)
         os._exit(1)  # the worker has ended
@@ -205,8 +205,8 @@ class _WorkerConnection:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _handle_answer(self, content: dict[str, Any]) -> None:
-        answer = self._answers.get(content["id"])
+    def _handle_response(self, content: dict[str, Any]) -> None:
+        answer = self._responses.get(content["id"])
         if answer is None or answer.done():  # the waiting task was cancelled
             return
         if "error" in content:

@@ -202,7 +202,7 @@ class JobProcess:
                 elif "exit" in report:
                     if report["omitted_bytes"]:
                         self._on_output(f"… {report['omitted_bytes']:,} more bytes of output were dropped.")
-                    self._exit_failure = _failure_from_exit(report["exit"], report["tail"])
+                    self._exit_failure = _build_exit_failure(report["exit"], report["tail"])
                     self._state_changed.set()
         if self._exit_failure is None:
             message = "The supervisor of the job process was killed, and the job process with it."
@@ -278,7 +278,7 @@ class _RateLimiter:
         self._since, self._used = self._loop.time(), 0.0
 
 
-def _failure_from_exit(code: int, output: str) -> AttemptFailed:
+def _build_exit_failure(code: int, output: str) -> AttemptFailed:
     """Return the failure of a job process that ended without a result.
 
     Args:
@@ -287,14 +287,14 @@ def _failure_from_exit(code: int, output: str) -> AttemptFailed:
     """
     details: dict[str, Any] = {"output": output} if output else {}
     if code < 0:
-        name = _signal_name(-code)
+        name = _get_signal_name(-code)
         message = f"The process that ran the job was killed by {name}."
         return AttemptFailed("PROCESS_KILLED", message, transient=True, details={"signal": name, **details})
     message = f"The process that ran the job ended without a result (exit code {code})."
     return AttemptFailed("PROCESS_DIED", message, transient=True, details={"exit_code": code, **details})
 
 
-def _signal_name(number: int) -> str:
+def _get_signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:

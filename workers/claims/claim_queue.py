@@ -71,7 +71,7 @@ class ClaimCandidate(NamedTuple):
     batch_id: str | None
 
 
-_Job = TypeVar("_Job", ClaimCandidate, queue.QueueEntry)
+_Job = TypeVar("_Job", ClaimCandidate, queue.QueueRow)
 
 
 class ClaimQueue:
@@ -110,7 +110,7 @@ class ClaimQueue:
         self._fresh: dict[str, ClaimCandidate] = {}
         self._delayed: dict[str, asyncio.TimerHandle] = {}
         self._claim_delay = ClaimDelay()
-        self._rows: deque[queue.QueueEntry] = deque()
+        self._rows: deque[queue.QueueRow] = deque()
         self._loaded_states: dict[str, StreamState | UnreadableEvent] = {}
         self._rows_expire_at = 0.0
         self._rows_workers: frozenset[str] = frozenset()
@@ -278,7 +278,7 @@ class ClaimQueue:
         candidates.extendleft(reversed(remaining))
         return taken
 
-    def _is_excluded(self, job: ClaimCandidate | queue.QueueEntry) -> bool:
+    def _is_excluded(self, job: ClaimCandidate | queue.QueueRow) -> bool:
         job_id = job.job_id
         return (
             job_id in self._claimed_positions
@@ -287,7 +287,7 @@ class ClaimQueue:
             or job.batch_id in self._paused
         )
 
-    async def _load(self, rows: Sequence[queue.QueueEntry]) -> list[ClaimCandidate]:
+    async def _load(self, rows: Sequence[queue.QueueRow]) -> list[ClaimCandidate]:
         """Load the streams of these rows. Leave out jobs that were claimed since the query."""
         missing = [row.job_id for row in rows if row.job_id not in self._loaded_states]
         if missing:  # also load some of the next rows
@@ -317,7 +317,7 @@ class ClaimQueue:
         # Rows that would take the place of others. The views may still show running jobs as pending.
         excluded = [*self._claimed_positions, *self._skipped, *self.pending_claims]
         views = self._checkpoint.views
-        rows = await queue.find_candidates(
+        rows = await queue.find_rows(
             views, job_types=free_slots.keys(), excluded_job_ids=excluded, now=now, limit=limit
         )
         self._queried_position = max(self._queried_position, position)
@@ -330,13 +330,13 @@ class ClaimQueue:
             self._set_timer(_DEFER_SECONDS, self._request_query)
         self._rows_expire_at = time.monotonic() + _ROWS_TTL_SECONDS
 
-    def _filter_by_rank(self, rows: Sequence[queue.QueueEntry], workers: Collection[str]) -> list[queue.QueueEntry]:
+    def _filter_by_rank(self, rows: Sequence[queue.QueueRow], workers: Collection[str]) -> list[queue.QueueRow]:
         """Defer rows to higher-ranked workers that are claiming, and with them all less urgent rows."""
         now, deferred_since = time.monotonic(), self._deferred_since
         self._deferred_since = {}
         self._claimed_at = {worker: at for worker, at in self._claimed_at.items() if worker in workers}
         claiming_workers = [worker for worker, at in self._claimed_at.items() if now - at < _CLAIMING_SECONDS]
-        eligible: list[queue.QueueEntry] = []
+        eligible: list[queue.QueueRow] = []
         deferred_priority: int | None = None
         for row in rows:
             if deferred_priority is not None and row.priority < deferred_priority:

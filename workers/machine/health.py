@@ -66,7 +66,7 @@ class MachineFailure(Exception):
     """This machine cannot run jobs. The text contains the problem and the fix."""
 
 
-def disk_timeout_failure(seconds: float) -> MachineFailure:
+def build_disk_timeout_failure(seconds: float) -> MachineFailure:
     """Return the failure that means that a call which uses a disk did not return within `seconds`."""
     return MachineFailure(f"A call that uses a disk did not return within {seconds:g} s: {_DISK}")
 
@@ -120,7 +120,7 @@ class WorkerHealth:
     Args:
         checks: Called after a report, in a thread. A check raises MachineFailure or any other exception if it fails.
         quick_checks: Called before claims, at most once a second, in a thread. Must take microseconds.
-        on_change: Called on the event loop when `document_fields` change.
+        on_change: Called on the event loop when the result of `get_document_fields` changes.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class WorkerHealth:
             if (failure := await self.run_checks(self._quick_checks, _QUICK_CHECK_LIMIT_SECONDS)) is not None:
                 self.report(failure)
 
-    def document_fields(self) -> dict[str, Any]:
+    def get_document_fields(self) -> dict[str, Any]:
         """Return the fields about health for the worker's heartbeat document."""
         problem = str(self.problem) if self.problem is not None else None
         return {"problem": problem, "unhealthy_since": self.unhealthy_since}
@@ -208,12 +208,12 @@ class WorkerHealth:
         """
         seconds = _CHECK_LIMIT_SECONDS if seconds is None else seconds
         if self._checking is not None and self._checking.is_alive():  # do not start a second thread that hangs
-            return disk_timeout_failure(seconds)
+            return build_disk_timeout_failure(seconds)
         loop = asyncio.get_running_loop()
         result: asyncio.Future[MachineFailure | None] = loop.create_future()
 
         def run() -> None:
-            failure = find_failure(self._checks if checks is None else checks)
+            failure = run_checks_until_failure(self._checks if checks is None else checks)
             with suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(_set_result, result, failure)
 
@@ -222,7 +222,7 @@ class WorkerHealth:
             self._checking.start()
             failure = await asyncio.wait_for(result, seconds)
         except TimeoutError:
-            return disk_timeout_failure(seconds)
+            return build_disk_timeout_failure(seconds)
         except RuntimeError as error:
             self._checking = None
             return find_machine_failure(error) or MachineFailure(f"The machine cannot be checked: {error}")
@@ -235,7 +235,7 @@ def _set_result(result: asyncio.Future[MachineFailure | None], failure: MachineF
         result.set_result(failure)
 
 
-def find_failure(checks: Sequence[Callable[[], None]]) -> MachineFailure | None:
+def run_checks_until_failure(checks: Sequence[Callable[[], None]]) -> MachineFailure | None:
     """Run checks until one fails, and return its failure; None if all pass. Blocks."""
     for check in checks:
         try:

@@ -67,7 +67,7 @@ def to_json(value: Any, path: str) -> JSON:
 def to_text(value: object, limit: int = MAX_TEXT_LENGTH) -> str:
     """Convert a value to text that can be stored: at most `limit` characters, and valid Unicode. Never fails."""
     if type(value) is not str:
-        value = safe_str(value)
+        value = to_safe_str(value)
     if not value.isascii():
         value = value.encode("utf-8", "replace").decode()  # replaces lone surrogates with question marks
     if len(value) > limit:
@@ -75,15 +75,15 @@ def to_text(value: object, limit: int = MAX_TEXT_LENGTH) -> str:
     return value
 
 
-def safe_str(value: object) -> str:
+def to_safe_str(value: object) -> str:
     """Return `str(value)`, or a placeholder if that raises. A foreign class may raise anything."""
     try:
         return value[:] if type(value) is str else str.__str__(str(value))
     except BaseException as error:  # noqa: BLE001 - __str__ of a foreign class may raise anything
-        return f"<{type_name(value)} whose text cannot be read: {type_name(error)}>"
+        return f"<{get_type_name(value)} whose text cannot be read: {get_type_name(error)}>"
 
 
-def type_name(value: object) -> str:
+def get_type_name(value: object) -> str:
     """Return the name of a value's type."""
     return str(type.__dict__["__name__"].__get__(type(value)))
 
@@ -114,7 +114,7 @@ class _Conversion:
         if kind is float:
             return self._check_number(value, path)
         if depth > MAX_DEPTH:
-            raise _invalid(path, f"it is nested more than {MAX_DEPTH} levels deep", "Return a flatter value.")
+            raise _build_error(path, f"it is nested more than {MAX_DEPTH} levels deep", "Return a flatter value.")
         if kind is dict or kind is list or kind is tuple:
             return self._convert_container(value, value, path, depth)
         try:
@@ -122,16 +122,16 @@ class _Conversion:
         except ProcessorError:
             raise
         except Exception as error:  # any error - a foreign class may raise anything
-            raise _invalid(
+            raise _build_error(
                 path,
-                f"reading the {type_name(value)} raised {type_name(error)}: {to_text(error, 500)}",
+                f"reading the {get_type_name(value)} raised {get_type_name(error)}: {to_text(error, 500)}",
                 "Return plain JSON values.",
             ) from error
 
     def _convert_container(self, value: Any, content: Any, path: ValuePath, depth: int) -> JSON:
         """Convert the content of a container: a mapping, list or tuple."""
         if id(value) in self._containers:
-            raise _invalid(path, "it contains itself", "Return a value without cycles.")
+            raise _build_error(path, "it contains itself", "Return a value without cycles.")
         self._containers.add(id(value))
         self._count(_CONTAINER_BYTES, path)
         try:
@@ -150,11 +150,11 @@ class _Conversion:
 
     def _convert_key(self, key: Any, path: ValuePath) -> str:
         if not isinstance(key, str):
-            problem = f"it has the key {to_text(key, 100)} of type {type_name(key)}"
-            raise _invalid(path, problem, "Use strings as keys.")
+            problem = f"it has the key {to_text(key, 100)} of type {get_type_name(key)}"
+            raise _build_error(path, problem, "Use strings as keys.")
         name = self._check_text(key.value if isinstance(key, Enum) else key, (path, "<key>"))
         if name.startswith("$") or "\0" in name:
-            raise _invalid(
+            raise _build_error(
                 path, f"the database does not accept the key {name!r}", "Use keys without a leading $ and without NUL."
             )
         return name
@@ -181,7 +181,7 @@ class _Conversion:
             return self._check_integer(int(value), path)
         if isinstance(value, Real) and not isinstance(value, Rational):
             return self._check_number(float(value), path)
-        raise _invalid(path, f"JSON has no type for {type_name(value)}", _suggest_fix(value))
+        raise _build_error(path, f"JSON has no type for {get_type_name(value)}", _suggest_fix(value))
 
     def _check_text(self, value: str, path: ValuePath) -> str:
         self._count(len(value) + _VALUE_BYTES, path)
@@ -191,7 +191,7 @@ class _Conversion:
             self._count(len(orjson.dumps(value)) - len(value), path)
         except orjson.JSONEncodeError:
             index = next(index for index, character in enumerate(value) if "\ud800" <= character <= "\udfff")
-            raise _invalid(
+            raise _build_error(
                 path,
                 f"the character U+{ord(value[index]):04X} at index {index} is half of a surrogate pair",
                 "Decode text with errors='replace'.",
@@ -201,13 +201,13 @@ class _Conversion:
     def _check_integer(self, value: int, path: ValuePath) -> int:
         self._count(_VALUE_BYTES, path)
         if not -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
-            raise _invalid(path, "the integer is outside ±(2^53 - 1)", "Return it as a string.")
+            raise _build_error(path, "the integer is outside ±(2^53 - 1)", "Return it as a string.")
         return value
 
     def _check_number(self, value: float, path: ValuePath) -> float:
         self._count(_VALUE_BYTES, path)
         if not math.isfinite(value):
-            raise _invalid(path, f"{value} is not a JSON number", "Return None or omit it.")
+            raise _build_error(path, f"{value} is not a JSON number", "Return None or omit it.")
         return value
 
     def _check_model_size(self, model: BaseModel, path: ValuePath) -> None:
@@ -231,14 +231,14 @@ class _Conversion:
         if self._bytes > MAX_VALUE_BYTES:
             while path[0] is not None:
                 path = path[0]
-            raise _invalid(
+            raise _build_error(
                 path,
                 f"it is larger than {MAX_VALUE_BYTES // 2**20} MiB, or contains itself",
                 "Save large content as a file with job.save().",
             )
 
 
-def _invalid(path: ValuePath, problem: str, fix: str) -> InvalidResult:
+def _build_error(path: ValuePath, problem: str, fix: str) -> InvalidResult:
     """Return the error for a path, formatted as `results.metadata.when` or `step "x" output[3].y`."""
     parts: list[str] = []
     while path[0] is not None:

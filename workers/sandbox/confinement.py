@@ -73,7 +73,7 @@ def check_confinement(mode: ConfinementMode) -> None:
     if mode == "off":
         return
     restrictions.hide_from_same_user()
-    if restrictions.landlock_version() >= 1:
+    if restrictions.get_landlock_version() >= 1:
         return
     if mode == "required":
         raise ConfigurationError(
@@ -126,8 +126,8 @@ def confine(
     if settings.confinement == "off":
         restrictions.drop_capabilities(keep=restrictions.FILE_CAPABILITIES)
         return
-    has_landlock = restrictions.landlock_version() >= 1
-    if has_landlock and _mounts_allowed:
+    has_landlock = restrictions.get_landlock_version() >= 1
+    if has_landlock and _can_have_mounts:
         _protect_metadata([scratch_dir.parent, *shared_dirs, *settings.writable_paths])
     restrictions.drop_capabilities(keep=0 if has_landlock else restrictions.CAP_SETFCAP)  # bubblewrap needs it
     restrictions.hide_from_same_user()
@@ -147,13 +147,13 @@ def confine(
         )
 
 
-_mounts_allowed = False
+_can_have_mounts = False
 
 
 def detect_mount_support() -> None:
     """Detect whether job processes can have their own mounts. Called in the fork server."""
-    global _mounts_allowed  # processes that are forked later inherit it
-    _mounts_allowed = restrictions.can_make_read_only()
+    global _can_have_mounts  # processes that are forked later inherit it
+    _can_have_mounts = restrictions.can_make_read_only()
 
 
 def _protect_metadata(writable: Sequence[Path]) -> None:

@@ -50,7 +50,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 
 
-def landlock_version() -> int:
+def get_landlock_version() -> int:
     """Return the kernel's version of Landlock; 0 if it has none."""
     return max(0, int(_libc.syscall(_CREATE_RULESET, None, 0, 1)))
 
@@ -64,7 +64,7 @@ def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> None:
     Raises:
         OSError: The kernel has no Landlock.
     """
-    version = landlock_version()
+    version = get_landlock_version()
     if version < 1:
         raise OSError(ENOSYS, "the kernel offers no Landlock")
     handled = _VERSION_1_RIGHTS | (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
@@ -233,7 +233,7 @@ def apply_seccomp_filter(
             error = ENOSYS if name in _URING else EPERM
             program += [(_JUMP_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, _ERROR | error)]
     for name in sorted(self_only_calls):
-        program += _deny_unless_arguments(numbers[name], _own_argument_values(name, os.getpid()))
+        program += _deny_unless_arguments(numbers[name], _list_own_argument_values(name, os.getpid()))
     if families := sorted(socket_families):
         program += [(_JUMP_EQUAL, 0, 2 * len(families) + 1, numbers["socket"]), (_LOAD, 0, 0, _ARGUMENTS)]
         for family in families:
@@ -245,7 +245,7 @@ def apply_seccomp_filter(
     _check_result(_libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0))
 
 
-def _own_argument_values(name: str, pid: int) -> list[tuple[int, ...]]:
+def _list_own_argument_values(name: str, pid: int) -> list[tuple[int, ...]]:
     """Return the values of each of a call's first arguments that mean the process itself."""
     match name:
         case "tgkill":

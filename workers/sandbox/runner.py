@@ -94,7 +94,7 @@ class Program:
     limits: ResourceLimits = ResourceLimits()
 
 
-def python_command(*arguments: str) -> list[str]:
+def build_python_command(*arguments: str) -> list[str]:
     """Return the command for a bare interpreter, without installed packages."""
     return [os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable), "-I", "-S", *arguments]
 
@@ -184,11 +184,11 @@ def _build_command(program: Program, method: SandboxMethod, *, proxy_channel: in
         "environment": {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(program.scratch_dir)}
         | {"TMPDIR": str(program.scratch_dir), **program.environment},
     }
-    launch = [*python_command("-c", _LAUNCH_CODE), str(_PACKAGE.parent), json.dumps(plan)]
-    return launch if landlock else [*_bubblewrap_command(readable, program.scratch_dir), *launch]
+    launch = [*build_python_command("-c", _LAUNCH_CODE), str(_PACKAGE.parent), json.dumps(plan)]
+    return launch if landlock else [*_build_bubblewrap_command(readable, program.scratch_dir), *launch]
 
 
-def _bubblewrap_command(readable: Sequence[str], scratch: Path) -> list[str]:
+def _build_bubblewrap_command(readable: Sequence[str], scratch: Path) -> list[str]:
     return [
         *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"),
         *("--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev"),  # noqa: S108 - an empty tmpfs in the sandbox
@@ -271,7 +271,7 @@ def probe_methods() -> tuple[ProbeResult, ...]:
 
 def _find_problem(method: SandboxMethod) -> str:
     """Return why a method does not work; an empty text if it does."""
-    if method == "landlock" and restrictions.landlock_version() < 1:
+    if method == "landlock" and restrictions.get_landlock_version() < 1:
         return "the kernel does not support it"
     if method == "landlock" and not restrictions.is_seccomp_supported():
         return "no seccomp filter for this architecture"
@@ -303,7 +303,7 @@ def _probe(method: SandboxMethod, directory: Path) -> str:
     with socket.create_server(("127.0.0.1", 0)) as listening, _local_server(directory / "socket"):
         port = listening.getsockname()[1]
         arguments = (str(canary), str(port), str(directory / "socket"), str(os.getpid()))
-        program = Program(python_command("-c", _PROBE_CODE, *arguments), scratch)
+        program = Program(build_python_command("-c", _PROBE_CODE, *arguments), scratch)
         done = subprocess.run(  # noqa: S603 - our own command
             _build_command(program, method),
             stdin=subprocess.DEVNULL,

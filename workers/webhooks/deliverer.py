@@ -165,7 +165,7 @@ class Deliverer:
                     self._start_task(self._deliver(due), due)
                 for due in to_abandon:
                     self._start_task(self._abandon(due), due)
-                await self._sleep(self._schedule.next_due_at(now))
+                await self._sleep(self._schedule.get_next_due_at(now))
         finally:
             self._is_leader = False
             await self._drain()
@@ -239,14 +239,16 @@ class Deliverer:
             request = await self._build_request(due, delivery)
         except (BodyUnavailable, UnreadableEvent) as error:
             unavailable = ErrorInfo(code="BODY_UNAVAILABLE", message=str(error))
-            retry_at = self._next_attempt_at(delivery, 0.0)
+            retry_at = self._compute_next_attempt_at(delivery, 0.0)
             return RecordAttempt(0.0, None, error=unavailable, next_attempt_at=retry_at), True
         response = await self._sender.send(request)
         failure = None
         if response.error_code is not None:
             failure = ErrorInfo(code=response.error_code, message=response.message or response.error_code)
             _log.info("webhook attempt failed", delivery_id=due.delivery_id, host=due.host, error=failure.code)
-        retry_at = None if response.is_permanent else self._next_attempt_at(delivery, response.retry_after_s or 0.0)
+        retry_at = (
+            None if response.is_permanent else self._compute_next_attempt_at(delivery, response.retry_after_s or 0.0)
+        )
         command = RecordAttempt(
             duration_s=round(response.duration_s, 3),
             body_sha256=hashlib.sha256(request.body).hexdigest(),
@@ -293,7 +295,7 @@ class Deliverer:
             raise BodyUnavailable("The header values or signing secrets of this webhook were removed.")
         return stored
 
-    def _next_attempt_at(self, delivery: Delivery, retry_after: float) -> datetime | None:
+    def _compute_next_attempt_at(self, delivery: Delivery, retry_after: float) -> datetime | None:
         """Return the time of the next attempt after one more failure; None if there were enough."""
         attempts = delivery.counted_attempts + 1
         if attempts >= len(self._settings.retry_delays_seconds):

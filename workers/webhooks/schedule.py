@@ -109,7 +109,7 @@ class DeliverySchedule:
             host.cooldown = min(2 * host.cooldown, _MAX_COOLDOWN) if host.cooldown else first_cooldown
             host.open_until = now + host.cooldown
 
-    def next_due_at(self, now: datetime) -> datetime | None:
+    def get_next_due_at(self, now: datetime) -> datetime | None:
         """Return when `take_due` may return a delivery again if nothing changes. Call after `take_due(now)`."""
         while self._scheduled and not self._is_current(self._scheduled[0]):
             heapq.heappop(self._scheduled)
@@ -135,14 +135,14 @@ class DeliverySchedule:
         for name, host in list(self._hosts.items()):
             if len(self._in_flight) >= self._settings.max_concurrent:
                 return
-            if (due := self._next_delivery(host, now)) is not None:
+            if (due := self._find_next_delivery(host, now)) is not None:
                 del self._current[due.delivery_id]
                 self._in_flight[due.delivery_id] = name
                 host.in_flight += 1
                 self._hosts[name] = self._hosts.pop(name)  # this host is last in the next round
                 yield due
 
-    def _next_delivery(self, host: _Host, now: datetime) -> ScheduledDelivery | None:
+    def _find_next_delivery(self, host: _Host, now: datetime) -> ScheduledDelivery | None:
         max_attempts = self._settings.max_concurrent_per_host
         if host.open_until is not None:
             max_attempts = 1 if host.open_until <= now else 0

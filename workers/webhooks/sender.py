@@ -142,7 +142,7 @@ class Sender:
             code = "CONNECTION_FAILED" if isinstance(error, _CONNECTION_ERRORS) else "BAD_RESPONSE"
             message = _to_sentence(describe_connection_error(error)[1].format(host=host))
         if status is not None:  # a status counts, even if the rest of the response did not arrive
-            code, message = _error_from_status(status, host)
+            code, message = _find_status_error(status, host)
         return WebhookResponse(
             status, code, message, _decode_body(body), parse_retry_after(headers), time.monotonic() - started_at
         )
@@ -190,7 +190,7 @@ def _to_sentence(clause: str) -> str:
     return f"{clause[0].upper()}{clause[1:]}."
 
 
-def _error_from_status(status: int, host: str) -> tuple[str | None, str | None]:
+def _find_status_error(status: int, host: str) -> tuple[str | None, str | None]:
     if 200 <= status < 300:
         return None, None
     phrase = {item.value: f" ({item.phrase})" for item in http.HTTPStatus}.get(status, "")

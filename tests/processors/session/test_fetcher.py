@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jobledger.ledger.net.url_policy import AllowedHosts
 from jobledger.workers.processor import ProcessorError
 from jobledger.workers.processors.session.fetcher import Fetcher, FetchResult, format_bytes
-from jobledger.workers.processors.session.html_markdown import html_to_markdown
+from jobledger.workers.processors.session.html_markdown import convert_html_to_markdown
 from jobledger.workers.processors.session.safe_markdown import escape_link_target
 from jobledger.workers.safe_http import Resolver, resolve_host
 from tests.processors.session.fixtures import Site, SiteResponse, html, make_settings, redirect, without_deadline
@@ -273,7 +273,7 @@ def test_password_in_link_is_removed_from_markdown() -> None:
     body = lxml.html.fromstring(
         '<body><a href="https://me:hunter2@example.org/x">there</a> <a href="/y">here</a></body>'
     )
-    text = html_to_markdown(body, url="https://me:hunter2@example.org/page", base="")
+    text = convert_html_to_markdown(body, url="https://me:hunter2@example.org/page", base="")
     assert "hunter2" not in text
     assert "(https://example.org/x)" in text
     assert "(https://example.org/y)" in text

@@ -16,7 +16,7 @@ import pytest
 
 from jobledger.workers.processors.session import host_limits
 from jobledger.workers.processors.session.fetcher import Fetcher
-from jobledger.workers.processors.session.host_limits import acquire_host_slot, host_lock_directory
+from jobledger.workers.processors.session.host_limits import acquire_host_slot, get_host_lock_directory
 from tests.processors.session.fixtures import Site, html, make_settings
 from tests.support.event_loop_clock import advance_clock
 from tests.support.polling import DEADLINE_SECONDS, poll_until
@@ -90,7 +90,7 @@ def create_file(path: Path) -> None:
     [create_nothing, create_foreign_directory, create_foreign_private_directory, create_link_to_directory, create_file],
     ids=lambda create: create.__name__,
 )
-def test_host_lock_directory_belongs_to_this_user(
+def test_get_host_lock_directory_belongs_to_this_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, create: Callable[[Path], None]
 ) -> None:
     """Any user of the machine can create files in the system's temporary directory."""
@@ -99,7 +99,7 @@ def test_host_lock_directory_belongs_to_this_user(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "foreign-directory").mkdir(mode=0o777)
     create(tmp_path / f"jobledger-host-locks-{os.getuid()}")
-    directories = {host_lock_directory.__wrapped__() for _ in range(2)}
+    directories = {get_host_lock_directory.__wrapped__() for _ in range(2)}
     assert len(directories) == 1, "all workers of the machine must use the same directory"
     [lock_directory] = directories
     assert (lock_directory.parent, lock_directory.is_symlink()) == (tmp_path, False)

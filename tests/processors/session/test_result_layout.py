@@ -72,7 +72,7 @@ def test_shortened_name_keeps_its_extension(name: str) -> None:
 @given(NAMES)
 def test_result_paths_never_leave_the_folder(name: str) -> None:
     layout = make_layout(name)
-    for result_path in (layout.markdown_path, layout.asset_path("slide-001.jpg")):
+    for result_path in (layout.markdown_path, layout.build_asset_path("slide-001.jpg")):
         parts = PurePosixPath(result_path).parts
         assert not result_path.startswith("/")
         assert ".." not in parts
@@ -140,4 +140,4 @@ def test_layout_contains_names_of_the_session() -> None:
     layout = build_layout(event="FOSDEM 2025", track="Main-7", session="My Talk", filename="My-Talk.md", job_id="j")
     assert layout.markdown_path.startswith("FOSDEM-2025/Main-7/My-Talk-")
     assert layout.markdown_path.endswith("/My-Talk.md")
-    assert layout.asset_path("slide-001.jpg") == f"{layout.folder}/assets/slide-001.jpg"
+    assert layout.build_asset_path("slide-001.jpg") == f"{layout.folder}/assets/slide-001.jpg"

@@ -29,7 +29,7 @@ from tests.processors.session.fixtures import (
 
 
 def _has_namespaces() -> bool:
-    if not restrictions.landlock_version():
+    if not restrictions.get_landlock_version():
         return False
     pid = os.fork()
     if pid == 0:

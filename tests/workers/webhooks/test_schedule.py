@@ -39,9 +39,9 @@ def make_schedule(*entries: ScheduledDelivery, **limits: Any) -> DeliverySchedul
 def test_delivery_before_its_time_is_not_due_and_next_time_is_reported() -> None:
     schedule = make_schedule(make_delivery("late", 60), make_delivery("soon", 5))
     assert schedule.take_due(after_start(4.9)) == ([], [])
-    assert schedule.next_due_at(after_start(4.9)) == after_start(5)
+    assert schedule.get_next_due_at(after_start(4.9)) == after_start(5)
     assert list_ids(schedule.take_due(after_start(5))[0]) == ["soon"]
-    assert schedule.next_due_at(after_start(5)) == after_start(60)
+    assert schedule.get_next_due_at(after_start(5)) == after_start(60)
 
 
 def test_host_limit_holds_back_its_deliveries_but_not_other_hosts() -> None:
@@ -90,10 +90,10 @@ def test_unresponsive_host_gets_one_probe_after_a_doubling_cooldown() -> None:
     for entry in tried:
         schedule.record_result(entry, is_responsive=False, now=START)
     assert schedule.take_due(after_start(29.9)) == ([], [])
-    assert schedule.next_due_at(after_start(29.9)) == after_start(30)
+    assert schedule.get_next_due_at(after_start(29.9)) == after_start(30)
     [probe] = schedule.take_due(after_start(30))[0]
     assert schedule.take_due(after_start(31)) == ([], [])
-    assert schedule.next_due_at(after_start(31)) is None, (
+    assert schedule.get_next_due_at(after_start(31)) is None, (
         "only the response of the probe matters: a time in the past would cause a busy loop"
     )
     schedule.record_result(probe, is_responsive=False, now=after_start(40))
@@ -112,7 +112,7 @@ def test_cooldown_of_a_host_is_at_most_ten_minutes() -> None:
         schedule.record_result(tried, is_responsive=False, now=now)
         schedule.add(make_delivery("next"))
         assert schedule.take_due(now) == ([], [])
-        cooldown = (schedule.next_due_at(now) or FOREVER) - now
+        cooldown = (schedule.get_next_due_at(now) or FOREVER) - now
         assert cooldown <= timedelta(minutes=10)
         schedule.remove("next")
         now += cooldown
@@ -182,7 +182,7 @@ def test_each_delivery_is_tried_once_within_the_limits_for_any_responses(
             step += 1
             now += timedelta(seconds=1)
         else:
-            next_due_at = schedule.next_due_at(now)
+            next_due_at = schedule.get_next_due_at(now)
             assert next_due_at is not None, "deliveries are left, but none will ever be due"
             assert next_due_at > now
             now = next_due_at

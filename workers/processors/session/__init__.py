@@ -34,9 +34,9 @@ class SessionProcessor:
     @staticmethod
     def shared_directories() -> Sequence[Path]:
         """Return the directory of the locks that limit downloads per host across all workers of this machine."""
-        from jobledger.workers.processors.session.host_limits import host_lock_directory
+        from jobledger.workers.processors.session.host_limits import get_host_lock_directory
 
-        return (host_lock_directory(),)
+        return (get_host_lock_directory(),)
 
     async def run(self, job: JobContext) -> Results:
         """Run the steps `page`, `transcript`, `slides`, `enrich` and `markdown`.

@@ -38,7 +38,7 @@ class TranscriptResult(BaseModel):
 
     def with_result_paths(self, layout: ResultLayout) -> TranscriptResult:
         """Return a copy whose file has the path of this job."""
-        audio = self.audio and self.audio.model_copy(update={"path": layout.asset_path(AUDIO_FILE_NAME)})
+        audio = self.audio and self.audio.model_copy(update={"path": layout.build_asset_path(AUDIO_FILE_NAME)})
         return self.model_copy(update={"audio": audio})
 
 
@@ -74,8 +74,8 @@ class SessionContent(NamedTuple):
 
 def _set_paths(slide: Slide, layout: ResultLayout) -> Slide:
     image_name, thumbnail_name = make_slide_file_names(slide.number)
-    thumbnail = slide.thumbnail.model_copy(update={"path": layout.asset_path(thumbnail_name)})
-    return slide.model_copy(update={"path": layout.asset_path(image_name), "thumbnail": thumbnail})
+    thumbnail = slide.thumbnail.model_copy(update={"path": layout.build_asset_path(thumbnail_name)})
+    return slide.model_copy(update={"path": layout.build_asset_path(image_name), "thumbnail": thumbnail})
 
 
 def read_built_in_template() -> str:

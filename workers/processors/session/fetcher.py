@@ -30,7 +30,7 @@ import httpx
 from jobledger.ledger.net.url_policy import AllowedHosts, strip_userinfo
 from jobledger.workers import safe_http
 from jobledger.workers.processor import JSON, ProcessorError
-from jobledger.workers.processors.session.host_limits import acquire_host_slot, host_lock_directory
+from jobledger.workers.processors.session.host_limits import acquire_host_slot, get_host_lock_directory
 from jobledger.workers.processors.session.settings import SessionSettings
 
 ProgressCallback = Callable[[int, int | None], Awaitable[None]]
@@ -71,7 +71,7 @@ class Fetcher:
         lock_directory: Path | None = None,
     ) -> None:
         self._settings = settings
-        self._lock_directory = lock_directory or host_lock_directory()
+        self._lock_directory = lock_directory or get_host_lock_directory()
         self._network = safe_http.CheckedNetworkBackend(AllowedHosts(settings.allowed_private_hosts), resolve)
 
     async def fetch(

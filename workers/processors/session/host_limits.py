@@ -32,7 +32,7 @@ _FILE_NAME: Final = "host-slots.lock"
 
 
 @cache
-def host_lock_directory() -> Path:
+def get_host_lock_directory() -> Path:
     """Return the lock directory of this user's workers on this machine, and create it if needed.
 
     The first call must come before a job process gets its own temporary directory.

@@ -29,7 +29,7 @@ _CODE_LANGUAGE: Final = re.compile(r"(?:^|\s)(?:language|lang|highlight(?:-sourc
 _NO_LANGUAGE: Final = frozenset({"default", "none", "text", "plain", "plaintext", "notranslate", "highlight"})
 
 
-def html_to_markdown(body: Any, *, url: str, base: str) -> str:
+def convert_html_to_markdown(body: Any, *, url: str, base: str) -> str:
     """Convert an lxml element to Markdown and modify it.
 
     Args:

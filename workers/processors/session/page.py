@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from jobledger.workers.processor import ProcessorError
 from jobledger.workers.processors.session.boilerplate import remove_boilerplate, remove_non_text_elements
-from jobledger.workers.processors.session.html_markdown import html_to_markdown
+from jobledger.workers.processors.session.html_markdown import convert_html_to_markdown
 from jobledger.workers.processors.session.safe_markdown import COMMONMARK, sanitize_markdown
 
 MAX_CHARACTERS = 200_000
@@ -82,7 +82,7 @@ def read_page(body: bytes, *, content_type: str, url: str, session_title: str) -
     if not remove_boilerplate(tree):
         warnings.append("The main text of the page could not be identified. All visible text is used.")
     is_truncated = _truncate(tree.find("body"), MAX_ELEMENTS, MAX_CHARACTERS)
-    text = html_to_markdown(tree.find("body"), url=url, base=next(iter(tree.xpath("//base/@href")), ""))
+    text = convert_html_to_markdown(tree.find("body"), url=url, base=next(iter(tree.xpath("//base/@href")), ""))
     if is_truncated or len(text) > MAX_CHARACTERS:
         warnings.append(f"The page is too long. Only its first {MAX_CHARACTERS:,} characters are used.")
         text = re.sub(r"\s\S{0,1000}\Z", "", text[:MAX_CHARACTERS])

@@ -62,7 +62,7 @@ async def convert_to_pdf(source: Path, suffix: str, *, program: str, scratch: Pa
     else:
         readable_paths.append(library_directory.parent)
         arguments = (str(library_directory), profile.as_uri(), copy.as_uri(), pdf.as_uri())
-        command = runner.python_command(_HELPER, *arguments)
+        command = runner.build_python_command(_HELPER, *arguments)
     try:
         environment = {"HOME": str(profile), "SAL_USE_VCLPLUGIN": "svp"}
         await runner.run_program(runner.Program(command, scratch, readable_paths, environment))

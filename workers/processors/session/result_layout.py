@@ -29,7 +29,7 @@ class ResultLayout:
     folder: str
     markdown_path: str
 
-    def asset_path(self, name: str) -> str:
+    def build_asset_path(self, name: str) -> str:
         return f"{self.folder}/assets/{name}"
 
 

@@ -162,7 +162,7 @@ async def _render(ctx: StepContext, pdf: Path, result: SlidesResult) -> None:
 
 async def _save(ctx: StepContext, page: RenderedPage, max_text_characters: int) -> Slide:
     image_name, thumbnail_name = pdf_rendering.make_slide_file_names(page.page_number)
-    image = await ctx.job.save(ctx.result_layout.asset_path(image_name), page.image, "image/jpeg")
-    thumbnail = await ctx.job.save(ctx.result_layout.asset_path(thumbnail_name), page.thumbnail, "image/jpeg")
+    image = await ctx.job.save(ctx.result_layout.build_asset_path(image_name), page.image, "image/jpeg")
+    thumbnail = await ctx.job.save(ctx.result_layout.build_asset_path(thumbnail_name), page.thumbnail, "image/jpeg")
     text = page.text[:max_text_characters]
     return Slide(**image.model_dump(), number=page.page_number, text=text, thumbnail=thumbnail)

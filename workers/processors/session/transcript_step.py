@@ -92,7 +92,7 @@ async def _fetch_and_transcribe(ctx: StepContext, url: str, result: TranscriptRe
                 await _transcribe_locally(ctx, audio, result)
     finally:
         if ctx.settings.keep_audio:
-            result.audio = await ctx.job.save(ctx.result_layout.asset_path(AUDIO_FILE_NAME), audio, "audio/wav")
+            result.audio = await ctx.job.save(ctx.result_layout.build_asset_path(AUDIO_FILE_NAME), audio, "audio/wav")
 
 
 async def _extract_audio(ctx: StepContext, video: Path, audio: Path, result: TranscriptResult) -> None:

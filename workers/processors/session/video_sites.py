@@ -73,7 +73,7 @@ async def resolve_media_url(url: str, *, seconds: float, scratch: Path, fetcher:
     }
     await asyncio.to_thread(scratch.mkdir)
     request = json.dumps({"path": str(package.parent), "url": url, "options": options})
-    program = runner.Program(runner.python_command(_HELPER, request), scratch, readable_paths=[package.parent])
+    program = runner.Program(runner.build_python_command(_HELPER, request), scratch, readable_paths=[package.parent])
     try:
         result = await runner.run_program(program, proxy=fetcher.serve_proxy, max_output=_MAX_OUTPUT_BYTES)
         response = _HelperResponse.model_validate_json(result.output)
