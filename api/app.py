@@ -86,6 +86,7 @@ def create_app(ctx: ApiContext) -> ASGIApp:
         },
     )
     app.state.context = ctx
+    app.state.max_body_bytes = ctx.settings.max_body_bytes
     app.state.docs = docs.Docs(lambda: openapi.build_document(ROUTES, ctx.job_types, ctx.signed_links.base_url))
     app.state.response_counts = response_counts
     app.router.redirect_slashes = False  # on_http_exception redirects, also behind a proxy

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from jobledger.api.http.errors import ERROR_RESPONSES, ApiError
-from jobledger.api.http.idempotency import RequestFingerprint
+from jobledger.api.idempotency import RequestFingerprint
 from jobledger.ledger.domain import job as decider
 from jobledger.ledger.domain.commands import JobCommand
 from jobledger.ledger.domain.errors import CommandRejected, NotFound, UnreadableEvent, VersionConflict

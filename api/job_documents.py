@@ -9,8 +9,9 @@ from starlette.responses import Response
 
 from jobledger.api.auth.permissions import get_principal, get_viewer
 from jobledger.api.auth.redaction import JOB_FIELD_RULES, Viewer, redact_document
-from jobledger.api.context import get_api_context, wait_for_requested_position
-from jobledger.api.http.pagination import list_response
+from jobledger.api.context import get_api_context
+from jobledger.api.ledger_position import wait_for_requested_position
+from jobledger.api.pagination import list_response
 from jobledger.api.schemas.jobs import JobListQuery
 from jobledger.api.schemas.request_models import PageQuery
 from jobledger.ledger.mongo.connection import Document

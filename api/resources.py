@@ -5,22 +5,29 @@ A resource is a job or a batch. Each has an event stream and a document in the v
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Final, Literal
 
+import orjson
 from starlette.requests import Request
+from starlette.responses import Response
 
-from jobledger.api.auth.permissions import can_read, get_viewer, timeout_while_authenticated
+from jobledger.api.auth.permissions import can_read, get_viewer
 from jobledger.api.auth.redaction import Viewer
-from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
-from jobledger.api.http.errors import ApiError
+from jobledger.api.context import get_api_context
+from jobledger.api.http.conditional import ConditionalRequest, compute_etag
+from jobledger.api.http.credential_expiry import timeout_while_authenticated
+from jobledger.api.http.errors import ApiError, encode_json
 from jobledger.api.http.preferences import apply_wait_preference, prefers_wait
+from jobledger.api.http.validation import parse_query
+from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.schemas.request_models import AsOfQuery
 from jobledger.ledger.domain.batch import Batch
+from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document
@@ -144,9 +151,37 @@ async def wait_for_completion(request: Request, resource: Resource, resource_id:
     with apply_wait_preference(request) as seconds, suppress(TimeoutError):
         if not seconds:
             return
-        async with timeout_while_authenticated(request, seconds), ctx.completion_waiter.watch(resource_id) as wake_up:
+        async with timeout_while_authenticated(request, seconds), ctx.completion_notifier.watch(resource_id) as wake_up:
             while not (completion := await resource.find_completion(ctx.event_store, resource_id))[0]:
                 await wake_up.wait()
                 wake_up.clear()
             await ctx.checkpoint.wait_for_position(completion[1])
             request.scope["ledger_position"] = ctx.checkpoint.position
+
+
+@contextmanager
+def translate_damaged_events(stream: str) -> Iterator[None]:
+    """Raise ApiError 409 if the past state of a job or batch cannot be read: an event was changed in the database."""
+    try:
+        yield
+    except (UnreadableEvent, AttributeError, LookupError, TypeError) as error:
+        message = f"The state of {stream} at that time cannot be read: an event is damaged. Run `jobledger log verify`."
+        raise ApiError(409, "event_damaged", message) from error
+
+
+def build_conditional_response(request: Request, name: str, document: Document) -> Response:
+    """Return a job or batch as the viewer sees it, or 304 if the client has exactly this.
+
+    Args:
+        request: The request.
+        name: Field of the response that holds the document.
+        document: All fields that are shown, including `version`.
+
+    Raises:
+        ApiError: 412.
+    """
+    text = encode_json(document)
+    conditional = ConditionalRequest(request.headers, compute_etag(text, version=document["version"]))
+    headers = {"Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
+    content = encode_json({"status": "success", name: orjson.Fragment(text)})
+    return conditional.respond(content, "application/json", headers)

@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from jobledger.api.context import get_api_context
 from jobledger.api.http.errors import ApiError
+from jobledger.api.http.streaming import wait_for_disconnect
 from jobledger.ledger.domain.errors import FileDamaged, FileLost
 from jobledger.ledger.files.file_store import OpenFile
 from jobledger.ledger.mongo.connection import Document
@@ -51,7 +52,7 @@ async def open_result_file(request: Request, row: Document) -> OpenFile:
 
 async def _open_unless_disconnected(request: Request, opening: Coroutine[Any, Any, OpenFile]) -> OpenFile:
     work = asyncio.create_task(opening, name="open-file")
-    disconnected = asyncio.create_task(_wait_for_disconnect(request), name="open-file-disconnect")
+    disconnected = asyncio.create_task(wait_for_disconnect(request.receive), name="open-file-disconnect")
     try:
         await asyncio.wait({work, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
@@ -66,8 +67,3 @@ async def _open_unless_disconnected(request: Request, opening: Coroutine[Any, An
         disconnected.cancel()
         await asyncio.gather(disconnected, return_exceptions=True)
     return work.result()
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 
 from jobledger.api.auth.permissions import require_access
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import run_off_loop
-from jobledger.api.http.conditional import require_if_match
 from jobledger.api.http.errors import ApiError
-from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
+from jobledger.api.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.resources import BATCH, Resource
 from jobledger.ledger.domain.access import AccessLevel
 from jobledger.ledger.domain.errors import CommandRejected
 from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
 from jobledger.ledger.store.command_handler import Command, StreamState, handle_command
+
+_VERSION_ETAG: Final = re.compile(r'(?:W/)?"(\d+)(?:-[0-9a-f]+)*"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ async def load_for_change(
     events = await event_store.read_stream(stream_id) if resource.is_id(stream_id) else []
     check = require_access(request, access_level, not_found_error=resource.not_found_error(stream_id))
     if check_if_match and (fingerprint is None or fingerprint.find_in(events) is None):
-        check = require_if_match(request, check)
+        check = _require_if_match(request, check)
     stream_state = StreamState().apply(events)
     check(stream_state)
     meta = build_metadata(request, fingerprint, stream_id if resource is BATCH else None)
@@ -108,3 +110,32 @@ async def handle_once(request: Request, loaded: LoadedStream, command: Command) 
     if len(events) != version:  # another process has appended events, too
         events = await event_store.read_stream(loaded.stream_id)
     return events[:version]
+
+
+def _require_if_match(request: Request, check: Callable[[StreamState], None]) -> Callable[[StreamState], None]:
+    """Return a check that also requires the stream version that `If-Match` names, if the header is present.
+
+    A command changes one stream, so only the version at the beginning of the ETag is compared. A job whose batch was
+    paused meanwhile is no conflict. Weak tags are accepted because proxies that compress responses weaken them.
+
+    The returned check raises ApiError 412 for another version.
+    """
+    if "if-match" not in request.headers:
+        return check
+    header = ",".join(request.headers.getlist("if-match"))
+
+    def check_both(stream_state: StreamState) -> None:
+        check(stream_state)
+        version = stream_state.head.version
+        if not _lists_version(header, version):
+            message = f"Precondition failed: the resource has changed to version {version} (If-Match). Read it again."
+            raise ApiError(412, "precondition_failed", message, details={"version": version})
+
+    return check_both
+
+
+def _lists_version(header: str, version: int) -> bool:
+    if header.strip() == "*":
+        return True
+    tags = (_VERSION_ETAG.fullmatch(tag.strip()) for tag in header.split(","))
+    return any(tag is not None and tag[1] == str(version) for tag in tags)

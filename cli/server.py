@@ -21,13 +21,13 @@ from jobledger.api.auth.jwks import JwksKeySource, KeySource, StaticKeySource, c
 from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier, SingleUserBackend
 from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.auth.stream_access import StreamAccessCache
-from jobledger.api.completion_waiter import CompletionWaiter
+from jobledger.api.completion_notifier import CompletionNotifier
 from jobledger.api.context import ApiContext
-from jobledger.api.dashboard.markdown_preview import MarkdownPreviewer
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.http.sse import LiveStreams
+from jobledger.api.processes.markdown_previewer import MarkdownPreviewer
+from jobledger.api.processes.parameter_validator import ParameterValidator
 from jobledger.api.settings import AuthSettings, JwtSettings
-from jobledger.api.submission.parameters import ParameterValidator
 from jobledger.cli.http_connection import ConnectionLimits, SheddingSocket, protocol_class
 from jobledger.cli.role_tasks import run_in_background
 from jobledger.cli.settings import Settings
@@ -84,8 +84,8 @@ def build_context(
     Raises:
         ConfigurationError: The public key for tokens cannot be used.
     """
-    completion_waiter = CompletionWaiter()
-    change_stream.add_listener(completion_waiter)
+    completion_notifier = CompletionNotifier()
+    change_stream.add_listener(completion_notifier)
     stall_detector = StallDetector(event_store, checkpoint)
     change_stream.add_listener(stall_detector)
     public_host = urlsplit(settings.api.public_url).hostname if settings.api.public_url else None
@@ -108,7 +108,7 @@ def build_context(
         browser_sessions=_make_browser_sessions(settings.auth, backend, db, change_stream, revocations),
         revocation_notifier=revocations,
         get_groups=backend.get_groups if isinstance(backend, ApiKeyBackend) else lambda _user_id: frozenset[str](),
-        completion_waiter=completion_waiter,
+        completion_notifier=completion_notifier,
         stream_access=StreamAccessCache(event_store, checkpoint),
         stall_detector=stall_detector,
         live_streams=LiveStreams(),

@@ -7,8 +7,8 @@ not perform the action gets 403.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
@@ -129,49 +129,6 @@ class AuthenticationMiddleware:
             return await self._auth_backend(HTTPConnection(dict(scope))) == principal
         except ApiError as error:
             return error.status != 401  # a check that fails does not prove that the credential is invalid
-
-
-async def wait_until_signed_out(scope: Scope, *, allow_renewal: bool = False) -> None:
-    """Return when the credential of a request is revoked or has expired; never return for public paths.
-
-    `allow_renewal` is for responses that clients cannot resume with another request. They may continue after
-    `valid_until` while the credential is accepted.
-    """
-    authentication: AuthenticationMiddleware | None = scope.get("authentication")
-    if authentication is None:
-        await asyncio.Event().wait()
-    else:
-        await authentication.wait_until_invalid(scope, allow_renewal=allow_renewal)
-
-
-@asynccontextmanager
-async def timeout_while_authenticated(request: HTTPConnection, seconds: float) -> AsyncIterator[None]:
-    """Limit the duration of the block like asyncio.timeout(), and end it when the request's credential becomes invalid.
-
-    Raises:
-        TimeoutError: The time has elapsed.
-        ApiError: 401, the credential was revoked or has expired.
-    """
-    is_invalid = False
-
-    async def watch(limit: asyncio.Timeout) -> None:
-        nonlocal is_invalid
-        await wait_until_signed_out(request.scope)
-        is_invalid = True  # no await before the next line, so the block cannot end in between
-        limit.reschedule(asyncio.get_running_loop().time())
-
-    try:
-        async with asyncio.timeout(seconds) as limit:
-            watching = asyncio.create_task(watch(limit), name="credential-watch")
-            try:
-                yield
-            finally:
-                watching.cancel()
-    except TimeoutError:
-        if is_invalid:
-            message = "The credentials were revoked or expired during the request."
-            raise ApiError(401, "invalid_credentials", message) from None
-        raise
 
 
 def get_principal(request: Request) -> Principal:

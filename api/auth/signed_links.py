@@ -22,7 +22,6 @@ from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 
 FILES_URL: Final = "/api/events/files/"
-MAX_LIFETIME_SECONDS: Final = 30 * 86_400
 COLLECTION: Final = "secrets"
 _KEY_BYTES: Final = 32
 

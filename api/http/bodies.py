@@ -19,7 +19,6 @@ from pydantic import BaseModel
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
-from jobledger.api.context import get_api_context
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.memory_budget import MemoryReservation
 from jobledger.api.http.validation import validate_content
@@ -74,7 +73,7 @@ async def read_json_body(request: Request, model: type[Model]) -> tuple[Model, A
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         message = "The body must be JSON. Send it with the header Content-Type: application/json."
         raise ApiError(415, "unsupported_media_type", message)
-    body = await read_body_bytes(request, get_api_context(request).settings.max_body_bytes, " (api.max_body_bytes)")
+    body = await read_body_bytes(request, request.app.state.max_body_bytes, " (api.max_body_bytes)")
     mark_large_body(request, len(body), body.count(b","))
     return await run_off_loop(request, _parse_body, request, model, body)
 

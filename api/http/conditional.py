@@ -7,25 +7,20 @@ may also show things that other streams change, such as whether a job's batch is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from hashlib import blake2b
 from typing import Final
 
-import orjson
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.http.errors import ApiError, encode_json
-from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import StreamState
+from jobledger.api.http.errors import ApiError
 
 MAX_RANGES: Final = 50
 _ETAG: Final = re.compile(r'(W/)?("[^"]*")')
-_VERSION_ETAG: Final = re.compile(r'(?:W/)?"(\d+)(?:-[0-9a-f]+)*"')
 _RANGE: Final = re.compile(r"(\d{0,18})-(\d{0,18})", re.ASCII)
 _RANGE_UNIT: Final = re.compile(r"\s*[\w!#$%&'*+.^`|~-]+\s*", re.ASCII)
 _RANGE_HINT: Final = "expected a range such as bytes=0-499, or bytes=-500 for the last bytes"
@@ -158,53 +153,6 @@ class ConditionalRequest:
     def _precondition_failed(self, header: str) -> ApiError:
         message = f"Precondition failed: the resource has changed ({header}). Read it again."
         return ApiError(412, "precondition_failed", message, details={"etag": self.etag})
-
-
-def build_conditional_response(request: Request, name: str, document: Document) -> Response:
-    """Return a job or batch as the viewer sees it, or 304 if the client has exactly this.
-
-    Args:
-        request: The request.
-        name: Field of the response that holds the document.
-        document: All fields that are shown, including `version`.
-
-    Raises:
-        ApiError: 412.
-    """
-    text = encode_json(document)
-    conditional = ConditionalRequest(request.headers, compute_etag(text, version=document["version"]))
-    headers = {"Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
-    content = encode_json({"status": "success", name: orjson.Fragment(text)})
-    return conditional.respond(content, "application/json", headers)
-
-
-def require_if_match(request: Request, check: Callable[[StreamState], None]) -> Callable[[StreamState], None]:
-    """Return a check that also requires the stream version that `If-Match` names, if the header is present.
-
-    A command changes one stream, so only the version at the beginning of the ETag is compared. A job whose batch was
-    paused meanwhile is no conflict. Weak tags are accepted because proxies that compress responses weaken them.
-
-    The returned check raises ApiError 412 for another version.
-    """
-    if "if-match" not in request.headers:
-        return check
-    header = ",".join(request.headers.getlist("if-match"))
-
-    def check_both(stream_state: StreamState) -> None:
-        check(stream_state)
-        version = stream_state.head.version
-        if not _lists_version(header, version):
-            message = f"Precondition failed: the resource has changed to version {version} (If-Match). Read it again."
-            raise ApiError(412, "precondition_failed", message, details={"version": version})
-
-    return check_both
-
-
-def _lists_version(header: str, version: int) -> bool:
-    if header.strip() == "*":
-        return True
-    tags = (_VERSION_ETAG.fullmatch(tag.strip()) for tag in header.split(","))
-    return any(tag is not None and tag[1] == str(version) for tag in tags)
 
 
 def _parse_range(spec: str, size: int) -> Range | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import orjson
@@ -127,16 +126,6 @@ def format_location(location: Sequence[str | int]) -> str:
 
 def _truncate(text: str, max_length: int) -> str:
     return text if len(text) <= max_length else f"{text[:max_length]}…"
-
-
-@contextmanager
-def translate_damaged_events(stream: str) -> Iterator[None]:
-    """Raise ApiError 409 if the past state of a job or batch cannot be read: an event was changed in the database."""
-    try:
-        yield
-    except (errors.UnreadableEvent, AttributeError, LookupError, TypeError) as error:
-        message = f"The state of {stream} at that time cannot be read: an event is damaged. Run `jobledger log verify`."
-        raise ApiError(409, "event_damaged", message) from error
 
 
 async def on_api_error(_request: Request, error: Exception) -> Response:

@@ -9,8 +9,8 @@ from typing import Final
 
 from starlette.types import Message, Receive, Scope, Send
 
-from jobledger.api.auth.permissions import wait_until_signed_out
-from jobledger.api.http.streaming import run_until_first
+from jobledger.api.http.credential_expiry import wait_until_signed_out
+from jobledger.api.http.streaming import run_until_first, wait_for_disconnect
 
 SEND_TIMEOUT_SECONDS: Final = 10.0
 """How long a client may read nothing before the stream is aborted."""
@@ -82,7 +82,7 @@ class EventStreamResponse:
             return
         writer = asyncio.create_task(self._write(send, scope["state"]["abort"]), name="live")
         self._streams.add(writer)
-        await run_until_first(writer, _wait_for_disconnect(receive), wait_until_signed_out(scope))
+        await run_until_first(writer, wait_for_disconnect(receive), wait_until_signed_out(scope))
         if not writer.cancelled():
             writer.result()
         await send(_END)
@@ -96,8 +96,3 @@ class EventStreamResponse:
                 except TimeoutError:
                     abort()  # an ordinary close would wait for the client to read the pending data
                     await asyncio.Event().wait()  # until the disconnect cancels this task
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -13,7 +13,7 @@ import structlog
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from jobledger.api.auth.permissions import wait_until_signed_out
+from jobledger.api.http.credential_expiry import wait_until_signed_out
 from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
 
 _log = structlog.get_logger()
@@ -31,6 +31,12 @@ async def run_until_first(*awaitables: Awaitable[None]) -> Sequence[asyncio.Futu
             future.cancel()
         await asyncio.gather(*futures, return_exceptions=True)
     return futures
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class CloseableStreamingResponse(StreamingResponse):

@@ -1,4 +1,4 @@
-"""Validate content with a model and report a limited number of errors."""
+"""Validate bodies and query parameters with a model and report a limited number of errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
 
 from jobledger.api.http.errors import build_validation_error
 
@@ -33,6 +34,15 @@ def validate_content(model: type[Model], content: Any, *, within: tuple[str | in
         raise build_validation_error(
             error.errors(include_url=False, include_context=False, include_input=False), within
         ) from error
+
+
+def parse_query(request: Request, model: type[Model]) -> Model:
+    """Validate the query parameters.
+
+    Raises:
+        ApiError: 422; the details list each wrong parameter.
+    """
+    return validate_content(model, dict(request.query_params))
 
 
 def _truncate(content: Any) -> Any:

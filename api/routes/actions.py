@@ -14,14 +14,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api import bulk_commands
-from jobledger.api.auth.permissions import get_actor, require_access, timeout_while_authenticated
+from jobledger.api.auth.permissions import get_actor, require_access
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body, run_off_loop
 from jobledger.api.http.conditional import compute_etag
+from jobledger.api.http.credential_expiry import timeout_while_authenticated
 from jobledger.api.http.errors import ApiError, encode_json, json_response
 from jobledger.api.http.limits import track_waiting_request
 from jobledger.api.job_documents import render_jobs
 from jobledger.api.openapi.operation import Operation
+from jobledger.api.processes.parameter_validator import ParameterCheck
 from jobledger.api.resources import BATCH, JOB, Resource, load_or_404
 from jobledger.api.schemas.batches import BatchActionResponse, BatchRestartBody, BatchUpdateBody, BulkActionResponse
 from jobledger.api.schemas.jobs import JobActionResponse, JobRestartBody, JobUpdateBody
@@ -34,7 +36,6 @@ from jobledger.api.submission.builder import (
     check_parameters,
     estimate_list_index_bytes,
 )
-from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain import batch as decider
 from jobledger.ledger.domain import commands
 from jobledger.ledger.domain.access import AccessLevel
@@ -111,7 +112,7 @@ async def _stop(request: Request, loaded: LoadedStream) -> None:
     try:
         with track_waiting_request(request.scope) as is_allowed:
             seconds = _STOP_TIMEOUT_SECONDS if is_allowed else 0
-            async with timeout_while_authenticated(request, seconds), ctx.completion_waiter.watch(job_id) as wake_up:
+            async with timeout_while_authenticated(request, seconds), ctx.completion_notifier.watch(job_id) as wake_up:
                 while _is_running(await load_stream_state(ctx.event_store, job_id)):
                     await wake_up.wait()
                     wake_up.clear()

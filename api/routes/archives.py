@@ -14,9 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.auth.permissions import can_read
-from jobledger.api.context import get_api_context, wait_for_requested_position
+from jobledger.api.context import get_api_context
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.streaming import CloseableStreamingResponse, format_content_disposition
+from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.resources import BATCH, JOB, load_or_404
 from jobledger.api.result_files import UNTRUSTED_CONTENT_HEADERS, open_result_file

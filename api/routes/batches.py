@@ -14,15 +14,21 @@ from starlette.responses import Response
 from jobledger.api import bulk_commands
 from jobledger.api.auth.permissions import get_principal, get_viewer, resolve_owner, resolve_teams
 from jobledger.api.auth.redaction import BATCH_FIELD_RULES, redact_document
-from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
+from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, run_off_loop
-from jobledger.api.http.conditional import build_conditional_response
-from jobledger.api.http.errors import translate_damaged_events
-from jobledger.api.http.idempotency import RequestFingerprint
-from jobledger.api.http.pagination import list_response
+from jobledger.api.http.validation import parse_query
+from jobledger.api.idempotency import RequestFingerprint
 from jobledger.api.job_documents import list_jobs_response
+from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.resources import BATCH, load_for_read, load_or_404
+from jobledger.api.pagination import list_response
+from jobledger.api.resources import (
+    BATCH,
+    build_conditional_response,
+    load_for_read,
+    load_or_404,
+    translate_damaged_events,
+)
 from jobledger.api.schemas.batches import (
     BatchAcceptedResponse,
     BatchBody,

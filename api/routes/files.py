@@ -12,11 +12,13 @@ from starlette.responses import Response
 
 from jobledger.api.auth.permissions import can_read, require_user_id
 from jobledger.api.auth.signed_links import FILES_URL, is_signed_link_request
-from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
+from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_optional_json_body
 from jobledger.api.http.conditional import ConditionalRequest, Range
 from jobledger.api.http.errors import ApiError, error_response, json_response
 from jobledger.api.http.streaming import CloseableStreamingResponse, format_content_disposition, format_content_type
+from jobledger.api.http.validation import parse_query
+from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.result_files import UNTRUSTED_CONTENT_HEADERS, open_result_file
 from jobledger.api.schemas.files import FileQuery, LinkBody, SignedLinkResponse

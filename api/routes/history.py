@@ -11,11 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.auth.permissions import get_viewer
-from jobledger.api.context import get_api_context, parse_query
+from jobledger.api.context import get_api_context
+from jobledger.api.event_json import EPOCH, encode_event
 from jobledger.api.http.errors import json_response
-from jobledger.api.http.event_json import EPOCH, encode_event
-from jobledger.api.http.pagination import JsonPage
+from jobledger.api.http.validation import parse_query
 from jobledger.api.openapi.operation import Operation
+from jobledger.api.pagination import JsonPage
 from jobledger.api.resources import BATCH, JOB, Resource, load_or_404
 from jobledger.api.schemas.log import HistoryQuery, HistoryResponse, LogLinesResponse
 from jobledger.ledger.domain.errors import UnreadableEvent

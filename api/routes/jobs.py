@@ -8,19 +8,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.auth.permissions import resolve_owner, resolve_teams
-from jobledger.api.context import get_api_context, parse_query
+from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, run_off_loop
-from jobledger.api.http.conditional import build_conditional_response
-from jobledger.api.http.errors import translate_damaged_events
-from jobledger.api.http.idempotency import RequestFingerprint
+from jobledger.api.http.validation import parse_query
+from jobledger.api.idempotency import RequestFingerprint
 from jobledger.api.job_documents import find_paused_batches, list_jobs_response, render_job, render_jobs
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.resources import JOB, load_for_read
+from jobledger.api.processes.parameter_validator import ParameterCheck
+from jobledger.api.resources import JOB, build_conditional_response, load_for_read, translate_damaged_events
 from jobledger.api.schemas.jobs import JobAcceptedResponse, JobBody, JobListQuery, JobListResponse, JobResponse
 from jobledger.api.schemas.request_models import AsOfQuery
 from jobledger.api.submission import recording
 from jobledger.api.submission.builder import build_job_submitted, check_parameters
-from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.engine.as_of import build_as_of_filter
 from jobledger.projections.views import batches

@@ -20,13 +20,13 @@ from starlette.responses import Response
 from jobledger.api.auth.permissions import get_principal, require_user_id
 from jobledger.api.auth.redaction import Viewer
 from jobledger.api.auth.stream_access import StreamAccessCache
-from jobledger.api.context import ApiContext, get_api_context, parse_query
+from jobledger.api.context import ApiContext, get_api_context
+from jobledger.api.event_json import encode_event
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.event_json import encode_event
-from jobledger.api.http.pagination import JsonPage
 from jobledger.api.http.sse import EventStreamResponse
-from jobledger.api.http.validation import validate_content
+from jobledger.api.http.validation import parse_query, validate_content
 from jobledger.api.openapi.operation import Operation
+from jobledger.api.pagination import JsonPage
 from jobledger.api.resources import BATCH, JOB
 from jobledger.api.schemas.log import EventListQuery, EventListResponse, LogHeadResponse, StreamQuery
 from jobledger.ledger.domain.access import Principal

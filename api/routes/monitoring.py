@@ -21,8 +21,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobledger.api.auth.permissions import require_monitor_role
-from jobledger.api.context import ApiContext, get_api_context, wait_for_requested_position
+from jobledger.api.context import ApiContext, get_api_context
 from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.schemas.monitoring import ReadinessResponse, StatisticsResponse
 from jobledger.api.schemas.response_models import SuccessResponse

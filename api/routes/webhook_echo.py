@@ -11,9 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.auth.permissions import get_principal, require_user_id
-from jobledger.api.context import get_api_context, parse_query
+from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_body_bytes
 from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.http.validation import parse_query
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.schemas.webhooks import AnyQuery, WebhookEchoListResponse, WebhookEchoQuery, WebhookEchoResponse
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors

@@ -22,12 +22,14 @@ from jobledger.api.auth.permissions import (
     require_user_id,
 )
 from jobledger.api.auth.redaction import DELIVERY_FIELD_RULES, Viewer, find_hidden_filters, redact_document
-from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
+from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
-from jobledger.api.http.pagination import list_response
+from jobledger.api.http.validation import parse_query
+from jobledger.api.idempotency import RequestFingerprint, build_metadata
+from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
+from jobledger.api.pagination import list_response
 from jobledger.api.resources import JOB, load_document
 from jobledger.api.schemas import webhooks as schemas
 from jobledger.api.schemas.request_models import ReasonBody

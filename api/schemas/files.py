@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Final
 
 from pydantic import Field
 
-from jobledger.api.auth.signed_links import MAX_LIFETIME_SECONDS
 from jobledger.api.schemas.request_models import RequestModel
 from jobledger.api.schemas.response_models import SuccessResponse
+
+_MAX_LIFETIME_SECONDS: Final = 30 * 86_400
 
 
 class FileQuery(RequestModel):
@@ -23,7 +25,7 @@ class FileQuery(RequestModel):
 class LinkBody(RequestModel):
     """The lifetime of a signed link, in seconds."""
 
-    expires_in_s: int = Field(3600, ge=1, le=MAX_LIFETIME_SECONDS)
+    expires_in_s: int = Field(3600, ge=1, le=_MAX_LIFETIME_SECONDS)
 
 
 class SignedLinkResponse(SuccessResponse):

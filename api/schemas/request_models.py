@@ -27,7 +27,7 @@ def _read_datetime(value: object) -> object:
 
 
 def _read_cursor(text: object) -> object:
-    """Decode a cursor that `api.http.pagination.encode_cursor` made."""
+    """Decode a cursor that `api.pagination.encode_cursor` made."""
     if not isinstance(text, str):
         return text
     try:

@@ -16,10 +16,10 @@ from jobledger.api.context import ApiContext, get_api_context
 from jobledger.api.http.bodies import MAX_VALUES, estimate_value_count, mark_large_body, run_off_loop
 from jobledger.api.http.errors import ApiError, build_validation_error, format_location
 from jobledger.api.http.validation import validate_content
+from jobledger.api.processes.parameter_validator import ParameterCheck
 from jobledger.api.schemas.batches import BatchBody
 from jobledger.api.schemas.jobs import JobBody
 from jobledger.api.schemas.webhooks import WebhookBody
-from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.canonical_json import encode_canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent

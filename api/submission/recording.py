@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from jobledger.api.context import get_api_context
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.http.preferences import prefers_wait
+from jobledger.api.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.resources import BATCH, Resource, wait_for_completion
 from jobledger.api.submission.builder import WebhookSecrets
 from jobledger.ledger.domain.commands import SubmitBatch, SubmitJob

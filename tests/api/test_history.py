@@ -61,7 +61,7 @@ async def test_job_history_is_paged(api_without_worker: Api) -> None:
 async def test_history_page_of_large_events_ends_early(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.http.pagination.MAX_PAGE_BYTES", 3000)
+    monkeypatch.setattr("jobledger.api.pagination.MAX_PAGE_BYTES", 3000)
     job_id = await api_without_worker.submit()
     commands = [make_log_entries("x" * 2000) for _ in range(4)]
     await api_without_worker.handle_commands(job_id, ClaimJob("worker-1", NOON), *commands)

@@ -61,7 +61,7 @@ async def test_log_page_filtered_by_type_advances_by_scanned_events(
 
 
 async def test_log_page_of_large_events_ends_early(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.api.http.pagination.MAX_PAGE_BYTES", 10_000)
+    monkeypatch.setattr("jobledger.api.pagination.MAX_PAGE_BYTES", 10_000)
     for _ in range(4):
         await api_without_worker.submit({"text": "x" * 6000})
     content = await load_page(api_without_worker)

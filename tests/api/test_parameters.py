@@ -11,8 +11,8 @@ import pytest
 from pydantic import BaseModel, field_validator
 
 from jobledger.api.http.errors import ApiError
-from jobledger.api.submission import parameters
-from jobledger.api.submission.parameters import ParameterCheck, ParameterValidator
+from jobledger.api.processes import parameter_validator
+from jobledger.api.processes.parameter_validator import ParameterCheck, ParameterValidator
 
 
 class SlowParameters(BaseModel):
@@ -65,7 +65,7 @@ async def test_slow_validator_does_not_block_other_job_types(validator: Paramete
 async def test_batch_validation_stops_at_time_limit(
     validator: ParameterValidator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parameters, "_MAX_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(parameter_validator, "_MAX_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(ApiError, match="job type slow took longer") as raised:
         await validator.check([SLOW] * 10_000)
     assert raised.value.status == 503

@@ -14,8 +14,9 @@ from starlette.requests import Request
 
 from jobledger.api.dashboard import charts, rendering
 from jobledger.api.dashboard.attempt_timeline import build_attempt_timeline
-from jobledger.api.dashboard.markdown import MAX_HTML_BYTES
-from jobledger.api.dashboard.markdown_preview import MAX_MARKDOWN_BYTES, MarkdownPreviewer
+from jobledger.api.dashboard.markdown_preview import MAX_MARKDOWN_BYTES
+from jobledger.api.processes.markdown import MAX_HTML_BYTES
+from jobledger.api.processes.markdown_previewer import MarkdownPreviewer
 from tests.api.conftest import Api
 from tests.api.dashboard.conftest import page_url
 

@@ -17,7 +17,7 @@ from pydantic_core import to_json
 
 from jobledger.api.http.errors import ApiError
 from jobledger.api.processes.limited_function import CallTimeout, LimitedFunction, ProcessEnded, ProcessPoolBusy
-from jobledger.api.submission.plugin_validation import build_validator_error
+from jobledger.api.processes.plugin_validation import build_validator_error
 
 _TRUSTED_PACKAGE: Final = "jobledger.workers."
 _PROCESSES_PER_JOB_TYPE: Final = 2
@@ -70,7 +70,7 @@ class ParameterValidator:
     def _get_function(self, job_type: str) -> LimitedFunction:
         if job_type not in self._functions:
             self._functions[job_type] = LimitedFunction(
-                "jobledger.api.submission.plugin_validation:validate_parameters",
+                "jobledger.api.processes.plugin_validation:validate_parameters",
                 processes=_PROCESSES_PER_JOB_TYPE,
                 queue_seconds=_QUEUE_SECONDS,
             )
