@@ -19,7 +19,7 @@ from jobledger.cli.api_key_admin import new_key
 from jobledger.ledger.mongo.connection import Database
 from tests.api.conftest import Api, run_api
 from tests.support.jwt_issuer import SECRET, make_token
-from tests.support.polling import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.replica_set import free_port
 
 SIGN_IN, SIGN_OUT, JOBS = "/monitoring/events/sign-in", "/monitoring/events/sign-out", "/api/events/jobs"
@@ -63,9 +63,10 @@ async def request_status(api: Api, cookie: str, name: str = "jobledger") -> int:
 
 
 async def wait_until_rejected(api: Api, cookie: str) -> None:
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while await request_status(api, cookie) != 401:  # noqa: ASYNC110 - no event signals it
-            await asyncio.sleep(0.02)
+    async def is_rejected() -> bool:
+        return await request_status(api, cookie) == 401
+
+    await poll_until(is_rejected, "the session has ended")
 
 
 @pytest.mark.parametrize("mode", ["keys", "jwt"])

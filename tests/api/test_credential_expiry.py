@@ -29,7 +29,7 @@ from tests.support.polling import DEADLINE_SECONDS
 
 STREAM, VIEW_UPDATES, JOBS = "/api/ledger/stream", "/monitoring/events/view-updates", "/api/events/jobs"
 SIGN_IN, SIGN_OUT = "/monitoring/events/sign-in", "/monitoring/events/sign-out"
-LIFETIME_SECONDS: Final = 4
+LIFETIME_SECONDS: Final = 6
 """Long enough to open all streams on a busy machine."""
 EndCredential = Callable[[], Awaitable[None]]
 

@@ -19,8 +19,9 @@ import pytest
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from tests.api.conftest import WITHOUT_WORKER, Api, run_api
 from tests.support.mongodb_provider import needs_local_mongod
-from tests.support.polling import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 
+MAX_DELAY_SECONDS = 30.0  # on a busy machine; about a second on an idle one
 CLIENTS = 1000
 ECHO: dict[str, Any] = {"job_type": "echo", "parameters": {}}
 JOB_KB = 60
@@ -89,12 +90,10 @@ async def test_thousand_clients_share_one_change_stream_and_get_events_in_second
         job_id = await api_without_worker.submit(access_control={"visibility": "public"})
         await asyncio.gather(*(read_until(reader, job_id.encode()) for reader in readers))
         seconds, growth_mb = time.monotonic() - start, measure_memory_mb() - before
-        assert seconds < 10
+        assert seconds < MAX_DELAY_SECONDS
         assert growth_mb < 250, "server and clients together: both run in this process"
         assert await count_change_streams(api_without_worker) == 1
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while count_open_streams():  # noqa: ASYNC110 - no event signals it
-            await asyncio.sleep(0.05)
+    await poll_until(lambda: not count_open_streams(), "all streams are closed")
 
 
 async def count_change_streams(api: Api) -> int:

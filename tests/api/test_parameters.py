@@ -13,6 +13,7 @@ from pydantic import BaseModel, field_validator
 from jobledger.api.http.errors import ApiError
 from jobledger.api.processes import parameter_validator
 from jobledger.api.processes.parameter_validator import ParameterCheck, ParameterValidator
+from tests.support.polling import DEADLINE_SECONDS
 
 
 class SlowParameters(BaseModel):
@@ -51,7 +52,7 @@ async def test_slow_validator_does_not_block_other_job_types(validator: Paramete
     slow_checks = [asyncio.create_task(validator.check([SLOW])) for _ in range(4)]
     await asyncio.sleep(0.1)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             await validator.check([QUICK])
         assert not any(task.done() for task in slow_checks)
         with pytest.raises(ApiError, match="text"):

@@ -23,6 +23,9 @@ from jobledger.ledger.store.command_handler import handle_command
 from tests.api.conftest import WITHOUT_WORKER, Api, run_api
 from tests.support.polling import DEADLINE_SECONDS
 
+LONGEST_WAIT_SECONDS = 50.0
+"""A request that takes less has not waited for the maximum of 60 seconds."""
+
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[str]:
@@ -56,7 +59,7 @@ async def test_read_with_wait_returns_when_job_finishes(api: Api) -> None:
     start = time.monotonic()
     response = await api.get(f"/api/events/jobs/{job_id}", Prefer="wait=60")
     assert response.json()["job"]["status"] == "completed"
-    assert time.monotonic() - start < DEADLINE_SECONDS
+    assert time.monotonic() - start < LONGEST_WAIT_SECONDS
 
 
 async def test_read_with_expired_wait_returns_current_state(api_without_worker: Api) -> None:
@@ -64,7 +67,7 @@ async def test_read_with_expired_wait_returns_current_state(api_without_worker: 
     start = time.monotonic()
     response = await api_without_worker.get(f"/api/events/jobs/{job_id}", Prefer="wait=1")
     assert response.json()["job"]["status"] == "pending"
-    assert 1 <= time.monotonic() - start < DEADLINE_SECONDS
+    assert 1 <= time.monotonic() - start < LONGEST_WAIT_SECONDS
 
 
 async def test_concurrent_waits_return_when_their_own_job_finishes(api: Api) -> None:
@@ -95,7 +98,7 @@ async def test_invalid_preference_is_ignored(api_without_worker: Api) -> None:
     start = time.monotonic()
     for preference in ("wait", "wait=", "wait=soon", "wait=-1", "return=minimal", "wait=99999999999"):
         assert (await api_without_worker.get(f"/api/events/jobs/{job_id}", Prefer=preference)).status_code == 200
-    assert time.monotonic() - start < DEADLINE_SECONDS, "a preference was applied"
+    assert time.monotonic() - start < LONGEST_WAIT_SECONDS, "a preference was applied"
 
 
 async def test_reads_after_wait_show_the_finished_job(api: Api) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from jobledger.ledger.webhooks.signature import generate_secret
 from tests.api.conftest import Api, run_api
-from tests.support.polling import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
 
 WEBHOOKS = "/api/monitoring/events/webhooks"
@@ -213,7 +213,9 @@ async def test_redelivery_after_job_deletion_is_rejected_and_secrets_removed(
     assert (response.status_code, response.json()["code"]) == (410, "source_deleted")
     await api.get("/api/events/jobs", deleted.headers["Ledger-Position"])
     assert (await api.post(REDELIVER, {"status": "delivered"})).json()["redelivered"] == 0
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while await api.db.webhook_secrets.count_documents({}):  # noqa: ASYNC110 - no event signals it
-            await asyncio.sleep(0.05)
+
+    async def are_removed() -> bool:
+        return await api.db.webhook_secrets.count_documents({}) == 0
+
+    await poll_until(are_removed, "the secrets are removed")
     assert len(endpoint.requests) == 1

@@ -14,6 +14,7 @@ from jobledger.cli import embedded_supervisor, runtime, shutdown
 from jobledger.cli.settings import Settings
 from jobledger.cli.shutdown import Shutdown
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable
+from tests.support.polling import DEADLINE_SECONDS
 
 
 @pytest.mark.parametrize("phase", ["start", "run", "stop"])
@@ -57,4 +58,4 @@ async def test_shutdown_without_new_threads_is_requested(monkeypatch: pytest.Mon
     monkeypatch.setattr(threading.Thread, "start", raise_no_thread)
     stop = Shutdown(60)
     request_stop(stop)
-    await asyncio.wait_for(stop.wait(), 1)
+    await asyncio.wait_for(stop.wait(), DEADLINE_SECONDS)

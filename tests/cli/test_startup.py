@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import shutil
@@ -19,7 +18,7 @@ from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.api.conftest import make_settings
 from tests.support.installation import COMMAND, Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
-from tests.support.polling import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.soak_only import soak_only
 
 
@@ -64,9 +63,7 @@ async def test_start_roles_read_only_store_starts_and_reports_problem(
     async with start_roles(
         settings, Connection(mongodb_uri, db_name), ALL_ROLES, on_failure=failures.append
     ) as running:
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while await running.db.workers.count_documents({"problem": {"$ne": None}}) == 0:  # noqa: ASYNC110 - rare
-                await asyncio.sleep(0.05)
+        await poll_until(lambda: running.db.workers.find_one({"problem": {"$ne": None}}), "the worker reports it")
         assert failures == []
 
 

@@ -19,7 +19,7 @@ from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.system import disk_space
 from tests.support.mongodb_provider import needs_local_mongod
-from tests.support.polling import poll_until
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 
 pytestmark = needs_local_mongod
 
@@ -86,7 +86,7 @@ async def test_full_disk_is_logged_once_and_waited_for_until_shutdown(
         os.kill(server.pid, signal.SIGKILL)
         await poll_until(lambda: count_entries(log_entries, "waiting for its disk") == 2, "it is logged")
         shutdown._handle_signal()
-        await asyncio.wait_for(running, 20)
+        await asyncio.wait_for(running, DEADLINE_SECONDS)
 
 
 async def test_damaged_data_files_end_the_supervisor_with_the_reason(tmp_path: Path, shutdown: Shutdown) -> None:
@@ -95,7 +95,7 @@ async def test_damaged_data_files_end_the_supervisor_with_the_reason(tmp_path: P
         os.kill(server.pid, signal.SIGKILL)
         (tmp_path / "mongodb" / "WiredTiger.turtle").write_text("garbage")
         with pytest.raises(DatabaseUnsuitable, match="data files are damaged"):
-            await asyncio.wait_for(running, 60)
+            await asyncio.wait_for(running, DEADLINE_SECONDS)
 
 
 async def test_failed_restarts_are_repeated_with_delays(

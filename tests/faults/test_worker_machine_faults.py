@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -85,8 +84,10 @@ async def test_worker_with_a_machine_fault_costs_no_attempt_and_recovers(
                     workers = await roles.db.workers.find().to_list()
                     [problem] = [worker["problem"] for worker in workers if worker["problem"]]
                     assert problem
-                async with asyncio.timeout(60):
-                    while await roles.db.workers.count_documents({"problem": None}) < 3:  # noqa: ASYNC110 - no notification
-                        await asyncio.sleep(0.1)
+
+                async def have_recovered() -> bool:
+                    return await roles.db.workers.count_documents({"problem": None}) == 3
+
+                await poll_until(have_recovered, "all workers have recovered")
                 job_ids = [await roles.submit(job_type="apart") for _ in range(12)]
                 await roles.wait_until_finished(*job_ids)

@@ -24,6 +24,7 @@ from tests.support.ledger_setup import (
     open_ledger,
     read_all_events,
 )
+from tests.support.polling import DEADLINE_SECONDS
 
 
 async def test_append_numbers_positions_per_log_and_versions_per_stream(unstreamed_ledger: Ledger) -> None:
@@ -193,7 +194,7 @@ async def test_positions_unused_after_conflict_are_voided_by_appender(unstreamed
 async def test_two_appends_to_one_stream_in_one_call_conflict(unstreamed_ledger: Ledger) -> None:
     appends = create_append(make_job_submitted(), stream="job-1"), create_append(make_job_submitted(), stream="job-1")
     with pytest.raises(VersionConflict, match="job-1 is at version 1, not 0"):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             await unstreamed_ledger.event_store.append(*appends)
     assert await unstreamed_ledger.event_store.read_head_position() == 0
 

@@ -28,7 +28,7 @@ from tests.support.ledger_setup import (
     open_ledger,
     read_first_events,
 )
-from tests.support.polling import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 
 
 async def test_may_have_reached_is_true_up_to_head(unstreamed_ledger: Ledger) -> None:
@@ -136,9 +136,8 @@ async def test_resync_reads_missed_events_without_duplicates(
         gap = await create_position_gap(unstreamed_ledger.db)
         await unstreamed_ledger.submit_job()
         deliver_change(unstreamed_ledger.event_store, (await load_event_documents(unstreamed_ledger.db))[7])
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while not await load_event_documents(unstreamed_ledger.db, {"_id": gap, "stream": VOID_STREAM}):  # noqa: ASYNC110 - no change stream
-                await asyncio.sleep(0.02)
+        voided = {"_id": gap, "stream": VOID_STREAM}
+        await poll_until(lambda: load_event_documents(unstreamed_ledger.db, voided), "the position is voided")
 
 
 def deliver_change(event_store: EventStore, document: Document) -> None:

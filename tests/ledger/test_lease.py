@@ -58,9 +58,7 @@ def expire_and_reap_lease(leases: Collection[Document]) -> None:
 
 
 async def wait_until_extended(leases: Collection[Document]) -> None:
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while matches_document(leases, EXPIRED_LEASE_FILTER):  # noqa: ASYNC110 - no notification
-            await asyncio.sleep(0.02)
+    await poll_until(lambda: not matches_document(leases, EXPIRED_LEASE_FILTER), "a heartbeat extends the lease")
 
 
 async def acquire(lease: Lease, **facts: Any) -> bool:
@@ -69,9 +67,7 @@ async def acquire(lease: Lease, **facts: Any) -> bool:
 
 async def acquire_when_free(lease: Lease) -> bool:
     """Retry until the lease is free, as standby processes do."""
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while not await lease.acquire({}):  # noqa: ASYNC110 - no notification
-            await asyncio.sleep(0.05)
+    await poll_until(lambda: lease.acquire({}), "the lease is free")
     return True
 
 
@@ -108,9 +104,7 @@ async def test_heartbeats_extend_lease_beyond_its_duration(lease: Lease, leases:
     assert first is not None
     waiting_for_loss = asyncio.create_task(lease.wait_lost())
     extended = {"lease_until": {"$gte": first["lease_until"] + timedelta(seconds=2 * LEASE_SECONDS)}}
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while not matches_document(leases, extended):  # noqa: ASYNC110 - no notification
-            await asyncio.sleep(0.02)
+    await poll_until(lambda: matches_document(leases, extended), "heartbeats extend the lease")
     assert not matches_document(leases, EXPIRED_LEASE_FILTER)
     assert lease.is_held
     assert not waiting_for_loss.done()
@@ -129,7 +123,7 @@ async def test_release_frees_lease_and_next_fencing_token_is_higher(
     long_lease = create_lease(connection, 60)
     assert await acquire(long_lease)
     assert long_lease.fencing_token == 4
-    await asyncio.wait_for(long_lease.release(), 5)
+    await asyncio.wait_for(long_lease.release(), DEADLINE_SECONDS)
     assert await acquire(lease)
 
 

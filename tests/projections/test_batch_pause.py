@@ -173,7 +173,7 @@ async def project_from_empty_views(connection: Connection, store: Path, db: Data
 @soak_only
 async def test_pause_and_resume_of_ten_thousand_jobs_take_seconds(roles: RunningRoles) -> None:
     batch_id, job_ids = await roles.submit_batch(*[{}] * 10_000)
-    await roles.wait_for_views(seconds=60)
+    await roles.wait_for_views()
     for command, rows in ((PAUSE, 0), (RESUME, len(job_ids))):
         started_at = time.monotonic()
         await roles.handle_commands(batch_id, command)

@@ -116,7 +116,7 @@ async def test_documents_of_large_streams_fit_into_their_budget(connection: Conn
     async with run_roles_in_process(connection, store, projector=True) as roles:
         large_jobs = {write_stream.__name__: await write_stream(roles) for write_stream in LARGE_STREAMS}
         healthy = await roles.submit({"track": "Main"})
-        await roles.wait_for_views(seconds=60)
+        await roles.wait_for_views()
         assert (await roles.load_job(healthy))["status"] == "pending"
         for name, job_id in large_jobs.items():
             job = await roles.load_job(job_id)

@@ -99,7 +99,7 @@ async def test_views_of_another_version_are_rebuilt(connection: Connection, stor
         await db.statistics.update_one({"_id": "jobs"}, {"$inc": {"total": 1000}})
         await db.checkpoints.update_one({"_id": "views"}, {"$set": {"version": PROJECTION_VERSION - 1}})
     async with run_roles_in_process(connection, store, projector=True) as roles:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             await roles.checkpoint.wait_for_version(other_than=PROJECTION_VERSION - 1)
         await roles.wait_for_views()
     assert await _load_stored_views(connection) == expected

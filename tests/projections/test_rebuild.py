@@ -353,9 +353,11 @@ async def test_replaced_views_are_emptied_after_the_retention(
         await clear_shadow(rebuild_process, datetime.now(UTC) - timedelta(hours=1))
         assert await count_shadow_documents(roles.db) > 0, "the time is of another rebuild, requests may read the views"
         may_clear.set()
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while await count_shadow_documents(roles.db):  # noqa: ASYNC110 - no notification
-                await asyncio.sleep(0.05)
+
+        async def is_cleared() -> bool:
+            return await count_shadow_documents(roles.db) == 0
+
+        await poll_until(is_cleared, "the shadow views are removed")
         await assert_views_match_log(roles)
 
 

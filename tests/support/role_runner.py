@@ -64,7 +64,7 @@ class WorkerOptions(WorkerSettings):
 
 STORE_ID = "5" * 32
 FAST_WEBHOOKS = WebhookSettings(
-    retry_delays_seconds=[0, 0.2, 0.2, 0.2, 0.2], jitter=0, timeout_seconds=1, allowed_private_hosts=["127.0.0.1"]
+    retry_delays_seconds=[0, 0.2, 0.2, 0.2, 0.2], jitter=0, timeout_seconds=3, allowed_private_hosts=["127.0.0.1"]
 )
 """Webhook settings for endpoints on this machine with short retry delays."""
 

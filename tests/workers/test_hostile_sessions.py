@@ -134,6 +134,6 @@ async def test_hostile_attachment_is_a_warning_and_worker_continues(roles: Runni
 async def assert_session_completes(roles: RunningRoles, site: Site) -> None:
     slides = site.put("/slides.pdf", SiteResponse(make_pdf(2)))
     job_id = await roles.submit(make_parameters(url=site.url("/talk"), attachments_url=slides), job_type="session")
-    job = await roles.wait_until_finished(job_id, seconds=60)
+    job = await roles.wait_until_finished(job_id)
     assert (job["status"], job["attempt"]) == ("completed", 1)
     assert job["results"]["metadata"]["slides"] == 2

@@ -109,7 +109,7 @@ async def test_requests_waiting_for_the_database_are_bounded_in_bytes(
     await asyncio.sleep(0.5)
     assert len(sizes) == 4, "more requests were read before some were answered"
     database_responds.set()
-    assert (await roles.wait_until_finished(job_id, seconds=30))["error"] is None
+    assert (await roles.wait_until_finished(job_id))["error"] is None
     assert all(
         sum(sizes_at_once) <= process_runner._MAX_REQUEST_BYTES or len(sizes_at_once) == 1
         for sizes_at_once in sizes_in_memory
@@ -143,7 +143,7 @@ async def assert_other_jobs_complete(roles: RunningRoles) -> None:
     """Run an inline job, which needs no fork server, and a job process, which may wait for a new fork server."""
     process_job, inline = await roles.submit({"action": "nothing"}, job_type=JOB_TYPE), await roles.submit()
     await roles.wait_until_finished(inline)
-    await roles.wait_until_finished(process_job, seconds=60)
+    await roles.wait_until_finished(process_job)
 
 
 # Programs that the job has started --------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ async def test_programs_of_a_job_end_with_it(roles: RunningRoles, tmp_path: Path
 
     async def check(end: str) -> None:
         file = tmp_path / end
-        limit = 5 if end == "timeout" else 60
+        limit = 10 if end == "timeout" else 60
         job_id = await submit(roles, file, "start programs", end=end, timeout_s=limit)
         pid = await wait_for_start(file)
         helpers = [read_number(f"{file}-{name}") for name in ("daemon", "stopped", "holder")]
@@ -176,7 +176,7 @@ async def test_programs_of_a_job_end_with_it(roles: RunningRoles, tmp_path: Path
         elif end == "cancel":
             await roles.handle_commands(job_id, CancelJob("user-1"))
         waiting_since = time.monotonic()
-        job = await roles.wait_until_finished(job_id, seconds=40)
+        job = await roles.wait_until_finished(job_id)
         seconds = time.monotonic() - waiting_since
         assert (job["status"], (job["error"] or {}).get("code")) == EXPECTED_ENDS[end], (end, job["error"])
         if end not in ("stop the supervisor", "timeout"):
@@ -233,7 +233,7 @@ async def test_job_process_with_broken_messages_fails_only_its_job(
     monkeypatch.setattr(job_process, "STALL_SECONDS", 1.0)
     job_ids = {action: await submit(roles, file, action, code=0) for action in BROKEN_MESSAGES}
     await assert_other_jobs_complete(roles)
-    await roles.wait_until_finished(*job_ids.values(), seconds=60)
+    await roles.wait_until_finished(*job_ids.values())
     codes = {action: (await roles.load_job(job_id))["error"]["code"] for action, job_id in job_ids.items()}
     assert codes == BROKEN_MESSAGES
     for action in ("fail while writing", "fail while reading"):
@@ -248,7 +248,7 @@ async def test_unresponsive_job_process_ends_on_cancel_timeout_and_shutdown(
     options = WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=6, shutdown_grace_seconds=0.2)
     async with run_roles_in_process(connection, store, projector=True) as roles:
         async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
-            limit = 3 if end == "timeout" else 60
+            limit = 8 if end == "timeout" else 60
             job_ids = {action: await submit(roles, tmp_path / action, action, timeout_s=limit) for action in actions}
             pids = {action: await wait_for_start(tmp_path / action) for action in actions}
             suspend(pids["sleep"])
@@ -257,7 +257,7 @@ async def test_unresponsive_job_process_ends_on_cancel_timeout_and_shutdown(
                 for job_id in job_ids.values():
                     await roles.handle_commands(job_id, CancelJob("user-1"))
             if end != "shutdown":
-                await roles.wait_until_finished(*job_ids.values(), seconds=EXIT_SECONDS + 3)
+                await roles.wait_until_finished(*job_ids.values(), seconds=EXIT_SECONDS + limit)
                 for action, job_id in job_ids.items():
                     job = await roles.load_job(job_id)
                     assert job["status"] == ("cancelled" if end == "cancel" else "failed"), action

@@ -59,9 +59,11 @@ async def test_lease_written_by_a_primary_ahead_expires_in_time(connection: Conn
             roles.event_store, job_id, ClaimJob("ghost", datetime(2101, 1, 1, tzinfo=UTC)), meta=EventMetadata("test")
         )
         await roles.wait_for_event(JobLeaseExpired, job_id)
-        async with asyncio.timeout(20):
-            while await roles.db.workers.find_one({"_id": "ghost"}):  # noqa: ASYNC110 - no notification
-                await asyncio.sleep(0.05)
+
+        async def is_removed() -> bool:
+            return await roles.db.workers.find_one({"_id": "ghost"}) is None
+
+        await poll_until(is_removed, "the document of the worker is removed")
 
 
 async def test_live_worker_whose_lease_looks_expired_keeps_its_job(connection: Connection, store: Path) -> None:
@@ -83,9 +85,9 @@ async def test_leader_is_replaced_only_after_it_died_and_in_time(
         leaders = roles.db.leaders
         with run_roles_subprocess(connection, store, "projector", lease_seconds=LEASE) as first:
             await first.wait_until_started()
-            async with asyncio.timeout(20):
-                while (leader := await leaders.find_one({"_id": "projector"})) is None:  # noqa: ASYNC110 - no notification
-                    await asyncio.sleep(0.05)
+            await poll_until(lambda: leaders.find_one({"_id": "projector"}), "the first projector leads")
+            leader = await leaders.find_one({"_id": "projector"})
+            assert leader is not None
             async with run_roles_in_process(
                 connection, store, projector=True, projector_lease_seconds=LEASE
             ) as standby:

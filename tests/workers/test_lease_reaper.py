@@ -29,7 +29,7 @@ from jobledger.projections.views import jobs
 from jobledger.workers import lease_reaper
 from jobledger.workers.lease_reaper import LeaseReaper
 from tests.projections.expected_views import make_results
-from tests.support.polling import poll_until
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process, run_roles_subprocess
 
 LEASE = 1.5
@@ -48,7 +48,7 @@ async def test_jobs_of_dead_worker_are_taken_over_in_time(
     async with run_roles_in_process(connection, store, projector=True) as roles:
         with run_roles_subprocess(connection, store, "worker", lease_seconds=LEASE) as dead:
             await dead.wait_until_started()
-            job_ids = [await roles.submit({"seconds": 2.5}) for _ in range(3)]
+            job_ids = [await roles.submit({"seconds": 5}) for _ in range(3)]  # they run when the worker dies
             for job_id in job_ids:
                 await roles.wait_for_event(JobProgressed, job_id)
             ended_at = datetime.now(UTC)
@@ -186,7 +186,7 @@ async def test_claim_by_a_worker_that_is_being_reaped_is_reaped_too(
                 monkeypatch.setattr("jobledger.workers.lease_reaper.jobs.find_jobs_of_worker", find_slowly)
             else:
                 monkeypatch.setattr(reaper, "_reap", reap_slowly)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(DEADLINE_SECONDS):
                 await reaping.wait()
             late = await roles.submit(not_before=datetime(2100, 1, 1, tzinfo=UTC))
             await handle_command(
@@ -200,9 +200,10 @@ async def test_claim_by_a_worker_that_is_being_reaped_is_reaped_too(
 
 
 async def wait_for_worker_count(roles: RunningRoles, count: int) -> None:
-    async with asyncio.timeout(20):
-        while await roles.db[lease_reaper.COLLECTION].count_documents({}) != count:  # noqa: ASYNC110 - no notification
-            await asyncio.sleep(0.05)
+    async def has_count() -> bool:
+        return await roles.db[lease_reaper.COLLECTION].count_documents({}) == count
+
+    await poll_until(has_count, f"{count} workers")
 
 
 async def test_document_of_stopped_worker_is_removed(connection: Connection, store: Path) -> None:

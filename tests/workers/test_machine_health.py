@@ -125,9 +125,8 @@ async def test_worker_without_scratch_claims_nothing_until_it_exists(
     ) as roles:
         await poll_until(lambda: roles.worker is not None and not roles.worker.health.can_claim(), "unhealthy")
         job_id = await roles.submit()
-        async with asyncio.timeout(20):
-            while not await roles.db.workers.find_one({"problem": {"$regex": "scratch_dir"}}):  # noqa: ASYNC110 - no notification
-                await asyncio.sleep(0.05)
+        reported = {"problem": {"$regex": "scratch_dir"}}
+        await poll_until(lambda: roles.db.workers.find_one(reported), "the worker reports the problem")
         await asyncio.sleep(0.5)
         assert await roles.read_event_types(job_id) == ["JobSubmitted"]
         scratch.parent.mkdir()
@@ -155,9 +154,7 @@ async def test_worker_recovering_before_its_first_lease_is_shown_healthy(
     async with run_roles_in_process(
         connection, store, projector=True, worker=WorkerOptions(scratch_dir=scratch)
     ) as roles:
-        async with asyncio.timeout(20):
-            while not await roles.db.workers.find_one({"problem": None}):  # noqa: ASYNC110 - no notification
-                await asyncio.sleep(0.05)
+        await poll_until(lambda: roles.db.workers.find_one({"problem": None}), "the worker reports no problem")
 
 
 async def test_job_with_repeated_machine_failures_fails(
@@ -236,9 +233,7 @@ async def test_event_loop_never_accesses_files_of_attempts(
             monkeypatch.setattr(os, name, watch(name))
         monkeypatch.setattr(health, "_QUICK_CHECK_SECONDS", 0.0)
         for job_type in ("echo", "misbehaving"):
-            job = await roles.wait_until_finished(
-                await roles.submit({"action": "nothing"}, job_type=job_type), seconds=30
-            )
+            job = await roles.wait_until_finished(await roles.submit({"action": "nothing"}, job_type=job_type))
             assert job["status"] == "completed"
         assert accesses == []
         monkeypatch.undo()

@@ -18,6 +18,8 @@ from jobledger.ledger.store.command_handler import CommandResult, handle_command
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.attempts import attempt_timeout as time_limit
 from jobledger.workers.attempts import attempt_writer
+from jobledger.workers.attempts.executor import JobExecutor
+from jobledger.workers.attempts.outcome_recorder import StopReason
 from jobledger.workers.results.conversion import to_text
 from tests.support import misbehaving
 from tests.support.polling import poll_until
@@ -270,15 +272,20 @@ async def test_log_lines_survive_cancellation_of_their_request(
     async def handle_slowly(event_store: EventStore, stream: str, command: Any, **options: Any) -> CommandResult:
         if isinstance(command, AddLogEntries):
             writing.set()
-            await asyncio.sleep(0.2)
+            await stopping.wait()
         return await handle_command_with_retries(event_store, stream, command, **options)
 
-    writing = asyncio.Event()
+    def stop_and_notify(executor: JobExecutor, reason: StopReason) -> None:
+        stop(executor, reason)
+        stopping.set()
+
+    writing, stopping, stop = asyncio.Event(), asyncio.Event(), JobExecutor._stop
+    monkeypatch.setattr(JobExecutor, "_stop", stop_and_notify)
     monkeypatch.setattr(attempt_writer, "handle_command_with_retries", handle_slowly)
     if end == "timeout":
         monkeypatch.setattr(time_limit, "PAUSE_AFTER_SECONDS", 60.0)
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
-        timeout_s = 0.5 if end == "timeout" else 60.0
+        timeout_s = 4.0 if end == "timeout" else 60.0  # enough to write all lines on a busy machine
         job_id = await roles.submit(
             {"action": "log and finish step"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
         )
@@ -399,7 +406,7 @@ async def test_warnings_over_the_limit_are_counted_and_job_completes(
             value: await roles.submit({"action": "warn many times", "value": value, "lines": 500}, job_type=job_type)
             for value in misbehaving.WARNINGS
         }
-        await roles.wait_until_finished(*job_ids.values(), seconds=30)
+        await roles.wait_until_finished(*job_ids.values())
         for value, job_id in job_ids.items():
             job = await roles.load_job(job_id)
             assert (job["status"], job["error"]) == ("completed", None), value

@@ -53,9 +53,11 @@ async def test_projector_stops_before_an_unreadable_event(connection: Connection
     async with run_roles_in_process(connection, tmp_path) as roles:
         projector = Projector(roles.db, roles.event_store, connection, roles.checkpoint, holder="this-version")
         projector_task = asyncio.create_task(projector.run())
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while "At position 2 of the log" not in await stalls.find_stall_reason(roles.db, 1, 3):  # noqa: ASYNC110 - no notification
-                await asyncio.sleep(0.05)
+
+        async def is_stalled() -> bool:
+            return "At position 2 of the log" in await stalls.find_stall_reason(roles.db, 1, 3)
+
+        await poll_until(is_stalled, "the projector reports why it waits")
         assert not projector_task.done(), "the projector waits for a later version"
         projector_task.cancel()
         await asyncio.gather(projector_task, return_exceptions=True)

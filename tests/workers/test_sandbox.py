@@ -14,6 +14,7 @@ import pytest
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox import runner as sandbox
 from jobledger.workers.sandbox.runner import ProbeResult, Program, ResourceLimits, SandboxMethod, SandboxUnavailable
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 
 WORKING = [
     pytest.param(
@@ -125,14 +126,12 @@ async def test_cancelled_program_ends_with_all_its_processes(method: SandboxMeth
             0,
         )
     )
-    async with asyncio.timeout(60):
-        while not (tmp_path / "beat").exists():  # noqa: ASYNC110 - no notification
-            await asyncio.sleep(0.05)
+    await poll_until((tmp_path / "beat").exists, "the program writes")
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
     size = 0
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while (now := (tmp_path / "beat").stat().st_size) != size:  # until no process writes any more
             size = now
             await asyncio.sleep(0.5)

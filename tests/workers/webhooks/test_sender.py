@@ -24,6 +24,7 @@ from cryptography.x509.oid import NameOID
 from jobledger.ledger.net.url_policy import AllowedHosts, rejection_reason
 from jobledger.workers.safe_http import Resolver
 from jobledger.workers.webhooks.sender import MAX_RESPONSE_BYTES, Sender, WebhookRequest, WebhookResponse
+from tests.support.polling import DEADLINE_SECONDS
 
 BODY = b'{"type": "job.completed"}'
 RESPONSE_TIMEOUT = 10.0  # for endpoints that respond, on a busy machine too
@@ -420,11 +421,11 @@ async def test_send_when_cancelled_closes_the_connection() -> None:
     async with serve_connections(behave) as port:
         sender = Sender(allowed_private_hosts=("127.0.0.1",), timeout_seconds=60)
         sending = asyncio.create_task(sender.send(WebhookRequest(f"http://127.0.0.1:{port}/", {}, BODY)))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             await received.wait()
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
         assert sending.cancelled()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             await closed.wait()
         await sender.aclose()
