@@ -139,7 +139,7 @@ def _build_job(rng: random.Random, time: datetime, index: int) -> Document:
     )
     document = jobs.fold(None, _record_event(submission, job_id, 1, time, 2 * index + 1))
     if index % 3:
-        document = jobs.fold(document, _record_event(JobCancelled(by="bench"), job_id, 2, time, 2 * index + 2))
+        document = jobs.fold(document, _record_event(JobCancelled(by="user:bench"), job_id, 2, time, 2 * index + 2))
     assert document is not None  # noqa: S101 - narrows the type
     return document
 

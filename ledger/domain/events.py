@@ -156,6 +156,8 @@ def _optional_fields(event: type[Event]) -> tuple[str, ...]:
 
 
 class _UserEvent(Event):
+    """`by` is the actor, such as `user:alice`."""
+
     by: str
     reason: str | None = None
 

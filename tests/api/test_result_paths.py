@@ -83,7 +83,7 @@ async def test_jobs_of_older_log_with_same_path_keep_their_own_files(api_without
             assert [unpacked.read(name) for name in unpacked.namelist()] == [content]
         recorded = (
             await handle_command(
-                api_without_worker.event_store, row["job_id"], Delete("local"), meta=EventMetadata("test")
+                api_without_worker.event_store, row["job_id"], Delete("user:local"), meta=EventMetadata("test")
             )
         ).events
         await api_without_worker.get("/api/monitoring/events/stats", recorded[-1].position)

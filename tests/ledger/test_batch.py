@@ -44,21 +44,21 @@ COUNTS = BatchJobCounts(completed=2)
 SUMMARY = BatchSummary(duration=3.5, tokens_used=7)
 
 submitted = BatchSubmitted(total_jobs=2, job_ids=["job-1", "job-2"], user_id="alice")
-paused = BatchPaused(by="bob", reason="too early")
-resumed = BatchResumed(by="bob", reason="now")
+paused = BatchPaused(by="user:bob", reason="too early")
+resumed = BatchResumed(by="user:bob", reason="now")
 finished = BatchFinished(status="completed", counts=COUNTS, summary=SUMMARY)
 reopened = BatchReopened()
-archived = BatchArchived(by="bob", reason="old")
-deleted = BatchDeleted(by="bob", reason="old")
+archived = BatchArchived(by="user:bob", reason="old")
+deleted = BatchDeleted(by="user:bob", reason="old")
 ALL_COMMANDS: list[BatchCommand] = [
-    PauseBatch("bob"),
-    ResumeBatch("bob"),
+    PauseBatch("user:bob"),
+    ResumeBatch("user:bob"),
     FinishBatch(COUNTS, SUMMARY),
     ReopenBatch(),
-    ChangeAccess("bob", AccessControl(visibility="public")),
-    Archive("bob"),
-    Unarchive("bob"),
-    Delete("bob"),
+    ChangeAccess("user:bob", AccessControl(visibility="public")),
+    Archive("user:bob"),
+    Unarchive("user:bob"),
+    Delete("user:bob"),
 ]
 EXISTING: dict[str, list[Event]] = {
     "processing": [submitted],
@@ -90,17 +90,19 @@ def test_evolve_without_submission_raises_not_found() -> None:
 @parametrize_histories(EXISTING)
 def test_change_access_in_any_state_succeeds(history: list[Event]) -> None:
     public = AccessControl(visibility="public")
-    given(*history).when(ChangeAccess("bob", public)).then(BatchAccessChanged(by="bob", access_control=public))
-    assert given(*history, BatchAccessChanged(by="bob", access_control=public)).state.spec.access_control == public
+    given(*history).when(ChangeAccess("user:bob", public)).then(
+        BatchAccessChanged(by="user:bob", access_control=public)
+    )
+    assert given(*history, BatchAccessChanged(by="user:bob", access_control=public)).state.spec.access_control == public
 
 
 @parametrize_histories(EXISTING)
 def test_repeated_pause_and_resume_record_nothing(history: list[Event]) -> None:
-    given(*history).when(PauseBatch("bob", "too early")).then(paused)
-    given(*history, paused).when(PauseBatch("bob")).then_no_events()
-    given(*history, paused).when(ResumeBatch("bob", "now")).then(resumed)
-    given(*history).when(ResumeBatch("bob")).then_no_events()
-    given(*history, paused, resumed).when(ResumeBatch("bob")).then_no_events()
+    given(*history).when(PauseBatch("user:bob", "too early")).then(paused)
+    given(*history, paused).when(PauseBatch("user:bob")).then_no_events()
+    given(*history, paused).when(ResumeBatch("user:bob", "now")).then(resumed)
+    given(*history).when(ResumeBatch("user:bob")).then_no_events()
+    given(*history, paused, resumed).when(ResumeBatch("user:bob")).then_no_events()
 
 
 def test_finish_and_reopen_keep_batch_paused() -> None:
@@ -111,7 +113,7 @@ def test_finish_and_reopen_keep_batch_paused() -> None:
         [submitted, paused, finished, reopened],
     ):
         assert given(*history).state.is_paused
-        given(*history).when(ResumeBatch("bob", "now")).then(resumed)
+        given(*history).when(ResumeBatch("user:bob", "now")).then(resumed)
 
 
 @pytest.mark.parametrize("history", [[submitted], [submitted, paused], [submitted, finished, reopened]])
@@ -148,20 +150,20 @@ def test_final_status_follows_job_counts(counts: BatchJobCounts, status: str) ->
 
 @parametrize_histories(EXISTING)
 def test_repeated_archive_and_unarchive_record_nothing(history: list[Event]) -> None:
-    given(*history).when(Archive("bob", "old")).then(archived)
-    given(*history, archived).when(Archive("bob")).then_no_events()
-    given(*history, archived).when(Unarchive("bob")).then(BatchUnarchived(by="bob"))
-    given(*history).when(Unarchive("bob")).then_no_events()
-    given(*history, archived, BatchUnarchived(by="bob")).when(Unarchive("bob")).then_no_events()
+    given(*history).when(Archive("user:bob", "old")).then(archived)
+    given(*history, archived).when(Archive("user:bob")).then_no_events()
+    given(*history, archived).when(Unarchive("user:bob")).then(BatchUnarchived(by="user:bob"))
+    given(*history).when(Unarchive("user:bob")).then_no_events()
+    given(*history, archived, BatchUnarchived(by="user:bob")).when(Unarchive("user:bob")).then_no_events()
 
 
 @pytest.mark.parametrize("history", [[submitted], [submitted, paused], [submitted, finished, reopened]])
 def test_delete_unfinished_batch_is_rejected(history: list[Event]) -> None:
-    given(*history).when(Delete("bob")).then_rejected(InvalidState, "cancel it first")
+    given(*history).when(Delete("user:bob")).then_rejected(InvalidState, "cancel it first")
 
 
 def test_delete_finished_batch_succeeds() -> None:
-    given(submitted, finished).when(Delete("bob", "old")).then(deleted)
+    given(submitted, finished).when(Delete("user:bob", "old")).then(deleted)
 
 
 @for_all(st.lists(st.sampled_from(ALL_COMMANDS), max_size=30))

@@ -101,7 +101,9 @@ async def test_rejected_command_appends_nothing(unstreamed_ledger: Ledger) -> No
             unstreamed_ledger.event_store, job_id, SubmitJob(make_job_submitted()), meta=EVENT_METADATA
         )
     with pytest.raises(NotFound):
-        await handle_command(unstreamed_ledger.event_store, create_job_id(), CancelJob("alice"), meta=EVENT_METADATA)
+        await handle_command(
+            unstreamed_ledger.event_store, create_job_id(), CancelJob("user:alice"), meta=EVENT_METADATA
+        )
     assert await unstreamed_ledger.event_store.read_head_position() == 1
 
 
@@ -109,9 +111,9 @@ async def test_version_conflict_is_decided_again_on_current_state(unstreamed_led
     job_id, stale_state = await submit_job(unstreamed_ledger.event_store)
     await handle_command(unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA)
     cancelled = await handle_command(
-        unstreamed_ledger.event_store, job_id, CancelJob("alice"), meta=EVENT_METADATA, stream_state=stale_state
+        unstreamed_ledger.event_store, job_id, CancelJob("user:alice"), meta=EVENT_METADATA, stream_state=stale_state
     )
-    assert [event.event for event in cancelled.events] == [JobCancelRequested(by="alice")]
+    assert [event.event for event in cancelled.events] == [JobCancelRequested(by="user:alice")]
     assert cancelled.stream_state == await load_stream_state(unstreamed_ledger.event_store, job_id)
     with pytest.raises(InvalidState):
         await handle_command(
@@ -234,14 +236,18 @@ async def test_concurrent_cancel_and_claim_both_take_effect(unstreamed_ledger: L
             unstreamed_ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=stream_state
         )
         cancel = handle_command(
-            unstreamed_ledger.event_store, job_id, CancelJob("alice"), meta=EVENT_METADATA, stream_state=stream_state
+            unstreamed_ledger.event_store,
+            job_id,
+            CancelJob("user:alice"),
+            meta=EVENT_METADATA,
+            stream_state=stream_state,
         )
         claimed, _ = await asyncio.gather(claim, cancel, return_exceptions=True)
         events = [event.event for event in await unstreamed_ledger.event_store.read_stream(job_id)][1:]
         if isinstance(claimed, InvalidState):
-            assert events == [JobCancelled(by="alice")]
+            assert events == [JobCancelled(by="user:alice")]
         else:
-            assert events == [JobClaimed(worker_id="w1", attempt=1), JobCancelRequested(by="alice")]
+            assert events == [JobClaimed(worker_id="w1", attempt=1), JobCancelRequested(by="user:alice")]
 
 
 async def test_returned_stream_states_equal_stored_state(unstreamed_ledger: Ledger) -> None:
@@ -289,7 +295,9 @@ async def test_create_streams_appends_batch_and_jobs_in_given_order(unstreamed_l
     )
     assert [event.stream for event in recorded] == [batch_id, *job_ids]
     assert [event.position for event in recorded] == list(range(1, 302))
-    paused = await handle_command(unstreamed_ledger.event_store, batch_id, PauseBatch("alice"), meta=EVENT_METADATA)
+    paused = await handle_command(
+        unstreamed_ledger.event_store, batch_id, PauseBatch("user:alice"), meta=EVENT_METADATA
+    )
     assert [event.type for event in paused.events] == ["BatchPaused"]
     check_log(await load_event_documents(unstreamed_ledger.db))
 
@@ -299,7 +307,7 @@ async def test_create_streams_with_rejection_or_conflict_appends_nothing(unstrea
     with pytest.raises(NotFound):
         await create_streams(
             unstreamed_ledger.event_store,
-            [(create_job_id(), SubmitJob(make_job_submitted())), (create_job_id(), Archive("a"))],
+            [(create_job_id(), SubmitJob(make_job_submitted())), (create_job_id(), Archive("user:a"))],
             meta=EVENT_METADATA,
         )
     fresh = create_job_id()

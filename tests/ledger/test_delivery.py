@@ -53,7 +53,7 @@ queued = DeliveryQueued(source="job-1", source_version=3, event_type="job.comple
 failed = DeliveryAttempted(attempt=1, status_code=500, error=DOWN, duration_s=1, body_sha256="a", next_attempt_at=LATER)
 succeeded = DeliverySucceeded(attempt=1)
 abandoned = DeliveryAbandoned(reason="gone")
-requeued = DeliveryRequeued(by="bob", reason="again")
+requeued = DeliveryRequeued(by="user:bob", reason="again")
 
 
 def make_attempt(number: int, **fields: Any) -> DeliveryAttempted:
@@ -100,7 +100,7 @@ def test_success_after_abandonment_marks_delivery_succeeded() -> None:
 
 def test_requeue_in_any_state_succeeds() -> None:
     for before in ([], [failed], [failed, abandoned], [make_attempt(1, status_code=200), succeeded]):
-        given(queued, *before).when(RequeueDelivery("bob", "again")).then(requeued)
+        given(queued, *before).when(RequeueDelivery("user:bob", "again")).then(requeued)
 
 
 def test_requeue_resets_schedule_and_keeps_attempt_numbers() -> None:
@@ -158,8 +158,8 @@ async def test_each_end_of_job_queues_one_delivery(ledger: Ledger) -> None:
         ClaimJob("w", NOON),
         CompleteJob("w", 1, make_results()),
     )
-    await run_commands(ledger, job_id, RestartJob("bob"), ClaimJob("w", NOON), FailAttempt("w", 2, DOWN, None))
-    await run_commands(ledger, job_id, RestartJob("bob"), CancelJob("bob"))
+    await run_commands(ledger, job_id, RestartJob("user:bob"), ClaimJob("w", NOON), FailAttempt("w", 2, DOWN, None))
+    await run_commands(ledger, job_id, RestartJob("user:bob"), CancelJob("user:bob"))
     queued_deliveries = await load_deliveries(ledger, job_id)
     assert [(queued_event.event_type, queued_event.source_version) for queued_event in queued_deliveries] == [
         ("job.completed", 3),
@@ -193,7 +193,7 @@ async def test_retried_attempt_or_job_without_webhook_queues_nothing(ledger: Led
         ClaimJob("w", NOON),
         FailAttempt("w", 1, DOWN, LATER),
     )
-    await run_commands(ledger, job_without_webhook, SubmitJob(make_job_submitted()), CancelJob("bob"))
+    await run_commands(ledger, job_without_webhook, SubmitJob(make_job_submitted()), CancelJob("user:bob"))
     assert await load_deliveries(ledger, job_with_webhook) == await load_deliveries(ledger, job_without_webhook) == []
 
 

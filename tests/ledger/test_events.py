@@ -67,9 +67,9 @@ def test_generated_event_survives_bson_round_trip(kind: type[Event], data: st.Da
 
 
 def test_payload_omits_optional_fields_that_were_not_given() -> None:
-    assert EVENT_TYPES["JobCancelled"](by="alice").to_payload() == {"by": "alice"}
-    assert EVENT_TYPES["JobUpdated"].model_validate({"by": "alice", "parameters": {}}).to_payload() == {
-        "by": "alice",
+    assert EVENT_TYPES["JobCancelled"](by="user:alice").to_payload() == {"by": "user:alice"}
+    assert EVENT_TYPES["JobUpdated"].model_validate({"by": "user:alice", "parameters": {}}).to_payload() == {
+        "by": "user:alice",
         "parameters": {},
     }
 

@@ -64,10 +64,10 @@ completed = JobCompleted(attempt=1, results=make_results())
 failed = JobFailed(attempt=1, error=OUTAGE)
 expired = JobLeaseExpired(worker_id="w1", attempt=1)
 released = JobReleased(worker_id="w1", attempt=1, reason="shutdown")
-cancel_requested = JobCancelRequested(by="alice", reason="wrong talk")
-cancelled = JobCancelled(by="alice", reason="wrong talk")
-restarted = JobRestarted(by="bob")
-deleted = JobDeleted(by="bob")
+cancel_requested = JobCancelRequested(by="user:alice", reason="wrong talk")
+cancelled = JobCancelled(by="user:alice", reason="wrong talk")
+restarted = JobRestarted(by="user:bob")
+deleted = JobDeleted(by="user:bob")
 fenced = WorkerFenced(worker_id="w1", attempt=1, rejected_event="JobCompleted")
 
 WAITING: dict[str, list[Event]] = {
@@ -94,13 +94,13 @@ ALL_COMMANDS: list[JobCommand] = [
     *(command for command, _ in make_reports()),
     ClaimJob("w1", NOON),
     ExpireLease("w1", 1),
-    CancelJob("alice"),
-    RestartJob("alice"),
-    UpdateJob("alice", priority=2),
-    ChangeAccess("alice", ACCESS),
-    Archive("alice"),
-    Unarchive("alice"),
-    Delete("alice"),
+    CancelJob("user:alice"),
+    RestartJob("user:alice"),
+    UpdateJob("user:alice", priority=2),
+    ChangeAccess("user:alice", ACCESS),
+    Archive("user:alice"),
+    Unarchive("user:alice"),
+    Delete("user:alice"),
 ]
 
 # Submission -------------------------------------------------------------------------------------------------------
@@ -262,17 +262,17 @@ def test_expire_lease_of_other_worker_or_attempt_records_nothing() -> None:
 
 @parametrize_histories(WAITING)
 def test_cancel_waiting_job_cancels_at_once(history: list[Event]) -> None:
-    given(*history).when(CancelJob("alice", "wrong talk")).then(cancelled)
+    given(*history).when(CancelJob("user:alice", "wrong talk")).then(cancelled)
 
 
 def test_cancel_running_job_requests_cancel_once() -> None:
-    given(submitted, claimed).when(CancelJob("alice", "wrong talk")).then(cancel_requested)
-    given(submitted, claimed, cancel_requested).when(CancelJob("bob")).then_no_events()
+    given(submitted, claimed).when(CancelJob("user:alice", "wrong talk")).then(cancel_requested)
+    given(submitted, claimed, cancel_requested).when(CancelJob("user:bob")).then_no_events()
 
 
 @parametrize_histories(FINISHED)
 def test_cancel_finished_job_is_rejected(history: list[Event]) -> None:
-    given(*history).when(CancelJob("alice")).then_rejected(InvalidState, "cancelled")
+    given(*history).when(CancelJob("user:alice")).then_rejected(InvalidState, "cancelled")
 
 
 @pytest.mark.parametrize(
@@ -309,8 +309,8 @@ def test_cancel_request_ends_with_restart() -> None:
 
 @parametrize_histories(FINISHED)
 def test_restart_finished_job_resets_counted_attempts(history: list[Event]) -> None:
-    given(*history).when(RestartJob("bob", "again", reuse_steps=False)).then(
-        JobRestarted(by="bob", reason="again", reuse_steps=False)
+    given(*history).when(RestartJob("user:bob", "again", reuse_steps=False)).then(
+        JobRestarted(by="user:bob", reason="again", reuse_steps=False)
     )
     state = given(*history, restarted).state
     assert (state.status, state.counted_attempts, state.worker_id, state.due_at) == ("pending", 0, None, None)
@@ -318,7 +318,7 @@ def test_restart_finished_job_resets_counted_attempts(history: list[Event]) -> N
 
 @parametrize_histories(WAITING | RUNNING)
 def test_restart_unfinished_job_is_rejected(history: list[Event]) -> None:
-    given(*history).when(RestartJob("bob")).then_rejected(InvalidState, "restarted")
+    given(*history).when(RestartJob("user:bob")).then_rejected(InvalidState, "restarted")
 
 
 def test_claim_after_restart_uses_new_attempt_number() -> None:
@@ -328,7 +328,7 @@ def test_claim_after_restart_uses_new_attempt_number() -> None:
 def test_restart_keeps_completed_steps_unless_reuse_is_off() -> None:
     history = [submitted, claimed, step, failed]
     assert given(*history, restarted).state.steps == {"k1": step}
-    assert given(*history, JobRestarted(by="bob", reuse_steps=False)).state.steps == {}
+    assert given(*history, JobRestarted(by="user:bob", reuse_steps=False)).state.steps == {}
 
 
 # Changing ---------------------------------------------------------------------------------------------------------
@@ -336,55 +336,55 @@ def test_restart_keeps_completed_steps_unless_reuse_is_off() -> None:
 
 @parametrize_histories(WAITING)
 def test_update_waiting_job_records_update(history: list[Event]) -> None:
-    given(*history).when(UpdateJob("bob", {"text": "bye"}, 9, LATER)).then(
-        JobUpdated(by="bob", parameters={"text": "bye"}, priority=9, not_before=LATER)
+    given(*history).when(UpdateJob("user:bob", {"text": "bye"}, 9, LATER)).then(
+        JobUpdated(by="user:bob", parameters={"text": "bye"}, priority=9, not_before=LATER)
     )
 
 
 @parametrize_histories(RUNNING | FINISHED)
 def test_update_running_or_finished_job_is_rejected(history: list[Event]) -> None:
-    given(*history).when(UpdateJob("bob", priority=9)).then_rejected(InvalidState, "changed")
+    given(*history).when(UpdateJob("user:bob", priority=9)).then_rejected(InvalidState, "changed")
 
 
 def test_update_keeps_fields_that_are_not_given() -> None:
     planned = make_job_submitted(priority=3, not_before=LATER)
-    state = given(planned, JobUpdated(by="bob", parameters={})).state
+    state = given(planned, JobUpdated(by="user:bob", parameters={})).state
     assert state.spec == planned.model_copy(update={"parameters": {}})
     assert state.due_at == LATER
-    assert given(planned, JobUpdated(by="bob", priority=0)).state.spec.priority == 0
+    assert given(planned, JobUpdated(by="user:bob", priority=0)).state.spec.priority == 0
 
 
 def test_updated_start_time_applies_to_next_claim() -> None:
-    moved = JobUpdated(by="bob", not_before=LATER)
+    moved = JobUpdated(by="user:bob", not_before=LATER)
     given(submitted, moved).when(ClaimJob("w1", NOON)).then_rejected(InvalidState)
-    earlier = JobUpdated(by="bob", not_before=NOON)
+    earlier = JobUpdated(by="user:bob", not_before=NOON)
     given(make_job_submitted(not_before=LATER), earlier).when(ClaimJob("w1", NOON)).then(claimed)
 
 
 @parametrize_histories(EXISTING)
 def test_change_access_in_any_state_succeeds(history: list[Event]) -> None:
-    given(*history).when(ChangeAccess("bob", ACCESS)).then(JobAccessChanged(by="bob", access_control=ACCESS))
-    assert given(*history, JobAccessChanged(by="bob", access_control=ACCESS)).state.spec.access_control == ACCESS
+    given(*history).when(ChangeAccess("user:bob", ACCESS)).then(JobAccessChanged(by="user:bob", access_control=ACCESS))
+    assert given(*history, JobAccessChanged(by="user:bob", access_control=ACCESS)).state.spec.access_control == ACCESS
 
 
 @parametrize_histories(EXISTING)
 def test_repeated_archive_and_unarchive_record_nothing(history: list[Event]) -> None:
-    archived = JobArchived(by="bob", reason="old")
-    given(*history).when(Archive("bob", "old")).then(archived)
-    given(*history, archived).when(Archive("bob")).then_no_events()
-    given(*history, archived).when(Unarchive("bob")).then(JobUnarchived(by="bob"))
-    given(*history).when(Unarchive("bob")).then_no_events()
-    given(*history, archived, JobUnarchived(by="bob")).when(Unarchive("bob")).then_no_events()
+    archived = JobArchived(by="user:bob", reason="old")
+    given(*history).when(Archive("user:bob", "old")).then(archived)
+    given(*history, archived).when(Archive("user:bob")).then_no_events()
+    given(*history, archived).when(Unarchive("user:bob")).then(JobUnarchived(by="user:bob"))
+    given(*history).when(Unarchive("user:bob")).then_no_events()
+    given(*history, archived, JobUnarchived(by="user:bob")).when(Unarchive("user:bob")).then_no_events()
 
 
 @parametrize_histories(WAITING | FINISHED)
 def test_delete_job_that_is_not_running_succeeds(history: list[Event]) -> None:
-    given(*history).when(Delete("bob", "old")).then(JobDeleted(by="bob", reason="old"))
+    given(*history).when(Delete("user:bob", "old")).then(JobDeleted(by="user:bob", reason="old"))
 
 
 @parametrize_histories(RUNNING)
 def test_delete_running_job_is_rejected(history: list[Event]) -> None:
-    given(*history).when(Delete("bob")).then_rejected(InvalidState, "cancel it first")
+    given(*history).when(Delete("user:bob")).then_rejected(InvalidState, "cancel it first")
 
 
 def test_start_time_is_stored_in_utc_milliseconds() -> None:
@@ -417,10 +417,10 @@ def test_step_outputs_beyond_total_limit_are_rejected() -> None:
 
 
 def test_parameter_changes_beyond_total_limit_are_rejected() -> None:
-    change = UpdateJob("alice", {"text": "x" * (limits.MAX_CHANGED_PARAMETERS_BYTES // 10)})
+    change = UpdateJob("user:alice", {"text": "x" * (limits.MAX_CHANGED_PARAMETERS_BYTES // 10)})
     state = evolve_all(None, WAITING["submitted"])
     for _ in range(9):
         state = evolve_all(state, job.decide(change, state))
     with pytest.raises(InvalidEvent, match="all changes of this job together"):
         job.decide(change, state)
-    assert job.decide(UpdateJob("alice", priority=5), state)
+    assert job.decide(UpdateJob("user:alice", priority=5), state)

@@ -115,17 +115,17 @@ class JobStateMachine(RuleBasedStateMachine):
 
     @rule(reuse_steps=st.booleans())
     def restart(self, reuse_steps: bool) -> None:
-        self.apply(RestartJob("bob", reuse_steps=reuse_steps))
+        self.apply(RestartJob("user:bob", reuse_steps=reuse_steps))
 
     @rule(
         command=st.sampled_from(
             [
-                CancelJob("alice"),
-                UpdateJob("bob", {"text": "bye"}),
-                UpdateJob("bob", not_before=NOON + timedelta(minutes=2)),
-                ChangeAccess("bob", ACCESS),
-                Archive("bob"),
-                Unarchive("bob"),
+                CancelJob("user:alice"),
+                UpdateJob("user:bob", {"text": "bye"}),
+                UpdateJob("user:bob", not_before=NOON + timedelta(minutes=2)),
+                ChangeAccess("user:bob", ACCESS),
+                Archive("user:bob"),
+                Unarchive("user:bob"),
             ]
         )
     )
@@ -135,7 +135,7 @@ class JobStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.history) > 8)
     @rule()
     def delete(self) -> None:
-        self.apply(Delete("bob"))
+        self.apply(Delete("user:bob"))
 
     def apply(self, command: JobCommand) -> Iterable[JobEvent]:
         try:

@@ -87,8 +87,8 @@ class InMemoryLog:
 # Small histories ------------------------------------------------------------------------------------------------------
 
 submitted = make_job_submitted(max_attempts=2)
-completed, cancelled = JobCompleted(attempt=1, results=make_results()), JobCancelled(by="alice")
-restarted, restarted_without_steps = JobRestarted(by="bob"), JobRestarted(by="bob", reuse_steps=False)
+completed, cancelled = JobCompleted(attempt=1, results=make_results()), JobCancelled(by="user:alice")
+restarted, restarted_without_steps = JobRestarted(by="user:bob"), JobRestarted(by="user:bob", reuse_steps=False)
 
 
 def claimed(attempt: int = 1) -> JobClaimed:
@@ -132,11 +132,11 @@ History = list[JobEvent]
 ALLOWED_HISTORIES: dict[str, History] = {
     "completed": [submitted, claimed(), progressed(), logged(), step_completed(), completed],
     "cancelled while pending": [submitted, cancelled],
-    "cancelled while running": [submitted, claimed(), JobCancelRequested(by="alice"), cancelled],
+    "cancelled while running": [submitted, claimed(), JobCancelRequested(by="user:alice"), cancelled],
     "lease expired after cancel request": [
         submitted,
         claimed(),
-        JobCancelRequested(by="alice"),
+        JobCancelRequested(by="user:alice"),
         lease_expired(),
         cancelled,
     ],
@@ -179,7 +179,7 @@ ALLOWED_HISTORIES: dict[str, History] = {
         claimed(2),
         step_completed(2),
     ],
-    "deleted": [submitted, JobUpdated(by="bob", priority=2), JobDeleted(by="bob")],
+    "deleted": [submitted, JobUpdated(by="user:bob", priority=2), JobDeleted(by="user:bob")],
 }
 FORBIDDEN_HISTORIES: dict[str, tuple[History, str]] = {
     "not submitted": ([claimed()], "position 1: JobClaimed must be the first"),
@@ -217,12 +217,18 @@ FORBIDDEN_HISTORIES: dict[str, tuple[History, str]] = {
         "position 3: JobClaimed after the job has ended",
     ),
     "restarted before the job ended": ([submitted, claimed(), restarted], "position 3: JobRestarted before"),
-    "event after deletion": ([submitted, JobDeleted(by="bob"), fenced()], "position 3: .* after the job was deleted"),
+    "event after deletion": (
+        [submitted, JobDeleted(by="user:bob"), fenced()],
+        "position 3: .* after the job was deleted",
+    ),
     "deleted while processing": (
-        [submitted, claimed(), JobDeleted(by="bob")],
+        [submitted, claimed(), JobDeleted(by="user:bob")],
         "position 3: .* while attempt 1 is live",
     ),
-    "cancel requested while pending": ([submitted, JobCancelRequested(by="alice")], "position 2: .* while no attempt"),
+    "cancel requested while pending": (
+        [submitted, JobCancelRequested(by="user:alice")],
+        "position 2: .* while no attempt",
+    ),
     "step repeated in the next attempt": (
         [submitted, claimed(), step_completed(), lease_expired(), claimed(2), step_completed(2)],
         "position 6: .* 'page' in attempt 2, but attempt 1",
@@ -292,7 +298,7 @@ def test_unfinished_job_is_reported_with_all_finished(last: History) -> None:
     log = InMemoryLog()
     log.append("job-1", [submitted, cancelled])
     log.append("job-2", [submitted, *last])
-    log.append("job-3", [submitted, JobDeleted(by="bob")])
+    log.append("job-3", [submitted, JobDeleted(by="user:bob")])
     check_history(log.documents)
     with pytest.raises(AssertionError, match=f"job-2, position {3 + len(last)}: .* has not ended"):
         check_history(log.documents, all_finished=True)
@@ -404,12 +410,12 @@ def make_report(action: str, worker_id: str, attempt: int, key: str) -> JobComma
 
 
 USER_COMMANDS: dict[str, JobCommand] = {
-    "cancel": CancelJob("bob"),
-    "restart": RestartJob("bob"),
-    "restart without steps": RestartJob("bob", reuse_steps=False),
-    "update": UpdateJob("bob", priority=3),
-    "archive": Archive("bob"),
-    "delete": Delete("bob"),
+    "cancel": CancelJob("user:bob"),
+    "restart": RestartJob("user:bob"),
+    "restart without steps": RestartJob("user:bob", reuse_steps=False),
+    "update": UpdateJob("user:bob", priority=3),
+    "archive": Archive("user:bob"),
+    "delete": Delete("user:bob"),
 }
 WORKERS = ["w1", "w2", "w3"]
 ACTIONS = ["claim"] * 10 + ["step"] * 8 + ["expire", "fail", "progress", "release"] * 3

@@ -67,7 +67,11 @@ async def _append_single_events(event_store: EventStore, descriptor: int) -> Non
         submitted = await handle_command(event_store, job_id, SubmitJob(make_job_submitted()), meta=EVENT_METADATA)
         _record(descriptor, submitted.events)
         changed = await handle_command(
-            event_store, job_id, ChangeAccess("alice", ACCESS), meta=EVENT_METADATA, stream_state=submitted.stream_state
+            event_store,
+            job_id,
+            ChangeAccess("user:alice", ACCESS),
+            meta=EVENT_METADATA,
+            stream_state=submitted.stream_state,
         )
         _record(descriptor, changed.events)
 

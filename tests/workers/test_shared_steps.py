@@ -122,7 +122,7 @@ async def test_job_restarted_without_steps_reuses_no_step_of_other_jobs(roles: R
     await run_job(roles, "de")
     second = await run_job(roles, "fr")
     for reuse, count in ((False, 2), (True, 2), (False, 3)):
-        [restarted] = await roles.handle_commands(second["job_id"], RestartJob("alice", reuse_steps=reuse))
+        [restarted] = await roles.handle_commands(second["job_id"], RestartJob("user:alice", reuse_steps=reuse))
         ended = await roles.wait_for_event(JobCompleted, second["job_id"], after=restarted.position)
         assert lookups == {"talk": count}
         await roles.wait_for_views(ended.position)
@@ -132,7 +132,7 @@ async def test_job_restarted_without_steps_reuses_no_step_of_other_jobs(roles: R
 
 async def test_step_of_deleted_job_is_not_reused(roles: RunningRoles) -> None:
     first = await run_job(roles, "de")
-    await roles.handle_commands(first["job_id"], Delete("alice"))
+    await roles.handle_commands(first["job_id"], Delete("user:alice"))
     await roles.wait_for_views()
     await run_job(roles, "fr")
     assert lookups == {"talk": 2}

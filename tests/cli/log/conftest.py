@@ -91,7 +91,7 @@ async def write_job_history(roles: RunningRoles) -> str:
     await roles.handle_commands(
         job_id, FailAttempt("worker-7", attempt, ErrorInfo(code="BROKEN", message="it broke"), retry_at)
     )
-    await roles.handle_commands(job_id, CancelJob("ada", "no longer wanted"), RestartJob("ada"))
+    await roles.handle_commands(job_id, CancelJob("user:ada", "no longer wanted"), RestartJob("user:ada"))
     attempt = await roles.claim(job_id, "worker-8")
     await roles.handle_commands(job_id, CompleteJob("worker-8", attempt, make_results(job_id)))
     await roles.submit()

@@ -151,7 +151,7 @@ def test_log_state_as_of_and_until_shows_states_and_changes(ledger: LedgerComman
         head = await roles.event_store.read_head_position()
         assert head == 5
         await roles.handle_commands(completed, CompleteJob("worker-7", 1, make_results(completed)))
-        await roles.handle_commands(cancelled, CancelJob("ada"))
+        await roles.handle_commands(cancelled, CancelJob("user:ada"))
         await roles.claim(running, "worker-8")
         return cancelled, completed, batch_id
 

@@ -84,7 +84,9 @@ async def test_log_is_valid_during_concurrent_appends(connection: Connection) ->
                 await handle_command(
                     ledger.event_store, submitted.events[0].stream, ClaimJob("w1", NOON), meta=EVENT_METADATA
                 )
-                await handle_command(ledger.event_store, shared, ChangeAccess("alice", ACCESS), meta=EVENT_METADATA)
+                await handle_command(
+                    ledger.event_store, shared, ChangeAccess("user:alice", ACCESS), meta=EVENT_METADATA
+                )
 
         checker = ledgers[-1].event_store
         async with asyncio.timeout(4 * DEADLINE_SECONDS), asyncio.TaskGroup() as writing:
@@ -221,7 +223,7 @@ async def append_alternately(ledger: Ledger) -> list[Document]:
     jobs = [await ledger.submit_job() for _ in range(STREAMS)]
     for _ in range(ROUNDS - 1):
         for number, job in enumerate(jobs):
-            changed = ChangeAccess("alice", ACCESS)
+            changed = ChangeAccess("user:alice", ACCESS)
             jobs[number] = await handle_command(
                 ledger.event_store, job.events[0].stream, changed, meta=EVENT_METADATA, stream_state=job.stream_state
             )
@@ -247,7 +249,7 @@ async def test_one_stream_above_memory_limit_is_valid(connection: Connection, mo
         first, *_ = [await ledger.submit_job() for _ in range(2 * PAGE_EVENTS)]
         await ledger.submit_job()
         await handle_command(
-            ledger.event_store, first.events[0].stream, ChangeAccess("alice", ACCESS), meta=EVENT_METADATA
+            ledger.event_store, first.events[0].stream, ChangeAccess("user:alice", ACCESS), meta=EVENT_METADATA
         )
         check_valid(await verify_log(ledger.event_store))
 
