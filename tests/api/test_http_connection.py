@@ -260,7 +260,7 @@ async def run_download(
         await poll_until(lambda: not state.connections, "the connection is closed")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the bytes in its send buffer")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the bytes in its send buffer: make test there")
 @pytest.mark.parametrize("is_read", [True, False], ids=["read", "unread"])
 async def test_download_is_aborted_only_if_it_is_not_read(is_read: bool) -> None:
     """A client that reads 20 KB/s is not aborted.

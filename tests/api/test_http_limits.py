@@ -39,7 +39,7 @@ async def test_live_streams_of_all_users_are_limited_together(header_auth: None,
 async def test_wrong_credentials_are_limited_per_address(run_without_worker: RunApi) -> None:
     """Right credentials that were accepted from the address before are not limited."""
     secret = "s" * 32
-    jwt = pytest.importorskip("jwt", reason="PyJWT is not installed: pip install pyjwt")
+    jwt = pytest.importorskip("jwt", reason="install PyJWT: pip install pyjwt")
     alices_token = jwt.encode({"sub": "alice", "exp": time.time() + 600}, secret, "HS256")
     bobs_token = jwt.encode({"sub": "bob", "exp": time.time() + 600}, secret, "HS256")
     settings = {"trusted_proxies": ["127.0.0.0/8"], "auth_failures_per_minute": 5}

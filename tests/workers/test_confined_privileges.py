@@ -121,7 +121,7 @@ def _confine_and_run(
     os.write(writing, json.dumps(numbers).encode())
 
 
-@pytest.mark.skipif(_REBOOT is None, reason="the system call numbers of this architecture are unknown")
+@pytest.mark.skipif(_REBOOT is None, reason="needs an x86-64 or ARM64 processor: make test there")
 @pytest.mark.parametrize(("mode", "landlock"), [("off", True), ("auto", True), ("auto", False)])
 def test_job_process_has_no_privileges_over_the_machine(
     mode: confinement.ConfinementMode, landlock: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -140,7 +140,7 @@ def test_job_process_has_no_privileges_over_the_machine(
 
 @pytest.mark.skipif(
     not restrictions.can_make_read_only(),
-    reason="run as root or allow unprivileged user namespaces: job processes have no private mounts on this machine",
+    reason="job processes have no mounts of their own on this machine: sudo make test",
 )
 def test_read_only_mounts_stay_read_only_below_a_writable_one(tmp_path: Path) -> None:
     """This includes a writable directory inside another, a writable file, and a path that does not exist."""

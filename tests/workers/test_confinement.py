@@ -23,7 +23,8 @@ from tests.workers.system_calls import DEFINE_CALL, SYSTEM_CALL_NUMBERS
 
 pytestmark = needs_local_mongod
 needs_landlock = pytest.mark.skipif(
-    restrictions.get_landlock_version() < 1, reason="enable Landlock in the kernel: boot option lsm=landlock,…"
+    restrictions.get_landlock_version() < 1,
+    reason="needs Landlock: boot Linux with the option lsm=landlock,lockdown,yama",
 )
 
 PRYING_MODULE = '''
@@ -210,7 +211,7 @@ CHANGES = {
 @needs_landlock
 @pytest.mark.skipif(
     not restrictions.can_make_read_only(),
-    reason="run as root or allow unprivileged user namespaces: job processes have no private mounts on this machine",
+    reason="job processes have no mounts of their own on this machine: sudo make test",
 )
 def test_job_process_cannot_change_modes_owners_or_times_outside(installation: Installation) -> None:
     directory = installation.directory
@@ -281,11 +282,11 @@ USER_CALLS = {
 
 @needs_landlock
 @pytest.mark.skipif(
-    not restrictions.is_seccomp_supported(), reason="the system call numbers of this architecture are unknown"
+    not restrictions.is_seccomp_supported(), reason="needs an x86-64 or ARM64 processor: make test there"
 )
 @pytest.mark.skipif(
     restrictions.get_landlock_version() < restrictions.LANDLOCK_SIGNALS_VERSION,
-    reason="upgrade to Linux 6.12, which restricts signals",
+    reason="needs Linux 6.12 or later, which restricts signals: upgrade the kernel, then make test",
 )
 def test_job_process_cannot_change_limits_or_priorities_of_others(installation: Installation) -> None:
     worker = installation.commands[0].process.pid
@@ -353,7 +354,10 @@ def find_database_file(directory: Path) -> Path:
     return next(path for path in sorted((directory / "data").rglob("*")) if path.is_file() and path.stat().st_size)
 
 
-@pytest.mark.skipif(restrictions.get_landlock_version() > 0, reason="job processes can be confined on this machine")
+@pytest.mark.skipif(
+    restrictions.get_landlock_version() > 0,
+    reason="needs Linux without Landlock: boot it with the option lsm=capability",
+)
 def test_worker_does_not_start_without_required_confinement(tmp_path: Path) -> None:
     with Installation(tmp_path, event_worker={"confinement": "required"}) as installation:
         assert_one_line_error(installation.start("up").wait_for_exit(), 2, "event_worker.confinement", "Landlock")

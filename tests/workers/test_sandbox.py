@@ -19,13 +19,19 @@ from tests.support.polling import DEADLINE_SECONDS, poll_until
 WORKING = [
     pytest.param(
         method,
-        marks=pytest.mark.skipif(
-            not works, reason=f"{method} does not work on this machine: apt-get install bubblewrap"
-        ),
+        marks=pytest.mark.skipif(not works, reason=f"{method} does not work on this machine: {command}"),
     )
-    for method, works in (
-        ("landlock", restrictions.get_landlock_version() > 0 and restrictions.is_seccomp_supported()),
-        ("bubblewrap", shutil.which("bwrap") is not None and not sandbox._find_problem("bubblewrap")),
+    for method, command, works in (
+        (
+            "landlock",
+            "boot Linux with the option lsm=landlock,lockdown,yama",
+            restrictions.get_landlock_version() > 0 and restrictions.is_seccomp_supported(),
+        ),
+        (
+            "bubblewrap",
+            "apt-get install bubblewrap",
+            shutil.which("bwrap") is not None and not sandbox._find_problem("bubblewrap"),
+        ),
     )
 ]
 
@@ -200,6 +206,6 @@ async def test_program_with_a_proxy_can_open_only_ip_sockets(tmp_path: Path) -> 
             Program(sandbox.build_python_command("-c", _FAMILIES), tmp_path), proxy=proxy, max_output=1000
         )
     except SandboxUnavailable as error:
-        pytest.skip(str(error))
+        pytest.skip(f"{error}: apt-get install bubblewrap")
     assert ended.exit_code == 0
     assert {int(family) for family in ended.output.split()} == {socket.AF_INET, socket.AF_INET6}

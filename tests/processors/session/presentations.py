@@ -8,9 +8,7 @@ import pytest
 
 from jobledger.workers.sandbox import runner
 
-needs_sandbox = pytest.mark.skipif(
-    not runner.is_available(), reason="install a sandbox: apt-get install bubblewrap (or use a kernel with Landlock)"
-)
+needs_sandbox = pytest.mark.skipif(not runner.is_available(), reason="install a sandbox: apt-get install bubblewrap")
 needs_libreoffice = pytest.mark.skipif(
     shutil.which("soffice") is None or not runner.is_available(),
     reason="install LibreOffice and a sandbox: apt-get install libreoffice-impress bubblewrap",

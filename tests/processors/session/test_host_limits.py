@@ -95,7 +95,7 @@ def test_get_host_lock_directory_belongs_to_this_user(
 ) -> None:
     """Any user of the machine can create files in the system's temporary directory."""
     if os.getuid() != 0 and "foreign" in create.__name__:
-        pytest.skip("only root can change the owner of a directory: run the tests as root")
+        pytest.skip("needs root to change the owner of a directory: sudo make test")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "foreign-directory").mkdir(mode=0o777)
     create(tmp_path / f"jobledger-host-locks-{os.getuid()}")

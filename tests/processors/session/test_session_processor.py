@@ -355,7 +355,7 @@ async def test_session_without_recording_has_no_warning(site: Site, page_url: st
 
 
 async def test_pocketsphinx_backend_runs_on_tone(site: Site, page_url: str, tmp_path: Path) -> None:
-    pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed: pip install pocketsphinx")
+    pytest.importorskip("pocketsphinx", reason="install pocketsphinx: pip install pocketsphinx")
     video_url = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
     job = RecordingJob(make_parameters(url=page_url, video_url=video_url), tmp_path)
     results = await run(job, transcription={"backend": "pocketsphinx"})

@@ -59,7 +59,7 @@ def test_extract_audio_of_mp4_without_index_fails(tmp_path: Path) -> None:
 @needs_speech
 @pytest.mark.parametrize("kind", ["vp9.webm", "h264.mp4"])
 async def test_speech_in_video_is_transcribed(kind: str, site: Site, page_url: str, tmp_path: Path) -> None:
-    pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed: pip install pocketsphinx")
+    pytest.importorskip("pocketsphinx", reason="install pocketsphinx: pip install pocketsphinx")
     video_url = site.put(
         f"/talk.{kind}",
         SiteResponse(

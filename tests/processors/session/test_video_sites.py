@@ -39,7 +39,7 @@ def _has_namespaces() -> bool:
 
 needs_namespaces = pytest.mark.skipif(
     not _has_namespaces(),
-    reason="enable user namespaces: sysctl kernel.unprivileged_userns_clone=1 (also needs Landlock)",
+    reason="needs user namespaces, and Landlock: sysctl kernel.unprivileged_userns_clone=1",
 )
 
 
@@ -130,7 +130,7 @@ def test_is_video_site_url_matches_sites_and_subdomains() -> None:
 @needs_namespaces
 async def test_real_yt_dlp_does_not_use_generic_extractor(site: Site, tmp_path: Path) -> None:
     """The generic extractor of yt-dlp, which is disabled, would request the page."""
-    pytest.importorskip("yt_dlp", reason="yt-dlp is not installed: pip install yt-dlp")
+    pytest.importorskip("yt_dlp", reason="install yt-dlp: pip install yt-dlp")
     page = site.put("/watch", html("<video src='/film.webm'></video>"))
     with pytest.raises(TranscriptUnavailable, match="is not available"):
         await resolve_media_url(page, seconds=60, scratch=tmp_path / "scratch", fetcher=Fetcher(make_settings()))

@@ -18,7 +18,7 @@ import av
 import pytest
 
 SAMPLE_RATE = 16_000
-needs_speech = pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed: apt-get install flite")
+needs_speech = pytest.mark.skipif(shutil.which("flite") is None, reason="install flite: apt-get install flite")
 
 VIDEO_FORMATS = {
     # suffix: (container, video codec, audio codec)
