@@ -23,6 +23,7 @@ from tests.support.mongodb_provider import MongoDBUnavailable, provide_mongodb
 
 TMPFS = Path("/dev/shm")
 """Preferred data directory of the shared server. Tests that kill a server use another one on disk."""
+TMPFS_BYTES_PER_SERVER = 4 * 2**30
 IN_CI = os.environ.get("CI", "").lower() == "true"
 # A skip reason that names a missing tool, such as "install curl: apt-get install curl". CI must skip no such test.
 MISSING_TOOL_REASON = re.compile(
@@ -43,7 +44,8 @@ def mongodb_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         with ExitStack() as stack:
             directory = tmp_path_factory.mktemp("mongod")
-            if TMPFS.is_dir() and shutil.disk_usage(TMPFS).free > 4 * 2**30:
+            servers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+            if TMPFS.is_dir() and shutil.disk_usage(TMPFS).free > TMPFS_BYTES_PER_SERVER * servers:
                 directory = Path(stack.enter_context(TemporaryDirectory(prefix="jobledger-mongod-", dir=TMPFS)))
             yield stack.enter_context(provide_mongodb(directory))
     except MongoDBUnavailable as error:

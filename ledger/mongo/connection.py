@@ -13,6 +13,7 @@ from pymongo import AsyncMongoClient, MongoClient, WriteConcern
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import ConfigurationError as DriverConfigurationError
 from pymongo.errors import InvalidURI, OperationFailure, PyMongoError, ServerSelectionTimeoutError, WTimeoutError
+from pymongo.monitoring import _EventListener
 from pymongo.read_concern import ReadConcern
 
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable, UnreadableEvent
@@ -43,7 +44,7 @@ class Connection:
     max_pool_size: int = 50
     connect_timeout_ms: int = 5000
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, *listeners: _EventListener) -> dict[str, Any]:
         return {
             "maxPoolSize": self.max_pool_size,
             "connectTimeoutMS": self.connect_timeout_ms,
@@ -53,6 +54,7 @@ class Connection:
             "appname": "jobledger",
             "w": "majority",
             "journal": True,
+            "event_listeners": listeners,
         }
 
     def create_client(self) -> AsyncMongoClient[Document]:
@@ -63,7 +65,7 @@ class Connection:
         """
         clock = ServerClock()
         with _translate_uri_errors(self.uri):
-            client: AsyncMongoClient[Document] = AsyncMongoClient(self.uri, event_listeners=[clock], **self._options())
+            client: AsyncMongoClient[Document] = AsyncMongoClient(self.uri, **self._options(clock))
         clock.attach_client(client)
         return client
 

@@ -28,8 +28,8 @@ class MonitoredConnection(Connection):
 
     listeners: tuple[CommandListener, ...] = ()
 
-    def _options(self) -> dict[str, Any]:
-        return {**Connection._options(self), "event_listeners": list(self.listeners)}
+    def _options(self, *listeners: Any) -> dict[str, Any]:
+        return Connection._options(self, *listeners, *self.listeners)
 
 
 def monitor_connection(connection: Connection, *listeners: CommandListener) -> MonitoredConnection:

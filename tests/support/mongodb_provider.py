@@ -18,6 +18,8 @@ from jobledger.ledger.mongo.embedded_lock import wait_until
 
 CONTAINER_IMAGE = "mongo:7"
 START_TIMEOUT_SECONDS = 60.0
+OPLOG_MB = 3000
+"""All writes of a test run, because commands warn about a full oplog that covers less than a day."""
 
 
 class MongoDBUnavailable(Exception):
@@ -31,7 +33,7 @@ def provide_mongodb(directory: Path) -> Iterator[str]:
         yield given
         return
     try:
-        server = EmbeddedServer.start(directory, oplog_mb=256)
+        server = EmbeddedServer.start(directory, oplog_mb=OPLOG_MB)
     except DatabaseUnsuitable as no_local_server:
         with _container(str(no_local_server)) as uri:
             yield uri
