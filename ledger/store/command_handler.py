@@ -234,17 +234,21 @@ async def handle_command_with_retries(
 
     Raises:
         CommandRejected: The stream's state does not allow the command.
+        UnreadableEvent: As `handle_command`.
         InvalidEvent: As `EventStore.append`.
     """
+    may_have_effect = False
     while True:
         try:
+            if may_have_effect:  # repeated first, it would be decided on the state after its own events
+                result = await _find_outcome(event_store, stream, command, stream_state)
+                if result is not None:
+                    return result
             return await handle_command(event_store, stream, command, meta=meta, stream_state=stream_state)
         except (LedgerUnavailable, LedgerBusy) as error:
             on_retry(error)
+        may_have_effect = True
         await asyncio.sleep(retry_seconds)
-        with suppress(LedgerUnavailable):
-            if (result := await _find_outcome(event_store, stream, command, stream_state)) is not None:
-                return result
 
 
 async def create_streams(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -421,3 +422,39 @@ async def test_command_with_lost_response_takes_effect_once(
     assert [event.type for event in stored] == ["JobAccessChanged"] * is_stale + [expected]
     assert result.events == stored[-1:]
     assert result.stream_state == await load_stream_state(event_store, job_id)
+
+
+async def test_command_with_lost_response_waits_until_its_outcome_can_be_read(
+    unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the command were repeated first, its worker would be fenced: the job has ended."""
+    event_store = unstreamed_ledger.event_store
+    job_id, _ = await submit_job(event_store)
+    claimed = await handle_command(event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA)
+    append, read_stream = event_store.append, event_store.read_stream
+    retries: list[Exception] = []
+
+    async def lose_response(*appends: StreamAppend) -> list[RecordedEvent]:
+        await append(*appends)
+        monkeypatch.setattr(event_store, "append", append)
+        raise LedgerUnavailable("the connection was lost")
+
+    async def fail_once(*arguments: Any, **options: Any) -> list[RecordedEvent]:
+        monkeypatch.setattr(event_store, "read_stream", read_stream)
+        raise LedgerUnavailable("the connection was lost")
+
+    monkeypatch.setattr(event_store, "append", lose_response)
+    monkeypatch.setattr(event_store, "read_stream", fail_once)
+    result = await handle_command_with_retries(
+        event_store,
+        job_id,
+        CompleteJob("w1", 1, make_results()),
+        meta=EVENT_METADATA,
+        stream_state=claimed.stream_state,
+        retry_seconds=0,
+        on_retry=retries.append,
+    )
+    stored = await event_store.read_stream(job_id)
+    assert [event.type for event in stored] == ["JobSubmitted", "JobClaimed", "JobCompleted"]
+    assert result.events == stored[-1:]
+    assert len(retries) == 2

@@ -23,7 +23,7 @@ from jobledger.ledger.domain.events import (
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE
 from jobledger.ledger.store.appender import Appender, EventStoreLimits, PendingAppend
-from jobledger.ledger.store.command_handler import CommandResult, handle_command
+from jobledger.ledger.store.command_handler import CommandResult, handle_command_with_retries
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.processor import JobContext, Results
@@ -51,13 +51,13 @@ async def test_cancellation_before_claim_result_arrives_cancels_job(
     claimed, release = asyncio.Event(), asyncio.Event()
 
     async def respond_late(*arguments: Any, **options: Any) -> CommandResult:
-        result = await handle_command(*arguments, **options)
+        result = await handle_command_with_retries(*arguments, **options)
         if result.events and isinstance(result.events[0].event, JobClaimed):
             claimed.set()
             await release.wait()
         return result
 
-    monkeypatch.setattr("jobledger.workers.claims.claimer.handle_command", respond_late)
+    monkeypatch.setattr("jobledger.workers.claims.claimer.handle_command_with_retries", respond_late)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
         job_id = await roles.submit({"seconds": 60})
         await claimed.wait()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Final
 
 import structlog
 
@@ -13,11 +14,12 @@ from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, NotDue, UnreadableEvent
 from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.domain.job import Job
-from jobledger.ledger.store.command_handler import CommandResult, StreamState, handle_command, load_stream_state
+from jobledger.ledger.store.command_handler import StreamState, handle_command_with_retries
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.claims.claim_queue import ClaimQueue
 
 _log = structlog.get_logger()
+_RETRY_SECONDS: Final = 1.0
 
 
 class Claimer:
@@ -77,55 +79,47 @@ class Claimer:
                 self._on_unreadable(error)
 
     async def _claim(self, job_id: str, stream_state: StreamState) -> None:
-        """Claim a job by appending an event. Start the job if the append succeeds."""
+        """Claim a job by appending an event. Start the job if the append succeeds.
+
+        It ends only when it is certain whether the claim was written: a claimed job must not hang.
+        """
+        may_be_ours = False
+
+        def on_retry(error: LedgerUnavailable | LedgerBusy) -> None:
+            nonlocal may_be_ours
+            may_be_ours = may_be_ours or isinstance(error, LedgerUnavailable)
+            _log.warning("cannot claim a job yet", job_id=job_id, error=str(error))
+
+        worker_id = self._queue.worker_id
         try:
-            result = await self._append_claim(job_id, stream_state)
+            result = await handle_command_with_retries(
+                self._event_store,
+                job_id,
+                ClaimJob(worker_id, self._event_store.clock.estimate()),
+                meta=EventMetadata(f"worker:{worker_id}"),
+                stream_state=stream_state,
+                retry_seconds=_RETRY_SECONDS,
+                on_retry=on_retry,
+            )
         except NotDue:
             self._queue.handle_not_due()
             return
         except CommandRejected:
-            with suppress(LedgerUnavailable):  # in this case, the claim is retried once more
-                await self._queue.handle_rejection(job_id)
+            await self._handle_rejection(job_id)
             return
         except UnreadableEvent as error:
             _log.error("cannot claim a job: a newer version of Jobledger wrote to it", job_id=job_id, error=str(error))
             self._queue.skip(job_id)
+            if may_be_ours:
+                self._on_unreadable(error)
+            return
+        job = result.stream_state.aggregate
+        if not isinstance(job, Job) or job.worker_id != worker_id:  # we learned of the claim after it had ended
+            await self._handle_rejection(job_id)
             return
         self._queue.mark_claimed(job_id, result.stream_state.head.position)
         self._start_job(job_id, result.stream_state)
 
-    async def _append_claim(self, job_id: str, stream_state: StreamState) -> CommandResult:
-        """Append a claim. Return only when it is certain whether it was written: a claimed job must not hang."""
-        command = ClaimJob(self._queue.worker_id, self._event_store.clock.estimate())
-        metadata = EventMetadata(f"worker:{self._queue.worker_id}")
-        while True:
-            try:
-                return await handle_command(
-                    self._event_store, job_id, command, meta=metadata, stream_state=stream_state
-                )
-            except LedgerBusy as error:
-                _log.warning("cannot claim a job yet", job_id=job_id, error=str(error))
-                await asyncio.sleep(1)
-            except LedgerUnavailable as error:
-                _log.warning("outcome of a claim unknown", job_id=job_id, error=str(error))
-                if (result := await self._find_claim(job_id)) is not None:
-                    return result
-
-    async def _find_claim(self, job_id: str) -> CommandResult | None:
-        """Return the stream if the claim was written; None if not.
-
-        If the job is ours, the claim is this one: the job does not run yet, and worker IDs are never reused.
-        """
-        while True:
-            await asyncio.sleep(1)
-            try:
-                stream_state = await load_stream_state(self._event_store, job_id)
-            except LedgerUnavailable as error:
-                _log.warning("outcome of a claim still unknown", job_id=job_id, error=str(error))
-                continue
-            except UnreadableEvent as error:
-                self._on_unreadable(error)
-                raise
-            job = stream_state.aggregate
-            is_ours = isinstance(job, Job) and job.status == "processing" and job.worker_id == self._queue.worker_id
-            return CommandResult([], stream_state) if is_ours else None
+    async def _handle_rejection(self, job_id: str) -> None:
+        with suppress(LedgerUnavailable):  # in this case, the claim is retried once more
+            await self._queue.handle_rejection(job_id)
