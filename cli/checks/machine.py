@@ -70,7 +70,7 @@ def check_confinement(settings: Settings) -> Iterator[CheckResult]:
         yield CheckResult("Confinement of jobs", is_ok=True, detail=f"Landlock, version {version}{limits}")
     else:
         hint = f". {confinement.LANDLOCK_ADVICE}" if mode == "auto" else ""
-        detail = f"none: this kernel has no Landlock{hint}"
+        detail = f"none: the kernel does not support Landlock{hint}"
         yield CheckResult("Confinement of jobs", mode == "auto", detail, confinement.LANDLOCK_ADVICE)
     probes = runner.probe_methods()
     if probes[-1].is_working:

@@ -62,7 +62,7 @@ def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> None:
     exist are skipped. Sets `no_new_privs`.
 
     Raises:
-        OSError: The kernel has no Landlock.
+        OSError: The kernel does not support Landlock.
     """
     version = get_landlock_version()
     if version < 1:
