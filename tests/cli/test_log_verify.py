@@ -316,7 +316,7 @@ async def store_wrong_subscription_hash(ledger: Ledger) -> None:
 def test_log_verify_replaced_end_is_reported(
     damage: Work, position: int, reader: str, verified_log: VerifiedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_TRIES", 2)
     assert verified_log.verify("--no-views").exit_code == 0
     verified_log.run_with_ledger(damage)
     outcome = verified_log.verify("--no-views")
@@ -343,7 +343,7 @@ def test_log_verify_missing_end_is_detected_by_readers(
     started_at = time.monotonic()
     outcome = verified_log.verify()
     assert time.monotonic() - started_at < 30
-    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_TRIES", 2)
     assert outcome.exit_code == 1
     assert f"First error: position {first_error}: missing." in outcome.out
     assert f"{reader} had reached position 9" in outcome.out
@@ -364,7 +364,7 @@ def test_log_verify_allocated_unwritten_positions_are_noted(verified_log: Verifi
 def test_commands_with_missing_end_do_not_wait_and_views_rebuild_repairs(
     verified_log: VerifiedLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_TRIES", 2)
     verified_log.run_with_ledger(move_views_ahead)
     check = verified_log.run("views", "check")
     assert check.exit_code == 1

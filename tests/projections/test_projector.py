@@ -246,7 +246,7 @@ async def test_projector_stalls_when_applied_events_were_removed(
     damage: Callable[[RunningRoles], Awaitable[None]],
     running: bool,
 ) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_TRIES", 2)
     async with run_roles_in_process(connection, store, projector=True) as roles:
         for _ in range(3):
             await roles.submit()

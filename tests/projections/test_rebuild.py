@@ -484,7 +484,7 @@ async def test_large_jobs_are_applied_while_the_previous_chunk_is_written(
 async def test_running_projector_does_not_fold_removed_events_after_a_rebuild(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 1)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_TRIES", 1)
     monkeypatch.setattr(projector, "STALL_RETRY_SECONDS", 0.1)
     async with run_roles_in_process(connection, store, projector=True) as roles:
         for _ in range(3):

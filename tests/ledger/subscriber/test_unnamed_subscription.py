@@ -36,7 +36,7 @@ from tests.support.polling import poll_until
 async def test_subscription_beyond_end_of_log_is_rejected(
     connection: Connection, client: LedgerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_TRIES", 2)
     async with connection.create_client() as driver:
         await driver[connection.db_name].subscriptions.insert_one({"_id": "mine", "position": 99, "holder": "x"})
     with pytest.raises(LogTruncated, match="ends at position 0, but the subscription 'mine' had reached position 99"):
@@ -47,7 +47,7 @@ async def test_subscription_beyond_end_of_log_is_rejected(
 async def test_subscription_that_read_replaced_events_is_rejected(
     connection: Connection, client: LedgerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_ATTEMPTS", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._HEAD_READ_TRIES", 2)
     async with open_ledger(connection) as ledger:
         for _ in range(3):
             await ledger.submit_job()
