@@ -1,7 +1,7 @@
 """Exit a process whose event loop is blocked, so that its supervisor restarts it.
 
-The usual cause is an inline job that blocks (`time.sleep`, an endless loop). The lease then expires
-(`jobledger.ledger.mongo.lease`), but the API, the views and the other jobs of this process would hang forever.
+The usual cause is an inline job that blocks (`time.sleep`, an endless loop). The process then no longer extends its
+leases (`jobledger.ledger.mongo.lease`), and the API, the views and the other jobs of this process hang.
 """
 
 from __future__ import annotations

@@ -30,12 +30,12 @@ USE_DRIVER_ERRORS = {
     "projections/engine/writer.py": "a document that MongoDB rejects is isolated; a server failure is retried",
 }
 
-CONTAIN_FOREIGN_CODE = {
+CONTAIN_THIRD_PARTY_CODE = {
     "workers/child/attempt.py": "any exception of a processor fails its job, not the process that reports it",
-    "workers/child/failures.py": "attributes and details of a foreign exception may raise anything when they are read",
-    "workers/child/containment.py": "a closed coroutine of a processor may raise anything; the worker goes on",
-    "workers/results/conversion.py": "a __str__ of a foreign class may raise anything, but a text is required",
-    "workers/child/main.py": "the worker is told about any failure of the process or its connection",
+    "workers/child/failures.py": "attributes and details of a third-party exception may raise anything when they are read",
+    "workers/child/containment.py": "a closed coroutine of a processor may raise anything; the worker continues",
+    "workers/results/conversion.py": "a __str__ of a third-party class may raise anything, but a text is required",
+    "workers/child/main.py": "any failure of the process or its connection is reported to the worker",
     "workers/child/fork_server.py": "a module that raises on import must not end the process for all job types",
     "workers/registry.py": "a plug-in that raises when it is loaded makes only its own job type unusable",
     "workers/child/supervisor.py": "a forked job process ends here; nothing may return into the fork server's code",
@@ -108,14 +108,14 @@ def find_swallowed_base_exceptions(path: Path) -> list[int]:
 def test_base_exception_handler_reraises_or_has_reason(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     for number in find_swallowed_base_exceptions(path):
-        assert relative_name(path) in CONTAIN_FOREIGN_CODE, f"{relative_name(path)}:{number} swallows cancellation"
+        assert relative_name(path) in CONTAIN_THIRD_PARTY_CODE, f"{relative_name(path)}:{number} swallows cancellation"
         assert re.search(r"# noqa: BLE001 - \S", lines[number - 1]), f"{relative_name(path)}:{number} gives no reason"
 
 
-def test_list_of_modules_that_contain_foreign_code_is_current() -> None:
+def test_list_of_modules_that_contain_third_party_code_is_current() -> None:
     assert {
         relative_name(path) for path in MODULES if find_swallowed_base_exceptions(path)
-    } == CONTAIN_FOREIGN_CODE.keys()
+    } == CONTAIN_THIRD_PARTY_CODE.keys()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative_name)

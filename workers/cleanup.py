@@ -214,7 +214,7 @@ class Cleanup:
             return RETRY_SECONDS
         is_needed = await files.is_referenced(self._checkpoint.views, digest)
         token = secrets.token_hex(8)
-        # Also if the file is needed: a killed process may have left it set aside. In this case, it is put back at once.
+        # Call this even if the file is needed: a killed process may have left it set aside, and it is put back below.
         saved_at = await self._file_store.begin_removal(digest, token)
         if saved_at is None:
             return None
@@ -223,7 +223,7 @@ class Cleanup:
             if not is_needed:
                 remove, again_after = await self._decide_removal(digest, saved_at)
         finally:
-            # Also if this process is stopped. If it is killed, the record in `file_removals` leads to the file again.
+            # End the removal even if this process is stopped. If it is killed, the next check of the file ends it.
             end_removal = self._file_store.finish_removal if remove else self._file_store.cancel_removal
             await asyncio.shield(end_removal(digest, token))
         return again_after

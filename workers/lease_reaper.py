@@ -1,4 +1,4 @@
-"""Expire the leases of dead workers and make their jobs pending again.
+"""Expire the leases of crashed workers and make their jobs pending again.
 
 Each worker process holds one lease, a document in the collection `workers`. Heartbeats are not in the event store. All
 workers observe each other's heartbeats through the change stream and set timers. When a reaper has observed no
@@ -8,14 +8,18 @@ heartbeat of a worker for the duration of its lease, by the reaper's monotonic c
 No clock can cause a wrong expiry. The update that expires a lease matches the last observed heartbeat, so a worker that
 has extended its lease in the meantime keeps it. The server's clock may shorten the wait only for workers that were
 never observed to extend their lease. Even then a reaper waits for at least half the duration of the lease, in which a
-live worker extends it. Therefore the clock of an earlier primary, which may have written the lease, does no harm.
+running worker extends it. Therefore the clock of an earlier primary, which may have written the lease, does no harm.
 
 A database outage expires no leases of healthy workers. Only a reaper that has extended its own lease for a while
-without a gap judges others. When it could not write heartbeats, the others could not either.
+without a gap expires the leases of others. When it could not write heartbeats, the others could not either.
 
-No job is left behind. A claim is an event. Once the views contain every event up to the head of the log, they name all
-jobs of the dead worker. If a claim of a zombie comes even later, reapers observe a `JobClaimed` of a worker that is not
-alive, and reap it as well. A reaper that starts later finds such jobs among those of unknown workers.
+All jobs of a crashed worker become pending again. A claim is an event. Once the views contain every event up to the
+head of the log, they name all jobs of that worker. If a claim of a zombie comes even later, reapers observe a
+`JobClaimed` of a worker without a lease, and expire its lease as well. A reaper that starts later finds such jobs among
+those of unknown workers.
+
+A reaper also provides the IDs of the workers that may claim jobs, because it observes the lease documents of all
+workers.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ from jobledger.projections.views import jobs
 
 _log = structlog.get_logger()
 COLLECTION: Final = "workers"
-_JITTER_SECONDS: Final = 0.3  # random delay, so that not all reapers act at once
+_JITTER_SECONDS: Final = 0.3  # random delay, so that not all reapers act at the same time
 _UNKNOWN_SECONDS: Final = 1.0
 _STEADY_FRACTION: Final = 0.5
 """Fraction of a lease for which a reaper must have extended its own lease without a gap before it expires others.
@@ -54,7 +58,7 @@ _UNKNOWN_WORKERS: Final = ""  # stands for all workers that have running jobs an
 
 
 class LeaseReaper:
-    """Detects workers without heartbeats, and makes their jobs pending again."""
+    """Detects workers without heartbeats, and makes their jobs pending again. Knows which workers may claim jobs."""
 
     def __init__(
         self, db: Database, event_store: EventStore, checkpoint: CheckpointFollower, change_stream: ChangeStream
@@ -84,7 +88,7 @@ class LeaseReaper:
         try:
             while True:
                 worker_id = await self._check_queue.get()
-                self._timers.pop(worker_id, None)  # from now on, an observed claim sets a new timer
+                self._timers.pop(worker_id, None)  # an observed claim after this sets a new timer
                 try:
                     await self._check(worker_id)
                 except (LedgerUnavailable, LedgerBusy) as error:
@@ -97,7 +101,7 @@ class LeaseReaper:
     # Observing ----------------------------------------------------------------------------------------------------
 
     async def _resync(self, session: AsyncClientSession) -> None:
-        """Load the live workers and their remaining lease times, and look for running jobs of unknown workers."""
+        """Load all lease documents with their remaining times, and look for running jobs of unknown workers."""
         workers = self._db[COLLECTION].find({}, {**_FIELDS, "problem": 1}, session=session)
         self._lease_seconds.clear()
         self._unhealthy.clear()
@@ -118,7 +122,7 @@ class LeaseReaper:
         changed = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
         self._update_health(worker_id, changed)
         if "heartbeat" not in changed and "fullDocument" not in change:
-            return  # another reaper expired the lease. It may die, so keep the timer.
+            return  # a change of the health, or another reaper expired the lease and may crash: keep the timer
         self._lease_seconds[worker_id] = changed.get("seconds", self._lease_seconds.get(worker_id, 10.0))
         self._observed.setdefault(worker_id, LeaseObservation()).record(changed.get("heartbeat"))
         self._schedule_check(worker_id, 0.0 if changed.get("released") else self._lease_seconds[worker_id])
@@ -134,7 +138,7 @@ class LeaseReaper:
             self._check_if_unknown(change["fullDocument"]["data"]["worker_id"])
 
     def _check_if_unknown(self, worker_id: str) -> None:
-        """Schedule a check of a worker that runs a job, unless it is known to be alive."""
+        """Schedule a check of a worker that runs a job, unless it has a lease or a check is scheduled."""
         if worker_id not in self._lease_seconds and worker_id not in self._timers:
             self._schedule_check(worker_id, _UNKNOWN_SECONDS)
 
@@ -198,11 +202,10 @@ class LeaseReaper:
             except CommandRejected as error:
                 _log.info("job unchanged: expiry rejected", job_id=job["_id"], reason=str(error))
             except UnreadableEvent as error:
-                text = "cannot expire a job's lease: a newer version of Jobledger wrote to the job"
-                _log.error(text, job_id=job["_id"], error=str(error))
+                _log.error("cannot expire a job's lease: its stream is unreadable", job_id=job["_id"], error=str(error))
                 has_unreadable = True
         if has_unreadable or worker is None:
-            return  # keep the lease, so that workers of that version find the job
+            return  # keep the lease document, so that other reapers find the job, for example those of a newer version
         with translate_errors("removing an expired lease"):
             await self._db[COLLECTION].delete_one({"_id": worker_id, "heartbeat": worker.get("heartbeat")})
 

@@ -1,7 +1,7 @@
-"""Load job types. They are entry points in the group `jobledger.processors`.
+"""The registry of processors. They are entry points in the group `jobledger.processors`.
 
-A processor is foreign code. If one cannot be used, only its own job type is affected. `unusable_job_types` returns the
-reasons.
+A processor is third-party code. If one cannot be used, only its own job type is affected. `get_unusable_job_types`
+returns the reasons.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def get_shared_directories(processor: type[Processor]) -> list[Path]:
     """Return the directories that all jobs of a type write to.
 
     Raises:
-        TypeError: `shared_directories()` returned something else. It is foreign code and may raise anything.
+        TypeError: `shared_directories()` returned something else. It is third-party code and may raise anything.
     """
     paths: object = getattr(processor, "shared_directories", tuple)()
     if not isinstance(paths, list | tuple) or not all(isinstance(path, str | Path) for path in paths):
@@ -118,9 +118,9 @@ def check_preload(job_type: str) -> None:
         ProcessorUnusable: A module cannot be imported, or `shared_directories()` failed.
     """
     processor = get_processor(job_type)
-    _call_foreign_code(partial(get_shared_directories, processor), "shared_directories()", "called")
+    _call_plugin_code(partial(get_shared_directories, processor), "shared_directories()", "called")
     for module in processor.preload:
-        _call_foreign_code(partial(import_module, module), f"its module {module!r} (preload)", seconds=PRELOAD_SECONDS)
+        _call_plugin_code(partial(import_module, module), f"its module {module!r} (preload)", seconds=PRELOAD_SECONDS)
 
 
 def check_plugins(environment: Iterable[str] = ()) -> None:
@@ -171,8 +171,8 @@ def _find_entry_points() -> dict[str, list[EntryPoint]]:
 
 def _load(job_type: str, candidates: list[EntryPoint]) -> type[Processor]:
     entry = _choose_entry_point(job_type, candidates)
-    processor = _call_foreign_code(entry.load, f"{entry.value}{_format_origin(entry)}")
-    if problem := _call_foreign_code(lambda: _find_interface_problem(processor, job_type), entry.value):
+    processor = _call_plugin_code(entry.load, f"{entry.value}{_format_origin(entry)}")
+    if problem := _call_plugin_code(lambda: _find_interface_problem(processor, job_type), entry.value):
         raise ProcessorUnusable(f"{entry.value}{_format_origin(entry)} is not a processor: {problem}")
     return processor  # type: ignore[no-any-return]  # checked above
 
@@ -192,10 +192,8 @@ def _format_origin(entry: EntryPoint) -> str:
     return f" of {entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
 
 
-def _call_foreign_code(
-    work: Callable[[], _T], what: str, verb: str = "imported", *, seconds: float | None = None
-) -> _T:
-    """Call foreign code that runs at import or before an attempt, and return its result.
+def _call_plugin_code(work: Callable[[], _T], what: str, verb: str = "imported", *, seconds: float | None = None) -> _T:
+    """Call third-party code that runs at import or before an attempt, and return its result.
 
     The code runs in a thread that is abandoned if it hangs. An endless loop in it is interrupted.
 
@@ -231,14 +229,14 @@ def _call_foreign_code(
         ) from error
     if thread.ident is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-    ends = "its import" if verb == "imported" else "its work"
-    raise ProcessorUnusable(f"{what} did not end {ends} within {seconds:.0f} s: it must not do work there")
+    rule = "to import: do not do work at import" if verb == "imported" else "to return: do not do work there"
+    raise ProcessorUnusable(f"{what} took longer than {seconds:.0f} s {rule}")
 
 
 def _format_error(error: BaseException) -> str:
     try:
         return " ".join(str(error).split())[:300]
-    except Exception:  # noqa: BLE001 - foreign code
+    except Exception:  # noqa: BLE001 - third-party code
         return "(no error text)"
 
 

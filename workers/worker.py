@@ -144,16 +144,16 @@ class Worker:
             await asyncio.to_thread(self._scratch.close)
 
     async def _remove_orphans(self) -> None:
-        """Remove unfinished files of killed writers from the file store periodically, until cancelled."""
+        """Remove unfinished files of killed processes from the result store periodically, until cancelled."""
         pause = 60.0
         while True:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
             pause = _ORPHANS_INTERVAL_SECONDS
             try:
                 if removed := await self._file_store.remove_orphans():
-                    _log.info("removed unfinished files from the file store", count=removed)
+                    _log.info("removed unfinished files from the result store", count=removed)
             except LedgerUnavailable as error:
-                _log.warning("cannot remove unfinished files from the file store yet", error=str(error))
+                _log.warning("cannot remove unfinished files from the result store yet", error=str(error))
 
     async def _remove_stale_scratch(self) -> None:
         """Remove the scratch directories of killed workers periodically, until cancelled."""
@@ -161,7 +161,7 @@ class Worker:
             try:
                 await run_cooperatively(self._scratch.remove_stale(), removal_executor)
             except OSError as error:
-                _log.warning("cannot remove scratch directories of dead workers yet", error=str(error))
+                _log.warning("cannot remove scratch directories of killed workers yet", error=str(error))
             await asyncio.sleep(_STALE_SCRATCH_INTERVAL_SECONDS)
 
     async def _run_startup_checks(self) -> None:
@@ -279,7 +279,7 @@ class Worker:
         for executor in list(self._running):
             if executor.job_id == document["stream"]:
                 executor.cancel()
-        # Our claim of the job may be written already without this process knowing it yet.
+        # This worker's claim of the job may be written already, although the append has not returned.
         self._cancel_versions[document["stream"]] = document["version"]
         if len(self._cancel_versions) > _MAX_CANCEL_VERSIONS:
             del self._cancel_versions[next(iter(self._cancel_versions))]
@@ -293,7 +293,7 @@ class Worker:
             self._health_publisher = asyncio.create_task(self._publish_health(), name="publish-health")
 
     async def _publish_health(self) -> None:
-        """Write the health to the heartbeat document until it is up to date.
+        """Write the health to the lease document until it is up to date.
 
         Before the lease is acquired, there is no document. It may then be created with outdated fields.
         """

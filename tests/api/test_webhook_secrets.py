@@ -195,7 +195,7 @@ async def test_revoked_secret_stops_deliveries_until_rotation(api: Api, endpoint
     revoked = await alice.http.delete(f"{ENDPOINTS}/{old['endpoint_id']}/secret", headers=alice.principal_headers)
     assert revoked.status_code == 200
     assert await submit_with_webhook(alice, endpoint.url()) == []
-    await wait_for_failed_attempt(alice, "BODY_UNAVAILABLE")
+    await wait_for_failed_attempt(alice, "SECRETS_UNAVAILABLE")
     assert len(endpoint.requests) == 1
     new = (await alice.post(f"{ENDPOINTS}/{old['endpoint_id']}/rotate-secret")).json()
     second = (await endpoint.wait_for_requests(2))[1]

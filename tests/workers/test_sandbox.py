@@ -138,15 +138,15 @@ async def test_cancelled_program_ends_with_all_its_processes(method: SandboxMeth
         await running
     size = 0
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while (now := (tmp_path / "beat").stat().st_size) != size:  # until no process writes any more
+        while (now := (tmp_path / "beat").stat().st_size) != size:  # until no process writes
             size = now
             await asyncio.sleep(0.5)
 
 
 async def test_run_program_without_a_sandbox_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = ProbeResult("landlock", is_working=False, reason="the kernel does not support it")
+    probe = ProbeResult("landlock", is_working=False, reason="the kernel does not support Landlock")
     monkeypatch.setattr(sandbox, "probe_methods", lambda: (probe,))
-    with pytest.raises(SandboxUnavailable, match=r"the kernel does not support it.*apt install bubblewrap"):
+    with pytest.raises(SandboxUnavailable, match=r"the kernel does not support Landlock.*apt install bubblewrap"):
         await sandbox.run_program(Program(sandbox.build_python_command("-c", "open('ran', 'w')"), tmp_path))
     assert not (tmp_path / "ran").exists()
 

@@ -26,8 +26,11 @@ FLUSH_INTERVAL_SECONDS: Final = 0.5
 _RETRY_SECONDS: Final = 1.0
 
 
-class AttemptFenced(BaseException):  # no Exception, so that an inline processor does not catch it
-    """Another worker has the job, or the job was deleted. The attempt is over, and its commands are rejected."""
+class AttemptFenced(BaseException):
+    """Another worker has the job, or the job was deleted. The attempt is over, and its commands are rejected.
+
+    It is no `Exception`, so that an inline processor with `except Exception` does not catch it.
+    """
 
 
 class EventNotStorable(Exception):
@@ -135,7 +138,7 @@ class AttemptWriter:
         """Append the events of a command. Retry while the database is unavailable, until the lease is lost.
 
         Raises:
-            AttemptFenced: Another worker has the job. A `WorkerFenced` event records the rejection.
+            AttemptFenced: Another worker has the job, which a `WorkerFenced` event records, or the job was deleted.
             EventNotStorable: The event cannot be stored.
         """
         async with self._write_lock:

@@ -1,4 +1,4 @@
-"""What all attempts of a worker share."""
+"""The components and settings that all attempts of a worker share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from jobledger.workers.settings import WorkerSettings
 
 @dataclass(frozen=True, slots=True)
 class AttemptDependencies:
-    """What a worker hands to each of its attempts. `processor_settings` are the sections `processors.<job_type>`."""
+    """Passed to each attempt.
+
+    Attributes:
+        processor_settings: The sections `processors.<job_type>` of config.yaml, by job type.
+    """
 
     event_store: EventStore
     file_store: FileStore

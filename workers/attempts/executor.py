@@ -41,7 +41,7 @@ _removals: set[asyncio.Task[None]] = set()  # keeps removals of attempt director
 
 
 class JobExecutor:
-    """Runs one attempt at one job, from its claim to its end."""
+    """Runs a claimed job once, from its claim to the end of the attempt. Each attempt has its own executor."""
 
     def __init__(self, dependencies: AttemptDependencies, stream_state: StreamState, job_id: str) -> None:
         self._writer = AttemptWriter(dependencies.event_store, stream_state, job_id, on_fenced=self.stop_fenced)
@@ -70,11 +70,11 @@ class JobExecutor:
         self._stop("cancel")
 
     def release(self) -> None:
-        """Stop and release the job, because the worker shuts down."""
+        """Stop and release the job, because the worker is shutting down."""
         self._stop("release")
 
     def stop_fenced(self) -> None:
-        """Stop and record nothing more, because the worker lost its lease and another worker may have the job."""
+        """Stop and record nothing more, because another worker may have the job, or the job was deleted."""
         self._writer.is_fenced = True
         self._stop("fence")
         if self._recording is not None:
@@ -104,7 +104,7 @@ class JobExecutor:
         slot until the files are removed, so that files do not accumulate.
 
         Raises:
-            UnreadableEvent: A newer version of Jobledger wrote to the job's stream.
+            UnreadableEvent: An event of the job's stream is damaged, or a newer version of Jobledger wrote it.
         """
         try:
             await self._run_and_record()
@@ -125,7 +125,11 @@ class JobExecutor:
             self._recording = asyncio.current_task()
             await self._outcome_recorder.record(outcome, self._stop_reason)
         except AttemptFenced:
-            _log.warning("attempt fenced: another worker has the job", job_id=self.job_id, attempt=self.attempt)
+            _log.warning(
+                "attempt fenced: another worker has the job, or it was deleted",
+                job_id=self.job_id,
+                attempt=self.attempt,
+            )
         except asyncio.CancelledError:
             if self._stop_reason != "fence":
                 raise

@@ -1,8 +1,8 @@
 """Buffer the log entries of an attempt and limit their number and size.
 
-The log stays readable and memory bounded. Beyond a large burst and a steady rate (a token bucket), entries are counted
-and dropped, except for the last ones before the flood ends. An entry states how much was dropped. All entries of a job
-together are bounded as well, because each command on a job reads its whole stream.
+The log stays readable and memory bounded. Beyond a large burst and a constant rate (a token bucket), entries are
+counted and dropped, except for the last ones before the flood ends. An entry states how much was dropped. All entries
+of a job together are bounded as well, because each command on a job reads its whole stream.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LogBuffer:
         if self._dropped:
             text = (
                 f"{self._dropped:,} log entries ({_format_size(self._dropped_bytes)}) were dropped here. A job may log "
-                f"{BURST_ENTRIES:,} entries or {_format_size(BURST_BYTES)} at once, {ENTRIES_PER_SECOND} entries or "
+                f"{BURST_ENTRIES:,} entries or {_format_size(BURST_BYTES)} in a burst, {ENTRIES_PER_SECOND} entries or "
                 f"{_format_size(BYTES_PER_SECOND)} per second, and {_format_size(MAX_JOB_LOG_BYTES)} in total."
             )
             self._keep((self._tail[0][0], "warning", text), len(text))

@@ -1,4 +1,4 @@
-"""Handle the messages of a processor: log entries, progress, completed steps and saved files.
+"""Handle processor messages: log entries, progress, completed steps and saved files.
 
 Job processes and inline jobs send the same messages (`child/messages.py`). A job process is not trusted: the handler
 checks that every file named in a step or in the results was saved by this job.
@@ -31,7 +31,7 @@ from jobledger.workers.results.conversion import to_text
 
 _log = structlog.get_logger()
 _MAX_CONCURRENT_INGESTS: Final = 2  # of one attempt
-_STORE_RETRY_DELAYS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between attempts to write to the file store
+_STORE_RETRY_DELAYS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries to write to the result store
 
 
 class SavedFileLost(ProcessorError):
@@ -39,7 +39,7 @@ class SavedFileLost(ProcessorError):
 
 
 class MessageHandler:
-    """Handles the messages (`child/messages.py`) that the processor sends during one attempt."""
+    """Handles the processor messages (`child/messages.py`) of one attempt."""
 
     def __init__(self, dependencies: AttemptDependencies, writer: AttemptWriter, timeout: AttemptTimeout) -> None:
         self._dependencies = dependencies
@@ -54,10 +54,10 @@ class MessageHandler:
         """Sizes in bytes by digest of the files that this attempt saved, or reused from the steps of other jobs."""
 
     async def handle(self, message: messages.Message) -> Any:
-        """Handle a message of the processor and return the answer.
+        """Handle a processor message and return the response.
 
         Raises:
-            AttemptFenced: Another worker has the job.
+            AttemptFenced: Another worker has the job, or the job was deleted.
             ProcessorError: The message is rejected. The processor receives the error.
         """
         match message:

@@ -55,7 +55,7 @@ class OutcomeRecorder:
 
         Raises:
             AttemptFenced: Another worker has the job.
-            UnreadableEvent: A newer version of Jobledger wrote to the job's stream.
+            UnreadableEvent: An event of the job's stream is damaged, or a newer version of Jobledger wrote it.
         """
         try:
             await self._record(outcome, stop_reason)
@@ -75,7 +75,7 @@ class OutcomeRecorder:
             case None if stop_reason == "cancel":
                 await self._writer.append_last(ConfirmCancel(*self._claim))
             case None if stop_reason == "release":
-                await self._writer.append_last(ReleaseJob(*self._claim, "the worker shuts down"))
+                await self._writer.append_last(ReleaseJob(*self._claim, "the worker is shutting down"))
             case None if stop_reason == "timeout":
                 message = f"The job took longer than its time limit of {self._job.spec.timeout_s:g} seconds."
                 await self._fail(AttemptFailed("TIMEOUT", message, transient=True))

@@ -26,7 +26,7 @@ _MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
 
 In memory, they may take 25 times as much. A request that is larger is handled alone.
 """
-# Not the event loop's default executor: inline jobs may occupy all of its threads.
+# Do not use the event loop's default executor: inline jobs may occupy all of its threads.
 _executor = ThreadPoolExecutor(4, thread_name_prefix="executor")
 
 
@@ -117,19 +117,19 @@ class ProcessRunner:
         raise AssertionError("iterate_messages() ends with an exception")
 
     async def _handle_request(self, process: JobProcess, envelope: MessageEnvelope) -> None:
-        answer: dict[str, Any] = {"id": envelope.request_id}
+        response: dict[str, Any] = {"id": envelope.request_id}
         try:
-            answer["value"] = await self._messages.handle(envelope.message)
+            response["value"] = await self._messages.handle(envelope.message)
         except SavedFileLost as error:  # the timeout is paused for each retry, so the job could retry forever
             raise ProcessFailed(AttemptFailed(error.code, error.message, details=error.details)) from error
         except ProcessorError as error:
-            answer["error"] = {
+            response["error"] = {
                 "code": error.code,
                 "message": error.message,
                 "transient": error.transient,
                 "details": error.details,
             }
-        await process.send(answer)
+        await process.send(response)
 
 
 def _has_capacity(requests: Mapping[asyncio.Task[None], int], size: int) -> bool:

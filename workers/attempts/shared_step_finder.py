@@ -1,4 +1,4 @@
-"""Find completed steps of other jobs, for jobs that share steps.
+"""Find shared steps: completed steps of other jobs that a job may reuse.
 
 For example, the same session in another language reuses the fetched video.
 """
@@ -16,7 +16,7 @@ from jobledger.workers.registry import get_processor_version
 
 
 class SharedStepFinder:
-    """Finds completed steps of other jobs with the same owner, job type and processor version."""
+    """Finds shared steps of jobs with the same owner, job type and processor version. Stores nothing itself."""
 
     def __init__(self, views: Views, event_store: EventStore) -> None:
         self._views = views
@@ -57,5 +57,5 @@ class SharedStepFinder:
         events = await self._event_store.read_stream(job_id, after_version=version - 1, limit=1)
         try:
             return event if events and isinstance(event := events[0].event, StepCompleted) else None
-        except UnreadableEvent:  # a newer version of Jobledger wrote it
+        except UnreadableEvent:  # it is damaged, or a newer version of Jobledger wrote it
             return None

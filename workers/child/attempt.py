@@ -37,11 +37,11 @@ from jobledger.workers.sandbox.confinement import ConfinementSettings
 
 T = TypeVar("T")
 SendMessage = Callable[[messages.Message], Coroutine[Any, Any, Any]]
-"""Sends a message to the worker and returns the answer, if there is one. Raises ProcessorError if it is rejected."""
+"""Sends a message to the worker and returns the response, if there is one. Raises ProcessorError if it is rejected."""
 MAX_WARNINGS: Final = 200
 _WARNING_BYTES: Final = 512 * 1024  # of all warnings of the job
 _LEVELS: Final = frozenset(get_args(LogLevel))
-# Not the event loop's default executor: a processor may occupy all of its threads.
+# Do not use the event loop's default executor: a processor may occupy all of its threads.
 _file_threads = ThreadPoolExecutor(8, thread_name_prefix="save")
 
 
@@ -282,7 +282,7 @@ class _JobContext:
         return messages.AttemptCompleted(data, self._job_scope.warnings.to_list(), round(seconds, 3))
 
     def close(self) -> None:
-        """Reject further messages. Tasks that the processor left behind must not report after the attempt."""
+        """Reject further messages. A task that the processor did not end must not report after the attempt."""
         self._is_closed = True
 
     async def _send_message(self, message: messages.Message) -> Any:

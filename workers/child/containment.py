@@ -28,7 +28,7 @@ T = TypeVar("T")
 _log = structlog.get_logger()
 _current: ContextVar[Containment | None] = ContextVar("containment", default=None)
 _is_own: ContextVar[bool] = ContextVar("own", default=False)
-"""Whether code outside of containments is known to be Jobledger's own. See `_is_foreign`."""
+"""Whether code outside of containments is known to be Jobledger's own. See `_is_third_party`."""
 _unclosed_coroutines: deque[Coroutine[Any, Any, Any]] = deque(maxlen=100)
 """Coroutines that could not be closed. Python would retry when they are collected, and print a traceback."""
 # The deque outlives the interpreter. At exit, the modules' globals are gone before its coroutines are closed: one that
@@ -39,7 +39,7 @@ _MAX_THREADS: Final = min(32, (os.cpu_count() or 1) + 4)  # as many as asyncio's
 
 
 class Containment:
-    """Runs one coroutine of foreign code, and tracks the tasks that it creates."""
+    """Runs one coroutine of third-party code, and tracks the tasks that it creates."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -128,7 +128,7 @@ def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
         chain.append(inner)
     try:
         coroutine.close()
-    except BaseException as error:  # noqa: BLE001 - foreign code may raise anything; it is never resumed
+    except BaseException as error:  # noqa: BLE001 - third-party code may raise anything; it is never resumed
         _log.warning("processor coroutine failed on close", error=get_type_name(error))
     _unclosed_coroutines.extend(inner for inner in chain if getattr(inner, "cr_frame", None) is not None)
 
@@ -156,21 +156,21 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     _is_own.set(True)
     loop = asyncio.new_event_loop()
     install_containment(loop)
-    loop._marks_own_code = True  # type: ignore[attr-defined]  # see _is_foreign
+    loop._marks_own_code = True  # type: ignore[attr-defined]  # see _is_third_party
     finalize = loop._asyncgen_finalizer_hook  # type: ignore[attr-defined]  # private
 
-    def finalize_as_foreign(generator: Any) -> None:
-        """Close an asynchronous generator that was garbage collected, as foreign code."""
+    def finalize_as_third_party(generator: Any) -> None:
+        """Close an asynchronous generator that was garbage collected, as third-party code."""
         if _current.get() is None:
             Context().run(finalize, generator)
         else:
             finalize(generator)
 
-    loop._asyncgen_finalizer_hook = finalize_as_foreign  # type: ignore[attr-defined]  # private
+    loop._asyncgen_finalizer_hook = finalize_as_third_party  # type: ignore[attr-defined]  # private
     return loop
 
 
-def _is_foreign(loop: asyncio.AbstractEventLoop, context: Context | None = None) -> bool:
+def _is_third_party(loop: asyncio.AbstractEventLoop, context: Context | None = None) -> bool:
     """Return whether the code in a context belongs to a processor or may belong to one.
 
     Threads started by a processor, and callbacks that they pass to the event loop, have an empty context.
@@ -210,24 +210,24 @@ def install_containment(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _handle_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log an exception of a callback. For foreign code, log one line without a traceback."""
+    """Log an exception of a callback. For third-party code, log one line without a traceback."""
     handle, error = context.get("handle"), context.get("exception")
-    is_foreign = isinstance(handle, asyncio.Handle) and handle._context.get(_current) is not None  # type: ignore[attr-defined]  # private
-    if is_foreign or isinstance(error, _StopRejected):
+    is_third_party = isinstance(handle, asyncio.Handle) and handle._context.get(_current) is not None  # type: ignore[attr-defined]  # private
+    if is_third_party or isinstance(error, _StopRejected):
         _log.warning("processor callback failed", error=f"{get_type_name(error)}: {to_text(error, 200)}")
     else:
         loop.default_exception_handler(context)
 
 
 class _StopRejected(RuntimeError):
-    """Foreign code tried to stop the event loop."""
+    """Third-party code tried to stop the event loop."""
 
 
 def _guard_stop(loop: asyncio.AbstractEventLoop) -> None:
     stop = loop.stop
 
     def guarded() -> None:
-        if _is_foreign(loop):
+        if _is_third_party(loop):
             raise _StopRejected("a processor must not stop the event loop")
         stop()
 
@@ -246,7 +246,7 @@ def _run(self: asyncio.Handle) -> None:
     try:
         _run_in_event_loop(self)
     except (SystemExit, KeyboardInterrupt) as error:
-        if not _is_foreign(self._loop, self._context):  # type: ignore[attr-defined]  # private
+        if not _is_third_party(self._loop, self._context):  # type: ignore[attr-defined]  # private
             raise
         cause = f"{get_type_name(error)}: {to_text(error, 200)}"
         _log.warning("processor tried to exit the process", error=cause)

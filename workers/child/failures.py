@@ -1,7 +1,7 @@
 """Convert the exceptions of a processor to a failure of its attempt.
 
-A processor is foreign code. Nothing that an exception class of it does, such as a `__str__` that raises, leaves this
-module.
+A processor is third-party code. Nothing that an exception class of it does, such as a `__str__` that raises, leaves
+this module.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ _MACHINE_ERRORS: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 )
 """System errors that may be failures of the machine."""
-_MAX_DETAIL_CHARACTERS: Final = 100_000  # of one detail of an error
-_MAX_DETAILS_CHARACTERS: Final = 1_000_000  # of all details of an error
+_MAX_DETAIL_CHARACTERS: Final = 100_000
+"""Maximum size of one detail of an error."""
+_MAX_DETAILS_CHARACTERS: Final = 1_000_000
+"""Maximum size of all details of an error together."""
 _MAX_DETAILS: Final = 100
-_MAX_ERRORS: Final = 10  # of an exception group, that are listed in the details
-_MAX_DEPTH: Final = 20  # of exception groups and chains
+_MAX_LISTED_ERRORS: Final = 10
+"""Maximum number of errors of an exception group that the details list."""
+_MAX_DEPTH: Final = 20
+"""Maximum depth to which exception groups, and chains of causes, are searched."""
 
 
 def convert_exception_to_failure(error: BaseException, *, scratch_dir: Path | None = None) -> AttemptFailed:
-    """Return the failure that an exception means for its attempt. Never raises.
+    """Convert an exception of a processor to the failure of its attempt. Never raises.
 
     In an exception group, the most informative error decides.
 
@@ -44,25 +48,27 @@ def convert_exception_to_failure(error: BaseException, *, scratch_dir: Path | No
     other_errors = [
         leaf for leaf in leaves if not isinstance(leaf, ProcessorError | MemoryError | asyncio.CancelledError)
     ]
-    more: dict[str, JSON] = {}
+    group_details: dict[str, JSON] = {}
     if len(leaves) > 1:
-        more["errors"] = [f"{get_type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_ERRORS]]
-    number = _find_errno(error, leaves, scratch_dir)
+        group_details["errors"] = [
+            f"{get_type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_LISTED_ERRORS]
+        ]
+    error_number = _find_errno(error, leaves, scratch_dir)
     if memory_errors:
         message = "The job needed more memory than event_worker.memory_limit_mb allows."
-        return AttemptFailed("OUT_OF_MEMORY", message, details=more)
+        return AttemptFailed("OUT_OF_MEMORY", message, details=group_details)
     if processor_errors and not other_errors:
         permanent_errors = [leaf for leaf in processor_errors if not _read_attribute(leaf, "transient", bool)]
-        return _convert_processor_error((permanent_errors or processor_errors)[0], more, number)
+        return _convert_processor_error((permanent_errors or processor_errors)[0], group_details, error_number)
     first = (other_errors or leaves)[0]
     if isinstance(first, ValidationError) and first.title in ("Results", "SavedFile"):
         root = "results" if first.title == "Results" else "saved file"
         return AttemptFailed(
             "INVALID_RESULT", to_text(f"The results are invalid: {format_validation_error(first, root)}")
         )
-    details: dict[str, JSON] = {"exception": get_type_name(first), "at": _find_raise_location(first), **more}
+    details: dict[str, JSON] = {"exception": get_type_name(first), "at": _find_raise_location(first), **group_details}
     message = f"The processor failed unexpectedly: {get_type_name(first)}: {to_text(first)}"
-    return AttemptFailed("PROCESSOR_FAULT", to_text(message), details=details, errno=number)
+    return AttemptFailed("PROCESSOR_FAULT", to_text(message), details=details, errno=error_number)
 
 
 def _iterate_leaf_errors(error: BaseException, depth: int) -> Iterator[BaseException]:
@@ -73,25 +79,27 @@ def _iterate_leaf_errors(error: BaseException, depth: int) -> Iterator[BaseExcep
         yield error
 
 
-def _convert_processor_error(error: ProcessorError, more: dict[str, JSON], number: int | None) -> AttemptFailed:
+def _convert_processor_error(
+    error: ProcessorError, group_details: dict[str, JSON], error_number: int | None
+) -> AttemptFailed:
     details = _read_attribute(error, "details", dict)
     return AttemptFailed(
         to_text(_read_attribute(error, "code", str) or "PROCESSOR_ERROR", 100),
         to_text(_read_attribute(error, "message", str) or error),
         transient=_read_attribute(error, "transient", bool),
-        details={**_convert_details(details), **more},
-        errno=number,
+        details={**_convert_details(details), **group_details},
+        errno=error_number,
     )
 
 
 def _read_attribute(error: object, name: str, kind: type[T]) -> T:
-    """Return an attribute of a foreign exception converted to `kind`, or an empty value if that fails."""
+    """Return an attribute of a third-party exception converted to `kind`, or an empty value if that fails."""
     try:
         value = getattr(error, name)
         if isinstance(value, kind):
             return value
         return kind() if value is None else kind(value)  # type: ignore[call-arg]  # str, bool and dict accept one argument
-    except BaseException:  # noqa: BLE001 - the attribute of a foreign class may be missing or raise anything
+    except BaseException:  # noqa: BLE001 - the attribute of a third-party class may be missing or raise anything
         return kind()
 
 
@@ -106,7 +114,7 @@ def _convert_details(details: Mapping[Any, Any]) -> dict[str, JSON]:
                 raise InvalidResult("details", "it is too large", "Shorten it.")
             remaining -= size
             converted.update(one)
-        except BaseException as problem:  # noqa: BLE001 - a foreign value may raise anything
+        except BaseException as problem:  # noqa: BLE001 - a third-party value may raise anything
             converted[to_text(key, 100).lstrip("$").replace("\0", "")] = f"<not stored: {to_text(problem, 500)}>"
     return converted
 
@@ -120,16 +128,18 @@ def _find_raise_location(error: BaseException) -> str:
 
 
 def _find_errno(error: BaseException, leaves: list[BaseException], scratch_dir: Path | None) -> int | None:
-    """Return the number of a system error behind an exception that may be a failure of the machine."""
+    """Return the errno of a system error behind an exception that may be a failure of the machine."""
     for leaf in [error, *leaves]:
         current: BaseException | None = leaf
         for _ in range(_MAX_DEPTH):
             if current is None:
                 break
             if isinstance(current, OSError):
-                number = _read_attribute(current, "errno", int)
+                error_number = _read_attribute(current, "errno", int)
                 file = Path(_read_attribute(current, "filename", str))
-                if number in _MACHINE_ERRORS or (number and scratch_dir and file.is_relative_to(scratch_dir)):
-                    return number
+                if error_number in _MACHINE_ERRORS or (
+                    error_number and scratch_dir and file.is_relative_to(scratch_dir)
+                ):
+                    return error_number
             current = current.__cause__ or current.__context__
     return None

@@ -46,7 +46,7 @@ def _load(module: str) -> None:
     """Import a module. If that fails, the jobs that need it fail and report the error."""
     try:
         import_module(module)
-    except BaseException as error:  # noqa: BLE001 - foreign code must not end the process that serves all job types
+    except BaseException as error:  # noqa: BLE001 - third-party code must not end the process that serves all job types
         print(f"{module} could not be preloaded: {type(error).__name__}", file=sys.stderr, flush=True)
 
 

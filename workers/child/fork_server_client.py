@@ -31,12 +31,12 @@ main()
 
 
 class ForkServerClient:
-    """Manages the fork server of this process: starts it on demand, and replaces it when it has died or hangs."""
+    """Manages the fork server of this process: starts it on demand, and replaces it when it has ended or hangs."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._killed: list[subprocess.Popen[bytes]] = []
-        """Killed fork servers that have not died yet. A process that waits for a disk cannot die."""
+        """Killed fork servers that have not ended yet. A process that waits for a disk cannot be ended."""
         self._requests: socket.socket | None = None
         self._has_reported_ready = False
         self._is_preload_enabled = True
@@ -68,7 +68,7 @@ class ForkServerClient:
         request = json.dumps({"memory_limit_mb": memory_limit_mb}).encode()
         try:
             socket.send_fds(self._requests, [request], [control.fileno(), connection.fileno()])
-        except (BlockingIOError, ConnectionError) as error:  # it hangs or has died
+        except (BlockingIOError, ConnectionError) as error:  # it hangs or has ended
             self.replace(self._process)
             raise ConnectionError(f"the fork server does not accept requests: {error}") from error
         return self._process
@@ -86,7 +86,7 @@ class ForkServerClient:
         self.stop()
 
     def stop(self) -> None:
-        """Kill the fork server, if there is one. Do not wait for its death."""
+        """Kill the fork server, if there is one. Do not wait for its end."""
         if self._process is not None:
             self._process.kill()
             self._killed.append(self._process)

@@ -55,7 +55,7 @@ def run_job_process(connection: socket.socket, memory_limit_mb: int) -> None:
     # Programs forked by the processor must not use the connection.
     os.register_at_fork(after_in_child=connection.close)
     text = _receive(connection)
-    if text is None:  # the worker has died before it could send the assignment
+    if text is None:  # the worker ended before it could send the assignment
         return
     worker = _WorkerConnection(connection)
     worker.finish(_run_attempt(worker, text))
@@ -71,7 +71,7 @@ def _run_attempt(worker: _WorkerConnection, text: bytes) -> AttemptCompleted | A
         shared = get_shared_directories(processor)
         for directory in shared:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except BaseException as error:  # noqa: BLE001 - the settings class and the method are foreign code
+    except BaseException as error:  # noqa: BLE001 - the settings class and the method are third-party code
         return convert_exception_to_failure(error)
     try:  # before any other code of the processor runs, and before there are threads
         confine(
@@ -121,19 +121,19 @@ class _WorkerConnection:
         """Start to exchange messages. Call on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._writer.start()
-        threading.Thread(target=self._read, name="receive-answers", daemon=True).start()
+        threading.Thread(target=self._read, name="receive-responses", daemon=True).start()
 
     async def send(self, message: Message) -> Any:
-        """Send a message and return the answer, if there is one."""
+        """Send a message and return the response, if there is one."""
         await self._has_capacity.wait()
         if isinstance(message, LogEntries | Progress):
             self._enqueue(MessageEnvelope(0, message))
             return None
-        request_id, answer = next(self._ids), asyncio.get_running_loop().create_future()
-        self._responses[request_id] = answer
+        request_id, response = next(self._ids), asyncio.get_running_loop().create_future()
+        self._responses[request_id] = response
         try:
             self._enqueue(MessageEnvelope(request_id, message))
-            return await answer
+            return await response
         finally:
             self._responses.pop(request_id, None)
 
@@ -188,7 +188,7 @@ class _WorkerConnection:
             return envelope
 
     def _read(self) -> None:
-        """Read the worker's answers and its stop message."""
+        """Read the worker's responses and its stop message."""
         try:
             while (text := _receive(self._connection)) is not None:
                 content = orjson.loads(text)
@@ -206,13 +206,13 @@ class _WorkerConnection:
                 self._loop.call_soon_threadsafe(function, *arguments)
 
     def _handle_response(self, content: dict[str, Any]) -> None:
-        answer = self._responses.get(content["id"])
-        if answer is None or answer.done():  # the waiting task was cancelled
+        response = self._responses.get(content["id"])
+        if response is None or response.done():  # the waiting task was cancelled
             return
         if "error" in content:
-            answer.set_exception(ProcessorError(**content["error"]))
+            response.set_exception(ProcessorError(**content["error"]))
         else:
-            answer.set_result(content["value"])
+            response.set_result(content["value"])
 
 
 def _die(error: BaseException) -> NoReturn:
@@ -243,7 +243,7 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes | None:
 
 
 def exit_process() -> None:
-    """End the process without waiting for threads or finalizers that the processor left behind."""
+    """End the process without waiting for threads or finalizers that the processor started and did not end."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,8 +1,8 @@
-"""The messages between a job and its worker, and their framing on a socket.
+"""The processor messages between a job and its worker, and their framing on a socket.
 
 A frame consists of a length (four bytes, big-endian) and that many bytes of JSON. JSON rather than pickle: a job
 process that was taken over by hostile input must not be able to run code in the worker. A request has an ID, and its
-answer carries the same ID, so any number of requests may be pending.
+response contains the same ID, so any number of requests may be pending.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ and 1.2 GB.
 """
 _NON_STRUCTURAL_BYTES: Final = bytes(set(range(256)) - set(b'",[{'))
 STOP_MESSAGE: Final = {"stop": True}
-"""Sent by the worker instead of an answer when the job must stop."""
+"""Sent by the worker instead of a response when the job must stop."""
 
 RawLogEntry = tuple[float, LogLevel, str]
 """An entry of the job's log: Unix time in seconds, level, text."""
@@ -53,7 +53,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class FindSharedStep:
-    """Requests a step that another job shares. Answer: `{job_id, output}` or None. `max_age_s` is in seconds."""
+    """Requests a step that another job shares. Response: `{job_id, output}` or None. `max_age_s` is in seconds."""
 
     key: str
     max_age_s: float
@@ -62,7 +62,7 @@ class FindSharedStep:
 
 @dataclass(frozen=True, slots=True)
 class FileSaved:
-    """Reports a file in the inbox. Answer: the reserved path, when the file is in the file store."""
+    """Reports a file in the inbox. Response: the reserved path, when the file is in the file store."""
 
     sha256: str
     path: str
@@ -71,7 +71,7 @@ class FileSaved:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Reports a completed step. Answer: None, when the event is stored. `duration_s` is in seconds."""
+    """Reports a completed step. Response: None, when the event is stored. `duration_s` is in seconds."""
 
     step: str
     key: str
@@ -114,7 +114,7 @@ Message = LogEntries | Progress | FindSharedStep | FileSaved | StepResult | Atte
 
 @dataclass(frozen=True, slots=True)
 class MessageEnvelope:
-    """A message of a job process. `request_id` is 0 if the message has no answer."""
+    """A message of a job process. `request_id` is 0 if the message has no response."""
 
     request_id: int
     message: Annotated[Message, Field(discriminator="kind")]

@@ -90,7 +90,7 @@ class JobProcess:
         """
         try:
             return await cls._start(memory_limit_mb, on_output, environment)
-        except (TimeoutError, ConnectionError):  # the fork server has died or hangs: retry with a new one
+        except (TimeoutError, ConnectionError):  # the fork server has ended or hangs: retry with a new one
             try:
                 return await cls._start(memory_limit_mb, on_output, environment)
             except (TimeoutError, ConnectionError) as error:
@@ -115,7 +115,7 @@ class JobProcess:
                 async with asyncio.timeout(fork_server_client.request_timeout):
                     line = await reader.readline()
                 if not line:
-                    raise ConnectionError("the fork server died")
+                    raise ConnectionError("the fork server ended")
             except (TimeoutError, ConnectionError):
                 fork_server_client.replace(server)
                 raise
@@ -165,7 +165,7 @@ class JobProcess:
             try:
                 chunk = self._connection.recv(_CHUNK_BYTES)
             except BlockingIOError:
-                if self._exit_failure is not None:  # all data of a dead process can be read without waiting
+                if self._exit_failure is not None:  # all data of an ended process can be read without waiting
                     return False
                 await self._wait_readable()
             except ConnectionError:
@@ -222,7 +222,7 @@ class JobProcess:
     # Sending ------------------------------------------------------------------------------------------------------
 
     async def send(self, content: Any) -> None:
-        """Send an answer or the assignment. If the process has ended, do nothing: `iterate_messages` raises the error.
+        """Send a response or the assignment. If the process has ended, do nothing: `iterate_messages` raises the error.
 
         Raises:
             ProcessFailed: The job process has stopped reading.

@@ -2,10 +2,10 @@
 
 It is a small process between the fork server and the job process, because only a parent can do this reliably:
 
-- It is the job's subreaper (prctl(2)). A descendant whose parent has died becomes its child, in any session and
+- It is the job's subreaper (prctl(2)). A descendant whose parent has ended becomes its child, in any session and
   process group. The supervisor kills its children until it has none.
 - It watches the job process itself and not a pipe, which a helper program could hold open.
-- When the worker dies, even by SIGKILL, its end of `control` closes. The supervisor then kills the job, even during a
+- When the worker ends, even by SIGKILL, its end of `control` closes. The supervisor then kills the job, even during a
   long call of a C library.
 - If the supervisor itself is killed, the kernel kills the job process (PR_SET_PDEATHSIG). Its descendants become
   children of the fork server, which kills them.
@@ -73,7 +73,7 @@ def supervise(control: socket.socket, connection: socket.socket, memory_limit_mb
 def _run_job(supervisor: int, connection: socket.socket, output: int, memory_limit_mb: int) -> NoReturn:
     try:
         restrictions.set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != supervisor:  # the supervisor died before the call
+        if os.getppid() != supervisor:  # the supervisor ended before the call
             os._exit(1)
         os.setpgid(0, 0)  # signals of a processor to its process group must not reach the supervisor
         for number in (1, 2):

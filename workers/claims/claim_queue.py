@@ -6,9 +6,9 @@ view `queue`, by priority, then age, many at a time.
 No job waits forever. Everything that makes a job claimable is an event. When the views have reached the event, the
 worker queries the queue. A due time sets a timer, and so does a job that was deferred to another worker.
 
-Workers avoid conflicts by rank: for each job, a hash of both names ranks the workers. The first one claims at once. The
-others wait a moment per rank, and give up when they observe its claim. Usually, one append claims a job; if the first
-worker is busy, the job starts milliseconds later. A job of higher priority is always tried before one of lower
+Workers avoid conflicts by rank: for each job, a hash of both names ranks the workers. The first one claims immediately.
+The others wait a moment per rank, and give up when they observe its claim. Usually, one append claims a job; if the
+first worker is busy, the job starts milliseconds later. A job of higher priority is always tried before one of lower
 priority. Jobs of equal priority in one query may change their order.
 """
 
@@ -58,12 +58,12 @@ _ROWS_TTL_SECONDS: Final = 2.0
 _CHANGED_ROWS_TTL_SECONDS: Final = 0.1
 """How long the rows of a query are used, without and with a change since.
 
-A change may be a more urgent job. A worker that comes or goes changes the ranks, so the rows are dropped at once.
+A change may be a more urgent job. A worker that comes or goes changes the ranks, so the rows are dropped immediately.
 """
 
 
 class ClaimCandidate(NamedTuple):
-    """A pending job that the worker may try to claim."""
+    """A pending job that the worker may try to claim: a row of the queue or a new job, with its stream state."""
 
     job_id: str
     stream_state: StreamState
@@ -107,24 +107,43 @@ class ClaimQueue:
         """The ID of the worker. Each of its leases has its own ID."""
         self.pending_claims: dict[str, str] = {}
         """Job types of the jobs that the worker is claiming, by job ID."""
-        self._fresh: dict[str, ClaimCandidate] = {}
+        # New jobs, taken from their `JobSubmitted` events, by job ID
+        self._new_jobs: dict[str, ClaimCandidate] = {}
         self._delayed: dict[str, asyncio.TimerHandle] = {}
+        """Timers of new jobs that a higher-ranked worker may claim first."""
         self._claim_delay = ClaimDelay()
+        # Queued jobs, from the last query
         self._rows: deque[queue.QueueRow] = deque()
         self._loaded_states: dict[str, StreamState | UnreadableEvent] = {}
+        """Streams that were loaded ahead, by job ID."""
         self._rows_expire_at = 0.0
         self._rows_workers: frozenset[str] = frozenset()
+        """The workers that were eligible at the query. If others are, the ranks have changed."""
+        # When to query again
         self._may_have_more = True
+        """Whether the queue may contain jobs that the last query did not return."""
         self._change_count = 0
-        self._relevant_position = 0
+        """Number of requests for a query. If it changes during a query, another one follows."""
+        self._last_change_position = 0
+        """Position of the last event that may have added jobs to the queue. When the views reach it, a query follows."""
         self._queried_position = 0
+        """Position of the views at the last query."""
+        # Jobs that the views may show as pending and that the worker must not try
         self._claimed_positions: dict[str, int] = {}
+        """Positions of claims that the views have not reached, by job ID, in ascending order."""
         self._skipped: set[str] = set()
+        """IDs of jobs that cannot be claimed until an event changes them."""
         self._paused: dict[str, int] = {}
+        """Positions of `BatchPaused` events that the views have not reached, by batch ID."""
+        # Ranks of queued jobs
         self._deferred_since: dict[str, float] = {}
+        """Times, on the monotonic clock, since which jobs are deferred to higher-ranked workers, by job ID."""
         self._claimed_at: dict[str, float] = {}
+        """Times, on the monotonic clock, of the last claim of each worker, by worker ID."""
         self._timer: asyncio.TimerHandle | None = None
+        """Fires when the next job is due, or when deferred jobs may be tried."""
         self._clock_retry_timer: asyncio.TimerHandle | None = None
+        """Fires shortly after a claim that came too early. See `handle_not_due`."""
         checkpoint.add_listener(self._on_views_advanced)
 
     def close(self) -> None:
@@ -139,7 +158,7 @@ class ClaimQueue:
         """Query the queue now, and again when the views reach `head`: events up to there may have been missed."""
         self._skipped.clear()
         self._rows.clear()
-        self._relevant_position = max(self._relevant_position, head)
+        self._last_change_position = max(self._last_change_position, head)
         self._request_query()
 
     def handle_event(self, document: Mapping[str, Any]) -> None:
@@ -151,17 +170,17 @@ class ClaimQueue:
             self.mark_claimed(stream, document["_id"])
         elif kind == "BatchPaused":  # its rows may be loaded, and stay in the view until it reaches this event
             self._paused[stream] = document["_id"]
-            self._relevant_position = max(self._relevant_position, document["_id"])
+            self._last_change_position = max(self._last_change_position, document["_id"])
         elif kind in CLAIMABLE_EVENT_TYPES:
             self._skipped.discard(stream)
             self._claimed_positions.pop(stream, None)
             self._paused.pop(stream, None)
-            if kind != "JobSubmitted" or not self._try_fresh(document):
-                self._relevant_position = max(self._relevant_position, document["_id"])
+            if kind != "JobSubmitted" or not self._try_new_job(document):
+                self._last_change_position = max(self._last_change_position, document["_id"])
 
     def mark_claimed(self, job_id: str, position: int) -> None:
         """Exclude a job that was claimed at `position`, until the views have reached the position."""
-        self._fresh.pop(job_id, None)
+        self._new_jobs.pop(job_id, None)
         if (timer := self._delayed.pop(job_id, None)) is not None:
             timer.cancel()
         self._claimed_positions.pop(job_id, None)  # keeps the dictionary ordered by position
@@ -189,13 +208,13 @@ class ClaimQueue:
         """Do not try to claim a job until an event makes it claimable again."""
         self._skipped.add(job_id)
 
-    def _try_fresh(self, document: Mapping[str, Any]) -> bool:
+    def _try_new_job(self, document: Mapping[str, Any]) -> bool:
         """Keep a new job if a slot is free and no others wait. Otherwise, its row in `queue` represents it."""
         job_id, job_type = document["stream"], document["data"]["job_type"]
         if job_type not in self._job_types:
             return True  # this worker never runs it
-        fresh_count = len(self._fresh) + len(self._delayed)
-        if "not_before" in document["data"] or self._may_have_more or fresh_count >= self._free_slots(job_type):
+        new_count = len(self._new_jobs) + len(self._delayed)
+        if "not_before" in document["data"] or self._may_have_more or new_count >= self._free_slots(job_type):
             return False
         try:
             state = StreamState().apply([RecordedEvent(document)])
@@ -204,20 +223,20 @@ class ClaimQueue:
             return False
         higher_ranked = list_higher_ranked(self.worker_id, self._eligible_workers(), job_id)
         if not higher_ranked:
-            self._add_fresh(candidate, document["_id"])
+            self._add_new_job(candidate, document["_id"])
         else:
             first = next(one for one in higher_ranked if not list_higher_ranked(one, higher_ranked, job_id))
             self._claim_delay.start_timing(job_id, first)
             loop, delay = asyncio.get_running_loop(), min(len(higher_ranked), _MAX_RANKS) * self._claim_delay.seconds
-            self._delayed[job_id] = loop.call_later(delay, self._add_fresh, candidate, document["_id"])
+            self._delayed[job_id] = loop.call_later(delay, self._add_new_job, candidate, document["_id"])
         return True
 
-    def _add_fresh(self, candidate: ClaimCandidate, position: int) -> None:
+    def _add_new_job(self, candidate: ClaimCandidate, position: int) -> None:
         self._delayed.pop(candidate.job_id, None)
         if self._may_have_more:  # others wait before it now, and its row represents it
-            self._relevant_position = max(self._relevant_position, position)
+            self._last_change_position = max(self._last_change_position, position)
         else:
-            self._fresh[candidate.job_id] = candidate
+            self._new_jobs[candidate.job_id] = candidate
         self.wake()
 
     def _on_views_advanced(self) -> None:
@@ -225,7 +244,7 @@ class ClaimQueue:
         while self._claimed_positions and (oldest := next(iter(self._claimed_positions.items())))[1] <= position:
             del self._claimed_positions[oldest[0]]
         self._paused = {batch_id: at for batch_id, at in self._paused.items() if at > position}
-        if self._relevant_position > self._queried_position:
+        if self._last_change_position > self._queried_position:
             self._rows_expire_at = min(self._rows_expire_at, time.monotonic() + _CHANGED_ROWS_TTL_SECONDS)
             self._request_query()
 
@@ -240,12 +259,12 @@ class ClaimQueue:
         free_slots = {name: free for name in self._job_types if (free := self._free_slots(name)) > 0}
         if not free_slots:
             return []
-        if self._fresh:
-            fresh = deque(self._fresh.values())
-            self._fresh.clear()
-            taken = self._take_fitting(free_slots, fresh)
-            for candidate in fresh:  # their rows represent them, now or when the views have reached them
-                self._relevant_position = max(self._relevant_position, candidate.stream_state.head.position)
+        if self._new_jobs:
+            new_jobs = deque(self._new_jobs.values())
+            self._new_jobs.clear()
+            taken = self._take_fitting(free_slots, new_jobs)
+            for candidate in new_jobs:  # their rows represent them, now or when the views have reached them
+                self._last_change_position = max(self._last_change_position, candidate.stream_state.head.position)
                 self._request_query()
             return taken
         if (

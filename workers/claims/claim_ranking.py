@@ -41,5 +41,5 @@ class ClaimDelay:
         since, first = self._since.pop(job_id, (0.0, ""))
         if worker_id == first:
             delay = 1.5 * (time.monotonic() - since)
-            # A longer duration counts at once and decays slowly: a conflict costs more than a short delay.
+            # A longer duration counts immediately and decays slowly: a conflict costs more than a short delay.
             self.seconds = min(max(delay, 0.95 * self.seconds, _RANK_SECONDS), _MAX_RANK_SECONDS)

@@ -27,7 +27,7 @@ class Claimer:
 
     Args:
         start_job: Called with the ID of a claimed job and the state of its stream.
-        on_unreadable: Called when a newer version of Jobledger wrote to the stream of a job that may be ours.
+        on_unreadable: Called when a job that this worker may have claimed has an unreadable event.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Claimer:
             await self._handle_rejection(job_id)
             return
         except UnreadableEvent as error:
-            _log.error("cannot claim a job: a newer version of Jobledger wrote to it", job_id=job_id, error=str(error))
+            _log.error("cannot claim a job: its stream is unreadable", job_id=job_id, error=str(error))
             self._queue.skip(job_id)
             if may_be_ours:
                 self._on_unreadable(error)

@@ -1,8 +1,8 @@
 """Detect failures of the machine. They do not count as failed attempts of jobs.
 
 Code that runs into a machine failure (`find_machine_failure`) releases its job without counting the attempt, and
-reports the failure here. The worker then claims no jobs until the checks of the machine pass. Its heartbeat document
-shows the problem.
+reports the failure here. The worker then claims no jobs until the checks of the machine pass. Its lease document shows
+the problem.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ MIN_DESCRIPTORS: Final = 32
 _MIN_MEMORY_BYTES: Final = 64 * 2**20
 
 _DESCRIPTORS = "raise the limit (LimitNOFILE in the unit, ulimit -n)"
-_PROCESSES = "raise the limit (TasksMax or LimitNPROC in the unit, ulimit -u), or run fewer jobs at once"
-_MEMORY = "free memory, or run fewer jobs at once (event_worker.max_concurrent)"
+_PROCESSES = "raise the limit (TasksMax or LimitNPROC in the unit, ulimit -u), or run fewer jobs at the same time"
+_MEMORY = "free memory, or run fewer jobs at the same time (event_worker.max_concurrent)"
 _SPACE = "free some space, or set event_worker.scratch_dir to another directory"
 _DISK = "check the disk and its mount, or set event_worker.scratch_dir to another directory"
 _ADVICE: Final = {
@@ -67,7 +67,7 @@ class MachineFailure(Exception):
 
 
 def build_disk_timeout_failure(seconds: float) -> MachineFailure:
-    """Return the failure that means that a call which uses a disk did not return within `seconds`."""
+    """Return the failure for a call that used a disk and did not return within `seconds`."""
     return MachineFailure(f"A call that uses a disk did not return within {seconds:g} s: {_DISK}")
 
 
@@ -164,7 +164,7 @@ class WorkerHealth:
                 self.report(failure)
 
     def get_document_fields(self) -> dict[str, Any]:
-        """Return the fields about health for the worker's heartbeat document."""
+        """Return the fields about health for the worker's lease document."""
         problem = str(self.problem) if self.problem is not None else None
         return {"problem": problem, "unhealthy_since": self.unhealthy_since}
 

@@ -3,7 +3,7 @@
 Layout: `<root>/jobledger-<uid>/<host>-<pid>-<random>/<job>-<attempt>-<random>`. The last directory contains `scratch`,
 which belongs to the processor, and `saved`, which holds the files that it saves.
 
-Each process locks its own directory with flock(2). The kernel releases the lock when the process dies. Other workers on
+Each process locks its own directory with flock(2). The kernel releases the lock when the process ends. Other workers on
 the machine remove the directories that no process locks.
 """
 
@@ -128,7 +128,7 @@ class ScratchDirectory:
         self.path = directory
 
     def remove_stale(self) -> CooperativeWork[None]:
-        """Remove the directories of dead processes. This may take long, so no check waits for it.
+        """Remove the directories of processes that have ended. This may take long, so no check waits for it.
 
         Raises:
             OSError: The directories cannot be listed.
@@ -228,7 +228,7 @@ def _is_own_directory(path: Path) -> bool:
 
 
 def _mark_stale(base: Path) -> Iterator[Path]:
-    """Rename the directories of dead processes, and yield their new paths. Requires the lock of `base`."""
+    """Rename the directories of processes that have ended, and yield their new paths. Requires the lock of `base`."""
     for path in list(base.iterdir()):
         if not _is_own_directory(path):
             continue

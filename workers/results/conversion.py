@@ -76,10 +76,10 @@ def to_text(value: object, limit: int = MAX_TEXT_LENGTH) -> str:
 
 
 def to_safe_str(value: object) -> str:
-    """Return `str(value)`, or a placeholder if that raises. A foreign class may raise anything."""
+    """Return `str(value)`, or a placeholder if that raises. A third-party class may raise anything."""
     try:
         return value[:] if type(value) is str else str.__str__(str(value))
-    except BaseException as error:  # noqa: BLE001 - __str__ of a foreign class may raise anything
+    except BaseException as error:  # noqa: BLE001 - __str__ of a third-party class may raise anything
         return f"<{get_type_name(value)} whose text cannot be read: {get_type_name(error)}>"
 
 
@@ -121,7 +121,7 @@ class _Conversion:
             return self._convert_other(value, path, depth)
         except ProcessorError:
             raise
-        except Exception as error:  # any error - a foreign class may raise anything
+        except Exception as error:  # any error - a third-party class may raise anything
             raise _build_error(
                 path,
                 f"reading the {get_type_name(value)} raised {get_type_name(error)}: {to_text(error, 500)}",

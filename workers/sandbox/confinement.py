@@ -28,7 +28,7 @@ from jobledger.workers.sandbox.restrictions import DEVICE_RULES, LIST_RIGHTS, RE
 _log = structlog.get_logger()
 ConfinementMode = Literal["auto", "required", "off"]
 LANDLOCK_ADVICE: Final = (
-    "It needs Linux 5.13 or later (6.12 or later for all of it) with Landlock enabled (boot option `lsm=`)."
+    "Requires Linux 5.13 or later with Landlock enabled (boot option `lsm=`). Full confinement requires 6.12."
 )
 UNUSABLE_PROCESSORS: Final = "_UNUSABLE_PROCESSORS"
 """Environment variable with the job types that the worker found unusable. Child processes do not load them."""
@@ -77,10 +77,10 @@ def check_confinement(mode: ConfinementMode) -> None:
         return
     if mode == "required":
         raise ConfigurationError(
-            "event_worker.confinement: `required`, but this kernel does not offer Landlock, so job processes cannot be "
-            f"confined. {LANDLOCK_ADVICE} Or set it to auto."
+            "event_worker.confinement is `required`, but job processes cannot be confined: the kernel does not support "
+            f"Landlock. {LANDLOCK_ADVICE} Or set it to auto."
         )
-    _log.warning("job processes are not confined: kernel has no Landlock", hint=LANDLOCK_ADVICE)
+    _log.warning("job processes are not confined: the kernel does not support Landlock", hint=LANDLOCK_ADVICE)
 
 
 # The environment --------------------------------------------------------------------------------------------------

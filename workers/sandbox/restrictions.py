@@ -66,7 +66,7 @@ def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> None:
     """
     version = get_landlock_version()
     if version < 1:
-        raise OSError(ENOSYS, "the kernel offers no Landlock")
+        raise OSError(ENOSYS, "the kernel does not support Landlock")
     handled = _VERSION_1_RIGHTS | (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
     attributes = struct.pack("=Q", handled)
     if version >= LANDLOCK_SIGNALS_VERSION:
@@ -96,7 +96,7 @@ def _add_rule(ruleset: int, path: str | Path, rights: int) -> None:
 
 
 def set_no_new_privileges() -> None:
-    """Disable set-user-ID bits and file capabilities of programs that are started from now on."""
+    """Disable set-user-ID bits and file capabilities of programs that this process starts after the call."""
     _check_result(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 

@@ -272,7 +272,7 @@ def probe_methods() -> tuple[ProbeResult, ...]:
 def _find_problem(method: SandboxMethod) -> str:
     """Return why a method does not work; an empty text if it does."""
     if method == "landlock" and restrictions.get_landlock_version() < 1:
-        return "the kernel does not support it"
+        return "the kernel does not support Landlock"
     if method == "landlock" and not restrictions.is_seccomp_supported():
         return "no seccomp filter for this architecture"
     if method == "bubblewrap" and shutil.which("bwrap") is None:

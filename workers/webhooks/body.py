@@ -52,7 +52,7 @@ async def build_body(
 
     Raises:
         BodyUnavailable: The job or batch is not in the log, or cannot be represented as JSON.
-        UnreadableEvent: A newer version of Jobledger wrote to its stream.
+        UnreadableEvent: An event of its stream is damaged, or a newer version of Jobledger wrote it.
         LedgerUnavailable: The event store or the file store cannot be read.
     """
     spec = delivery.spec

@@ -4,7 +4,7 @@ The transaction that records the end of a job or batch also queues the delivery 
 no delivery is missed. One process is the leader and sends. It observes deliveries through the change stream of their
 view, and timers signal due retries. At each start of the stream, all pending deliveries are read.
 
-A delivery may be sent twice: if the process dies between sending and recording, the delivery stays pending, and it is
+A delivery may be sent twice: if the process crashes between sending and recording, the delivery stays pending, and it is
 sent again with the same `webhook-id`.
 """
 
@@ -23,7 +23,13 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.commands import AbandonDelivery, DeliveryCommand, RecordAttempt
 from jobledger.ledger.domain.delivery import Delivery, build_endpoint_id
-from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from jobledger.ledger.domain.errors import (
+    CommandRejected,
+    JobledgerError,
+    LedgerBusy,
+    LedgerUnavailable,
+    UnreadableEvent,
+)
 from jobledger.ledger.domain.events import ErrorInfo, EventMetadata
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
@@ -46,6 +52,10 @@ _MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
 _PAUSE_SECONDS: Final = 1.0
 _RETRY_AFTER_ERROR_SECONDS: Final = 60.0
 _READ_BATCH_SIZE: Final = 1000
+
+
+class SecretsUnavailable(JobledgerError):
+    """The header values or signing secrets of a webhook were removed or revoked."""
 
 
 class Deliverer:
@@ -237,8 +247,9 @@ class Deliverer:
         """Send the webhook. Return the command that records the attempt, and whether the host responded."""
         try:
             request = await self._build_request(due, delivery)
-        except (BodyUnavailable, UnreadableEvent) as error:
-            unavailable = ErrorInfo(code="BODY_UNAVAILABLE", message=str(error))
+        except (BodyUnavailable, SecretsUnavailable, UnreadableEvent) as error:
+            code = "SECRETS_UNAVAILABLE" if isinstance(error, SecretsUnavailable) else "BODY_UNAVAILABLE"
+            unavailable = ErrorInfo(code=code, message=str(error))
             retry_at = self._compute_next_attempt_at(delivery, 0.0)
             return RecordAttempt(0.0, None, error=unavailable, next_attempt_at=retry_at), True
         response = await self._sender.send(request)
@@ -276,7 +287,7 @@ class Deliverer:
             self._db, Endpoint(delivery.spec.user_id, webhook.url)
         )
         if not secrets:
-            raise BodyUnavailable("The signing secret of this endpoint was revoked. Rotate it to create a new one.")
+            raise SecretsUnavailable("The signing secret of this endpoint was revoked. Rotate it to create a new one.")
         timestamp = int(self._event_store.clock.estimate().timestamp())
         headers = {
             **stored.get("headers", {}),
@@ -292,7 +303,7 @@ class Deliverer:
         with translate_errors("reading the secrets of a webhook"):
             stored = await self._db.webhook_secrets.find_one({"_id": reference})
         if stored is None:
-            raise BodyUnavailable("The header values or signing secrets of this webhook were removed.")
+            raise SecretsUnavailable("The header values or signing secrets of this webhook were removed.")
         return stored
 
     def _compute_next_attempt_at(self, delivery: Delivery, retry_after: float) -> datetime | None:

@@ -9,7 +9,7 @@ Error codes:
     TIMEOUT: The endpoint did not respond in time.
     BAD_RESPONSE: The response is not valid HTTP.
     REDIRECT: The endpoint redirected. Redirects are not followed.
-    GONE: Status 410. The endpoint does not want messages any more.
+    GONE: Status 410. The endpoint no longer accepts messages.
     HTTP_ERROR: Any other status except 2xx.
 """
 
@@ -195,7 +195,7 @@ def _find_status_error(status: int, host: str) -> tuple[str | None, str | None]:
         return None, None
     phrase = {item.value: f" ({item.phrase})" for item in http.HTTPStatus}.get(status, "")
     if status == http.HTTPStatus.GONE:
-        return "GONE", f"{host} responded with 410{phrase}: it does not accept messages any more."
+        return "GONE", f"{host} responded with 410{phrase}: it no longer accepts messages."
     if 300 <= status < 400:
         return "REDIRECT", f"{host} responded with {status}{phrase}. Redirects are not followed."
     return "HTTP_ERROR", f"{host} responded with {status}{phrase}."

@@ -63,7 +63,7 @@ def translate(text: str) -> str:
 
 
 def answer_correctly(request: dict[str, Any]) -> Any:
-    if "summarise" in request["messages"][0]["content"]:
+    if "summarize" in request["messages"][0]["content"]:
         return chat_completion(SUMMARY, tokens=100)
     return chat_completion({"markdown": translate(request["messages"][1]["content"])}, tokens=7)
 
@@ -183,7 +183,7 @@ async def test_prompt_injection_gives_no_html_links_or_images(
 ) -> None:
     def obey_page(request: dict[str, Any]) -> Any:
         injection = "<script>alert(1)</script> ![x](https://evil.example/x.png) [y](javascript:alert(1))"
-        if "summarise" in request["messages"][0]["content"]:
+        if "summarize" in request["messages"][0]["content"]:
             return chat_completion({**SUMMARY, "intro": injection, "tags": ["a: b\n- c"]})
         return chat_completion(
             {"markdown": f"{translate(request['messages'][1]['content'])}\n\n{injection}\n\n```\nopen fence"}

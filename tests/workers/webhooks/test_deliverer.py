@@ -209,7 +209,7 @@ async def test_delivery_with_removed_secrets_is_abandoned_with_the_reason(
     hook = Webhook(url=endpoint.url(), header_names=["Authorization"], secrets_ref="secrets-gone")
     delivery = await wait_for_delivery(roles, await finish_job(roles, hook))
     assert delivery["status"] == "abandoned"
-    assert delivery["attempts"][0]["error"]["code"] == "BODY_UNAVAILABLE"
+    assert delivery["attempts"][0]["error"]["code"] == "SECRETS_UNAVAILABLE"
     assert not endpoint.requests
 
 

@@ -1,7 +1,7 @@
 """Limit concurrent downloads from one host across all workers of this machine.
 
-A host slot is a kernel lock on one byte of a file that all hosts share. The kernel releases it whenever the process
-exits. A waiting process polls for a free slot because the kernel does not notify it.
+A host slot is a kernel lock on one byte of a file. There is one file for all hosts. The kernel releases the lock when
+the process exits. A waiting process polls for a free slot because the kernel does not notify it.
 """
 
 from __future__ import annotations

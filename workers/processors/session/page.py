@@ -144,7 +144,7 @@ def _parse_html(text: str) -> Any:
         text = "<".join(text.split("<", MAX_TAGS)[:MAX_TAGS])
     parser = lxml.html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True)
     try:
-        # As bytes: lxml rejects a str that starts with an XML declaration, which XHTML has.
+        # Pass bytes: lxml rejects a str that starts with an XML declaration, which XHTML has.
         tree = lxml.html.document_fromstring(text.replace("\x00", "").encode("utf-8", "replace"), parser=parser)
     except lxml.etree.ParserError:
         return None

@@ -106,7 +106,7 @@ class SessionParameters(BaseModel):
     filename: Name = Field(description="Name of the Markdown file to create, for example `My-Talk.md`.")
     track: Name = Field(description="Track or room of the talk.")
     day: Text | None = Field(
-        default=None, description="Day as the organisers write it, for example `Sunday` or `2025-02-02`."
+        default=None, description="Day as the organizers write it, for example `Sunday` or `2025-02-02`."
     )
     starttime: TimeOfDay | None = Field(
         default=None, description="Time of day as HH:MM in the conference's local time."
