@@ -32,7 +32,7 @@ USE_DRIVER_ERRORS = {
 
 CONTAIN_THIRD_PARTY_CODE = {
     "workers/child/attempt.py": "any exception of a processor fails its job, not the process that reports it",
-    "workers/child/failures.py": "attributes and details of a third-party exception may raise anything when they are read",
+    "workers/child/failures.py": "reading attributes and details of a third-party exception may raise anything",
     "workers/child/containment.py": "a closed coroutine of a processor may raise anything; the worker continues",
     "workers/results/conversion.py": "a __str__ of a third-party class may raise anything, but a text is required",
     "workers/child/main.py": "any failure of the process or its connection is reported to the worker",

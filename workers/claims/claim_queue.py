@@ -125,7 +125,7 @@ class ClaimQueue:
         self._change_count = 0
         """Number of requests for a query. If it changes during a query, another one follows."""
         self._last_change_position = 0
-        """Position of the last event that may have added jobs to the queue. When the views reach it, a query follows."""
+        """Position of the last event that may have added jobs. When the views reach it, a query follows."""
         self._queried_position = 0
         """Position of the views at the last query."""
         # Jobs that the views may show as pending and that the worker must not try

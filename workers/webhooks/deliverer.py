@@ -4,8 +4,8 @@ The transaction that records the end of a job or batch also queues the delivery 
 no delivery is missed. One process is the leader and sends. It observes deliveries through the change stream of their
 view, and timers signal due retries. At each start of the stream, all pending deliveries are read.
 
-A delivery may be sent twice: if the process crashes between sending and recording, the delivery stays pending, and it is
-sent again with the same `webhook-id`.
+A delivery may be sent twice: if the process crashes between sending and recording, the delivery stays pending, and
+it is sent again with the same `webhook-id`.
 """
 
 from __future__ import annotations
