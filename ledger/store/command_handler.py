@@ -240,7 +240,7 @@ async def handle_command_with_retries(
     may_have_effect = False
     while True:
         try:
-            if may_have_effect:  # repeated first, it would be decided on the state after its own events
+            if may_have_effect:  # a repeated command would be decided on the state after its own events
                 result = await _find_outcome(event_store, stream, command, stream_state)
                 if result is not None:
                     return result

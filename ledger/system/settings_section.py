@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class SettingsSection(BaseModel):
-    """A section of config.yaml. Unknown keys are errors."""
+    """A section of config.yaml, which documents the keys. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
