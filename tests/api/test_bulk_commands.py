@@ -166,7 +166,7 @@ async def test_bulk_cancel_handles_each_job_once_for_any_chunk_size(
     job_ids = await submit_jobs(ledger.event_store, 4)
     for job_id in job_ids[:2]:
         await handle_command(ledger.event_store, job_id, ClaimJob("w", datetime.now(UTC)), meta=EVENT_METADATA)
-    monkeypatch.setattr("jobledger.ledger.store.event_store._BATCH_EVENTS", chunk_size)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._EVENTS_PER_READ", chunk_size)
     heads: list[int] = []
     iterate_stream_batches = EventStore.iterate_stream_batches
 

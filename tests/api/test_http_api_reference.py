@@ -46,8 +46,8 @@ REPLACED_ENDPOINTS = ("/process-events-async", "/process-many-events", "/test-we
 async def test_example_for_replaced_endpoint_works(api_without_worker: Api, endpoint: str) -> None:
     text = REFERENCE.read_text(encoding="utf-8")
     assert f"| `{endpoint}` | " in text
-    example = re.search(rf"^In the place of `{endpoint}`.*?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert example, f"no example in the place of {endpoint}"
+    example = re.search(rf"^Instead of `{endpoint}`.*?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert example, f"no example instead of {endpoint}"
     command, url, *arguments = shlex.split(example[1])
     assert command == "curl"
     options = dict(zip(arguments[::2], arguments[1::2], strict=True))

@@ -44,8 +44,8 @@ async def wait_for_responses(tasks: list[asyncio.Task[httpx.Response]], number: 
 async def test_position_not_reached_by_views_gets_503_after_timeout(
     api_without_projector: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.context._VIEW_WAIT_SECONDS", 0.2)
-    monkeypatch.setattr("jobledger.api.context._SHORT_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("jobledger.api.ledger_position._VIEW_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("jobledger.api.ledger_position._SHORT_WAIT_SECONDS", 0.2)
     await api_without_projector.submit()
     response = await api_without_projector.get(JOBS, 1)
     assert (response.status_code, response.json()["code"]) == (503, "projection_lagging")
@@ -56,8 +56,8 @@ async def test_position_not_reached_by_views_gets_503_after_timeout(
 async def test_requests_waiting_for_views_are_limited(
     api_without_projector: Api, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr("jobledger.api.context._VIEW_WAIT_SECONDS", 60)
-    monkeypatch.setattr("jobledger.api.context._SHORT_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("jobledger.api.ledger_position._VIEW_WAIT_SECONDS", 60)
+    monkeypatch.setattr("jobledger.api.ledger_position._SHORT_WAIT_SECONDS", 0.01)
     await api_without_projector.submit()
     requests_of_alice = [
         asyncio.create_task(api_without_projector.get(path, 1, **principal_header("alice"))) for _ in range(6)
