@@ -28,7 +28,7 @@ _ROW_VIEWS: Final = (queue, files, steps, step_files)
 ALL_VIEWS: Final = (*_DOCUMENT_VIEWS, *_ROW_VIEWS, projection_errors)
 VIEW_NAMES: Final = tuple(view.NAME for view in ALL_VIEWS)
 DOCUMENT_VIEWS: Final = tuple(view.NAME for view in _DOCUMENT_VIEWS)
-"""The views whose documents are folded from events."""
+"""The views whose documents are loaded, changed and written back."""
 ROW_VIEWS: Final = tuple(view.NAME for view in _ROW_VIEWS)
 """The views with rows that are derived from a job's document."""
 
