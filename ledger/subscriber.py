@@ -138,7 +138,7 @@ async def _open(connection: Connection) -> AsyncIterator[_Opened]:
 
 
 class SubscriptionCursor:
-    """The position of a named subscription in the database. The newest holder owns it; others fail when they save."""
+    """The cursor of a named subscription in the database. The newest holder owns it; others fail when they save."""
 
     def __init__(self, db: Database, name: str) -> None:
         self._cursors = db.get_collection(SUBSCRIPTIONS, read_concern=MAJORITY)
@@ -168,7 +168,7 @@ class SubscriptionCursor:
             "hash": {"$cond": [moved, done.hash, "$hash"]},
             "saved_at": "$$NOW",
         }
-        with translate_errors(f"saving the position of the subscription {self._name}"):
+        with translate_errors(f"saving the cursor of the subscription {self._name}"):
             saved = await self._cursors.update_one({"_id": self._name, "holder": self._holder}, [{"$set": changes}])
         if not saved.matched_count:
             raise SubscriptionTakenOver(f"The subscription {self._name!r} was taken over by another process.")
@@ -247,7 +247,7 @@ class SubscriptionEvents:
             try:
                 await self.save()
             except LedgerUnavailable as error:
-                _log.warning("subscription position not saved, retrying", error=str(error))
+                _log.warning("subscription cursor not saved, retrying", error=str(error))
         self._saver = None
 
     async def _receive(self) -> None:
@@ -283,7 +283,7 @@ class SubscriptionEvents:
             with timeout(_LAST_SAVE_SECONDS):
                 await self.save()
         except (LedgerUnavailable, SubscriptionTakenOver) as error:
-            _log.warning("subscription position not saved", error=str(error))
+            _log.warning("subscription cursor not saved", error=str(error))
 
 
 def _get_type_names(wanted: Collection[type[Event] | str] | None) -> frozenset[str] | None:

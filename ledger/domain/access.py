@@ -34,8 +34,8 @@ class AccessLevel(IntEnum):
 class Principal:
     """The caller of a request. `user_id` is None for an anonymous caller.
 
-    Role `admin` may do everything; role `monitor` may see the statistics of everything. `valid_until` is when the
-    credential expires; None means never.
+    The user role `admin` may do everything, and `monitor` may see the statistics of everything. `valid_until` is when
+    the credential expires; None means never.
     """
 
     user_id: str | None

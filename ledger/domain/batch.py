@@ -1,4 +1,4 @@
-"""The decider of a batch. Its jobs have their own streams; the projector reports when all are finished. Pure."""
+"""The decider of a batch. Its jobs have their own streams. The projector reports when all jobs are finished. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decide(command: commands.BatchCommand, batch: Batch | None) -> list[events.B
     """Return the events that a command causes.
 
     Raises:
-        NotFound: There is no such batch, or it was deleted.
+        NotFound: The batch does not exist, or was deleted.
         AlreadyExists: A batch with this ID exists.
         InvalidState: The batch's state does not allow the command.
     """
@@ -34,7 +34,7 @@ def decide(command: commands.BatchCommand, batch: Batch | None) -> list[events.B
             raise AlreadyExists("a batch with this ID already exists")
         return [command.batch]
     if batch is None or batch.is_deleted:
-        raise NotFound("there is no such batch")
+        raise NotFound("the batch does not exist")
     match command:
         case commands.PauseBatch():
             return [] if batch.is_paused else [events.BatchPaused(by=command.by, reason=command.reason)]
@@ -55,15 +55,16 @@ def decide(command: commands.BatchCommand, batch: Batch | None) -> list[events.B
             return [events.BatchUnarchived(by=command.by, reason=command.reason)] if batch.is_archived else []
         case commands.Delete():
             if batch.status == "processing":
-                raise InvalidState("the batch is still processing: cancel it first")
+                raise InvalidState("the batch is still processing: cancel it before you delete it")
             return [events.BatchDeleted(by=command.by, reason=command.reason)]
         case _:
             assert_never(command)
 
 
 def compute_terminal_status(counts: events.BatchJobCounts) -> Literal["completed", "partial", "failed"]:
-    """Return the final status of a batch (konzept.md, `update_batch_progress`): `partial` if only some jobs
-    completed.
+    """Return the status of a batch whose jobs are finished (konzept.md, `update_batch_progress`).
+
+    It is `partial` if only some jobs completed.
     """
     if counts.failed == counts.cancelled == 0:
         return "completed"

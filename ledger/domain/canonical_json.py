@@ -15,7 +15,7 @@ import orjson
 
 from jobledger.ledger.domain.errors import InvalidEvent
 
-MAX_SAFE_INTEGER = 2**53 - 1  # beyond it, JSON readers disagree (RFC 8785, section 3.2.2.3, by way of I-JSON)
+MAX_SAFE_INTEGER = 2**53 - 1  # above it, JSON readers disagree (RFC 8785, section 3.2.2.3, by way of I-JSON)
 MAX_DEPTH = 100  # the database takes about 200
 _ODD_NUMBER = re.compile(r"[:,\[]-?[0-9]+(?:\.0(?![0-9])|(?:\.[0-9]+)?[eE]|(?<=[0-9]{16}))")
 JSON_OPTIONS = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS

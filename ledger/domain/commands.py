@@ -1,6 +1,6 @@
 """The commands: one class each, in the imperative. `decide` in `job`, `batch` and `delivery` handles them. Pure.
 
-Commands of workers carry `attempt`, the fencing token. Only those of the current attempt are accepted.
+Commands of workers carry the number of the attempt. Only those of the current attempt are accepted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The decider of a delivery: the webhook message about the end of a job or batch. Pure."""
+"""The decider of a delivery: the webhook message about a finished job or batch. Pure."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ _WEBHOOK_EVENT_TYPES: Final[dict[object, events.WebhookEventType]] = {
 class Delivery:
     """The state of a delivery that decisions need.
 
-    `attempt` numbers all calls of the endpoint, `counted_attempts` those since the delivery was last queued. `due_at`
-    is the time of the next call.
+    Attributes:
+        spec: The event that queued it.
+        status: Its status.
+        attempt: The number of all attempts.
+        counted_attempts: The number of attempts since it was last queued.
+        due_at: When the next attempt is due.
     """
 
     spec: events.DeliveryQueued
@@ -75,11 +79,11 @@ def decide(command: commands.DeliveryCommand, delivery: Delivery | None) -> list
     """Return the events that a command causes.
 
     Raises:
-        NotFound: There is no such delivery.
+        NotFound: The delivery does not exist.
         InvalidState: The delivery's state does not allow the command.
     """
     if delivery is None:
-        raise NotFound("there is no such delivery")
+        raise NotFound("the delivery does not exist")
     match command:
         case commands.RecordAttempt():
             return _record_attempt(command, delivery)

@@ -4,12 +4,12 @@ JobledgerError
 ├── ConfigurationError          settings or environment are wrong; the message says how to fix it
 │   ├── DatabaseUnsuitable      the MongoDB server is unusable (standalone, too old, missing …)
 │   │   └── ServerInUse         … because another process uses its data or port (also a ResourceUnavailable)
-│   └── UnreadableEvent         a damaged event
-│       └── UnsupportedEvent    an event of a later version of this program
+│   └── UnreadableEvent         an event that is damaged
+│       └── UnsupportedEvent    … or that a later version of this program wrote
 ├── ResourceUnavailable         a port, disk or lock of this machine is unusable now; transient
 ├── LedgerUnavailable           the database is unreachable or did not respond in time; transient
 │   └── FileStoreUnavailable    this machine cannot use the result store now; transient
-├── LedgerBusy                  too many events are waiting to be written; transient
+├── LedgerBusy                  too many events are queued; transient
 ├── VersionConflict             another process appended to the stream first; decide again
 ├── LogTruncated                the log ends before a position that was read from it
 ├── NotARegularFile             a path to store is not a regular file
@@ -47,7 +47,7 @@ class ResourceUnavailable(JobledgerError):
 
 
 class ServerInUse(DatabaseUnsuitable, ResourceUnavailable):
-    """Another process uses the data directory or port of the embedded server. It may be about to end."""
+    """Another process uses the data directory or port of the embedded server. It may end soon."""
 
 
 _TRANSIENT: Final = frozenset(
@@ -67,7 +67,10 @@ def classify_os_error(error: OSError, message: str) -> ResourceUnavailable | Con
 
 
 class UnreadableEvent(ConfigurationError):
-    """This version of the program does not know the event, or its payload is damaged."""
+    """The event is damaged, or this version of the program does not know it. The message says which.
+
+    A `ConfigurationError`, because a retry does not help: the operator must upgrade or repair the log.
+    """
 
 
 class UnsupportedEvent(UnreadableEvent):
@@ -83,11 +86,11 @@ class FileStoreUnavailable(LedgerUnavailable):
 
 
 class LedgerBusy(JobledgerError):
-    """More events are waiting than the appender accepts. Retry in a moment."""
+    """More events are queued than the appender accepts. Retry in a moment."""
 
 
 class VersionConflict(JobledgerError):
-    """The stream is not at the expected version. `found` is its current version."""
+    """Another process appended to the stream first. `found` is its current version."""
 
     def __init__(self, stream: str, expected: int, found: int) -> None:
         super().__init__(f"{stream} is at version {found}, not {expected}: another process appended first")

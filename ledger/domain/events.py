@@ -55,7 +55,7 @@ class _Value(BaseModel):
 
 
 class AccessControl(_Value):
-    """Who besides the owner may read or change a job or batch (konzept.md, "Benutzer-Autorisierung")."""
+    """Who, in addition to the owner, may read or change a job or batch (konzept.md, "Benutzer-Autorisierung")."""
 
     visibility: Literal["private", "team", "public"] = "private"
     read_access: list[str] = Field(default_factory=list)
@@ -84,7 +84,7 @@ class Webhook(_Value):
 
 
 class ErrorInfo(_Value):
-    """An error: a stable code for programs and a message for people."""
+    """Why an attempt or a delivery attempt failed: a stable code for programs and a message for people."""
 
     code: str
     message: str
@@ -314,7 +314,7 @@ class WorkerFenced(_WorkerEvent):
 
 
 class BatchJobCounts(_Value):
-    """The number of a batch's jobs per status."""
+    """The number of a batch's finished jobs per status."""
 
     completed: int = 0
     failed: int = 0
@@ -481,9 +481,12 @@ EVENT_TYPES: Mapping[str, type[Event]] = {
 class EventMetadata:
     """Where an event comes from.
 
-    `actor`: who caused it (`user:…`, `worker:…`, `system`). `correlation_id`: its batch or request. `causation_id`: the
-    `event_id` of its cause. `traceparent`: W3C trace context. `request_fingerprint`: distinguishes a repeated request
-    with the same Idempotency-Key from a new one.
+    Attributes:
+        actor: Who caused it: `user:…`, `worker:…` or `system`.
+        correlation_id: Its batch or request.
+        causation_id: The `event_id` of its cause.
+        traceparent: The W3C trace context.
+        request_fingerprint: Distinguishes a repeated request with the same `Idempotency-Key` from a new one.
     """
 
     actor: str = "system"
@@ -518,11 +521,11 @@ UNKNOWN_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class RecordedEvent:
-    """An event in the log: a document of `events` whose payload is parsed on first use.
+    """An event in the log: a document of `events`. `event` is its parsed payload, `data` its stored one.
 
-    Two are equal if they are the same event at the same position. Code that only forwards events, or filters by type,
-    works with unknown types: the log may contain events of a later version of this program. All properties but `event`
-    also work for a damaged event.
+    Two recorded events are equal if they are the same event at the same position. Code that only forwards events, or
+    filters by type, works with unknown types: the log may contain events of a later version of this program. All
+    properties but `event` also work for a damaged event.
     """
 
     __slots__ = ("_document", "_event", "stream", "type")
@@ -561,19 +564,19 @@ class RecordedEvent:
 
     @property
     def time(self) -> datetime:
-        """When the writer decided it; `UNKNOWN_TIME` if it is damaged."""
+        """When it was decided, by the estimated server's clock; `UNKNOWN_TIME` if it is damaged."""
         time = self._document.get("time")
         return time if isinstance(time, datetime) else UNKNOWN_TIME
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """The payload as stored. In a damaged event it may have any type."""
+        """The payload as stored, of any schema version. In a damaged event it may have any type."""
         data: Mapping[str, Any] = self._document.get("data")  # type: ignore[assignment]  # see above
         return data
 
     @property
     def payload_fields(self) -> Mapping[str, Any]:
-        """The payload as stored; empty if it is not an object."""
+        """`data` for code that also reads damaged events: empty if it is not an object."""
         data = self._document.get("data")
         return data if isinstance(data, Mapping) else {}
 
@@ -590,10 +593,10 @@ class RecordedEvent:
 
     @property
     def event(self) -> Event:
-        """The parsed event.
+        """The payload, parsed and upgraded to the current schema version. Parsed on first use.
 
         Raises:
-            UnreadableEvent: This version of the program does not know the event, or its payload is damaged.
+            UnreadableEvent: The event is damaged, or this version of the program does not know it.
         """
         if self._event is None:
             self._event = self._read()
@@ -622,7 +625,7 @@ class RecordedEvent:
             data = document["data"]
             data = data if schema == event_type.schema_version else upcast(name, schema, data)
             event: Event = event_type.__pydantic_validator__.validate_python(data)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # the last of them also from pydantic
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # ValueError also from pydantic
             raise UnreadableEvent(f"{self._location()} is a {name} that cannot be read: {error}") from error
         return event
 

@@ -16,12 +16,23 @@ from jobledger.ledger.domain.statuses import TERMINAL_STATUSES, JobStatus
 class Job:
     """The state of a job that decisions need.
 
-    `attempt` numbers the attempts and is never reused. `counted_attempts` is how many of them count against
-    `spec.max_attempts`; a released attempt does not. `due_at` is when the job may next be claimed. `steps` maps the
-    digest of a completed step's inputs to the event with its output. `is_full_restart`: the job was restarted without
-    its completed steps. `consecutive_machine_failures` is how many times in a row it was released because a machine
-    could not run it. `step_output_bytes`, `changed_parameters_bytes` and `log_bytes` are the total sizes of the outputs
-    of `steps`, of all changes of its parameters, and of its log.
+    Attributes:
+        spec: The submission, with later changes.
+        status: The status.
+        attempt: The number of the last attempt. Numbers are never reused.
+        counted_attempts: The attempts since the last restart that count against `spec.max_attempts`. Released attempts
+            do not count.
+        worker_id: The worker of the running attempt.
+        due_at: When the job may next be claimed.
+        cancel_request: The request to cancel the running attempt.
+        is_archived: Whether default lists hide it.
+        is_deleted: Whether it was deleted.
+        steps: The completed steps, by the digest of their inputs.
+        is_full_restart: Whether it was restarted without its completed steps.
+        consecutive_machine_failures: How many times in a row it was released because a machine could not run it.
+        log_bytes: The total size of its log.
+        step_output_bytes: The total size of the outputs of `steps`.
+        changed_parameters_bytes: The total size of all changes of its parameters.
     """
 
     spec: events.JobSubmitted
@@ -42,12 +53,13 @@ class Job:
 
 
 MAX_CONSECUTIVE_MACHINE_FAILURES: Final = 5
-"""After this many releases in a row for machine failures, the job is assumed to cause them. The next one counts as
-an attempt.
+"""After this many releases in a row for machine failures, the job is assumed to cause them. The next failure counts
+as a failed attempt, and the count of releases begins again.
 
-Why 5: a failing worker reports at its first such job and claims nothing until its health check passes. So a healthy job
-meets several failing machines only if they fail at the same time. A job that is the cause fails on every machine and
-pauses each for a second or more. It must end: after 5 failures and then `max_attempts`.
+Why 5: a failing worker reports at its first such job and claims nothing until its health check passes. A healthy job
+encounters several failing machines only if they fail at the same time. A job that is the cause fails on every machine
+and pauses each of them for a second or more. It must not run forever: each counted attempt is preceded by at most 5
+releases, so it fails after at most 6 × `max_attempts` attempts.
 """
 
 
@@ -57,7 +69,7 @@ def decide(command: commands.JobCommand, job: Job | None) -> list[events.JobEven
     A worker that reports for an attempt that has ended gets no error. The event `WorkerFenced` records the rejection.
 
     Raises:
-        NotFound: There is no such job, or it was deleted.
+        NotFound: The job does not exist, or was deleted.
         AlreadyExists: A job with this ID exists.
         InvalidState: The job's state does not allow the command.
         InvalidEvent: The job has too many completed steps, or too large ones.
@@ -67,7 +79,7 @@ def decide(command: commands.JobCommand, job: Job | None) -> list[events.JobEven
             raise AlreadyExists("a job with this ID already exists")
         return [command.job]
     if job is None or job.is_deleted:
-        raise NotFound("there is no such job")
+        raise NotFound("the job does not exist")
     match command:
         case commands.ClaimJob():
             return _claim(command, job)
@@ -87,7 +99,7 @@ def decide(command: commands.JobCommand, job: Job | None) -> list[events.JobEven
         case commands.Unarchive():
             return [events.JobUnarchived(by=command.by, reason=command.reason)] if job.is_archived else []
         case commands.Delete():
-            _require(job.status != "processing", job, "running jobs cannot be deleted, cancel it first")
+            _require(job.status != "processing", job, "running jobs cannot be deleted: cancel the job first")
             return [events.JobDeleted(by=command.by, reason=command.reason)]
         case _:
             return _report(command, job)
@@ -124,7 +136,7 @@ def _expire(command: commands.ExpireLease, job: Job) -> list[events.JobEvent]:
 
 
 def _report(command: commands.WorkerCommand, job: Job) -> list[events.JobEvent]:
-    """Reject reports for a stale attempt. This is the only place; the attempt number is the fencing token."""
+    """Reject reports of an attempt that has ended. The number of the attempt shows it. No other code rejects them."""
     event = _build_event(command, job)
     if (job.status, job.worker_id, job.attempt) != ("processing", command.worker_id, command.attempt):
         return [
@@ -165,7 +177,7 @@ def _build_event(command: commands.WorkerCommand, job: Job) -> events.JobEvent:
         case commands.FailAttempt() | commands.ReleaseJob() | commands.ConfirmCancel() if (
             job.cancel_request is not None
         ):
-            return _confirm_cancel(job.cancel_request)  # otherwise the next worker would start a cancelled job
+            return _confirm_cancel(job.cancel_request)  # otherwise, the next worker would start a cancelled job
         case commands.FailAttempt():
             error = limits.truncate_error(command.error)
             if command.retry_at is None or job.counted_attempts >= job.spec.max_attempts:

@@ -41,7 +41,7 @@ MAX_NAME_CHARACTERS: Final = 200
 MAX_BATCH_JOBS: Final = 10_000
 MAX_WEBHOOK_HEADERS: Final = 50
 MAX_WEBHOOK_HEADER_BYTES: Final = 16_000
-"""Names and values of all headers of a webhook together. Common servers read 16 KiB of headers, ours included."""
+"""Names and values of all headers of a webhook together. Common servers read 16 KiB of headers, and so does the API."""
 MAX_TITLE_CHARACTERS: Final = 500
 MAX_URL_CHARACTERS: Final = 2000
 MAX_REASON_CHARACTERS: Final = 2000
@@ -126,8 +126,8 @@ def check_steps(count: int, output_bytes: int) -> None:
     _check_count("steps", count, MAX_STEPS, "completed steps of one job")
     if output_bytes > MAX_STEP_OUTPUT_BYTES:
         raise InvalidEvent(
-            f"steps: the outputs of all completed steps together take {output_bytes} bytes: at most "
-            f"{MAX_STEP_OUTPUT_BYTES} are allowed. Save large content as files"
+            f"the outputs of all completed steps of a job must have at most {MAX_STEP_OUTPUT_BYTES} bytes, got "
+            f"{output_bytes}. Save large content as files"
         )
 
 
@@ -139,8 +139,8 @@ def check_changed_parameters(total_bytes: int) -> None:
     """
     if total_bytes > MAX_CHANGED_PARAMETERS_BYTES:
         raise InvalidEvent(
-            f"parameters: all changes of this job together take {total_bytes} bytes: at most "
-            f"{MAX_CHANGED_PARAMETERS_BYTES} are allowed. Submit a new job"
+            f"all changes of a job's `parameters` together must have at most {MAX_CHANGED_PARAMETERS_BYTES} bytes, got "
+            f"{total_bytes}. Submit a new job"
         )
 
 
@@ -195,17 +195,17 @@ def _check_access(access: events.AccessControl) -> None:
 
 def _check_count(where: str, count: int, limit: int, what: str) -> None:
     if count > limit:
-        raise InvalidEvent(f"{where}: {count} {what} are too many: at most {limit} are allowed")
+        raise InvalidEvent(f"`{where}` must have at most {limit} {what}, got {count}")
 
 
 def _check_text(where: str, text: str | None, limit: int) -> None:
     if text is not None and len(text) > limit:
-        raise InvalidEvent(f"{where}: {len(text)} characters are too long: at most {limit} are allowed")
+        raise InvalidEvent(f"`{where}` must have at most {limit} characters, got {len(text)}")
 
 
 def _check_bytes(where: str, value: Any, limit: int) -> None:
     if value is not None and (size := compute_bson_size(value)) > limit:
-        raise InvalidEvent(f"{where}: {size} bytes (as BSON) are too large: at most {limit} are allowed")
+        raise InvalidEvent(f"`{where}` must have at most {limit} bytes as BSON, got {size}")
 
 
 # Sizes and truncation ----------------------------------------------------------------------------------------------
@@ -263,16 +263,16 @@ def truncate_text(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 2]} …"
 
 
-def truncate_error(failure: events.ErrorInfo) -> events.ErrorInfo:
-    """Return a failure whose message and details fit. Details that are too large are replaced by their size."""
-    details = failure.details
+def truncate_error(error: events.ErrorInfo) -> events.ErrorInfo:
+    """Return an error whose code, message and details fit. Details that are too large are replaced by their size."""
+    details = error.details
     if not fits_in_document(details, MAX_ERROR_DETAILS_BYTES):
         kept = {name: details[name] for name in ("retryable",) if isinstance(details.get(name), bool)}
-        details = {**kept, "truncated": True, "bytes": compute_bson_size(failure.details)}
-    message = truncate_text(failure.message, MAX_ERROR_MESSAGE_CHARACTERS)
-    code = truncate_text(failure.code, MAX_NAME_CHARACTERS)
-    if (code, message) == (failure.code, failure.message) and details is failure.details:
-        return failure
+        details = {**kept, "truncated": True, "bytes": compute_bson_size(error.details)}
+    message = truncate_text(error.message, MAX_ERROR_MESSAGE_CHARACTERS)
+    code = truncate_text(error.code, MAX_NAME_CHARACTERS)
+    if (code, message) == (error.code, error.message) and details is error.details:
+        return error
     return events.ErrorInfo(code=code, message=message, details=details)
 
 

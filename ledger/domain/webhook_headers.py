@@ -1,6 +1,6 @@
 """Validate the headers of a webhook: only headers that HTTP transmits unchanged are allowed. Pure.
 
-If a header were changed or dropped, the endpoint would reject the message, which would look like the endpoint's error.
+If a header were changed or dropped, the endpoint would reject the message. This would look like the endpoint's error.
 """
 
 from __future__ import annotations

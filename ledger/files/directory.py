@@ -48,8 +48,8 @@ _TEMPORARY_NAME = re.compile(r"tmp[a-z0-9_]{8}")
 class DirectoryStore(FileStore):
     """A directory of files named by digest, on a disk that all processes share.
 
-    A file is complete and on disk before it gets its name. So a named file is complete, whichever process dies. Methods
-    without `async` block: call them from a thread.
+    A file is complete and on disk before it gets its name. So a named file is complete, whichever process crashes.
+    Methods without `async` block: call them from a thread.
     """
 
     def __init__(self, root: Path, *, is_durable: bool = True, marker: StoreMarker | None = None) -> None:
@@ -57,7 +57,7 @@ class DirectoryStore(FileStore):
 
         Args:
             root: The directory.
-            durable: Whether a file must survive a power failure once it has its name. An inbox does not need this.
+            is_durable: Whether a file must survive a power failure once it has its name. An inbox does not need this.
             marker: Identifies the directory. None: any directory is accepted, as for an inbox.
         """
         super().__init__()
@@ -128,7 +128,7 @@ class DirectoryStore(FileStore):
 
     def _write(self, source: InboxFile, target: Path) -> CooperativeWork[None]:
         if (yield from has_content(target, target.name, source.size)):
-            sync_directory(target.parent)  # its writer may not have done it yet
+            sync_directory(target.parent)  # the process that wrote it may not have done so yet
             return
         self._make_directory(target.parent)
         with create_file(target, self.root) as copy:
@@ -136,7 +136,7 @@ class DirectoryStore(FileStore):
                 copy.write(piece)
                 if source.size > HASH_CHUNK_BYTES:
                     copy.flush()
-                    os.fdatasync(copy.fileno())  # now, so that no chunk takes much longer than the others
+                    os.fdatasync(copy.fileno())  # after each chunk, so that no chunk takes much longer than the others
                     yield
         sync_directory(target.parent)
 
@@ -193,7 +193,7 @@ class DirectoryStore(FileStore):
 
     def _make_directory(self, directory: Path) -> None:
         if not directory.exists():
-            # Not its parents: if the store is not mounted, its directory must not be created.
+            # Do not create its parents: if the store is not mounted, its directory must not appear.
             directory.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
             if self._durable:
                 sync_directory(directory.parent)

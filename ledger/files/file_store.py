@@ -19,7 +19,7 @@ from jobledger.ledger.domain.errors import FileDamaged
 
 ORPHAN_AGE_SECONDS: Final = 86_400.0
 """Unfinished uploads of this age are orphans: no process writes one file for so long."""
-# Not the event loop's own threads: jobs that run inline may occupy all of those.
+# Threads of the store's own, because jobs that run inline may occupy all threads of the event loop's executor.
 file_store_executor = ThreadPoolExecutor(8, thread_name_prefix="store")
 _MAX_REMEMBERED_FILES: Final = 20_000
 _CONCURRENT_CHUNKS: Final = 2
@@ -60,7 +60,7 @@ class OpenFile(Protocol):
 
 
 class IntegrityChecker:
-    """Checks files when they are first opened, and again when their identity has changed.
+    """Checks the content of files when they are first opened, and again when their identity has changed.
 
     Files that are being hashed take turns chunk by chunk, so a small file never waits for the end of a large one. A
     cancelled check stops hashing.
@@ -165,7 +165,7 @@ class FileStore(ABC):
 
     @abstractmethod
     async def remove_orphans(self) -> int:
-        """Remove incomplete files that killed writers left at least a day ago. Return how many."""
+        """Remove incomplete files that killed processes left at least a day ago. Return how many."""
 
     @abstractmethod
     async def begin_removal(self, sha256: str, removal_id: str) -> datetime | None:

@@ -1,8 +1,8 @@
 """A file store in MongoDB (GridFS), for installations whose machines share no disk.
 
-A writer stores a file's chunks under a new ID. Finally, in one write, it inserts the entry in `fs.files` with the
-SHA-256, which a unique index allows once. So a file is complete or absent. The second of two writers removes its
-chunks. Chunks of a writer that died are orphans that no reader sees.
+A process stores a file's chunks under a new ID. Finally, in one write, it inserts the entry in `fs.files` with the
+SHA-256, which a unique index allows once. So a file is complete or absent. The second of two processes removes its
+chunks. Chunks of a process that crashed are orphans that no reader sees.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class GridFSStore(FileStore):
         ):
             await self._files.create_index([("filename", ASCENDING), ("uploadDate", ASCENDING)])
             await self._chunks.create_index([("files_id", ASCENDING), ("n", ASCENDING)], unique=True)
-            # Only our own files have this field: others may use the bucket as they like.
+            # Only Jobledger's files have this field. Other programs may use the bucket, too.
             ours = {_DIGEST: {"$exists": True}}
             await self._files.create_index(
                 [(_DIGEST, ASCENDING)], name="unique_sha256", unique=True, partialFilterExpression=ours
@@ -119,8 +119,8 @@ class GridFSStore(FileStore):
                 with suppress(Exception):  # remaining chunks are harmless, and the first error must propagate
                     await asyncio.shield(self._chunks.delete_many({"files_id": upload_id}))
                 raise
-            # From here on the chunks stay, whatever happens: a cancelled or failed insertion may have created the
-            # entry. Without one they are orphans.
+            # Never delete the chunks after this line: a cancelled or failed insertion may have created the entry.
+            # Without an entry, they are orphans.
             try:
                 await self._add_entry(upload_id, sha256, size)
             except DuplicateKeyError:
@@ -198,7 +198,9 @@ class GridFSStore(FileStore):
     async def finish_removal(self, sha256: str, removal_id: str) -> None:
         with translate_errors("removing a file"):
             async for entry in self._files.find({_REMOVED: sha256, _REMOVAL_ID: removal_id}, {"_id": 1}):
-                await self._chunks.delete_many({"files_id": entry["_id"]})  # first: none remain without an entry
+                await self._chunks.delete_many(
+                    {"files_id": entry["_id"]}
+                )  # first, so that no chunk remains without an entry
                 await self._files.delete_one({"_id": entry["_id"]})
 
     async def list_files(self) -> AsyncIterator[StoredFile]:
@@ -233,7 +235,7 @@ def _create_dated_id(moment: datetime) -> ObjectId:
 
 
 class _GridFSFile:
-    """A file in GridFS, read in chunks. The driver's own reader always fetches 16 MB at once."""
+    """A file in GridFS, read in chunks. The driver's own reader always fetches 16 MB in one query."""
 
     def __init__(self, chunks: Any, entry: Document) -> None:
         self._uploaded = entry.get("uploadDate")

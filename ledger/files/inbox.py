@@ -23,7 +23,7 @@ from jobledger.ledger.system.cooperative_threads import CooperativeWork
 HASH_CHUNK_BYTES: Final = 4 << 20
 """Bytes of a file that are read before another file gets its turn."""
 MISSING_FILE_ERRNOS: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
-"""Errors of `open` that mean that the file does not exist."""
+"""Errors of `open` that show that the file does not exist."""
 _JOB_FAULT_ERRNOS: Final = MISSING_FILE_ERRNOS | {errno.EACCES, errno.EPERM, errno.ENODEV, errno.EAGAIN}
 """Errors that a job can cause below its directory, also by modes, devices and leases (EAGAIN). Others are transient."""
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -62,7 +62,7 @@ class InboxFile:
                 inner = os.open(name, _DIRECTORY, dir_fd=self._directory)
                 os.close(self._directory)
                 self._directory = inner
-            # Before it is opened: opening a device may already do something.
+            # Check this before opening it: opening a device may already have an effect.
             self._require_regular(os.stat(path.name, dir_fd=self._directory, follow_symlinks=False))
             self._descriptor = os.open(path.name, _FILE, dir_fd=self._directory)
         except OSError as error:

@@ -24,7 +24,7 @@ from jobledger.ledger.system.private_files import FILE_MODE
 READ_CHUNK_BYTES = 256 * 1024
 """How much of a file is in memory at a time while it is read."""
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-"""O_NONBLOCK: opening a pipe must not wait for its writer."""
+"""O_NONBLOCK: opening a pipe must not wait until another process writes to it."""
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO (named pipe)",
@@ -88,7 +88,7 @@ class LocalFile:
 def has_content(target: Path, sha256: str, size: int) -> CooperativeWork[bool]:
     """Return whether a file is stored with this content. A file with changed content is replaced by the caller.
 
-    Updates the file's modification time, which tells `begin_removal` that the file is needed now. If the file is
+    Updates the file's modification time, by which `begin_removal` sees that the file is needed now. If the file is
     renamed for removal meanwhile, either its time was updated before, and the removal is cancelled, or the update
     fails, and the file is written again.
     """

@@ -65,7 +65,7 @@ class StoreMarker:
         raise FileStoreUnavailable(f"results.store: {problem}. {_ADVICE}")
 
     def write(self, root: Path) -> None:
-        """Create the directory and its marker, unless it has one. Several processes may call this at once.
+        """Create the directory and its marker, unless it has one. Several processes may call this at the same time.
 
         Raises:
             OSError: That failed.
@@ -125,7 +125,7 @@ async def record_marker(db: Database, marker: StoreMarker, *, is_created: bool) 
     """
     change = {"$setOnInsert": {"store_id": marker.store_id}, "$max": {"created": is_created}}
     with translate_errors("recording the ID of the result store"):
-        # Of two first starts the server repeats the upsert of the second, as an update.
+        # If two processes insert it at the same time, the server repeats the second upsert as an update.
         found = await db[COLLECTION].find_one_and_update(
             {"_id": _DIRECTORY}, change, upsert=True, return_document=ReturnDocument.AFTER
         )

@@ -91,7 +91,7 @@ def _translate_uri_errors(uri: str) -> Iterator[None]:
 
 @contextmanager
 def translate_errors(operation: str) -> Iterator[None]:
-    """Translate the driver's errors into ours. `operation` completes the message "… failed while …"."""
+    """Translate the driver's errors into Jobledger's. `operation` completes the message "… failed while …"."""
     try:
         yield
     except PyMongoError as error:
@@ -136,7 +136,7 @@ async def check_server(db: Database, *, needs_write: bool = True) -> None:
 
     Raises:
         LedgerUnavailable: It is unreachable.
-        DatabaseUnsuitable: It is standalone, too old, or rejects us. The message says how to fix it.
+        DatabaseUnsuitable: It is standalone, too old, or rejects an operation. The message says how to fix it.
     """
     try:
         hello = await db.client.admin.command("hello")
@@ -159,11 +159,13 @@ async def check_server(db: Database, *, needs_write: bool = True) -> None:
             await checked.update_one({"_id": "write-check"}, {"$set": {"ok": True}}, upsert=True)
     except ServerSelectionTimeoutError as error:
         raise LedgerUnavailable(
-            f"No MongoDB server responds at the address in mongodb.uri: {summarize_error(error)}. Is it running?"
+            f"No MongoDB server responds at the address in mongodb.uri: {summarize_error(error)}. Check that it is "
+            "running."
         ) from error
     except WTimeoutError as error:
         raise LedgerUnavailable(
-            f"No majority of MongoDB's members confirms a write: {summarize_error(error)}. Are enough of them running?"
+            f"No majority of MongoDB's members confirms a write: {summarize_error(error)}. Check that a majority is "
+            "running."
         ) from error
     except OperationFailure as error:
         if error.code in _TRANSIENT_CODES:

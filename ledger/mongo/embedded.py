@@ -56,7 +56,7 @@ LOG_LIMIT_BYTES = 10 * 2**20
 # How long entries of deleted documents stay in the indexes, for old snapshots. mongod's 300 s make claims from the head
 # of the queue slower and slower. A transaction keeps the snapshot it opened, whatever its age.
 SNAPSHOT_WINDOW_SECONDS = 5
-# The transaction of a killed writer locks its positions until the server aborts it. MongoDB's default is 60 s.
+# The transaction of a killed appender locks its positions until the server aborts it. MongoDB's default is 60 s.
 TRANSACTION_SECONDS = 10
 
 NOT_YET_INITIALIZED = 94  # the server's error codes
@@ -68,7 +68,7 @@ EXIT_CODES = {
     -signal.SIGABRT: DATA_FILES_MESSAGE,
     62: "The data files were written by a MongoDB of another version; use that version, or one release next to it.",
     100: "It could not open its data files.",
-    -signal.SIGILL: "This processor lacks instructions that MongoDB needs (AVX): set mongodb.uri to another server.",
+    -signal.SIGILL: "This CPU lacks instructions that MongoDB needs (AVX): set mongodb.uri to another server.",
     -signal.SIGKILL: "It was killed, perhaps because memory ran out.",
 }
 # What mongod logs when waiting cannot repair its data files. A disk error causes some of these messages, too.
@@ -305,7 +305,7 @@ class EmbeddedServer:
                 ) from error
 
     def _is_primary(self) -> bool:
-        """Return whether our mongod is a writable primary. Configures it if necessary."""
+        """Return whether this mongod is a writable primary. Configures it if necessary."""
         if not is_listening(self._socket):
             return False
         # A client that expects the name of the set finds no server before the set is initiated.
@@ -399,7 +399,7 @@ def _configure(client: MongoClient[dict[str, Any]], host: str) -> None:
 
 
 def _end_with_owner(owner_pid: int) -> None:
-    """Request a SIGTERM when the owner dies. Exit if it is dead already. Runs between fork and exec."""
+    """Request a SIGTERM when the owner ends. Exit if it has already ended. Runs between fork and exec."""
     os.umask(0o077)
     if sys.platform == "linux":
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

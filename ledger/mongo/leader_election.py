@@ -1,8 +1,8 @@
-"""Leader election: one process leads, and others stand by to take over.
+"""Leader election: one process leads, and others stand by.
 
 The change stream delivers the leader's heartbeats, which extend its lease. A standby takes over when it has seen no
-heartbeat for the duration of the lease by its own steady clock, not by the server's clock, or at once when the
-leader releases the lease. `fencing_token`, which grows with each leader, fences what a leader writes.
+heartbeat for the duration of the lease, by its own monotonic clock. It takes over immediately when the leader releases
+the lease. `fencing_token`, which grows with each leader, fences what a leader writes.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ class LeaderElection:
                         self._lease.current_lease.get("heartbeat"), self._lease.current_lease.get("seconds")
                     )
                     if not is_logged:
-                        _log.info("another process is leader, standing by", role=self._name)
+                        _log.info("another process is leader, standing by", task=self._name)
                         is_logged = True
                     await self._wait_for_vacancy()
             except (LedgerUnavailable, LedgerBusy) as error:
-                _log.warning("leadership interrupted, retrying", role=self._name, error=str(error))
+                _log.warning("leadership interrupted, retrying", task=self._name, error=str(error))
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _MAX_PAUSE_SECONDS)
 
@@ -120,9 +120,9 @@ class LeaderElection:
             if leading.done():
                 leading.result()
                 return True
-            _log.warning("leadership lease lost, standing by", role=self._name)
+            _log.warning("leadership lease lost, standing by", task=self._name)
         except LeadershipLost:
-            _log.warning("replaced by another leader, standing by", role=self._name)
+            _log.warning("replaced by another leader, standing by", task=self._name)
         finally:
             for task in (leading, lost):
                 task.cancel()

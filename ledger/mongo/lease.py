@@ -1,11 +1,14 @@
-"""Leases in MongoDB. Processes measure their duration on steady clocks, which clock corrections do not move.
+"""Leases in MongoDB. Processes measure their duration on monotonic clocks, which clock corrections do not move.
 
 Each extension increments `heartbeat`. To an observer, a lease has expired when the observer has seen no new heartbeat
-for the duration of the lease, by its own steady clock. Then another process may acquire it, or the lease reaper may
+for the duration of the lease, by its own monotonic clock. Then another process may acquire it, or the lease reaper may
 expire it if only its owner can hold it. Both updates require the heartbeat that was observed, so a holder that has
-extended its lease meanwhile keeps it. Both increment `fencing_token`; from then on the old holder cannot extend the
-lease. Until then it can, although the lease has expired. Therefore a database outage, during which no process can
-extend a lease, costs no process its lease.
+extended its lease meanwhile keeps it. A released lease, and one that has expired by the server's clock and was never
+observed to be extended, can be acquired without this condition.
+
+Acquiring and expiring increment `fencing_token`. After that, the old holder cannot extend the lease. Until then it can,
+although the lease has expired. Therefore, no process loses its lease by a database outage, during which no process can
+extend a lease.
 
 A separate thread with its own client extends leases, so a busy event loop cannot delay it. If the event loop makes no
 progress for the duration of a lease, the thread stops extending it, and other processes take over.
@@ -56,7 +59,7 @@ holder has then missed a heartbeat, too."""
 
 
 class LeaseObservation:
-    """What a process has observed of another process's lease, on its own steady clock."""
+    """What a process has observed of another process's lease, on its own monotonic clock."""
 
     def __init__(self) -> None:
         self.heartbeat: int | None = None
@@ -103,7 +106,7 @@ class Lease:
         self.current_lease: Document = {}
         """The document of the lease, when `acquire` has last returned False."""
         self._heartbeats = (0.0, -math.inf)
-        """On the steady clock: since when no heartbeat has been missed, and when the last one was sent."""
+        """On the monotonic clock: since when no heartbeat has been missed, and when the last one was sent."""
 
     async def acquire(self, attributes: Mapping[str, Any], *, observation: LeaseObservation | None = None) -> bool:
         """Acquire the lease if it is free, and extend it until `release`. Return False if another process holds it.
@@ -188,7 +191,7 @@ class Lease:
         """Acquire the lease in one write if it is free. Return its fencing token, None if another process holds it.
 
         The server's clock counts only for a holder that was never observed to extend its lease. So a process that has
-        just started need not wait for a holder that died long ago. After a failover the server's clock may be wrong.
+        just started need not wait for a holder that crashed long ago. After a failover the server's clock may be wrong.
         Then the lease moves unnecessarily, and the fencing token fences the old holder.
         """
         acquisition_id = secrets.token_hex(8)
@@ -234,7 +237,7 @@ class Lease:
         while not stop.wait(pause):
             if (missed := progress.count_missed()) >= _CHECKS_PER_LEASE:
                 if missed == _CHECKS_PER_LEASE:
-                    _log.error("event loop blocked, lease not renewed", lease_id=self._id)
+                    _log.error("event loop blocked, lease not extended", lease_id=self._id)
                 continue
             begun = time.monotonic()
             try:
@@ -247,7 +250,7 @@ class Lease:
                 self._heartbeats = (since if begun - last <= MISSED_HEARTBEAT_SHARE * self._seconds else begun, begun)
             except PyMongoError as error:
                 if not is_interrupted:  # log once per outage
-                    _log.warning("lease renewal failed, retrying", lease_id=self._id, error=summarize_error(error))
+                    _log.warning("lease extension failed, retrying", lease_id=self._id, error=summarize_error(error))
                 pause, is_interrupted = min(_RETRY_SECONDS, self._seconds / 3), True
         try:
             with timeout(max(good_until - time.monotonic(), 0.1)):

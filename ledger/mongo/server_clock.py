@@ -1,12 +1,12 @@
 """Estimate the time of the database server, which decides when something is due.
 
-The estimate is the last measurement plus the time that has passed on a steady clock, which corrections of this
-machine's clock do not move. A measurement is the server's time in the response to `hello`. An estimate is ahead of the
-server by at most `TOLERANCE_SECONDS`, and behind it by at most the time that the response took.
+The estimate is the last measurement plus the time that has passed on the boot-time clock, which is never set and
+continues while the machine is suspended. A measurement is the server's time in the response to `hello`. An estimate is
+ahead of the server by at most `TOLERANCE_SECONDS`, and behind it by at most the time that the response took.
 
-The driver sends `hello` to each member every ten seconds anyway, and at once after a failover. So an idle process sends
-nothing for its clock. It asks the server only if a heartbeat contradicts the estimate in a way that a slow response
-would also explain. The primary may be another one, or its clock was set back.
+The driver sends `hello` to each member every ten seconds anyway, and immediately after a failover. So an idle process
+sends nothing for its clock. It asks the server only if a heartbeat contradicts the estimate in a way that a slow
+response would also explain. The primary may be another one, or its clock was set back.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TRIES: Final = 3
 
 
 def _read_boot_time_clock() -> float:
-    """Return the seconds of a clock that is never set and that continues while the machine is suspended."""
+    """Return the seconds since the machine was started, including the time for which it was suspended."""
     return time.clock_gettime(_BOOT_TIME_CLOCK)
 
 
@@ -110,8 +110,8 @@ class ServerClock(ServerHeartbeatListener):
     def observe(self, server_seconds: float, primary: Any) -> None:
         """Observe the server's time, in seconds since 1970, that a primary has just sent.
 
-        The server's clock is at least there now. So an estimate that is behind is wrong and is replaced. An estimate
-        that is ahead may be right if the response was slow, so the server must be asked.
+        The server's clock now shows at least this time. So an estimate that is behind is wrong and is replaced. An
+        estimate that is ahead may be right if the response was slow, so the server must be asked.
         """
         offset = server_seconds - _read_boot_time_clock()
         if self._offset is None or offset > self._offset:

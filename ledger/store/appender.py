@@ -1,6 +1,6 @@
 """Write events to the log: reserve positions, group commits, repeat inserts and resolve conflicts.
 
-An appender reserves positions from a counter and then inserts its events at them. An appender that dies in between
+An appender reserves positions from a counter and then inserts its events at them. An appender that crashes in between
 leaves a gap. A reader that sees a later event, but not this one, fills the gap with `PositionVoided`. `_id` is unique,
 so either that insert or the late appender's insert succeeds, and all readers see the same order without gaps. If its
 position was voided, an appender reserves another one. docs/explanation.md describes the protocol and proves it.
@@ -32,12 +32,12 @@ _log = structlog.get_logger()
 
 _DUPLICATE_KEY = 11000
 _LARGE_WRITE_EVENTS = 100
-"""Writes of more events than this run one at a time. They keep the server busy for as long as their callers need to
-create the next events. If they ran concurrently, they would also end together, and server and callers would wait for
-each other in turn."""
+"""Only one write of more events than this runs at a time. While the server executes it, the callers of the previous
+write create their next events. Concurrent large writes would end together: the server would then be idle until all
+callers have created their next events."""
 _VERSIONS_PER_QUERY = 200
 _MESSAGE_BYTES = 15 * 1024 * 1024
-"""BSON bytes in one insert command. The driver sends bare commands up to the size of one document, 16 MB."""
+"""BSON bytes in one insert command. The driver limits a command that it gets as a document to 16 MB."""
 _BSON_FACTOR = 9
 """BSON takes up to this many times the bytes of canonical JSON: 17 bytes for `0,` in a long list."""
 
@@ -94,15 +94,14 @@ class Appender:
 
         Cancelling a caller cancels only its future, not the write that its events are part of.
 
-        Raises: as `EventStore.append`, at once or by the future.
+        Raises: as `EventStore.append`, immediately or by the future.
         """
         if (
             self._queued_events >= self._limits.max_pending_events
             or self._queued_bytes >= self._limits.max_pending_bytes
         ):
             raise LedgerBusy(
-                f"{self._queued_events} events ({self._queued_bytes} bytes) are already waiting to be written. "
-                "Try again in a moment"
+                f"{self._queued_events} events ({self._queued_bytes} bytes) are already queued. Try again in a moment"
             )
         if size > self._limits.max_append_bytes:
             raise InvalidEvent(
@@ -145,7 +144,7 @@ class Appender:
         except LedgerUnavailable as error:
             _resolve_appends(appends, error)
         except BaseException:
-            # Also the queued ones: nothing would write them before the next append, which may never come.
+            # Fail the queued appends, too. Nothing would write them before the next append, which may never come.
             _resolve_appends(
                 [*appends, *self._queue], LedgerUnavailable("The event store was stopped before it wrote the events.")
             )
@@ -154,7 +153,7 @@ class Appender:
             raise
 
     def _fail_expired(self) -> None:
-        """Fail appends that timed out in the queue. After a database outage they would otherwise wait in turn."""
+        """Fail appends that timed out in the queue. After a database outage, each would otherwise be tried in turn."""
         late = LedgerUnavailable("The database did not write the events in time: other events were queued before them.")
         now = time.monotonic()
         while self._queue and self._queue[0].deadline < now:
@@ -191,15 +190,15 @@ class Appender:
         """
         deadline = appends[0].deadline  # the first one has waited longest
         pause = 0.002
-        todo = list(appends)
+        remaining = list(appends)
         has_positions = False
-        while todo:
+        while remaining:
             try:
                 if not has_positions:
-                    await self._assign_positions(todo)
+                    await self._assign_positions(remaining)
                     has_positions = True
-                duplicates = await self._insert(todo)
-                todo = await self._resolve_duplicates(duplicates) if duplicates else []
+                duplicates = await self._insert(remaining)
+                remaining = await self._resolve_duplicates(duplicates) if duplicates else []
                 has_positions = False
             except PyMongoError as error:
                 if not is_transient(error):
@@ -213,30 +212,30 @@ class Appender:
                 await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads load, guards no secret
                 pause = min(2 * pause, 0.2)
 
-    async def _insert(self, todo: Sequence[PendingAppend]) -> list[PendingAppend]:
+    async def _insert(self, appends: Sequence[PendingAppend]) -> list[PendingAppend]:
         """Insert, resolve the appends that succeeded, and return those that failed with a duplicate key."""
         try:
-            if len(todo[0].documents) > 1:
+            if len(appends[0].documents) > 1:
                 # The transaction is aborted whichever document was the duplicate.
-                failed = {0} if await self._insert_in_transaction(todo[0]) else set()
+                failed = {0} if await self._insert_in_transaction(appends[0]) else set()
             else:
-                async with self._large_write_lock if len(todo) > _LARGE_WRITE_EVENTS else nullcontext():
-                    failed = await self._insert_documents([append.documents[0] for append in todo])
+                async with self._large_write_lock if len(appends) > _LARGE_WRITE_EVENTS else nullcontext():
+                    failed = await self._insert_documents([append.documents[0] for append in appends])
         except (BSONError, ValueError, OverflowError):  # the driver cannot encode one of them in BSON
-            return await self._insert_encodable(todo)
+            return await self._insert_encodable(appends)
         if not failed:
-            _resolve_appends(todo)
+            _resolve_appends(appends)
             return []
-        _resolve_appends(append for index, append in enumerate(todo) if index not in failed)
-        return [append for index, append in enumerate(todo) if index in failed]
+        _resolve_appends(append for index, append in enumerate(appends) if index not in failed)
+        return [append for index, append in enumerate(appends) if index in failed]
 
-    async def _insert_encodable(self, todo: Sequence[PendingAppend]) -> list[PendingAppend]:
+    async def _insert_encodable(self, appends: Sequence[PendingAppend]) -> list[PendingAppend]:
         """Fail appends that JSON can express, but BSON cannot (a UUID), and insert the rest."""
-        errors = [_find_encoding_error(append) for append in todo]
-        encodable = [append for append, error in zip(todo, errors, strict=True) if error is None]
-        if len(encodable) == len(todo):
+        errors = [_find_encoding_error(append) for append in appends]
+        encodable = [append for append, error in zip(appends, errors, strict=True) if error is None]
+        if len(encodable) == len(appends):
             raise LedgerUnavailable("The driver rejects events that can be encoded.")
-        for append, error in zip(todo, errors, strict=True):
+        for append, error in zip(appends, errors, strict=True):
             if error is not None:
                 await self.void_positions([document["_id"] for document in append.documents])
                 _resolve_appends([append], error)
@@ -256,8 +255,8 @@ class Appender:
     async def _insert_documents(self, documents: list[Document], session: AsyncClientSession | None = None) -> set[int]:
         """Insert in no particular order. Return the indexes of documents that failed with a duplicate key.
 
-        Uses a bare command: the driver's own retries, and the server's bookkeeping for them, are not needed because
-        every insert may be repeated.
+        Sends the command as a document. The driver's insert methods would add retries, and the server would record
+        them. Neither is needed, because every insert may be repeated.
 
         Raises:
             PyMongoError: It is unknown which documents are durable.
@@ -274,14 +273,14 @@ class Appender:
             raise WriteConcernError(error["errmsg"], error["code"], error)
         return {failure["index"] for failure in failures}
 
-    async def _assign_positions(self, todo: Sequence[PendingAppend]) -> None:
+    async def _assign_positions(self, appends: Sequence[PendingAppend]) -> None:
         """Give the documents the next positions.
 
         A position must be larger than every position the decision was based on. The counter can fall behind only in a
         failover, because its increment need not have reached a majority. Then it is raised to the head of the log.
         """
-        documents = [document for append in todo for document in append.documents]
-        based_on_position = max(append.based_on_position for append in todo)
+        documents = [document for append in appends for document in append.documents]
+        based_on_position = max(append.based_on_position for append in appends)
         while (first := await self.reserve_positions(len(documents))) <= based_on_position:
             await self.void_positions(range(first, first + len(documents)))
             await self._raise_counter()
@@ -290,7 +289,7 @@ class Appender:
 
     async def reserve_positions(self, count: int) -> int:
         """Reserve `count` positions and return the first. Readers void positions at which no event appears in time."""
-        # A bare command, which the driver does not retry: a lost response only leaves a gap.
+        # The driver does not retry a command that it gets as a document. A lost response only leaves a gap.
         response = await self._db.command(
             {
                 "findAndModify": "counters",
@@ -317,11 +316,12 @@ class Appender:
     async def _resolve_duplicates(self, duplicates: Sequence[PendingAppend]) -> list[PendingAppend]:
         """After a duplicate key, resolve appends that had succeeded or conflict. Return those that need new positions.
 
-        What is stored at the (stream, version) of each document decides. If it is our event, an earlier try of ours
-        succeeded. If it is another event, the versions conflict. If there is none, only the position was taken.
+        What is stored at the (stream, version) of each document decides. If it is the event of this
+        append, an earlier try succeeded. If it is another event, the versions conflict. If there is none, only the
+        position was taken.
         """
         stored = await self._load_stored([document for append in duplicates for document in append.documents])
-        again: list[PendingAppend] = []
+        without_position: list[PendingAppend] = []
         succeeded: list[PendingAppend] = []
         conflicts: list[tuple[PendingAppend, Document]] = []
         unused: list[int] = []
@@ -330,7 +330,7 @@ class Appender:
             found = [stored.get((document["stream"], document["version"])) for document in append.documents]
             first = next((event for event in found if event is not None), None)
             if first is None:
-                again.append(append)
+                without_position.append(append)
             elif first["event_id"] in {document["event_id"] for document in append.documents}:
                 succeeded.append(append)
                 for document, event in zip(append.documents, found, strict=True):
@@ -349,9 +349,9 @@ class Appender:
                 stream = first["stream"]
                 expected = min(it["version"] for it in append.documents if it["stream"] == stream) - 1
                 _resolve_appends([append], VersionConflict(stream, expected, versions.get(stream, 0)))
-        if again:
+        if without_position:
             await self._raise_counter()
-        return again
+        return without_position
 
     async def _load_stored(self, documents: Sequence[Document]) -> dict[tuple[str, int], Document]:
         """Return `_id` and `event_id` of the events stored at the streams and versions of these documents."""

@@ -170,5 +170,5 @@ class ChangeStream:
 
 
 def _is_event_deletion(deletion: Mapping[str, Any], opened_at: Timestamp) -> bool:
-    """Return whether an event was deleted that a listener may have read. Changes at `opened_at` came before."""
+    """Return whether an event was deleted that a listener may have read. Changes until `opened_at` came before."""
     return bool(deletion["ns"]["coll"] == "events" and deletion["clusterTime"] > opened_at)

@@ -1,4 +1,7 @@
-"""Load a stream, decide on a command, and append the resulting events. All state changes use `handle_command`."""
+"""Load a stream, decide on a command, and append the resulting events.
+
+Every change of an existing stream uses `handle_command`. `create_streams` appends the first events of new streams.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from jobledger.ledger.store.event_store import EventStore
 
 Command = JobCommand | BatchCommand | DeliveryCommand
 Aggregate = Job | Batch | Delivery
-_MAX_TRIES = 20  # a job has few writers at a time, so twenty conflicts in a row mean a loop
+_MAX_TRIES = 20  # few processes append to one stream, so twenty conflicts in a row mean a loop
 
 
 def create_job_id() -> str:
@@ -54,7 +57,7 @@ class StreamState:
         """Return the state after these events, which are the next of the same stream.
 
         Raises:
-            UnreadableEvent: One of them is damaged or missing, or a later version of this program has written it.
+            UnreadableEvent: One of them is damaged or missing, or a later version of the program wrote it.
         """
         stream_state = self
         for event in events:
@@ -117,8 +120,8 @@ async def handle_command(
 
     Raises:
         CommandRejected: The state does not allow the command.
-        VersionConflict: Other processes appended to the stream each time, in all attempts.
-        UnreadableEvent: The stream has a damaged event, or one of a newer version of Jobledger.
+        VersionConflict: In all tries, another process appended to the stream first.
+        UnreadableEvent: An event of the stream is damaged, or a later version of the program wrote it.
         InvalidEvent: As `EventStore.append`.
         LedgerBusy: As `EventStore.append`.
         LedgerUnavailable: As `EventStore.append`.
@@ -127,9 +130,9 @@ async def handle_command(
     is_current = stream_state is None
     if stream_state is None:
         stream_state = await load_stream_state(event_store, stream)
-    attempts = 0
+    tries = 0
     while True:
-        attempts += 1
+        tries += 1
         now = event_store.clock.estimate()
         check(stream_state)
         try:
@@ -149,10 +152,10 @@ async def handle_command(
             ]
             recorded = (await event_store.append(*appends))[: len(events)] if events else []
         except VersionConflict:
-            if attempts == _MAX_TRIES:
+            if tries == _MAX_TRIES:
                 raise
-            if attempts > 1:  # many writers of this stream: spread their retries
-                await asyncio.sleep(random.uniform(0, 0.002 * attempts))  # noqa: S311 - spreads load, guards no secret
+            if tries > 1:  # many processes append to this stream: spread their retries
+                await asyncio.sleep(random.uniform(0, 0.002 * tries))  # noqa: S311 - spreads load, guards no secret
             stream_state, is_current = await _catch_up(event_store, stream, stream_state), True
         else:
             return CommandResult(recorded, stream_state.apply(recorded))
@@ -163,7 +166,7 @@ def _derive_deliveries(
 ) -> Iterable[StreamAppend]:
     """Yield a delivery for each event that finishes a job or batch with a webhook. The same transaction queues it.
 
-    The ID of a delivery is derived from the event. Each such event has exactly one delivery, whichever process dies.
+    The ID of a delivery is derived from the event. Each such event has exactly one delivery, whichever process crashes.
     """
     if not isinstance(stream_state.aggregate, Job | Batch) or stream_state.aggregate.spec.webhook is None:
         return
@@ -221,7 +224,9 @@ async def handle_command_with_retries(
     retry_seconds: float,
     on_retry: Callable[[LedgerUnavailable | LedgerBusy], None],
 ) -> CommandResult:
-    """Handle a command, and repeat it while the database is unavailable. The command takes effect once.
+    """Handle a command, and retry it while the database is unavailable. The command takes effect once.
+
+    After `LedgerUnavailable`, it first looks in the stream for the outcome of the previous try.
 
     Args:
         event_store: The event store.
@@ -258,7 +263,7 @@ async def create_streams(
 
     Raises:
         CommandRejected: A command is not valid for a new stream.
-        VersionConflict: A stream exists already.
+        VersionConflict: A stream already exists.
         InvalidEvent: As `EventStore.append`.
         LedgerBusy: As `EventStore.append`.
         LedgerUnavailable: As `EventStore.append`.

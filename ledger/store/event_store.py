@@ -19,7 +19,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from jobledger.ledger.domain.canonical_json import TextTooLong
-from jobledger.ledger.domain.errors import DatabaseUnsuitable, LogTruncated, VersionConflict
+from jobledger.ledger.domain.errors import DatabaseUnsuitable, LogTruncated
 from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.mongo.connection import (
     DURABLE,
@@ -143,8 +143,9 @@ class EventStore:
         Raises:
             VersionConflict: A stream is not at the expected version. Nothing was written.
             InvalidEvent: An event cannot be stored.
-            LedgerBusy: Too many events are waiting to be written.
+            LedgerBusy: Too many events are queued.
             LedgerUnavailable: The database did not respond in time. Whether the events were written is unknown.
+            ValueError: Two of the appends are to the same stream.
         """
         if len(appends) > 1:
             _check_distinct_streams(appends)
@@ -391,8 +392,8 @@ def check_position(after: Any) -> int:
 
 def _check_distinct_streams(appends: Iterable[StreamAppend]) -> None:
     """Reject two appends to one stream: they would always conflict with each other."""
-    ends: dict[str, int] = {}
+    streams: set[str] = set()
     for append in appends:
-        if append.stream in ends:
-            raise VersionConflict(append.stream, append.head.version, ends[append.stream])
-        ends[append.stream] = append.head.version + len(append.events)
+        if append.stream in streams:
+            raise ValueError(f"two appends to the stream {append.stream} in one call: combine their events in one")
+        streams.add(append.stream)

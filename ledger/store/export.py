@@ -46,13 +46,13 @@ async def export_log(
     selects compression.
 
     Raises:
-        ConfigurationError: The file exists already or cannot be written, or there are no such events.
+        ConfigurationError: The file already exists or cannot be written, or there are no such events.
         InvalidExportFile: The partial file of an interrupted export is damaged, or the log has a gap or a damaged
             event.
         LedgerUnavailable: The database failed. The same call continues.
     """
     if path.exists():  # noqa: ASYNC240 - an export may block its event loop
-        raise ConfigurationError(f"{path} exists already: choose another name, or remove it")
+        raise ConfigurationError(f"{path} already exists: choose another name, or remove it")
     head = await event_store.read_head_position()
     part = path.with_name(f"{path.name}.part")
     interrupted = _read_progress(part, after) if part.exists() else None

@@ -1,4 +1,4 @@
-"""Fill the gaps that dead or slow appenders leave in the log. `appender` describes the protocol."""
+"""Fill the gaps that crashed or slow appenders leave in the log. `appender` describes the protocol."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from jobledger.ledger.store.appender import Appender
 from jobledger.ledger.store.live_tail import LiveTail
 
 _log = structlog.get_logger()
-_MAX_VOIDED_AT_ONCE = 10_000
-"""Missing positions that are voided at once. More than a few occur only if a user has changed the counter."""
+_MAX_VOIDED_PER_WRITE = 10_000
+"""Missing positions that are voided together. More than a few occur only if a user has changed the counter."""
 
 
 class GapFiller:
@@ -46,18 +46,18 @@ class GapFiller:
         """Wait for slow appenders, unless the events after the gaps are old. Then void the positions that are still
         missing.
 
-        All gaps of the page are waited for together, so a hundred killed writers delay a reader no longer than one.
-        Voiding too early is always safe, because the writer then reserves another position. So the writers' clocks can
-        be trusted here.
+        A reader waits for all gaps of the page together, so a hundred crashed appenders delay it no longer than one.
+        Voiding too early is always safe, because the appender then reserves another position. So a wrong time in an
+        event does no harm.
         """
         old = datetime.now(UTC) - timedelta(seconds=10 * self._timeout_seconds)
-        evidence = [it["_id"] for it in takewhile(lambda document: RecordedEvent(document).time < old, documents)]
-        if not evidence:
+        later = [it["_id"] for it in takewhile(lambda document: RecordedEvent(document).time < old, documents)]
+        if not later:
             await asyncio.sleep(self._timeout_seconds)
-            evidence = [document["_id"] for document in documents]
-        arrived = set(evidence)
-        gaps = (position for position in range(after + 1, evidence[-1]) if position not in arrived)
-        await self._void_missing(list(islice(gaps, _MAX_VOIDED_AT_ONCE)))
+            later = [document["_id"] for document in documents]
+        arrived = set(later)
+        gaps = (position for position in range(after + 1, later[-1]) if position not in arrived)
+        await self._void_missing(list(islice(gaps, _MAX_VOIDED_PER_WRITE)))
 
     async def _void_missing(self, positions: Sequence[int]) -> list[Document]:
         """Void the positions at which there is no event, and return the events at the others."""
@@ -71,9 +71,9 @@ class GapFiller:
         if self._timer is None and (newest := self._tail.newest_out_of_order) is not None:
             self._timer = asyncio.get_running_loop().call_later(self._timeout_seconds, self._start_filling, newest)
 
-    def _start_filling(self, evidence: int) -> None:
-        """Fill the positions that are still missing before an event that arrived one timeout ago."""
-        missing = self._tail.find_missing(evidence, _MAX_VOIDED_AT_ONCE)
+    def _start_filling(self, later_position: int) -> None:
+        """Fill the positions that are still missing before a later one that arrived one timeout ago."""
+        missing = self._tail.find_missing(later_position, _MAX_VOIDED_PER_WRITE)
         if missing:
             self._task = asyncio.create_task(self._fill(missing), name="fill-gaps")
         else:

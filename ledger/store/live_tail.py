@@ -22,7 +22,7 @@ class LiveTail:
     """The newest events of the log, in order and without gaps, as the change stream delivers them.
 
     Keeps as many as fit into `max_events` and `max_bytes` (approximate JSON bytes), and at least one. Older events are
-    in the collection. Events that arrive out of order are buffered up to the same limits. Beyond them the tail restarts
+    in the collection. Events that arrive out of order are buffered up to the same limits. Above them, the tail restarts
     after the last buffered event, and subscribers read the missing events from the collection.
     """
 
@@ -42,9 +42,9 @@ class LiveTail:
         """The last position that arrived before an earlier one; None if all are in order."""
         return max(self._out_of_order) if self._out_of_order else None
 
-    def find_missing(self, before: int, limit: int) -> list[int]:
-        """Return the first missing positions before `before`, at most `limit`."""
-        positions = range(self._last_position + 1, before)
+    def find_missing(self, later_position: int, limit: int) -> list[int]:
+        """Return the first missing positions before a later one, at most `limit`."""
+        positions = range(self._last_position + 1, later_position)
         return list(islice((position for position in positions if position not in self._out_of_order), limit))
 
     def reset_to(self, head: int) -> None:

@@ -73,7 +73,7 @@ class VerificationResult:
     digest: bytes | None
     problem: IntegrityProblem | None
     last_reserved_position: int = 0
-    """The largest reserved position, if the log ends before it: writers died, or the end of the log was removed."""
+    """The largest reserved position if the log ends before it: appenders crashed, or the log's end was removed."""
 
 
 async def verify_log(
@@ -104,7 +104,7 @@ async def verify_log(
     if (problem := await _find_global_problem(event_store, after)) is not None:
         return VerificationResult(0, 0, after, None, problem)
     checker = _StreamChecker(event_store)
-    # Before the head, which only grows: a reader is never ahead of it.
+    # Read the positions of readers before the head. The head only grows, so no reader can be ahead of it.
     readers = await _load_reader_positions(event_store.db)
     last_reserved = await _load_last_reserved_position(event_store.db)
     head = await event_store.read_head_position()
@@ -196,7 +196,7 @@ async def _find_global_problem(event_store: EventStore, after: int) -> Integrity
 async def _iterate_pages(
     event_store: EventStore, after: int, end: int
 ) -> AsyncGenerator[Sequence[StoredDocument] | IntegrityProblem, None]:
-    """Yield pages without gaps, or the problem if a gap remains. A writer may be slow, but not forever.
+    """Yield pages without gaps, or the problem if a gap remains after waiting for slow appenders.
 
     The next page is read while the caller checks this one.
     """
@@ -211,8 +211,8 @@ async def _iterate_pages(
             elif gap_reads == _MAX_GAP_READS:
                 yield IntegrityProblem(
                     after + 1,
-                    "missing. The event was removed, or its writer crashed and no reader has filled the gap yet. "
-                    "If a writer crashed, run a projector or subscriber, then verify again",
+                    "missing. The event was removed, or its appender crashed and no reader has filled the gap yet. "
+                    "If an appender crashed, run a projector or subscriber, then verify again",
                 )
                 return
             else:

@@ -69,7 +69,7 @@ async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
         try:
             await db[COLLECTION].insert_many(missing, ordered=False)
         except BulkWriteError as error:
-            # Another process has created some of them at the same time.
+            # Another process created some of them at the same time.
             if any(it["code"] != _DUPLICATE_KEY for it in error.details["writeErrors"]):
                 raise
 

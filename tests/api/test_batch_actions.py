@@ -253,7 +253,7 @@ async def test_delete_of_unfinished_batch_is_rejected_without_event(api_without_
     head = await api_without_worker.event_store.read_head_position()
     response = await api_without_worker.http.delete(f"{BATCHES}/{batch_id}")
     assert (response.status_code, response.json()["code"]) == (409, "invalid_state")
-    assert "cancel it first" in response.json()["message"]
+    assert "cancel it before you delete it" in response.json()["message"]
     assert await api_without_worker.event_store.read_head_position() == head
 
 

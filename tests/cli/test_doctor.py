@@ -26,7 +26,7 @@ def test_doctor_without_server_starts_and_stops_its_own(stopped_installation: In
 
 def test_doctor_unreachable_database_prints_advice(stopped_installation: Installation) -> None:
     stopped_installation.write_config(mongodb={"uri": "mongodb://user:s3cret@127.0.0.1:1/", "connect_timeout_ms": 200})
-    text = assert_outcome(stopped_installation.run("doctor"), 1, "no", "Is it running?")
+    text = assert_outcome(stopped_installation.run("doctor"), 1, "no", "Check that it is running")
     assert "s3cret" not in text
 
 

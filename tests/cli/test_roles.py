@@ -113,7 +113,7 @@ def test_role_unreachable_database_exits_3(stopped_installation: Installation) -
         mongodb={"uri": "mongodb://user:s3cret@127.0.0.1:1/?replicaSet=rs0", "connect_timeout_ms": 300}
     )
     outcome = stopped_installation.run("worker")
-    assert_one_line_error(outcome, 3, "Is it running?")
+    assert_one_line_error(outcome, 3, "Check that it is running")
     assert "s3cret" not in outcome.err
 
 

@@ -169,7 +169,7 @@ async def test_oversized_event_is_rejected_before_encoding(
     monkeypatch.setattr(canonical_json, "_normalize", None)
     monkeypatch.setattr(canonical_json, "_needs_slow_path", None)
     for content in ([[1.0] * 3] * 240_000, [None] * 1_000_000, ["$"] * 1_000_000):
-        with pytest.raises(InvalidEvent, match=r"parameters: \d+ bytes"):
+        with pytest.raises(InvalidEvent, match=r"`parameters` must have at most \d+ bytes"):
             await unstreamed_ledger.event_store.append(create_append(make_job_submitted(parameters={"a": content})))
 
 

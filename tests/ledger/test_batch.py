@@ -159,7 +159,7 @@ def test_repeated_archive_and_unarchive_record_nothing(history: list[Event]) -> 
 
 @pytest.mark.parametrize("history", [[submitted], [submitted, paused], [submitted, finished, reopened]])
 def test_delete_unfinished_batch_is_rejected(history: list[Event]) -> None:
-    given(*history).when(Delete("user:bob")).then_rejected(InvalidState, "cancel it first")
+    given(*history).when(Delete("user:bob")).then_rejected(InvalidState, "cancel it before you delete it")
 
 
 def test_delete_finished_batch_succeeds() -> None:

@@ -384,7 +384,7 @@ def test_delete_job_that_is_not_running_succeeds(history: list[Event]) -> None:
 
 @parametrize_histories(RUNNING)
 def test_delete_running_job_is_rejected(history: list[Event]) -> None:
-    given(*history).when(Delete("user:bob")).then_rejected(InvalidState, "cancel it first")
+    given(*history).when(Delete("user:bob")).then_rejected(InvalidState, "cancel the job first")
 
 
 def test_start_time_is_stored_in_utc_milliseconds() -> None:

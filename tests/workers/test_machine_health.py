@@ -213,7 +213,7 @@ async def test_check_directly_after_another_runs(monkeypatch: pytest.MonkeyPatch
 async def test_event_loop_never_accesses_files_of_attempts(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that does not respond would block all jobs, the API and the lease renewal."""
+    """A disk that does not respond would block all jobs, the API and the lease extension."""
     loop_thread, scratch, accesses = threading.get_ident(), tmp_path / "scratch", list[str]()
 
     def watch(name: str) -> Callable[..., Any]:

@@ -104,7 +104,7 @@ def test_export_after_interruption_continues(
     assert not Path(f"{name}.part").exists()
     outcome = ledger.run("log", "export", name)
     assert outcome.exit_code == 2
-    assert "exists already" in outcome.err
+    assert "already exists" in outcome.err
 
 
 @pytest.mark.parametrize("damaged", [{"data.x": ObjectId()}, {"hash": "none"}, {"time": "noon"}, {"prev": None}])

@@ -257,7 +257,7 @@ async def test_lost_messages_are_retried(mongodb_uri: str, unstreamed_ledger: Le
             proxy.drop_request("getMore")
             assert event_positions(await take(events, 4)) == [1, 2, 3, 4]
             proxy.drop_response("update")
-            with pytest.raises(LedgerUnavailable, match="saving the position of the subscription mine"):
+            with pytest.raises(LedgerUnavailable, match="saving the cursor of the subscription mine"):
                 await events.save()
             await events.save()
             assert await load_saved_position(unstreamed_ledger.db) == 3
@@ -288,7 +288,7 @@ async def test_unreachable_or_invalid_uri_is_rejected_on_entry(mongodb_uri: str)
     with TcpProxy(mongodb_uri) as proxy:
         proxy.close()
         async with asyncio.timeout(DEADLINE_SECONDS):
-            with pytest.raises(LedgerUnavailable, match="Is it running"):
+            with pytest.raises(LedgerUnavailable, match="Check that it is running"):
                 async with ledger_client(proxy.uri, connect_timeout_ms=300).subscribe():
                     pass
     for invalid_uri in (NOT_A_URI, "mongodb://", "", "mongodb://127.0.0.1:99999"):
