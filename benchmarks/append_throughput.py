@@ -17,7 +17,7 @@ from jobledger.ledger.store.event_store import EventStore
 
 CONCURRENCY = 1000
 PROCESSES = 8
-CALLERS_EACH = CONCURRENCY // 4
+CALLERS_PER_PROCESS = CONCURRENCY // 4
 """Concurrent callers in each of the processes, and documents in each insert_many of theirs."""
 
 
@@ -43,7 +43,8 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
             await _measure_latency(db, event_store, rounds * 40),
         ]
         processes = await compare_rates(
-            f"append: {PROCESSES} processes, {CALLERS_EACH} callers; driver: insert_many of {CALLERS_EACH}",
+            f"append: {PROCESSES} processes, {CALLERS_PER_PROCESS} callers; "
+            f"driver: insert_many of {CALLERS_PER_PROCESS}",
             lambda: _write_in_processes(connection, "baseline", events // PROCESSES),
             lambda: _write_in_processes(connection, "jobledger", events // PROCESSES),
             rounds=max(2, rounds // 2),
@@ -152,7 +153,7 @@ async def _write_events(connection: Connection, writer: str, events: int, pipe: 
             document["_id"] = first + offset
         start = time.time()
         if writer == "jobledger":
-            await _append(event_store, appends, callers=CALLERS_EACH, size=1)
+            await _append(event_store, appends, callers=CALLERS_PER_PROCESS, size=1)
         else:
-            await _insert(db, documents, size=CALLERS_EACH)
+            await _insert(db, documents, size=CALLERS_PER_PROCESS)
         pipe.send((start, time.time()))

@@ -44,17 +44,17 @@ class Child(NamedTuple):
 
 @asynccontextmanager
 async def run_processes(number: int, target: Callable[..., None], *args: Any) -> AsyncIterator[Sequence[Child]]:
-    """Run a function in several processes at once, and yield them when all are ready.
+    """Run a function in several concurrent processes, and yield them when all are ready.
 
     The last argument of the function is its end of a pipe. It sends a message there when it is ready.
     """
     started: list[tuple[BaseProcess, Pipe]] = []
     for _ in range(number):
-        ours, theirs = _spawn.Pipe()
-        process: BaseProcess = _spawn.Process(target=target, args=(*args, theirs))
+        own_end, child_end = _spawn.Pipe()
+        process: BaseProcess = _spawn.Process(target=target, args=(*args, child_end))
         process.start()
-        theirs.close()
-        started.append((process, ours))
+        child_end.close()
+        started.append((process, own_end))
     try:
         yield [Child(process, pipe, await asyncio.to_thread(pipe.recv)) for process, pipe in started]
     finally:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from jobledger.ledger.domain import batch as batch_rules
+from jobledger.ledger.domain import batch as batch_decider
 from jobledger.ledger.domain import events
-from jobledger.ledger.domain import job as job_rules
+from jobledger.ledger.domain import job as job_decider
 from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.job import Job
@@ -112,9 +112,9 @@ class HistoricalState:
     def _apply_to_batch(self, event: RecordedEvent) -> None:
         payload: Any = event.event
         if isinstance(payload, events.BatchSubmitted):
-            self.batches[event.stream] = BatchState(batch_rules.evolve(None, payload))
+            self.batches[event.stream] = BatchState(batch_decider.evolve(None, payload))
         elif (state := self.batches.get(event.stream)) is not None:
-            state.batch = batch_rules.evolve(state.batch, payload)
+            state.batch = batch_decider.evolve(state.batch, payload)
             if state.batch.is_deleted:
                 del self.batches[event.stream]
 
@@ -122,7 +122,7 @@ class HistoricalState:
         payload: Any = event.event
         open_job = self.open_jobs.get(event.stream)
         before = open_job.state if open_job is not None else await self._load_finished_job(event)
-        after = job_rules.evolve(before, payload)
+        after = job_decider.evolve(before, payload)
         old_status, new_status = _get_status(before), _get_status(after)
         if old_status == new_status and not isinstance(payload, events.JobClaimed):
             if open_job is not None:
@@ -147,7 +147,7 @@ class HistoricalState:
             for earlier in await self._event_store.read_stream(event.stream):
                 if earlier.position >= event.position:
                     break
-                job = job_rules.evolve(job, earlier.event)  # type: ignore[arg-type]  # streams hold events of one kind
+                job = job_decider.evolve(job, earlier.event)  # type: ignore[arg-type]  # streams hold events of one kind
         return job
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Follow the checkpoint of the active views by the change stream.
+"""The checkpoint of the active views: read it, take it over, and follow it by the change stream.
 
 The checkpoint document `views` contains the position, the version and the active slots of the views.
 """
@@ -40,12 +40,12 @@ async def take_over(db: Database, checkpoint_id: str, fencing_token: int) -> Doc
 
 
 class CheckpointFollower:
-    """The current checkpoint. Add it as a listener to the process's change stream.
+    """Follows the checkpoint and selects the active views. Add it as a listener to the process's change stream.
 
     Attributes:
         position: The last position that the active views contain.
         version: The version of the active views, 0 if they have none, or None before it is known.
-        views: The active views. A switch changes all their slots at once.
+        views: The active views. A switch changes all their slots at the same time.
     """
 
     collection = "checkpoints"

@@ -47,9 +47,9 @@ class Difference:
 
     def __str__(self) -> str:
         if self.actual is None:
-            return f"{self.view}: {self.key} is missing"
+            return f"{self.view}: missing document {self.key}"
         if self.expected is None:
-            return f"{self.view}: {self.key} should not be there"
+            return f"{self.view}: unexpected document {self.key}"
         parts = [
             f"{name} is {_format_value(self.actual, name)} and should be {_format_value(self.expected, name)}"
             for name in self.fields

@@ -207,7 +207,7 @@ class Projector:
         await asyncio.sleep(STALL_RETRY_SECONDS)
 
     async def _clear_shadow_after_switch(self) -> None:
-        """After each rebuild, empty the replaced views once no request reads them any more."""
+        """After each rebuild, empty the replaced views when no request reads them any longer."""
         while True:
             slots = self._checkpoint.views.slots
             try:

@@ -1,4 +1,4 @@
-"""Rebuild views from the log in their shadow slots, and switch to them with one write.
+"""Rebuild views from the log in their shadow slots, and switch to them with one write or compare the active views.
 
 Every chunk and the switch are transactions that require the checkpoint of this rebuild with the fencing token of its
 process (projections/engine/shadow.py). A process that was replaced finds another token and writes nothing. The switch
@@ -63,7 +63,10 @@ class NotComparable(JobledgerError):
 
 
 class Rebuild:
-    """Rebuilds views in one process at a time. Another process continues an interrupted rebuild."""
+    """Rebuilds views, to replace the active ones (`run`) or to compare them (`compare`). One process at a time leads.
+
+    Another process continues an interrupted rebuild.
+    """
 
     def __init__(
         self, db: Database, event_store: EventStore, connection: Connection, *, holder: str, lease_seconds: float = 10.0
@@ -348,7 +351,7 @@ class Rebuild:
         """Return the next events. The active views contain at least `missing` more events of the log.
 
         Raises:
-            NotComparable: These events do not exist any more.
+            NotComparable: These events no longer exist.
         """
         while True:
             try:

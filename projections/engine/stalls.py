@@ -1,4 +1,4 @@
-"""Detect whether the views are kept up to date, and explain why not."""
+"""Detect that the views are stalled, and record and find the reason."""
 
 from __future__ import annotations
 

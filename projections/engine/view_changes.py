@@ -64,7 +64,9 @@ class ChunkTooLarge(Exception):
 
 @dataclass(slots=True)
 class ViewChanges:
-    """The changes that a chunk of events makes to the views. A chunk is a sequence of consecutive events.
+    """The changes that a chunk of events makes to the views: applies the events and builds the writes.
+
+    A chunk is a sequence of consecutive events.
 
     Attributes:
         loaded: Documents as they were before the chunk, by view and key.
@@ -144,7 +146,7 @@ class ViewChanges:
         """
         if before and after and before["status"] == after["status"] == "processing":
             self.current["jobs"][event.stream] = after
-            return  # progress and log lines change only the job's own document
+            return  # progress and log entries change only the job's own document
         counters_before, counters_after = statistics.get_job_counters(before), statistics.get_job_counters(after)
         completion = finished_by_minute = None
         if after is not None and statistics.has_just_finished(before, after):
@@ -252,7 +254,7 @@ class ViewChanges:
         jobs_before = (*self.loaded["jobs"].values(), *self.pending_jobs)
         queued_before = {job["_id"] for job in jobs_before if _build_queue_rows(job, self.loaded["batches"].get)}
         for view, changed in rows.items():
-            # A row that does not exist yet is inserted. An upsert would first search for it, and pass all neighbouring
+            # A row that does not exist yet is inserted. An upsert would first search for it, and pass all neighboring
             # keys that were deleted in the last minutes. For ten thousand rows, upserts took 17 s and inserts 0.2 s.
             writes[view] = [
                 (key, DeleteOne({"_id": key}))

@@ -18,7 +18,7 @@ from jobledger.projections.views import (
     steps,
 )
 
-PROJECTION_VERSION: Final = 13
+PROJECTION_VERSION: Final = 14
 """The version of all folds together. Increase it with each change of what a fold returns.
 
 The projector rebuilds views of an older version.
@@ -30,7 +30,7 @@ VIEW_NAMES: Final = tuple(view.NAME for view in ALL_VIEWS)
 DOCUMENT_VIEWS: Final = tuple(view.NAME for view in _DOCUMENT_VIEWS)
 """The views whose documents are loaded, changed and written back."""
 ROW_VIEWS: Final = tuple(view.NAME for view in _ROW_VIEWS)
-"""The views with rows that are derived from a job's document."""
+"""The views whose rows are derived from the documents of jobs."""
 
 
 async def create_indexes(views: Views) -> None:

@@ -1,8 +1,8 @@
 """Write chunks of events to the views, each event exactly once.
 
-The writes of a chunk and the update of the checkpoint are one transaction. The filter of the checkpoint contains the
-position where the chunk begins and the fence, which says who may write. A process that was replaced finds no such
-checkpoint, and its transaction is aborted.
+The writes of a chunk and the update of the checkpoint are one transaction. The filter of that update contains the
+position where the chunk begins, and the fencing token or slots of this writer. A process that was replaced finds no
+such checkpoint, and its transaction is aborted.
 
 If a chunk exceeds the limits of a transaction, it is split. If an event cannot be applied, or a document cannot be
 stored, only its stream is isolated (projections/views/projection_errors.py).
@@ -49,7 +49,7 @@ BeforeWrite = Callable[[AsyncClientSession], Awaitable[None]]
 
 
 class ProjectionWriter:
-    """Applies events to one set of views. The fence ensures that nothing else writes them.
+    """Applies events to one set of views. The filter on the checkpoint ensures that no other process writes to them.
 
     Args:
         checkpoint: ID of the checkpoint document that records the position of these views.
@@ -84,13 +84,16 @@ class ProjectionWriter:
     async def apply(
         self, events: Sequence[RecordedEvent], *, before_write: BeforeWrite | None = None
     ) -> list[Document]:
-        """Apply the events after `position` to the views, and return the documents of the changed batches.
+        """Apply the events after `position` to the views.
 
         If the events exceed the limits of a transaction, they are written in several, each with its checkpoint.
 
         Args:
             before_write: Called at the start of the transaction that writes the last of the events. It is called again
                 if the transaction is repeated.
+
+        Returns:
+            The documents of the changed batches, which may now be finished.
 
         Raises:
             LeadershipLost: Another process has taken over. Nothing was written.
@@ -151,7 +154,7 @@ class ProjectionWriter:
     async def write(self, changes: ViewChanges, *, before_write: BeforeWrite | None = None) -> None:
         """Write a prepared chunk. Chunks must be written one after the other in the order of the log.
 
-        After any other exception than ChunkTooLarge, the writer must not be used any more.
+        After any other exception than ChunkTooLarge, the writer must no longer be used.
 
         Raises:
             ChunkTooLarge: The chunk exceeds the limits of a transaction. Call `discard_unwritten` next.

@@ -165,8 +165,8 @@ def _add_cost(summary: Document, job: Document) -> Document:
 def _remove_job_id(job_ids: list[str], job_id: str) -> list[str]:
     """Return the job IDs without one of them.
 
-    The jobs of a batch are often deleted in order. `remove` finds the first ID at once; a filter would compare up to
-    ten thousand IDs.
+    The jobs of a batch are often deleted in order. `remove` finds the first ID immediately. A filter would compare up
+    to ten thousand IDs.
     """
     remaining = job_ids.copy()
     with suppress(ValueError):
@@ -195,8 +195,8 @@ def _apply_event_type(batch: Document, event: RecordedEvent) -> Document | None:
     changes: Document = {}
     if event.type == events.BatchFinished.__name__:
         status = event.payload_fields.get("status")
-        final_status = status if status in ("completed", "partial", "failed") else "partial"
-        changes = {"status": final_status, "completed_at": event.time, "needs_reopen": False}
+        terminal_status = status if status in ("completed", "partial", "failed") else "partial"
+        changes = {"status": terminal_status, "completed_at": event.time, "needs_reopen": False}
     elif event.type == events.BatchReopened.__name__:
         changes = {"status": "processing", "completed_at": None, "needs_reopen": False}
     return apply_changes(batch, changes, event)

@@ -43,7 +43,7 @@ def fold_events(fold: Fold, events: Iterable[RecordedEvent]) -> Document | None:
 async def load_or_fold(views: Views, event_store: EventStore, view: str, key: str, fold: Fold) -> Document | None:
     """Return a document of a view, or None. If the projector has not reached it yet, fold it from the log.
 
-    Therefore, the submitter of a job or batch can read it at once.
+    Therefore, the submitter of a job or batch can read it immediately.
     """
     with translate_errors(f"reading {key}"):
         document = await views[view].find_one({"_id": key})

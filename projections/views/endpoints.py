@@ -1,7 +1,7 @@
 """View `endpoints`: the webhook endpoints and the number of their deliveries. An endpoint is a URL of one user.
 
-The deliveries of an endpoint are numbered 1, 2, 3 and so on in the order of the log (`sequence`). A receiver that
-misses a number can request the missing messages:
+The deliveries of an endpoint are numbered 1, 2, 3 and so on in the order of the log (`sequence`). An endpoint
+that misses a number can request the missing messages:
 `GET /api/monitoring/events/webhooks?endpoint_id=…&after_sequence=…`.
 """
 

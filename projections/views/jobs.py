@@ -129,7 +129,7 @@ def _build_changes(job: Document, payload: events.JobEvent, event: RecordedEvent
                 "worker_id": payload.worker_id,
                 "attempt": payload.attempt,
                 "due_at": None,
-                "progress": {"step": "starting", "percent": 0.0, "message": "A worker has taken the job"},
+                "progress": {"step": "starting", "percent": 0.0, "message": "Claimed by a worker"},
             }
         case events.JobProgressed():
             return {

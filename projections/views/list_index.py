@@ -155,7 +155,11 @@ def estimate_list_index_memory(document: Mapping[str, Any]) -> int:
 
 
 def estimate_list_index_bytes(document: Mapping[str, Any]) -> int:
-    """Return the maximum size of the list index of a job or batch, from `user_id`, `access_control` and `teams`."""
+    """Estimate the size of the list index of a job or batch in bytes.
+
+    Args:
+        document: `user_id`, `access_control` and `teams`. The number and length of its facets and words are assumed.
+    """
     scopes = get_document_scopes(document)
     rows = _USUAL_FACETS + max(_MIN_WORDS, min(_MAX_WORDS, MAX_LIST_INDEX_ROWS // len(scopes)))
     return min(2 * MAX_LIST_INDEX_BYTES, rows * sum(len(scope.encode()) + _USUAL_KEY_CHARACTERS for scope in scopes))

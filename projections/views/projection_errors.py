@@ -4,8 +4,8 @@ One stream must not stop the projection of all others. If a stream has a project
 *isolates* it: only its own document differs from the log. There are two kinds of projection errors:
 
 * An event cannot be applied. The document keeps its previous content and gets the field `projection_error`. Of further
-  events only the types are applied (the status), so counts and the end of the batch remain correct. If the stream has
-  no document, only this view shows the error.
+  events only the types are applied (the status), so the counts and the status of the batch remain correct. If the
+  stream has no document, only this view shows the error.
 * A document is *unstorable*: it is too large, BSON cannot hold a number in it, or the server rejects it. It is folded
   as usual, but stored *reduced*: without the fields that may be large, and with the fields `projection_error` and
   `reduced`. Once it can be stored again, it is stored completely. An unstorable row, and a reduced document that is

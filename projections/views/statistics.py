@@ -101,7 +101,7 @@ def build_completion_increments(job: Document) -> Counter[tuple[str, str]]:
     if job["status"] != "completed" or job["started_at"] is None:
         return Counter()
     duration_ms = round((job["completed_at"] - job["started_at"]) / timedelta(milliseconds=1))
-    duration_ms = max(0, min(duration_ms, _MAX_DURATION_MS))  # the clocks of the writers may be wrong
+    duration_ms = max(0, min(duration_ms, _MAX_DURATION_MS))  # the clocks may have been wrong
     bound_ms = next((bound_ms for bound_ms in _BOUNDS_MS if duration_ms <= bound_ms), None)
     return Counter(
         {(_DURATIONS, "count"): 1, (_DURATIONS, "total_ms"): duration_ms, (_DURATIONS, _get_bucket_name(bound_ms)): 1}

@@ -25,7 +25,7 @@ MAX_STEP_FILES: Final = 10_000
 
 
 def add_step_digests(job: Document, step: StepCompleted) -> Document:
-    """Return the changed field `step_files` of a job after a completed step, or nothing if it names no new file."""
+    """Return the field `step_files` of a job with the files of a completed step, or nothing if it names no new file."""
     if b'"sha256"' not in orjson.dumps(step.output, default=str, option=orjson.OPT_NON_STR_KEYS):
         return {}
     return add_digests(job, (file.sha256 for file in find_saved_files(step.output)))

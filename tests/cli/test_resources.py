@@ -345,7 +345,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?P<offset>\
 
 def test_commands_print_times_with_offset_that_options_accept(batch: SubmittedBatch) -> None:
     job_id, waiting = (batch.get_job(number)["job_id"] for number in (2, 3))
-    hook = {"url": "http://receiver.invalid/hook"}
+    hook = {"url": "http://endpoint.invalid/hook"}
     body = {"jobs": [{"job_type": "echo", "parameters": {}, "webhook": hook}], "webhook": hook}
     batch_id = batch.run_expecting(0, "submit", "-", stdin=json.dumps(body)).split(":")[0]
     assert wait_until(

@@ -444,8 +444,8 @@ async def test_compare_reports_each_kind_of_difference(connection: Connection, s
         [
             f"jobs: {job_ids[0]}: extra is 1 and should be missing; status is 'failed' and should be 'pending'",
             f"jobs: {job_ids[1]}: version is 1.0 and should be 1",
-            f"queue: {job_ids[2]} is missing",
-            "files: job-x/a.md should not be there",
+            f"queue: missing document {job_ids[2]}",
+            "files: unexpected document job-x/a.md",
         ]
     )
 
