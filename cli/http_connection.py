@@ -253,7 +253,7 @@ class HttpConnection(H11Protocol):
         if self.cycle.response_started:
             self.transport.abort()
         else:
-            self.cycle.disconnected = True  # tells the application; its response is dropped
+            self.cycle.disconnected = True  # the application sees it, and its response is dropped
             self.cycle.message_event.set()
             self._respond_and_close(ApiError(408, "request_timeout", message))
 

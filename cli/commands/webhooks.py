@@ -69,7 +69,7 @@ def redeliver(
     url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Send webhooks again
+    """Redeliver webhooks
 
     Specify delivery IDs, or select deliveries with filters (default: abandoned).
     """

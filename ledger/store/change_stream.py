@@ -151,7 +151,7 @@ class ChangeStream:
             by_collection.setdefault(listener.collection, []).append(listener)
         turn = 0
         while stream.alive:
-            # Never in wait_for: a cancelled next() closes the driver's stream for good.
+            # Do not call this in wait_for: if it is cancelled, the driver closes the stream permanently.
             change = await stream.try_next()
             if change is None:
                 continue

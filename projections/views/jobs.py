@@ -349,7 +349,7 @@ async def get(views: Views, event_store: EventStore, job_id: str) -> Document | 
 
 
 async def find_pending_jobs(views: Views, job_ids: Sequence[str]) -> list[Document]:
-    """Return the pending jobs among these, without large fields that do not affect their queue entries."""
+    """Return the pending jobs among these, without large fields that do not affect their rows in the queue."""
     with translate_errors("finding pending jobs"):
         excluded = dict.fromkeys(("parameters", "logs", "steps", "error", "list_keys", "search_keys"), 0)
         return await views[NAME].find({"_id": {"$in": list(job_ids)}, "status": "pending"}, excluded).to_list()

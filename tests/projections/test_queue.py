@@ -24,14 +24,14 @@ async def find_rows(
     return [row.job_id for row in rows]
 
 
-async def test_find_candidates_sorts_by_priority_and_then_by_age(roles: RunningRoles) -> None:
+async def test_find_rows_sorts_by_priority_and_then_by_age(roles: RunningRoles) -> None:
     low = await roles.submit(priority=0)
     first, high, second = [await roles.submit(priority=priority) for priority in (1, 5, 1)]
     assert await find_rows(roles) == [high, first, second, low]
     assert await find_rows(roles, limit=2) == [high, first]
 
 
-async def test_find_candidates_before_not_before_leaves_the_job_out(roles: RunningRoles) -> None:
+async def test_find_rows_before_not_before_leaves_the_job_out(roles: RunningRoles) -> None:
     later = await roles.submit(not_before=LATER, priority=9)
     soon = await roles.submit(not_before=SOON, priority=5)
     due = await roles.submit(priority=5)
@@ -44,14 +44,14 @@ async def test_find_candidates_before_not_before_leaves_the_job_out(roles: Runni
     assert await queue.get_next_due_at(roles.checkpoint.views, now=LATER) is None
 
 
-async def test_find_candidates_with_due_jobs_sorts_by_priority(roles: RunningRoles) -> None:
+async def test_find_rows_with_due_jobs_sorts_by_priority(roles: RunningRoles) -> None:
     for minutes in range(3):
         await roles.submit(not_before=NOW - timedelta(minutes=10 + minutes), priority=1)
     urgent = await roles.submit(not_before=NOW - timedelta(minutes=1), priority=9)
     assert (await find_rows(roles))[0] == urgent
 
 
-async def test_find_candidates_leaves_out_excluded_jobs_and_other_job_types(roles: RunningRoles) -> None:
+async def test_find_rows_leaves_out_excluded_jobs_and_other_job_types(roles: RunningRoles) -> None:
     first, second = await roles.submit(), await roles.submit()
     await roles.submit(job_type="session")
     assert await find_rows(roles, excluded=frozenset({first})) == [second]
