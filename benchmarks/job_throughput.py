@@ -108,7 +108,7 @@ async def _measure_pickup(connection: Connection, store: Path, number: int) -> l
     async with open_empty_database(connection) as (db, event_store), AsyncExitStack() as stack:
         changes = ChangeStream(db)
         changes.add_listener(event_store)
-        await stack.enter_async_context(changes.running())
+        await stack.enter_async_context(changes.keep_open())
         roles = await stack.enter_async_context(_run_roles(connection, store, workers=FEW_WORKERS))
         ends = await stack.enter_async_context(event_store.subscribe(after=0, types=[JobCompleted]))
         [claimer] = await stack.enter_async_context(run_processes(1, _claim_baseline, connection))
@@ -122,7 +122,7 @@ async def _measure_pickup(connection: Connection, store: Path, number: int) -> l
             await handle_command(
                 event_store, create_job_id(), SubmitJob(_build_job("clock")), meta=_META, stream_state=StreamState()
             )
-            [completed] = await ends.next_chunk()
+            [completed] = await ends.read_chunk()
             jobledger_seconds.append(completed.data["results"]["metadata"]["started"] - started)
             await asyncio.sleep(_PAUSE_SECONDS)
         cpu = await _measure_cpu_percent([role.process for role in roles], 10)
@@ -231,7 +231,7 @@ async def _measure_backlog(
     async with open_empty_database(connection) as (db, event_store):
         changes, checkpoint = ChangeStream(db), CheckpointFollower(db)
         changes.add_listener(checkpoint)
-        async with changes.running(), _run_roles(connection, store, workers=workers):
+        async with changes.keep_open(), _run_roles(connection, store, workers=workers):
             due = datetime.now(UTC) + timedelta(seconds=6 + 2 * workers)  # when all jobs are submitted
             for begin in range(0, jobs, 1000):
                 commands = [SubmitJob(_build_job("echo", due, file=files)) for _ in range(min(1000, jobs - begin))]

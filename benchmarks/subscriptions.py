@@ -36,7 +36,7 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
         await db.baseline.insert_many([document async for document in db.events.find()])
         log_without_tail, changes = EventStore(db, EventStoreLimits(max_tail_events=1)), ChangeStream(db)
         changes.add_listener(log_without_tail)
-        async with changes.running():
+        async with changes.keep_open():
             history = await compare_rates(
                 "subscribe: history from the beginning; driver: sorted cursor",
                 lambda: _read_cursor(db),
@@ -70,14 +70,14 @@ async def _read_subscription(connection: Connection, db: Database, event_store: 
     changes.add_listener(event_store)
     async with (
         run_processes(1, _write, connection, "events", head + 1, events) as [writer],
-        changes.running(),
+        changes.keep_open(),
         event_store.subscribe(after=head) as subscription,
     ):
         with Stopwatch() as watch:
             writer.pipe.send("start")
             seen = 0
             while seen < events:
-                seen += _count_payloads(await subscription.next_chunk())
+                seen += _count_payloads(await subscription.read_chunk())
     await db.counters.update_one({"_id": "events"}, {"$max": {"next": head + events}}, upsert=True)
     return watch.compute_rate(events)
 
@@ -111,7 +111,7 @@ async def _read_history(event_store: EventStore) -> float:
         seen = 0
         async with event_store.subscribe(after=0) as subscription:
             while subscription.position < head:
-                seen += _count_payloads(await subscription.next_chunk())
+                seen += _count_payloads(await subscription.read_chunk())
     return watch.compute_rate(seen)
 
 
@@ -134,7 +134,7 @@ async def _measure_latency(db: Database, event_store: EventStore, number: int) -
     changes.add_listener(event_store)
     async with (
         await db.watch(_PIPELINE) as stream,
-        changes.running(),
+        changes.keep_open(),
         event_store.subscribe(after=await event_store.read_head_position()) as subscription,
     ):
         await stream.try_next()
@@ -149,7 +149,7 @@ async def _measure_latency(db: Database, event_store: EventStore, number: int) -
             await inserting
             begin = time.perf_counter()
             appending = asyncio.create_task(event_store.append(append))
-            await subscription.next_chunk()
+            await subscription.read_chunk()
             jobledger_seconds.append(time.perf_counter() - begin)
             await appending
     return compare_latencies(

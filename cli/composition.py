@@ -110,7 +110,7 @@ async def start_roles(
             sender = Deliverer(*shared, settings=settings.webhooks, base_url=settings.api.base_url, holder=holder)
         if settings.metrics.port is not None and "api" not in selected:
             stack.enter_context(serve_metrics(settings.metrics, event_store, change_stream))
-        stream = await stack.enter_async_context(change_stream.running())
+        stream = await stack.enter_async_context(change_stream.keep_open())
         stream.add_done_callback(failure_callback(on_failure))
         if "projector" in selected:
             await stack.enter_async_context(run_in_background(projector.run(), on_failure))

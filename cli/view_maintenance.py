@@ -145,7 +145,7 @@ async def open_rebuild(connection: Connection) -> AsyncIterator[Rebuild]:
         await Projector(db, event_store, connection, CheckpointFollower(db), holder=holder).prepare()
         change_stream.add_listener(event_store)
         change_stream.add_listener(rebuild.leader_election)
-        async with change_stream.running():
+        async with change_stream.keep_open():
             try:
                 yield rebuild
             finally:

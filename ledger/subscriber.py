@@ -92,7 +92,7 @@ class LedgerClient:
         """
         wanted, begin = _get_type_names(types), check_position(after or 0)
         _check_name(name)
-        async with self._connected() as opened:
+        async with self._connect() as opened:
             cursor = SubscriptionCursor(opened.db, name) if name is not None else None
             if cursor is not None:
                 read = await cursor.acquire(initial_position=begin)
@@ -108,7 +108,7 @@ class LedgerClient:
                     await events.close(is_last_processed=is_last_processed)
 
     @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[_Opened]:
+    async def _connect(self) -> AsyncIterator[_Opened]:
         """Share the connection. The first subscription opens it, the last one closes it."""
         async with self._opening:
             if self._opened is None:
@@ -132,7 +132,7 @@ async def _open(connection: Connection) -> AsyncIterator[_Opened]:
         await check_server(db, needs_write=False)
         event_store, change_stream = EventStore(db), ChangeStream(db)
         change_stream.add_listener(event_store)
-        async with change_stream.running() as change_stream_task:
+        async with change_stream.keep_open() as change_stream_task:
             yield _Opened(db, event_store, change_stream_task)
             await event_store.aclose()
 
@@ -253,7 +253,7 @@ class SubscriptionEvents:
     async def _receive(self) -> None:
         """Wait for events, or for the end of the subscription. Reading continues if the caller is cancelled."""
         if self._reading is None:
-            self._reading = asyncio.create_task(self._subscription.next_chunk(), name="read-subscription")
+            self._reading = asyncio.create_task(self._subscription.read_chunk(), name="read-subscription")
         watched = {self._reading, self._change_stream_task} | ({self._saver} if self._saver is not None else set())
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         for task in (self._change_stream_task, self._saver):

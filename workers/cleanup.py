@@ -118,7 +118,7 @@ class Cleanup:
                 deletions: list[RecordedEvent] = []
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_SAVE_CURSOR_SECONDS):
-                        deletions = await events.next_chunk()
+                        deletions = await events.read_chunk()
                 for event in deletions:
                     await self._clean_up_or_skip(event.stream)
                 if events.position > saved:

@@ -70,7 +70,7 @@ class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
         raise failure or httpcore.ConnectError("no address")
 
     def _permitted(self, host: str, addresses: list[str]) -> list[str]:
-        rejections = {address: self._allowed.address_rejection_reason(host, address) for address in addresses}
+        rejections = {address: self._allowed.find_address_rejection(host, address) for address in addresses}
         permitted = [address for address, rejection in rejections.items() if rejection is None]
         if rejections and not permitted:
             address, rejection = next(iter(rejections.items()))

@@ -120,7 +120,7 @@ class StreamAccessCache:
         async with self._event_store.subscribe(after=after) as events:
             self._set_position(after)
             while True:
-                for event in await events.next_chunk():
+                for event in await events.read_chunk():
                     self._process_event(event)
                 self._set_position(events.position)
 

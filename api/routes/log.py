@@ -210,7 +210,7 @@ async def _generate_blocks(
             chunk: list[RecordedEvent] = []
             try:
                 async with asyncio.timeout_at(sent_at + KEEPALIVE_SECONDS):
-                    chunk = await events.next_chunk(_CHUNK_EVENTS)
+                    chunk = await events.read_chunk(_CHUNK_EVENTS)
             except TimeoutError:
                 pass
             except LedgerUnavailable:

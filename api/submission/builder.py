@@ -25,7 +25,7 @@ from jobledger.ledger.domain.canonical_json import encode_canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import AccessControl, JobSubmitted, Webhook
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.net.url_policy import USERINFO_MESSAGE, has_userinfo, rejection_reason
+from jobledger.ledger.net.url_policy import USERINFO_MESSAGE, find_rejection_reason, has_userinfo
 from jobledger.projections.views import list_index
 
 Location = tuple[str | int, ...]
@@ -152,7 +152,7 @@ def extract_webhook_secrets(
     """
     if body is None:
         return None, None
-    if (reason := rejection_reason(body.url, ctx.allowed_webhook_hosts)) is not None:
+    if (reason := find_rejection_reason(body.url, ctx.allowed_webhook_hosts)) is not None:
         raise build_validation_error([{"loc": ("webhook", "url"), "msg": reason.message}], within)
     secrets = None
     if body.headers or body.secrets:

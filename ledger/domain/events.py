@@ -145,13 +145,13 @@ class Event(BaseModel):
 
     def to_payload(self) -> dict[str, Any]:
         """Return the fields as the database stores them. Optional fields without a value are omitted."""
-        absent = {name for name in _optional_fields(type(self)) if getattr(self, name) is None}
+        absent = {name for name in _get_optional_fields(type(self)) if getattr(self, name) is None}
         payload: dict[str, Any] = self.__pydantic_serializer__.to_python(self, exclude=absent or None)
         return payload
 
 
 @cache
-def _optional_fields(event: type[Event]) -> tuple[str, ...]:
+def _get_optional_fields(event: type[Event]) -> tuple[str, ...]:
     return tuple(name for name, info in event.model_fields.items() if info.default is None)
 
 
@@ -606,19 +606,19 @@ class RecordedEvent:
         document = self._document
         name, schema = self.type, document.get("schema")
         if not isinstance(document.get("type"), str):
-            raise UnreadableEvent(f"{self._location()} is an event without a type")
+            raise UnreadableEvent(f"{self._describe()} is an event without a type")
         if not isinstance(document.get("time"), datetime):
-            raise UnreadableEvent(f"{self._location()} is a {name} that cannot be read: it has no time")
+            raise UnreadableEvent(f"{self._describe()} is a {name} that cannot be read: it has no time")
         if not isinstance(schema, int) or schema < 1:
             raise UnreadableEvent(
-                f"{self._location()} is a {name} that cannot be read: {schema!r} is not a schema version"
+                f"{self._describe()} is a {name} that cannot be read: {schema!r} is not a schema version"
             )
         event_type = EVENT_TYPES.get(name)
         if event_type is None or schema > event_type.schema_version:
             if "hash" in document and not self._is_intact():
-                raise UnreadableEvent(f"{self._location()} is a {name} with schema {schema}, and its hash is wrong")
+                raise UnreadableEvent(f"{self._describe()} is a {name} with schema {schema}, and its hash is wrong")
             raise UnsupportedEvent(
-                f"{self._location()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
+                f"{self._describe()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
                 "a newer version of Jobledger wrote it. Upgrade Jobledger."
             )
         try:
@@ -626,7 +626,7 @@ class RecordedEvent:
             data = data if schema == event_type.schema_version else upcast(name, schema, data)
             event: Event = event_type.__pydantic_validator__.validate_python(data)
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # ValueError also from pydantic
-            raise UnreadableEvent(f"{self._location()} is a {name} that cannot be read: {error}") from error
+            raise UnreadableEvent(f"{self._describe()} is a {name} that cannot be read: {error}") from error
         return event
 
     def _is_intact(self) -> bool:
@@ -637,7 +637,7 @@ class RecordedEvent:
         except (AttributeError, InvalidEvent, LookupError, TypeError, ValueError):
             return False
 
-    def _location(self) -> str:
+    def _describe(self) -> str:
         return f"At position {self.position} of the log ({self.stream}, version {self.version})"
 
     def __eq__(self, other: object) -> bool:

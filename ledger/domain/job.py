@@ -281,7 +281,7 @@ def evolve(job: Job | None, event: events.JobEvent) -> Job:
                 consecutive_machine_failures=0,
             )
         case events.JobUpdated():
-            return _with_changes(job, event)
+            return _apply_changes(job, event)
         case events.JobAccessChanged():
             return replace(job, spec=job.spec.model_copy(update={"access_control": event.access_control}))
         case events.JobArchived():
@@ -298,7 +298,7 @@ def _finish(job: Job, status: JobStatus) -> Job:
     return replace(job, status=status, worker_id=None, due_at=None, cancel_request=None)
 
 
-def _with_changes(job: Job, event: events.JobUpdated) -> Job:
+def _apply_changes(job: Job, event: events.JobUpdated) -> Job:
     changes: dict[str, Any] = {
         name: value for name in ("parameters", "priority", "not_before") if (value := getattr(event, name)) is not None
     }

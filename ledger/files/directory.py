@@ -227,7 +227,7 @@ class DirectoryStore(FileStore):
 
     def _begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
         self.check_marker()
-        target, renamed = self.get_path(sha256), self._removal_path(sha256, removal_id)
+        target, renamed = self.get_path(sha256), self._get_removal_path(sha256, removal_id)
         for path in (target, *target.parent.glob(f"{sha256}.removed-*")):
             with suppress(FileNotFoundError):
                 path.replace(renamed)
@@ -242,14 +242,14 @@ class DirectoryStore(FileStore):
 
     def _end_removal(self, sha256: str, removal_id: str, *, is_cancelled: bool) -> None:
         self.check_marker()
-        renamed = self._removal_path(sha256, removal_id)
+        renamed = self._get_removal_path(sha256, removal_id)
         with suppress(FileNotFoundError):
             if is_cancelled:  # the content may have been saved again meanwhile: either copy is valid
                 renamed.replace(self.get_path(sha256))
             else:
                 renamed.unlink()
 
-    def _removal_path(self, sha256: str, removal_id: str) -> Path:
+    def _get_removal_path(self, sha256: str, removal_id: str) -> Path:
         return self.get_path(sha256).with_suffix(f".removed-{removal_id}")
 
     async def _open_unchecked(self, sha256: str) -> LocalFile:

@@ -134,14 +134,14 @@ def open_regular_file(path: Path) -> BufferedReader:
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        raise NotARegularFile(f"'{path}' is {_KINDS.get(_file_type(path.stat()), 'a device')}") from error
-    if (kind := _file_type(os.fstat(descriptor))) != stat.S_IFREG:
+        raise NotARegularFile(f"'{path}' is {_KINDS.get(_get_file_type(path.stat()), 'a device')}") from error
+    if (kind := _get_file_type(os.fstat(descriptor))) != stat.S_IFREG:
         os.close(descriptor)
         raise NotARegularFile(f"'{path}' is {_KINDS.get(kind, 'not a regular file')}")
     return os.fdopen(descriptor, "rb")
 
 
-def _file_type(found: os.stat_result) -> int:
+def _get_file_type(found: os.stat_result) -> int:
     return stat.S_IFMT(found.st_mode)
 
 

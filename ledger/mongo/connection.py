@@ -44,7 +44,7 @@ class Connection:
     max_pool_size: int = 50
     connect_timeout_ms: int = 5000
 
-    def _options(self, *listeners: _EventListener) -> dict[str, Any]:
+    def _build_options(self, *listeners: _EventListener) -> dict[str, Any]:
         return {
             "maxPoolSize": self.max_pool_size,
             "connectTimeoutMS": self.connect_timeout_ms,
@@ -65,14 +65,14 @@ class Connection:
         """
         clock = ServerClock()
         with _translate_uri_errors(self.uri):
-            client: AsyncMongoClient[Document] = AsyncMongoClient(self.uri, **self._options(clock))
+            client: AsyncMongoClient[Document] = AsyncMongoClient(self.uri, **self._build_options(clock))
         clock.attach_client(client)
         return client
 
     def create_blocking_client(self) -> MongoClient[Document]:
         """Return a client for a separate thread (heartbeats), which a busy event loop cannot delay."""
         with _translate_uri_errors(self.uri):
-            return MongoClient(self.uri, **self._options())
+            return MongoClient(self.uri, **self._build_options())
 
 
 @contextmanager

@@ -281,7 +281,7 @@ class EmbeddedServer:
         command += ["--keyFile", str(self.data_dir / KEY_NAME), "--setParameter", "enableLocalhostAuthBypass=false"]
         # The code that reads compressed messages runs before authentication. It had a vulnerability: CVE-2025-14847.
         command += ["--networkMessageCompressors", "disabled"]
-        command += ["--wiredTigerCacheSizeGB", f"{_cache_gb():.2f}"]
+        command += ["--wiredTigerCacheSizeGB", f"{_compute_cache_gb():.2f}"]
         command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
         command += ["--setParameter", f"minSnapshotHistoryWindowInSeconds={SNAPSHOT_WINDOW_SECONDS}"]
         command += ["--setParameter", f"transactionLifetimeLimitSeconds={TRANSACTION_SECONDS}"]
@@ -407,6 +407,6 @@ def _end_with_owner(owner_pid: int) -> None:
         os._exit(1)
 
 
-def _cache_gb() -> float:
+def _compute_cache_gb() -> float:
     memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return min(1.0, max(0.25, memory_gb / 8))

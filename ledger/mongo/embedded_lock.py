@@ -104,12 +104,12 @@ def read_log_tail(path: Path, start: int, lines: int = 8) -> str:
     """Return mongod's last log messages after byte `start` for people: its errors, or else its last messages."""
     with path.open("rb") as file:
         file.seek(start)
-        entries = [_readable(line) for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        entries = [_parse_log_line(line) for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     errors = list(dict.fromkeys(text for severity, text in entries if severity in "EF"))
     return "\n".join(f"    {text}" for text in (errors or [text for _, text in entries])[-lines:])
 
 
-def _readable(line: str) -> tuple[str, str]:
+def _parse_log_line(line: str) -> tuple[str, str]:
     """Return a line of mongod's JSON log as (severity, text). Other lines come from the loader or a crash: errors."""
     try:
         entry = json.loads(line)

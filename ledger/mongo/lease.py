@@ -36,7 +36,7 @@ from jobledger.ledger.system.loop_progress import LoopProgress
 _log = structlog.get_logger()
 
 
-def _expiry_after(seconds: float) -> Document:
+def _build_expiry(seconds: float) -> Document:
     return {"$add": ["$$NOW", int(seconds * 1000)]}
 
 
@@ -202,7 +202,7 @@ class Lease:
             "released": False,
             "acquisition_id": acquisition_id,
             "heartbeat": _NEXT_HEARTBEAT,
-            "lease_until": _expiry_after(self._seconds),
+            "lease_until": _build_expiry(self._seconds),
         }
         free: list[Any] = [{"$eq": [{"$ifNull": ["$fencing_token", 0]}, 0]}, {"$eq": ["$released", True]}]
         if not observation.was_extended:
@@ -232,7 +232,7 @@ class Lease:
         No call lasts longer than the lease. Over a silent network it would otherwise block for minutes.
         """
         mine = {"_id": self._id, "fencing_token": fencing_token}
-        extend = {"heartbeat": _NEXT_HEARTBEAT, "lease_until": _expiry_after(self._seconds)}
+        extend = {"heartbeat": _NEXT_HEARTBEAT, "lease_until": _build_expiry(self._seconds)}
         pause, is_interrupted = self._seconds / 3, False
         while not stop.wait(pause):
             if (missed := progress.count_missed()) >= _CHECKS_PER_LEASE:

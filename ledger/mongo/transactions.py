@@ -31,7 +31,7 @@ async def run_transaction(db: Database, write: Callable[[AsyncClientSession], Aw
     Raises:
         PyMongoError: The database failed. An error of `write` is raised after the abort.
     """
-    writing = asyncio.ensure_future(_transaction(db, write))
+    writing = asyncio.ensure_future(_run_in_session(db, write))
     try:
         return await asyncio.shield(writing)
     except asyncio.CancelledError:
@@ -45,6 +45,6 @@ async def run_transaction(db: Database, write: Callable[[AsyncClientSession], Aw
         raise
 
 
-async def _transaction(db: Database, write: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
+async def _run_in_session(db: Database, write: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
     async with db.client.start_session() as session:
         return await session.with_transaction(write, write_concern=DURABLE)

@@ -66,7 +66,7 @@ class AllowedHosts:
             except ValueError:
                 self._names.add(_normalize_host(entry))
 
-    def address_rejection_reason(self, host: str, address: str) -> str | None:
+    def find_address_rejection(self, host: str, address: str) -> str | None:
         """Return why `host` must not be called at `address`; None if it may."""
         real = _unwrap(ip_address(address.partition("%")[0]))
         if _normalize_host(host) in self._names or any(real in network for network in self._networks):
@@ -83,7 +83,7 @@ class AllowedHosts:
         return False
 
 
-def rejection_reason(url: str, allowed: AllowedHosts) -> RejectionReason | None:
+def find_rejection_reason(url: str, allowed: AllowedHosts) -> RejectionReason | None:
     """Return why a webhook to a URL can never be delivered, judged by the URL alone; None if it may be.
 
     Allowed ports are those of the web and those above the system ports, so that no mail server, for example, is called.
@@ -107,7 +107,7 @@ def rejection_reason(url: str, allowed: AllowedHosts) -> RejectionReason | None:
             "PORT_REJECTED", f"port {port} is not allowed: only 80, 443 and ports from {_LOWEST_FREE_PORT} are"
         )
     with suppress(ValueError):
-        if (kind := allowed.address_rejection_reason(host, str(ip_address(host.partition("%")[0])))) is not None:
+        if (kind := allowed.find_address_rejection(host, str(ip_address(host.partition("%")[0])))) is not None:
             return RejectionReason("ADDRESS_REJECTED", f"{host} is {kind}; {PUBLIC_ONLY_MESSAGE}")
     return None
 

@@ -78,7 +78,7 @@ class ChangeStream:
         self._listeners.append(listener)
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[asyncio.Task[None]]:
+    async def keep_open(self) -> AsyncIterator[asyncio.Task[None]]:
         """Keep the stream open within the block. Enters when every listener has resynced.
 
         Yields the task that reads the stream. It ends only because of a bug or missing privileges, so the caller must
@@ -104,7 +104,7 @@ class ChangeStream:
         pause = 0.05
         while True:
             try:
-                async with self._stream() as (stream, opened_at):
+                async with self._open_stream() as (stream, opened_at):
                     pause = 0.05
                     await self._deliver(stream, opened_at)
                     pause = _PAUSE_AFTER_REMOVAL_SECONDS
@@ -120,22 +120,22 @@ class ChangeStream:
             pause = min(pause * 2, _MAX_PAUSE_SECONDS)
 
     @asynccontextmanager
-    async def _stream(self) -> AsyncIterator[tuple[AsyncChangeStream[dict[str, Any]], Timestamp]]:
+    async def _open_stream(self) -> AsyncIterator[tuple[AsyncChangeStream[dict[str, Any]], Timestamp]]:
         """Open the stream and resync all listeners. Yields the stream and the cluster time at which it begins."""
         async with self._db.client.start_session(causal_consistency=True) as session:
             await self._db.command("ping", session=session)
             opened_at = session.operation_time
             assert opened_at is not None  # noqa: S101 - every response of a replica set has it
             async with await self._db.with_options(codec_options=LENIENT_CODEC).watch(
-                self._pipeline(), start_at_operation_time=opened_at, batch_size=1000
+                self._build_pipeline(), start_at_operation_time=opened_at, batch_size=1000
             ) as stream:
                 for listener in self._listeners:
                     await listener.resync(session)
                 self._open.set()
                 yield stream, opened_at
 
-    def _pipeline(self) -> Sequence[Mapping[str, Any]]:
-        # Complete namespaces: the server compares them with those of its oplog. It would turn bare names into patterns.
+    def _build_pipeline(self) -> Sequence[Mapping[str, Any]]:
+        # Use complete namespaces, which the server compares with those of its oplog. It would turn bare names into patterns.
         spaces = {name: {"db": self._db.name, "coll": name} for name in {it.collection for it in self._listeners}}
         events: dict[str, Any] = {"ns": spaces.pop("events", None)}
         if self._event_types is not None:

@@ -168,7 +168,7 @@ def check_export_file(
                 position, digest = position + 1, hashlib.sha256(digest + hash_).digest()
                 before = hashlib.sha256(before + hash_).digest()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise _invalid_line(path, number, error) from error
+                raise _build_line_error(path, number, error) from error
         on_progress(size)
     if not has_trailer:
         raise InvalidExportFile(f"{path} is not complete: it was cut off after line {number}. Nothing was imported.")
@@ -203,7 +203,7 @@ def iterate_documents(path: Path, *, after: int) -> Iterator[list[Document]]:
             try:
                 document = decode_event(line)
             except (ValueError, TypeError) as error:
-                raise _invalid_line(path, number, error) from error
+                raise _build_line_error(path, number, error) from error
             if document["_id"] > after:
                 page.append(document)
         if page:
@@ -286,6 +286,6 @@ def is_compressed(path: Path) -> bool:
     return path.name.removesuffix(".part").endswith(".zst")
 
 
-def _invalid_line(path: Path, number: int, error: Exception) -> InvalidExportFile:
+def _build_line_error(path: Path, number: int, error: Exception) -> InvalidExportFile:
     problem = f"the field {error} is missing" if isinstance(error, KeyError) else error
     return InvalidExportFile(f"{path}, line {number} is not a valid line of an export: {problem}")

@@ -49,7 +49,7 @@ _TYPES: Final[Mapping[str, type]] = {"str": str, "bool": bool, "int": int, "None
 def are_canonical(page: Iterable[tuple[Mapping[str, Any], bytes]]) -> bool:
     """Return whether all documents encode to the bytes from which they were decoded. Faster for all than for each."""
     page = list(page)
-    encoded = _encoded({"": [document for document, _ in page]})
+    encoded = _try_encode({"": [document for document, _ in page]})
     elements = b"".join(b"\x03%d\0%b" % (number, raw) for number, (_, raw) in enumerate(page))
     return encoded is not None and encoded[10:-2] == elements  # without the lengths and ends of the list around them
 
@@ -67,8 +67,8 @@ def find_deviation(document: Mapping[str, Any], raw: bytes | None, data: bytes |
     if what is None and data is None:
         what = find_data_deviation(document)
     if what is None and not set(map(type, document["meta"].values())) <= {str}:
-        what = _describe_find_misfit("meta", document["meta"], _JSON)
-    if what is None and raw is not None and _encoded(document) != raw:
+        what = _describe_misfit("meta", document["meta"], _JSON)
+    if what is None and raw is not None and _try_encode(document) != raw:
         what = f"its {_locate_difference(document, raw)} is encoded in a way that Jobledger does not write"
     return what
 
@@ -83,17 +83,17 @@ def find_envelope_deviation(document: Mapping[str, Any]) -> str | None:
         if name not in document:
             return f"lacks the field {name}"
         value = document[name]
-        if type(value) is not kind and not (kind is int and _kind(value) == "int"):
+        if type(value) is not kind and not (kind is int and _get_kind(value) == "int"):
             return f"its {name} is a {type(value).__name__}"
     return None if tuple(document) == _NAMES else "its fields are in the wrong order"
 
 
 def find_data_deviation(document: Mapping[str, Any]) -> str | None:
     """Return which value in an event's `data` has a type that the program does not write there."""
-    return _describe_find_misfit("data", document["data"], _format_of(document["type"], document["schema"]))
+    return _describe_misfit("data", document["data"], _get_format(document["type"], document["schema"]))
 
 
-def _describe_find_misfit(name: str, value: Any, form: _Format) -> str | None:
+def _describe_misfit(name: str, value: Any, form: _Format) -> str | None:
     """Return which value in a field has a type that the program does not write there."""
     found = _find_misfit(value, form, name)
     return None if found is None else f"its {found[0]} is a {found[1]}"
@@ -123,14 +123,14 @@ class _Format:
         )
 
 
-def _any_of(*kinds: str) -> _Format:
+def _build_format(*kinds: str) -> _Format:
     form = _Format(frozenset(kinds), fields={})
     form.rest = form.item = form
     return form
 
 
-_JSON: Final = _any_of("str", "bool", "int", "float", _WHOLE, "NoneType")
-_LENIENT: Final = _any_of("str", "bool", "int", "float", _WHOLE, "NoneType", "datetime")
+_JSON: Final = _build_format("str", "bool", "int", "float", _WHOLE, "NoneType")
+_LENIENT: Final = _build_format("str", "bool", "int", "float", _WHOLE, "NoneType", "datetime")
 """For fields and events of later versions, whose models are unknown."""
 _LEAVES: Final[Mapping[Any, _Format]] = {
     **{kind: _Format(frozenset({name})) for name, kind in _TYPES.items()},
@@ -140,34 +140,34 @@ _LEAVES: Final[Mapping[Any, _Format]] = {
 
 
 @cache
-def _format_of(event_type: str, schema: int) -> _Format:
+def _get_format(event_type: str, schema: int) -> _Format:
     event = EVENT_TYPES.get(event_type)
-    return _LENIENT if event is None or schema != event.schema_version else _format_of_model(event)
+    return _LENIENT if event is None or schema != event.schema_version else _build_model_format(event)
 
 
-def _format_of_model(model: type[BaseModel]) -> _Format:
-    fields = {name: _format_of_annotation(info.annotation) for name, info in model.model_fields.items()}
+def _build_model_format(model: type[BaseModel]) -> _Format:
+    fields = {name: _build_annotation_format(info.annotation) for name, info in model.model_fields.items()}
     return _Format(fields=fields, rest=_JSON if model.model_config.get("extra") == "allow" else _LENIENT)
 
 
-def _format_of_annotation(annotation: Any) -> _Format:
+def _build_annotation_format(annotation: Any) -> _Format:
     if annotation in _LEAVES:
         return _LEAVES[annotation]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return _format_of_model(annotation)
+        return _build_model_format(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return _LEAVES[str]
     if origin is Annotated:
-        return _format_of_annotation(arguments[0])
+        return _build_annotation_format(arguments[0])
     if origin is list:
-        return _Format(item=_format_of_annotation(arguments[0]))
+        return _Format(item=_build_annotation_format(arguments[0]))
     if origin is dict:
-        return _Format(fields={}, rest=_format_of_annotation(arguments[1]))
+        return _Format(fields={}, rest=_build_annotation_format(arguments[1]))
     if origin in (Union, UnionType):
         form = _Format()
         for argument in arguments:
-            form |= _format_of_annotation(argument)
+            form |= _build_annotation_format(argument)
         return form
     raise TypeError(f"an event has a field of the type {annotation}, whose stored format is not defined")
 
@@ -180,7 +180,7 @@ def _find_misfit(value: Any, form: _Format, path: str) -> tuple[str, str] | None
     elif isinstance(value, list | tuple) and form.item is not None:
         items, fields, rest = enumerate(value), {}, form.item
     else:
-        return None if _kind(value) in form.kinds else (path, type(value).__name__)
+        return None if _get_kind(value) in form.kinds else (path, type(value).__name__)
     for name, it in items:
         inner = fields.get(name, rest)
         if inner is None or type(it) in inner.types:
@@ -190,7 +190,7 @@ def _find_misfit(value: Any, form: _Format, path: str) -> tuple[str, str] | None
     return None
 
 
-def _kind(value: Any) -> str:
+def _get_kind(value: Any) -> str:
     """Return the name of a value's type as the program writes it. Subclasses of JSON types count as those."""
     if isinstance(value, bool) or value is None:
         return type(value).__name__
@@ -211,13 +211,13 @@ def _locate_difference(value: Any, raw: bytes, path: str = "") -> str:
     elif isinstance(value, list):
         items = enumerate(value)
     for name, inner in items:
-        element = _encoded({str(name): inner})
+        element = _try_encode({str(name): inner})
         if element is None or element[4:-1] not in raw:
             return _locate_difference(inner, raw, f"{path}.{name}" if path else str(name))
     return path or "document"
 
 
-def _encoded(document: Mapping[str, Any]) -> bytes | None:
+def _try_encode(document: Mapping[str, Any]) -> bytes | None:
     try:
         return bson.encode(document)
     except (BSONError, ValueError, OverflowError):

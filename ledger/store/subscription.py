@@ -16,7 +16,7 @@ _EMPTY_READ_PAUSE_SECONDS = 0.05
 
 
 class Subscription:
-    """A position in the log that advances. Iterate for single events, or call `next_chunk`.
+    """A position in the log that advances. Iterate for single events, or call `read_chunk`.
 
     `read` is `EventStore.read`. `max_chunk_bytes` limits the approximate JSON size of a chunk.
     """
@@ -41,7 +41,7 @@ class Subscription:
         self.is_catching_up = False
         """Whether the last chunk was read from the collection: there may be more."""
 
-    async def next_chunk(self, limit: int = 1000) -> list[RecordedEvent]:
+    async def read_chunk(self, limit: int = 1000) -> list[RecordedEvent]:
         """Wait for events and return those that are available, in order, at most `limit`.
 
         Raises:
@@ -111,5 +111,5 @@ class Subscription:
 
     async def __anext__(self) -> RecordedEvent:
         if not self._buffer:
-            self._buffer.extend(await self.next_chunk())
+            self._buffer.extend(await self.read_chunk())
         return self._buffer.popleft()

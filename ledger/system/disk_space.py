@@ -114,7 +114,7 @@ class DiskSpaceMonitor:
 
     async def check(self) -> None:
         """Check the disks once, and log changes."""
-        problems = await asyncio.to_thread(self._problems)
+        problems = await asyncio.to_thread(self._find_problems)
         if bool(problems) == (self.problem is not None):
             return
         if problems:
@@ -125,7 +125,7 @@ class DiskSpaceMonitor:
             self.problem = None
             _log.info("disk space available, accepting new jobs")
 
-    def _problems(self) -> list[tuple[str, DiskProblem]]:
+    def _find_problems(self) -> list[tuple[str, DiskProblem]]:
         needed = int(self._reserve * (_RESUME_FACTOR if self.problem is not None else 1))
         found = [(name, find_space_problem(directory, needed)) for name, directory in self._directories.items()]
         return [(name, problem) for name, problem in found if problem is not None and problem.is_out_of_space]

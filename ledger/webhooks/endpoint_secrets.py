@@ -63,7 +63,9 @@ async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
         return
     with translate_errors("reading the endpoints of webhooks"):
         found = {it["_id"] async for it in db[COLLECTION].find({"_id": {"$in": list(by_id)}}, {"_id": 1})}
-        missing = [_new_document(it, _now(db)) for endpoint_id, it in by_id.items() if endpoint_id not in found]
+        missing = [
+            _new_document(it, _estimate_now(db)) for endpoint_id, it in by_id.items() if endpoint_id not in found
+        ]
         if not missing:
             return
         try:
@@ -74,7 +76,7 @@ async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
                 raise
 
 
-def _now(db: Database) -> datetime:
+def _estimate_now(db: Database) -> datetime:
     """Return the server's time, because other processes compare with the times stored here."""
     return get_server_clock(db.client).estimate()
 
@@ -129,7 +131,7 @@ async def load_signing_secrets(db: Database, endpoint: Endpoint) -> list[str]:
         found = await _load(db, endpoint)
     if found is None or found["secret"] is None:
         return []
-    now = _now(db)
+    now = _estimate_now(db)
     return [found["secret"], *(it["secret"] for it in found["previous_secrets"] if it["expires_at"] > now)]
 
 
@@ -146,7 +148,7 @@ async def get_endpoint(db: Database, endpoint_id: str) -> Document | None:
     """
     with translate_errors("reading an endpoint of webhooks"):
         found = await db[COLLECTION].find_one({"_id": endpoint_id}, _WITHOUT_SECRETS)
-    return None if found is None else _to_summary(found, _now(db))
+    return None if found is None else _to_summary(found, _estimate_now(db))
 
 
 _WITHOUT_SECRETS: Final = {
@@ -168,7 +170,7 @@ async def list_endpoints(db: Database, *, user_id: str | None, limit: int, after
     wanted: Document = {"_id": {"$gt": after}} | ({} if user_id is None else {"user_id": user_id})
     with translate_errors("listing the endpoints of webhooks"):
         found = db[COLLECTION].find(wanted, _WITHOUT_SECRETS, sort=[("_id", 1)], limit=limit)
-        return [_to_summary(it, _now(db)) async for it in found]
+        return [_to_summary(it, _estimate_now(db)) async for it in found]
 
 
 def _to_summary(found: Document, now: datetime) -> Document:
@@ -193,7 +195,7 @@ async def rotate_secret(db: Database, endpoint_id: str, grace: timedelta) -> Rev
     Raises:
         LedgerUnavailable: The database failed.
     """
-    now, secret = _now(db), generate_secret()
+    now, secret = _estimate_now(db), generate_secret()
     replaced = {"$cond": [{"$eq": ["$secret", None]}, [], [{"secret": "$secret", "expires_at": now + grace}]]}
     previous: Any = (
         {"$slice": [{"$concatArrays": [replaced, "$previous_secrets"]}, MAX_PREVIOUS_SECRETS]} if grace else []

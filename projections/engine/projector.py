@@ -172,7 +172,7 @@ class Projector:
             LogTruncated: Events that the views contain were removed from the log.
         """
         while True:
-            chunk = await events.next_chunk(CHUNK_EVENTS)
+            chunk = await events.read_chunk(CHUNK_EVENTS)
             if not self._event_store.may_have_lost_events:
                 return chunk
             self._event_store.may_have_lost_events = False

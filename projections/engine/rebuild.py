@@ -108,7 +108,7 @@ class Rebuild:
             _log.info("view rebuild started", after=writer.position)
             switch = self._build_switch_function(slots, names, ahead_position=ahead_position)
             await self._apply_history(writer, await self._event_store.read_head_position(), on_progress)
-            # Much faster than maintaining the indexes with each document of the history.
+            # This is much faster than maintaining the indexes with each document of the history.
             with translate_errors("creating the indexes of the views"):
                 await create_indexes(writer.views)
             async with self._event_store.subscribe(after=writer.position) as events:
@@ -119,7 +119,7 @@ class Rebuild:
                     if writer.position == head:
                         is_switched = await self._switch_when_idle(head, switch)
                     else:
-                        chunk = await events.next_chunk(CHUNK_EVENTS)
+                        chunk = await events.read_chunk(CHUNK_EVENTS)
                         is_last = chunk[-1].position >= head
                         is_switched = await self._apply(writer, chunk, switch if is_last else None)
             switched_position = writer.position
@@ -356,6 +356,6 @@ class Rebuild:
         while True:
             try:
                 async with asyncio.timeout(_CHUNK_SECONDS):
-                    return await events.next_chunk(min(CHUNK_EVENTS, missing))
+                    return await events.read_chunk(min(CHUNK_EVENTS, missing))
             except TimeoutError:
                 await self._require_events(ReadPosition(events.position + missing))

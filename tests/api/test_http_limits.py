@@ -210,7 +210,7 @@ async def test_log_stream_throttles_only_hidden_events_of_the_past() -> None:
     class Events:
         position, is_catching_up = 0, False
 
-        async def next_chunk(self, _limit: int) -> list[Any]:
+        async def read_chunk(self, _limit: int) -> list[Any]:
             if not chunks:
                 raise LedgerUnavailable("the stream ends")
             self.is_catching_up, number = chunks.pop(0)

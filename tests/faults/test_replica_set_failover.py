@@ -169,7 +169,7 @@ class Load:
         async with self.ledger.event_store.subscribe(after=0) as events:
             while True:
                 try:
-                    self.followed += await events.next_chunk()
+                    self.followed += await events.read_chunk()
                 except LedgerUnavailable:
                     await asyncio.sleep(0.05)
 

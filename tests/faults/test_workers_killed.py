@@ -89,7 +89,7 @@ class Cluster:
         async with self.observer.event_store.subscribe(after=0) as events:
             while True:
                 try:
-                    chunk = await events.next_chunk()
+                    chunk = await events.read_chunk()
                 except LedgerUnavailable:
                     await asyncio.sleep(0.05)
                     continue

@@ -76,7 +76,7 @@ class Follower:
     async def follow(self, ledger: Ledger) -> None:
         async with ledger.event_store.subscribe(after=0) as events:
             while True:
-                chunk = await events.next_chunk()
+                chunk = await events.read_chunk()
                 now = datetime.now(UTC)
                 self.events += chunk
                 self.delays += [(now - event.time).total_seconds() for event in chunk]

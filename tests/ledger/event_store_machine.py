@@ -71,7 +71,7 @@ class Subscriber:
     async def _follow(self, subscription: Subscription, at_a_time: int) -> None:
         while True:
             with suppress(LedgerUnavailable):  # the connection broke while it read history
-                self.delivered += await subscription.next_chunk(at_a_time)
+                self.delivered += await subscription.read_chunk(at_a_time)
             await asyncio.sleep(0)
 
     async def wait_until_reached(self, position: int) -> None:

@@ -63,7 +63,7 @@ async def running_stream(db: Database, *listeners: RecordingListener) -> AsyncIt
     changes = ChangeStream(db)
     for listener in listeners:
         changes.add_listener(listener)
-    async with changes.running() as task:
+    async with changes.keep_open() as task:
         yield task
 
 
@@ -167,7 +167,7 @@ async def test_resync_is_retried_after_transient_error(db: Database, error: Exce
     changes = ChangeStream(db)
     changes.add_listener(CallbackListener("letters", lambda _change: None, resync))
     changes.add_listener(listener)
-    async with asyncio.timeout(DEADLINE_SECONDS), changes.running():
+    async with asyncio.timeout(DEADLINE_SECONDS), changes.keep_open():
         assert not failures
         await db.numbers.insert_one({"_id": 1})
         await listener.wait_until(lambda: listener.changed_keys == [1])
@@ -200,7 +200,7 @@ async def test_error_in_first_resync_is_raised_to_caller(db: Database) -> None:
     changes = ChangeStream(db)
     changes.add_listener(CallbackListener("numbers", lambda _change: None, raise_error))
     with pytest.raises(ZeroDivisionError):
-        async with asyncio.timeout(DEADLINE_SECONDS), changes.running():
+        async with asyncio.timeout(DEADLINE_SECONDS), changes.keep_open():
             pytest.fail("entered although a listener failed")
 
 
@@ -211,7 +211,7 @@ async def test_error_in_listener_ends_task_and_is_raised(db: Database) -> None:
     changes = ChangeStream(db)
     changes.add_listener(CallbackListener("numbers", raise_on_change, do_nothing))
     with pytest.raises(ZeroDivisionError):  # noqa: PT012 - leaving the block raises the error again
-        async with changes.running() as task:
+        async with changes.keep_open() as task:
             await db.numbers.insert_one({"_id": 1})
             await asyncio.wait({task}, timeout=DEADLINE_SECONDS)
             assert task.done()
@@ -238,7 +238,7 @@ async def test_cancellation_before_stream_opens_leaves_no_task(db: Database) -> 
     async def run_stream(callback_listener: CallbackListener) -> None:
         changes = ChangeStream(db)
         changes.add_listener(callback_listener)
-        async with changes.running():
+        async with changes.keep_open():
             pytest.fail("entered before all listeners had a snapshot")
 
     running = asyncio.create_task(run_stream(CallbackListener("numbers", lambda _change: None, block_forever)))
@@ -254,7 +254,7 @@ async def test_event_types_filter_changes_of_events(unstreamed_ledger: Ledger) -
     changes = ChangeStream(unstreamed_ledger.db, event_types=["JobClaimed"])
     changes.add_listener(listener)
     changes.add_listener(numbers)
-    async with changes.running():
+    async with changes.keep_open():
         await unstreamed_ledger.submit_job()
         await unstreamed_ledger.db.events.insert_one({"_id": 7, "type": "JobClaimed", "stream": "job-7", "version": 1})
         await unstreamed_ledger.db.numbers.insert_one({"_id": 1})

@@ -92,7 +92,7 @@ async def test_slow_subscriber_reads_missed_events_from_collection(connection: C
         for _ in range(4):
             await ledger.event_store.append(create_append(*[create_progress()] * 15))
         await take_events(fast_events, 61)
-        chunk = await slow_events.next_chunk(5)
+        chunk = await slow_events.read_chunk(5)
         assert event_positions(chunk) == [2, 3, 4, 5, 6]
         assert event_positions(await take_events(slow_events, 55)) == list(range(7, 62))
         later = asyncio.gather(take_events(slow_events, 1), take_events(fast_events, 1))
@@ -112,7 +112,7 @@ async def test_chunks_of_large_events_fit_one_server_reply(connection: Connectio
         pages = []
         async with asyncio.timeout(DEADLINE_SECONDS):
             while slow_events.position < 40:
-                pages.append(event_positions(await slow_events.next_chunk()))
+                pages.append(event_positions(await slow_events.read_chunk()))
         assert [position for page in pages for position in page] == list(range(1, 41))
         assert max(len(page) for page in pages) <= 16  # the server puts at most 16 MB into one reply
 
@@ -130,7 +130,7 @@ async def test_chunk_bytes_bounds_chunks_and_disables_read_ahead(connection: Con
             positions: list[int] = []
             async with asyncio.timeout(DEADLINE_SECONDS):
                 while slow_events.position < len(jobs):
-                    chunk = await slow_events.next_chunk(500)
+                    chunk = await slow_events.read_chunk(500)
                     sizes = [len(event.data["parameters"]["text"]) for event in chunk]
                     assert sum(sizes) < 1_000_000 or len(sizes) == 1
                     assert slow_events._ahead is None
@@ -194,14 +194,14 @@ async def test_chunk_has_at_most_limit_events(ledger: Ledger) -> None:
     async with ledger.event_store.subscribe(after=0) as events, asyncio.timeout(DEADLINE_SECONDS):
         sizes = []
         while events.position < 25:
-            sizes.append(len(await events.next_chunk(10)))
+            sizes.append(len(await events.read_chunk(10)))
     assert max(sizes) <= 10
     assert sum(sizes) == 25
 
 
 async def test_types_filter_events_and_position_advances(ledger: Ledger) -> None:
     async with ledger.event_store.subscribe(after=0, types=[JobClaimed]) as events:
-        taking = asyncio.create_task(events.next_chunk())
+        taking = asyncio.create_task(events.read_chunk())
         for _ in range(3):
             await ledger.submit_job()
         submitted = await ledger.submit_job()
@@ -218,7 +218,7 @@ async def test_types_filter_events_and_position_advances(ledger: Ledger) -> None
 async def test_cancelled_wait_keeps_all_subscriptions_intact(ledger: Ledger) -> None:
     async with ledger.event_store.subscribe(after=0) as events, ledger.event_store.subscribe(after=0) as other_events:
         for _ in range(3):
-            taking = asyncio.create_task(events.next_chunk())
+            taking = asyncio.create_task(events.read_chunk())
             await asyncio.sleep(0)
             taking.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -235,7 +235,7 @@ async def test_cancellation_during_read_ahead_keeps_position(connection: Connect
             received: list[RecordedEvent] = []
             cancelled = 0
             while len(received) < 60:
-                taking = asyncio.create_task(events.next_chunk(4))
+                taking = asyncio.create_task(events.read_chunk(4))
                 while not taking.done() and (events._ahead is None or events._ahead[0] == events.position):  # noqa: ASYNC110 - takes one iteration of the event loop
                     await asyncio.sleep(0)
                 taking.cancel()
@@ -243,7 +243,7 @@ async def test_cancellation_during_read_ahead_keeps_position(connection: Connect
                     received += await taking
                 cancelled += taking.cancelled()
                 if len(received) < 60:
-                    received += await events.next_chunk(4)
+                    received += await events.read_chunk(4)
         assert event_positions(received) == list(range(1, 61))
         assert cancelled > 0
 
@@ -260,7 +260,7 @@ async def test_cancellation_while_reading_history_loses_nothing(connection: Conn
         await read_first_events(ledger.event_store, 500)
         async with ledger.event_store.subscribe(after=0) as events:
             while events.position < 500:
-                reading = asyncio.create_task(events.next_chunk(15))
+                reading = asyncio.create_task(events.read_chunk(15))
                 await asyncio.wait({reading}, timeout=next(pauses))
                 reading.cancel()
                 await asyncio.wait({reading})

@@ -25,7 +25,7 @@ async def open_rebuild(connection: Connection, *, holder: str = "rebuilder") -> 
         rebuild = Rebuild(db, log, connection, holder=holder, lease_seconds=10.0)
         changes.add_listener(log)
         changes.add_listener(rebuild.leader_election)
-        async with changes.running(), asyncio.timeout(DEADLINE_SECONDS):
+        async with changes.keep_open(), asyncio.timeout(DEADLINE_SECONDS):
             yield rebuild
 
 

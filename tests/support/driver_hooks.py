@@ -29,7 +29,7 @@ class MonitoredConnection(Connection):
     listeners: tuple[CommandListener, ...] = ()
 
     def _options(self, *listeners: Any) -> dict[str, Any]:
-        return Connection._options(self, *listeners, *self.listeners)
+        return Connection._build_options(self, *listeners, *self.listeners)
 
 
 def monitor_connection(connection: Connection, *listeners: CommandListener) -> MonitoredConnection:

@@ -59,7 +59,7 @@ async def open_ledger(
         changes.add_listener(log)
         await log.prepare()
         if with_change_stream:
-            async with changes.running():
+            async with changes.keep_open():
                 yield Ledger(db, log, changes)
         else:
             yield Ledger(db, log, changes)

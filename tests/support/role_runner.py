@@ -249,7 +249,7 @@ async def run_roles_in_process(
                 base_url="",
                 holder=f"test-{os.getpid()}",
             )
-        await stack.enter_async_context(changes.running())
+        await stack.enter_async_context(changes.keep_open())
         if projector:
             roles.projector_task = asyncio.create_task(leader.run(), name="projector")
             stack.push_async_callback(_stop, roles.projector_task)

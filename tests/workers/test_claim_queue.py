@@ -270,7 +270,7 @@ async def test_job_claimed_by_another_worker_during_the_load_is_not_tried(
             )
             async with asyncio.timeout(DEADLINE_SECONDS), worker_roles.event_store.subscribe(after=0) as events:
                 while events.position < claimed.events[0].position:
-                    await events.next_chunk()
+                    await events.read_chunk()
             release.set()
             await roles.wait_until_finished(free)
         assert await count_voided_appends(roles) == 0, "a claim was tried that could not succeed"

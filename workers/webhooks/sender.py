@@ -27,7 +27,7 @@ import httpcore
 import httpx
 
 from jobledger.ledger.domain.webhook_headers import find_unsendable_header
-from jobledger.ledger.net.url_policy import PUBLIC_ONLY_MESSAGE, AllowedHosts, rejection_reason
+from jobledger.ledger.net.url_policy import PUBLIC_ONLY_MESSAGE, AllowedHosts, find_rejection_reason
 from jobledger.workers.safe_http import (
     AddressRejected,
     CheckedNetworkBackend,
@@ -157,7 +157,7 @@ class _NotSendable(Exception):
 
 
 def _parse_target(text: str, allowed: AllowedHosts) -> httpx.URL:
-    if (reason := rejection_reason(text, allowed)) is not None:
+    if (reason := find_rejection_reason(text, allowed)) is not None:
         raise _NotSendable(reason.code, _to_sentence(reason.message))
     try:
         return httpx.URL(text)

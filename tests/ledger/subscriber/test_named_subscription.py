@@ -301,8 +301,8 @@ async def test_unreachable_or_invalid_uri_is_rejected_on_entry(mongodb_uri: str)
 async def test_wait_cancelled_during_delivery_loses_no_event(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
     async with client.subscribe("mine") as events:
         pending = asyncio.create_task(take(events, 1))
-        await poll_until(lambda: any("Subscription.next_chunk" in repr(task) for task in asyncio.all_tasks()))
-        [reading] = [task for task in asyncio.all_tasks() if "Subscription.next_chunk" in repr(task)]
+        await poll_until(lambda: any("Subscription.read_chunk" in repr(task) for task in asyncio.all_tasks()))
+        [reading] = [task for task in asyncio.all_tasks() if "Subscription.read_chunk" in repr(task)]
         reading.add_done_callback(lambda _: pending.cancel())  # as asyncio.timeout does
         await unstreamed_ledger.submit_job()
         await asyncio.wait({pending})

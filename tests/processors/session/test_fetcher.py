@@ -321,14 +321,14 @@ async def test_password_in_url_is_not_in_error(site: Site) -> None:
     ],
 )
 def test_non_public_address_is_rejected(address: str) -> None:
-    assert AllowedHosts([]).address_rejection_reason("conference.example", address) is not None
+    assert AllowedHosts([]).find_address_rejection("conference.example", address) is not None
 
 
 @pytest.mark.parametrize(
     "address", ["93.184.216.34", "2606:2800:220:1::1", "::ffff:93.184.216.34", "64:ff9b::5db8:d822"]
 )
 def test_public_address_is_allowed(address: str) -> None:
-    assert AllowedHosts([]).address_rejection_reason("conference.example", address) is None
+    assert AllowedHosts([]).find_address_rejection("conference.example", address) is None
 
 
 @without_deadline
@@ -337,8 +337,8 @@ def test_ipv4_in_ipv6_address_is_checked_like_the_ipv4_address(address: Any) -> 
     number = int(address)
     allowed = AllowedHosts(["10.1.0.0/16"])
     wrapped = [f"::ffff:{address}", f"64:ff9b::{address}", f"2002:{number >> 16:x}:{number & 0xFFFF:x}::1"]
-    unwrapped = allowed.address_rejection_reason("h", str(address))
-    assert {allowed.address_rejection_reason("h", wrapped_address) for wrapped_address in wrapped} == {unwrapped}
+    unwrapped = allowed.find_address_rejection("h", str(address))
+    assert {allowed.find_address_rejection("h", wrapped_address) for wrapped_address in wrapped} == {unwrapped}
 
 
 def test_format_bytes_uses_decimal_units() -> None:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from jobledger.ledger.net.url_policy import AllowedHosts, rejection_reason
+from jobledger.ledger.net.url_policy import AllowedHosts, find_rejection_reason
 from jobledger.workers.safe_http import Resolver
 from jobledger.workers.webhooks.sender import MAX_RESPONSE_BYTES, Sender, WebhookRequest, WebhookResponse
 from tests.support.polling import DEADLINE_SECONDS
@@ -355,7 +355,7 @@ async def test_send_checks_the_address_it_connects_to() -> None:
 
     async with serve_connections(behave) as port:
         url = f"http://rebinding.example:{port}/"
-        assert rejection_reason(url, AllowedHosts(())) is None
+        assert find_rejection_reason(url, AllowedHosts(())) is None
         response = await send(url, resolver=resolve_rebinding)
     assert response.error_code == "ADDRESS_REJECTED"
     assert resolved_hosts == ["rebinding.example"], "resolved once: the checked address is the one to connect to"
