@@ -74,7 +74,7 @@ class ChangeStream:
         """How often the stream had to be opened again."""
 
     def add_listener(self, listener: ChangeListener) -> None:
-        """Add a listener. Call this before `running`."""
+        """Add a listener. Call this before `keep_open`."""
         self._listeners.append(listener)
 
     @asynccontextmanager
@@ -135,7 +135,7 @@ class ChangeStream:
                 yield stream, opened_at
 
     def _build_pipeline(self) -> Sequence[Mapping[str, Any]]:
-        # Use complete namespaces, which the server compares with those of its oplog. It would turn bare names into patterns.
+        # The server compares complete namespaces with those of its oplog. It would turn bare names into patterns.
         spaces = {name: {"db": self._db.name, "coll": name} for name in {it.collection for it in self._listeners}}
         events: dict[str, Any] = {"ns": spaces.pop("events", None)}
         if self._event_types is not None:
