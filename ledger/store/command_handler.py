@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from bson import ObjectId
@@ -243,17 +244,38 @@ async def handle_command_with_retries(
         InvalidEvent: As `EventStore.append`.
     """
     may_have_effect = False
+    latest_state = stream_state
     while True:
         try:
-            if may_have_effect:  # a repeated command would be decided on the state after its own events
-                result = await _find_outcome(event_store, stream, command, stream_state)
-                if result is not None:
-                    return result
-            return await handle_command(event_store, stream, command, meta=meta, stream_state=stream_state)
+            if not may_have_effect:
+                return await handle_command(event_store, stream, command, meta=meta, stream_state=stream_state)
+            # A command that is decided on the state after its own events would take effect twice. So the outcome is
+            # read before each decision on a newer state. An earlier append that the server still executes is either
+            # found then, or cannot be written any more: its version is taken.
+            result = await _find_outcome(event_store, stream, command, stream_state)
+            if result is not None:
+                return result
+            check = partial(_check_unchanged, latest_state)
+            return await handle_command(event_store, stream, command, meta=meta, stream_state=latest_state, check=check)
+        except _StateChanged as changed:
+            latest_state = changed.stream_state
         except (LedgerUnavailable, LedgerBusy) as error:
             on_retry(error)
-        may_have_effect = True
-        await asyncio.sleep(retry_seconds)
+            may_have_effect = True
+            await asyncio.sleep(retry_seconds)
+
+
+class _StateChanged(Exception):
+    """The stream has events after the state on which a command was to be decided."""
+
+    def __init__(self, stream_state: StreamState) -> None:
+        super().__init__("the stream has newer events")
+        self.stream_state = stream_state
+
+
+def _check_unchanged(expected: StreamState, stream_state: StreamState) -> None:
+    if stream_state is not expected:
+        raise _StateChanged(stream_state)
 
 
 async def create_streams(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -376,7 +377,7 @@ async def test_rejection_on_stale_state_is_decided_again(
 
 
 @pytest.mark.parametrize("is_stale", [False, True], ids=["current state", "after a version conflict"])
-@pytest.mark.parametrize("is_written", [False, True], ids=["not written", "written"])
+@pytest.mark.parametrize("written", ["never", "before the retry", "during the retry"])
 @pytest.mark.parametrize(
     "command",
     [ReportProgress("w1", 1, "read", 50, "half"), CompleteJob("w1", 1, make_results())],
@@ -386,7 +387,7 @@ async def test_command_with_lost_response_takes_effect_once(
     unstreamed_ledger: Ledger,
     monkeypatch: pytest.MonkeyPatch,
     command: ReportProgress | CompleteJob,
-    is_written: bool,
+    written: str,
     is_stale: bool,
 ) -> None:
     event_store = unstreamed_ledger.event_store
@@ -398,12 +399,15 @@ async def test_command_with_lost_response_takes_effect_once(
     lost_responses: list[tuple[StreamAppend, ...]] = []
 
     async def lose_first_response(*appends: StreamAppend) -> list[RecordedEvent]:
-        is_lost = not lost_responses and (not is_stale or appends[0].head.version > claimed.stream_state.head.version)
-        recorded = [] if is_lost and not is_written else await append(*appends)
-        if is_lost:
+        if not lost_responses and (not is_stale or appends[0].head.version > claimed.stream_state.head.version):
             lost_responses.append(appends)
+            if written == "before the retry":
+                await append(*appends)
             raise LedgerUnavailable("the connection was lost")
-        return recorded
+        if lost_responses and written == "during the retry":
+            with suppress(VersionConflict):
+                await append(*lost_responses[0])  # the server has still been executing it
+        return await append(*appends)
 
     monkeypatch.setattr(event_store, "append", lose_first_response)
     retries: list[Exception] = []
