@@ -62,14 +62,14 @@ class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
         except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name, such as an overlong label
             raise httpcore.ConnectError(str(error)) from error
         failure: Exception | None = None
-        for address in self._permitted(host, addresses):
+        for address in self._select_permitted(host, addresses):
             try:
                 return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure or httpcore.ConnectError("no address")
 
-    def _permitted(self, host: str, addresses: list[str]) -> list[str]:
+    def _select_permitted(self, host: str, addresses: list[str]) -> list[str]:
         rejections = {address: self._allowed.find_address_rejection(host, address) for address in addresses}
         permitted = [address for address, rejection in rejections.items() if rejection is None]
         if rejections and not permitted:

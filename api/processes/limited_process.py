@@ -7,33 +7,33 @@ writes a result for each to standard output, both as frames: the length in 8 byt
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import signal
-import struct
 import sys
 from pkgutil import resolve_name
 from typing import BinaryIO, Final
 
 from pydantic_core import from_json, to_json
 
+from jobledger.ledger.system.process_attributes import (
+    READ_CAPABILITIES,
+    drop_capabilities,
+    limit_resource,
+    set_parent_death_signal,
+)
+
 _MEMORY_BYTES: Final = 1024 * 1024 * 1024
-_PR_SET_PDEATHSIG: Final = 1
-_CAPABILITY_VERSION: Final = 0x20080522
-_READ_CAPABILITIES: Final = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH: to import modules of other users
-_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def main(name: str) -> None:
     """Serve calls of a function, named as `module:function`, until standard input ends."""
     # A call that never returns must not outlive the parent, which enforces the timeout.
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not 0 <= resource.getrlimit(resource.RLIMIT_AS)[1] <= _MEMORY_BYTES:  # keep a lower limit; -1 means no limit
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    set_parent_death_signal(signal.SIGKILL)
+    limit_resource(resource.RLIMIT_AS, _MEMORY_BYTES)
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_RTPRIO, resource.RLIMIT_NICE):
-        resource.setrlimit(kind, (0, 0))
-    _drop_capabilities()
+        limit_resource(kind, 0)
+    drop_capabilities(keep=READ_CAPABILITIES)  # to import modules of other users
     function = resolve_name(name)
     with os.fdopen(os.dup(0), "rb") as arguments, os.fdopen(os.dup(1), "wb") as results:
         # The function must not read the arguments of other calls, and its output must not mix with the results.
@@ -45,15 +45,6 @@ def main(name: str) -> None:
         while (argument := read_frame(arguments)) is not None:
             results.write(encode_frame(to_json(function(from_json(argument)))))
             results.flush()
-
-
-def _drop_capabilities() -> None:
-    """Drop capabilities with which root could harm the machine, such as real-time priority. Other users have none."""
-    header, sets = struct.pack("=Ii", _CAPABILITY_VERSION, 0), ctypes.create_string_buffer(24)
-    status = _libc.capget(header, sets)
-    kept = struct.unpack("=6I", sets.raw)[1] & _READ_CAPABILITIES  # of the permitted set
-    if status < 0 or _libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)) < 0:
-        raise OSError(ctypes.get_errno(), "cannot drop capabilities")
 
 
 def encode_frame(content: bytes) -> bytes:

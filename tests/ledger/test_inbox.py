@@ -195,7 +195,7 @@ import asyncio, os, sys
 from pathlib import Path
 from jobledger.ledger.domain.errors import FileLost
 from jobledger.ledger.files.directory import DirectoryStore
-from jobledger.workers.sandbox.restrictions import drop_capabilities
+from jobledger.ledger.system.process_attributes import drop_capabilities
 
 drop_capabilities()  # so that modes apply to root, too
 root = Path(sys.argv[1])

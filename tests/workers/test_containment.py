@@ -198,7 +198,7 @@ def test_process_exits_after_it_abandoned_an_unclosable_coroutine(tmp_path: Path
     assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "done"), ended.stderr
 
 
-async def test_inline_job_is_contained_in_a_foreign_event_loop() -> None:
+async def test_inline_job_is_contained_in_third_party_event_loop() -> None:
     """In tests and in programs that embed a worker, only code that is known to be a processor's is contained."""
 
     async def job() -> None:

@@ -21,6 +21,7 @@ import pytest
 from jobledger.ledger.domain.commands import CancelJob
 from jobledger.ledger.domain.events import JobClaimed
 from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.system import process_attributes
 from jobledger.workers.attempts import process_runner
 from jobledger.workers.attempts.process_runner import ProcessRunner
 from jobledger.workers.child import fork_server_client
@@ -28,7 +29,6 @@ from jobledger.workers.child import process as job_process
 from jobledger.workers.child.fork_server import _Server
 from jobledger.workers.child.messages import MessageEnvelope, encode_frame
 from jobledger.workers.child.process import JobProcess
-from jobledger.workers.sandbox import restrictions
 from tests.support.installation import list_descendants
 from tests.support.job_processes import has_exited, list_own_job_processes, parent_pid
 from tests.support.polling import poll_until
@@ -50,7 +50,7 @@ def test_set_limit_never_exceeds_the_limit_of_the_system(hard_limit: int) -> Non
         code = 1
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard_limit, hard_limit))
-            restrictions.limit_resource(resource.RLIMIT_FSIZE, 1 << 30)
+            process_attributes.limit_resource(resource.RLIMIT_FSIZE, 1 << 30)
             code = int(resource.getrlimit(resource.RLIMIT_FSIZE) != (min(hard_limit, 1 << 30),) * 2)
         finally:
             os._exit(code)

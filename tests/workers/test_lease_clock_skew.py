@@ -78,7 +78,7 @@ async def test_live_worker_whose_lease_looks_expired_keeps_its_job(connection: C
 
 
 @pytest.mark.parametrize("ahead", [SKEW_MS, -SKEW_MS], ids=["ahead", "behind"])
-async def test_leader_is_replaced_only_after_it_died_and_in_time(
+async def test_leader_is_replaced_only_after_it_crashed_and_in_time(
     connection: Connection, store: Path, ahead: int
 ) -> None:
     async with run_roles_in_process(connection, store) as roles:

@@ -42,7 +42,7 @@ async def claim_as(roles: RunningRoles, job_id: str, worker_id: str = "ghost") -
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-async def test_jobs_of_dead_worker_are_taken_over_in_time(
+async def test_jobs_of_crashed_worker_are_claimed_by_others_in_time(
     connection: Connection, store: Path, end: signal.Signals
 ) -> None:
     async with run_roles_in_process(connection, store, projector=True) as roles:

@@ -34,7 +34,7 @@ time.sleep(1000)
 """
 
 
-def test_remove_stale_removes_scratch_of_dead_processes_only(tmp_path: Path) -> None:
+def test_remove_stale_removes_scratch_of_ended_processes_only(tmp_path: Path) -> None:
     holders = [
         subprocess.Popen([sys.executable, "-c", HOLD_SCRATCH, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -64,7 +64,7 @@ def test_remove_stale_removes_scratch_of_dead_processes_only(tmp_path: Path) -> 
         holder.stdout.close()
 
 
-def test_scratch_follows_no_links_and_uses_no_foreign_directory(tmp_path: Path) -> None:
+def test_scratch_follows_no_links_and_uses_only_directories_of_own_user(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "file").write_text("kept")
@@ -168,7 +168,7 @@ def test_remove_tree_removes_unreadable_directories_and_follows_no_links(tmp_pat
     assert outside.stat().st_mode & 0o777 == 0o755
 
 
-def test_deep_directories_of_a_dead_worker_are_removed(tmp_path: Path) -> None:
+def test_deep_directories_of_killed_worker_are_removed(tmp_path: Path) -> None:
     base = tmp_path / f"jobledger-{os.getuid()}"
     dead = base / "host-1-abcdef"
     dead.mkdir(parents=True, mode=0o700)

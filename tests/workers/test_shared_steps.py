@@ -1,4 +1,4 @@
-"""Tests of the step cache: jobs share steps only on request, within one owner, job type and processor version."""
+"""Tests of shared steps: jobs share steps only on request, within one owner, job type and processor version."""
 
 from __future__ import annotations
 

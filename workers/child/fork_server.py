@@ -19,8 +19,8 @@ import sys
 from importlib import import_module
 from typing import Final
 
+from jobledger.ledger.system import process_attributes
 from jobledger.workers.child import supervisor
-from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox.confinement import detect_mount_support
 from jobledger.workers.sandbox.process_tree import kill_children
 
@@ -33,7 +33,7 @@ def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
     os.setpgid(0, 0)
     supervisor.ignore_signals()
-    restrictions.become_subreaper()
+    process_attributes.become_subreaper()
     detect_mount_support()  # before there are threads
     for module in json.loads(sys.argv[2]):
         _load(module)

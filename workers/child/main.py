@@ -23,6 +23,7 @@ from typing import Any, Final, NoReturn
 import orjson
 
 from jobledger.ledger.domain.limits import MAX_FILE_BYTES
+from jobledger.ledger.system.process_attributes import limit_resource
 from jobledger.workers.child.attempt import Assignment, run_attempt
 from jobledger.workers.child.containment import Containment, new_event_loop
 from jobledger.workers.child.failures import convert_exception_to_failure
@@ -40,7 +41,6 @@ from jobledger.workers.processor import Processor, ProcessorError
 from jobledger.workers.registry import get_processor, get_shared_directories
 from jobledger.workers.results.conversion import to_text
 from jobledger.workers.sandbox.confinement import confine, find_paths
-from jobledger.workers.sandbox.restrictions import limit_resource
 
 _MAX_ENTRIES_PER_MESSAGE: Final = 500
 _MAX_QUEUED_MESSAGES: Final = 100  # the job waits while more are queued; each may have many log entries

@@ -28,8 +28,8 @@ from typing import Any, Final, NoReturn
 
 import orjson
 
+from jobledger.ledger.system import process_attributes
 from jobledger.workers.child.main import run_job_process
-from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox.process_tree import kill_children
 
 STOP_SECONDS: Final = 1.0
@@ -52,7 +52,7 @@ def ignore_signals() -> None:
 def supervise(control: socket.socket, connection: socket.socket, memory_limit_mb: int) -> None:
     """Run one job process to its end, and return when no descendant is left. Call in a dedicated process."""
     os.setpgid(0, 0)
-    restrictions.become_subreaper()
+    process_attributes.become_subreaper()
     output, job_output = os.pipe()
     own_pid = os.getpid()
     try:
@@ -72,7 +72,7 @@ def supervise(control: socket.socket, connection: socket.socket, memory_limit_mb
 
 def _run_job(supervisor: int, connection: socket.socket, output: int, memory_limit_mb: int) -> NoReturn:
     try:
-        restrictions.set_parent_death_signal(signal.SIGKILL)
+        process_attributes.set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != supervisor:  # the supervisor ended before the call
             os._exit(1)
         os.setpgid(0, 0)  # signals of a processor to its process group must not reach the supervisor

@@ -21,6 +21,7 @@ import structlog
 from pydantic import BaseModel, Field
 
 from jobledger.ledger.domain.errors import ConfigurationError
+from jobledger.ledger.system import process_attributes
 from jobledger.ledger.system.settings_section import SettingsSection
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox.restrictions import DEVICE_RULES, LIST_RIGHTS, READ_RIGHTS, WRITE_RIGHTS
@@ -120,16 +121,17 @@ def confine(
     os.environ.update(HOME=str(scratch_dir), TMPDIR=str(scratch_dir))
     tempfile.tempdir = None  # makes tempfile read TMPDIR again
     # Some libraries request real-time priority (the AV1 encoder SVT as root), which starves all other processes.
-    restrictions.limit_resource(resource.RLIMIT_RTPRIO, 0)
-    restrictions.limit_resource(resource.RLIMIT_NICE, 0)
+    process_attributes.limit_resource(resource.RLIMIT_RTPRIO, 0)
+    process_attributes.limit_resource(resource.RLIMIT_NICE, 0)
     restrictions.set_no_new_privileges()
     if settings.confinement == "off":
-        restrictions.drop_capabilities(keep=restrictions.FILE_CAPABILITIES)
+        process_attributes.drop_capabilities(keep=process_attributes.FILE_CAPABILITIES)
         return
     has_landlock = restrictions.get_landlock_version() >= 1
     if has_landlock and _can_have_mounts:
         _protect_metadata([scratch_dir.parent, *shared_dirs, *settings.writable_paths])
-    restrictions.drop_capabilities(keep=0 if has_landlock else restrictions.CAP_SETFCAP)  # bubblewrap needs it
+    # Without Landlock, helper programs run in bubblewrap, which needs this capability.
+    process_attributes.drop_capabilities(keep=0 if has_landlock else process_attributes.CAP_SETFCAP)
     restrictions.hide_from_same_user()
     if has_landlock:  # otherwise, the worker has logged a warning or has not started
         rules: list[tuple[str | Path, int]] = [*allowed, *DEVICE_RULES]

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from jobledger.ledger.system import process_attributes
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox.process_tree import kill_children
 
@@ -32,7 +33,7 @@ _OTHER_FAMILIES: Final = [family for family in range(64) if family not in (socke
 def main() -> None:
     """Run the program described by the JSON document in the first argument, and exit with its exit code."""
     plan = json.loads(sys.argv[1])
-    restrictions.set_parent_death_signal(signal.SIGKILL)
+    process_attributes.set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != plan["parent"]:  # the parent ended before the call above
         os._exit(EXIT_NOT_STARTED)
     try:
@@ -41,7 +42,7 @@ def main() -> None:
             if not has_namespaces:
                 raise OSError("this system does not support network namespaces for programs")
             _send_proxy_socket(plan["proxy"])
-        restrictions.become_subreaper()
+        process_attributes.become_subreaper()
         program = os.fork()
         if program == 0:
             _start_program(plan, has_namespaces=has_namespaces)
@@ -55,14 +56,14 @@ def main() -> None:
 
 def _start_program(plan: dict[str, Any], *, has_namespaces: bool) -> None:
     """In the new process, become the first process of the PID namespace if there is one, and start the program."""
-    restrictions.set_parent_death_signal(signal.SIGKILL)
+    process_attributes.set_parent_death_signal(signal.SIGKILL)
     if has_namespaces:
         # The first process of a namespace would not be killed by signals such as that of `abort`, so it is not the
         # program itself. When it ends, the kernel kills the whole namespace.
         program = os.fork()
         if program:
             os._exit(_wait_for(program))
-        restrictions.set_parent_death_signal(signal.SIGKILL)
+        process_attributes.set_parent_death_signal(signal.SIGKILL)
     try:
         os.setsid()
         _set_limits(plan["limits"], has_namespaces=has_namespaces)
@@ -75,7 +76,7 @@ def _start_program(plan: dict[str, Any], *, has_namespaces: bool) -> None:
                 ]
             )
         restrictions.set_no_new_privileges()
-        restrictions.drop_capabilities()
+        process_attributes.drop_capabilities()
         if restrictions.is_seccomp_supported():
             denied_calls = restrictions.OUTSIDE_ACCESS_CALLS
             if plan["proxy"] is not None:
@@ -103,7 +104,7 @@ def _set_limits(limits: dict[str, int], *, has_namespaces: bool) -> None:
         (resource.RLIMIT_NOFILE, limits["open_files"]),
         (resource.RLIMIT_NPROC, processes),
     ):
-        restrictions.limit_resource(kind, value)
+        process_attributes.limit_resource(kind, value)
 
 
 def _count_user_tasks() -> int:

@@ -1,6 +1,6 @@
-"""Landlock rules, seccomp filters and process attributes: system calls for which Python has no function.
+"""Landlock rules, seccomp filters and namespaces: system calls for which Python has no function.
 
-This module imports only the standard library, because the sandbox loads it in a bare interpreter. Landlock and seccomp
+This module needs only the standard library, because the sandbox loads it in a bare interpreter. Landlock and seccomp
 apply to the calling thread and to what it starts afterwards, so call these functions before the process has other
 threads.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import resource
 import stat
 import struct
 import tempfile
@@ -20,8 +19,7 @@ from errno import EACCES, ENOSYS, EPERM
 from pathlib import Path
 from typing import Final
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
+from jobledger.ledger.system.process_attributes import check_result, libc
 
 # linux/landlock.h. The rights of each version are added to those before it.
 EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
@@ -41,18 +39,12 @@ LANDLOCK_SIGNALS_VERSION: Final = 6
 """Since this version of Landlock, a confined process cannot signal processes outside."""
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 
-_CAPABILITY_VERSION: Final = 0x20080522
-CAP_SETFCAP: Final = 1 << 31
-"""Without this capability, root cannot create a user namespace that contains itself, as bubblewrap does."""
-FILE_CAPABILITIES: Final = sum(1 << number for number in (0, 1, 3, 4, 6, 7)) | CAP_SETFCAP
-"""CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID and SETFCAP: for files and other users."""
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
-_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
 
 
 def get_landlock_version() -> int:
     """Return the kernel's version of Landlock; 0 if it has none."""
-    return max(0, int(_libc.syscall(_CREATE_RULESET, None, 0, 1)))
+    return max(0, int(libc.syscall(_CREATE_RULESET, None, 0, 1)))
 
 
 def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> None:
@@ -71,12 +63,12 @@ def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> None:
     attributes = struct.pack("=Q", handled)
     if version >= LANDLOCK_SIGNALS_VERSION:
         attributes = struct.pack("=QQQ", handled, 0, _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS)
-    ruleset = _check_result(_libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
+    ruleset = check_result(libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
     try:
         for path, rights in rules:
             _add_rule(ruleset, path, rights & handled)
         set_no_new_privileges()
-        _check_result(_libc.syscall(_RESTRICT_SELF, ruleset, 0))
+        check_result(libc.syscall(_RESTRICT_SELF, ruleset, 0))
     finally:
         os.close(ruleset)
 
@@ -90,51 +82,19 @@ def _add_rule(ruleset: int, path: str | Path, rights: int) -> None:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             rights &= _FILE_RIGHTS
         if rights:
-            _check_result(_libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, descriptor), 0))
+            check_result(libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, descriptor), 0))
     finally:
         os.close(descriptor)
 
 
 def set_no_new_privileges() -> None:
     """Disable set-user-ID bits and file capabilities of programs that this process starts after the call."""
-    _check_result(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    check_result(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
 def hide_from_same_user() -> None:
     """Prevent other processes of the same user, except root, from reading this one's memory, environment and files."""
-    _check_result(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
-
-
-def drop_capabilities(*, keep: int = 0) -> None:
-    """Drop capabilities, also for programs started later with `no_new_privs`.
-
-    A process with CAP_PERFMON can read the environment of others even where Landlock denies it.
-
-    Args:
-        keep: Bit set of the capabilities to keep if the process has them.
-    """
-    header, sets = struct.pack("=Ii", _CAPABILITY_VERSION, 0), ctypes.create_string_buffer(24)
-    _check_result(_libc.capget(header, sets))
-    # Effective, permitted and inheritable sets, 32 bits each. The ambient set is a subset of the inheritable set.
-    kept = struct.unpack("=6I", sets.raw)[1] & keep
-    _check_result(_libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)))
-
-
-def set_parent_death_signal(signal_number: int) -> None:
-    """Let the kernel send this process a signal when the thread that started it ends."""
-    _check_result(_libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0))
-
-
-def become_subreaper() -> None:
-    """Become the parent of descendants whose own parent ends."""
-    _check_result(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
-
-
-def limit_resource(kind: int, limit: int) -> None:
-    """Set a resource limit of this process (`resource.RLIMIT_…`), or keep the lower one that it already has."""
-    highest = resource.getrlimit(kind)[1]
-    limit = limit if highest == resource.RLIM_INFINITY else min(limit, highest)
-    resource.setrlimit(kind, (limit, limit))
+    check_result(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
 
 
 # seccomp ----------------------------------------------------------------------------------------------------------
@@ -242,7 +202,7 @@ def apply_seccomp_filter(
     set_no_new_privileges()
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
-    _check_result(_libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0))
+    check_result(libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0))
 
 
 def _list_own_argument_values(name: str, pid: int) -> list[tuple[int, ...]]:
@@ -272,13 +232,6 @@ def _return_unless(place: int, value: int, result: int) -> list[tuple[int, int, 
     return [(_LOAD, 0, 0, place), (_JUMP_EQUAL, 1, 0, value), (_RETURN, 0, 0, result)]
 
 
-def _check_result(result: int) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return int(result)
-
-
 # Namespaces -------------------------------------------------------------------------------------------------------
 
 _NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
@@ -301,19 +254,19 @@ def make_read_only(writable: Iterable[str | Path]) -> bool:
         OSError: The system does not allow changing mounts, or is older than Linux 5.12.
     """
     user, group = os.getuid(), os.getgid()
-    if _libc.unshare(_NEW_MOUNTS) != 0:
-        if _libc.unshare(_NEW_MOUNTS | _NEW_USER) != 0:
+    if libc.unshare(_NEW_MOUNTS) != 0:
+        if libc.unshare(_NEW_MOUNTS | _NEW_USER) != 0:
             return False
         _keep_user(user, group)
-    _check_result(_libc.mount(None, b"/", None, _RECURSIVE | _SLAVE, None))
+    check_result(libc.mount(None, b"/", None, _RECURSIVE | _SLAVE, None))
     places = sorted(os.fsencode(os.path.realpath(path)) for path in {*writable} if Path(path).exists())
     flags = _CLONE | _AT_RECURSIVE | os.O_CLOEXEC
-    trees = [_check_result(_libc.syscall(_OPEN_TREE, _AT_FDCWD, place, flags)) for place in places]
+    trees = [check_result(libc.syscall(_OPEN_TREE, _AT_FDCWD, place, flags)) for place in places]
     attributes = struct.pack("=QQQQ", _READ_ONLY, 0, 0, 0)
     size = ctypes.c_size_t(len(attributes))
-    _check_result(_libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, size))
+    check_result(libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, size))
     for place, tree in zip(places, trees, strict=True):  # parents first; each mount keeps its own flags
-        _check_result(_libc.syscall(_MOVE_MOUNT, tree, b"", _AT_FDCWD, place, _FROM_DESCRIPTOR))
+        check_result(libc.syscall(_MOVE_MOUNT, tree, b"", _AT_FDCWD, place, _FROM_DESCRIPTOR))
         os.close(tree)
     return True
 
@@ -343,7 +296,7 @@ def unshare_namespaces() -> bool:
         Whether the system allows that.
     """
     user, group = os.getuid(), os.getgid()
-    if _libc.unshare(_NEW_USER | _NEW_NET | _NEW_IPC | _NEW_PID) != 0:
+    if libc.unshare(_NEW_USER | _NEW_NET | _NEW_IPC | _NEW_PID) != 0:
         return False
     with suppress(OSError):  # without it, the process is user `nobody`, with the same access to files
         _keep_user(user, group)

@@ -43,9 +43,8 @@ SYSTEM_PATHS: Final = (
 )
 """Readable by every program. Nothing of users and services: not /home, /root, /proc, /run, /etc/passwd, /var."""
 _PACKAGE: Final = Path(jobledger.__file__).resolve().parent
-_CODE_PATHS: Final = (_PACKAGE, Path(__file__).resolve().parents[1])
-"""Directories of launchers and helper programs. In an editable install, `jobledger/workers` is a link to another place.
-"""
+_CODE_PATHS: Final = (_PACKAGE, *((_PACKAGE / name).resolve() for name in ("ledger", "workers")))
+"""Directories of launchers and helper programs. In an editable install, the second and third are elsewhere."""
 _LAUNCH_CODE: Final = (
     "import sys; sys.path.append(sys.argv.pop(1)); from jobledger.workers.sandbox.launcher import main; main()"
 )

@@ -170,7 +170,7 @@ async def test_connection_uses_the_address_that_was_checked(site: Site) -> None:
     assert resolved_hosts == ["conference.example"]
 
 
-async def test_second_address_is_used_if_the_first_refuses(site: Site) -> None:
+async def test_second_address_is_used_if_first_refuses_connection(site: Site) -> None:
     async def resolve_two(host: str, port: int) -> list[str]:
         return ["127.0.0.9", "127.0.0.1"]
 

@@ -119,7 +119,7 @@ def test_cooldown_of_a_host_is_at_most_ten_minutes() -> None:
     assert cooldown == timedelta(minutes=10)
 
 
-def test_delivery_past_its_deadline_during_a_cooldown_is_given_up() -> None:
+def test_delivery_past_its_deadline_during_a_cooldown_is_abandoned() -> None:
     schedule = make_schedule(make_delivery("first"), circuit_breaker_failures=1)
     [first] = schedule.take_due(START)[0]
     schedule.add(make_delivery("old", 1, give_up_at=after_start(10)))

@@ -73,7 +73,7 @@ class _LanguageModel:
     def __init__(self, ctx: StepContext, api: OpenAiClient) -> None:
         self._ctx = ctx
         self._api = api
-        self._supports_schema = True
+        self._has_schema_support = True
 
     async def generate(self, prompt: str, text: str, schema: type[BaseModel], parse: Callable[[str], Parsed]) -> Parsed:
         """Generate output and parse it.
@@ -85,7 +85,7 @@ class _LanguageModel:
             parse: Parses the output. Raises InvalidModelOutput.
 
         Raises:
-            InvalidModelOutput: The output of both attempts is invalid.
+            InvalidModelOutput: The output of both tries is invalid.
             OpenAiError: The API failed.
         """
         messages = [{"role": "system", "content": prompt}, {"role": "user", "content": text}]
@@ -104,14 +104,14 @@ class _LanguageModel:
         body: dict[str, Any] = {"model": settings.model, "messages": messages}
         if settings.temperature is not None:
             body["temperature"] = settings.temperature
-        if self._supports_schema:
+        if self._has_schema_support:
             body["response_format"] = enrichment.build_response_format(schema)
         try:
             response = await self._api.post("chat/completions", json=body)
         except OpenAiError as error:
-            if not self._supports_schema or error.status not in (400, 422):
+            if not self._has_schema_support or error.status not in (400, 422):
                 raise
-            self._supports_schema = False  # not all servers support it; the prompt describes the same format
+            self._has_schema_support = False  # not all servers support it; the prompt describes the same format
             return await self._complete(messages, schema)
         return self._extract_text(response)
 

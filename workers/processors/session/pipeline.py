@@ -25,7 +25,7 @@ from jobledger.workers.processors.session.result_layout import build_layout
 from jobledger.workers.processors.session.settings import SessionSettings
 from jobledger.workers.processors.session.step_context import StepContext
 
-STEP_CACHE_TTL: Final = timedelta(days=1)
+SHARED_STEP_MAX_AGE: Final = timedelta(days=1)
 """How long jobs share the outputs of steps that do not depend on the target language. Pages and recordings change."""
 
 Output = TypeVar("Output", bound=BaseModel)
@@ -47,7 +47,7 @@ async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> R
         build_inputs: Callable[..., dict[str, JSON]],
         function: Callable[..., Awaitable[Output]],
         *arguments: object,
-        shared: bool = False,
+        is_shared: bool = False,
     ) -> Output:
         """Run a step with its own list of warnings, or return its stored output."""
         ctx = StepContext(job, parameters, settings, layout, fetcher)
@@ -56,16 +56,16 @@ async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> R
         async def run_and_dump() -> JSON:
             return (await function(ctx, *arguments)).model_dump(mode="json")
 
-        max_age = STEP_CACHE_TTL if shared else None
+        max_age = SHARED_STEP_MAX_AGE if is_shared else None
         stored = await job.run_step(name, build_inputs(ctx, *arguments), run_and_dump, share_max_age=max_age)
         return output.model_validate(stored)
 
-    page = await run_step("page", PageText, page_step.build_inputs, page_step.run, shared=True)
+    page = await run_step("page", PageText, page_step.build_inputs, page_step.run, is_shared=True)
     transcript = await run_step(
-        "transcript", document.TranscriptResult, transcript_step.build_inputs, transcript_step.run, shared=True
+        "transcript", document.TranscriptResult, transcript_step.build_inputs, transcript_step.run, is_shared=True
     )
-    slides = await run_step("slides", document.SlidesResult, slides_step.build_inputs, slides_step.run, shared=True)
-    # A cached output has the paths of the job that ran the step.
+    slides = await run_step("slides", document.SlidesResult, slides_step.build_inputs, slides_step.run, is_shared=True)
+    # A shared output has the paths of the job that ran the step.
     transcript, slides = transcript.with_result_paths(layout), slides.with_result_paths(layout)
     enrichment = await run_step(
         "enrich", document.EnrichmentResult, enrichment_step.build_inputs, enrichment_step.run, page, transcript

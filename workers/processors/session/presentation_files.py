@@ -327,18 +327,18 @@ def _read_powerpoint(presentation: Any, parts: _Parts) -> Iterator[SlideText]:
             continue
         relationships = parts.read_relationships(path).values()
         notes_pages = (parts.parse(target) for kind, target in relationships if kind.endswith("/notesSlide"))
-        notes = (_extract_drawing_text(page, notes=True) for page in notes_pages if page is not None)
+        notes = (_extract_drawing_text(page, is_notes_page=True) for page in notes_pages if page is not None)
         yield SlideText(number=number, text=_extract_drawing_text(slide), notes=next(notes, ""))
 
 
-def _extract_drawing_text(root: Any, *, notes: bool = False) -> str:
+def _extract_drawing_text(root: Any, *, is_notes_page: bool = False) -> str:
     """Return the paragraphs of a slide, title first. For a notes page return only the notes."""
     titles: list[str] = []
     other_lines: list[str] = []
-    for shape in [*root.iter("{*}sp"), *(() if notes else root.iter("{*}graphicFrame"))]:
+    for shape in [*root.iter("{*}sp"), *(() if is_notes_page else root.iter("{*}graphicFrame"))]:
         kind = next((place.get("type", "body") for place in shape.iter("{*}ph")), "")
         lines = ["".join(t.text or "" for t in paragraph.iter("{*}t")) for paragraph in shape.iter("{*}p")]
-        if not notes or kind == "body":
+        if not is_notes_page or kind == "body":
             (titles if kind in ("title", "ctrTitle") else other_lines).extend(lines)
     return _normalize_lines([*titles, *other_lines])
 
