@@ -1,4 +1,4 @@
-"""Remove what a deleted job or batch leaves behind and no event needs.
+"""Remove the data of deleted jobs and batches that is not in the log.
 
 These are the secrets of its webhook, its pending deliveries, and its files, unless another job has the same content.
 The log keeps everything else. Nothing is missed: a cursor stores how far the log was read, and it moves only when the
@@ -9,11 +9,11 @@ content later finds no such file and writes a new one. A job that saved it befor
 
 - If the job still runs, the file's time is not before the start of the attempt, because saving an existing file renews
   its time. The file is put back.
-- If the job has ended, its steps and results are in the views as soon as these reach the head of the log, which is read
-  after the file was set aside.
+- If the job has ended, its steps and results are in the views as soon as these reach the head of the log. The head is
+  read after the file was set aside.
 
-A removal waits longer than a lease, because a job that reuses a completed step of another job records that before its
-lease ends, or is fenced. While the views do not contain all files of some job, nothing is removed.
+A removal waits longer than a lease. A job that reuses a step of another job records that before its lease ends, or is
+fenced. While the views do not contain all files of some job, nothing is removed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _SUBMITTED_EVENT_TYPES: Final = ("JobSubmitted", "BatchSubmitted")
 
 
 class Cleanup:
-    """Removes what deleted jobs and batches leave behind. Runs beside the leading projector (`Projector.beside`).
+    """Removes the data of deleted jobs and batches. Runs beside the leading projector (`Projector.beside`).
 
     Two may run for a moment if one was frozen. Each has its own removal ID: see `FileStore.begin_removal`.
     """

@@ -16,7 +16,7 @@ import pytest
 import structlog
 
 from jobledger.ledger.system.cooperative_threads import run_to_completion
-from jobledger.workers.machine.directory_removal import ENTRIES_PER_TURN, remove_tree
+from jobledger.workers.machine.directory_removal import ENTRIES_PER_CHUNK, remove_tree
 from jobledger.workers.machine.health import MachineFailure
 from jobledger.workers.machine.scratch import ScratchDirectory
 
@@ -208,7 +208,7 @@ def fill_deeply(tree: Path) -> None:
 def test_remove_tree_works_in_turns_with_constant_memory(
     tmp_path: Path, fill: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.machine.directory_removal.ENTRIES_PER_TURN", 40)
+    monkeypatch.setattr("jobledger.workers.machine.directory_removal.ENTRIES_PER_CHUNK", 40)
     tree = tmp_path / "tree"
     tree.mkdir()
     fill(tree)
@@ -247,7 +247,7 @@ def test_close_does_not_wait_for_the_removal_of_directories(tmp_path: Path, monk
     fill_with_files(scratch.path)
     path = scratch.path
     scratch.close()
-    assert len(list(path.iterdir())) >= 1000 - ENTRIES_PER_TURN
+    assert len(list(path.iterdir())) >= 1000 - ENTRIES_PER_CHUNK
     second = ScratchDirectory(tmp_path)
     second.prepare()
     run_to_completion(second.remove_stale())

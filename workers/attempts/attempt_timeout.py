@@ -35,7 +35,7 @@ class AttemptTimeout:
         self._resume()
 
     def stop(self) -> None:
-        """Stop for good, because the work has ended."""
+        """Stop permanently, because the work has ended."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

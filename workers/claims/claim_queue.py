@@ -7,9 +7,9 @@ No job waits forever. Everything that makes a job claimable is an event. When th
 worker queries the queue. A due time sets a timer, and so does a job that was deferred to another worker.
 
 Workers avoid conflicts by rank: for each job, a hash of both names ranks the workers. The first one claims immediately.
-The others wait a moment per rank, and give up when they observe its claim. Usually, one append claims a job; if the
-first worker is busy, the job starts milliseconds later. A job of higher priority is always tried before one of lower
-priority. Jobs of equal priority in one query may change their order.
+The others wait a moment per rank, and skip the job when they observe its claim. Usually, one append claims a job.
+If the first worker is busy, the job starts milliseconds later. A job of higher priority is always tried before one of
+lower priority. Jobs of equal priority in one query may change their order.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _Job = TypeVar("_Job", ClaimCandidate, queue.QueueRow)
 
 
 class ClaimQueue:
-    """The pending jobs that one worker knows of.
+    """The pending jobs that one worker may try to claim.
 
     Args:
         job_types: The job types that the worker can run.

@@ -114,7 +114,7 @@ class Claimer:
                 self._on_unreadable(error)
             return
         job = result.stream_state.aggregate
-        if not isinstance(job, Job) or job.worker_id != worker_id:  # we learned of the claim after it had ended
+        if not isinstance(job, Job) or job.worker_id != worker_id:  # the claim was written, and it has ended by now
             await self._handle_rejection(job_id)
             return
         self._queue.mark_claimed(job_id, result.stream_state.head.position)

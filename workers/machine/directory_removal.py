@@ -1,7 +1,7 @@
 """Remove directories that jobs have filled. Jobs choose the number of entries, the depth, and the modes.
 
-The work is done in turns (`jobledger.ledger.system.cooperative_threads`), so that a small directory never waits for the
-removal of a large one.
+The work is done in chunks (`jobledger.ledger.system.cooperative_threads`), so that a small directory never waits for
+the removal of a large one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Final
 from jobledger.ledger.system.cooperative_threads import CooperativeWork
 
 removal_executor = ThreadPoolExecutor(2, thread_name_prefix="removal")
-ENTRIES_PER_TURN: Final = 500
-"""Number of entries that are removed before another directory gets a turn."""
+ENTRIES_PER_CHUNK: Final = 500
+"""Number of entries that are removed before work on another directory may continue."""
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -39,7 +39,7 @@ def remove_tree(path: Path) -> CooperativeWork[None]:
                 for removed in _remove_entries(top):
                     progress = progress or removed
                     entries += 1
-                    if entries % ENTRIES_PER_TURN == 0:
+                    if entries % ENTRIES_PER_CHUNK == 0:
                         yield
         finally:
             os.close(top)

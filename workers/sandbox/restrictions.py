@@ -160,7 +160,7 @@ OUTSIDE_ACCESS_CALLS: Final = PRIVILEGED_CALLS | {
 
 
 def is_seccomp_supported() -> bool:
-    """Return whether `apply_seccomp_filter` knows this machine's system calls."""
+    """Return whether `apply_seccomp_filter` supports this machine."""
     return platform.machine() in _SYSCALL_NUMBERS
 
 
