@@ -45,7 +45,8 @@ from jobledger.projections.views import jobs
 
 _log = structlog.get_logger()
 COLLECTION: Final = "workers"
-_JITTER_SECONDS: Final = 0.3  # random delay, so that not all reapers act at the same time
+_JITTER_SECONDS: Final = 0.3
+"""Random delay, so that not all reapers act at the same time."""
 _UNKNOWN_SECONDS: Final = 1.0
 _STEADY_FRACTION: Final = 0.5
 """Fraction of a lease for which a reaper must have extended its own lease without a gap before it expires others.
@@ -54,7 +55,8 @@ Leases are extended three times per lease duration.
 """
 _REMAINING_MS: Final = {"$subtract": ["$lease_until", "$$NOW"]}
 _FIELDS: Final = {"remaining_ms": _REMAINING_MS, "seconds": 1, "released": 1, "heartbeat": 1}
-_UNKNOWN_WORKERS: Final = ""  # stands for all workers that have running jobs and no lease
+_UNKNOWN_WORKERS: Final = ""
+"""Stands for all workers that have running jobs and no lease."""
 
 
 class LeaseReaper:

@@ -20,7 +20,8 @@ BURST_ENTRIES: Final = 10_000
 ENTRIES_PER_SECOND: Final = 200
 BURST_BYTES: Final = 4 * 1024 * 1024
 BYTES_PER_SECOND: Final = 64 * 1024
-FLOOD_TAIL_ENTRIES: Final = 100  # the last entries of a flood, which are always kept
+FLOOD_TAIL_ENTRIES: Final = 100
+"""Number of entries at the end of a flood that are always kept."""
 MIN_ATTEMPT_BYTES: Final = 256 * 1024
 """Every attempt may log this much, regardless of earlier attempts."""
 MAX_EVENT_ENTRIES: Final = 2000

@@ -30,8 +30,10 @@ from jobledger.workers.registry import get_processor_version
 from jobledger.workers.results.conversion import to_text
 
 _log = structlog.get_logger()
-_MAX_CONCURRENT_INGESTS: Final = 2  # of one attempt
-_STORE_RETRY_DELAYS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries to write to the result store
+_MAX_CONCURRENT_INGESTS: Final = 2
+"""Maximum number of files of one attempt that are moved to the result store at the same time."""
+_STORE_RETRY_DELAYS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds between tries to write to the result store."""
 
 
 class SavedFileLost(ProcessorError):

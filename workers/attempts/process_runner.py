@@ -20,7 +20,8 @@ from jobledger.workers.results.conversion import to_text
 _T = TypeVar("_T")
 DISK_TIMEOUT_SECONDS = 30.0
 """A blocking call that takes longer means that the disk does not respond."""
-_MAX_REQUESTS: Final = 100  # concurrent requests of one job process
+_MAX_REQUESTS: Final = 100
+"""Maximum number of concurrent requests of one job process."""
 _MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
 """Maximum total size of the concurrent requests of one job process.
 

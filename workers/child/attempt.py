@@ -39,7 +39,8 @@ T = TypeVar("T")
 SendMessage = Callable[[messages.Message], Coroutine[Any, Any, Any]]
 """Sends a message to the worker and returns the response, if there is one. Raises ProcessorError if it is rejected."""
 MAX_WARNINGS: Final = 200
-_WARNING_BYTES: Final = 512 * 1024  # of all warnings of the job
+_WARNING_BYTES: Final = 512 * 1024
+"""Maximum size of all warnings of a job."""
 _LEVELS: Final = frozenset(get_args(LogLevel))
 # Do not use the event loop's default executor: a processor may occupy all of its threads.
 _file_threads = ThreadPoolExecutor(8, thread_name_prefix="save")

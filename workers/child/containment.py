@@ -34,8 +34,10 @@ _unclosed_coroutines: deque[Coroutine[Any, Any, Any]] = deque(maxlen=100)
 # The deque outlives the interpreter. At exit, the modules' globals are gone before its coroutines are closed: one that
 # suppresses every error would then loop forever, and the process would not exit.
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(_unclosed_coroutines))
-_END_ITERATIONS: Final = 3  # iterations of the event loop in which an abandoned task ends
-_MAX_THREADS: Final = min(32, (os.cpu_count() or 1) + 4)  # as many as asyncio's default
+_END_ITERATIONS: Final = 3
+"""Number of iterations of the event loop in which an abandoned task ends."""
+_MAX_THREADS: Final = min(32, (os.cpu_count() or 1) + 4)
+"""The same number as in asyncio's default executor."""
 
 
 class Containment:

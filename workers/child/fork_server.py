@@ -25,7 +25,8 @@ from jobledger.workers.sandbox.confinement import detect_mount_support
 from jobledger.workers.sandbox.process_tree import kill_children
 
 READY: Final = b"ready"
-_KILL_SECONDS: Final = 2.0  # what survives is killed when the next supervisor ends
+_KILL_SECONDS: Final = 2.0
+"""Time to kill processes. Those that survive are killed when the next supervisor ends."""
 
 
 def main() -> None:

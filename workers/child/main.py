@@ -43,7 +43,8 @@ from jobledger.workers.results.conversion import to_text
 from jobledger.workers.sandbox.confinement import confine, find_paths
 
 _MAX_ENTRIES_PER_MESSAGE: Final = 500
-_MAX_QUEUED_MESSAGES: Final = 100  # the job waits while more are queued; each may have many log entries
+_MAX_QUEUED_MESSAGES: Final = 100
+"""The job waits while more messages are queued. Each may have many log entries."""
 
 
 def run_job_process(connection: socket.socket, memory_limit_mb: int) -> None:

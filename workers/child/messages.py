@@ -18,7 +18,8 @@ from jobledger.workers.processor import JSON, LogLevel
 from jobledger.workers.results.conversion import format_validation_error, to_text
 
 FRAME_HEADER: Final = struct.Struct(">I")
-MAX_FRAME_BYTES: Final = 32 * 1024 * 1024  # maximum size of a frame that the worker accepts
+MAX_FRAME_BYTES: Final = 32 * 1024 * 1024
+"""Maximum size of a frame that the worker accepts."""
 MAX_FRAME_VALUES: Final = 1_500_000
 """Maximum number of values in a frame that the worker accepts.
 

@@ -34,11 +34,14 @@ from jobledger.workers.child.supervisor import STOP_SECONDS
 _log = structlog.get_logger()
 STALL_SECONDS = 30.0
 """Timeout for a message that has begun and makes no progress, in either direction."""
-END_SECONDS: Final = STOP_SECONDS + 4  # for a supervisor to end its job process and all descendants of it
+END_SECONDS: Final = STOP_SECONDS + 4
+"""Time in which a supervisor must end its job process and all descendants of it."""
 _CHUNK_BYTES: Final = 256 * 1024
-_MESSAGES_PER_SECOND: Final = 2000  # of one job process; one that sends more is delayed
+_MESSAGES_PER_SECOND: Final = 2000
+"""A job process that sends more messages is delayed."""
 _BYTES_PER_SECOND: Final = 64 * 1024 * 1024
-_MAX_CONTROL_BYTES: Final = 1024 * 1024  # of one line from a supervisor
+_MAX_CONTROL_BYTES: Final = 1024 * 1024
+"""Maximum size of a line from a supervisor."""
 
 
 class ProcessFailed(Exception):

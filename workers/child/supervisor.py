@@ -34,9 +34,12 @@ from jobledger.workers.sandbox.process_tree import kill_children
 
 STOP_SECONDS: Final = 1.0
 """Time in which a job process can react to the stop message."""
-KILL_SECONDS: Final = 30.0  # what survives cannot be killed: it waits for a disk or belongs to root
-MAX_OUTPUT_BYTES: Final = 64 * 1024  # of output that is forwarded
-OUTPUT_TAIL_BYTES: Final = 8192  # of output that is kept to report an unexpected end
+KILL_SECONDS: Final = 30.0
+"""Time to kill all descendants. One that survives cannot be killed: it waits for a disk or belongs to root."""
+MAX_OUTPUT_BYTES: Final = 64 * 1024
+"""Maximum size of the output that is forwarded to the worker."""
+OUTPUT_TAIL_BYTES: Final = 8192
+"""Size of the end of the output that is kept, to report an unexpected end."""
 _MAX_FINAL_READS: Final = 32
 
 

@@ -37,7 +37,8 @@ CLAIMABLE_EVENT_TYPES: Final = frozenset(
 )
 """Types of events that may make a job claimable."""
 CLAIMER_EVENT_TYPES: Final = CLAIMABLE_EVENT_TYPES | {"JobClaimed", "BatchPaused"}
-_MAX_RANKS: Final = 5  # workers of later ranks do not wait longer
+_MAX_RANKS: Final = 5
+"""Workers of later ranks do not wait longer."""
 _DEFER_SECONDS: Final = 0.25
 """A queued job is deferred to higher-ranked workers for this time, and longer while any of them is claiming."""
 _CLAIMING_SECONDS: Final = 1.0

@@ -25,11 +25,16 @@ from pydantic import BaseModel, ValidationError
 from jobledger.ledger.domain.canonical_json import MAX_SAFE_INTEGER
 from jobledger.workers.processor import JSON, ProcessorError
 
-MAX_DEPTH: Final = 95  # the event store accepts 100 levels, and the event itself needs some
-MAX_VALUE_BYTES: Final = 7 * 1024 * 1024  # of one value; the limit of an event is 8 MiB
-MAX_TEXT_LENGTH: Final = 10_000  # in characters
-_VALUE_BYTES: Final = 6  # counted for each scalar and key, in addition to its text
-_CONTAINER_BYTES: Final = 16  # also bounds the duration of the conversion
+MAX_DEPTH: Final = 95
+"""Maximum depth of a value. The event store accepts 100 levels, and the event itself needs some."""
+MAX_VALUE_BYTES: Final = 7 * 1024 * 1024
+"""Maximum size of a value. The limit of an event is 8 MiB."""
+MAX_TEXT_LENGTH: Final = 10_000
+"""Maximum length of a text in characters."""
+_VALUE_BYTES: Final = 6
+"""Size that is counted for each scalar and key, in addition to its text."""
+_CONTAINER_BYTES: Final = 16
+"""Size that is counted for each object and list. It also bounds the duration of the conversion."""
 
 
 ValuePath = tuple[Any, str | int]
