@@ -205,7 +205,7 @@ for number, (level, mode) in enumerate((level, mode) for level in range(4) for m
     inbox = root / f"attempt-{number}" / "saved"
     inbox.parent.mkdir()
     digest = DirectoryStore(inbox).put_bytes(str(number).encode()).sha256
-    path = DirectoryStore(inbox).path(digest)
+    path = DirectoryStore(inbox).get_path(digest)
     [path, *path.parents][level].chmod(mode)
     try:
         asyncio.run(results.ingest(inbox, digest))

@@ -327,7 +327,7 @@ def test_worker_without_landlock_logs_a_warning(monkeypatch: pytest.MonkeyPatch)
     with structlog.testing.capture_logs() as lines:
         confinement.check_confinement("auto")
     assert ["not confined" in line["event"] for line in lines] == [True]
-    with pytest.raises(ConfigurationError, match="`required`, but .* the kernel does not support Landlock"):
+    with pytest.raises(ConfigurationError, match=r"`required`, but .* the kernel does not support Landlock"):
         confinement.check_confinement("required")
     confinement.check_confinement("off")
 
