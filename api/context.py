@@ -12,7 +12,7 @@ from jobledger.api.auth.browser_sessions import BrowserSessions
 from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier
 from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.auth.stream_access import StreamAccessCache
-from jobledger.api.completion_notifier import CompletionNotifier
+from jobledger.api.finish_notifier import FinishNotifier
 from jobledger.api.http.client_address import Network
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.http.sse import LiveStreams
@@ -52,7 +52,7 @@ class ApiContext:
     file_store: FileStore
     job_types: Mapping[str, type[BaseModel]]
     parameter_validator: ParameterValidator
-    previews: MarkdownPreviewer
+    markdown_previewer: MarkdownPreviewer
     memory_budget: MemoryBudget
     unavailable_job_types: Mapping[str, str]
     allowed_hosts: tuple[str, ...]
@@ -60,7 +60,7 @@ class ApiContext:
     browser_sessions: BrowserSessions | None
     revocation_notifier: RevocationNotifier
     get_groups: Callable[[str], Collection[str]]
-    completion_notifier: CompletionNotifier
+    finish_notifier: FinishNotifier
     settings: ApiSettings
     trusted_proxies: Collection[Network]
     has_access_log: bool

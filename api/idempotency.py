@@ -50,14 +50,16 @@ class RequestFingerprint:
             message = "Malformed Idempotency-Key: expected 1 to 200 visible ASCII characters, for example a UUID."
             raise ApiError(400, "malformed_idempotency_key", message)
         user_id = require_user_id(request)
-        return cls(_digest(user_id, request.method, request.url.path, value), _digest(_serialize(content)))
+        return cls(
+            _compute_digest(user_id, request.method, request.url.path, value), _compute_digest(_serialize(content))
+        )
 
     def __str__(self) -> str:
         return f"{self.key_digest} {self.body_digest}"
 
     def derive_id(self, number: int = 0) -> str:
         """Return 24 hexadecimal digits for the ID of the `number`th resource that the request creates."""
-        return _digest(self.key_digest, str(number))[:24]
+        return _compute_digest(self.key_digest, str(number))[:24]
 
     def find_in(self, events: Iterable[RecordedEvent]) -> RecordedEvent | None:
         """Return the last event that an earlier request with this key has caused; None if there is none.
@@ -95,6 +97,6 @@ def _serialize(content: Any) -> str:
         return json.dumps(content, sort_keys=True)  # integers beyond 64 bits, which orjson cannot encode
 
 
-def _digest(*parts: str) -> str:
+def _compute_digest(*parts: str) -> str:
     text = "\0".join(parts)
     return blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()

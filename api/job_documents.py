@@ -11,7 +11,7 @@ from jobledger.api.auth.permissions import get_principal, get_viewer
 from jobledger.api.auth.redaction import JOB_FIELD_RULES, Viewer, redact_document
 from jobledger.api.context import get_api_context
 from jobledger.api.ledger_position import wait_for_requested_position
-from jobledger.api.pagination import list_response
+from jobledger.api.pagination import build_list_response
 from jobledger.api.schemas.jobs import JobListQuery
 from jobledger.api.schemas.request_models import PageQuery
 from jobledger.ledger.mongo.connection import Document
@@ -19,7 +19,7 @@ from jobledger.projections.views import batches, job_list, paging, statistics
 from jobledger.projections.views.files import prefix_result_urls
 
 
-async def list_jobs_response(request: Request, query: JobListQuery) -> Response:
+async def build_job_list_response(request: Request, query: JobListQuery) -> Response:
     """Return the page of jobs that a query asks for."""
     await wait_for_requested_position(request)
     job_filter = job_list.JobFilter(**query.model_dump(exclude={*PageQuery.model_fields, "include"}))
@@ -27,7 +27,7 @@ async def list_jobs_response(request: Request, query: JobListQuery) -> Response:
     views = get_api_context(request).views
     jobs, next_page = await job_list.find_page(views, db_query, query.page_request, include=query.include or ())
     total, max_count = await _count(request, job_filter, db_query)
-    return list_response("jobs", await render_jobs(request, jobs), next_page, total, max_count=max_count)
+    return build_list_response("jobs", await render_jobs(request, jobs), next_page, total, max_count=max_count)
 
 
 async def _count(request: Request, job_filter: job_list.JobFilter, db_query: Document) -> tuple[int, int | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from jobledger.api.http.errors import json_response
+from jobledger.api.http.errors import build_json_response
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views.paging import MAX_PAGE_BYTES, PageCursor
 
@@ -21,7 +21,7 @@ def encode_cursor(cursor: PageCursor) -> str:
     return urlsafe_b64encode(text.encode()).decode()
 
 
-def list_response(
+def build_list_response(
     name: str, items: Sequence[Document], next_page: PageCursor | None, total: int, *, max_count: int | None
 ) -> Response:
     """Return a page of a list.
@@ -38,7 +38,7 @@ def list_response(
         content["total_is_lower_bound"] = True
     if next_page is not None:
         content["next_cursor"] = encode_cursor(next_page)
-    return json_response(content)
+    return build_json_response(content)
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from jobledger.api.auth.permissions import can_read, get_viewer
 from jobledger.api.auth.redaction import Viewer
 from jobledger.api.context import get_api_context
 from jobledger.api.http.conditional import ConditionalRequest, compute_etag
-from jobledger.api.http.credential_expiry import timeout_while_authenticated
+from jobledger.api.http.credential_expiry import limit_while_authenticated
 from jobledger.api.http.errors import ApiError, encode_json
 from jobledger.api.http.preferences import apply_wait_preference, prefers_wait
 from jobledger.api.http.validation import parse_query
@@ -41,32 +41,32 @@ _UNFINISHED: Final = frozenset({"pending", "processing"})
 
 
 @dataclass(frozen=True, slots=True)
-class Resource:
+class ResourceKind:
     """A kind of resource.
 
     Attributes:
         name: `job` or `batch`: the prefix of its IDs and the field of its document in responses.
         path_segment: `jobs` or `batches`: its part of paths.
         load: Returns the document that the views have, or None.
-        find_completion: Returns whether the resource is finished or deleted, and the position of its last event.
+        check_finished: Returns whether the resource is finished or deleted, and the position of its last event.
         fold_first: Folds the first event into the document of a submitted resource.
     """
 
     name: Literal["job", "batch"]
     path_segment: str
     load: Callable[[Views, EventStore, str], Awaitable[Document | None]]
-    find_completion: Callable[[EventStore, str], Awaitable[tuple[bool, int]]]
+    check_finished: Callable[[EventStore, str], Awaitable[tuple[bool, int]]]
     fold_first: Callable[[RecordedEvent], Document | None]
 
     def is_id(self, stream_id: str) -> bool:
         """Return whether an ID has the prefix of this kind."""
         return stream_id.startswith(f"{self.name}-")
 
-    def id_in_path(self, request: Request) -> str:
+    def get_id_from_path(self, request: Request) -> str:
         """Return the ID in the request's path."""
         return str(request.path_params[f"{self.name}_id"])
 
-    def not_found_error(self, resource_id: str, problem: str = "not found") -> ApiError:
+    def build_not_found_error(self, resource_id: str, problem: str = "not found") -> ApiError:
         """Return the error for a resource that does not exist or that the caller may not read."""
         return ApiError(404, f"{self.name}_not_found", f"{self.name.capitalize()} {resource_id} {problem}.")
 
@@ -77,12 +77,12 @@ class Resource:
         return document
 
 
-async def _find_job_completion(event_store: EventStore, job_id: str) -> tuple[bool, int]:
+async def _check_job_finished(event_store: EventStore, job_id: str) -> tuple[bool, int]:
     job = fold_events(jobs.fold, events := await event_store.read_stream(job_id))
     return job is None or job["status"] in TERMINAL_STATUSES, events[-1].position if events else 0
 
 
-async def _find_batch_completion(event_store: EventStore, batch_id: str) -> tuple[bool, int]:
+async def _check_batch_finished(event_store: EventStore, batch_id: str) -> tuple[bool, int]:
     current = await load_stream_state(event_store, batch_id)
     is_finished = (
         not isinstance(current.aggregate, Batch)
@@ -92,31 +92,31 @@ async def _find_batch_completion(event_store: EventStore, batch_id: str) -> tupl
     return is_finished, current.head.position
 
 
-JOB: Final = Resource("job", "jobs", jobs.get, _find_job_completion, partial(jobs.fold, None))
-BATCH: Final = Resource(
+JOB: Final = ResourceKind("job", "jobs", jobs.get, _check_job_finished, partial(jobs.fold, None))
+BATCH: Final = ResourceKind(
     "batch",
     "batches",
     batches.get,
-    _find_batch_completion,
+    _check_batch_finished,
     lambda event: batches.add_submitted_counts(batches.fold(None, event)),
 )
 
 
-async def load_or_404(request: Request, resource: Resource) -> Document:
+async def load_or_404(request: Request, kind: ResourceKind) -> Document:
     """Return the job or batch in the request's path, as the views have it.
 
     Raises:
         ApiError: 404.
     """
-    ctx, resource_id = get_api_context(request), resource.id_in_path(request)
-    document = await resource.load(ctx.views, ctx.event_store, resource_id) if resource.is_id(resource_id) else None
+    ctx, resource_id = get_api_context(request), kind.get_id_from_path(request)
+    document = await kind.load(ctx.views, ctx.event_store, resource_id) if kind.is_id(resource_id) else None
     if document is None or not can_read(request, document):
-        raise resource.not_found_error(resource_id)
+        raise kind.build_not_found_error(resource_id)
     return document
 
 
 async def load_document(request: Request, stream_id: str) -> Document | None:
-    """Return the document of a job or batch, None if there is no such one. The caller must check access."""
+    """Return the document of a job or batch, None if it does not exist. The caller must check access."""
     ctx = get_api_context(request)
     for resource in (JOB, BATCH):
         if resource.is_id(stream_id):
@@ -124,8 +124,8 @@ async def load_document(request: Request, stream_id: str) -> Document | None:
     return None
 
 
-async def load_for_read(request: Request, resource: Resource) -> tuple[Document, Viewer, int | datetime | None]:
-    """Load the job or batch that a GET request asks for. With `Prefer: wait`, wait for its completion first.
+async def load_for_read(request: Request, kind: ResourceKind) -> tuple[Document, Viewer, int | datetime | None]:
+    """Load the job or batch that a GET request asks for. With `Prefer: wait`, wait until it is finished first.
 
     Returns:
         The current document, the caller's access to it, and the requested point in time. Current access also decides
@@ -136,13 +136,13 @@ async def load_for_read(request: Request, resource: Resource) -> tuple[Document,
     """
     await wait_for_requested_position(request)
     as_of = parse_query(request, AsOfQuery).as_of
-    if as_of is None and prefers_wait(request) and (await load_or_404(request, resource))["status"] in _UNFINISHED:
-        await wait_for_completion(request, resource, resource.id_in_path(request))
-    document = await load_or_404(request, resource)
+    if as_of is None and prefers_wait(request) and (await load_or_404(request, kind))["status"] in _UNFINISHED:
+        await wait_until_finished(request, kind, kind.get_id_from_path(request))
+    document = await load_or_404(request, kind)
     return document, get_viewer(request, document), as_of
 
 
-async def wait_for_completion(request: Request, resource: Resource, resource_id: str) -> None:
+async def wait_until_finished(request: Request, kind: ResourceKind, resource_id: str) -> None:
     """If the caller prefers to wait, wait until the resource is finished and the views show it, or the time is over.
 
     Later reads of the resource, its files or lists then agree with the response.
@@ -151,11 +151,11 @@ async def wait_for_completion(request: Request, resource: Resource, resource_id:
     with apply_wait_preference(request) as seconds, suppress(TimeoutError):
         if not seconds:
             return
-        async with timeout_while_authenticated(request, seconds), ctx.completion_notifier.watch(resource_id) as wake_up:
-            while not (completion := await resource.find_completion(ctx.event_store, resource_id))[0]:
+        async with limit_while_authenticated(request, seconds), ctx.finish_notifier.watch(resource_id) as wake_up:
+            while not (result := await kind.check_finished(ctx.event_store, resource_id))[0]:
                 await wake_up.wait()
                 wake_up.clear()
-            await ctx.checkpoint.wait_for_position(completion[1])
+            await ctx.checkpoint.wait_for_position(result[1])
             request.scope["ledger_position"] = ctx.checkpoint.position
 
 

@@ -14,7 +14,7 @@ from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import run_off_loop
 from jobledger.api.http.errors import ApiError
 from jobledger.api.idempotency import RequestFingerprint, build_metadata
-from jobledger.api.resources import BATCH, Resource
+from jobledger.api.resources import BATCH, ResourceKind
 from jobledger.ledger.domain.access import AccessLevel
 from jobledger.ledger.domain.errors import CommandRejected
 from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
@@ -47,7 +47,7 @@ class LoadedStream:
 
 async def load_for_change(
     request: Request,
-    resource: Resource,
+    kind: ResourceKind,
     access_level: AccessLevel = AccessLevel.WRITE,
     *,
     content: Any = None,
@@ -63,16 +63,16 @@ async def load_for_change(
     Raises:
         ApiError: 401, 403, 404, 412; 422, the Idempotency-Key was used with another body.
     """
-    stream_id = resource.id_in_path(request)
+    stream_id = kind.get_id_from_path(request)
     fingerprint = await run_off_loop(request, RequestFingerprint.from_request, request, content)
     event_store = get_api_context(request).event_store
-    events = await event_store.read_stream(stream_id) if resource.is_id(stream_id) else []
-    check = require_access(request, access_level, not_found_error=resource.not_found_error(stream_id))
+    events = await event_store.read_stream(stream_id) if kind.is_id(stream_id) else []
+    check = require_access(request, access_level, not_found_error=kind.build_not_found_error(stream_id))
     if check_if_match and (fingerprint is None or fingerprint.find_in(events) is None):
         check = _require_if_match(request, check)
     stream_state = StreamState().apply(events)
     check(stream_state)
-    meta = build_metadata(request, fingerprint, stream_id if resource is BATCH else None)
+    meta = build_metadata(request, fingerprint, stream_id if kind is BATCH else None)
     return LoadedStream(stream_id, events, stream_state, fingerprint, meta, check)
 
 
@@ -127,14 +127,14 @@ def _require_if_match(request: Request, check: Callable[[StreamState], None]) ->
     def check_both(stream_state: StreamState) -> None:
         check(stream_state)
         version = stream_state.head.version
-        if not _lists_version(header, version):
+        if not _is_version_listed(header, version):
             message = f"Precondition failed: the resource has changed to version {version} (If-Match). Read it again."
             raise ApiError(412, "precondition_failed", message, details={"version": version})
 
     return check_both
 
 
-def _lists_version(header: str, version: int) -> bool:
+def _is_version_listed(header: str, version: int) -> bool:
     if header.strip() == "*":
         return True
     tags = (_VERSION_ETAG.fullmatch(tag.strip()) for tag in header.split(","))

@@ -25,7 +25,7 @@ import structlog
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jobledger.api.http.client_address import Network, get_rate_limit_key, is_in_networks
-from jobledger.api.http.errors import ApiError, error_response
+from jobledger.api.http.errors import ApiError, build_error_response
 
 HEADER_TIMEOUT_SECONDS: Final = 10.0
 """Time for the header of a request, from its first byte. For the first request, from the start of the connection."""
@@ -284,7 +284,7 @@ class HttpConnection(H11Protocol):
 
     def _respond_and_close(self, error: ApiError) -> None:
         """Send an error and close the connection."""
-        response = error_response(error)
+        response = build_error_response(error)
         headers: list[tuple[Any, Any]] = [*response.raw_headers, (b"connection", b"close")]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             for event in (

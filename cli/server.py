@@ -21,8 +21,8 @@ from jobledger.api.auth.jwks import JwksKeySource, KeySource, StaticKeySource, c
 from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier, SingleUserBackend
 from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.auth.stream_access import StreamAccessCache
-from jobledger.api.completion_notifier import CompletionNotifier
 from jobledger.api.context import ApiContext
+from jobledger.api.finish_notifier import FinishNotifier
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.http.sse import LiveStreams
 from jobledger.api.processes.markdown_previewer import MarkdownPreviewer
@@ -84,8 +84,8 @@ def build_context(
     Raises:
         ConfigurationError: The public key for tokens cannot be used.
     """
-    completion_notifier = CompletionNotifier()
-    change_stream.add_listener(completion_notifier)
+    finish_notifier = FinishNotifier()
+    change_stream.add_listener(finish_notifier)
     stall_detector = StallDetector(event_store, checkpoint)
     change_stream.add_listener(stall_detector)
     public_host = urlsplit(settings.api.public_url).hostname if settings.api.public_url else None
@@ -100,7 +100,7 @@ def build_context(
         file_store=store,
         job_types={name: processor.Parameters for name, processor in load_processors().items()},
         parameter_validator=ParameterValidator(),
-        previews=MarkdownPreviewer(),
+        markdown_previewer=MarkdownPreviewer(),
         memory_budget=MemoryBudget(settings.api.request_memory_mb * 1024 * 1024),
         unavailable_job_types=get_unusable_job_types(),
         allowed_hosts=tuple(dict.fromkeys(name for name in hosts if name)),
@@ -108,7 +108,7 @@ def build_context(
         browser_sessions=_make_browser_sessions(settings.auth, backend, db, change_stream, revocations),
         revocation_notifier=revocations,
         get_groups=backend.get_groups if isinstance(backend, ApiKeyBackend) else lambda _user_id: frozenset[str](),
-        completion_notifier=completion_notifier,
+        finish_notifier=finish_notifier,
         stream_access=StreamAccessCache(event_store, checkpoint),
         stall_detector=stall_detector,
         live_streams=LiveStreams(),
@@ -229,4 +229,4 @@ async def serve_api(
             yield settings.public_url or f"http://{shown_host}:{port}"
     finally:
         await context.parameter_validator.close()
-        await context.previews.close()
+        await context.markdown_previewer.close()

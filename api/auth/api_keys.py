@@ -25,7 +25,7 @@ from jobledger.ledger.mongo.connection import MAJORITY, Database, Document, tran
 
 _log = structlog.get_logger()
 COLLECTION: Final = "api_keys"
-Role = Literal["admin", "monitor"]
+UserRole = Literal["admin", "monitor"]
 _TOKEN: Final = re.compile(r"jl_([0-9a-f]{16})_([A-Za-z0-9_-]{43})", re.ASCII)
 _NO_DIGEST: Final = bytes(32)
 
@@ -46,7 +46,7 @@ class ApiKey(BaseModel):
     name: Annotated[str, Field(max_length=200), AfterValidator(_parse_label)] | None = None
     user_id: Annotated[str, AfterValidator(parse_user_name)]
     groups: list[Annotated[str, AfterValidator(parse_group_name)]] = []
-    roles: list[Role] = []
+    roles: list[UserRole] = []
     created_at: datetime
     expires_at: datetime | None = None
 

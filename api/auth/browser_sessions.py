@@ -42,7 +42,7 @@ from jobledger.ledger.mongo.connection import MAJORITY, Database, Document, tran
 _log = structlog.get_logger()
 COLLECTION: Final = "browser_sessions"
 SESSION_LIFETIME: Final = timedelta(hours=12)
-MAX_SESSIONS_PER_OWNER: Final = 20
+MAX_SESSIONS_PER_HOLDER: Final = 20
 """Sessions of one API key, or of one user with tokens. A new session beyond the limit ends the oldest."""
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
 
@@ -53,7 +53,7 @@ class BrowserSession(BaseModel):
     model_config = ConfigDict(frozen=True, populate_by_name=True)
 
     digest: str = Field(alias="_id", pattern=r"^[0-9a-f]{64}$")
-    owner: str
+    holder: str
     key_id: str | None = None
     user_id: str
     groups: list[str] = []
@@ -69,28 +69,28 @@ async def create_indexes(db: Database) -> None:
         await db[COLLECTION].create_indexes(
             [
                 IndexModel([("expires_at", ASCENDING)], expireAfterSeconds=0),
-                IndexModel([("owner", ASCENDING), ("created_at", DESCENDING)]),
+                IndexModel([("holder", ASCENDING), ("created_at", DESCENDING)]),
             ]
         )
 
 
-def get_session_owner(*, key_id: str | None = None, user_id: str = "") -> str:
-    """Return the owner of sessions that are counted and ended together: an API key, or a user with tokens."""
+def build_holder(*, key_id: str | None = None, user_id: str = "") -> str:
+    """Return the holder of sessions that are counted and ended together: an API key, or a user with tokens."""
     return f"user:{user_id}" if key_id is None else f"key:{key_id}"
 
 
-async def end_sessions(db: Database, owner: str) -> int:
-    """End all sessions of an owner. Return their number."""
+async def end_sessions(db: Database, holder: str) -> int:
+    """End all sessions of a holder. Return their number."""
     with translate_errors("ending sessions"):
-        return (await db[COLLECTION].delete_many({"owner": owner})).deleted_count
+        return (await db[COLLECTION].delete_many({"holder": holder})).deleted_count
 
 
 async def count_sessions(db: Database) -> dict[str, int]:
-    """Return the number of sessions that have not expired, by owner."""
+    """Return the number of sessions that have not expired, by holder."""
     with translate_errors("counting sessions"):
         stages: list[Document] = [
             {"$match": {"expires_at": {"$gt": datetime.now(UTC)}}},
-            {"$group": {"_id": "$owner", "number": {"$sum": 1}}},
+            {"$group": {"_id": "$holder", "number": {"$sum": 1}}},
         ]
         return {row["_id"]: row["number"] async for row in await db[COLLECTION].aggregate(stages)}
 
@@ -134,8 +134,8 @@ class BrowserSessions:
         session_id, now = secrets.token_urlsafe(32), datetime.now(UTC)
         user_id = principal.user_id or ""
         session = BrowserSession(
-            digest=_digest(session_id),
-            owner=get_session_owner(key_id=key_id, user_id=user_id),
+            digest=_compute_digest(session_id),
+            holder=build_holder(key_id=key_id, user_id=user_id),
             key_id=key_id,
             user_id=user_id,
             groups=sorted(principal.groups),
@@ -147,8 +147,8 @@ class BrowserSessions:
         with translate_errors("creating a session"):
             await self._db[COLLECTION].insert_one(session.model_dump(by_alias=True))
             # Concurrent sign-ins may delete the same sessions. Each leaves no more than the limit.
-            newest = self._stored.find({"owner": session.owner}, {"_id": 1}, sort=[("created_at", -1)])
-            surplus = [row["_id"] async for row in newest.skip(MAX_SESSIONS_PER_OWNER)]
+            newest = self._stored.find({"holder": session.holder}, {"_id": 1}, sort=[("created_at", -1)])
+            surplus = [row["_id"] async for row in newest.skip(MAX_SESSIONS_PER_HOLDER)]
             if surplus:
                 await self._db[COLLECTION].delete_many({"_id": {"$in": surplus}})
         return session_id
@@ -157,7 +157,7 @@ class BrowserSessions:
         """Return the principal of a session; None if the session or its API key is unknown, expired or revoked."""
         if not _ID.fullmatch(session_id):
             return None
-        digest = _digest(session_id)
+        digest = _compute_digest(session_id)
         if digest in self._ended:
             return None
         session = self._sessions.get(digest)
@@ -174,7 +174,7 @@ class BrowserSessions:
         """End a session."""
         if not _ID.fullmatch(session_id):
             return
-        digest = _digest(session_id)
+        digest = _compute_digest(session_id)
         if self._sessions.pop(digest, None) is not None:
             self._ended.add(digest)
         with translate_errors("ending a session"):
@@ -203,7 +203,7 @@ class BrowserSessions:
         self._revocation_notifier.notify()
 
 
-def _digest(session_id: str) -> str:
+def _compute_digest(session_id: str) -> str:
     return sha256(session_id.encode()).hexdigest()
 
 

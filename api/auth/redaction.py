@@ -172,14 +172,14 @@ DELIVERY_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
 }
 
 
-def _blank(_value: Any, _viewer: Viewer) -> str:
+def _clear(_value: Any, _viewer: Viewer) -> str:
     return ""
 
 
 DELIVERY_ATTEMPT_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
     **_keep_all("attempt", "attempted_at", "status_code", "duration_s", "next_attempt_at"),
     "error": _redact_delivery_error,
-    "response": _blank,
+    "response": _clear,
     "body_sha256": _hide,
 }
 METADATA_FIELD_RULES: Final[Mapping[str, FieldRule]] = {
@@ -213,7 +213,7 @@ EVENT_FIELD_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     "JobCompleted": _keep_all("attempt", "results"),
     "JobAttemptFailed": {"error": _redact_error, **_keep_all("attempt", "retry_at")},
     "JobFailed": {"error": _redact_error, **_keep_all("attempt")},
-    "JobReleased": {**_WORKER_RULES, "reason": _blank, **_keep_all("is_machine_failure")},
+    "JobReleased": {**_WORKER_RULES, "reason": _clear, **_keep_all("is_machine_failure")},
     "JobRestarted": {**_ACTION_RULES, **_keep_all("reuse_steps")},
     "JobUpdated": {"by": _redact_actor, **_keep_all("parameters", "priority", "not_before")},
     "WorkerFenced": {**_WORKER_RULES, **_keep_all("rejected_event")},
@@ -226,7 +226,7 @@ EVENT_FIELD_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     },
     "DeliveryAttempted": {name: rule for name, rule in DELIVERY_ATTEMPT_FIELD_RULES.items() if name != "attempted_at"},
     "DeliverySucceeded": _keep_all("attempt"),
-    "DeliveryAbandoned": {"reason": _blank},
+    "DeliveryAbandoned": {"reason": _clear},
     "PositionVoided": {},
 }
 

@@ -57,7 +57,7 @@ _WITHOUT_LARGE_FIELDS: Final = override_payload_fields({"parameters": {}, "job_i
 class StreamAccess:
     """Access rights to a job or batch as of a stream version.
 
-    `is_unreadable`: an event of a newer version of Jobledger may have changed the rights, so nobody has access.
+    `is_unreadable`: an event that cannot be read may have changed the rights, so only admins have access.
     """
 
     version: int

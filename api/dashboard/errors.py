@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Scope
 
 from jobledger.api.dashboard.rendering import DASHBOARD_PATH, get_root_path, render_page
-from jobledger.api.http.errors import ApiError, error_response, translate_ledger_error
+from jobledger.api.http.errors import ApiError, build_error_response, translate_ledger_error
 from jobledger.ledger.domain.errors import JobledgerError
 
 RouteHandler = Callable[[Request], Awaitable[Response]]
@@ -42,7 +42,7 @@ def build_auth_error_response(scope: Scope, error: ApiError) -> ASGIApp:
     """Return the response to an unauthenticated request: a redirect for pages, otherwise the error as JSON."""
     path = scope["path"]
     is_page = (scope["method"] in ("GET", "HEAD") and path in _PAGE_PATHS) or path.startswith(_PAGE_PATH_PREFIXES)
-    return redirect_to_sign_in(Request(scope)) if is_page else error_response(error)
+    return redirect_to_sign_in(Request(scope)) if is_page else build_error_response(error)
 
 
 def redirect_to_sign_in(request: Request) -> Response:

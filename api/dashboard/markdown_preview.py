@@ -43,7 +43,7 @@ async def _read_prefix(file_store: FileStore, file: Mapping[str, Any], limit: in
 
     Raises:
         FileLost: The file is missing or was changed.
-        FileStoreUnavailable: The file store does not respond.
+        FileStoreUnavailable: The result store does not respond.
     """
     reader = await file_store.open(file["sha256"], file["size"])
     try:

@@ -30,7 +30,7 @@ from jobledger.api.dashboard.rendering import (
 from jobledger.api.dashboard.sign_in import show_sign_in, sign_in, sign_out
 from jobledger.api.dashboard.view_updates import watch_views
 from jobledger.api.http.bodies import read_json_body
-from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.http.errors import ApiError, build_json_response
 from jobledger.api.http.sse import EventStreamResponse
 from jobledger.api.routes import batches, history, jobs, log, monitoring, webhooks
 from jobledger.api.schemas.batches import BatchBody
@@ -126,7 +126,7 @@ async def show_job(request: Request) -> Response:
         attempts=_build_attempts(events),
         timeline_width=TIMELINE_WIDTH,
         deliveries=deliveries["deliveries"],
-        preview=await render_result_preview(ctx.previews, ctx.file_store, results, get_root_path(request)),
+        preview=await render_result_preview(ctx.markdown_previewer, ctx.file_store, results, get_root_path(request)),
         can_write=_can_write(request, job),
         slides=[asset for asset in results.get("assets", ()) if asset["path"].endswith("-thumb.jpg")],
     )
@@ -188,7 +188,7 @@ async def validate_batch(request: Request) -> Response:
     require_user_id(request)
     body, _ = await read_json_body(request, BatchBody)
     await build_batch_jobs(request, body, "batch-", "user")
-    return json_response({"status": "success", "jobs": len(body.jobs)})
+    return build_json_response({"status": "success", "jobs": len(body.jobs)})
 
 
 async def stream_view_updates(request: Request) -> EventStreamResponse:

@@ -35,14 +35,14 @@ _budget: ContextVar[HtmlBudget] = ContextVar("budget")
 def render_page(request: Request, template: str, *, status: int = 200, **context: Any) -> Response:
     """Render a template of the dashboard with the variables in `context`.
 
-    The variable `live_source` selects the stream that updates the page, from `position` on.
+    The variable `live_source` selects the stream that updates the page, with the events after `position`.
     """
     language = negotiate_language(request.headers.get("accept-language", ""))
     principal: Principal | None = request.scope.get("principal")
     budget = HtmlBudget()
     _budget.set(budget)
     text = (
-        _environment()
+        _create_environment()
         .get_template(template)
         .render(
             t=get_translator(language),
@@ -91,11 +91,11 @@ def compute_static_files_digest() -> str:
 
 
 @cache
-def _environment() -> Environment:
+def _create_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("jobledger.api.dashboard", "templates"),
         autoescape=True,
-        finalize=_finalize,
+        finalize=_render_value,
         undefined=ChainableUndefined,  # events of other types lack some fields
         trim_blocks=True,
         lstrip_blocks=True,
@@ -105,7 +105,7 @@ def _environment() -> Environment:
         "format_duration": format_duration,
         "format_json": format_json,
         "format_rounded": format_rounded,
-        "job_label": job_label,
+        "format_job_label": format_job_label,
         "limit_rows": limit_rows,
     }
     environment.filters |= filters
@@ -113,7 +113,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _finalize(value: Any) -> Any:
+def _render_value(value: Any) -> Any:
     budget = _budget.get(None)  # not set while Jinja compiles a template
     return value if budget is None else budget.render_value(value)
 
@@ -131,7 +131,7 @@ def format_json(value: Any) -> str:
     return text.decode()
 
 
-def job_label(job: Mapping[str, Any]) -> str:
+def format_job_label(job: Mapping[str, Any]) -> str:
     """Return the name of a job, or else the title of its conference session, or else its ID."""
     session = job["parameters"].get("session")
     name = job["job_name"] or (session if isinstance(session, str) else "") or job["job_id"]

@@ -21,7 +21,7 @@ _MAX_FORM_BYTES: Final = 20_000
 
 async def show_sign_in(request: Request) -> Response:
     """GET /monitoring/events/sign-in"""
-    next_path = _safe_next_path(request.query_params.get("next", ""))
+    next_path = _sanitize_next_path(request.query_params.get("next", ""))
     return render_page(request, "sign_in.html.j2", is_rejected=False, next_path=next_path)
 
 
@@ -29,7 +29,7 @@ async def show_sign_in(request: Request) -> Response:
 async def sign_in(request: Request) -> Response:
     """POST /monitoring/events/sign-in: start a browser session. A session that the browser already has ends."""
     form = await _read_form(request)
-    credential, next_path = form.get("credential", "").strip(), _safe_next_path(form.get("next", ""))
+    credential, next_path = form.get("credential", "").strip(), _sanitize_next_path(form.get("next", ""))
     principal = await _authenticate(request, credential)
     if principal is None:
         return render_page(request, "sign_in.html.j2", status=401, is_rejected=True, next_path=next_path)
@@ -85,7 +85,7 @@ async def _end_browser_session(request: Request) -> None:
         await ctx.browser_sessions.end(session_id)
 
 
-def _safe_next_path(next_path: str) -> str:
+def _sanitize_next_path(next_path: str) -> str:
     """Return the path to open after the sign-in. Paths outside the dashboard become the overview (open redirects)."""
     dashboard_path = DASHBOARD_PATH[1:]
     is_safe = next_path.startswith(dashboard_path) and "//" not in next_path and "\\" not in next_path

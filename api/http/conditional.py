@@ -79,9 +79,9 @@ class ConditionalRequest:
         headers = self.request_headers
         if "if-match" in headers:
             if not self._is_listed("if-match", weak_comparison=False):
-                raise self._precondition_failed("If-Match")
+                raise self._build_precondition_error("If-Match")
         elif self._is_modified_since(headers.get("if-unmodified-since")) is True:
-            raise self._precondition_failed("If-Unmodified-Since")
+            raise self._build_precondition_error("If-Unmodified-Since")
         if "if-none-match" in headers:
             return self._is_listed("if-none-match", weak_comparison=True)
         return self._is_modified_since(headers.get("if-modified-since")) is False
@@ -101,13 +101,13 @@ class ConditionalRequest:
         if unit.strip().lower() != "bytes":
             if _RANGE_UNIT.fullmatch(unit) and specs_text:
                 return []  # RFC 9110, 14.2: unknown units are ignored
-            raise _range_error(f"Malformed Range: {_RANGE_HINT}", size)
+            raise _build_range_error(f"Malformed Range: {_RANGE_HINT}", size)
         specs = [spec.strip() for spec in specs_text.split(",") if spec.strip()]
         if len(specs) > MAX_RANGES:
-            raise _range_error(f"Range has {len(specs)} parts, the maximum is {MAX_RANGES}", size)
+            raise _build_range_error(f"Range has {len(specs)} parts, the maximum is {MAX_RANGES}", size)
         ranges = sorted(part for spec in specs if (part := _parse_range(spec, size)) is not None)
         if not ranges:
-            raise _range_error("The file has none of the requested ranges", size)
+            raise _build_range_error("The file has none of the requested ranges", size)
         merged = ranges[:1]
         for start, end in ranges[1:]:
             if start <= merged[-1][1]:
@@ -150,7 +150,7 @@ class ConditionalRequest:
         value = self.request_headers.get("if-range")
         return value is None or value.strip() in (self.etag, self._last_modified)
 
-    def _precondition_failed(self, header: str) -> ApiError:
+    def _build_precondition_error(self, header: str) -> ApiError:
         message = f"Precondition failed: the resource has changed ({header}). Read it again."
         return ApiError(412, "precondition_failed", message, details={"etag": self.etag})
 
@@ -159,7 +159,7 @@ def _parse_range(spec: str, size: int) -> Range | None:
     """Parse one range; None if it begins after the end of the file."""
     match = _RANGE.fullmatch(spec)
     if match is None or spec == "-" or (match[1] and match[2] and int(match[1]) > int(match[2])):
-        raise _range_error(f"Malformed Range {spec[:40]!r}: {_RANGE_HINT}", size)
+        raise _build_range_error(f"Malformed Range {spec[:40]!r}: {_RANGE_HINT}", size)
     if not match[1]:
         start, end = max(0, size - int(match[2])), size
     else:
@@ -167,6 +167,6 @@ def _parse_range(spec: str, size: int) -> Range | None:
     return (start, end) if start < end else None
 
 
-def _range_error(message: str, size: int) -> ApiError:
+def _build_range_error(message: str, size: int) -> ApiError:
     text = f"{message}. The file has {size} bytes."
     return ApiError(416, "range_not_satisfiable", text, details={"size": size})

@@ -34,7 +34,7 @@ async def wait_until_signed_out(scope: Scope, *, allow_renewal: bool = False) ->
 
 
 @asynccontextmanager
-async def timeout_while_authenticated(request: HTTPConnection, seconds: float) -> AsyncIterator[None]:
+async def limit_while_authenticated(request: HTTPConnection, seconds: float) -> AsyncIterator[None]:
     """Limit the duration of the block like asyncio.timeout(), and end it when the request's credential becomes invalid.
 
     Raises:

@@ -58,7 +58,7 @@ ERROR_RESPONSES: Final[Sequence[tuple[type[errors.JobledgerError], int, str, int
     (errors.VersionConflict, 409, "version_conflict", None),
     (errors.InvalidEvent, 422, "invalid_content", None),
     (errors.LedgerBusy, 429, "write_contention", 1),
-    (errors.FileStoreUnavailable, 503, "file_store_unavailable", 10),
+    (errors.FileStoreUnavailable, 503, "result_store_unavailable", 10),
     (errors.LedgerUnavailable, 503, "database_unavailable", 2),
     (errors.UnreadableEvent, 500, "unreadable_event", None),
 )
@@ -70,7 +70,9 @@ def _replace_unknown_value(value: Any) -> str:
     return f"(unreadable: {type(value).__name__})"
 
 
-def json_response(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def build_json_response(
+    content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """Return a JSON response. Times are in UTC with a Z."""
     return Response(encode_json(content), status, dict(headers or {}), "application/json")
 
@@ -80,7 +82,7 @@ def encode_json(content: Mapping[str, Any]) -> bytes:
     return orjson.dumps(content, default=_replace_unknown_value, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
 
 
-def error_response(error: ApiError) -> Response:
+def build_error_response(error: ApiError) -> Response:
     """Return the response for an error."""
     headers = {**error.headers}
     if error.retry_after_seconds is not None:
@@ -88,7 +90,7 @@ def error_response(error: ApiError) -> Response:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"  # required by RFC 9110, 11.6.1
     content = {"status": "error", "code": error.code, "message": error.message, "details": error.details}
-    return json_response(content, error.status, headers)
+    return build_json_response(content, error.status, headers)
 
 
 def build_validation_error(
@@ -131,14 +133,14 @@ def _truncate(text: str, max_length: int) -> str:
 async def on_api_error(_request: Request, error: Exception) -> Response:
     """Return the response for an ApiError."""
     assert isinstance(error, ApiError)  # noqa: S101 - registered for this type
-    return error_response(error)
+    return build_error_response(error)
 
 
 def translate_ledger_error(error: errors.JobledgerError) -> ApiError:
     """Return an error of the ledger as an error response, as ERROR_RESPONSES maps it."""
     if isinstance(error, errors.FileStoreUnavailable):
-        _log.warning("file store unavailable", error=str(error))  # names directories, which clients must not see
-        message = "The server cannot use its file store (results.store). No files are lost. Retry later."
+        _log.warning("result store unavailable", error=str(error))  # names directories, which clients must not see
+        message = "The server cannot use its result store (results.store). No files are lost. Retry later."
         error = errors.FileStoreUnavailable(message)
     elif isinstance(error, errors.LedgerUnavailable):
         _log.warning("database unavailable", error=str(error))  # may name hosts, which clients must not see
@@ -154,7 +156,7 @@ def translate_ledger_error(error: errors.JobledgerError) -> ApiError:
 async def on_ledger_error(_request: Request, error: Exception) -> Response:
     """Return the response for an error of the ledger."""
     assert isinstance(error, errors.JobledgerError)  # noqa: S101 - registered for this type
-    return error_response(translate_ledger_error(error))
+    return build_error_response(translate_ledger_error(error))
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -163,11 +165,11 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == 404 and (redirect := _redirect_without_slash(request)) is not None:
         return redirect
     known = {
-        404: ("not_found", "Not found: there is no such path."),
+        404: ("not_found", "Not found: this path does not exist."),
         405: ("method_not_allowed", "Method not allowed."),
     }
     code, message = known.get(error.status_code, ("bad_request", error.detail))
-    response = error_response(ApiError(error.status_code, code, message, headers=error.headers))
+    response = build_error_response(ApiError(error.status_code, code, message, headers=error.headers))
     if error.status_code == 405:
         # Starlette lists only the methods of the first route with this path.
         routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
@@ -197,4 +199,4 @@ async def on_unexpected_error(_request: Request, error: Exception) -> Response:
     context = structlog.contextvars.get_contextvars()
     details = {"request_id": context["request_id"]} if "request_id" in context else {}
     message = "Internal error. The server's log has the details under the request ID."
-    return error_response(ApiError(500, "internal_error", message, details=details))
+    return build_error_response(ApiError(500, "internal_error", message, details=details))

@@ -15,7 +15,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobledger.api.http.client_address import Network, get_client_address, get_rate_limit_key
-from jobledger.api.http.errors import ApiError, error_response
+from jobledger.api.http.errors import ApiError, build_error_response
 from jobledger.api.settings import ApiSettings
 from jobledger.ledger.domain.access import Principal
 
@@ -44,24 +44,26 @@ class TokenBuckets:
     def take(self, client_key: str) -> float:
         """Take a token. Return 0, or, if there is none, the seconds until there will be one."""
         now = self._clock()
-        level = self._level(client_key, now)
+        level = self._compute_level(client_key, now)
         if level < 1:
             return (1 - level) / self._per_second
         if len(self._levels) >= _MAX_BUCKETS:
             # A full bucket needs no entry: a missing one counts as full.
-            self._levels = {key: entry for key, entry in self._levels.items() if self._level(key, now) < self._burst}
+            self._levels = {
+                key: entry for key, entry in self._levels.items() if self._compute_level(key, now) < self._burst
+            }
         self._levels[client_key] = (level - 1, now)
         return 0
 
     def refund(self, client_key: str) -> None:
         """Return a token that was taken."""
         now = self._clock()
-        self._levels[client_key] = (min(float(self._burst), self._level(client_key, now) + 1), now)
+        self._levels[client_key] = (min(float(self._burst), self._compute_level(client_key, now) + 1), now)
 
     def __len__(self) -> int:
         return len(self._levels)
 
-    def _level(self, client_key: str, now: float) -> float:
+    def _compute_level(self, client_key: str, now: float) -> float:
         level, since = self._levels.get(client_key, (float(self._burst), now))
         return min(float(self._burst), level + (now - since) * self._per_second)
 
@@ -98,7 +100,7 @@ class AuthFailureLimitMiddleware:
         if holds_token and (wait_seconds := buckets.take(address)) > 0:
             message = "Too many failed authentication attempts from your address (api.auth_failures_per_minute)."
             error = ApiError(429, "too_many_auth_failures", message, retry_after_seconds=ceil(wait_seconds))
-            return await error_response(error)(scope, receive, send)
+            return await build_error_response(error)(scope, receive, send)
         if holds_token and credentials:  # those of the sign-in form are in its body: they may differ
             self._being_checked.add(digest)
 
@@ -226,12 +228,12 @@ class RateLimitMiddleware:
         if self._buckets is not None and (wait_seconds := self._buckets.take(client_key)) > 0:
             message = "Too many requests (api.requests_per_second)."
             error = ApiError(429, "too_many_requests", message, retry_after_seconds=ceil(wait_seconds))
-            return await error_response(error)(scope, receive, send)
+            return await build_error_response(error)(scope, receive, send)
         scope["track_waiting_request"] = partial(self._waiting.track_if_allowed, client_key)
         if scope["path"] not in STREAM_PATHS:
             return await self._app(scope, receive, send)
         if (rejection := self._streams.get_rejection(client_key)) is not None:
-            return await error_response(rejection)(scope, receive, send)
+            return await build_error_response(rejection)(scope, receive, send)
         with self._streams.track(client_key):
             return await self._app(scope, receive, send)
 

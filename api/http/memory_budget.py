@@ -10,7 +10,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobledger.api.http.errors import ApiError, error_response
+from jobledger.api.http.errors import ApiError, build_error_response
 
 _LARGE_BYTES: Final = 64 * 1024
 """How much of a response a connection buffers before it waits for the client."""
@@ -80,7 +80,7 @@ class MemoryLimitMiddleware:
                             len(message.get("body", b"")), enforce_limit=scope["method"] in ("GET", "HEAD")
                         )
                     except ApiError as error:
-                        await error_response(error)(scope, receive, send)
+                        await build_error_response(error)(scope, receive, send)
                         return
                 await send(start)
             await send(message)

@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jobledger.api.http.errors import ApiError, error_response
+from jobledger.api.http.errors import ApiError, build_error_response
 
 SIGN_IN_PATHS: Final = ("/monitoring/events/sign-in", "/monitoring/events/sign-out")
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
@@ -99,9 +99,9 @@ class HostOriginMiddleware:
         host = headers.get("host", "")
         if _parse_host_name(host) not in self._allowed_hosts:
             message = f"Unknown host {host[:100]!r}. Set api.public_url to the address that clients use."
-            await error_response(ApiError(400, "unknown_host", message))(scope, receive, send)
+            await build_error_response(ApiError(400, "unknown_host", message))(scope, receive, send)
         elif (reason := self._find_rejection_reason(scope, headers, host)) is not None:
-            await error_response(ApiError(403, "origin_not_allowed", reason))(scope, receive, send)
+            await build_error_response(ApiError(403, "origin_not_allowed", reason))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

@@ -13,7 +13,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobledger.api.http.errors import error_response
+from jobledger.api.http.errors import build_error_response
 from jobledger.api.http.request_checks import find_malformed_request
 from jobledger.ledger.domain.access import Principal
 
@@ -70,7 +70,7 @@ class RequestContextMiddleware:
         with structlog.contextvars.bound_contextvars(**context):
             try:
                 if (error := find_malformed_request(scope)) is not None:
-                    await error_response(error)(scope, receive, send_with_headers)
+                    await build_error_response(error)(scope, receive, send_with_headers)
                 else:
                     await self._app(scope, receive, send_with_headers)
             finally:

@@ -97,7 +97,7 @@ def _describe_operation(route: DocumentedRoute, path: str, names: Names, schemas
     operation = route.operation
     described: Json = {
         "operationId": route.name,
-        "tags": [_tag(path)],
+        "tags": [_select_tag(path)],
         "summary": route.summary,
         "parameters": _describe_parameters(route, names, schemas),
     }
@@ -118,7 +118,7 @@ def _describe_operation(route: DocumentedRoute, path: str, names: Names, schemas
     return described
 
 
-def _tag(path: str) -> str:
+def _select_tag(path: str) -> str:
     for name in ("jobs", "batches", "files"):
         if path.startswith(f"/api/events/{name}"):
             return name
@@ -135,7 +135,7 @@ def _describe_parameters(route: DocumentedRoute, names: Names, schemas: Json) ->
     parameters += [_describe_query_parameter(name, schema, model) for name, schema in model["properties"].items()]
     headers = ["If-Match", "If-None-Match"] if operation.is_conditional else []
     headers += operation.request_headers
-    headers += ["Ledger-Position"] if operation.reads_views else []
+    headers += ["Ledger-Position"] if operation.is_from_views else []
     headers += ["If-Match"] if method != "GET" and _has_version(route) else []
     headers += ["Idempotency-Key"] if method == "POST" else []
     return parameters + [{"name": name, "in": "header", **_STATIC["request_headers"][name]} for name in headers]
@@ -161,7 +161,7 @@ def _describe_successes(operation: Operation, names: Names) -> dict[str, Json]:
     headers = [*operation.response_headers]
     if operation.is_conditional:
         headers.append("ETag")
-    if operation.reads_views or (operation.method != "GET" and operation.appends_events):
+    if operation.is_from_views or (operation.method != "GET" and operation.can_append_events):
         headers.append("Ledger-Position")
     if "Prefer" in operation.request_headers:
         headers.append("Preference-Applied")
@@ -172,11 +172,17 @@ def _describe_successes(operation: Operation, names: Names) -> dict[str, Json]:
     else:
         description = (operation.response.__doc__ or "").partition("\n\n")[0]
         content = {"application/json": {"schema": names[operation.response, "serialization"]}}
-    responses = {str(operation.status): {"description": description, "headers": _headers(*headers), "content": content}}
+    responses = {
+        str(operation.status): {"description": description, "headers": _select_headers(*headers), "content": content}
+    }
     if "Range" in operation.request_headers:
-        responses["206"] = {"description": "The requested parts.", "headers": _headers(*headers), "content": content}
+        responses["206"] = {
+            "description": "The requested parts.",
+            "headers": _select_headers(*headers),
+            "content": content,
+        }
     if operation.is_conditional:
-        responses["304"] = {"description": "Your copy is current.", "headers": _headers(*headers)}
+        responses["304"] = {"description": "Your copy is current.", "headers": _select_headers(*headers)}
     return responses
 
 
@@ -189,15 +195,15 @@ def _list_error_codes(route: DocumentedRoute, path: str) -> list[str]:
         codes += ["not_found", *(_ERROR_CODE_GROUPS["not_found"][name] for name in route.param_convertors)]
     if method != "GET":
         codes += ["forbidden", "origin_not_allowed"]
-    if method != "GET" and operation.appends_events:
-        codes += _ERROR_CODE_GROUPS["appends_events"]
+    if method != "GET" and operation.can_append_events:
+        codes += _ERROR_CODE_GROUPS["can_append_events"]
     if method == "POST":
         codes += _ERROR_CODE_GROUPS["post"]
     if method != "GET" and _has_version(route):
         codes += _ERROR_CODE_GROUPS["checks_version"]
     if operation.body is not None:
         codes += _ERROR_CODE_GROUPS["body"]
-    if operation.reads_views:
+    if operation.is_from_views:
         codes += ["malformed_position", "projection_lagging"]
     if operation.is_conditional:
         codes.append("precondition_failed")
@@ -223,10 +229,10 @@ def _describe_error(status: int, codes: Sequence[str]) -> Json:
     }
     return {
         "description": "\n".join(f"- `{code}`: {ERROR_CODES[code][1]}" for code in codes),
-        "headers": _headers(*retry, *authenticate),
+        "headers": _select_headers(*retry, *authenticate),
         "content": {"application/json": {"schema": schema, "example": example}},
     }
 
 
-def _headers(*names: str) -> Json:
+def _select_headers(*names: str) -> Json:
     return {name: {"$ref": f"#/components/headers/{name}"} for name in ("X-Request-ID", *names)}

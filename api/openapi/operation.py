@@ -40,8 +40,8 @@ class Operation:
         body: The model of the request body.
         is_body_optional: An empty body means `{}`.
         is_conditional: The response has an ETag, and the handler evaluates `If-Match` and `If-None-Match`.
-        reads_views: The response comes from the views, so the caller can wait for a `Ledger-Position`.
-        appends_events: A method other than GET appends events and returns their `Ledger-Position`.
+        is_from_views: The response comes from the views, so the caller can wait for a `Ledger-Position`.
+        can_append_events: A method other than GET appends events and returns their `Ledger-Position`.
         error_codes: Error codes of this operation, of `ERROR_CODES`.
         request_headers: Request headers, of api/openapi/document.yaml.
         response_headers: Response headers, of api/openapi/document.yaml.
@@ -56,8 +56,8 @@ class Operation:
     body: type[BaseModel] | None = None
     is_body_optional: bool = False
     is_conditional: bool = False
-    reads_views: bool = False
-    appends_events: bool = True
+    is_from_views: bool = False
+    can_append_events: bool = True
     error_codes: tuple[str, ...] = ()
     request_headers: tuple[str, ...] = ()
     response_headers: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class Operation:
     @property
     def query_model(self) -> type[BaseModel]:
         """The model of the query parameters, also for handlers that do not read them."""
-        return self.query or (MinPositionQuery if self.reads_views else NoQuery)
+        return self.query or (MinPositionQuery if self.is_from_views else NoQuery)
 
     def __call__(self, handler: Handler) -> Handler:
         """Register this as the operation of a handler: `@Operation(…)`."""

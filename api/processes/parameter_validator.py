@@ -92,14 +92,14 @@ class ParameterValidator:
         try:
             error = await self._get_function(job_type).call(request, timeout_seconds)
         except ProcessPoolBusy:
-            raise _timeout_error("All validators of this job type are busy. Retry later.") from None
+            raise _build_timeout_error("All validators of this job type are busy. Retry later.") from None
         except CallTimeout as error:
-            raise _timeout_error(f"Validating parameters of job type {job_type} {error}.") from None
+            raise _build_timeout_error(f"Validating parameters of job type {job_type} {error}.") from None
         except ProcessEnded as error:
             raise build_validator_error(checks[0].within, job_type, str(error)) from None
         if error is not None:
             raise ApiError(error["status"], error["code"], error["message"], details=error["details"])
 
 
-def _timeout_error(message: str) -> ApiError:
+def _build_timeout_error(message: str) -> ApiError:
     return ApiError(503, "validation_timeout", message, retry_after_seconds=5)

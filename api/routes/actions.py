@@ -18,13 +18,13 @@ from jobledger.api.auth.permissions import get_actor, require_access
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body, run_off_loop
 from jobledger.api.http.conditional import compute_etag
-from jobledger.api.http.credential_expiry import timeout_while_authenticated
-from jobledger.api.http.errors import ApiError, encode_json, json_response
+from jobledger.api.http.credential_expiry import limit_while_authenticated
+from jobledger.api.http.errors import ApiError, build_json_response, encode_json
 from jobledger.api.http.limits import track_waiting_request
 from jobledger.api.job_documents import render_jobs
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.processes.parameter_validator import ParameterCheck
-from jobledger.api.resources import BATCH, JOB, Resource, load_or_404
+from jobledger.api.resources import BATCH, JOB, ResourceKind, load_or_404
 from jobledger.api.schemas.batches import BatchActionResponse, BatchRestartBody, BatchUpdateBody, BulkActionResponse
 from jobledger.api.schemas.jobs import JobActionResponse, JobRestartBody, JobUpdateBody
 from jobledger.api.schemas.request_models import ReasonBody
@@ -46,7 +46,7 @@ from jobledger.ledger.domain.job import Job
 from jobledger.ledger.domain.statuses import TERMINAL_STATUSES, JobStatus
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, load_stream_state
-from jobledger.projections.views import jobs as view
+from jobledger.projections.views import jobs as jobs_view
 from jobledger.projections.views.documents import fold_events
 
 _STOP_TIMEOUT_SECONDS: Final = 30.0
@@ -74,7 +74,7 @@ async def update_job(request: Request) -> Response:
     access_level = AccessLevel.WRITE if access is None else AccessLevel.ADMIN
     loaded = await load_for_change(request, JOB, access_level, content=content)
     command = commands.UpdateJob(get_actor(request), body.parameters, body.priority, body.not_before, access)
-    return await _job_response(request, await handle_once(request, loaded, command))
+    return await _build_job_response(request, await handle_once(request, loaded, command))
 
 
 @Operation("DELETE", "/api/events/jobs/{job_id}", response=JobActionResponse, error_codes=("still_running",))
@@ -86,13 +86,13 @@ async def delete_job(request: Request) -> Response:
     await _stop(request, await load_for_change(request, JOB, AccessLevel.ADMIN))
     # The cancellation may have changed the version, so If-Match is not checked again.
     loaded = await load_for_change(request, JOB, AccessLevel.ADMIN, check_if_match=False)
-    return await _job_response(request, await handle_once(request, loaded, commands.Delete(get_actor(request))))
+    return await _build_job_response(request, await handle_once(request, loaded, commands.Delete(get_actor(request))))
 
 
 async def _stop(request: Request, loaded: LoadedStream) -> None:
     """Cancel a job if it is running, and wait until it has stopped.
 
-    This takes seconds, or the time of a lease if the worker has died.
+    This takes seconds, or the time of a lease if the worker has crashed.
 
     Raises:
         ApiError: As `loaded.check`; 503, the job is still running after the timeout. The cancellation stands.
@@ -112,7 +112,7 @@ async def _stop(request: Request, loaded: LoadedStream) -> None:
     try:
         with track_waiting_request(request.scope) as is_allowed:
             seconds = _STOP_TIMEOUT_SECONDS if is_allowed else 0
-            async with timeout_while_authenticated(request, seconds), ctx.completion_notifier.watch(job_id) as wake_up:
+            async with limit_while_authenticated(request, seconds), ctx.finish_notifier.watch(job_id) as wake_up:
                 while _is_running(await load_stream_state(ctx.event_store, job_id)):
                     await wake_up.wait()
                     wake_up.clear()
@@ -138,7 +138,7 @@ async def update_batch(request: Request) -> Response:
     command = commands.ChangeAccess(get_actor(request), access)
     events = await handle_once(request, loaded, command)
     result = await _apply_to_jobs(request, loaded, command, _ALL_STATUSES, AccessLevel.ADMIN)
-    return _batch_response(loaded, events, result)
+    return _build_batch_response(loaded, events, result)
 
 
 @Operation("DELETE", "/api/events/batches/{batch_id}", response=BulkActionResponse)
@@ -153,11 +153,11 @@ async def delete_batch(request: Request) -> Response:
     if result.rejections:
         message = "Not all jobs could be deleted, so the batch was kept. Cancel the batch and delete it again."
         raise ApiError(409, "invalid_state", message, details=result.to_response())
-    return _batch_response(loaded, await handle_once(request, loaded, command), result)
+    return _build_batch_response(loaded, await handle_once(request, loaded, command), result)
 
 
 def _add_action(
-    resource: Resource,
+    resource: ResourceKind,
     name: str,
     summary: str,
     command_type: Callable[..., commands.JobCommand | commands.BatchCommand],
@@ -179,13 +179,13 @@ def _add_action(
         loaded = await load_for_change(request, resource, content=content)
         command = command_type(get_actor(request), **body.model_dump(exclude={"only"}))
         if resource is JOB:
-            return await _job_response(request, await handle_once(request, loaded, command))
+            return await _build_job_response(request, await handle_once(request, loaded, command))
         events, result = loaded.events, None
         if isinstance(command, commands.BatchCommand) and loaded.find_earlier() is None:
             events = await handle_once(request, loaded, command)
         if isinstance(command, commands.JobCommand):
             result = await _apply_to_jobs(request, loaded, command, _select_statuses(body, command))
-        return _batch_response(loaded, events, result)
+        return _build_batch_response(loaded, events, result)
 
     handle_action.__name__ = f"{name}_{resource.name}"
     handle_action.__doc__ = summary
@@ -240,18 +240,18 @@ def _get_batch(loaded: LoadedStream) -> Batch:
     return batch
 
 
-async def _job_response(request: Request, events: Sequence[RecordedEvent]) -> Response:
+async def _build_job_response(request: Request, events: Sequence[RecordedEvent]) -> Response:
     """Return the job as it was directly after the command that caused the last of the events."""
-    job_id, headers = JOB.id_in_path(request), {"Ledger-Position": str(events[-1].position)}
-    job = fold_events(view.fold, events)
+    job_id, headers = JOB.get_id_from_path(request), {"Ledger-Position": str(events[-1].position)}
+    job = fold_events(jobs_view.fold, events)
     if job is None:
-        return json_response({"status": "success", "job_id": job_id, "job": None}, headers=headers)
+        return build_json_response({"status": "success", "job_id": job_id, "job": None}, headers=headers)
     [rendered] = await render_jobs(request, [job])
     headers["ETag"] = compute_etag(encode_json(rendered), version=rendered["version"])
-    return json_response({"status": "success", "job_id": job_id, "job": rendered}, headers=headers)
+    return build_json_response({"status": "success", "job_id": job_id, "job": rendered}, headers=headers)
 
 
-def _batch_response(
+def _build_batch_response(
     loaded: LoadedStream, events: Sequence[RecordedEvent], result: bulk_commands.BulkResult | None
 ) -> Response:
     """Return the batch, what was done to its jobs, and the position at which the views show all of it.
@@ -274,4 +274,4 @@ def _batch_response(
     if result is not None:
         content |= result.to_response()
         position = max(position, result.position)
-    return json_response(content, headers={"Ledger-Position": str(position)})
+    return build_json_response(content, headers={"Ledger-Position": str(position)})

@@ -23,37 +23,37 @@ from jobledger.api.resources import BATCH, JOB, load_or_404
 from jobledger.api.result_files import UNTRUSTED_CONTENT_HEADERS, open_result_file
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Document
-from jobledger.projections.views import files as view
+from jobledger.projections.views import files as files_view
 
 _COMPRESSED_TYPES: Final = ("text/", "application/json", "application/xml", "image/svg")
 """Media types that compression makes smaller. Images and recordings are compressed already."""
 _FORBIDDEN: Final = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f]')
 _DEVICE_NAME: Final = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
 _MAX_NAME_BYTES: Final = 200
-_ERROR_CODES: Final = ("no_results", "file_missing", "file_damaged", "file_store_unavailable")
+_ERROR_CODES: Final = ("no_results", "file_missing", "file_damaged", "result_store_unavailable")
 
 
 @Operation(
     "GET",
     "/api/events/jobs/{job_id}/download-archive",
     response="application/zip",
-    reads_views=True,
+    is_from_views=True,
     error_codes=_ERROR_CODES,
 )
 async def download_job_archive(request: Request) -> Response:
     """Download a job's result files as a ZIP file."""
     await wait_for_requested_position(request)
     job = await load_or_404(request, JOB)
-    rows = [row async for row in _iter_readable_files(request, [job["job_id"]])]
+    rows = [row async for row in _iterate_readable_files(request, [job["job_id"]])]
     directory = commonpath([f"/{row['path'].rpartition('/')[0]}" for row in rows]) if rows else ""
-    return await _archive_response(request, job["job_id"], [job["job_id"]], directory)
+    return await _build_archive_response(request, job["job_id"], [job["job_id"]], directory)
 
 
 @Operation(
     "GET",
     "/api/events/batches/{batch_id}/download-archive",
     response="application/zip",
-    reads_views=True,
+    is_from_views=True,
     error_codes=_ERROR_CODES,
 )
 async def download_batch_archive(request: Request) -> Response:
@@ -63,16 +63,16 @@ async def download_batch_archive(request: Request) -> Response:
     """
     await wait_for_requested_position(request)
     batch = await load_or_404(request, BATCH)
-    return await _archive_response(request, batch["batch_id"], batch["job_ids"])
+    return await _build_archive_response(request, batch["batch_id"], batch["job_ids"])
 
 
-async def _iter_readable_files(request: Request, job_ids: Sequence[str]) -> AsyncIterator[Document]:
-    async for row in view.iter_job_files(get_api_context(request).views, job_ids):
+async def _iterate_readable_files(request: Request, job_ids: Sequence[str]) -> AsyncIterator[Document]:
+    async for row in files_view.iter_job_files(get_api_context(request).views, job_ids):
         if can_read(request, row):
             yield row
 
 
-async def _archive_response(
+async def _build_archive_response(
     request: Request, resource_id: str, job_ids: Sequence[str], directory: str = ""
 ) -> Response:
     """Return an archive of the files of jobs, by their paths relative to a directory.
@@ -80,10 +80,10 @@ async def _archive_response(
     Raises:
         ApiError: 409, there are no files; as `open_result_file`.
     """
-    first = await anext(_iter_readable_files(request, job_ids), None)
+    first = await anext(_iterate_readable_files(request, job_ids), None)
     if first is None:
         raise ApiError(409, "no_results", f"{resource_id} has no result files yet.")
-    rows = _iter_readable_files(request, job_ids)
+    rows = _iterate_readable_files(request, job_ids)
     entries = ((f"/{row['path']}".removeprefix(directory), row) async for row in rows)
     headers = {
         **UNTRUSTED_CONTENT_HEADERS,
@@ -190,7 +190,7 @@ class _EntryNames:
         for name in directories:
             parent = self._add_directory(parent + name) + "/"
         number = 1
-        while (key := _comparison_key(name := _add_number(parent + file, number))) in self._files or (
+        while (key := _build_comparison_key(name := _add_number(parent + file, number))) in self._files or (
             key in self._directories
         ):
             number += 1
@@ -198,10 +198,10 @@ class _EntryNames:
         return name
 
     def _add_directory(self, path: str) -> str:
-        number = self._numbers.get(_comparison_key(path), 1)
-        while (key := _comparison_key(name := _add_number(path, number))) in self._files:
+        number = self._numbers.get(_build_comparison_key(path), 1)
+        while (key := _build_comparison_key(name := _add_number(path, number))) in self._files:
             number += 1
-        self._numbers[_comparison_key(path)] = number
+        self._numbers[_build_comparison_key(path)] = number
         self._directories.add(key)
         return name
 
@@ -211,6 +211,6 @@ def _add_number(path: str, number: int) -> str:
     return path if number == 1 else str(whole.with_stem(f"{whole.stem}-{number}"))
 
 
-def _comparison_key(path: str) -> str:
+def _build_comparison_key(path: str) -> str:
     """Return the same text for all names that a file system may treat as equal."""
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())

@@ -18,10 +18,10 @@ from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.validation import parse_query
 from jobledger.api.idempotency import RequestFingerprint
-from jobledger.api.job_documents import list_jobs_response
+from jobledger.api.job_documents import build_job_list_response
 from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.pagination import list_response
+from jobledger.api.pagination import build_list_response
 from jobledger.api.resources import (
     BATCH,
     build_conditional_response,
@@ -53,7 +53,7 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.event_store import override_payload_fields
 from jobledger.projections.engine.as_of import build_as_of_filter
 from jobledger.projections.engine.view_changes import ViewChanges
-from jobledger.projections.views import batches as view
+from jobledger.projections.views import batches as batches_view
 from jobledger.projections.views import paging, statistics
 
 _RUNNING_JOB_EVENTS: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobLogged, StepCompleted))
@@ -97,7 +97,7 @@ async def submit_batch(request: Request) -> Response:
     batch = await recording.load_submitted(request, BATCH, submission)
     rendered = redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch))
     content = {"job_ids": batch["job_ids"], "batch": rendered}
-    return recording.accepted_response(request, BATCH, submission, batch["position"], content)
+    return recording.build_accepted_response(request, BATCH, submission, batch["position"], content)
 
 
 async def _submit(request: Request) -> recording.Submission:
@@ -135,19 +135,21 @@ async def _submit(request: Request) -> recording.Submission:
         raise
 
 
-@Operation("GET", "/api/events/batches", response=BatchListResponse, query=BatchListQuery, reads_views=True)
+@Operation("GET", "/api/events/batches", response=BatchListResponse, query=BatchListQuery, is_from_views=True)
 async def list_batches(request: Request) -> Response:
     """List batches."""
     await wait_for_requested_position(request)
     ctx, principal, query = get_api_context(request), get_principal(request), parse_query(request, BatchListQuery)
     filters = query.model_dump(exclude=set(PageQuery.model_fields), exclude_none=True)
-    db_query = view.build_query(principal, **filters)
-    batches, next_page = await view.find_page(ctx.views, db_query, query.page_request)
+    db_query = batches_view.build_query(principal, **filters)
+    batches, next_page = await batches_view.find_page(ctx.views, db_query, query.page_request)
     rendered = [redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch)) for batch in batches]
     if principal.is_admin and not filters:
-        return list_response("batches", rendered, next_page, await statistics.count_batches(ctx.views), max_count=None)
-    total = await paging.count(ctx.views, view.NAME, db_query)
-    return list_response("batches", rendered, next_page, total, max_count=paging.MAX_COUNT)
+        return build_list_response(
+            "batches", rendered, next_page, await statistics.count_batches(ctx.views), max_count=None
+        )
+    total = await paging.count(ctx.views, batches_view.NAME, db_query)
+    return build_list_response("batches", rendered, next_page, total, max_count=paging.MAX_COUNT)
 
 
 @Operation(
@@ -155,7 +157,7 @@ async def list_batches(request: Request) -> Response:
     "/api/events/batches/{batch_id}",
     response=BatchResponse,
     query=AsOfQuery,
-    reads_views=True,
+    is_from_views=True,
     request_headers=("Prefer",),
     is_conditional=True,
 )
@@ -194,13 +196,15 @@ async def _load_as_of(request: Request, batch_id: str, as_of: int | datetime) ->
                 await asyncio.sleep(0)
         batch = changes.get("batches", batch_id)
     if batch is None:
-        raise BATCH.not_found_error(batch_id, "did not exist at that time")
+        raise BATCH.build_not_found_error(batch_id, "did not exist at that time")
     return batch
 
 
-@Operation("GET", "/api/events/batches/{batch_id}/jobs", response=JobListResponse, query=JobListQuery, reads_views=True)
+@Operation(
+    "GET", "/api/events/batches/{batch_id}/jobs", response=JobListResponse, query=JobListQuery, is_from_views=True
+)
 async def list_batch_jobs(request: Request) -> Response:
     """List the jobs of a batch."""
     query = parse_query(request, JobListQuery)
     batch = await load_or_404(request, BATCH)
-    return await list_jobs_response(request, query.model_copy(update={"batch_id": batch["batch_id"]}))
+    return await build_job_list_response(request, query.model_copy(update={"batch_id": batch["batch_id"]}))

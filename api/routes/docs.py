@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from jobledger.api.context import get_api_context
 from jobledger.api.http.conditional import ConditionalRequest, compute_etag
-from jobledger.api.http.errors import json_response
+from jobledger.api.http.errors import build_json_response
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.schemas.response_models import IndexResponse
 
@@ -71,7 +71,7 @@ class _StaticContent:
 async def get_index(request: Request) -> Response:
     """List the URLs of the service."""
     prefix = get_api_context(request).signed_links.path_prefix
-    return json_response(
+    return build_json_response(
         {
             "status": "success",
             "service": "jobledger",

@@ -15,7 +15,7 @@ from jobledger.api.auth.signed_links import FILES_URL, is_signed_link_request
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_optional_json_body
 from jobledger.api.http.conditional import ConditionalRequest, Range
-from jobledger.api.http.errors import ApiError, error_response, json_response
+from jobledger.api.http.errors import ApiError, build_error_response, build_json_response
 from jobledger.api.http.streaming import CloseableStreamingResponse, format_content_disposition, format_content_type
 from jobledger.api.http.validation import parse_query
 from jobledger.api.ledger_position import wait_for_requested_position
@@ -24,7 +24,7 @@ from jobledger.api.result_files import UNTRUSTED_CONTENT_HEADERS, open_result_fi
 from jobledger.api.schemas.files import FileQuery, LinkBody, SignedLinkResponse
 from jobledger.ledger.files.file_store import OpenFile
 from jobledger.ledger.mongo.connection import Document
-from jobledger.projections.views import files as view
+from jobledger.projections.views import files as files_view
 
 
 @Operation(
@@ -32,13 +32,13 @@ from jobledger.projections.views import files as view
     "/api/events/files/{path:path}",
     response="*/*",
     query=FileQuery,
-    reads_views=True,
+    is_from_views=True,
     error_codes=(
         "range_not_satisfiable",
         "link_expired",
         "link_invalid",
         "file_missing",
-        "file_store_unavailable",
+        "result_store_unavailable",
         "file_damaged",
     ),
     request_headers=("Range",),
@@ -47,7 +47,7 @@ from jobledger.projections.views import files as view
 async def get_file(request: Request) -> Response:
     """Download a result file.
 
-    The path is only looked up in the view. It is never used in a file system.
+    The path is only looked up in the files_view. It is never used in a file system.
     """
     query = parse_query(request, FileQuery)
     await wait_for_requested_position(request)
@@ -67,7 +67,7 @@ async def get_file(request: Request) -> Response:
     }
     file = await open_result_file(request, row)
     try:
-        return await _file_response(request, file, conditional, headers)
+        return await _build_file_response(request, file, conditional, headers)
     except BaseException:
         await file.close()
         raise
@@ -79,7 +79,7 @@ async def get_file(request: Request) -> Response:
     response=SignedLinkResponse,
     body=LinkBody,
     is_body_optional=True,
-    appends_events=False,
+    can_append_events=False,
 )
 async def create_signed_link(request: Request) -> Response:
     """Create a signed link to a result file."""
@@ -90,7 +90,7 @@ async def create_signed_link(request: Request) -> Response:
     now = (await ctx.event_store.read_server_time()).replace(microsecond=0)
     expires_at = now + timedelta(seconds=body.expires_in_s)
     url = await ctx.signed_links.create(row, expires_at)
-    return json_response({"status": "success", "url": url, "expires_at": expires_at})
+    return build_json_response({"status": "success", "url": url, "expires_at": expires_at})
 
 
 def compute_file_etag(row: Document) -> str:
@@ -111,7 +111,7 @@ async def _load_readable(request: Request) -> Document:
         ApiError: 404.
     """
     path = _get_path(request)
-    row = await view.get(get_api_context(request).views, path)
+    row = await files_view.get(get_api_context(request).views, path)
     if row is None or not can_read(request, row):
         raise ApiError(404, "file_not_found", f"Result file {path[:200]} not found.")
     return row
@@ -124,7 +124,7 @@ async def _load_by_signed_link(request: Request, query: FileQuery) -> Document:
         ApiError: 403, the link is invalid or has expired.
     """
     ctx = get_api_context(request)
-    row = await view.get(ctx.views, _get_path(request))
+    row = await files_view.get(ctx.views, _get_path(request))
     await ctx.signed_links.verify(
         row, expires=query.expires, signature=query.signature, now=ctx.event_store.clock.estimate()
     )
@@ -132,7 +132,7 @@ async def _load_by_signed_link(request: Request, query: FileQuery) -> Document:
     return row
 
 
-async def _file_response(
+async def _build_file_response(
     request: Request, file: OpenFile, conditional: ConditionalRequest, headers: dict[str, str]
 ) -> Response:
     """Return the file or the requested parts of it. The response closes the file."""
@@ -143,11 +143,11 @@ async def _file_response(
         ranges = conditional.parse_ranges(file.size)
     except ApiError as error:
         await file.close()
-        response = error_response(error)
+        response = build_error_response(error)
         response.headers["Content-Range"] = f"bytes */{file.size}"
         return response
     if len(ranges) > 1:
-        return _multipart_response(file, ranges, headers)
+        return _build_multipart_response(file, ranges, headers)
     start, end = ranges[0] if ranges else (0, file.size)
     headers["Content-Length"] = str(end - start)
     if ranges:
@@ -155,7 +155,7 @@ async def _file_response(
     return CloseableStreamingResponse(file.read(start, end), 206 if ranges else 200, headers, on_close=file.close)
 
 
-def _multipart_response(file: OpenFile, ranges: Sequence[Range], headers: dict[str, str]) -> Response:
+def _build_multipart_response(file: OpenFile, ranges: Sequence[Range], headers: dict[str, str]) -> Response:
     """Return several parts in one response (RFC 9110, 14.6)."""
     boundary = secrets.token_hex(16)
     part_headers = [

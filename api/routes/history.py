@@ -13,11 +13,11 @@ from starlette.responses import Response
 from jobledger.api.auth.permissions import get_viewer
 from jobledger.api.context import get_api_context
 from jobledger.api.event_json import EPOCH, encode_event
-from jobledger.api.http.errors import json_response
+from jobledger.api.http.errors import build_json_response
 from jobledger.api.http.validation import parse_query
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.pagination import JsonPage
-from jobledger.api.resources import BATCH, JOB, Resource, load_or_404
+from jobledger.api.resources import BATCH, JOB, ResourceKind, load_or_404
 from jobledger.api.schemas.log import HistoryQuery, HistoryResponse, LogLinesResponse
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import Event, LogEntry, RecordedEvent
@@ -38,11 +38,11 @@ async def get_batch_history(request: Request) -> Response:
     return await _get_history(request, BATCH)
 
 
-async def _get_history(request: Request, resource: Resource) -> Response:
+async def _get_history(request: Request, resource: ResourceKind) -> Response:
     document = await load_or_404(request, resource)
     viewer = get_viewer(request, document)
-    return await _page_response(
-        request, resource.id_in_path(request), "events", lambda event: [encode_event(event, viewer)]
+    return await _build_page_response(
+        request, resource.get_id_from_path(request), "events", lambda event: [encode_event(event, viewer)]
     )
 
 
@@ -50,7 +50,7 @@ async def _get_history(request: Request, resource: Resource) -> Response:
 async def get_job_logs(request: Request) -> Response:
     """List the log lines of a job."""
     job = await load_or_404(request, JOB)
-    return await _page_response(request, job["job_id"], "logs", _encode_log_lines, types=LOG_EVENT_TYPES)
+    return await _build_page_response(request, job["job_id"], "logs", _encode_log_lines, types=LOG_EVENT_TYPES)
 
 
 def _encode_log_lines(event: RecordedEvent) -> list[bytes]:
@@ -73,7 +73,7 @@ def _encode_log_lines(event: RecordedEvent) -> list[bytes]:
     ]
 
 
-async def _page_response(
+async def _build_page_response(
     request: Request,
     stream: str,
     name: str,
@@ -93,8 +93,8 @@ async def _page_response(
     ):
         for event in events:
             if page.is_full:
-                return json_response({**content, "next_after_version": version})
+                return build_json_response({**content, "next_after_version": version})
             for text in encode(event):
                 page.add(text)
             version = event.version
-    return json_response(content)
+    return build_json_response(content)

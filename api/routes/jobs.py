@@ -12,7 +12,7 @@ from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.validation import parse_query
 from jobledger.api.idempotency import RequestFingerprint
-from jobledger.api.job_documents import find_paused_batches, list_jobs_response, render_job, render_jobs
+from jobledger.api.job_documents import build_job_list_response, find_paused_batches, render_job, render_jobs
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.processes.parameter_validator import ParameterCheck
 from jobledger.api.resources import JOB, build_conditional_response, load_for_read, translate_damaged_events
@@ -23,7 +23,7 @@ from jobledger.api.submission.builder import build_job_submitted, check_paramete
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.engine.as_of import build_as_of_filter
 from jobledger.projections.views import batches
-from jobledger.projections.views import jobs as view
+from jobledger.projections.views import jobs as jobs_view
 from jobledger.projections.views.documents import fold_events
 
 
@@ -42,7 +42,7 @@ async def submit_job(request: Request) -> Response:
     submission = await _submit(request)
     job = await recording.load_submitted(request, JOB, submission)
     [rendered] = await render_jobs(request, [job])
-    return recording.accepted_response(request, JOB, submission, job["position"], {"job": rendered})
+    return recording.build_accepted_response(request, JOB, submission, job["position"], {"job": rendered})
 
 
 async def _submit(request: Request) -> recording.Submission:
@@ -65,10 +65,10 @@ async def _submit(request: Request) -> recording.Submission:
     return await recording.record_submission(request, JOB, {job_id: job}, [secrets] if secrets else [], fingerprint)
 
 
-@Operation("GET", "/api/events/jobs", response=JobListResponse, query=JobListQuery, reads_views=True)
+@Operation("GET", "/api/events/jobs", response=JobListResponse, query=JobListQuery, is_from_views=True)
 async def list_jobs(request: Request) -> Response:
     """List jobs."""
-    return await list_jobs_response(request, parse_query(request, JobListQuery))
+    return await build_job_list_response(request, parse_query(request, JobListQuery))
 
 
 @Operation(
@@ -76,7 +76,7 @@ async def list_jobs(request: Request) -> Response:
     "/api/events/jobs/{job_id}",
     response=JobResponse,
     query=AsOfQuery,
-    reads_views=True,
+    is_from_views=True,
     request_headers=("Prefer",),
     is_conditional=True,
 )
@@ -99,9 +99,9 @@ async def _load_as_of(request: Request, job_id: str, as_of: int | datetime) -> D
     """
     events = await get_api_context(request).event_store.read_stream(job_id)
     with translate_damaged_events(job_id):
-        job = fold_events(view.fold, filter(build_as_of_filter(as_of), events))
+        job = fold_events(jobs_view.fold, filter(build_as_of_filter(as_of), events))
     if job is None:
-        raise JOB.not_found_error(job_id, "did not exist at that time")
+        raise JOB.build_not_found_error(job_id, "did not exist at that time")
     return job
 
 

@@ -22,7 +22,7 @@ from jobledger.api.auth.redaction import Viewer
 from jobledger.api.auth.stream_access import StreamAccessCache
 from jobledger.api.context import ApiContext, get_api_context
 from jobledger.api.event_json import encode_event
-from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.http.errors import ApiError, build_json_response
 from jobledger.api.http.sse import EventStreamResponse
 from jobledger.api.http.validation import parse_query, validate_content
 from jobledger.api.openapi.operation import Operation
@@ -55,7 +55,7 @@ async def get_log_head(request: Request) -> Response:
     require_user_id(request)
     ctx = get_api_context(request)
     head, position = await ctx.event_store.read_head_position(), ctx.checkpoint.position
-    return json_response(
+    return build_json_response(
         {
             "status": "success",
             "head": head,
@@ -70,7 +70,13 @@ async def get_log_head(request: Request) -> Response:
     "/api/ledger/events",
     response=EventListResponse,
     query=EventListQuery,
-    error_codes=("unknown_event_type", "job_not_found", "batch_not_found", "stream_not_found", "visibility_not_ready"),
+    error_codes=(
+        "unknown_event_type",
+        "job_not_found",
+        "batch_not_found",
+        "stream_not_found",
+        "stream_access_not_ready",
+    ),
 )
 async def list_events(request: Request) -> Response:
     """List events of the log."""
@@ -85,7 +91,7 @@ async def list_events(request: Request) -> Response:
         await _scan_log(scan)
     else:
         await _scan_stream(scan, query.stream)
-    return json_response(
+    return build_json_response(
         {
             "status": "success",
             "events": scan.page.items,
@@ -164,7 +170,7 @@ async def _scan_stream(scan: _Scan, stream: str) -> None:
         "unknown_event_type",
         "job_not_found",
         "batch_not_found",
-        "visibility_not_ready",
+        "stream_access_not_ready",
         "too_many_streams",
         "stream_capacity_exceeded",
     ),
@@ -200,7 +206,7 @@ async def _generate_blocks(
     """Yield blocks until the time is over, the client may no longer read a stream, or the log is unavailable."""
     stream_access, sees_all = ctx.stream_access, principal.is_admin
     clock = asyncio.get_running_loop().time
-    # A random pause, so that clients do not reconnect all at once when this process ends.
+    # A random pause, so that clients do not all reconnect at the same time when this process ends.
     yield b"retry: %d\nid: %d\n\n" % (random.randint(1000, 5000), after)  # noqa: S311 - spreads load, guards no secret
     sent_position, sent_at = after, clock()
     ends_at = sent_at + MAX_STREAM_SECONDS
@@ -291,7 +297,7 @@ def _parse_event_types(text: str | None) -> frozenset[str]:
     """Return the event types of a list with commas. Empty: all types.
 
     Raises:
-        ApiError: 422, there is no such type.
+        ApiError: 422, a type does not exist.
     """
     names = text.split(",") if text else []
     if unknown := [name for name in names if name not in EVENT_TYPES]:
@@ -311,7 +317,7 @@ async def _wait_for_stream_access(stream_access: StreamAccessCache, position: in
             await stream_access.wait_for_position(position)
     except TimeoutError:
         message = "This process has not read all access changes yet. Retry in a moment."
-        raise ApiError(503, "visibility_not_ready", message, retry_after_seconds=2) from None
+        raise ApiError(503, "stream_access_not_ready", message, retry_after_seconds=2) from None
 
 
 async def _check_readable(stream_access: StreamAccessCache, principal: Principal, stream: str) -> None:
@@ -323,4 +329,4 @@ async def _check_readable(stream_access: StreamAccessCache, principal: Principal
     if not await stream_access.can_follow(principal, stream) or (
         principal.is_admin and await stream_access.get_access(stream) is None
     ):
-        raise (BATCH if BATCH.is_id(stream) else JOB).not_found_error(stream)
+        raise (BATCH if BATCH.is_id(stream) else JOB).build_not_found_error(stream)

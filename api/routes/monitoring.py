@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobledger.api.auth.permissions import require_monitor_role
 from jobledger.api.context import ApiContext, get_api_context
-from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.http.errors import ApiError, build_json_response
 from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.schemas.monitoring import ReadinessResponse, StatisticsResponse
@@ -50,26 +50,26 @@ _PING_TIMEOUT_SECONDS: Final = 3.0
 
 
 @Operation(
-    "GET", "/api/monitoring/events/stats", response=StatisticsResponse, reads_views=True, error_codes=("forbidden",)
+    "GET", "/api/monitoring/events/stats", response=StatisticsResponse, is_from_views=True, error_codes=("forbidden",)
 )
 async def get_statistics(request: Request) -> Response:
-    """Read statistics of jobs, batches and tracks, the live workers, and the projection lag."""
+    """Read statistics of jobs, batches and tracks, the active workers, and the projection lag."""
     require_monitor_role(request)
     await wait_for_requested_position(request)
     ctx = get_api_context(request)
     stats = await statistics.load_statistics(ctx.views, ctx.event_store.clock.estimate())
     head, position = await ctx.event_store.read_head_position(), ctx.checkpoint.position
-    stats["workers"] = await _list_live_workers(ctx)
+    stats["workers"] = await _list_active_workers(ctx)
     stats["log"] = {"head": head, "projection_position": position, "lag": max(0, head - position)}
-    return json_response({"status": "success", "stats": stats})
+    return build_json_response({"status": "success", "stats": stats})
 
 
-async def _list_live_workers(ctx: ApiContext) -> list[Document]:
+async def _list_active_workers(ctx: ApiContext) -> list[Document]:
     """Return the workers that hold a lease, with their slots and how many of them are busy."""
     fields = ("host", "slots", "lease_until", "problem", "unhealthy_since")
     with translate_errors("reading the workers"):
-        alive = {"released": False, "$nor": [EXPIRED_LEASE_FILTER]}
-        workers = await ctx.db.workers.find(alive, fields, sort=[("_id", 1)]).to_list()
+        active = {"released": False, "$nor": [EXPIRED_LEASE_FILTER]}
+        workers = await ctx.db.workers.find(active, fields, sort=[("_id", 1)]).to_list()
     busy = await jobs.count_running_by_worker(ctx.views) if workers else {}
     return [
         {
@@ -84,7 +84,7 @@ async def _list_live_workers(ctx: ApiContext) -> list[Document]:
 @Operation("GET", "/healthz", response=SuccessResponse)
 async def check_liveness(_request: Request) -> Response:
     """Check that the server is alive."""
-    return json_response({"status": "success"})
+    return build_json_response({"status": "success"})
 
 
 @Operation("GET", "/readyz", response=ReadinessResponse, error_codes=("database_unavailable", "projection_stalled"))
@@ -109,7 +109,7 @@ async def check_readiness(request: Request) -> Response:
         details = {"projection_position": position, "head": head}
         raise ApiError(503, "projection_stalled", message, details=details)
     content = {"status": "success", "projection_position": ctx.checkpoint.position}
-    return json_response(content | ({"warning": ctx.disk_monitor.problem} if ctx.disk_monitor.problem else {}))
+    return build_json_response(content | ({"warning": ctx.disk_monitor.problem} if ctx.disk_monitor.problem else {}))
 
 
 class ResponseCounterMiddleware:
@@ -156,14 +156,14 @@ async def _collect_ledger_metrics(ctx: ApiContext) -> list[Metric]:
     now = ctx.event_store.clock.estimate()
     stats = await statistics.load_statistics(ctx.views, now)
     events, duration_counts = await statistics.load_event_and_duration_counts(ctx.views)
-    workers = await _list_live_workers(ctx)
+    workers = await _list_active_workers(ctx)
     buckets, total_seconds = statistics.build_duration_histogram(duration_counts)
 
     durations = HistogramMetricFamily("jobledger_job_duration_seconds", "Time from the first claim to completion.")
     durations.add_metric([], [(_format_bound(bound), count) for bound, count in buckets], total_seconds)
     healthy = GaugeMetricFamily(
         "jobledger_worker_healthy",
-        "1 if a live worker claims jobs, 0 if its machine has a problem.",
+        "1 if an active worker claims jobs, 0 if its machine has a problem.",
         labels=["worker_id"],
     )
     for worker in workers:
@@ -179,29 +179,29 @@ async def _collect_ledger_metrics(ctx: ApiContext) -> list[Metric]:
     return [
         attempts,
         healthy,
-        _gauge_by_status("jobledger_jobs", "Jobs in the views, by status.", stats["jobs"]),
-        _gauge_by_status("jobledger_webhook_deliveries", "Webhook deliveries, by status.", stats["webhooks"]),
+        _build_gauge_by_status("jobledger_jobs", "Jobs in the views, by status.", stats["jobs"]),
+        _build_gauge_by_status("jobledger_webhook_deliveries", "Webhook deliveries, by status.", stats["webhooks"]),
         recorded,
         durations,
         GaugeMetricFamily("jobledger_batches", "Batches in the views.", stats["batches"]["total"]),
         GaugeMetricFamily("jobledger_batches_active", "Batches with unfinished jobs.", stats["batches"]["active"]),
         *await _collect_queue_metrics(ctx, now),
         *await _collect_projection_metrics(ctx, now),
-        GaugeMetricFamily("jobledger_workers_alive", "Workers that hold a lease.", len(workers)),
+        GaugeMetricFamily("jobledger_workers_active", "Workers that hold a lease.", len(workers)),
         GaugeMetricFamily(
             "jobledger_worker_slots",
-            "Jobs that the live workers can run at a time.",
+            "Jobs that the active workers can run at a time.",
             sum(worker["slots"] for worker in workers),
         ),
         GaugeMetricFamily(
             "jobledger_worker_slots_busy",
-            "Jobs that the live workers run.",
+            "Jobs that the active workers run.",
             sum(worker["busy_slots"] for worker in workers),
         ),
     ]
 
 
-def _gauge_by_status(name: str, documentation: str, counts: Mapping[str, Any]) -> Metric:
+def _build_gauge_by_status(name: str, documentation: str, counts: Mapping[str, Any]) -> Metric:
     gauge = GaugeMetricFamily(name, documentation, labels=["status"])
     for status, count in counts.items():
         if status != "total":

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from jobledger.api.auth.permissions import get_principal, require_user_id
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_body_bytes
-from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.http.errors import ApiError, build_json_response
 from jobledger.api.http.validation import parse_query
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.schemas.webhooks import AnyQuery, WebhookEchoListResponse, WebhookEchoQuery, WebhookEchoResponse
@@ -37,7 +37,7 @@ async def create_indexes(db: Database) -> None:
     "/api/events/test-webhook-callback",
     response=WebhookEchoResponse,
     query=AnyQuery,
-    appends_events=False,
+    can_append_events=False,
     error_codes=("not_found", "content_too_large", "incomplete_body", "unsupported_content_encoding", "server_busy"),
 )
 async def receive_webhook_echo(request: Request) -> Response:
@@ -55,7 +55,7 @@ async def receive_webhook_echo(request: Request) -> Response:
     }
     with translate_errors("storing a received webhook"):
         await get_api_context(request).db[COLLECTION].insert_one(received)
-    return json_response({"status": "success", "received": _render(received)})
+    return build_json_response({"status": "success", "received": _render(received)})
 
 
 @Operation(
@@ -72,7 +72,7 @@ async def list_webhook_echoes(request: Request) -> Response:
     db_query: Document = {} if principal.is_admin else {"user_id": require_user_id(request)}
     with translate_errors("reading received webhooks"):
         cursor = get_api_context(request).db[COLLECTION].find(db_query, sort=[("received_at", -1)], limit=query.limit)
-        return json_response({"status": "success", "received": [_render(webhook) async for webhook in cursor]})
+        return build_json_response({"status": "success", "received": [_render(webhook) async for webhook in cursor]})
 
 
 def _render(received: Document) -> dict[str, Any]:

@@ -24,12 +24,12 @@ from jobledger.api.auth.permissions import (
 from jobledger.api.auth.redaction import DELIVERY_FIELD_RULES, Viewer, find_hidden_filters, redact_document
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
-from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.http.errors import ApiError, build_json_response
 from jobledger.api.http.validation import parse_query
 from jobledger.api.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.pagination import list_response
+from jobledger.api.pagination import build_list_response
 from jobledger.api.resources import JOB, load_document
 from jobledger.api.schemas import webhooks as schemas
 from jobledger.api.schemas.request_models import ReasonBody
@@ -41,7 +41,7 @@ from jobledger.ledger.domain.delivery import Delivery, parse_source
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, is_deleted, load_stream_state
 from jobledger.ledger.webhooks import endpoint_secrets
-from jobledger.projections.views import deliveries as view
+from jobledger.projections.views import deliveries as deliveries_view
 from jobledger.projections.views import paging
 from jobledger.projections.views.documents import fold_events
 
@@ -56,7 +56,7 @@ _UNRESTRICTED: Final = Principal(None, roles=frozenset({"admin"}))
     "/api/monitoring/events/webhooks",
     response=schemas.DeliveryListResponse,
     query=schemas.DeliveryListQuery,
-    reads_views=True,
+    is_from_views=True,
     error_codes=("job_not_found",),
 )
 async def list_deliveries(request: Request) -> Response:
@@ -64,25 +64,29 @@ async def list_deliveries(request: Request) -> Response:
     query = parse_query(request, schemas.DeliveryListQuery)
     await wait_for_requested_position(request)
     views, db_query = get_api_context(request).views, await _build_query(request, query)
-    deliveries, next_page = await view.find_page(views, db_query, query.page_request)
-    total = await paging.count(views, view.NAME, db_query)
+    deliveries, next_page = await deliveries_view.find_page(views, db_query, query.page_request)
+    total = await paging.count(views, deliveries_view.NAME, db_query)
     rendered = [
-        redact_document(delivery, DELIVERY_FIELD_RULES, await _viewer_of_delivery(request, delivery))
+        redact_document(delivery, DELIVERY_FIELD_RULES, await _get_delivery_viewer(request, delivery))
         for delivery in deliveries
     ]
-    return list_response("deliveries", rendered, next_page, total, max_count=paging.MAX_COUNT)
+    return build_list_response("deliveries", rendered, next_page, total, max_count=paging.MAX_COUNT)
 
 
-@Operation("GET", "/api/monitoring/events/webhooks/{delivery_id}", response=schemas.DeliveryResponse, reads_views=True)
+@Operation(
+    "GET", "/api/monitoring/events/webhooks/{delivery_id}", response=schemas.DeliveryResponse, is_from_views=True
+)
 async def get_delivery(request: Request) -> Response:
     """Read a webhook delivery."""
     await wait_for_requested_position(request)
     delivery_id = request.path_params["delivery_id"]
-    delivery = await view.get(get_api_context(request).views, delivery_id)
-    viewer = None if delivery is None else await _viewer_of_delivery(request, delivery)
+    delivery = await deliveries_view.get(get_api_context(request).views, delivery_id)
+    viewer = None if delivery is None else await _get_delivery_viewer(request, delivery)
     if delivery is None or viewer is None or viewer.access_level < AccessLevel.READ:
-        raise _not_found_error(delivery_id)
-    return json_response({"status": "success", "delivery": redact_document(delivery, DELIVERY_FIELD_RULES, viewer)})
+        raise _build_not_found_error(delivery_id)
+    return build_json_response(
+        {"status": "success", "delivery": redact_document(delivery, DELIVERY_FIELD_RULES, viewer)}
+    )
 
 
 @Operation(
@@ -101,22 +105,22 @@ async def redeliver_webhook(request: Request) -> Response:
     events = await ctx.event_store.read_stream(delivery_id) if delivery_id.startswith("delivery-") else []
     current = StreamState().apply(events)
     if not isinstance(current.aggregate, Delivery):
-        raise _not_found_error(delivery_id)
+        raise _build_not_found_error(delivery_id)
     principal, source = get_principal(request), current.aggregate.spec.source
     if not principal.is_admin and principal.user_id != current.aggregate.spec.user_id:
-        await _check_may_change(request, source, _not_found_error(delivery_id))
+        await _check_may_change(request, source, _build_not_found_error(delivery_id))
     if await is_deleted(ctx.event_store, source):
         raise ApiError(410, "source_deleted", f"{source} was deleted, so its webhook cannot be redelivered.")
     fingerprint = RequestFingerprint.from_request(request, content)
     loaded = LoadedStream(delivery_id, events, current, fingerprint, build_metadata(request, fingerprint))
     events = await handle_once(request, loaded, RequeueDelivery(get_actor(request), body.reason))
-    delivery = fold_events(view.fold, events)
+    delivery = fold_events(deliveries_view.fold, events)
     assert delivery is not None  # noqa: S101 - narrows the type; the first event creates the document
-    projected = await view.get(ctx.views, delivery_id)  # only the views have the sequence number
+    projected = await deliveries_view.get(ctx.views, delivery_id)  # only the views have the sequence number
     delivery = {**delivery, "sequence": projected["sequence"] if projected else None}
-    viewer = await _viewer_of_delivery(request, delivery)
+    viewer = await _get_delivery_viewer(request, delivery)
     rendered = redact_document(delivery, DELIVERY_FIELD_RULES, viewer)
-    return json_response(
+    return build_json_response(
         {"status": "success", "delivery": rendered}, 202, {"Ledger-Position": str(events[-1].position)}
     )
 
@@ -127,7 +131,7 @@ async def redeliver_webhook(request: Request) -> Response:
     response=schemas.RedeliveryResponse,
     status=202,
     body=schemas.RedeliverBody,
-    reads_views=True,
+    is_from_views=True,
     error_codes=("job_not_found", "forbidden"),
 )
 async def redeliver_webhooks(request: Request) -> Response:
@@ -141,10 +145,10 @@ async def redeliver_webhooks(request: Request) -> Response:
     await wait_for_requested_position(request)
     if body.job_id is not None:
         if not JOB.is_id(body.job_id):
-            raise JOB.not_found_error(body.job_id)
-        await _check_may_change(request, body.job_id, JOB.not_found_error(body.job_id))
+            raise JOB.build_not_found_error(body.job_id)
+        await _check_may_change(request, body.job_id, JOB.build_not_found_error(body.job_id))
     first = paging.PageRequest(MAX_REDELIVERIES, newest_first=False, max_bytes=_MAX_REDELIVERY_BYTES)
-    deliveries, next_page = await view.find_page(ctx.views, await _build_query(request, body), first)
+    deliveries, next_page = await deliveries_view.find_page(ctx.views, await _build_query(request, body), first)
     meta = build_metadata(request, fingerprint)
 
     async def requeue(delivery_id: str) -> int:
@@ -162,7 +166,7 @@ async def redeliver_webhooks(request: Request) -> Response:
         count += sum(1 for reached in positions if reached)
         position = max(position, *positions)
     response = {"status": "success", "redelivered": count, "has_more": next_page is not None}
-    return json_response(response, 202, {"Ledger-Position": str(position)} if position else {})
+    return build_json_response(response, 202, {"Ledger-Position": str(position)} if position else {})
 
 
 async def _build_query(request: Request, filters: schemas.DeliveryFilter) -> Document:
@@ -175,14 +179,14 @@ async def _build_query(request: Request, filters: schemas.DeliveryFilter) -> Doc
     if filters.job_id is not None:
         source = await load_document(request, filters.job_id)
         if source is None or not can_read(request, source):
-            raise JOB.not_found_error(filters.job_id)
+            raise JOB.build_not_found_error(filters.job_id)
         used = {name for name in schemas.DeliveryFilter.model_fields if getattr(filters, name) is not None}
         hidden = find_hidden_filters(used, DELIVERY_FIELD_RULES)
         if hidden and not get_viewer(request, source).has_full_access:
             message = f"Forbidden: the filter `{hidden[0]}` requires admin access to the job."
             raise ApiError(403, "forbidden", message)
         principal = _UNRESTRICTED
-    return view.build_query(
+    return deliveries_view.build_query(
         principal,
         source=filters.job_id,
         event_type=filters.type,
@@ -190,7 +194,7 @@ async def _build_query(request: Request, filters: schemas.DeliveryFilter) -> Doc
     )
 
 
-async def _viewer_of_delivery(request: Request, delivery: Document) -> Viewer:
+async def _get_delivery_viewer(request: Request, delivery: Document) -> Viewer:
     """Return the caller's access to a delivery: as its owner, or the access to its job or batch."""
     principal = get_principal(request)
     if principal.is_admin or delivery["user_id"] == principal.user_id:
@@ -209,7 +213,7 @@ async def _check_may_change(request: Request, source: str, not_found_error: ApiE
     check(await load_stream_state(get_api_context(request).event_store, source))
 
 
-def _not_found_error(delivery_id: str) -> ApiError:
+def _build_not_found_error(delivery_id: str) -> ApiError:
     return ApiError(404, "delivery_not_found", f"Delivery {delivery_id} not found.")
 
 
@@ -226,7 +230,7 @@ async def list_webhook_endpoints(request: Request) -> Response:
     endpoints = await endpoint_secrets.list_endpoints(
         get_api_context(request).db, user_id=user_id, limit=query.limit, after=query.after
     )
-    return json_response({"status": "success", "endpoints": endpoints})
+    return build_json_response({"status": "success", "endpoints": endpoints})
 
 
 @Operation(
@@ -235,7 +239,7 @@ async def list_webhook_endpoints(request: Request) -> Response:
     response=schemas.RotatedSecretResponse,
     body=schemas.RotateSecretBody,
     is_body_optional=True,
-    appends_events=False,
+    can_append_events=False,
 )
 async def rotate_endpoint_secret(request: Request) -> Response:
     """Rotate the signing secret of an endpoint. The new secret is shown once."""
@@ -244,21 +248,21 @@ async def rotate_endpoint_secret(request: Request) -> Response:
     grace = timedelta(seconds=body.grace_period_s)
     new_secret = await endpoint_secrets.rotate_secret(get_api_context(request).db, endpoint_id, grace)
     if new_secret is None:
-        raise _endpoint_not_found_error(endpoint_id)
-    return json_response({"status": "success", **new_secret.to_response()}, headers={"Cache-Control": "no-store"})
+        raise _build_endpoint_not_found_error(endpoint_id)
+    return build_json_response({"status": "success", **new_secret.to_response()}, headers={"Cache-Control": "no-store"})
 
 
 @Operation(
     "DELETE",
     "/api/monitoring/events/webhook-endpoints/{endpoint_id}/secret",
     response=SuccessResponse,
-    appends_events=False,
+    can_append_events=False,
 )
 async def revoke_endpoint_secret(request: Request) -> Response:
     """Revoke the signing secrets of an endpoint."""
     endpoint_id = await _require_own_endpoint(request)
     await endpoint_secrets.revoke_secrets(get_api_context(request).db, endpoint_id)
-    return json_response({"status": "success"})
+    return build_json_response({"status": "success"})
 
 
 async def _require_own_endpoint(request: Request) -> str:
@@ -270,9 +274,9 @@ async def _require_own_endpoint(request: Request) -> str:
     caller, endpoint_id = require_user_id(request), str(request.path_params["endpoint_id"])
     endpoint = await endpoint_secrets.get_endpoint(get_api_context(request).db, endpoint_id)
     if endpoint is None or not (get_principal(request).is_admin or endpoint["user_id"] == caller):
-        raise _endpoint_not_found_error(endpoint_id)
+        raise _build_endpoint_not_found_error(endpoint_id)
     return endpoint_id
 
 
-def _endpoint_not_found_error(endpoint_id: str) -> ApiError:
+def _build_endpoint_not_found_error(endpoint_id: str) -> ApiError:
     return ApiError(404, "endpoint_not_found", f"Webhook endpoint {endpoint_id[:100]} not found.")

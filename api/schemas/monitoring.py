@@ -73,7 +73,7 @@ class MinuteStatistics(BaseModel):
 
 
 class WorkerStatus(BaseModel):
-    """A live worker. `slots` is how many jobs it can run at a time, `busy_slots` how many it runs."""
+    """An active worker. `slots` is how many jobs it can run at a time, `busy_slots` how many it runs."""
 
     worker_id: str
     host: str

@@ -36,7 +36,7 @@ _MAX_ERRORS_LISTED: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class WebhookSecrets:
-    """The parts of a webhook that are stored outside of the log: header values and the user's signing secrets."""
+    """The parts of a webhook that are stored outside the log: header values and the user's signing secrets."""
 
     secrets_ref: str
     headers: dict[str, str]

@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.context import get_api_context
-from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.http.errors import ApiError, build_json_response
 from jobledger.api.http.preferences import prefers_wait
 from jobledger.api.idempotency import RequestFingerprint, build_metadata
-from jobledger.api.resources import BATCH, Resource, wait_for_completion
+from jobledger.api.resources import BATCH, ResourceKind, wait_until_finished
 from jobledger.api.submission.builder import WebhookSecrets
 from jobledger.ledger.domain.commands import SubmitBatch, SubmitJob
 from jobledger.ledger.domain.errors import VersionConflict
@@ -47,7 +47,7 @@ def create_id(prefix: str, fingerprint: RequestFingerprint | None, number: int =
 
 
 async def find_earlier_submission(
-    request: Request, resource: Resource, resource_id: str, fingerprint: RequestFingerprint | None
+    request: Request, kind: ResourceKind, resource_id: str, fingerprint: RequestFingerprint | None
 ) -> Submission | None:
     """Return the submission of an earlier request with the same key.
 
@@ -58,12 +58,12 @@ async def find_earlier_submission(
         return None
     events = await get_api_context(request).event_store.read_stream(resource_id, limit=1)
     first_event = fingerprint.find_in(events)
-    return None if first_event is None else _build_submission(request, resource, first_event)
+    return None if first_event is None else _build_submission(request, kind, first_event)
 
 
 async def record_submission(
     request: Request,
-    resource: Resource,
+    kind: ResourceKind,
     first_events: Mapping[str, BatchSubmitted | JobSubmitted],
     secrets: Collection[WebhookSecrets],
     fingerprint: RequestFingerprint | None,
@@ -93,49 +93,49 @@ async def record_submission(
         (stream_id, SubmitBatch(event) if isinstance(event, BatchSubmitted) else SubmitJob(event))
         for stream_id, event in first_events.items()
     ]
-    meta = build_metadata(request, fingerprint, resource_id if resource is BATCH else None)
+    meta = build_metadata(request, fingerprint, resource_id if kind is BATCH else None)
     try:
         [recorded, *_] = await create_streams(ctx.event_store, commands, meta=meta)
     except VersionConflict:  # a concurrent request with the same key was faster
-        if (earlier := await find_earlier_submission(request, resource, resource_id, fingerprint)) is None:
+        if (earlier := await find_earlier_submission(request, kind, resource_id, fingerprint)) is None:
             raise
         return earlier
-    return _build_submission(request, resource, recorded, await reveal_new_secrets(ctx.db, endpoints))
+    return _build_submission(request, kind, recorded, await reveal_new_secrets(ctx.db, endpoints))
 
 
 def _build_submission(
-    request: Request, resource: Resource, first_event: RecordedEvent, new_secrets: Collection[RevealedSecret] = ()
+    request: Request, kind: ResourceKind, first_event: RecordedEvent, new_secrets: Collection[RevealedSecret] = ()
 ) -> Submission:
     """Return the submission that began with an event. One commit wrote a batch and its jobs, the batch first."""
-    position = first_event.position + (first_event.payload_fields["total_jobs"] if resource is BATCH else 0)
-    document = None if prefers_wait(request) else resource.fold_submitted(first_event)
+    position = first_event.position + (first_event.payload_fields["total_jobs"] if kind is BATCH else 0)
+    document = None if prefers_wait(request) else kind.fold_submitted(first_event)
     return Submission(first_event.stream, position, new_secrets, document)
 
 
-async def load_submitted(request: Request, resource: Resource, submission: Submission) -> Document:
-    """Return the submitted resource. If the caller prefers to wait, wait for its completion first."""
+async def load_submitted(request: Request, kind: ResourceKind, submission: Submission) -> Document:
+    """Return the submitted resource. If the caller prefers to wait, wait until it is finished first."""
     if submission.document is not None:
         return submission.document
     ctx, stream_id = get_api_context(request), submission.stream_id
-    await wait_for_completion(request, resource, stream_id)
-    document = await resource.load(ctx.views, ctx.event_store, stream_id)
+    await wait_until_finished(request, kind, stream_id)
+    document = await kind.load(ctx.views, ctx.event_store, stream_id)
     # The first event remains if the resource was deleted during the wait.
-    return document or resource.fold_submitted((await ctx.event_store.read_stream(stream_id, limit=1))[0])
+    return document or kind.fold_submitted((await ctx.event_store.read_stream(stream_id, limit=1))[0])
 
 
-def accepted_response(
-    request: Request, resource: Resource, submission: Submission, position: int, content: dict[str, Any]
+def build_accepted_response(
+    request: Request, kind: ResourceKind, submission: Submission, position: int, content: dict[str, Any]
 ) -> Response:
     """Return the response to a submission: 202 with the ID, `content` and new secrets.
 
     `position` is the position of the document in `content`.
     """
     prefix = get_api_context(request).signed_links.path_prefix
-    accepted = {"status": "success", f"{resource.name}_id": submission.stream_id, **content}
+    accepted = {"status": "success", f"{kind.name}_id": submission.stream_id, **content}
     if submission.new_secrets:
         accepted["webhook_secrets"] = [secret.to_response() for secret in submission.new_secrets]
     headers = {
-        "Location": f"{prefix}/api/events/{resource.path_segment}/{submission.stream_id}",
+        "Location": f"{prefix}/api/events/{kind.path_segment}/{submission.stream_id}",
         "Ledger-Position": str(max(position, submission.position)),
     }
-    return json_response(accepted, 202, headers)
+    return build_json_response(accepted, 202, headers)

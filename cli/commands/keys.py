@@ -65,7 +65,7 @@ def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
         return await api_keys.list_api_keys(db), await browser_sessions.count_sessions(db)
 
     _, (keys, counts) = _run_with_database(config, load)
-    sessions = {key.key_id: counts.get(browser_sessions.get_session_owner(key_id=key.key_id), 0) for key in keys}
+    sessions = {key.key_id: counts.get(browser_sessions.build_holder(key_id=key.key_id), 0) for key in keys}
     if as_json:
         print_json([{**api_key_admin.key_to_json(key), "sessions": sessions[key.key_id]} for key in keys])
     elif keys:
@@ -88,7 +88,7 @@ def revoke(
 
     async def revoke_key(db: Database) -> bool:
         existed = await api_keys.revoke_key(db, key_id)
-        await browser_sessions.end_sessions(db, browser_sessions.get_session_owner(key_id=key_id))
+        await browser_sessions.end_sessions(db, browser_sessions.build_holder(key_id=key_id))
         return existed
 
     _, existed = _run_with_database(config, revoke_key)
@@ -111,13 +111,13 @@ def sign_out(
 
     The key itself stays valid. `keys revoke` also revokes the key.
     """
-    from jobledger.api.auth.browser_sessions import end_sessions, get_session_owner
+    from jobledger.api.auth.browser_sessions import build_holder, end_sessions
     from jobledger.cli.api_key_admin import parse_key_id
 
     if (key_id is None) == (user is None):
         raise ConfigurationError("Specify the ID of a key, or a user with --user.")
-    owner = get_session_owner(key_id=None if key_id is None else parse_key_id(key_id), user_id=user or "")
-    _, count = _run_with_database(config, lambda db: end_sessions(db, owner))
+    holder = build_holder(key_id=None if key_id is None else parse_key_id(key_id), user_id=user or "")
+    _, count = _run_with_database(config, lambda db: end_sessions(db, holder))
     if as_json:
         print_json({"ended_sessions": count})
     else:

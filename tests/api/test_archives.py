@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.api.routes.archives import _comparison_key, _EntryNames, sanitize_path
+from jobledger.api.routes.archives import _build_comparison_key, _EntryNames, sanitize_path
 from jobledger.ledger.domain.events import BatchSubmitted, EventMetadata
 from jobledger.ledger.store.command_handler import create_batch_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
@@ -275,8 +275,8 @@ PATHS = st.lists(st.lists(PARTS, min_size=1, max_size=4).map("/".join), max_size
 def test_entry_names_of_any_paths_never_conflict(paths: list[str]) -> None:
     names = _EntryNames()
     entries = [names.add(sanitize_path(path)) for path in paths]
-    files = [_comparison_key(entry) for entry in entries]
-    directories = {_comparison_key(str(parent)) for entry in entries for parent in PurePosixPath(entry).parents}
+    files = [_build_comparison_key(entry) for entry in entries]
+    directories = {_build_comparison_key(str(parent)) for entry in entries for parent in PurePosixPath(entry).parents}
     assert len(set(files)) == len(files), entries
     assert not directories & set(files), entries
 

@@ -126,8 +126,8 @@ async def test_session_ends_with_its_key_or_by_command(run: Any) -> None:
         first, second = [(await sign_in(api, token)).cookies["jobledger"] for _ in range(2)]
         session_of_bob = (await sign_in(api, await create_key(api.db, "bob"))).cookies["jobledger"]
         assert [await request_status(api, session) for session in (first, second, session_of_bob)] == [200, 200, 200]
-        assert (await sessions.count_sessions(api.db))[sessions.get_session_owner(key_id=token.key_id)] == 2
-        assert await sessions.end_sessions(api.db, sessions.get_session_owner(key_id=token.key_id)) == 2
+        assert (await sessions.count_sessions(api.db))[sessions.build_holder(key_id=token.key_id)] == 2
+        assert await sessions.end_sessions(api.db, sessions.build_holder(key_id=token.key_id)) == 2
         await wait_until_rejected(api, first)
         third = (await sign_in(api, token)).cookies["jobledger"]
         await api_keys.revoke_key(api.db, token.key_id)
@@ -163,7 +163,7 @@ async def test_invalid_cookie_and_credential_as_cookie_are_rejected(run: Any, co
 
 
 async def test_new_session_beyond_limit_ends_the_oldest(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "MAX_SESSIONS_PER_OWNER", 3)
+    monkeypatch.setattr(sessions, "MAX_SESSIONS_PER_HOLDER", 3)
     async with run("keys") as api:
         token = await create_key(api.db)
         cookies = [(await sign_in(api, token)).cookies["jobledger"] for _ in range(5)]

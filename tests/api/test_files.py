@@ -232,8 +232,8 @@ async def test_file_of_missing_store_is_unavailable_until_store_returns(
         if is_mount_point:
             api_without_worker.store.mkdir()
         response = await api_without_worker.get(f"{FILES}a.bin")
-        assert (response.status_code, response.json()["code"]) == (503, "file_store_unavailable")
-        assert "file store" in response.json()["message"]
+        assert (response.status_code, response.json()["code"]) == (503, "result_store_unavailable")
+        assert "result store" in response.json()["message"]
         assert str(api_without_worker.store) not in response.text
         assert "retry-after" in response.headers
     finally:

@@ -51,7 +51,7 @@ async def test_metrics_show_jobs_log_workers_and_http_responses(api: Api) -> Non
     assert samples["jobledger_log_head_position", ""] == event["position"]
     assert samples["jobledger_projection_position", ""] == event["position"]
     assert samples["jobledger_projection_lag_events", ""] == 0
-    assert samples["jobledger_workers_alive", ""] == 1
+    assert samples["jobledger_workers_active", ""] == 1
     assert samples["jobledger_worker_slots", ""] == 5
     assert samples["jobledger_worker_slots_busy", ""] == 0
     assert samples["jobledger_live_streams", ""] == 0

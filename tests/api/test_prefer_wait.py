@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobledger.api.completion_notifier import CompletionNotifier
+from jobledger.api.finish_notifier import FinishNotifier
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.schemas.batches import BatchBody
 from jobledger.api.schemas.jobs import JobBody
@@ -31,15 +31,15 @@ LONGEST_WAIT_SECONDS = 50.0
 def waits(monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[str]:
     """IDs of jobs and batches, each added when a request starts to wait for it."""
     queue = asyncio.Queue[str]()
-    watch = CompletionNotifier.watch
+    watch = FinishNotifier.watch
 
     @asynccontextmanager
-    async def record_watch(self: CompletionNotifier, stream: str) -> AsyncIterator[asyncio.Event]:
+    async def record_watch(self: FinishNotifier, stream: str) -> AsyncIterator[asyncio.Event]:
         async with watch(self, stream) as completed:
             queue.put_nowait(stream)
             yield completed
 
-    monkeypatch.setattr(CompletionNotifier, "watch", record_watch)
+    monkeypatch.setattr(FinishNotifier, "watch", record_watch)
     return queue
 
 

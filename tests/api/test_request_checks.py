@@ -125,7 +125,7 @@ async def test_query_parameter_min_position_is_checked_by_every_view_route(
     batch = await api_without_worker.submit_batch({})
     ids = {"batch_id": batch["batch_id"], "job_id": batch["job_ids"][0]}
     for route in ROUTES:
-        if OPERATIONS[route.endpoint].reads_views:
+        if OPERATIONS[route.endpoint].is_from_views:
             method = "GET" if "GET" in (route.methods or ()) else "POST"
             path = f"{build_path(route, **ids)}?min_position=far"
             response = await api_without_worker.http.request(method, path, json=ids if method == "POST" else None)

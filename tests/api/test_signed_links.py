@@ -19,7 +19,7 @@ from jobledger.api.http.errors import ApiError
 from jobledger.cli.server import open_listener
 from jobledger.ledger.domain.access import Principal
 from jobledger.projections.slots import Views
-from jobledger.projections.views import files as view
+from jobledger.projections.views import files as files_view
 from tests.api.conftest import Api, RunApi, run_api
 from tests.api.result_files import CONTENT, FILES, add_file
 from tests.support.polling import DEADLINE_SECONDS
@@ -95,7 +95,7 @@ async def test_signed_link_with_invalid_lifetime_is_rejected(api: Api, seconds: 
 
 async def test_expired_link_is_rejected(api: Api) -> None:
     await add_file(api, "a.bin")
-    row = await view.get(Views(api.db), "a.bin")
+    row = await files_view.get(Views(api.db), "a.bin")
     assert row is not None
     url = await SignedLinks(api.db, None).create(row, datetime.now(UTC) - timedelta(seconds=1))
     response = await request_anonymously(api, url)

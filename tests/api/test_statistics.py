@@ -66,7 +66,7 @@ async def test_statistics_of_an_empty_log_are_zero(api_without_worker: Api) -> N
     assert stats["durations"] == {"completed": 0, **no_durations}
 
 
-async def test_statistics_list_live_workers_with_busy_slots(api_without_worker: Api) -> None:
+async def test_statistics_list_active_workers_with_busy_slots(api_without_worker: Api) -> None:
     lease_until = datetime.now(UTC) + timedelta(hours=1)
     fields = {"host": "here", "slots": 4, "released": False}
     await api_without_worker.db.workers.insert_many(

@@ -279,7 +279,7 @@ def describe(type_: Any) -> str:
 
 def check_template(name: str, source: str) -> TemplateChecker:
     checker = TemplateChecker(name)
-    checker.check(rendering._environment().parse(source), {})
+    checker.check(rendering._create_environment().parse(source), {})
     return checker
 
 
@@ -322,7 +322,7 @@ def test_variables_that_templates_read_are_passed_by_the_pages() -> None:
         if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] in ("render_page", "render")
     ]
     passed = {keyword.arg for call in calls for keyword in call.keywords} | {"position", "live_source"}
-    environment = rendering._environment()
+    environment = rendering._create_environment()
     for name, source in TEMPLATES.items():
         read = find_free_variables(environment.parse(source)) - environment.globals.keys()
         assert read <= passed, name

@@ -24,7 +24,7 @@ _FINISHING_EVENT_TYPES: Final = frozenset(
 )
 
 
-class CompletionNotifier:
+class FinishNotifier:
     """A listener of the change stream that wakes requests which watch a job or batch."""
 
     collection = "events"
