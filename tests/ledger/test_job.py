@@ -410,7 +410,7 @@ def test_step_outputs_beyond_total_limit_are_rejected() -> None:
     state = evolve_all(None, RUNNING["first attempt"])
     for key in [*"123456789", "9"]:  # a step that is completed again counts once
         state = evolve_all(state, job.decide(CompleteStep("w1", 1, "page", key, text, 0.5), state))
-    with pytest.raises(InvalidEvent, match="outputs of all completed steps together"):
+    with pytest.raises(InvalidEvent, match="outputs of all completed steps of a job"):
         job.decide(CompleteStep("w1", 1, "page", "10", text + text, 0.5), state)
     assert job.decide(CompleteStep("w1", 1, "page", "10", "small", 0.5), state)
     assert job.decide(CompleteStep("w1", 1, "page", "10", 2**70, 0.5), state), "the append rejects it, with the reason"
@@ -421,6 +421,6 @@ def test_parameter_changes_beyond_total_limit_are_rejected() -> None:
     state = evolve_all(None, WAITING["submitted"])
     for _ in range(9):
         state = evolve_all(state, job.decide(change, state))
-    with pytest.raises(InvalidEvent, match="all changes of this job together"):
+    with pytest.raises(InvalidEvent, match="all changes of a job.s `parameters` together"):
         job.decide(change, state)
     assert job.decide(UpdateJob("user:alice", priority=5), state)
