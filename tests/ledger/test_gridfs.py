@@ -124,7 +124,7 @@ class PowerCut(BaseException):
     """Stands for the end of the process. The code under test cannot catch it as an `Exception`."""
 
 
-async def test_chunks_of_dead_writer_are_no_file(
+async def test_chunks_of_crashed_upload_are_not_a_file(
     store: GridFSStore, db: Database, inbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256 = await save_to_inbox(inbox)

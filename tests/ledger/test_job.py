@@ -70,7 +70,7 @@ restarted = JobRestarted(by="user:bob")
 deleted = JobDeleted(by="user:bob")
 fenced = WorkerFenced(worker_id="w1", attempt=1, rejected_event="JobCompleted")
 
-WAITING: dict[str, list[Event]] = {
+PENDING: dict[str, list[Event]] = {
     "submitted": [submitted],
     "transient failure": [submitted, claimed, retried],
     "released": [submitted, claimed, released],
@@ -88,7 +88,7 @@ FINISHED: dict[str, list[Event]] = {
     "cancelled while waiting": [submitted, cancelled],
     "cancelled while running": [submitted, claimed, cancel_requested, cancelled],
 }
-EXISTING = WAITING | RUNNING | FINISHED
+EXISTING = PENDING | RUNNING | FINISHED
 
 ALL_COMMANDS: list[JobCommand] = [
     *(command for command, _ in make_reports()),
@@ -134,7 +134,7 @@ def test_first_claim_starts_first_attempt() -> None:
     given(submitted).when(ClaimJob("w1", NOON)).then(claimed)
 
 
-@parametrize_histories({name: history for name, history in WAITING.items() if name != "submitted"})
+@parametrize_histories({name: history for name, history in PENDING.items() if name != "submitted"})
 def test_later_claim_starts_next_attempt(history: list[Event]) -> None:
     given(*history).when(ClaimJob("w2", LATER)).then(JobClaimed(worker_id="w2", attempt=2))
 
@@ -171,7 +171,7 @@ def test_report_of_current_attempt_is_recorded(command: WorkerCommand, event: Jo
 
 
 @pytest.mark.parametrize(("command", "event"), make_reports(), ids=type_name)
-@parametrize_histories(WAITING | FINISHED)
+@parametrize_histories(PENDING | FINISHED)
 def test_report_for_job_that_is_not_running_is_fenced(
     history: list[Event], command: WorkerCommand, event: JobEvent
 ) -> None:
@@ -260,8 +260,8 @@ def test_expire_lease_of_other_worker_or_attempt_records_nothing() -> None:
 # Cancelling -------------------------------------------------------------------------------------------------------
 
 
-@parametrize_histories(WAITING)
-def test_cancel_waiting_job_cancels_at_once(history: list[Event]) -> None:
+@parametrize_histories(PENDING)
+def test_cancel_pending_job_cancels_immediately(history: list[Event]) -> None:
     given(*history).when(CancelJob("user:alice", "wrong talk")).then(cancelled)
 
 
@@ -316,7 +316,7 @@ def test_restart_finished_job_resets_counted_attempts(history: list[Event]) -> N
     assert (state.status, state.counted_attempts, state.worker_id, state.due_at) == ("pending", 0, None, None)
 
 
-@parametrize_histories(WAITING | RUNNING)
+@parametrize_histories(PENDING | RUNNING)
 def test_restart_unfinished_job_is_rejected(history: list[Event]) -> None:
     given(*history).when(RestartJob("user:bob")).then_rejected(InvalidState, "restarted")
 
@@ -334,8 +334,8 @@ def test_restart_keeps_completed_steps_unless_reuse_is_off() -> None:
 # Changing ---------------------------------------------------------------------------------------------------------
 
 
-@parametrize_histories(WAITING)
-def test_update_waiting_job_records_update(history: list[Event]) -> None:
+@parametrize_histories(PENDING)
+def test_update_pending_job_records_update(history: list[Event]) -> None:
     given(*history).when(UpdateJob("user:bob", {"text": "bye"}, 9, LATER)).then(
         JobUpdated(by="user:bob", parameters={"text": "bye"}, priority=9, not_before=LATER)
     )
@@ -377,7 +377,7 @@ def test_repeated_archive_and_unarchive_record_nothing(history: list[Event]) -> 
     given(*history, archived, JobUnarchived(by="user:bob")).when(Unarchive("user:bob")).then_no_events()
 
 
-@parametrize_histories(WAITING | FINISHED)
+@parametrize_histories(PENDING | FINISHED)
 def test_delete_job_that_is_not_running_succeeds(history: list[Event]) -> None:
     given(*history).when(Delete("user:bob", "old")).then(JobDeleted(by="user:bob", reason="old"))
 
@@ -418,9 +418,9 @@ def test_step_outputs_beyond_total_limit_are_rejected() -> None:
 
 def test_parameter_changes_beyond_total_limit_are_rejected() -> None:
     change = UpdateJob("user:alice", {"text": "x" * (limits.MAX_CHANGED_PARAMETERS_BYTES // 10)})
-    state = evolve_all(None, WAITING["submitted"])
+    state = evolve_all(None, PENDING["submitted"])
     for _ in range(9):
         state = evolve_all(state, job.decide(change, state))
-    with pytest.raises(InvalidEvent, match="all changes of a job.s `parameters` together"):
+    with pytest.raises(InvalidEvent, match="all changes of a job's `parameters` together"):
         job.decide(change, state)
     assert job.decide(UpdateJob("user:alice", priority=5), state)

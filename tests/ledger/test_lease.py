@@ -204,7 +204,7 @@ async def test_short_block_of_event_loop_keeps_lease(lease: Lease, leases: Colle
     assert lease.is_held
 
 
-async def test_lease_of_dead_holder_is_free_after_its_duration(
+async def test_lease_of_crashed_holder_is_free_after_its_duration(
     connection: Connection, leases: Collection[Document]
 ) -> None:
     class LeaseWithoutHeartbeat(Lease):

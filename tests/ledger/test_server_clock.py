@@ -1,4 +1,4 @@
-"""The estimate of the server's clock. It uses a steady clock, so changes of the local clock do not matter."""
+"""The estimate of the server's clock. It uses a boot-time clock, so changes of the local clock do not matter."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from jobledger.ledger.store.event_store import EventStore
 START = 1_800_000_000.0
 
 
-class SteadyClock:
-    """A steady clock that the test advances."""
+class BootTimeClock:
+    """A boot-time clock that the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 500.0
@@ -27,29 +27,31 @@ class SteadyClock:
 
 
 class FakeServer:
-    """Answers `hello` with its own time. Each answer takes some time."""
+    """Responds to `hello` with its own time. Each response takes some time."""
 
-    def __init__(self, steady_clock: SteadyClock, *, time: float, answer_seconds: list[float] | None = None) -> None:
-        self.steady_clock = steady_clock
-        self.ahead = time - steady_clock.seconds
-        self.answer_seconds = answer_seconds or []
+    def __init__(
+        self, boot_time_clock: BootTimeClock, *, time: float, response_seconds: list[float] | None = None
+    ) -> None:
+        self.boot_time_clock = boot_time_clock
+        self.ahead = time - boot_time_clock.seconds
+        self.response_seconds = response_seconds or []
         self.requests = 0
         self.admin = self
 
     @property
     def time(self) -> float:
-        return self.steady_clock.seconds + self.ahead
+        return self.boot_time_clock.seconds + self.ahead
 
     async def command(self, _name: str) -> dict[str, Any]:
         server_seconds = self.time
         self.requests += 1
-        self.steady_clock.seconds += self.answer_seconds.pop(0) if self.answer_seconds else 0.001
+        self.boot_time_clock.seconds += self.response_seconds.pop(0) if self.response_seconds else 0.001
         return {"localTime": datetime.fromtimestamp(server_seconds, UTC).replace(tzinfo=None)}  # as the driver does
 
 
 @pytest.fixture
-def steady_clock(monkeypatch: pytest.MonkeyPatch) -> SteadyClock:
-    return SteadyClock(monkeypatch)
+def boot_time_clock(monkeypatch: pytest.MonkeyPatch) -> BootTimeClock:
+    return BootTimeClock(monkeypatch)
 
 
 def estimate_error(clock: ServerClock, server: FakeServer) -> float:
@@ -57,18 +59,18 @@ def estimate_error(clock: ServerClock, server: FakeServer) -> float:
     return clock.estimate().timestamp() - server.time
 
 
-async def test_estimate_follows_server_without_request(steady_clock: SteadyClock) -> None:
-    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
+async def test_estimate_follows_server_without_request(boot_time_clock: BootTimeClock) -> None:
+    clock, server = ServerClock(), FakeServer(boot_time_clock, time=START)
     clock.observe(server.time, "a")
     for _ in range(10):
-        steady_clock.seconds += 1000
+        boot_time_clock.seconds += 1000
         assert abs(estimate_error(clock, server)) < 1e-3
         await clock.now(server)  # type: ignore[arg-type]
     assert server.requests == 0
 
 
-async def test_estimate_ignores_local_clock(steady_clock: SteadyClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
+async def test_estimate_ignores_local_clock(boot_time_clock: BootTimeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, server = ServerClock(), FakeServer(boot_time_clock, time=START)
     clock.observe(server.time, "a")
 
     class FailingDatetime(datetime):
@@ -81,8 +83,8 @@ async def test_estimate_ignores_local_clock(steady_clock: SteadyClock, monkeypat
 
 
 @pytest.mark.parametrize("step", [3600.0, -3600.0, 1.0, -1.0])
-async def test_server_clock_step_is_adopted_with_next_heartbeat(steady_clock: SteadyClock, step: float) -> None:
-    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
+async def test_server_clock_step_is_adopted_with_next_heartbeat(boot_time_clock: BootTimeClock, step: float) -> None:
+    clock, server = ServerClock(), FakeServer(boot_time_clock, time=START)
     clock.observe(server.time, "a")
     server.ahead += step
     clock.observe(server.time, "a")
@@ -93,10 +95,10 @@ async def test_server_clock_step_is_adopted_with_next_heartbeat(steady_clock: St
 
 
 @pytest.mark.parametrize("ahead", [120.0, -120.0, 0.05])
-async def test_new_primary_is_queried_for_its_time(steady_clock: SteadyClock, ahead: float) -> None:
-    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
+async def test_new_primary_is_queried_for_its_time(boot_time_clock: BootTimeClock, ahead: float) -> None:
+    clock, server = ServerClock(), FakeServer(boot_time_clock, time=START)
     clock.observe(server.time, "a")
-    other = FakeServer(steady_clock, time=START + ahead)
+    other = FakeServer(boot_time_clock, time=START + ahead)
     clock.observe(other.time, "b")
     assert clock.is_uncertain
     await clock.now(other)  # type: ignore[arg-type]
@@ -104,11 +106,11 @@ async def test_new_primary_is_queried_for_its_time(steady_clock: SteadyClock, ah
     assert not clock.is_uncertain
 
 
-async def test_late_heartbeat_is_verified_and_does_not_set_clock_back(steady_clock: SteadyClock) -> None:
-    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
+async def test_late_heartbeat_is_verified_and_does_not_set_clock_back(boot_time_clock: BootTimeClock) -> None:
+    clock, server = ServerClock(), FakeServer(boot_time_clock, time=START)
     clock.observe(server.time, "a")
     server_seconds = server.time
-    steady_clock.seconds += 5  # this process was busy
+    boot_time_clock.seconds += 5  # this process was busy
     clock.observe(server_seconds, "a")
     assert abs(estimate_error(clock, server)) < 1e-3
     await clock.now(server)  # type: ignore[arg-type]
@@ -118,8 +120,8 @@ async def test_late_heartbeat_is_verified_and_does_not_set_clock_back(steady_clo
 
 
 @pytest.mark.parametrize("step", [-3600.0, -1.0])
-async def test_attached_client_follows_clock_that_was_set_back(steady_clock: SteadyClock, step: float) -> None:
-    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
+async def test_attached_client_follows_clock_that_was_set_back(boot_time_clock: BootTimeClock, step: float) -> None:
+    clock, server = ServerClock(), FakeServer(boot_time_clock, time=START)
     clock.attach_client(server)  # type: ignore[arg-type]
     clock.observe(server.time, "a")
     server.ahead += step
@@ -132,16 +134,16 @@ async def test_attached_client_follows_clock_that_was_set_back(steady_clock: Ste
     assert server.requests == 1, "only a contradiction causes a request"
 
 
-async def test_failed_measurement_is_retried_with_next_heartbeat(steady_clock: SteadyClock) -> None:
-    clock, server = ServerClock(), FakeServer(steady_clock, time=START)
+async def test_failed_measurement_is_retried_with_next_heartbeat(boot_time_clock: BootTimeClock) -> None:
+    clock, server = ServerClock(), FakeServer(boot_time_clock, time=START)
     clock.attach_client(server)  # type: ignore[arg-type]
     clock.observe(server.time, "a")
-    answer, failures = server.command, [AutoReconnect("away"), AutoReconnect("away")]
+    response, failures = server.command, [AutoReconnect("away"), AutoReconnect("away")]
 
     async def failing(name: str) -> dict[str, Any]:
         if failures:
             raise failures.pop()
-        return await answer(name)
+        return await response(name)
 
     server.command = failing  # type: ignore[method-assign, assignment]
     server.ahead -= 3600
@@ -157,14 +159,14 @@ async def run_ready_tasks() -> None:
         await asyncio.sleep(0)
 
 
-async def test_slow_answers_yield_best_estimate_never_ahead(steady_clock: SteadyClock) -> None:
-    clock, server = ServerClock(), FakeServer(steady_clock, time=START, answer_seconds=[3.0, 0.5, 2.0])
+async def test_slow_responses_yield_best_estimate_never_ahead(boot_time_clock: BootTimeClock) -> None:
+    clock, server = ServerClock(), FakeServer(boot_time_clock, time=START, response_seconds=[3.0, 0.5, 2.0])
     await clock.now(server)  # type: ignore[arg-type]
     assert server.requests == 3
     assert -0.5 - 1e-3 < estimate_error(clock, server) <= 1e-3
 
 
-def test_sleep_seconds_are_bounded_and_never_negative(steady_clock: SteadyClock) -> None:
+def test_sleep_seconds_are_bounded_and_never_negative(boot_time_clock: BootTimeClock) -> None:
     clock = ServerClock()
     clock.observe(START, "a")
     due = clock.estimate()
@@ -184,10 +186,10 @@ async def event_store(connection: Connection) -> AsyncIterator[EventStore]:
     await client.close()
 
 
-async def test_first_answer_of_real_server_sets_clock(event_store: EventStore) -> None:
+async def test_first_response_of_real_server_sets_clock(event_store: EventStore) -> None:
     await event_store.read_head_position()
-    answer = await event_store.db.client.admin.command("hello")
-    assert abs((event_store.clock.estimate() - answer["localTime"].replace(tzinfo=UTC)).total_seconds()) < 1
+    response = await event_store.db.client.admin.command("hello")
+    assert abs((event_store.clock.estimate() - response["localTime"].replace(tzinfo=UTC)).total_seconds()) < 1
     assert get_server_clock(event_store.db.client) is event_store.clock
     assert not event_store.clock.is_uncertain
 

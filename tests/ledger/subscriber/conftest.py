@@ -19,7 +19,7 @@ from tests.support.event_examples import NOON
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, change_stream_operations
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 
-NOT_A_URI = "http://127.0.0.1"
+NOT_A_MONGODB_URI = "http://127.0.0.1"
 
 
 @pytest.fixture

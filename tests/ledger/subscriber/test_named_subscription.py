@@ -15,7 +15,7 @@ from jobledger.ledger.domain.events import JobClaimed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.subscriber import LedgerClient, SubscriptionTakenOver, ledger_client
 from tests.ledger.subscriber.conftest import (
-    NOT_A_URI,
+    NOT_A_MONGODB_URI,
     background_appends,
     count_saves,
     load_saved_position,
@@ -270,7 +270,7 @@ async def test_lost_messages_are_retried(mongodb_uri: str, unstreamed_ledger: Le
         assert proxy.dropped_count == 4
 
 
-async def test_killed_change_stream_or_dead_appender_leaves_no_gap(
+async def test_killed_change_stream_or_crashed_appender_leaves_no_gap(
     unstreamed_ledger: Ledger, client: LedgerClient
 ) -> None:
     async with client.subscribe("mine") as events:
@@ -291,7 +291,7 @@ async def test_unreachable_or_invalid_uri_is_rejected_on_entry(mongodb_uri: str)
             with pytest.raises(LedgerUnavailable, match="Check that it is running"):
                 async with ledger_client(proxy.uri, connect_timeout_ms=300).subscribe():
                     pass
-    for invalid_uri in (NOT_A_URI, "mongodb://", "", "mongodb://127.0.0.1:99999"):
+    for invalid_uri in (NOT_A_MONGODB_URI, "mongodb://", "", "mongodb://127.0.0.1:99999"):
         client_without_connection = ledger_client(invalid_uri)
         with pytest.raises(ConfigurationError):
             async with client_without_connection.subscribe():

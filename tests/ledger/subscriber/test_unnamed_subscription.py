@@ -13,7 +13,7 @@ from jobledger.ledger.domain.events import JobClaimed
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.subscriber import LedgerClient, ledger_client
 from tests.ledger.subscriber.conftest import (
-    NOT_A_URI,
+    NOT_A_MONGODB_URI,
     load_collections,
     submit_and_claim_job,
     take,
@@ -140,7 +140,7 @@ async def test_types_accept_classes_and_names(unstreamed_ledger: Ledger, client:
 )
 async def test_unknown_type_is_rejected_before_connecting(types: Any, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
-        async with ledger_client(NOT_A_URI).subscribe("mine", types=types):
+        async with ledger_client(NOT_A_MONGODB_URI).subscribe("mine", types=types):
             pass
 
 
@@ -152,7 +152,7 @@ async def test_unknown_type_is_rejected_before_connecting(types: Any, hint: str)
 )
 async def test_invalid_position_or_name_is_rejected_before_connecting(invalid_arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"name|after"):
-        async with ledger_client(NOT_A_URI).subscribe(**invalid_arguments):
+        async with ledger_client(NOT_A_MONGODB_URI).subscribe(**invalid_arguments):
             pass
 
 

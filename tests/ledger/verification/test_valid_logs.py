@@ -316,7 +316,7 @@ class GapWatchingStore(EventStore):
         self.is_filled = asyncio.Event()
 
 
-async def test_gap_of_dead_appender_is_reported_until_filled(unstreamed_ledger: Ledger) -> None:
+async def test_gap_of_crashed_appender_is_reported_until_filled(unstreamed_ledger: Ledger) -> None:
     await unstreamed_ledger.submit_job()
     await create_position_gap(unstreamed_ledger.db)
     await unstreamed_ledger.submit_job()
