@@ -120,7 +120,7 @@ async def apply_to_jobs(
         async with aclosing(_load_jobs(event_store, job_ids[start : start + JOBS_PER_CHUNK])) as parts:
             async for jobs in parts:
                 are_done = [fingerprint is not None and bool(fingerprint.find_in(job.keyed_events)) for job in jobs]
-                # Wait for all of them, also after an error: no command may run after the response.
+                # Wait for all commands, also after an error: none may run after the response.
                 outcomes = await asyncio.gather(*map(apply, jobs, are_done), return_exceptions=True)
                 for job, outcome in zip(jobs, outcomes, strict=True):
                     result.add(job.job_id, outcome)

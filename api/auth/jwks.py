@@ -23,8 +23,8 @@ _log = structlog.get_logger()
 _MIN_RSA_BITS: Final = 2048
 _TIMEOUT_SECONDS: Final = 5.0
 _MAX_SET_BYTES: Final = 1_000_000
-_MAX_AGE_SECONDS: Final = 3600.0  # then the set is fetched again, because its owner may have revoked keys
-_MIN_INTERVAL_SECONDS: Final = 60.0  # between two fetches, regardless of how many tokens name unknown keys
+_MAX_AGE_SECONDS: Final = 3600.0  # Then the set is fetched again, because the issuer may have revoked keys.
+_MIN_INTERVAL_SECONDS: Final = 60.0  # The time between two fetches, regardless of how many tokens name unknown keys.
 _MIN_INTERVAL_WITHOUT_KEYS_SECONDS: Final = 5.0
 
 

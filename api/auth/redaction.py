@@ -7,7 +7,7 @@ tables with the documents and event types.
 | Viewer | Sees |
 |---|---|
 | read or write access, the public | Parameters, status, progress, logs, steps, results, code and message of errors. Of a webhook its host and whether it was delivered. Of the access lists and teams only their own names. A pseudonym of each worker. |
-| admin access: the owner, `admin_access`, system admins | Everything except secrets, which are not in events. |
+| admin access: the owner, `admin_access`, the user role `admin` | Everything except secrets, which are not in events. |
 | monitor | The statistics, with the host names of workers. No additional access to jobs. |
 """  # noqa: E501 - a table
 

@@ -69,7 +69,7 @@ async def read_json_body(request: Request, model: type[Model]) -> tuple[Model, A
         ApiError: 415, 413 or 400, the body is not JSON, too large or malformed; 422, validation failed; 503, the
             requests in progress use all memory allowed.
     """
-    # Also protects against other sites: browsers send this type across origins only after a CORS preflight.
+    # The check also protects against other sites: browsers send this type across origins only after a CORS preflight.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         message = "The body must be JSON. Send it with the header Content-Type: application/json."
         raise ApiError(415, "unsupported_media_type", message)

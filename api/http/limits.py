@@ -31,7 +31,7 @@ class TokenBuckets:
 
     Args:
         per_second: Tokens that are added each second: the sustained rate.
-        burst: Size of a bucket: the number of requests that a client may send at once.
+        burst: Size of a bucket: the number of requests that a client may send without a pause.
         clock: Returns monotonic time in seconds.
     """
 

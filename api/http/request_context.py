@@ -124,6 +124,6 @@ class PathPrefixMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._prefix and scope["type"] == "http" and scope["path"].startswith(f"{self._prefix}/"):
             raw = (scope.get("raw_path") or b"").removeprefix(quote(self._prefix).encode())
-            # Updated in place: the middleware around this one reads keys that inner code adds to the scope.
+            # The scope changes in place: the middleware around this one reads keys that inner code adds to the scope.
             scope.update(path=scope["path"].removeprefix(self._prefix), raw_path=raw)
         await self._app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Histories of jobs and batches, and log lines of jobs, page by page."""
+"""Histories of jobs and batches, and log entries of jobs, page by page."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def _get_history(request: Request, resource: ResourceKind) -> Response:
 
 @Operation("GET", "/api/events/jobs/{job_id}/logs", response=LogLinesResponse, query=HistoryQuery)
 async def get_job_logs(request: Request) -> Response:
-    """List the log lines of a job."""
+    """List the log entries of a job."""
     job = await load_or_404(request, JOB)
     return await _build_page_response(request, job["job_id"], "logs", _encode_log_lines, types=LOG_EVENT_TYPES)
 

@@ -83,7 +83,7 @@ async def _list_active_workers(ctx: ApiContext) -> list[Document]:
 
 @Operation("GET", "/healthz", response=SuccessResponse)
 async def check_liveness(_request: Request) -> Response:
-    """Check that the server is alive."""
+    """Check that the server is running."""
     return build_json_response({"status": "success"})
 
 

@@ -154,7 +154,7 @@ class JobResource(PartialDocument):
     progress: Progress
     results: ResultsResource | None
     error: ErrorInfo | None = Field(description="The error of the last failed attempt.")
-    logs: list[LogEntry] = Field(max_length=100, description="The newest log lines. `…/logs` returns all.")
+    logs: list[LogEntry] = Field(max_length=100, description="The newest log entries. `…/logs` returns all.")
     worker_id: str | None = Field(description="A pseudonym without admin access.")
     attempt: int
     retries: int

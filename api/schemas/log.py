@@ -1,4 +1,4 @@
-"""Request and response models of the event log: events, histories and log lines."""
+"""Request and response models of the event log: events, histories and log entries."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ class HistoryResponse(SuccessResponse):
 
 
 class LogLineResource(LogEntry):
-    """A log line. Lines that were logged together come from one event and have the same `version`."""
+    """A log entry. Entries that were logged together come from one event and have the same `version`."""
 
     attempt: int | None
     version: int
 
 
 class LogLinesResponse(SuccessResponse):
-    """A page of log lines."""
+    """A page of log entries."""
 
     logs: list[LogLineResource]
     next_after_version: int | None = Field(None, description=_NEXT_PAGE)

@@ -1,4 +1,4 @@
-"""Every invalid request gets an error document at once. None writes an event or causes an internal error."""
+"""Every invalid request gets an error document immediately. None writes an event or causes an internal error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages of which origins may change data: the whole origin counts, for every way to reach the API and every method."""
+"""Only the own origin and those in `api.cors_origins` may change data. Scheme, host and port must be the same."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def test_change_with_origin_header_requires_exact_own_origin(
         ({"Origin": CORS_ORIGIN}, 200, 403),
     ],
 )
-async def test_change_without_own_origin_requires_same_site_fetch_metadata(
+async def test_change_without_own_origin_is_rejected_from_other_sites_or_with_cookie_only(
     headers: dict[str, str], expected: int, expected_sign_in: int
 ) -> None:
     assert await request_status(headers) == expected

@@ -193,7 +193,7 @@ async def test_preflight_allows_headers_that_clients_send(
         assert response.status_code == 400
 
 
-async def test_every_route_answers_every_method(api_without_worker: Api) -> None:
+async def test_every_route_responds_to_every_method(api_without_worker: Api) -> None:
     for path in {build_path(route) for route in ROUTES}:
         for method in ("HEAD", "OPTIONS", "PATCH", "TRACE"):
             response = await api_without_worker.http.request(method, path)

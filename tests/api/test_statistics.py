@@ -71,13 +71,13 @@ async def test_statistics_list_active_workers_with_busy_slots(api_without_worker
     fields = {"host": "here", "slots": 4, "released": False}
     await api_without_worker.db.workers.insert_many(
         [
-            {"_id": "alive", "lease_until": lease_until, **fields},
-            {"_id": "dead", "lease_until": NOON, **fields},
-            {"_id": "gone", "lease_until": lease_until, **fields, "released": True},
+            {"_id": "active", "lease_until": lease_until, **fields},
+            {"_id": "expired", "lease_until": NOON, **fields},
+            {"_id": "released", "lease_until": lease_until, **fields, "released": True},
         ]
     )
     positions = []
-    for worker_id in ("alive", "alive", "dead"):
+    for worker_id in ("active", "active", "expired"):
         positions.append(
             await handle_commands(
                 api_without_worker, await api_without_worker.submit(), ClaimJob(worker_id, lease_until)
@@ -87,7 +87,7 @@ async def test_statistics_list_active_workers_with_busy_slots(api_without_worker
     lease = stats["workers"][0].pop("lease_until")
     assert datetime.fromisoformat(lease) == lease_until.replace(microsecond=lease_until.microsecond // 1000 * 1000)
     healthy = {"problem": None, "unhealthy_since": None}
-    assert stats["workers"] == [{"worker_id": "alive", "host": "here", "slots": 4, "busy_slots": 2, **healthy}]
+    assert stats["workers"] == [{"worker_id": "active", "host": "here", "slots": 4, "busy_slots": 2, **healthy}]
 
 
 async def test_deleted_job_leaves_job_counts_but_not_throughput(api_without_worker: Api) -> None:

@@ -1,4 +1,4 @@
-"""Reads of many streams at once load only the fields that the response needs."""
+"""Reads of many streams together load only the fields that the response needs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def submit_large_batch(api: Api) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes in bytes of the batches of events that are read from several streams at once."""
+    """Sizes in bytes of the batches of events that are read from several streams together."""
     sizes: list[int] = []
     iterate_stream_batches = EventStore.iterate_stream_batches
 
