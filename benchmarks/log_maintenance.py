@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.measurement import RateFunction, Result, Stopwatch, compare_rates, open_empty_database
-from jobledger.cli.view_maintenance import open_rebuild, rebuild_views
+from jobledger.cli.administration.view_maintenance import open_rebuild, rebuild_views
 from jobledger.ledger.domain import events as domain
 from jobledger.ledger.domain.events import Event, EventMetadata
 from jobledger.ledger.mongo.connection import Connection, Database, Document

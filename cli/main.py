@@ -15,7 +15,7 @@ import typer
 
 from jobledger.cli.commands import batches, doctor, jobs, keys, log, roles, submit, views, webhooks
 from jobledger.cli.exit_codes import EXIT_FAILED, EXIT_UNAVAILABLE, EXIT_UNREACHABLE, EXIT_USAGE
-from jobledger.cli.terminal_text import SafeConsole, configure_output_encoding, echo, echo_text
+from jobledger.cli.output.terminal_text import SafeConsole, configure_output_encoding, echo, echo_text
 from jobledger.ledger.domain.errors import (
     ConfigurationError,
     JobledgerError,
@@ -69,8 +69,8 @@ def demo(
 ) -> None:
     """Process a small generated conference from submission to Markdown"""
     from jobledger.cli.commands import demo as demo_command
-    from jobledger.cli.database import open_database_server
-    from jobledger.cli.logging_setup import configure_logging
+    from jobledger.cli.process.database import open_database_server
+    from jobledger.cli.process.logging_setup import configure_logging
 
     console = SafeConsole()
     with tempfile.TemporaryDirectory(prefix="jobledger-demo-", ignore_cleanup_errors=True) as directory:

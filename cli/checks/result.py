@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from jobledger.cli.terminal_text import SafeTable
+from jobledger.cli.output.terminal_text import SafeTable
 
 
 @dataclass(frozen=True, slots=True)

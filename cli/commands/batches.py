@@ -8,8 +8,8 @@ from typing import Annotated, Final, get_args
 import typer
 
 from jobledger.cli.commands import resources
+from jobledger.cli.commands.options import DEFAULT_URL, JsonOption, UrlOption
 from jobledger.cli.commands.resources import Document
-from jobledger.cli.options import DEFAULT_URL, JsonOption, UrlOption
 from jobledger.ledger.domain.statuses import BatchStatus, JobStatus, RestartScope
 
 app = typer.Typer(help="List, inspect, cancel, restart, pause and resume batches", no_args_is_help=True)

@@ -13,14 +13,14 @@ from urllib.parse import unquote
 import httpx
 from rich.text import Text
 
-from jobledger.cli.api_client import open_async_client
+from jobledger.cli.commands.api_client import open_async_client
 from jobledger.cli.commands.submit import follow_batch, submit_batch
 from jobledger.cli.composition import ALL_ROLES, start_roles
-from jobledger.cli.formatting import format_count
+from jobledger.cli.output.formatting import format_count
+from jobledger.cli.output.terminal_text import SafeConsole, escape_line
+from jobledger.cli.process.shutdown import Shutdown, shutdown_timeout
 from jobledger.cli.settings import Settings
 from jobledger.cli.settings_file import read_settings
-from jobledger.cli.shutdown import Shutdown, shutdown_timeout
-from jobledger.cli.terminal_text import SafeConsole, escape_line
 from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection
 

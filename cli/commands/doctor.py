@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobledger.cli.commands.options import ConfigOption
 from jobledger.cli.exit_codes import EXIT_FAILED
-from jobledger.cli.options import ConfigOption
+from jobledger.cli.output.terminal_text import SafeConsole, echo
 from jobledger.cli.runtime import load_settings, open_connection
-from jobledger.cli.terminal_text import SafeConsole, echo
 from jobledger.ledger.domain.errors import JobledgerError
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def doctor(
 
     Exits with 1 if a check fails.
     """
-    from jobledger.cli import database
     from jobledger.cli.checks.machine import check_machine
     from jobledger.cli.checks.result import CheckResult, results_table
+    from jobledger.cli.process import database
 
     settings = load_settings(config)
     if accept_result_store:
@@ -60,6 +60,6 @@ async def _check_database(settings: Settings, connection: Connection) -> list[Ch
 
 def mongo_roles(config: ConfigOption = None) -> None:
     """Print a mongosh script that creates MongoDB roles with the rights Jobledger needs"""
-    from jobledger.cli.mongo_roles import mongosh_script
+    from jobledger.cli.administration.mongo_roles import mongosh_script
 
     echo(*mongosh_script(load_settings(config).mongodb.db_name).splitlines())

@@ -9,9 +9,9 @@ import httpx
 import typer
 
 from jobledger.cli.commands import resources
+from jobledger.cli.commands.options import DEFAULT_URL, JsonOption, UrlOption, parse_time_option
 from jobledger.cli.commands.resources import Document, format_iso_timestamp
-from jobledger.cli.formatting import format_count, format_duration
-from jobledger.cli.options import DEFAULT_URL, JsonOption, UrlOption, parse_time_option
+from jobledger.cli.output.formatting import format_count, format_duration
 from jobledger.ledger.domain.statuses import JobStatus
 
 app = typer.Typer(help="List, inspect, cancel and restart jobs", no_args_is_help=True)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from jobledger.cli.options import ConfigOption, JsonOption
+from jobledger.cli.commands.options import ConfigOption, JsonOption
+from jobledger.cli.output.terminal_text import echo, print_json, print_table
 from jobledger.cli.runtime import open_ledger
-from jobledger.cli.terminal_text import echo, print_json, print_table
 from jobledger.ledger.domain.errors import ConfigurationError, NotFound
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def create(
     Only a digest of the key is stored.
     """
     from jobledger.api.auth import api_keys
-    from jobledger.cli import api_key_admin
+    from jobledger.cli.administration import api_key_admin
 
     key, token = api_key_admin.new_key(
         user=user, groups=group or (), roles=role or (), name=name, expires_in=expires_in
@@ -59,7 +59,7 @@ def create(
 def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """List API keys with user, expiry and number of browser sessions"""
     from jobledger.api.auth import api_keys, browser_sessions
-    from jobledger.cli import api_key_admin
+    from jobledger.cli.administration import api_key_admin
 
     async def load(db: Database) -> tuple[list[api_keys.ApiKey], dict[str, int]]:
         return await api_keys.list_api_keys(db), await browser_sessions.count_sessions(db)
@@ -82,7 +82,7 @@ def revoke(
 ) -> None:
     """Revoke an API key immediately"""
     from jobledger.api.auth import api_keys, browser_sessions
-    from jobledger.cli.api_key_admin import parse_key_id
+    from jobledger.cli.administration.api_key_admin import parse_key_id
 
     key_id = parse_key_id(key_id)
 
@@ -112,7 +112,7 @@ def sign_out(
     The key itself stays valid. `keys revoke` also revokes the key.
     """
     from jobledger.api.auth.browser_sessions import build_holder, end_sessions
-    from jobledger.cli.api_key_admin import parse_key_id
+    from jobledger.cli.administration.api_key_admin import parse_key_id
 
     if (key_id is None) == (user is None):
         raise ConfigurationError("Specify the ID of a key, or a user with --user.")
@@ -126,7 +126,7 @@ def sign_out(
 
 def _run_with_database(config: Path | None, work: Callable[[Database], Awaitable[_T]]) -> tuple[Settings, _T]:
     """Check the database server and run an asynchronous function with it. Return the settings and its result."""
-    from jobledger.cli.database import open_database
+    from jobledger.cli.process.database import open_database
 
     async def run(connection: Connection) -> _T:
         async with open_database(connection) as db:

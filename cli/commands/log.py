@@ -12,12 +12,12 @@ import typer
 from rich.text import Text
 
 from jobledger.cli.commands import log_state
+from jobledger.cli.commands.options import AS_OF_HELP, LARGEST_POSITION, ConfigOption, JsonOption, parse_as_of
 from jobledger.cli.exit_codes import EXIT_FAILED
-from jobledger.cli.formatting import format_count
-from jobledger.cli.options import AS_OF_HELP, LARGEST_POSITION, ConfigOption, JsonOption, parse_as_of
-from jobledger.cli.progress import progress_bar
+from jobledger.cli.output.formatting import format_count
+from jobledger.cli.output.progress import progress_bar
+from jobledger.cli.output.terminal_text import SafeConsole, echo, echo_json, print_json
 from jobledger.cli.runtime import open_ledger, run_with_database
-from jobledger.cli.terminal_text import SafeConsole, echo, echo_json, print_json
 from jobledger.ledger.domain.errors import (
     ConfigurationError,
     JobledgerError,
@@ -27,7 +27,7 @@ from jobledger.ledger.domain.errors import (
 )
 
 if TYPE_CHECKING:
-    from jobledger.cli.view_maintenance import ViewComparison
+    from jobledger.cli.administration.view_maintenance import ViewComparison
     from jobledger.ledger.mongo.connection import Connection
     from jobledger.ledger.store.export_file import ExportSummary
 
@@ -66,7 +66,7 @@ def verify(
 
     Exits with 1 and names the first damaged event, or the documents and files that differ.
     """
-    from jobledger.cli import view_maintenance
+    from jobledger.cli.administration import view_maintenance
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.store.verification import verify_log
 
@@ -112,7 +112,7 @@ def verify(
 
 def _compare_views_if_permitted(connection: Connection) -> ViewComparison | None:
     """Compare all views; return None if there are none yet, or if this MongoDB user must not write to shadow views."""
-    from jobledger.cli import view_maintenance
+    from jobledger.cli.administration import view_maintenance
     from jobledger.ledger.mongo.connection import UNAUTHORIZED, get_server_error_code
     from jobledger.projections.engine.checkpoint import load_checkpoint
 
@@ -165,7 +165,7 @@ def import_(
 
     Each event is verified. The import is all or nothing. Run an interrupted import again to continue it.
     """
-    from jobledger.cli.view_maintenance import rebuild_views
+    from jobledger.cli.administration.view_maintenance import rebuild_views
     from jobledger.ledger.store.import_ import import_log
 
     with open_ledger(config) as (_, connection):
@@ -227,7 +227,7 @@ def _check_event_types(names: Any) -> None:
 
 def _event_printer(streams: set[str], types: set[str], *, as_json: bool) -> Callable[[Any], None]:
     """Return a function that prints an event if it matches the filters. An empty set matches all."""
-    from jobledger.cli.formatting import format_event
+    from jobledger.cli.output.formatting import format_event
     from jobledger.ledger.store.export_file import encode_event_or_stub
 
     console = SafeConsole(soft_wrap=True)
@@ -282,7 +282,7 @@ def history(
     as_json: JsonOption = False,
 ) -> None:
     """Show all events of a job, batch or delivery, with actor and state changes"""
-    from jobledger.cli.formatting import format_changes, format_event
+    from jobledger.cli.output.formatting import format_changes, format_event
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.store.export_file import encode_event_or_stub
     from jobledger.projections.engine.as_of import build_as_of_filter

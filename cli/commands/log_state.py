@@ -9,11 +9,11 @@ from typing import Annotated, Any, Final
 import typer
 from rich.text import Text
 
-from jobledger.cli.formatting import format_count, format_timestamp
-from jobledger.cli.options import AS_OF_HELP, ConfigOption, JsonOption, parse_as_of
-from jobledger.cli.progress import progress_bar
+from jobledger.cli.commands.options import AS_OF_HELP, ConfigOption, JsonOption, parse_as_of
+from jobledger.cli.output.formatting import format_count, format_timestamp
+from jobledger.cli.output.progress import progress_bar
+from jobledger.cli.output.terminal_text import SafeConsole, echo, print_json, print_table
 from jobledger.cli.runtime import open_ledger, run_with_database
-from jobledger.cli.terminal_text import SafeConsole, echo, print_json, print_table
 from jobledger.ledger.domain.errors import ConfigurationError
 
 _MAX_ROWS: Final = 50

@@ -13,11 +13,11 @@ import httpx
 import typer
 from rich.text import Text
 
-from jobledger.cli.api_client import RequestRejected, open_client, parse_response, retry_delay, without_none
+from jobledger.cli.commands.api_client import RequestRejected, open_client, parse_response, retry_delay, without_none
+from jobledger.cli.commands.options import AS_OF_HELP, DEFAULT_URL, JsonOption, UrlOption, parse_as_of
 from jobledger.cli.exit_codes import EXIT_FAILED
-from jobledger.cli.formatting import format_duration, format_timestamp
-from jobledger.cli.options import AS_OF_HELP, DEFAULT_URL, JsonOption, UrlOption, parse_as_of
-from jobledger.cli.terminal_text import SafeConsole, echo, escape_line, print_json, print_table
+from jobledger.cli.output.formatting import format_duration, format_timestamp
+from jobledger.cli.output.terminal_text import SafeConsole, echo, escape_line, print_json, print_table
 from jobledger.ledger.domain.errors import ConfigurationError
 
 _PAGE_SIZE: Final = 500

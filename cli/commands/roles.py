@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobledger.cli.options import ConfigOption
+from jobledger.cli.commands.options import ConfigOption
 from jobledger.cli.runtime import run_roles
 
 

@@ -17,11 +17,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from jobledger.cli.api_client import open_async_client, parse_response, retry_delay, unexpected_response
+from jobledger.cli.commands.api_client import open_async_client, parse_response, retry_delay, unexpected_response
+from jobledger.cli.commands.options import DEFAULT_URL, UrlOption
 from jobledger.cli.exit_codes import EXIT_FAILED
-from jobledger.cli.formatting import format_count
-from jobledger.cli.options import DEFAULT_URL, UrlOption
-from jobledger.cli.terminal_text import SafeConsole, echo, escape_line
+from jobledger.cli.output.formatting import format_count
+from jobledger.cli.output.terminal_text import SafeConsole, echo, escape_line
 from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable
 
 _FINAL_STATUSES: Final = {"JobCompleted": "completed", "JobFailed": "failed", "JobCancelled": "cancelled"}

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from jobledger.cli.commands.options import ConfigOption, JsonOption
 from jobledger.cli.exit_codes import EXIT_FAILED
-from jobledger.cli.options import ConfigOption, JsonOption
-from jobledger.cli.progress import progress_bar
+from jobledger.cli.output.progress import progress_bar
+from jobledger.cli.output.terminal_text import echo, print_json
 from jobledger.cli.runtime import open_ledger
-from jobledger.cli.terminal_text import echo, print_json
 
 app = typer.Typer(help="Rebuild and check views (needs access to the database)", no_args_is_help=True)
 ViewOption = Annotated[
@@ -25,7 +25,7 @@ def rebuild(config: ConfigOption = None, view: ViewOption = None, as_json: JsonO
 
     Jobs and readers continue meanwhile. Run an interrupted rebuild again to continue it.
     """
-    from jobledger.cli import view_maintenance
+    from jobledger.cli.administration import view_maintenance
 
     with open_ledger(config) as (_, connection), progress_bar("rebuilding views") as on_progress:
         position = asyncio.run(view_maintenance.rebuild_views(connection, view, on_progress=on_progress))
@@ -41,7 +41,7 @@ def check(config: ConfigOption = None, view: ViewOption = None, as_json: JsonOpt
 
     Exits with 1 if any document differs. Changes nothing that readers see.
     """
-    from jobledger.cli import view_maintenance
+    from jobledger.cli.administration import view_maintenance
 
     with open_ledger(config) as (_, connection), progress_bar("comparing views") as on_progress:
         comparison = asyncio.run(view_maintenance.compare_views(connection, view, on_progress=on_progress))

@@ -11,14 +11,14 @@ from urllib.parse import quote
 import orjson
 import typer
 
-from jobledger.cli.api_client import open_client, parse_response, without_none
 from jobledger.cli.commands import resources
+from jobledger.cli.commands.api_client import open_client, parse_response, without_none
+from jobledger.cli.commands.options import DEFAULT_URL, ConfigOption, JsonOption, UrlOption
 from jobledger.cli.commands.resources import Document, format_iso_timestamp
 from jobledger.cli.exit_codes import EXIT_FAILED
-from jobledger.cli.formatting import format_count
-from jobledger.cli.options import DEFAULT_URL, ConfigOption, JsonOption, UrlOption
+from jobledger.cli.output.formatting import format_count
+from jobledger.cli.output.terminal_text import echo, echo_text, print_json, print_table
 from jobledger.cli.runtime import load_settings
-from jobledger.cli.terminal_text import echo, echo_text, print_json, print_table
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.statuses import DeliveryStatus
 

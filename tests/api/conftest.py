@@ -183,7 +183,7 @@ async def run_api(
 @pytest.fixture
 def header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Authenticate by a header (tests/support/header_auth.py). Must come before the fixture that runs the API."""
-    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
+    monkeypatch.setattr("jobledger.cli.process.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from jobledger.api.auth import api_keys
 from jobledger.api.auth import browser_sessions as sessions
 from jobledger.api.auth.api_keys import ApiKeyToken
-from jobledger.cli.api_key_admin import new_key
+from jobledger.cli.administration.api_key_admin import new_key
 from jobledger.ledger.mongo.connection import Database
 from tests.api.conftest import Api, run_api
 from tests.support.jwt_issuer import SECRET, make_token

@@ -10,7 +10,7 @@ import pytest
 from pymongo import MongoClient
 
 from jobledger.api.app import ROUTES
-from jobledger.cli.view_maintenance import rebuild_views
+from jobledger.cli.administration.view_maintenance import rebuild_views
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.export import export_log
 from jobledger.ledger.store.import_ import import_log

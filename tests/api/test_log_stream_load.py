@@ -172,7 +172,9 @@ async def test_client_that_reads_slowly_gets_all_events(
 async def test_server_shutdown_ends_streams_immediately(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.cli.server._GRACEFUL_SHUTDOWN_SECONDS", 300)  # then the server cancels streams
+    monkeypatch.setattr(
+        "jobledger.cli.process.server._GRACEFUL_SHUTDOWN_SECONDS", 300
+    )  # then the server cancels streams
     running = run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER)
     api = await anext(running)
     async with asyncio.timeout(DEADLINE_SECONDS), AsyncExitStack() as stack:

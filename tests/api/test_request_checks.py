@@ -15,7 +15,7 @@ from jobledger.api.dashboard import pages as dashboard
 from jobledger.api.http.limits import STREAM_PATHS
 from jobledger.api.openapi.operation import OPERATIONS
 from jobledger.api.routes import webhook_echo
-from jobledger.cli.options import parse_as_of, parse_time_option
+from jobledger.cli.commands.options import parse_as_of, parse_time_option
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.timestamps import parse_timestamp
 from tests.api.conftest import WITHOUT_WORKER, Api, run_api

@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection
 
 from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.http.errors import ApiError
-from jobledger.cli.server import open_listener
+from jobledger.cli.process.server import open_listener
 from jobledger.ledger.domain.access import Principal
 from jobledger.projections.slots import Views
 from jobledger.projections.views import files as files_view
@@ -41,7 +41,7 @@ class RequiredUserBackend:
 @pytest.fixture
 async def api(monkeypatch: pytest.MonkeyPatch, run_without_worker: RunApi) -> AsyncIterator[Api]:
     """An API that requires authentication. Its client is the user `local`, who owns all files."""
-    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", RequiredUserBackend)
+    monkeypatch.setattr("jobledger.cli.process.server.SingleUserBackend", RequiredUserBackend)
     async with run_without_worker() as api:
         api.http.headers["x-user"] = "local"
         yield api
@@ -194,7 +194,7 @@ async def test_deleted_signing_key_invalidates_every_link(
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """The listening socket of the API. The test needs its port before the API starts."""
     with open_listener("127.0.0.1", 0) as listener:
-        monkeypatch.setattr("jobledger.cli.server.open_listener", lambda _host, _port: nullcontext(listener))
+        monkeypatch.setattr("jobledger.cli.process.server.open_listener", lambda _host, _port: nullcontext(listener))
         yield listener
 
 

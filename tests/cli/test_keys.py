@@ -13,7 +13,7 @@ import pytest
 from pymongo import MongoClient
 
 from jobledger.api.auth.api_keys import ApiKeyToken
-from jobledger.cli.api_key_admin import new_key, parse_lifetime
+from jobledger.cli.administration.api_key_admin import new_key, parse_lifetime
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support.installation import CommandOutcome, Installation, RunningCommand, assert_one_line_error, http_client

@@ -6,7 +6,7 @@ from datetime import date
 
 import pytest
 
-from jobledger.cli.mongodb_support import support_warning
+from jobledger.cli.checks.mongodb_support import support_warning
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from jobledger.cli import api_client, logging_setup, options
-from jobledger.cli.commands import jobs, resources, submit
+from jobledger.cli.commands import api_client, jobs, options, resources, submit
+from jobledger.cli.process import logging_setup
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.event_store import MAX_POSITION

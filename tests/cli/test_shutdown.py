@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from jobledger.cli import embedded_supervisor, runtime, shutdown
+from jobledger.cli import runtime
+from jobledger.cli.process import embedded_supervisor, shutdown
+from jobledger.cli.process.shutdown import Shutdown
 from jobledger.cli.settings import Settings
-from jobledger.cli.shutdown import Shutdown
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable
 from tests.support.polling import DEADLINE_SECONDS
 

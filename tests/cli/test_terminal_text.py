@@ -20,17 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.text import Text
 
-import jobledger.cli.terminal_text
-from jobledger.cli import view_maintenance
+import jobledger.cli
+from jobledger.cli.administration import view_maintenance
+from jobledger.cli.administration.view_maintenance import ViewComparison
 from jobledger.cli.checks.result import CheckResult, results_table
 from jobledger.cli.commands.log_state import print_changes, print_state
 from jobledger.cli.commands.resources import print_details
 from jobledger.cli.commands.submit import print_finished_job
 from jobledger.cli.commands.webhooks import delivery_rows, endpoint_rows
-from jobledger.cli.formatting import format_changes, format_event
-from jobledger.cli.logging_setup import configure_logging
-from jobledger.cli.settings import LoggingSettings
-from jobledger.cli.terminal_text import (
+from jobledger.cli.output.formatting import format_changes, format_event
+from jobledger.cli.output.terminal_text import (
     SafeConsole,
     SafeFormatter,
     SafeStream,
@@ -42,7 +41,8 @@ from jobledger.cli.terminal_text import (
     escape_text,
     print_table,
 )
-from jobledger.cli.view_maintenance import ViewComparison
+from jobledger.cli.process.logging_setup import configure_logging
+from jobledger.cli.settings import LoggingSettings
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.store.verification import IntegrityProblem, VerificationResult
 from jobledger.projections.engine.comparison import Difference
@@ -272,7 +272,7 @@ def test_safe_stream_write_error_is_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", sorted(Path(jobledger.cli.terminal_text.__file__).parent.rglob("*.py")), ids=lambda path: path.name
+    "module", sorted(Path(jobledger.cli.__file__).parent.rglob("*.py")), ids=lambda path: path.name
 )
 def test_module_prints_only_by_safe_functions(module: Path) -> None:
     source = module.read_text(encoding="utf-8")
@@ -284,7 +284,7 @@ def test_module_prints_only_by_safe_functions(module: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", sorted(Path(jobledger.cli.terminal_text.__file__).parent.rglob("*.py")), ids=lambda path: path.name
+    "module", sorted(Path(jobledger.cli.__file__).parent.rglob("*.py")), ids=lambda path: path.name
 )
 def test_module_echoes_no_text_with_line_break(module: Path) -> None:
     """`echo` and `print` escape line breaks. `echo_text` prints texts of several lines."""

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from jobledger.cli import embedded_supervisor
-from jobledger.cli.embedded_supervisor import supervise_until_shutdown
-from jobledger.cli.shutdown import Shutdown
+from jobledger.cli.process import embedded_supervisor
+from jobledger.cli.process.embedded_supervisor import supervise_until_shutdown
+from jobledger.cli.process.shutdown import Shutdown
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.system import disk_space

@@ -22,8 +22,9 @@ _PROGRAM: Final = """
 import json, os, socket, sys, time
 import jobledger.cli.main
 # Modules that commands import when they run:
-import jobledger.cli.api_key_admin, jobledger.cli.checks.database, jobledger.cli.checks.machine
-import jobledger.cli.composition, jobledger.cli.mongo_roles, jobledger.cli.runtime, jobledger.cli.view_maintenance
+import jobledger.cli.administration.api_key_admin, jobledger.cli.administration.mongo_roles
+import jobledger.cli.administration.view_maintenance, jobledger.cli.checks.database, jobledger.cli.checks.machine
+import jobledger.cli.composition, jobledger.cli.runtime
 
 server = socket.socket(fileno=int(sys.argv[1]))
 while True:

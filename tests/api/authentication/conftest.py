@@ -13,7 +13,7 @@ import pytest
 
 from jobledger.api.auth import api_keys as keys
 from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
-from jobledger.cli.api_key_admin import new_key
+from jobledger.cli.administration.api_key_admin import new_key
 from jobledger.cli.composition import Role
 from tests.api.conftest import Api, run_api
 from tests.support.jwt_issuer import SECRET

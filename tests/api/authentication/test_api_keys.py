@@ -10,7 +10,7 @@ import pytest
 
 from jobledger.api.auth import api_keys as keys
 from jobledger.api.auth.api_keys import ApiKeyToken
-from jobledger.cli.api_key_admin import new_key
+from jobledger.cli.administration.api_key_admin import new_key
 from tests.api.authentication.conftest import (
     ECHO,
     JOBS,

@@ -21,7 +21,7 @@ from pymongo import MongoClient
 from pymongo.database import Database as BlockingDatabase
 from pymongo.errors import OperationFailure
 
-from jobledger.cli.mongo_roles import mongosh_script
+from jobledger.cli.administration.mongo_roles import mongosh_script
 from jobledger.ledger.mongo.connection import UNAUTHORIZED, Connection, Database, Document
 from tests.api.conftest import Api, run_api
 from tests.support.authenticated_server import AuthenticatedServer, start_authenticated_server

@@ -9,9 +9,9 @@ import orjson
 import pytest
 from pymongo import MongoClient
 
-from jobledger.cli import view_maintenance
+from jobledger.cli.administration import view_maintenance
+from jobledger.cli.administration.mongo_roles import mongosh_script
 from jobledger.cli.checks.database import check_database
-from jobledger.cli.mongo_roles import mongosh_script
 from jobledger.ledger.domain.errors import JobledgerError, LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection, Document, check_server
 from jobledger.ledger.mongo.embedded_lock import wait_until

@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
-from jobledger.cli.formatting import format_timestamp
+from jobledger.cli.output.formatting import format_timestamp
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.events import truncate_to_milliseconds
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
-from jobledger.cli.terminal_text import escape_line
+from jobledger.cli.output.terminal_text import escape_line
 
 if TYPE_CHECKING:
     from jobledger.ledger.domain.events import RecordedEvent

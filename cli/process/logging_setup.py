@@ -8,8 +8,8 @@ from typing import TextIO, cast
 
 import structlog
 
+from jobledger.cli.output.terminal_text import SafeFormatter, SafeStream, escape_log_entry
 from jobledger.cli.settings import LoggingSettings
-from jobledger.cli.terminal_text import SafeFormatter, SafeStream, escape_log_entry
 
 
 def configure_logging(settings: LoggingSettings) -> None:

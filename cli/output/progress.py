@@ -9,7 +9,7 @@ from typing import Final
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobledger.cli.terminal_text import SafeConsole, echo
+from jobledger.cli.output.terminal_text import SafeConsole, echo
 
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of finished units and the total."""
