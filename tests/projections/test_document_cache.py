@@ -86,7 +86,7 @@ async def test_chunk_of_too_many_bytes_is_applied_in_parts(
         large_jobs = [await roles.submit({"text": "x" * 70_000}) for _ in range(10)]
         await roles.wait_for_views()
     monkeypatch.setattr(document_loader, "MAX_LOADED_BYTES", 200_000)
-    monkeypatch.setattr(writer, "MAX_LIST_INDEX_BYTES", 1_000_000)
+    monkeypatch.setattr(writer, "MAX_CHUNK_LIST_INDEX_BYTES", 1_000_000)
     large_jobs_per_part: list[int] = []
     list_index_bytes_per_part: list[int] = []
     write = writer.ProjectionWriter.write

@@ -207,7 +207,7 @@ async def test_cleanup_keeps_files_of_jobs_that_views_contain_in_part(
                 patched.setitem(job_budgets.BUDGETS, "results", 10)
                 patched.setattr(job_budgets, "LARGE_BYTES", 10)
             else:
-                patched.setattr(files, "rows", fail_to_fold)
+                patched.setattr(files, "build_rows", fail_to_fold)
             damaged = await complete_job(roles, stored.sha256)
             await roles.wait_for_views()
         assert not await roles.db.files.count_documents({"job_id": damaged})
