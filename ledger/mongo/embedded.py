@@ -109,7 +109,7 @@ def find_mongod() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class ServerExit:
-    """Why mongod ended. `waits_for_disk`: a start needs a usable disk. `is_permanent`: no start can succeed."""
+    """Why mongod ended. `is_waiting_for_disk`: a start needs a usable disk. `is_permanent`: no start can succeed."""
 
     reason: str
     is_waiting_for_disk: bool = False

@@ -65,7 +65,7 @@ class ServerClock(ServerHeartbeatListener):
         return max(0.0, (moment - self.estimate()).total_seconds())
 
     def compute_sleep_seconds(self, moment: datetime) -> float:
-        """Return how long to sleep before `seconds_until` must be called again."""
+        """Return how long to sleep before `compute_seconds_until` must be called again."""
         return min(self.compute_seconds_until(moment), MAX_SLEEP_SECONDS)
 
     async def now(self, client: AsyncMongoClient[Any]) -> datetime:

@@ -311,7 +311,7 @@ async def test_second_concurrent_rebuild_logs_that_it_waits_and_then_runs(connec
                 assert not running.done()
                 assert log_entries[0] == {
                     "event": "another process is leader, standing by",
-                    "role": shadow.REBUILD_CHECKPOINT_ID,
+                    "task": shadow.REBUILD_CHECKPOINT_ID,
                     "log_level": "info",
                 }
                 may_continue.set()
