@@ -33,7 +33,7 @@ OCTET_STREAM = "application/octet-stream"
 _MEDIA_TYPES = {".md": "text/markdown", ".jpg": "image/jpeg"}
 
 
-def opaque_tag(digest: str, media_type: str = OCTET_STREAM) -> str:
+def compute_opaque_tag(digest: str, media_type: str = OCTET_STREAM) -> str:
     """Return a file's ETag without its quotes."""
     return compute_file_etag({"sha256": digest, "media_type": media_type}).strip('"')
 
@@ -90,12 +90,12 @@ async def add_file(api: Api, path: str, content: bytes | Path = CONTENT, media_t
     return file.sha256
 
 
-def stored_path(api: Api, digest: str) -> Path:
+def get_stored_path(api: Api, digest: str) -> Path:
     """Return where the store keeps a file."""
     return DirectoryStore(api.store).get_path(digest)
 
 
-def memory_bytes() -> int:
+def measure_memory_bytes() -> int:
     """Return the resident memory of this process, in which the API runs."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 

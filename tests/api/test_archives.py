@@ -29,9 +29,9 @@ from tests.api.result_files import (
     MEMORY_LIMIT_BYTES,
     add_job,
     add_job_with_files,
+    get_stored_path,
     is_open,
-    memory_bytes,
-    stored_path,
+    measure_memory_bytes,
 )
 from tests.support.polling import poll_until
 
@@ -170,7 +170,7 @@ def no_integrity_check(monkeypatch: pytest.MonkeyPatch) -> None:
 async def find_stored_path(api: Api, path: str) -> Path:
     row = await api.db.files.find_one({"path": path})
     assert row is not None
-    return stored_path(api, row["sha256"])
+    return get_stored_path(api, row["sha256"])
 
 
 async def add_job_with_large_file(api: Api) -> tuple[str, Path]:
@@ -190,12 +190,12 @@ async def stream_chunk_sizes(api: Api, job_id: str) -> AsyncIterator[int]:
 @pytest.mark.usefixtures("no_integrity_check")
 async def test_large_archive_is_streamed_with_bounded_memory(api_without_worker: Api) -> None:
     job_id, _ = await add_job_with_large_file(api_without_worker)
-    before, peak, received = memory_bytes(), 0, 0
+    before, peak, received = measure_memory_bytes(), 0, 0
     async for size in stream_chunk_sizes(api_without_worker, job_id):
         if received == 0:
             await asyncio.sleep(0.5)  # a slow client: what the server reads ahead is in memory
         received += size
-        peak = max(peak, memory_bytes())
+        peak = max(peak, measure_memory_bytes())
     assert received > LARGE_FILE_BYTES
     assert peak - before < MEMORY_LIMIT_BYTES
 

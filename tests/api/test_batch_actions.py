@@ -20,7 +20,7 @@ BATCHES = "/api/events/batches"
 WORKER = EventMetadata("worker:w")
 
 
-def job_counts(total: int, *, changed: int = 0, rejected: int = 0) -> dict[str, int]:
+def build_job_counts(total: int, *, changed: int = 0, rejected: int = 0) -> dict[str, int]:
     return {"total": total, "changed": changed, "unchanged": total - changed - rejected, "rejected": rejected}
 
 
@@ -119,7 +119,7 @@ async def test_cancel_batch_cancels_unfinished_jobs_only(api_without_worker: Api
     batch_id, job_ids = await create_batch_with_all_statuses(api_without_worker)
     content, position = await request_action(api_without_worker, batch_id, "cancel", {"reason": "wrong conference"})
 
-    assert content["jobs"] == job_counts(5, changed=2)
+    assert content["jobs"] == build_job_counts(5, changed=2)
     assert content["events"] == {"JobCancelled": 1, "JobCancelRequested": 1}
     assert content["rejections"] == []
     expected = ["cancelled", "processing", "completed", "failed", "cancelled"]
@@ -131,7 +131,7 @@ async def test_cancel_batch_cancels_unfinished_jobs_only(api_without_worker: Api
         assert event.meta == EventMetadata("user:local", batch_id)
 
     repeated, repeated_position = await request_action(api_without_worker, batch_id, "cancel")
-    assert repeated["jobs"] == job_counts(5)
+    assert repeated["jobs"] == build_job_counts(5)
     assert (repeated["events"], repeated_position) == ({}, position)
 
 
@@ -139,7 +139,7 @@ async def test_cancel_batch_stops_running_jobs_and_finishes_batch(api: Api) -> N
     batch = await api.submit_batch(*[{"seconds": 3600}] * 12)
     await api.wait_for_event(batch["job_ids"][0], "JobClaimed")
     content, _ = await request_action(api, batch["batch_id"], "cancel")
-    assert content["jobs"] == job_counts(12, changed=12)
+    assert content["jobs"] == build_job_counts(12, changed=12)
     finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     assert finished["data"]["counts"] == {"completed": 0, "failed": 0, "cancelled": 12}
 
@@ -164,7 +164,7 @@ async def test_restart_batch_restarts_jobs_with_the_selected_status(
     batch_id, job_ids = await create_batch_with_all_statuses(api_without_worker)
     content, position = await request_action(api_without_worker, batch_id, "restart", body)
 
-    assert content["jobs"] == job_counts(5, changed=len(restarted_indexes))
+    assert content["jobs"] == build_job_counts(5, changed=len(restarted_indexes))
     assert content["events"] == {"JobRestarted": len(restarted_indexes)}
     before = ["pending", "processing", "completed", "failed", "cancelled"]
     expected = ["pending" if index in restarted_indexes else status for index, status in enumerate(before)]
@@ -186,7 +186,7 @@ async def test_restart_of_failed_jobs_reopens_and_finishes_batch(api: Api) -> No
     batch = await api.submit_batch({}, {"fail": "on purpose"}, {"fail": "on purpose"})
     first = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     content, _ = await request_action(api, batch["batch_id"], "restart")
-    assert content["jobs"] == job_counts(3, changed=2)
+    assert content["jobs"] == build_job_counts(3, changed=2)
     await api.wait_for_event(batch["batch_id"], "BatchReopened")
     types = [event["type"] async for event in _read_batch_stream(api, batch["batch_id"], after=first["position"])]
     assert types.count("JobRestarted") == types.count("JobClaimed") == types.count("JobFailed") == 2
@@ -208,7 +208,7 @@ async def test_archive_and_unarchive_batch_include_all_jobs(api_without_worker: 
     for action, archived, event in (("archive", True, "JobArchived"), ("unarchive", False, "JobUnarchived")):
         content, position = await request_action(api_without_worker, batch_id, action, {"reason": "old"})
         assert content["batch"]["archived"] is archived
-        assert content["jobs"] == job_counts(5, changed=5)
+        assert content["jobs"] == build_job_counts(5, changed=5)
         assert content["events"] == {event: 5}
         resources = await load_batch_and_jobs(api_without_worker, batch_id, position)
         assert [resources[name]["archived"] for name in (batch_id, *job_ids)] == [archived] * 6
@@ -218,7 +218,7 @@ async def test_archive_and_unarchive_batch_include_all_jobs(api_without_worker: 
         }
 
         repeated, repeated_position = await request_action(api_without_worker, batch_id, action)
-        assert (repeated["jobs"], repeated["events"], repeated_position) == (job_counts(5), {}, position)
+        assert (repeated["jobs"], repeated["events"], repeated_position) == (build_job_counts(5), {}, position)
 
 
 async def test_archive_of_archived_batch_archives_remaining_jobs(api_without_worker: Api) -> None:
@@ -227,7 +227,7 @@ async def test_archive_of_archived_batch_archives_remaining_jobs(api_without_wor
     await request_action(api_without_worker, batch_id, "archive")
     await api_without_worker.post(f"/api/events/jobs/{job_ids[2]}/unarchive")
     content, _ = await request_action(api_without_worker, batch_id, "archive")
-    assert content["jobs"] == job_counts(5, changed=1)
+    assert content["jobs"] == build_job_counts(5, changed=1)
 
 
 async def test_delete_batch_removes_jobs_and_files(api: Api) -> None:
@@ -239,7 +239,7 @@ async def test_delete_batch_removes_jobs_and_files(api: Api) -> None:
 
     response = await api.http.delete(path)
     assert response.status_code == 200, response.text
-    assert (response.json()["batch"], response.json()["jobs"]) == (None, job_counts(2, changed=2))
+    assert (response.json()["batch"], response.json()["jobs"]) == (None, build_job_counts(2, changed=2))
     position = response.headers["ledger-position"]
     for deleted_path in (path, f"/api/events/jobs/{job_id}", job["results"]["markdown_url"]):
         assert (await api.get(deleted_path, position)).status_code == 404
@@ -276,7 +276,7 @@ async def test_delete_batch_with_job_restarted_meanwhile_is_rejected(
     response = await api_without_worker.http.delete(path)
     assert (response.status_code, response.json()["code"]) == (409, "invalid_state")
     details = response.json()["details"]
-    assert details["jobs"] == job_counts(2, changed=1, rejected=1)
+    assert details["jobs"] == build_job_counts(2, changed=1, rejected=1)
     rejections = [(rejection["job_id"], rejection["code"]) for rejection in details["rejections"]]
     assert rejections == [(restarted_job, "invalid_state")]
     head = await api_without_worker.event_store.read_head_position()
@@ -297,7 +297,7 @@ async def test_actions_on_ten_thousand_jobs_take_seconds(api_without_worker: Api
             api_without_worker, batch_id, action, {"only": "cancelled"} if action == "restart" else None
         )
         assert time.monotonic() - start < 20  # takes 3 s on an idle machine
-        assert content["jobs"] == job_counts(10_000, changed=10_000)
+        assert content["jobs"] == build_job_counts(10_000, changed=10_000)
         assert content["events"] == {event: 10_000}
         assert len(str(content)) < 1000
 

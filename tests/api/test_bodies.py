@@ -180,13 +180,13 @@ def client(role: RunningCommand) -> Iterator[httpx.Client]:
         yield client
 
 
-def memory_mb(role: RunningCommand) -> int:
+def measure_memory_mb(role: RunningCommand) -> int:
     """Return the resident memory of the API process."""
     lines = Path(f"/proc/{role.process.pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
 
 
-def cpu_seconds(role: RunningCommand) -> float:
+def measure_cpu_seconds(role: RunningCommand) -> float:
     """Return the CPU time of the API process since its start."""
     fields = Path(f"/proc/{role.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
@@ -234,7 +234,7 @@ def test_body_costs_bounded_time_and_memory(role: RunningCommand, client: httpx.
     path, status, make_content = BODIES[name]
     content = make_content()
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    memory_before, cpu_before = memory_mb(role), cpu_seconds(role)
+    memory_before, cpu_before = measure_memory_mb(role), measure_cpu_seconds(role)
 
     with measure_latencies(role) as latencies:
         response = client.post(path, content=body, headers={"Content-Type": "application/json"})
@@ -242,8 +242,8 @@ def test_body_costs_bounded_time_and_memory(role: RunningCommand, client: httpx.
     assert response.status_code == status, response.text[:300]
     assert len(response.content) < 40_000
     assert len(response.json()["details"].get("errors", ())) <= 100
-    assert cpu_seconds(role) - cpu_before < MAX_CPU_SECONDS
-    assert memory_mb(role) - memory_before < MAX_MEMORY_MB
+    assert measure_cpu_seconds(role) - cpu_before < MAX_CPU_SECONDS
+    assert measure_memory_mb(role) - memory_before < MAX_MEMORY_MB
     assert max(latencies) < MAX_LATENCY_SECONDS
 
 

@@ -15,10 +15,10 @@ from tests.api.result_files import (
     LARGE_FILE_BYTES,
     MEMORY_LIMIT_BYTES,
     add_file,
+    compute_opaque_tag,
+    get_stored_path,
     is_open,
-    memory_bytes,
-    opaque_tag,
-    stored_path,
+    measure_memory_bytes,
 )
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 
@@ -35,21 +35,21 @@ async def test_large_file_is_streamed_with_bounded_memory(
     api_without_worker: Api,
 ) -> None:
     await add_large_file(api_without_worker, "film.webm")
-    before, peak, received = memory_bytes(), 0, 0
+    before, peak, received = measure_memory_bytes(), 0, 0
     async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as response:
         assert response.headers["content-length"] == str(LARGE_FILE_BYTES)
         async for chunk in response.aiter_raw():
             if received == 0:
                 await asyncio.sleep(0.5)  # a slow client: what the server reads ahead is in memory
             received += len(chunk)
-            peak = max(peak, memory_bytes())
+            peak = max(peak, measure_memory_bytes())
     assert received == LARGE_FILE_BYTES
     assert peak - before < MEMORY_LIMIT_BYTES
 
 
 async def test_client_disconnect_closes_the_file(api_without_worker: Api) -> None:
     digest = await add_large_file(api_without_worker, "film.webm")
-    stored = stored_path(api_without_worker, digest)
+    stored = get_stored_path(api_without_worker, digest)
     async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as response:
         async for _ in response.aiter_raw():
             break
@@ -63,7 +63,7 @@ async def test_finished_response_leaves_no_file_open(api_without_worker: Api, he
     for method in ("GET", "HEAD"):
         response = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=headers)
         assert response.status_code in (200, 206, 416)
-    await poll_until(lambda: not is_open(stored_path(api_without_worker, digest)), "the file is closed")
+    await poll_until(lambda: not is_open(get_stored_path(api_without_worker, digest)), "the file is closed")
 
 
 async def test_file_truncated_during_response_breaks_the_connection(
@@ -74,7 +74,7 @@ async def test_file_truncated_during_response_breaks_the_connection(
     async def read() -> None:
         async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as response:
             async for _ in response.aiter_raw():
-                os.truncate(stored_path(api_without_worker, digest), 10)
+                os.truncate(get_stored_path(api_without_worker, digest), 10)
 
     with pytest.raises(httpx.RemoteProtocolError):
         await read()
@@ -85,7 +85,7 @@ async def test_store_entry_that_is_no_regular_file_is_missing(
     api_without_worker: Api, tmp_path: Path, kind: str
 ) -> None:
     digest = await add_file(api_without_worker, "a.bin")
-    stored = stored_path(api_without_worker, digest)
+    stored = get_stored_path(api_without_worker, digest)
     stored.unlink()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / digest).write_text("secret")
@@ -110,8 +110,8 @@ async def test_changed_file_is_reported_as_damaged(
 ) -> None:
     digest = await add_file(api_without_worker, "a.bin")
     if was_served:
-        assert (await api_without_worker.get(f"{FILES}a.bin")).headers["etag"] == f'"{opaque_tag(digest)}"'
-    stored = stored_path(api_without_worker, digest)
+        assert (await api_without_worker.get(f"{FILES}a.bin")).headers["etag"] == f'"{compute_opaque_tag(digest)}"'
+    stored = get_stored_path(api_without_worker, digest)
     content = stored.read_bytes()
     stored.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     for method in ("GET", "HEAD"):
@@ -127,7 +127,7 @@ async def test_grown_files_do_not_delay_an_intact_file(api_without_worker: Api) 
     for number in range(3):
         digest = await add_file(api_without_worker, f"{number}.bin", b"%d" % number)
         if number:
-            os.truncate(stored_path(api_without_worker, digest), 2**40)
+            os.truncate(get_stored_path(api_without_worker, digest), 2**40)
     async with asyncio.timeout(DEADLINE_SECONDS):
         grown = await asyncio.gather(*(api_without_worker.get(f"{FILES}{number}.bin") for number in (1, 2)))
         assert [response.json()["code"] for response in grown] == ["file_damaged"] * 2
@@ -138,7 +138,7 @@ async def test_client_disconnect_stops_hashing_of_large_file(api_without_worker:
     path = "large.bin"
     digest = await add_file(api_without_worker, path)
     await api_without_worker.db.files.update_many({"path": path}, {"$set": {"size": 2**40}})
-    os.truncate(stored_path(api_without_worker, digest), 2**40)
+    os.truncate(get_stored_path(api_without_worker, digest), 2**40)
     request = asyncio.create_task(api_without_worker.get(f"{FILES}{path}"))
     await poll_until(is_hashing, "the file is hashed")
     request.cancel()

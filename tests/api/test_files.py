@@ -13,13 +13,13 @@ import pytest
 
 from jobledger.api.http.streaming import format_content_disposition, format_content_type
 from tests.api.conftest import Api
-from tests.api.result_files import CONTENT, FILES, add_file, opaque_tag, stored_path
+from tests.api.result_files import CONTENT, FILES, add_file, compute_opaque_tag, get_stored_path
 from tests.support.polling import DEADLINE_SECONDS
 
 
 def format_headers(headers: dict[str, str], digest: str) -> dict[str, str]:
     """Return headers with the file's ETag in place of `{}`."""
-    return {name: value.format(opaque_tag(digest)) for name, value in headers.items()}
+    return {name: value.format(compute_opaque_tag(digest)) for name, value in headers.items()}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ async def test_file_has_its_media_type_and_cannot_run_scripts(
     assert response.content == CONTENT
     assert response.headers["content-type"] == media_type
     assert response.headers["content-length"] == str(len(CONTENT))
-    assert response.headers["etag"] == f'"{opaque_tag(digest, media_type)}"'
+    assert response.headers["etag"] == f'"{compute_opaque_tag(digest, media_type)}"'
     assert response.headers["x-content-type-options"] == "nosniff"
     policy = [part.strip() for part in response.headers["content-security-policy"].split(";")]
     assert "default-src 'none'" in policy
@@ -66,7 +66,7 @@ async def test_file_with_matching_etag_is_not_modified(api_without_worker: Api, 
 
     assert response.status_code == 304
     assert response.content == b""
-    assert response.headers["etag"] == f'"{opaque_tag(digest)}"'
+    assert response.headers["etag"] == f'"{compute_opaque_tag(digest)}"'
     response = await api_without_worker.get(f"{FILES}a.bin", **{"If-None-Match": '"something else"'})
     assert response.status_code == 200
 
@@ -256,7 +256,7 @@ async def test_file_of_deleted_job_is_not_found(api: Api) -> None:
 
 async def test_file_missing_in_store_responds_with_setting_to_check(api_without_worker: Api) -> None:
     digest = await add_file(api_without_worker, "a.bin")
-    stored_path(api_without_worker, digest).unlink()
+    get_stored_path(api_without_worker, digest).unlink()
     response = await api_without_worker.get(f"{FILES}a.bin")
 
     content: dict[str, Any] = response.json()
@@ -302,7 +302,7 @@ async def test_conditional_request_follows_rfc_9110(
     response = await api_without_worker.get(f"{FILES}a.bin", **format_headers(headers, digest))
     if status == 412:
         assert response.json()["code"] == "precondition_failed"
-        assert response.json()["details"] == {"etag": f'"{opaque_tag(digest)}"'}
+        assert response.json()["details"] == {"etag": f'"{compute_opaque_tag(digest)}"'}
     if status == 304:
         assert response.content == b""
 
@@ -317,10 +317,10 @@ async def test_file_unchanged_since_last_modified_is_not_modified(api_without_wo
 async def test_range_with_if_range_continues_only_an_unchanged_file(api_without_worker: Api) -> None:
     digest = await add_file(api_without_worker, "a.bin")
     whole = await api_without_worker.get(f"{FILES}a.bin")
-    for validator in (f'"{opaque_tag(digest)}"', whole.headers["last-modified"]):
+    for validator in (f'"{compute_opaque_tag(digest)}"', whole.headers["last-modified"]):
         response = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": validator})
         assert (response.status_code, response.content) == (206, CONTENT[10000:])
-    for validator in (f'W/"{opaque_tag(digest)}"', "Wed, 01 Jan 2020 00:00:00 GMT"):
+    for validator in (f'W/"{compute_opaque_tag(digest)}"', "Wed, 01 Jan 2020 00:00:00 GMT"):
         response = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": validator})
         assert (response.status_code, response.content) == (200, CONTENT)
 

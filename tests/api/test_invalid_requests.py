@@ -51,7 +51,7 @@ def client(role: RunningCommand) -> Iterator[httpx.Client]:
         yield client
 
 
-def job_json(parameters: str, more: str = "") -> str:
+def build_job_json(parameters: str, more: str = "") -> str:
     return f'{{"job_type": "echo", "parameters": {parameters}{more}}}'
 
 
@@ -61,17 +61,17 @@ def job_json(parameters: str, more: str = "") -> str:
         b"",
         b"{",
         b"{'job_type': 'echo'}",
-        job_json('{"a": NaN}').encode(),
-        job_json('{"a": -Infinity}').encode(),
-        job_json('{"a": "\\ud800"}').encode(),
-        job_json('{"\\udc00": 1}').encode(),
+        build_job_json('{"a": NaN}').encode(),
+        build_job_json('{"a": -Infinity}').encode(),
+        build_job_json('{"a": "\\ud800"}').encode(),
+        build_job_json('{"\\udc00": 1}').encode(),
         b'{"parameters": {"a": "\xff"}}',
         b"\xff\xfe{\x00}\x00",
-        job_json(f'{{"a": {"[" * 100_000}{"]" * 100_000}}}').encode(),
+        build_job_json(f'{{"a": {"[" * 100_000}{"]" * 100_000}}}').encode(),
         b"a=1&b=2",
         b"--- yaml: true",
         b'{"reason": "public", "reason": "real"}',
-        job_json('{"a": [{"b": {"c": 1, "\\u0063": 2}}]}').encode(),
+        build_job_json('{"a": [{"b": {"c": 1, "\\u0063": 2}}]}').encode(),
     ],
     ids=lambda body: ascii(body)[:40],
 )
@@ -90,29 +90,29 @@ def test_body_that_is_not_json_returns_malformed_json(client: httpx.Client, body
         ("{}", "parameters"),
         ('{"parameters": []}', "parameters"),
         ('{"parameters": null}', "parameters"),
-        (job_json("{}", ', "priority": "high"'), "priority"),
-        (job_json("{}", ', "priority": 1.5'), "priority"),
-        (job_json("{}", ', "priority": 1001'), "priority"),
-        (job_json("{}", f', "priority": {2**60}'), "priority"),
-        (job_json("{}", f', "priority": {10**30}'), "priority"),
-        (job_json("{}", ', "max_attempts": 0'), "max_attempts"),
-        (job_json("{}", ', "timeout_s": -1'), "timeout_s"),
-        (job_json("{}", ', "timeout_s": 1e300'), "timeout_s"),
-        (job_json("{}", ', "not_before": "tomorrow"'), "not_before"),
-        (job_json("{}", ', "not_before": "9999-12-31T23:59:59-05:00"'), "not_before"),
-        (job_json("{}", ', "not_before": "0001-01-01T00:00:00+05:00"'), "not_before"),
-        (job_json("{}", ', "not_before": 1e18'), "not_before"),
-        (job_json("{}", ', "webhook": "http://example.org"'), "webhook"),
-        (job_json("{}", ', "webhook": {"url": "http://["}'), "webhook.url"),
-        (job_json("{}", ', "webhook": {"url": "https://me:secret@example.org/"}'), "webhook.url"),
-        (job_json("{}", ', "webhook": {"url": "javascript:alert(1)"}'), "webhook.url"),
-        (job_json("{}", ', "access_control": {"visibility": "everyone"}'), "access_control.visibility"),
-        (job_json("{}", ', "access_control": {"owner": "me"}'), "access_control.owner"),
-        (job_json("{}", ', "colour": "red"'), "colour"),
-        (job_json("{}", ', "user_id": ""'), "user_id"),
-        (job_json('{"seconds": "soon"}'), "parameters.seconds"),
-        (job_json('{"seconds": -1}'), "parameters.seconds"),
-        (job_json('{"fail": 3}'), "parameters.fail"),
+        (build_job_json("{}", ', "priority": "high"'), "priority"),
+        (build_job_json("{}", ', "priority": 1.5'), "priority"),
+        (build_job_json("{}", ', "priority": 1001'), "priority"),
+        (build_job_json("{}", f', "priority": {2**60}'), "priority"),
+        (build_job_json("{}", f', "priority": {10**30}'), "priority"),
+        (build_job_json("{}", ', "max_attempts": 0'), "max_attempts"),
+        (build_job_json("{}", ', "timeout_s": -1'), "timeout_s"),
+        (build_job_json("{}", ', "timeout_s": 1e300'), "timeout_s"),
+        (build_job_json("{}", ', "not_before": "tomorrow"'), "not_before"),
+        (build_job_json("{}", ', "not_before": "9999-12-31T23:59:59-05:00"'), "not_before"),
+        (build_job_json("{}", ', "not_before": "0001-01-01T00:00:00+05:00"'), "not_before"),
+        (build_job_json("{}", ', "not_before": 1e18'), "not_before"),
+        (build_job_json("{}", ', "webhook": "http://example.org"'), "webhook"),
+        (build_job_json("{}", ', "webhook": {"url": "http://["}'), "webhook.url"),
+        (build_job_json("{}", ', "webhook": {"url": "https://me:secret@example.org/"}'), "webhook.url"),
+        (build_job_json("{}", ', "webhook": {"url": "javascript:alert(1)"}'), "webhook.url"),
+        (build_job_json("{}", ', "access_control": {"visibility": "everyone"}'), "access_control.visibility"),
+        (build_job_json("{}", ', "access_control": {"owner": "me"}'), "access_control.owner"),
+        (build_job_json("{}", ', "colour": "red"'), "colour"),
+        (build_job_json("{}", ', "user_id": ""'), "user_id"),
+        (build_job_json('{"seconds": "soon"}'), "parameters.seconds"),
+        (build_job_json('{"seconds": -1}'), "parameters.seconds"),
+        (build_job_json('{"fail": 3}'), "parameters.fail"),
         ('{"event": "e", "session": "s", "url": "ftp://x", "filename": "f", "track": "t"}', "parameters.url"),
         ('{"event": "e", "session": " ", "url": "http://x/", "filename": "f", "track": "t"}', "parameters.session"),
         ('{"parameters": {"event": "e"}}', "parameters.session"),
@@ -144,13 +144,13 @@ def test_invalid_field_is_rejected_by_name(client: httpx.Client, body: str, path
 def test_parameters_that_cannot_be_stored_are_rejected_with_reason(
     client: httpx.Client, parameters: str, reason: str
 ) -> None:
-    single = check_error(client.post(JOBS, content=job_json(parameters), headers=JSON), 422, "invalid_content")
+    single = check_error(client.post(JOBS, content=build_job_json(parameters), headers=JSON), 422, "invalid_content")
     assert reason in single["message"]
-    jobs = f'{{"jobs": [{job_json("{}")}, {job_json(parameters)}]}}'
+    jobs = f'{{"jobs": [{build_job_json("{}")}, {build_job_json(parameters)}]}}'
     in_batch = check_error(client.post(BATCHES, content=jobs, headers=JSON), 422, "invalid_content")
     assert in_batch["message"].startswith("jobs[1].parameters: ")
     assert reason in in_batch["message"]
-    defaults = f'{{"jobs": [{job_json("{}")}], "parameters": {parameters}}}'
+    defaults = f'{{"jobs": [{build_job_json("{}")}], "parameters": {parameters}}}'
     assert (
         reason in check_error(client.post(BATCHES, content=defaults, headers=JSON), 422, "invalid_content")["message"]
     )
@@ -168,7 +168,7 @@ def test_unknown_job_type_is_rejected_with_list_of_known_types(client: httpx.Cli
 def test_body_without_json_content_type_is_rejected(client: httpx.Client, content_type: str) -> None:
     for path in (JOBS, BATCHES):
         response = client.post(
-            path, content=job_json("{}"), headers={"Content-Type": content_type} if content_type else {}
+            path, content=build_job_json("{}"), headers={"Content-Type": content_type} if content_type else {}
         )
         check_error(response, 415, "unsupported_media_type")
 
@@ -179,7 +179,7 @@ def test_json_content_type_is_accepted_in_any_spelling(client: httpx.Client, con
 
 
 def test_too_large_body_is_rejected_with_and_without_content_length(client: httpx.Client) -> None:
-    too_large = job_json(f'{{"a": "{"x" * MAX_BODY_BYTES}"}}').encode()
+    too_large = build_job_json(f'{{"a": "{"x" * MAX_BODY_BYTES}"}}').encode()
     content = check_error(client.post(JOBS, content=too_large, headers=JSON), 413, "content_too_large")
     assert str(MAX_BODY_BYTES) in content["message"]
     chunks = (too_large[start : start + 65_536] for start in range(0, len(too_large), 65_536))
@@ -347,7 +347,9 @@ def test_loopback_host_headers_are_accepted(client: httpx.Client, host: str) -> 
 def test_changes_from_foreign_origins_are_rejected(client: httpx.Client, origin: str) -> None:
     check_error(client.post(f"{JOBS}/job-1/cancel", headers={"Origin": origin}), 403, "origin_not_allowed")
     check_error(client.delete(f"{JOBS}/job-1", headers={"Origin": origin}), 403, "origin_not_allowed")
-    check_error(client.post(JOBS, content=job_json("{}"), headers=JSON | {"Origin": origin}), 403, "origin_not_allowed")
+    check_error(
+        client.post(JOBS, content=build_job_json("{}"), headers=JSON | {"Origin": origin}), 403, "origin_not_allowed"
+    )
 
 
 def test_change_from_own_origin_is_accepted(client: httpx.Client) -> None:

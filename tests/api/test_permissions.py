@@ -138,7 +138,7 @@ async def request_status(api: Api, operation: Operation, resources: Resources, c
     return response.status_code
 
 
-def expected_statuses(access: int, operation: Operation, caller: Caller) -> set[int]:
+def get_expected_statuses(access: int, operation: Operation, caller: Caller) -> set[int]:
     if operation.method != "GET" and not caller.headers["X-Test-Principal"]:
         return {401, 404}
     if access < READ:
@@ -160,7 +160,7 @@ async def test_operation_is_allowed_only_with_sufficient_access(api: Api, visibi
             if access >= operation.required > READ and caller.name != "owner":
                 continue  # would change the state for the next callers; the next test calls these operations
             status = await request_status(api, operation, resources, caller)
-            expected = expected_statuses(access, operation, caller)
+            expected = get_expected_statuses(access, operation, caller)
             if status not in expected:
                 failures.append(f"{caller.name}, {operation.method} {operation.path}: {status}, not in {expected}")
         if operation.method == "DELETE":

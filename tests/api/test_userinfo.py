@@ -113,7 +113,7 @@ def test_text_without_userinfo_is_unchanged(text: str) -> None:
     assert strip_userinfo(text) == text
 
 
-def session_job(**more: Any) -> dict[str, Any]:
+def build_session_job(**more: Any) -> dict[str, Any]:
     fields = {"event": "E", "session": "S", "url": "https://example.org/", "filename": "S.md", "track": "T"}
     return {"job_type": "session", "parameters": {**fields, **more}}
 
@@ -122,13 +122,13 @@ async def test_submission_and_update_reject_userinfo_in_every_field(api_without_
     job_id = await api_without_worker.submit({"url": "https://example.org/"})
     for url in URLS_WITH_USERINFO:
         bodies: list[tuple[str, Any]] = [
-            (JOBS, session_job(url=url)),
-            (JOBS, session_job(video_url=url)),
-            (JOBS, session_job(attachments_url=url)),
-            (JOBS, session_job(extra={"source": {"more": [url]}})),
+            (JOBS, build_session_job(url=url)),
+            (JOBS, build_session_job(video_url=url)),
+            (JOBS, build_session_job(attachments_url=url)),
+            (JOBS, build_session_job(extra={"source": {"more": [url]}})),
             (JOBS, {"job_type": "echo", "parameters": {"any": {"thing": ["x", {"there": url}]}}}),
             (JOBS, {"job_type": "echo", "parameters": {}, "webhook": {"url": url}}),
-            ("/api/events/batches", {"jobs": [session_job(), session_job(url=url)]}),
+            ("/api/events/batches", {"jobs": [build_session_job(), build_session_job(url=url)]}),
             ("/api/events/batches", {"parameters": {"from": url}, "jobs": [{"job_type": "echo", "parameters": {}}]}),
             (
                 "/api/events/batches",
@@ -148,7 +148,10 @@ async def test_submission_and_update_reject_userinfo_in_every_field(api_without_
 
 async def test_userinfo_error_has_field_path_and_advice(api_without_worker: Api) -> None:
     body = {
-        "jobs": [session_job(), {"job_type": "echo", "parameters": {"a": [{"b": "https://u:hunter2@example.org/"}]}}]
+        "jobs": [
+            build_session_job(),
+            {"job_type": "echo", "parameters": {"a": [{"b": "https://u:hunter2@example.org/"}]}},
+        ]
     }
     response = (await api_without_worker.post("/api/events/batches", body)).json()
     [problem] = response["details"]["errors"]

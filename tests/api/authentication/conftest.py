@@ -52,7 +52,7 @@ def runner(mongodb_uri: str, db_name: str, tmp_path: Path) -> ApiRunner:
     return ApiRunner(mongodb_uri, db_name, tmp_path)
 
 
-def bearer(credentials: object) -> dict[str, str]:
+def build_bearer_header(credentials: object) -> dict[str, str]:
     return {"Authorization": f"Bearer {credentials}".strip()}
 
 
@@ -103,5 +103,5 @@ async def store_key(api: Api, key: ApiKey, token: ApiKeyToken) -> None:
 async def wait_for_status(api: Api, token: ApiKeyToken, status: int) -> None:
     """Send requests until the API, which learns of keys from its change stream, returns this status."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while (await api.http.get(JOBS, headers=bearer(token))).status_code != status:
+        while (await api.http.get(JOBS, headers=build_bearer_header(token))).status_code != status:
             pass

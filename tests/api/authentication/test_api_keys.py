@@ -17,7 +17,7 @@ from tests.api.authentication.conftest import (
     STATS,
     ApiRunner,
     assert_unauthorized,
-    bearer,
+    build_bearer_header,
     create_key,
     is_admin,
     is_monitor,
@@ -29,14 +29,14 @@ from tests.api.conftest import Api
 
 async def test_key_determines_user_groups_and_roles(runner: ApiRunner) -> None:
     async with runner.run("keys") as api:
-        alice = bearer(await create_key(api, groups=["ops", "team-web"]))
+        alice = build_bearer_header(await create_key(api, groups=["ops", "team-web"]))
         assert await submit_and_identify(api, alice) == ("alice", ["team-ops", "team-web"])
         assert not await is_admin(api, alice)
         assert not await is_monitor(api, alice)
         admin, monitor = await create_key(api, roles=["admin"]), await create_key(api, roles=["monitor"])
-        assert await is_admin(api, bearer(admin))
-        assert await is_monitor(api, bearer(monitor))
-        assert not await is_admin(api, bearer(monitor))
+        assert await is_admin(api, build_bearer_header(admin))
+        assert await is_monitor(api, build_bearer_header(monitor))
+        assert not await is_admin(api, build_bearer_header(monitor))
         assert await submit_and_identify(api, {"Authorization": f"bEARER {admin}"}) == ("alice", [])
 
 
@@ -45,7 +45,7 @@ async def test_key_works_in_process_started_after_its_creation(runner: ApiRunner
         token = await create_key(api)
         await api.db.unrelated.insert_one({})  # the next change stream starts after the key, at the newest operation
     async with runner.run("keys") as api:
-        assert (await api.http.get(JOBS, headers=bearer(token))).status_code == 200
+        assert (await api.http.get(JOBS, headers=build_bearer_header(token))).status_code == 200
 
 
 async def test_revoked_key_is_rejected_and_other_keys_keep_working(runner: ApiRunner) -> None:
@@ -53,8 +53,8 @@ async def test_revoked_key_is_rejected_and_other_keys_keep_working(runner: ApiRu
         token, other_token = await create_key(api), await create_key(api)
         assert await keys.revoke_key(api.db, token.key_id)
         await wait_for_status(api, token, 401)
-        assert_unauthorized(await api.http.get(JOBS, headers=bearer(token)))
-        assert (await api.http.get(JOBS, headers=bearer(other_token))).status_code == 200
+        assert_unauthorized(await api.http.get(JOBS, headers=build_bearer_header(token)))
+        assert (await api.http.get(JOBS, headers=build_bearer_header(other_token))).status_code == 200
 
 
 async def test_request_with_key_does_not_query_api_keys(runner: ApiRunner) -> None:
@@ -62,7 +62,7 @@ async def test_request_with_key_does_not_query_api_keys(runner: ApiRunner) -> No
         token = await create_key(api)
         await api.db.command("profile", 2)
         for _ in range(5):
-            await api.http.get(JOBS, headers=bearer(token))
+            await api.http.get(JOBS, headers=build_bearer_header(token))
         await api.db.command("profile", 0)
         commands = [entry["command"] async for entry in api.db["system.profile"].find({"op": "query"})]
     assert any("jobs" in (command.get("find"), command.get("aggregate")) for command in commands), (
@@ -78,7 +78,7 @@ async def create_expiring_key(api: Api) -> tuple[ApiKeyToken, datetime]:
         expires_at = datetime.now(UTC) + timedelta(seconds=lifetime)
         await keys.store_key(api.db, key.model_copy(update={"expires_at": expires_at}))
         while datetime.now(UTC) < expires_at:
-            if (await api.http.get(JOBS, headers=bearer(token))).status_code == 200:
+            if (await api.http.get(JOBS, headers=build_bearer_header(token))).status_code == 200:
                 return token, expires_at
     raise AssertionError("the API accepted no key before it expired")
 
@@ -111,7 +111,9 @@ async def test_every_invalid_key_gets_the_same_response(runner: ApiRunner) -> No
             "empty": "",
             "very long": "x" * 20_000,
         }
-        responses = {name: await api.http.get(JOBS, headers=bearer(token)) for name, token in tokens.items()}
+        responses = {
+            name: await api.http.get(JOBS, headers=build_bearer_header(token)) for name, token in tokens.items()
+        }
         responses["another scheme"] = await api.http.get(JOBS, headers={"Authorization": f"Basic {valid}"})
         responses["no scheme"] = await api.http.get(JOBS, headers={"Authorization": str(valid)})
         responses["repeated"] = await api.http.get(JOBS, headers=[("Authorization", f"Bearer {valid}")] * 2)
@@ -151,10 +153,10 @@ async def test_invalid_key_document_is_ignored(runner: ApiRunner, document: dict
     async with runner.run("keys") as api:
         await api.db.api_keys.insert_one({**complete, **document} if document else {"_id": token.key_id})
         other_token = await create_key(api)
-        assert_unauthorized(await api.http.get(JOBS, headers=bearer(token)))
+        assert_unauthorized(await api.http.get(JOBS, headers=build_bearer_header(token)))
     async with runner.run("keys") as api:
-        assert_unauthorized(await api.http.get(JOBS, headers=bearer(token)))
-        assert (await api.http.get(JOBS, headers=bearer(other_token))).status_code == 200
+        assert_unauthorized(await api.http.get(JOBS, headers=build_bearer_header(token)))
+        assert (await api.http.get(JOBS, headers=build_bearer_header(other_token))).status_code == 200
 
 
 async def test_key_document_changed_by_hand_is_rejected(runner: ApiRunner) -> None:

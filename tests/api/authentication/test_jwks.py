@@ -10,7 +10,13 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from jobledger.api.auth.jwks import JwksKeySource
 from jobledger.api.http.errors import ApiError
-from tests.api.authentication.conftest import JOBS, ApiRunner, assert_unauthorized, bearer, submit_and_identify
+from tests.api.authentication.conftest import (
+    JOBS,
+    ApiRunner,
+    assert_unauthorized,
+    build_bearer_header,
+    submit_and_identify,
+)
 from tests.api.authentication.hand_made_tokens import sign_with_public_key
 from tests.support.jwt_issuer import (
     EC_KEY,
@@ -33,10 +39,10 @@ async def test_jwks_are_fetched_once_and_not_for_each_unknown_key(runner: ApiRun
     ):
         assert issuer.request_count == 0
         responses = await asyncio.gather(
-            *(api.http.get(JOBS, headers=bearer(make_token(RSA_KEY, "RS256", "one"))) for _ in range(10))
+            *(api.http.get(JOBS, headers=build_bearer_header(make_token(RSA_KEY, "RS256", "one"))) for _ in range(10))
         )
         assert {response.status_code for response in responses} == {200}
-        assert await submit_and_identify(api, bearer(make_token(EC_KEY, "ES256", "two"))) == ("alice", [])
+        assert await submit_and_identify(api, build_bearer_header(make_token(EC_KEY, "ES256", "two"))) == ("alice", [])
         assert issuer.request_count == 1
         for token in (
             make_token(OTHER_RSA_KEY, "RS256", "one"),
@@ -45,7 +51,7 @@ async def test_jwks_are_fetched_once_and_not_for_each_unknown_key(runner: ApiRun
             make_token(RSA_KEY, "RS256"),
             sign_with_public_key(public_key_pem(RSA_KEY)),
         ):
-            assert_unauthorized(await api.http.get(JOBS, headers=bearer(token)))
+            assert_unauthorized(await api.http.get(JOBS, headers=build_bearer_header(token)))
         assert issuer.request_count == 1, "less than a minute has passed since the last fetch"
 
 
@@ -53,11 +59,11 @@ async def test_unavailable_jwks_return_503_without_repeated_fetches(runner: ApiR
     async with serve_jwks(JwksServer()) as issuer, runner.run("jwt", jwt={"jwks_url": issuer.url}) as api:
         issuer.status = 500
         for _ in range(3):
-            response = await api.http.get(JOBS, headers=bearer(make_token(RSA_KEY, "RS256", "one")))
+            response = await api.http.get(JOBS, headers=build_bearer_header(make_token(RSA_KEY, "RS256", "one")))
             assert (response.status_code, response.json()["code"]) == (503, "jwks_unavailable")
             assert response.headers["Retry-After"] == "5"
         assert issuer.request_count == 1, "the issuer got one request only"
-        assert_unauthorized(await api.http.get(JOBS, headers=bearer("not a token")))
+        assert_unauthorized(await api.http.get(JOBS, headers=build_bearer_header("not a token")))
 
 
 async def test_sign_in_with_unavailable_jwks_returns_503_page(runner: ApiRunner) -> None:

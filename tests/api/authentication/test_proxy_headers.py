@@ -15,7 +15,7 @@ from tests.api.authentication.conftest import (
     STATS,
     ApiRunner,
     assert_unauthorized,
-    bearer,
+    build_bearer_header,
     create_key,
     is_admin,
     is_monitor,
@@ -93,7 +93,7 @@ async def test_anonymous_read_shows_public_jobs_and_nothing_else(
 ) -> None:
     auth = {"mode": "keys", "anonymous_read": True}
     async for api in run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER, auth=auth):
-        alice = bearer(await create_key(api))
+        alice = build_bearer_header(await create_key(api))
         responses = {
             visibility: await api.http.post(
                 JOBS, json={**ECHO, "access_control": {"visibility": visibility}}, headers=alice
@@ -114,7 +114,9 @@ async def test_anonymous_read_shows_public_jobs_and_nothing_else(
         assert_unauthorized(await api.http.post(f"{JOBS}/{ids['public']}/cancel"), "authentication_required")
         assert_unauthorized(await api.http.delete(f"{JOBS}/{ids['public']}"), "authentication_required")
         assert_unauthorized(await api.http.get(STATS), "authentication_required")
-        assert_unauthorized(await api.get(f"{JOBS}/{ids['public']}", None, **bearer(ApiKeyToken.generate())))
+        assert_unauthorized(
+            await api.get(f"{JOBS}/{ids['public']}", None, **build_bearer_header(ApiKeyToken.generate()))
+        )
         assert_unauthorized(await api.get(f"{JOBS}/{ids['public']}", None, Authorization=""))
 
 
@@ -124,5 +126,5 @@ async def test_anonymous_read_works_in_jwt_and_proxy_mode(runner: ApiRunner, mod
     async with runner.run(mode, **auth, anonymous_read=True) as api:
         assert (await api.http.get(JOBS)).json()["total"] == 0
         assert_unauthorized(await api.http.post(JOBS, json=ECHO), "authentication_required")
-        headers = bearer("x") if mode == "jwt" else {"X-Forwarded-User": ""}
+        headers = build_bearer_header("x") if mode == "jwt" else {"X-Forwarded-User": ""}
         assert_unauthorized(await api.http.get(JOBS, headers=headers))

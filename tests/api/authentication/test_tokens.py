@@ -15,7 +15,7 @@ from tests.api.authentication.conftest import (
     JOBS,
     ApiRunner,
     assert_unauthorized,
-    bearer,
+    build_bearer_header,
     is_admin,
     is_monitor,
     submit_and_identify,
@@ -26,22 +26,22 @@ from tests.support.jwt_issuer import EC_KEY, OTHER_RSA_KEY, RSA_KEY, SECRET, mak
 
 async def test_token_determines_user_groups_and_roles(runner: ApiRunner) -> None:
     async with runner.run("jwt", **runner.jwt_settings()) as api:
-        alice = bearer(make_token(groups=["ops", "team-web", " "], roles=["author", "offline_access"]))
+        alice = build_bearer_header(make_token(groups=["ops", "team-web", " "], roles=["author", "offline_access"]))
         assert await submit_and_identify(api, alice) == ("alice", ["team-ops", "team-web"])
         assert not await is_admin(api, alice)
         assert not await is_monitor(api, alice)
-        assert await is_admin(api, bearer(make_token(roles=["admin"])))
-        assert await is_monitor(api, bearer(make_token(roles="monitor")))
-        assert await submit_and_identify(api, bearer(make_token(groups="ops"))) == ("alice", ["team-ops"])
+        assert await is_admin(api, build_bearer_header(make_token(roles=["admin"])))
+        assert await is_monitor(api, build_bearer_header(make_token(roles="monitor")))
+        assert await submit_and_identify(api, build_bearer_header(make_token(groups="ops"))) == ("alice", ["team-ops"])
 
 
 async def test_settings_assign_roles_by_user_and_by_group(runner: ApiRunner) -> None:
     async with runner.run("jwt", **runner.jwt_settings(), admins=["ann", "team-ops"], monitors=["mona"]) as api:
-        assert await is_admin(api, bearer(make_token(sub="ann")))
-        assert await is_admin(api, bearer(make_token(groups=["ops"])))
-        assert not await is_admin(api, bearer(make_token(sub="mona", groups=["ann"])))
-        assert await is_monitor(api, bearer(make_token(sub="mona")))
-        assert not await is_monitor(api, bearer(make_token()))
+        assert await is_admin(api, build_bearer_header(make_token(sub="ann")))
+        assert await is_admin(api, build_bearer_header(make_token(groups=["ops"])))
+        assert not await is_admin(api, build_bearer_header(make_token(sub="mona", groups=["ann"])))
+        assert await is_monitor(api, build_bearer_header(make_token(sub="mona")))
+        assert not await is_monitor(api, build_bearer_header(make_token()))
 
 
 async def test_claim_names_can_be_configured_and_nested(runner: ApiRunner) -> None:
@@ -56,12 +56,15 @@ async def test_claim_names_can_be_configured_and_nested(runner: ApiRunner) -> No
             "https://example.org/groups": ["x"],
             "realm_access": {"roles": ["admin"]},
         }
-        assert await submit_and_identify(api, bearer(make_token(**claims))) == ("a@example.org", ["team-x"])
-        assert await is_admin(api, bearer(make_token(**claims)))
-        assert not await is_admin(
-            api, bearer(make_token(email="b@example.org", realm_access=["admin"], roles=["admin"]))
+        assert await submit_and_identify(api, build_bearer_header(make_token(**claims))) == (
+            "a@example.org",
+            ["team-x"],
         )
-        assert_unauthorized(await api.http.get(JOBS, headers=bearer(make_token())))
+        assert await is_admin(api, build_bearer_header(make_token(**claims)))
+        assert not await is_admin(
+            api, build_bearer_header(make_token(email="b@example.org", realm_access=["admin"], roles=["admin"]))
+        )
+        assert_unauthorized(await api.http.get(JOBS, headers=build_bearer_header(make_token())))
 
 
 async def test_every_invalid_token_gets_the_same_response(runner: ApiRunner) -> None:
@@ -114,18 +117,23 @@ async def test_every_invalid_token_gets_the_same_response(runner: ApiRunner) -> 
         "an API key": ApiKeyToken.generate(),
     }
     async with runner.run("jwt", **runner.jwt_settings(issuer="us", audience="jobledger")) as api:
-        assert await submit_and_identify(api, bearer(valid)) == ("alice", [])
-        assert await submit_and_identify(api, bearer(assemble_token(HS256, alice))) == ("alice", []), (
+        assert await submit_and_identify(api, build_bearer_header(valid)) == ("alice", [])
+        assert await submit_and_identify(api, build_bearer_header(assemble_token(HS256, alice))) == ("alice", []), (
             "an assembled token can be valid"
         )
-        assert await submit_and_identify(api, bearer(make_token(exp=int(now) - 15, **claims))) == ("alice", []), (
-            "within the leeway"
-        )
-        assert await submit_and_identify(api, bearer(make_token(iss="us", aud=["billing", "jobledger"]))) == (
+        assert await submit_and_identify(api, build_bearer_header(make_token(exp=int(now) - 15, **claims))) == (
+            "alice",
+            [],
+        ), "within the leeway"
+        assert await submit_and_identify(
+            api, build_bearer_header(make_token(iss="us", aud=["billing", "jobledger"]))
+        ) == (
             "alice",
             [],
         )
-        responses = {name: await api.http.get(JOBS, headers=bearer(token)) for name, token in tokens.items()}
+        responses = {
+            name: await api.http.get(JOBS, headers=build_bearer_header(token)) for name, token in tokens.items()
+        }
         assert {name: response.status_code for name, response in responses.items() if response.status_code != 401} == {}
         assert len({assert_unauthorized(response) for response in responses.values()}) == 1
         assert_unauthorized(await api.http.get(JOBS), "authentication_required")
@@ -133,7 +141,7 @@ async def test_every_invalid_token_gets_the_same_response(runner: ApiRunner) -> 
 
 async def test_token_with_audience_is_rejected_if_no_audience_is_set(runner: ApiRunner) -> None:
     async with runner.run("jwt", **runner.jwt_settings()) as api:
-        assert_unauthorized(await api.http.get(JOBS, headers=bearer(make_token(aud="billing"))))
+        assert_unauthorized(await api.http.get(JOBS, headers=build_bearer_header(make_token(aud="billing"))))
 
 
 @pytest.mark.parametrize(("private", "algorithm"), [(RSA_KEY, "RS256"), (EC_KEY, "ES256")], ids=["RS256", "ES256"])
@@ -142,7 +150,7 @@ async def test_public_key_verifies_tokens_and_is_not_accepted_as_secret(
 ) -> None:
     path = runner.write_file("key.pem", public_key_pem(private))
     async with runner.run("jwt", jwt={"public_key_file": path}) as api:
-        assert await submit_and_identify(api, bearer(make_token(private, algorithm))) == ("alice", [])
+        assert await submit_and_identify(api, build_bearer_header(make_token(private, algorithm))) == ("alice", [])
         for token in (
             make_token(OTHER_RSA_KEY, "RS256"),
             make_token(RSA_KEY, "RS512"),
@@ -152,7 +160,7 @@ async def test_public_key_verifies_tokens_and_is_not_accepted_as_secret(
             sign_with_public_key(public_key_pem(private).strip()),
             assemble_token({"alg": "none"}, {"sub": "alice", "exp": time.time() + 60}, None),
         ):
-            assert_unauthorized(await api.http.get(JOBS, headers=bearer(token)))
+            assert_unauthorized(await api.http.get(JOBS, headers=build_bearer_header(token)))
 
 
 def make_short_rsa_key() -> bytes:

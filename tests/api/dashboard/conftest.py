@@ -55,7 +55,7 @@ def clear_console_errors(page: Any) -> None:
     page.console_errors.clear()
 
 
-def page_url(api: Api, path: str = "") -> str:
+def build_page_url(api: Api, path: str = "") -> str:
     """Return the URL of a page of the dashboard."""
     return f"{api.url}/monitoring/events{path}"
 

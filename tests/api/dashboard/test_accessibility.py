@@ -10,7 +10,7 @@ from playwright.async_api import Browser, expect
 
 from jobledger.api.dashboard.translations import SUPPORTED_LANGUAGES
 from tests.api.conftest import Api
-from tests.api.dashboard.conftest import needs_browser, page_url
+from tests.api.dashboard.conftest import build_page_url, needs_browser
 
 pytestmark = needs_browser
 
@@ -35,7 +35,7 @@ async def test_pages_have_no_serious_accessibility_violations(scheme: Any, api: 
     context = await browser.new_context(color_scheme=scheme, viewport={"width": 1280, "height": 900})
     page = await context.new_page()
     for path in await submit_examples(api):
-        await page.goto(page_url(api, path))
+        await page.goto(build_page_url(api, path))
         results = await Axe().run(page)
         serious = [
             (violation["id"], [node["html"][:200] for node in violation["nodes"]])
@@ -50,7 +50,7 @@ async def test_pages_fit_phone_width(api: Api, browser: Browser) -> None:
     context = await browser.new_context(viewport={"width": 360, "height": 740})
     page = await context.new_page()
     for path in await submit_examples(api):
-        await page.goto(page_url(api, path))
+        await page.goto(build_page_url(api, path))
         page_width, window_width = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert page_width <= window_width, path
     await context.close()
@@ -59,7 +59,7 @@ async def test_pages_fit_phone_width(api: Api, browser: Browser) -> None:
 async def test_page_is_german_for_german_browser(api_without_worker: Api, browser: Browser) -> None:
     context = await browser.new_context(locale="de-AT")
     page = await context.new_page()
-    await page.goto(page_url(api_without_worker))
+    await page.goto(build_page_url(api_without_worker))
     await expect(page.locator("h1")).to_have_text("Übersicht")
     await expect(page.locator("html")).to_have_attribute("lang", "de")
     await expect(page.locator("#count-pending").locator("..")).to_contain_text("Wartend")
@@ -69,6 +69,6 @@ async def test_page_is_german_for_german_browser(api_without_worker: Api, browse
 @pytest.mark.parametrize("language", SUPPORTED_LANGUAGES)
 async def test_every_page_renders_in_each_language(language: str, api: Api) -> None:
     for path in await submit_examples(api):
-        response = await api.http.get(page_url(api, path), headers={"Accept-Language": language})
+        response = await api.http.get(build_page_url(api, path), headers={"Accept-Language": language})
         assert response.status_code == (404 if path.endswith("/job-000000000000000000000000") else 200), path
         assert f'<html lang="{language}"' in response.text

@@ -12,10 +12,10 @@ from playwright.async_api import BrowserContext, Page, expect
 from jobledger.api.auth.api_keys import ApiKeyToken, revoke_key
 from tests.api.conftest import WITHOUT_WORKER, Api, run_api
 from tests.api.dashboard.conftest import (
+    build_page_url,
     clear_console_errors,
     create_key,
     needs_browser,
-    page_url,
     sign_in,
 )
 
@@ -60,7 +60,7 @@ SUBMIT_FORM_SCRIPT = """([url, fields]) => {
 
 
 async def open_session(page: Page, api: Api, key: str) -> None:
-    await page.goto(page_url(api, "/sign-in"))
+    await page.goto(build_page_url(api, "/sign-in"))
     await sign_in(page, key)
     await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
 
@@ -71,7 +71,7 @@ async def test_live_page_shows_sign_in_when_key_is_revoked(
     async for api in run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER, auth={"mode": "keys"}):
         key = await create_key(api, "ada", "admin")
         await open_session(page, api, key)
-        await page.goto(page_url(api, "/jobs"))
+        await page.goto(build_page_url(api, "/jobs"))
         await expect(page.locator("#live-status.connected")).to_be_visible()
         token = ApiKeyToken.parse(key)
         assert token is not None
@@ -110,10 +110,10 @@ async def test_pages_of_other_origins_cannot_change_data_or_sign_in(
             )
             await page.wait_for_url("**/sign-in")
             clear_console_errors(page)
-            await page.goto(page_url(api, "/jobs"))
+            await page.goto(build_page_url(api, "/jobs"))
             await expect(page.get_by_role("button", name="Sign out (ada)")).to_be_visible()
             # The dashboard itself still can.
-            await page.goto(page_url(api, f"/jobs/{job_id}"))
+            await page.goto(build_page_url(api, f"/jobs/{job_id}"))
             await page.locator("main").get_by_role("button", name="Cancel job").click()
             await page.locator("#confirm-dialog").get_by_role("button", name="Cancel job").click()
             await expect(page.locator("#status .status-badge.cancelled")).to_be_visible()

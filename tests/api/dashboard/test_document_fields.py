@@ -78,27 +78,27 @@ def fields(names: Iterable[str], **more: Types) -> Types:
     return (Fields(tuple({**dict.fromkeys(names, UNKNOWN), **more}.items())),)
 
 
-def types_of(annotation: Any) -> Types:
+def find_types(annotation: Any) -> Types:
     """Return the types of a value with this annotation."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return tuple(type_ for argument in arguments for type_ in types_of(argument))
+        return tuple(type_ for argument in arguments for type_ in find_types(argument))
     if origin is Annotated:
-        return types_of(arguments[0])
+        return find_types(arguments[0])
     if origin is Literal:
         return (str,)
     if origin is tuple and arguments[-1] is not Ellipsis:
-        return (TupleOf(tuple(types_of(argument) for argument in arguments)),)
+        return (TupleOf(tuple(find_types(argument) for argument in arguments)),)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return (MapOf(types_of(arguments[1])),)
+        return (MapOf(find_types(arguments[1])),)
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        return (ListOf(types_of(arguments[0])),)
+        return (ListOf(find_types(arguments[0])),)
     if annotation is types.NoneType:
         return ()
     return (annotation,) if isinstance(annotation, type) else UNKNOWN
 
 
-def member_types(type_: Any, name: str) -> Types | None:
+def find_member_types(type_: Any, name: str) -> Types | None:
     """Return the types of a field, method or key of a type. None if the type does not have it."""
     if type_ is ANY:
         return UNKNOWN
@@ -112,25 +112,25 @@ def member_types(type_: Any, name: str) -> Types | None:
         return tuple(EVENT_TYPES.values())
     if issubclass(type_, BaseModel):
         by_alias = {field.alias or field_name: field for field_name, field in type_.model_fields.items()}
-        return json_types(types_of(by_alias[name].annotation)) if name in by_alias else None
+        return convert_to_json_types(find_types(by_alias[name].annotation)) if name in by_alias else None
     if isinstance(attribute := inspect.getattr_static(type_, name, None), property):
-        return types_of(typing.get_type_hints(attribute.fget).get("return", Any))
+        return find_types(typing.get_type_hints(attribute.fget).get("return", Any))
     if dataclasses.is_dataclass(type_) and name in (hints := typing.get_type_hints(type_)):
-        return types_of(hints[name])
+        return find_types(hints[name])
     return UNKNOWN if hasattr(type_, name) else None
 
 
-def json_types(python_types: Types) -> Types:
+def convert_to_json_types(python_types: Types) -> Types:
     """Return the types of a value after it was sent as JSON."""
     return tuple(str if type_ is datetime else type_ for type_ in python_types)
 
 
 BATCH: Final = fields(
     (),
-    **{name: json_types(types_of(field.annotation)) for name, field in BatchResource.model_fields.items()},
+    **{name: convert_to_json_types(find_types(field.annotation)) for name, field in BatchResource.model_fields.items()},
     eta_minutes=(int,),
 )
-CHART: Final = types_of(typing.get_type_hints(charts.stack_bars)["return"])
+CHART: Final = find_types(typing.get_type_hints(charts.stack_bars)["return"])
 JOBS: Final = (ListOf((JobResource,)),)
 MACROS: Final = frozenset(re.findall(r"\{% macro (\w+)\(", TEMPLATES["macros.html.j2"]))
 
@@ -239,7 +239,7 @@ class TemplateChecker:
         field_types: list[Any] = []
         for name in names:
             self.field_count += 1
-            members = [members for type_ in container if (members := member_types(type_, name)) is not None]
+            members = [members for type_ in container if (members := find_member_types(type_, name)) is not None]
             if not members:
                 self.problems.append(f"line {line}: {name} is no field of {', '.join(map(describe, container))}")
             field_types += [type_ for types_ in members for type_ in types_]
@@ -363,7 +363,7 @@ def test_fields_that_scripts_read_exist_in_response_models(script: str) -> None:
         for chain in chains:
             current = variable_types
             for name in re.findall(r"\w+", chain):
-                members = [members for type_ in current if (members := member_types(type_, name)) is not None]
+                members = [members for type_ in current if (members := find_member_types(type_, name)) is not None]
                 assert members, f"{script} reads {variable}{chain}, but {name} does not exist"
                 current = tuple(type_ for types_ in members for type_ in types_)
 

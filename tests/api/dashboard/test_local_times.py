@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 from playwright.async_api import Browser, expect
 
 from tests.api.conftest import Api
-from tests.api.dashboard.conftest import needs_browser, page_url
+from tests.api.dashboard.conftest import build_page_url, needs_browser
 from tests.api.dashboard.test_translations import TEMPLATES
 
 CLOCK_TIME = re.compile(r"\d{1,2}:\d{2}:\d{2}")
@@ -44,7 +44,7 @@ async def test_page_times_are_in_time_zone_of_browser(api: Api, browser: Browser
     context = await browser.new_context(locale="en-GB", timezone_id="Asia/Kathmandu")
     page = await context.new_page()
     for path in (f"/jobs/{job_id}", "/jobs", "/log", ""):
-        await page.goto(page_url(api, path))
+        await page.goto(build_page_url(api, path))
         await expect(page.locator("html.js")).to_be_attached()
         await expect(page.locator("[data-time-zone]")).to_have_text(re.compile("Asia/(Kathmandu|Katmandu)"))
         times = await page.evaluate(TIMES)
@@ -53,7 +53,7 @@ async def test_page_times_are_in_time_zone_of_browser(api: Api, browser: Browser
             local = datetime.fromisoformat(iso).astimezone(ZoneInfo("Asia/Kathmandu"))
             assert f"{local:%H:%M:%S}" in text, (path, iso, text)
         assert not CLOCK_TIME.search(await page.evaluate(TEXT_WITHOUT_TIMES)), path
-    await page.goto(page_url(api, f"/jobs/{job_id}"))
+    await page.goto(build_page_url(api, f"/jobs/{job_id}"))
     await expect(page.locator("#attempts td.wide-column time").first).to_be_visible()
     await context.close()
 
@@ -63,7 +63,7 @@ async def test_page_times_without_javascript_are_in_utc(api: Api, browser: Brows
     job_id = await submit_retrying_job(api)
     context = await browser.new_context(java_script_enabled=False, timezone_id="Asia/Kathmandu")
     page = await context.new_page()
-    await page.goto(page_url(api, f"/jobs/{job_id}"))
+    await page.goto(build_page_url(api, f"/jobs/{job_id}"))
     texts = await page.locator("time").all_text_contents()
     assert texts
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", text) for text in texts), texts

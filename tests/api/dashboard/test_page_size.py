@@ -18,7 +18,7 @@ from jobledger.api.dashboard.markdown_preview import MAX_MARKDOWN_BYTES
 from jobledger.api.processes.markdown import MAX_HTML_BYTES
 from jobledger.api.processes.markdown_previewer import MarkdownPreviewer
 from tests.api.conftest import Api
-from tests.api.dashboard.conftest import page_url
+from tests.api.dashboard.conftest import build_page_url
 
 MAX_PAGE_BYTES = 2_000_000
 TEMPLATES = Path(rendering.__file__).parent / "templates"
@@ -165,11 +165,11 @@ async def test_truncated_page_links_to_the_full_document(api_without_worker: Api
     job_id = await api_without_worker.submit({"file": False, "a": "<" * 7_400_000})
     await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.read_head_position())
     for path in (f"/jobs/{job_id}", "/jobs", "/log", ""):
-        response = await api_without_worker.get(page_url(api_without_worker, path))
+        response = await api_without_worker.get(build_page_url(api_without_worker, path))
         assert response.status_code == 200
         assert len(response.content) < MAX_PAGE_BYTES
         assert ('id="truncation-notice"' in response.text) == (path in (f"/jobs/{job_id}", "/log"))
-    response = await api_without_worker.get(page_url(api_without_worker, f"/jobs/{job_id}"))
+    response = await api_without_worker.get(build_page_url(api_without_worker, f"/jobs/{job_id}"))
     assert f'href="../../../api/events/jobs/{job_id}"' in response.text
 
 
@@ -221,6 +221,6 @@ async def test_job_page_shows_text_if_result_is_too_large_for_preview(api: Api) 
     pages = []
     for job_id in ids:
         await api.wait_until_finished(job_id)
-        pages.append((await api.get(page_url(api, f"/jobs/{job_id}"))).text)
+        pages.append((await api.get(build_page_url(api, f"/jobs/{job_id}"))).text)
     assert ['<article class="preview" id="preview"><pre' in page for page in pages] == [False, True, False]
     assert "<code" in pages[2]

@@ -17,7 +17,7 @@ from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.workers.processor import JobContext, Results
 from jobledger.workers.processors.echo import EchoProcessor
 from tests.api.conftest import Api, run_api
-from tests.api.dashboard.conftest import confirm_action, needs_browser, open_live_page, page_url
+from tests.api.dashboard.conftest import build_page_url, confirm_action, needs_browser, open_live_page
 from tests.processors.session.fixtures import CONFERENCE_PAGE, SiteResponse, html, make_pdf, serve_site
 
 pytestmark = needs_browser
@@ -41,7 +41,7 @@ def job_release(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
 async def test_job_list_shows_new_job_and_status_changes_without_reload(
     job_release: asyncio.Event, api: Api, page: Page
 ) -> None:
-    await open_live_page(page, page_url(api, "/jobs"))
+    await open_live_page(page, build_page_url(api, "/jobs"))
     await page.evaluate("window.isSamePage = true")
     job_id = await api.submit({"seconds": 0.5}, job_name="Hello <b>you</b>")
     row = page.locator(f"#{job_id}")
@@ -56,7 +56,7 @@ async def test_job_list_shows_new_job_and_status_changes_without_reload(
 
 
 async def test_overview_updates_counts_without_reload(job_release: asyncio.Event, api: Api, page: Page) -> None:
-    await open_live_page(page, page_url(api))
+    await open_live_page(page, build_page_url(api))
     await page.evaluate("window.isSamePage = true")
     batch = await api.submit_batch({"seconds": 0.5}, {"fail": "broken"}, batch_name="Keynotes")
     await expect(page.locator("#count-total")).to_have_text("2")
@@ -71,7 +71,7 @@ async def test_overview_updates_counts_without_reload(job_release: asyncio.Event
 
 async def test_job_page_cancels_with_reason_and_restarts(api: Api, page: Page) -> None:
     job_id = await api.submit({"seconds": 60})
-    await open_live_page(page, page_url(api, f"/jobs/{job_id}"))
+    await open_live_page(page, build_page_url(api, f"/jobs/{job_id}"))
     await expect(page.locator("#status .status-badge.processing")).to_be_visible()
     await confirm_action(page, "Cancel job", "wrong file")
     await expect(page.locator("#status .status-badge.cancelled")).to_be_visible()
@@ -89,7 +89,7 @@ async def test_job_page_cancels_with_reason_and_restarts(api: Api, page: Page) -
 
 async def test_job_list_cancels_selected_jobs(api_without_worker: Api, page: Page) -> None:
     job_ids = [await api_without_worker.submit() for _ in range(3)]
-    await open_live_page(page, page_url(api_without_worker, "/jobs"))
+    await open_live_page(page, build_page_url(api_without_worker, "/jobs"))
     button = page.locator("main").get_by_role("button", name="Cancel jobs")
     await expect(button).to_be_disabled()
     for job_id in job_ids[:2]:
@@ -107,11 +107,11 @@ async def test_job_list_cancels_selected_jobs(api_without_worker: Api, page: Pag
 async def test_job_list_filters_searches_and_pages(api_without_worker: Api, page: Page) -> None:
     for number in range(60):
         await api_without_worker.submit({"track": f"Track {number % 2}", "session": f"Talk {number}"})
-    await page.goto(page_url(api_without_worker, "/jobs"))
+    await page.goto(build_page_url(api_without_worker, "/jobs"))
     await page.get_by_label("Track").fill("Track 1")
     await page.get_by_role("button", name="Filter").click()
     await expect(page.locator("tbody tr")).to_have_count(30)
-    await page.goto(page_url(api_without_worker, "/jobs"))
+    await page.goto(build_page_url(api_without_worker, "/jobs"))
     await expect(page.locator("tbody tr")).to_have_count(50)
     await page.get_by_role("link", name="Next page").first.click()
     await expect(page.locator("tbody tr")).to_have_count(10)
@@ -123,7 +123,7 @@ async def test_job_list_filters_searches_and_pages(api_without_worker: Api, page
 async def test_submit_page_validates_and_submits_batch_that_pauses_and_resumes(
     api_without_worker: Api, page: Page
 ) -> None:
-    await page.goto(page_url(api_without_worker, "/submit"))
+    await page.goto(build_page_url(api_without_worker, "/submit"))
     batch_json, results = page.locator("#batch-json"), page.locator("#validation-results")
     submit = page.get_by_role("button", name="Submit", exact=True)
     validate = page.get_by_role("button", name="Validate")
@@ -153,7 +153,7 @@ async def test_submit_page_validates_and_submits_batch_that_pauses_and_resumes(
 
 
 async def test_log_page_adds_new_events_at_the_top(api_without_worker: Api, page: Page) -> None:
-    await open_live_page(page, page_url(api_without_worker, "/log?types=JobSubmitted"))
+    await open_live_page(page, build_page_url(api_without_worker, "/log?types=JobSubmitted"))
     first = await api_without_worker.submit(job_name="first")
     await expect(page.locator("#events tr").first).to_contain_text(first)
     second = await api_without_worker.submit(job_name="second")
@@ -166,7 +166,7 @@ async def test_log_page_adds_new_events_at_the_top(api_without_worker: Api, page
 async def test_time_travel_slider_shows_job_at_each_event(api: Api, page: Page) -> None:
     job_id = await api.submit({"fail": "no luck"}, max_attempts=1)
     await api.wait_until_finished(job_id)
-    await page.goto(page_url(api, f"/jobs/{job_id}"))
+    await page.goto(build_page_url(api, f"/jobs/{job_id}"))
     state, slider = page.locator("#time-travel-state"), page.locator("#time-travel input")
     await expect(state).to_contain_text("Failed")
     await slider.focus()
@@ -193,7 +193,7 @@ async def test_session_job_page_shows_preview_slides_and_working_links(
             response = await api.post("/api/events/jobs", {"parameters": parameters})
             job_id = response.json()["job_id"]
             assert (await api.wait_until_finished(job_id))["status"] == "completed"
-            await page.goto(page_url(api, f"/jobs/{job_id}"))
+            await page.goto(build_page_url(api, f"/jobs/{job_id}"))
             await expect(page.locator("#preview h4").first).to_have_text("What you will learn")
             await expect(page.locator("#attempts")).to_contain_text("transcript")
             for images in (page.locator("#preview img"), page.locator(".gallery img")):

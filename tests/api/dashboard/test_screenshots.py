@@ -10,7 +10,7 @@ import pytest
 from playwright.async_api import Browser, expect
 
 from tests.api.conftest import Api
-from tests.api.dashboard.conftest import needs_browser, page_url
+from tests.api.dashboard.conftest import build_page_url, needs_browser
 
 pytestmark = [
     needs_browser,
@@ -65,7 +65,7 @@ async def test_screenshots_of_every_page_in_light_and_dark(api: Api, browser: Br
         context = await browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 750})
         page = await context.new_page()
         for name, path in paths.items():
-            await page.goto(page_url(api, path))
+            await page.goto(build_page_url(api, path))
             await expect(page.locator("h1").first).to_be_visible()
             image = await page.screenshot(path=IMAGE_FOLDER / f"{name}-{scheme}.png")
             assert len(image) > 10_000, name
@@ -86,12 +86,12 @@ async def test_screenshots_of_every_page_in_each_language(language: str, api: Ap
     )
     page = await context.new_page()
     for name, path in paths.items():
-        await page.goto(page_url(api, path))
+        await page.goto(build_page_url(api, path))
         await expect(page.locator("h1").first).to_be_visible()
         if name in ("overview", "jobs", "job", "batches", "batch", "log"):
             await expect(page.locator("#live-status.connected")).to_be_visible()
         await page.screenshot(path=folder / f"{name}.png", full_page=True)
-    await page.goto(page_url(api, paths["batch"]))
+    await page.goto(build_page_url(api, paths["batch"]))
     await page.locator("[data-select-all]").check()
     await page.locator('[data-bulk-action="cancel"]').click()
     await page.screenshot(path=folder / "dialog-bulk.png")

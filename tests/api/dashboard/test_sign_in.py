@@ -8,11 +8,11 @@ from playwright.async_api import BrowserContext, Page, expect
 
 from tests.api.conftest import WITHOUT_WORKER, run_api
 from tests.api.dashboard.conftest import (
+    build_page_url,
     clear_console_errors,
     create_key,
     needs_browser,
     open_live_page,
-    page_url,
     sign_in,
 )
 
@@ -30,7 +30,7 @@ async def test_user_signs_in_and_out_and_sees_only_permitted_content(
             Authorization=f"Bearer {key_of_ada}",
         )
         job_id = response.json()["job_id"]
-        await page.goto(page_url(api, f"/jobs/{job_id}"))
+        await page.goto(build_page_url(api, f"/jobs/{job_id}"))
         await expect(page.locator("h1")).to_have_text("Sign in")
         await sign_in(page, "jl_wrong")
         await expect(page.get_by_role("alert")).to_have_text("Sign-in failed. Check the API key or token.")
@@ -46,6 +46,6 @@ async def test_user_signs_in_and_out_and_sees_only_permitted_content(
         assert await context.cookies() == []
         await sign_in(page, key_of_grace)
         await expect(page.locator("main")).to_contain_text("requires the user role “monitor” or “admin”")
-        await open_live_page(page, page_url(api, f"/jobs/{job_id}"))
+        await open_live_page(page, build_page_url(api, f"/jobs/{job_id}"))
         await expect(page.locator("h1")).to_have_text(job_id)
         await expect(page.locator("main button")).to_have_count(0)

@@ -52,7 +52,7 @@ SCRIPT_COMPUTED_KEYS = {
 }
 
 
-def keys_of_templates() -> set[str]:
+def collect_template_keys() -> set[str]:
     text = "".join(TEMPLATES.values())
     for call in COMPUTED_KEYS:
         assert call in text, f"{call} is no longer in a template"
@@ -62,7 +62,7 @@ def keys_of_templates() -> set[str]:
     return set(literal).union(*COMPUTED_KEYS.values())
 
 
-def keys_of_scripts() -> set[str]:
+def collect_script_keys() -> set[str]:
     text = "".join(SCRIPTS.values()).replace("function formatMessage(", "")
     for call in SCRIPT_COMPUTED_KEYS:
         assert call in text, f"{call} is no longer in a script"
@@ -84,11 +84,11 @@ def test_catalog_has_same_keys_plural_forms_and_placeholders_as_english(language
 
 
 def test_every_key_of_templates_and_scripts_exists_and_no_key_is_unused() -> None:
-    assert keys_of_templates() | keys_of_scripts() == set(ENGLISH)
+    assert collect_template_keys() | collect_script_keys() == set(ENGLISH)
 
 
 def test_scripts_get_exactly_the_messages_they_use() -> None:
-    assert set(SCRIPT_MESSAGE_KEYS) == keys_of_scripts()
+    assert set(SCRIPT_MESSAGE_KEYS) == collect_script_keys()
     assert get_script_messages("de")["selection"] == ("Auswahl: {0} Job", "Auswahl: {0} Jobs")
 
 
