@@ -28,7 +28,7 @@ class MonitoredConnection(Connection):
 
     listeners: tuple[CommandListener, ...] = ()
 
-    def _options(self, *listeners: Any) -> dict[str, Any]:
+    def _build_options(self, *listeners: Any) -> dict[str, Any]:
         return Connection._build_options(self, *listeners, *self.listeners)
 
 
