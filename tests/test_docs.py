@@ -42,7 +42,8 @@ def test_readme_commands_submit_session(mongodb_uri: str, db_name: str, tmp_path
     assert job["parameters"]["session"] == "Welcome"
 
 
-DOCUMENTS = sorted([DOCS.parent / "README.md", DOCS.parent / "config.yaml", *DOCS.rglob("*.md")])
+ROOT = DOCS.parent
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "config.yaml", *DOCS.rglob("*.md")])
 
 
 def extract_commands(text: str) -> list[list[str]]:
@@ -89,6 +90,27 @@ def test_document_links_have_targets(document: Path) -> None:
             titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in slugs, f"{document.name}: {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_document_names_existing_files(document: Path) -> None:
+    folders = "api|benchmarks|cli|deploy|docs|jobledger|ledger|projections|tests|workers"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", document.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), f"{document.name}: {path}"
+
+
+def test_contributing_names_existing_constants_and_functions() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("ledger", "projections", "workers", "api", "cli", "tests/support")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml")
+    )
+    names = re.findall(r"`(_?[A-Z]+_[A-Z_]+|_\w+|[a-z]+_\w+(?:\(\))?)`", text)
+    assert len(names) > 20
+    for name in names:
+        assert re.search(rf"\b{name.removesuffix('()')}\b", code), name
 
 
 def test_operator_how_to_settings_are_valid(tmp_path: Path) -> None:
