@@ -1,4 +1,4 @@
-"""What routes of jobs and routes of batches do in the same way: load, and wait for completion.
+"""What routes of jobs and routes of batches do in the same way: load, and wait until they are finished.
 
 A resource is a job or a batch. Each has an event stream and a document in the views.
 """

@@ -53,7 +53,7 @@ _UNKNOWN_SECONDS: Final = 600.0
 _MAX_SKIPPED: Final = 100
 _PAUSE_SECONDS: Final = 2.0
 _MAX_CLOCK_SKEW: Final = timedelta(minutes=2)
-"""Maximum difference between the clocks of a worker and the file store."""
+"""Maximum difference between the clocks of a worker and the result store."""
 _SAVE_CURSOR_SECONDS: Final = 60.0
 _VIEWS_TIMEOUT_SECONDS: Final = 30.0
 _EVENT_TYPES_WITH_FILES: Final = ("JobCompleted", "StepCompleted")

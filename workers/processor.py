@@ -43,7 +43,7 @@ class ProcessorError(Exception):
 
 
 class SavedFile(BaseModel):
-    """A result file in the file store.
+    """A result file in the result store.
 
     Attributes:
         path: Relative path below the location where results are served.

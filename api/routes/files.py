@@ -47,7 +47,7 @@ from jobledger.projections.views import files as files_view
 async def get_file(request: Request) -> Response:
     """Download a result file.
 
-    The path is only looked up in the files_view. It is never used in a file system.
+    The path is only looked up in the view `files`. It is never used in a file system.
     """
     query = parse_query(request, FileQuery)
     await wait_for_requested_position(request)

@@ -18,7 +18,7 @@ from jobledger.api.http.validation import parse_query
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.pagination import JsonPage
 from jobledger.api.resources import BATCH, JOB, ResourceKind, load_or_404
-from jobledger.api.schemas.log import HistoryQuery, HistoryResponse, LogLinesResponse
+from jobledger.api.schemas.log import HistoryQuery, HistoryResponse, LogEntriesResponse
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import Event, LogEntry, RecordedEvent
 from jobledger.projections.views.job_log import LOG_EVENT_TYPES, build_log_entries
@@ -46,14 +46,14 @@ async def _get_history(request: Request, resource: ResourceKind) -> Response:
     )
 
 
-@Operation("GET", "/api/events/jobs/{job_id}/logs", response=LogLinesResponse, query=HistoryQuery)
+@Operation("GET", "/api/events/jobs/{job_id}/logs", response=LogEntriesResponse, query=HistoryQuery)
 async def get_job_logs(request: Request) -> Response:
     """List the log entries of a job."""
     job = await load_or_404(request, JOB)
-    return await _build_page_response(request, job["job_id"], "logs", _encode_log_lines, types=LOG_EVENT_TYPES)
+    return await _build_page_response(request, job["job_id"], "logs", _encode_log_entries, types=LOG_EVENT_TYPES)
 
 
-def _encode_log_lines(event: RecordedEvent) -> list[bytes]:
+def _encode_log_entries(event: RecordedEvent) -> list[bytes]:
     attempt = None
     try:
         attempt, lines = event.payload_fields.get("attempt"), build_log_entries(event)

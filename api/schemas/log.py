@@ -80,17 +80,17 @@ class HistoryResponse(SuccessResponse):
     next_after_version: int | None = Field(None, description=_NEXT_PAGE)
 
 
-class LogLineResource(LogEntry):
+class LogEntryResource(LogEntry):
     """A log entry. Entries that were logged together come from one event and have the same `version`."""
 
     attempt: int | None
     version: int
 
 
-class LogLinesResponse(SuccessResponse):
+class LogEntriesResponse(SuccessResponse):
     """A page of log entries."""
 
-    logs: list[LogLineResource]
+    logs: list[LogEntryResource]
     next_after_version: int | None = Field(None, description=_NEXT_PAGE)
 
 

@@ -257,7 +257,7 @@ def check_expanded_size(request: Request, field: str, value: Any, repetitions: i
 
 
 def estimate_list_index_bytes(user_id: str, access: AccessControl, teams: Sequence[str]) -> int:
-    """Return the maximum size of the list index of one job."""
+    """Return an estimate of the size of the list index of one job, in bytes."""
     return list_index.estimate_list_index_bytes(
         {"user_id": user_id, "access_control": access.model_dump(), "teams": teams}
     )

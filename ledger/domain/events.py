@@ -431,7 +431,7 @@ class DeliveryRequeued(_UserEvent):
 
 
 class PositionVoided(Event):
-    """A position without an event: its appender reserved it and did not write it."""
+    """A position without an event of a stream: its appender reserved it and did not use it."""
 
 
 JobEvent = (

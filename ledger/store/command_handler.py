@@ -227,7 +227,7 @@ async def handle_command_with_retries(
 ) -> CommandResult:
     """Handle a command, and retry it while the database is unavailable. The command takes effect once.
 
-    After `LedgerUnavailable`, it first looks in the stream for the outcome of the previous try.
+    Before a retry, it looks in the stream for the outcome of the previous try.
 
     Args:
         event_store: The event store.
@@ -240,6 +240,7 @@ async def handle_command_with_retries(
 
     Raises:
         CommandRejected: The stream's state does not allow the command.
+        VersionConflict: As `handle_command`.
         UnreadableEvent: As `handle_command`.
         InvalidEvent: As `EventStore.append`.
     """
@@ -251,7 +252,7 @@ async def handle_command_with_retries(
                 return await handle_command(event_store, stream, command, meta=meta, stream_state=stream_state)
             # A command that is decided on the state after its own events would take effect twice. So the outcome is
             # read before each decision on a newer state. An earlier append that the server still executes is either
-            # found then, or cannot be written any more: its version is taken.
+            # found then, or can no longer be written: its version is taken.
             result = await _find_outcome(event_store, stream, command, stream_state)
             if result is not None:
                 return result

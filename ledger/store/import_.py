@@ -106,10 +106,11 @@ async def _require_empty_database(db: Database) -> None:
         if views is not None:
             raise ConfigurationError(f"the database {db.name} has views of another log: an import needs an empty one")
         for collection in ("leaders", "workers"):
-            alive = await db[collection].find_one({"released": False, "$nor": [EXPIRED_LEASE_FILTER]})
-            if alive is not None:
+            active_lease = await db[collection].find_one({"released": False, "$nor": [EXPIRED_LEASE_FILTER]})
+            if active_lease is not None:
                 raise ConfigurationError(
-                    f"a process uses the database {db.name} ({alive['_id']}): stop all processes before an import"
+                    f"a process uses the database {db.name} ({active_lease['_id']}): stop all processes before "
+                    "an import"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Compare all files in the file store with the digests of the view `files`. Memory is bounded."""
+"""Compare all files in the result store with the digests of the view `files`. Memory is bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""View `files`: the result files of each job, by path. The file store contains their bytes.
+"""View `files`: the result files of each job, by path. The result store contains their bytes.
 
 A path belongs to one job (`workers/results/path_reservations.py`). In an older or imported log, several jobs may have
 the same path. Then each job has a row, and the path leads to the file of the job that completed first and is not

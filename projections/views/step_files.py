@@ -1,6 +1,6 @@
 """View `step_files`: the result files that the completed steps of a job name, by digest.
 
-A job that is retried or restarted uses these files again. Therefore, they stay in the file store as long as the job
+A job that is retried or restarted uses these files again. Therefore, they stay in the result store as long as the job
 exists. The same holds for the files of results that are too large for the job's document.
 """
 

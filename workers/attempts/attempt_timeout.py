@@ -1,4 +1,4 @@
-"""The timeout of an attempt. It covers the processor's work, and not waits for the database or the file store."""
+"""The timeout of an attempt. It covers the processor's work, and not waits for the database or the result store."""
 
 from __future__ import annotations
 

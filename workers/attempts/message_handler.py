@@ -157,7 +157,7 @@ class MessageHandler:
     # Files --------------------------------------------------------------------------------------------------------
 
     async def _store_file(self, sha256: str) -> None:
-        """Move a saved file into the file store. Events may name it only after this returns.
+        """Move a saved file into the result store. Events may name it only after this returns.
 
         If the store is not writable, wait for it: the job keeps its work, and its timeout is paused.
 

@@ -63,7 +63,7 @@ class FindSharedStep:
 
 @dataclass(frozen=True, slots=True)
 class FileSaved:
-    """Reports a file in the inbox. Response: the reserved path, when the file is in the file store."""
+    """Reports a file in the inbox. Response: the reserved path, when the file is in the result store."""
 
     sha256: str
     path: str

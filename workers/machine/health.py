@@ -284,4 +284,4 @@ def check_memory() -> None:
 
 
 CHECKS: Final = (check_descriptors, check_memory, check_process_start)
-"""Checks of the machine. Checks of the scratch directory and the file store are with these."""
+"""Checks of the machine. Checks of the scratch directory and the result store are with these."""

@@ -53,7 +53,7 @@ async def build_body(
     Raises:
         BodyUnavailable: The job or batch is not in the log, or cannot be represented as JSON.
         UnreadableEvent: An event of its stream is damaged, or a newer version of Jobledger wrote it.
-        LedgerUnavailable: The event store or the file store cannot be read.
+        LedgerUnavailable: The event store or the result store cannot be read.
     """
     spec = delivery.spec
     body: dict[str, Any] = {
@@ -130,5 +130,5 @@ async def _load_markdown(file_store: FileStore, job: Document) -> tuple[str | No
         finally:
             await opened.close()
     except FileLost:
-        return None, ["The Markdown is omitted: it is no longer in the file store."]
+        return None, ["The Markdown is omitted: it is no longer in the result store."]
     return b"".join(chunks).decode(errors="replace"), []
