@@ -274,7 +274,7 @@ class EventStoreMachine(RuleBasedStateMachine):
         crash_point=st.sampled_from(CRASH_POINTS),
     )
     def crash_during_append(self, stream: int, crash_point: tuple[int, str, str]) -> None:
-        """Crash before or after the server has run the command. Nobody receives the reply or retries."""
+        """Crash before or after the server has run the command. No client receives the reply or retries."""
         length, command, when = crash_point
 
         async def run() -> None:

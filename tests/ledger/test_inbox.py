@@ -157,7 +157,7 @@ def write_sparse_file(saved_path: Path) -> None:
 def lease_file(saved_path: Path) -> None:
     saved_path.parent.mkdir(parents=True)
     saved_path.write_bytes(FOREIGN)
-    leased_file = os.open(saved_path, os.O_RDWR)  # stays open: whoever opens a leased file has to wait
+    leased_file = os.open(saved_path, os.O_RDWR)  # stays open: a process that opens a leased file has to wait
     fcntl.fcntl(leased_file, fcntl.F_SETSIG, signal.SIGURG)  # this signal is ignored
     fcntl.fcntl(leased_file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 

@@ -327,7 +327,7 @@ async def test_blocked_event_loop_lets_lease_expire_until_it_continues(
     await asyncio.sleep(0.1)
     time.sleep(2.5 * LEASE_SECONDS)  # noqa: ASYNC251 - the injected fault
     assert matches_document(leases, EXPIRED_LEASE_FILTER)
-    assert lease.is_held, "nobody has taken the lease"
+    assert lease.is_held, "no other process has taken the lease"
     await wait_until_extended(leases)
 
 
