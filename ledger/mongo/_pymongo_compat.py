@@ -1,9 +1,11 @@
-"""Make the driver obey cancellation on Python 3.11.
+"""Correct two faults of the driver.
 
-In Python 3.11, `asyncio.wait_for` swallows a cancellation that arrives when its awaitable has just finished
-(https://github.com/python/cpython/issues/86296, fixed in 3.12). The driver uses it to connect and for every message it
-sends. So a role would occasionally ignore a request to stop, or a time limit. This module gives the driver, and no
-other code, the `wait_for` of Python 3.12.
+It ignores cancellation on Python 3.11 (`patch_wait_for`). There, `asyncio.wait_for` swallows a cancellation that
+arrives when its awaitable has just finished (https://github.com/python/cpython/issues/86296, fixed in 3.12). The driver
+uses it to connect and for every message it sends. So a role would occasionally ignore a request to stop, or a time
+limit. This module gives the driver, and no other code, the `wait_for` of Python 3.12.
+
+It decides only once, when it opens a connection, whether sessions may be used on it (`patch_session_support`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import Any, TypeVar
 import pymongo.lock
 import pymongo.network_layer
 import pymongo.pool_shared
+from pymongo.asynchronous.pool import AsyncConnection
+from pymongo.synchronous.pool import Connection
 
 T = TypeVar("T")
 
@@ -40,3 +44,21 @@ def patch_wait_for() -> None:
     for module in (pymongo.network_layer, pymongo.pool_shared):
         module.asyncio = own  # type: ignore[attr-defined]  # it is imported there, and not said to be exported
     pymongo.lock.wait_for = wait_for  # type: ignore[attr-defined, assignment]  # as above
+
+
+def patch_session_support() -> None:
+    """Make the driver use sessions on all connections to a server that supports them.
+
+    It refuses them on connections that it opened while the server was recovering, neither primary nor secondary. Such a
+    connection stays in the pool when the server has become primary, so transactions and change streams fail for ever.
+    A direct connection to a server that restarts is in this state for a moment. With this patch it sends the session,
+    and a server that is still recovering reports that as a transient error.
+    """
+    for connection in (AsyncConnection, Connection):
+        supports_sessions = property(_supports_sessions, lambda *_: None)
+        connection.supports_sessions = supports_sessions  # type: ignore[assignment]
+
+
+def _supports_sessions(connection: Any) -> bool:
+    """Return what the specification of sessions asks for: whether the server said how long they live."""
+    return getattr(connection, "logical_session_timeout_minutes", None) is not None

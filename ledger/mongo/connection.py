@@ -17,10 +17,11 @@ from pymongo.monitoring import _EventListener
 from pymongo.read_concern import ReadConcern
 
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.mongo._pymongo_compat import patch_wait_for
+from jobledger.ledger.mongo._pymongo_compat import patch_session_support, patch_wait_for
 from jobledger.ledger.mongo.server_clock import ServerClock
 
 patch_wait_for()
+patch_session_support()
 Document = dict[str, Any]
 Database = AsyncDatabase[Document]
 

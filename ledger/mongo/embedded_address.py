@@ -33,7 +33,7 @@ _KEY: Final = re.compile(r"[A-Za-z0-9+/]{64,1024}")
 def build_uri(socket_path: Path, key: str) -> str:
     """Return the URI of the server, which contains the secret.
 
-    It names the set: without it, the driver takes a server that is still starting for one without sessions.
+    It names the set: without it, the driver uses a server that has not read its configuration yet.
     """
     return (
         f"mongodb://__system:{quote(key, safe='')}@{quote(str(socket_path), safe='')}/"

@@ -1,18 +1,22 @@
-"""Cancellation of driver operations, at any point."""
+"""Cancellation of driver operations at any point, and sessions on connections to a server that was recovering."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 import pymongo.lock
 import pymongo.network_layer
 import pymongo.pool_shared
 import pytest
+from pymongo.errors import PyMongoError
 
 from jobledger.ledger.mongo import _pymongo_compat
-from jobledger.ledger.mongo.connection import Connection
-from tests.support.polling import DEADLINE_SECONDS
+from jobledger.ledger.mongo.connection import Connection, Database
+from jobledger.ledger.mongo.embedded import EmbeddedServer
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 
 
 async def cancel_when_future_is_done(wait_for: object) -> bool:
@@ -63,3 +67,40 @@ async def test_client_cancelled_while_connecting_stops_at_any_point(connection: 
             pinging.cancel()
             done_tasks, _ = await asyncio.wait({pinging}, timeout=DEADLINE_SECONDS)
             assert done_tasks, f"the client ignored a cancellation after {iterations} iterations"
+
+
+@needs_local_mongod
+async def test_connection_opened_during_recovery_supports_sessions_afterwards(tmp_path: Path) -> None:
+    """A restarted server is in the same state until it has read its data, but only for a moment."""
+    with EmbeddedServer.start(tmp_path, oplog_mb=64) as server:
+        connection = Connection(server.uri, "test")
+        async with connection.create_client() as observer, connection.create_client() as client:
+            admin = observer.admin
+            await admin.command("replSetStepDown", 2, secondaryCatchUpPeriodSecs=0, force=True)
+            await admin.command("replSetMaintenance", 1)
+            with pytest.raises(PyMongoError):
+                await use_session(client["test"])
+            with connection.create_blocking_client() as blocking_client:
+                assert blocking_client.admin.command("ping")["ok"]
+
+                await admin.command("replSetMaintenance", 0)
+                await poll_until(lambda: is_primary(observer["test"]), "the server is primary")
+
+                await use_session(client["test"])
+                with blocking_client.start_session() as session:
+                    blocking_client["test"]["documents"].insert_one({}, session=session)
+
+
+async def is_primary(db: Database) -> bool:
+    return bool((await db.command("hello"))["isWritablePrimary"])
+
+
+async def use_session(db: Database) -> None:
+    """Write and read in a session, with as many connections as a pool opens for parallel operations."""
+
+    async def write_and_read() -> None:
+        async with db.client.start_session() as session:
+            await db["documents"].insert_one({}, session=session)
+            await db["documents"].find_one({}, session=session)
+
+    await asyncio.gather(*(write_and_read() for _ in range(3)))
