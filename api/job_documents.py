@@ -13,7 +13,6 @@ from jobledger.api.context import get_api_context
 from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.pagination import build_list_response
 from jobledger.api.schemas.jobs import JobListQuery
-from jobledger.api.schemas.request_models import PageQuery
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import batches, job_list, paging, statistics
 from jobledger.projections.views.files import prefix_result_urls
@@ -22,24 +21,23 @@ from jobledger.projections.views.files import prefix_result_urls
 async def build_job_list_response(request: Request, query: JobListQuery) -> Response:
     """Return the page of jobs that a query asks for."""
     await wait_for_requested_position(request)
-    job_filter = job_list.JobFilter(**query.model_dump(exclude={*PageQuery.model_fields, "include"}))
-    db_query = job_filter.build_query(get_principal(request))
+    db_query = query.build_query(get_principal(request))
     views = get_api_context(request).views
     jobs, next_page = await job_list.find_page(views, db_query, query.page_request, include=query.include or ())
-    total, max_count = await _count(request, job_filter, db_query)
+    total, max_count = await _count(request, query, db_query)
     return build_list_response("jobs", await render_jobs(request, jobs), next_page, total, max_count=max_count)
 
 
 async def _count(request: Request, job_filter: job_list.JobFilter, db_query: Document) -> tuple[int, int | None]:
     """Return how many jobs match, and where counting stopped. Counters of the views give exact numbers."""
-    views, status = get_api_context(request).views, job_filter.status
+    views = get_api_context(request).views
     if get_principal(request).is_admin:
-        if job_filter == job_list.JobFilter(status=status, track=job_filter.track):
-            return await statistics.count_jobs(views, status=status, track=job_filter.track), None
-        if job_filter.batch_id is not None and job_filter == job_list.JobFilter(
-            status=status, batch_id=job_filter.batch_id
-        ):
-            return await batches.count_jobs(views, job_filter.batch_id, status=status), None
+        filters = job_filter.model_dump(include={*job_list.JobFilter.model_fields}, exclude_none=True)
+        status, batch_id, track = job_filter.status, job_filter.batch_id, job_filter.track
+        if filters.keys() <= {"status", "track"}:
+            return await statistics.count_jobs(views, status=status, track=track), None
+        if batch_id is not None and filters.keys() <= {"status", "batch_id"}:
+            return await batches.count_jobs(views, batch_id, status=status), None
     return await paging.count(views, "jobs", db_query), paging.MAX_COUNT
 
 

@@ -20,7 +20,7 @@ from jobledger.api.schemas.webhooks import AcceptedResponse, WebhookBody, Webhoo
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.events import AccessControl, ErrorInfo, JobResults, LogEntry
 from jobledger.ledger.domain.statuses import JobStatus
-from jobledger.projections.views.job_list import OMITTABLE_FIELDS
+from jobledger.projections.views.job_list import OMITTABLE_FIELDS, JobFilter
 
 _SESSION_FIELDS = frozenset({"event", "session", "url", "filename", "track"})
 
@@ -80,19 +80,9 @@ def _read_included_fields(text: object) -> object:
 IncludedFields = Annotated[list[str], BeforeValidator(_read_included_fields), WithJsonSchema({"type": "string"})]
 
 
-class JobListQuery(PageQuery):
+class JobListQuery(JobFilter, PageQuery):
     """Filters of jobs. `q`: all words occur in the name, ID, session, event, track, file name or speakers."""
 
-    status: JobStatus | None = None
-    batch_id: str | None = None
-    user_id: str | None = None
-    track: str | None = None
-    event: str | None = None
-    day: str | None = None
-    language: str | None = None
-    error_code: str | None = None
-    job_type: str | None = None
-    archived: bool | None = None
     created_after: IsoDatetime | None = None
     created_before: IsoDatetime | None = None
     q: SearchText | None = None

@@ -6,11 +6,13 @@ A list omits a field that is large unless the caller includes it. The field `omi
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from pydantic import BaseModel
+
 from jobledger.ledger.domain.access import Principal
+from jobledger.ledger.domain.statuses import JobStatus
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.slots import Views
 from jobledger.projections.views import jobs, list_index, paging, projection_errors
@@ -39,15 +41,14 @@ _ESSENTIAL_RESULTS: Final = {
 _EMPTY_VALUES: Final[Document] = {"parameters": {}, "error": None, "logs": [], "steps": []}
 
 
-@dataclass(frozen=True, slots=True)
-class JobFilter:
+class JobFilter(BaseModel):
     """Filters of a list of jobs; None matches any value.
 
     Attributes:
         q: All words of this text must be in the name, ID, session, event, track, file name or speakers of the job.
     """
 
-    status: str | None = None
+    status: JobStatus | None = None
     batch_id: str | None = None
     user_id: str | None = None
     track: str | None = None
