@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from typing import Final, Literal
 
 import orjson
@@ -26,16 +25,13 @@ from jobledger.api.http.preferences import apply_wait_preference, prefers_wait
 from jobledger.api.http.validation import parse_query
 from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.schemas.request_models import AsOfQuery
-from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import RecordedEvent
-from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import load_stream_state
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import batches, jobs
-from jobledger.projections.views.documents import fold_events
+from jobledger.projections.views.documents import Fold, fold_events
 
 _UNFINISHED: Final = frozenset({"pending", "processing"})
 
@@ -48,15 +44,13 @@ class ResourceKind:
         name: `job` or `batch`: the prefix of its IDs and the field of its document in responses.
         path_segment: `jobs` or `batches`: its part of paths.
         load: Returns the document that the views have, or None.
-        check_finished: Returns whether the resource is finished or deleted, and the position of its last event.
-        fold_first: Folds the first event into the document of a submitted resource.
+        fold: Folds an event of the resource's own stream into its document.
     """
 
     name: Literal["job", "batch"]
     path_segment: str
     load: Callable[[Views, EventStore, str], Awaitable[Document | None]]
-    check_finished: Callable[[EventStore, str], Awaitable[tuple[bool, int]]]
-    fold_first: Callable[[RecordedEvent], Document | None]
+    fold: Fold
 
     def is_id(self, stream_id: str) -> bool:
         """Return whether an ID has the prefix of this kind."""
@@ -72,34 +66,13 @@ class ResourceKind:
 
     def fold_submitted(self, event: RecordedEvent) -> Document:
         """Return the document of a submitted resource from its first event."""
-        document = self.fold_first(event)
+        document = self.fold(None, event)
         assert document is not None  # noqa: S101 - narrows the type; the first event creates the document
         return document
 
 
-async def _check_job_finished(event_store: EventStore, job_id: str) -> tuple[bool, int]:
-    job = fold_events(jobs.fold, events := await event_store.read_stream(job_id))
-    return job is None or job["status"] in TERMINAL_STATUSES, events[-1].position if events else 0
-
-
-async def _check_batch_finished(event_store: EventStore, batch_id: str) -> tuple[bool, int]:
-    current = await load_stream_state(event_store, batch_id)
-    is_finished = (
-        not isinstance(current.aggregate, Batch)
-        or current.aggregate.status != "processing"
-        or current.aggregate.is_deleted
-    )
-    return is_finished, current.head.position
-
-
-JOB: Final = ResourceKind("job", "jobs", jobs.get, _check_job_finished, partial(jobs.fold, None))
-BATCH: Final = ResourceKind(
-    "batch",
-    "batches",
-    batches.get,
-    _check_batch_finished,
-    lambda event: batches.add_submitted_counts(batches.fold(None, event)),
-)
+JOB: Final = ResourceKind("job", "jobs", jobs.get, jobs.fold)
+BATCH: Final = ResourceKind("batch", "batches", batches.get, batches.fold_without_jobs)
 
 
 async def load_or_404(request: Request, kind: ResourceKind) -> Document:
@@ -152,11 +125,17 @@ async def wait_until_finished(request: Request, kind: ResourceKind, resource_id:
         if not seconds:
             return
         async with limit_while_authenticated(request, seconds), ctx.finish_notifier.watch(resource_id) as wake_up:
-            while not (result := await kind.check_finished(ctx.event_store, resource_id))[0]:
+            while not (result := await _check_finished(ctx.event_store, kind, resource_id))[0]:
                 await wake_up.wait()
                 wake_up.clear()
             await ctx.checkpoint.wait_for_position(result[1])
             request.scope["ledger_position"] = ctx.checkpoint.position
+
+
+async def _check_finished(event_store: EventStore, kind: ResourceKind, resource_id: str) -> tuple[bool, int]:
+    """Return whether a resource is finished or deleted, and the position of its last event."""
+    document = fold_events(kind.fold, events := await event_store.read_stream(resource_id))
+    return document is None or document["status"] not in _UNFINISHED, events[-1].position if events else 0
 
 
 @contextmanager

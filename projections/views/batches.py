@@ -174,9 +174,10 @@ def _remove_job_id(job_ids: list[str], job_id: str) -> list[str]:
     return remaining
 
 
-def add_submitted_counts(batch: Document | None) -> Document | None:
-    """Return a batch that was folded without its jobs, with the counts of its submission: all jobs are pending."""
-    return {**batch, "pending_jobs": batch["total_jobs"]} if batch else None
+def fold_without_jobs(batch: Document | None, event: RecordedEvent) -> Document | None:
+    """Apply one event as `fold` does. The batch has the counts of its submission: all jobs are pending."""
+    after = fold(batch, event)
+    return {**after, "pending_jobs": after["total_jobs"]} if after else None
 
 
 # Isolation of events and documents (projection_errors.py) -----------------------------------------------------------
@@ -273,9 +274,7 @@ _LIST_PROJECTION: Final[Document] = {
 
 async def get(views: Views, event_store: EventStore, batch_id: str) -> Document | None:
     """Return a batch's document, or None if the batch does not exist."""
-    return await load_or_fold(
-        views, event_store, NAME, batch_id, lambda batch, event: add_submitted_counts(fold(batch, event))
-    )
+    return await load_or_fold(views, event_store, NAME, batch_id, fold_without_jobs)
 
 
 def build_query(
