@@ -215,7 +215,7 @@ def compute_bson_size(value: Any) -> int:
     """Return the bytes that a value takes in a document, without its name (bsonspec.org).
 
     Exact for the types of events: those of JSON, times and bytes. Values of other types count as their text. This needs
-    no driver, because the domain imports none.
+    no driver, because the domain imports none. BSON stores a list as a document whose names are the indexes.
     """
     if isinstance(value, str):
         return 5 + _count_text_bytes(value)
@@ -228,20 +228,10 @@ def compute_bson_size(value: Any) -> int:
     if isinstance(value, Mapping):
         return 5 + sum(2 + _count_text_bytes(str(name)) + compute_bson_size(item) for name, item in value.items())
     if isinstance(value, list | tuple):
-        return 5 + _count_index_digits(len(value)) + sum(2 + compute_bson_size(item) for item in value)
+        return 5 + sum(2 + len(str(index)) + compute_bson_size(item) for index, item in enumerate(value))
     if isinstance(value, bytes):
         return 5 + len(value)
     return 0 if value is None else 5 + len(str(value))
-
-
-def _count_index_digits(count: int) -> int:
-    """Return the number of digits in the indexes of a list, which BSON stores as names: "0", "1", …"""
-    digits, first, width = 0, 0, 1
-    while first < count:
-        end = min(count, 10**width)
-        digits += (end - first) * width
-        first, width = end, width + 1
-    return digits
 
 
 def compute_json_size(value: Any) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -21,6 +21,7 @@ from jobledger.ledger.mongo.lease import Lease, LeaseObservation
 
 _log = structlog.get_logger()
 _MAX_PAUSE_SECONDS: Final = 5.0
+T = TypeVar("T")
 
 
 class LeadershipLost(Exception):
@@ -55,8 +56,11 @@ class LeaderElection:
         while True:
             await self.run_once(lead)
 
-    async def run_once(self, lead: Callable[[], Awaitable[None]]) -> None:
-        """Stand by and lead until `lead` returns. Its exceptions propagate, except LeadershipLost."""
+    async def run_once(self, lead: Callable[[], Awaitable[T]]) -> T:
+        """Stand by and lead until `lead` returns, and return its result.
+
+        Its exceptions propagate, except LeadershipLost, LedgerUnavailable and LedgerBusy. After these it tries again.
+        """
         pause, is_logged = 0.1, False
         while True:
             try:
@@ -65,26 +69,24 @@ class LeaderElection:
                     self._observation = LeaseObservation()
                     begun, is_logged = time.monotonic(), False
                     try:
-                        if await self._lead(lead):
-                            return
+                        return await self._lead(lead)
                     finally:
                         await self._lease.release()
                         if time.monotonic() - begun > self._lease_seconds:
                             pause = 0.1  # it was stable for a while, so this is a new failure
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, _MAX_PAUSE_SECONDS)
-                else:
-                    self._observation.record(
-                        self._lease.current_lease.get("heartbeat"), self._lease.current_lease.get("seconds")
-                    )
-                    if not is_logged:
-                        _log.info("another process is leader, standing by", task=self._name)
-                        is_logged = True
-                    await self._wait_for_vacancy()
+                current = self._lease.current_lease
+                self._observation.record(current.get("heartbeat"), current.get("seconds"))
+                if not is_logged:
+                    _log.info("another process is leader, standing by", task=self._name)
+                    is_logged = True
+                await self._wait_for_vacancy()
+                continue
+            except LeadershipLost as lost:
+                _log.warning(str(lost) or "replaced by another leader, standing by", task=self._name)
             except (LedgerUnavailable, LedgerBusy) as error:
                 _log.warning("leadership interrupted, retrying", task=self._name, error=str(error))
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
 
     async def resync(self, session: AsyncClientSession) -> None:
         self._changed.set()
@@ -111,20 +113,20 @@ class LeaderElection:
             except TimeoutError:
                 return
 
-    async def _lead(self, lead: Callable[[], Awaitable[None]]) -> bool:
-        """Return True if `lead` has returned, False if the leadership was lost."""
+    async def _lead(self, lead: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of `lead`.
+
+        Raises:
+            LeadershipLost: The lease was lost before, or `lead` was fenced.
+        """
         leading = asyncio.ensure_future(lead())
         lost = asyncio.create_task(self._lease.wait_lost())
         try:
             await asyncio.wait({leading, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if leading.done():
-                leading.result()
-                return True
-            _log.warning("leadership lease lost, standing by", task=self._name)
-        except LeadershipLost:
-            _log.warning("replaced by another leader, standing by", task=self._name)
+            if not leading.done():
+                raise LeadershipLost("leadership lease lost, standing by")
+            return leading.result()
         finally:
             for task in (leading, lost):
                 task.cancel()
             await asyncio.gather(leading, lost, return_exceptions=True)
-        return False

@@ -93,19 +93,12 @@ class Projector:
         """Stand by and lead until cancelled. Views of an older version are rebuilt in their shadow slots first."""
         while True:
             version = await self._checkpoint.wait_for_version()
+            log = _log.bind(views_version=version, supported_version=PROJECTION_VERSION)
             if version > PROJECTION_VERSION:
-                _log.error(
-                    "views were written by a newer version, waiting",
-                    views_version=version,
-                    supported_version=PROJECTION_VERSION,
-                )
+                log.error("views were written by a newer version, waiting")
                 await self._checkpoint.wait_for_version(other_than=version)
             elif version < PROJECTION_VERSION:
-                _log.warning(
-                    "views were written by an older version, rebuilding",
-                    views_version=version,
-                    supported_version=PROJECTION_VERSION,
-                )
+                log.warning("views were written by an older version, rebuilding")
                 await self._rebuild.run(only_if_outdated=True)
                 await self._checkpoint.wait_for_version(other_than=version)
             else:

@@ -97,12 +97,10 @@ class Rebuild:
                 replaced.
             LedgerUnavailable: The database failed.
         """
-        switched_position = 0
 
-        async def lead() -> None:
-            nonlocal switched_position
+        async def lead() -> int:
             if only_if_outdated and (await load_checkpoint(self._db)).get("version", 0) >= PROJECTION_VERSION:
-                return
+                return 0
             ahead_position = await self._find_position_ahead_of_log()
             writer, slots = await self._shadow.open(max_position=None if ahead_position is None else 0)
             _log.info("view rebuild started", after=writer.position)
@@ -122,12 +120,11 @@ class Rebuild:
                         chunk = await events.read_chunk(CHUNK_EVENTS)
                         is_last = chunk[-1].position >= head
                         is_switched = await self._apply(writer, chunk, switch if is_last else None)
-            switched_position = writer.position
-            on_progress(switched_position, switched_position)
-            _log.info("view rebuild finished, switched over", position=switched_position, views=sorted(names))
+            on_progress(writer.position, writer.position)
+            _log.info("view rebuild finished, switched over", position=writer.position, views=sorted(names))
+            return writer.position
 
-        await self.leader_election.run_once(lead)
-        return switched_position
+        return await self.leader_election.run_once(lead)
 
     async def compare(
         self,
@@ -145,10 +142,8 @@ class Rebuild:
                 database keeps its history.
             LedgerUnavailable: The database failed.
         """
-        compared_position = 0
 
-        async def lead() -> None:
-            nonlocal compared_position
+        async def lead() -> int:
             checkpoint = await load_checkpoint(self._db)
             await self._require_events(ReadPosition.from_document(checkpoint))
             writer, _ = await self._shadow.open(max_position=checkpoint["position"])
@@ -157,9 +152,9 @@ class Rebuild:
                 compared_position = await self._compare_in_snapshot(writer, events, names, on_difference)
             with translate_errors("emptying the shadow views"):
                 await self._shadow.reset()
+            return compared_position
 
-        await self.leader_election.run_once(lead)
-        return compared_position
+        return await self.leader_election.run_once(lead)
 
     async def clear_shadow(self, switched_at: datetime | None = None) -> None:
         """Empty the views that the last switch replaced; with `switched_at`, only if it was at this time."""

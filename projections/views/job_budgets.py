@@ -53,7 +53,5 @@ def _reduce_results(results: Document) -> Document:
     """Return results without their files, assets and warnings."""
     given = results["metadata"]
     metadata = {name: given[name] for name in ("processed_at", "duration", "tokens_used")} | {"warnings": []}
-    urls = {
-        name: results[name] and limits.truncate_text(results[name], 1000) for name in ("markdown_file", "markdown_url")
-    }
+    urls = {name: results[name] and limits.truncate_text(results[name], 1000) for name in _URL_FIELDS}
     return {**results, **urls, "assets": [], "files": [], "metadata": metadata}

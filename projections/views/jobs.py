@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any, Final, assert_never
 
 from jobledger.ledger.domain import events
-from jobledger.ledger.domain.errors import InvalidEvent, UnreadableEvent, UnsupportedEvent
+from jobledger.ledger.domain.errors import UnreadableEvent, UnsupportedEvent
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.limits import (
     MAX_PROGRESS_MESSAGE_CHARACTERS,
@@ -329,10 +329,7 @@ _SMALL_BYTES: Final = 4096
 
 
 def _is_small(value: Any) -> bool:
-    try:
-        return fits_in_document(value, _SMALL_BYTES) and projection_errors.find_unstorable_reason({"": value}) is None
-    except (InvalidEvent, TypeError, ValueError):
-        return False
+    return projection_errors.find_unstorable_reason({"": value}) is None and fits_in_document(value, _SMALL_BYTES)
 
 
 # Queries ------------------------------------------------------------------------------------------------------------
