@@ -166,7 +166,7 @@ class OpenRequestLimiter:
         self._max_total = settings.max_streams
         self._open: Counter[str] = Counter()
 
-    def get_rejection(self, client_key: str) -> ApiError | None:
+    def _find_rejection(self, client_key: str) -> ApiError | None:
         """Return why the client may not open another request; None if it may."""
         count = self._open[client_key]
         if 0 < self._max_per_client <= count:
@@ -178,24 +178,18 @@ class OpenRequestLimiter:
         return None
 
     @contextmanager
-    def track(self, client_key: str) -> Iterator[None]:
-        """Count one more open request while the block runs."""
+    def track(self, client_key: str) -> Iterator[ApiError | None]:
+        """Count one more open request while the block runs. If the client may not open it, yield why."""
+        if (rejection := self._find_rejection(client_key)) is not None:
+            yield rejection
+            return
         self._open[client_key] += 1
         try:
-            yield
+            yield None
         finally:
             self._open[client_key] -= 1
             if not self._open[client_key]:
                 del self._open[client_key]
-
-    @contextmanager
-    def track_if_allowed(self, client_key: str) -> Iterator[bool]:
-        """Count one more open request while the block runs, if it may be opened. Yield whether it may."""
-        if self.get_rejection(client_key) is not None:
-            yield False
-            return
-        with self.track(client_key):
-            yield True
 
 
 @contextmanager
@@ -205,8 +199,8 @@ def track_waiting_request(scope: Scope) -> Iterator[bool]:
     The limits of live streams apply. Waiting requests are counted separately from live streams, so that open streams do
     not keep a user from reading their own writes.
     """
-    with scope["track_waiting_request"]() as is_allowed:
-        yield is_allowed
+    with scope["track_waiting_request"]() as rejection:
+        yield rejection is None
 
 
 class RateLimitMiddleware:
@@ -229,13 +223,12 @@ class RateLimitMiddleware:
             message = "Too many requests (api.requests_per_second)."
             error = ApiError(429, "too_many_requests", message, retry_after_seconds=ceil(wait_seconds))
             return await build_error_response(error)(scope, receive, send)
-        scope["track_waiting_request"] = partial(self._waiting.track_if_allowed, client_key)
+        scope["track_waiting_request"] = partial(self._waiting.track, client_key)
         if scope["path"] not in STREAM_PATHS:
             return await self._app(scope, receive, send)
-        if (rejection := self._streams.get_rejection(client_key)) is not None:
-            return await build_error_response(rejection)(scope, receive, send)
-        with self._streams.track(client_key):
-            return await self._app(scope, receive, send)
+        with self._streams.track(client_key) as rejection:
+            app = self._app if rejection is None else build_error_response(rejection)
+            return await app(scope, receive, send)
 
 
 def _get_client_key(scope: Scope, trusted_proxies: Collection[Network]) -> str | None:
