@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -50,10 +48,8 @@ ROUTES = [
 def create_app(ctx: ApiContext) -> ASGIApp:
     """Return the ASGI application.
 
-    Middleware, from the outside in: ResponseCounterMiddleware, RequestContextMiddleware, PathPrefixMiddleware, then
-    the list below.
+    Middleware, from the outside in: RequestContextMiddleware, PathPrefixMiddleware, then the list below.
     """
-    response_counts: monitoring.ResponseCounts = Counter()
     settings = ctx.settings
     app = Starlette(
         routes=[*ROUTES, *dashboard.ROUTES],
@@ -88,14 +84,12 @@ def create_app(ctx: ApiContext) -> ASGIApp:
     app.state.context = ctx
     app.state.max_body_bytes = ctx.settings.max_body_bytes
     app.state.docs = docs.Docs(lambda: openapi.build_document(ROUTES, ctx.job_types, ctx.signed_links.base_url))
-    app.state.response_counts = response_counts
     app.router.redirect_slashes = False  # on_http_exception redirects, also behind a proxy
     # These wrap Starlette itself, so that its own error responses have the common headers and are counted.
-    return monitoring.ResponseCounterMiddleware(
-        RequestContextMiddleware(
-            PathPrefixMiddleware(app, ctx.signed_links.path_prefix),
-            is_https=settings.is_https,
-            has_access_log=ctx.has_access_log,
-        ),
-        response_counts,
+    wrapped_app = RequestContextMiddleware(
+        PathPrefixMiddleware(app, ctx.signed_links.path_prefix),
+        is_https=settings.is_https,
+        has_access_log=ctx.has_access_log,
     )
+    app.state.response_counts = wrapped_app.response_counts
+    return wrapped_app

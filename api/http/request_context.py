@@ -1,9 +1,10 @@
-"""ASGI middleware around the whole application: request IDs, common headers, the access log, the path prefix."""
+"""ASGI middleware around the application: request IDs, common headers, response counts, access log, path prefix."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import quote
@@ -24,14 +25,16 @@ _MAX_LOGGED_PATH_BYTES: Final = 300
 
 
 class RequestContextMiddleware:
-    """Assigns an ID to each request, adds the common response headers and writes the access log.
+    """Assigns an ID to each request, adds the common response headers, counts responses and writes the access log.
 
-    It wraps the whole application, so that Starlette's own error responses have the headers, too.
+    It wraps the whole application, so that Starlette's own error responses have the headers and are counted, too.
     """
 
     def __init__(self, app: ASGIApp, *, is_https: bool, has_access_log: bool) -> None:
         self._app = app
         self._has_access_log = has_access_log
+        self.response_counts: Counter[int] = Counter()
+        """How many responses of this process had which HTTP status."""
         self._headers = {
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",  # a page must not leak the signed link it was opened with
@@ -56,6 +59,7 @@ class RequestContextMiddleware:
             nonlocal status, size
             if message["type"] == "http.response.start":
                 status = message["status"]
+                self.response_counts[status] += 1
                 headers = MutableHeaders(scope=message)
                 self._add_common_headers(headers, request_id)
                 if status < 400:

@@ -7,7 +7,6 @@ for them. Metrics of the whole ledger are the same in every process. `process_â€
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Final
@@ -18,7 +17,6 @@ from prometheus_client.registry import Collector
 from pymongo import timeout
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobledger.api.auth.permissions import require_monitor_role
 from jobledger.api.context import ApiContext, get_api_context
@@ -35,8 +33,6 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.stalls import find_stall_reason
 from jobledger.projections.views import jobs, projection_errors, queue, statistics
 
-ResponseCounts = Counter[int]
-"""How many responses of this process had which HTTP status."""
 _EVENT_OF_OUTCOME: Final = {
     "completed": "JobCompleted",
     "failed": "JobFailed",
@@ -110,22 +106,6 @@ async def check_readiness(request: Request) -> Response:
         raise ApiError(503, "projection_stalled", message, details=details)
     content = {"status": "success", "projection_position": ctx.checkpoint.position}
     return build_json_response(content | ({"warning": ctx.disk_monitor.problem} if ctx.disk_monitor.problem else {}))
-
-
-class ResponseCounterMiddleware:
-    """Count responses by status."""
-
-    def __init__(self, app: ASGIApp, counts: ResponseCounts) -> None:
-        self._app = app
-        self._counts = counts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def count_and_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._counts[message["status"]] += 1
-            await send(message)
-
-        await self._app(scope, receive, count_and_send)
 
 
 @Operation("GET", "/metrics", response="text/plain", error_codes=("forbidden",))
@@ -249,10 +229,10 @@ def _format_bound(seconds: float) -> str:
     return "+Inf" if seconds == float("inf") else str(seconds)
 
 
-def _collect_api_metrics(ctx: ApiContext, responses: ResponseCounts) -> list[Metric]:
+def _collect_api_metrics(ctx: ApiContext, response_counts: Mapping[int, int]) -> list[Metric]:
     """Return the metrics of this process as an API server."""
     by_status = CounterMetricFamily("jobledger_http_responses", "Responses of this process.", labels=["status"])
-    for status, count in sorted(responses.items()):
+    for status, count in sorted(response_counts.items()):
         by_status.add_metric([str(status)], count)
     return [
         by_status,
