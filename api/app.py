@@ -13,7 +13,7 @@ from jobledger.api.auth.signed_links import SignedLinkBackend
 from jobledger.api.context import ApiContext
 from jobledger.api.dashboard import pages as dashboard
 from jobledger.api.dashboard.errors import build_auth_error_response
-from jobledger.api.http.errors import ApiError, on_api_error, on_http_exception, on_ledger_error, on_unexpected_error
+from jobledger.api.http.errors import ApiError, on_http_exception, on_known_error, on_unexpected_error
 from jobledger.api.http.limits import AuthFailureLimitMiddleware, RateLimitMiddleware
 from jobledger.api.http.memory_budget import MemoryLimitMiddleware
 from jobledger.api.http.origins import HostOriginMiddleware, build_cors_middleware
@@ -75,8 +75,8 @@ def create_app(ctx: ApiContext) -> ASGIApp:
             Middleware(MemoryLimitMiddleware, budget=ctx.memory_budget),
         ],
         exception_handlers={
-            ApiError: on_api_error,
-            JobledgerError: on_ledger_error,
+            ApiError: on_known_error,
+            JobledgerError: on_known_error,
             HTTPException: on_http_exception,
             Exception: on_unexpected_error,
         },

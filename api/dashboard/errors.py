@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Scope
 
 from jobledger.api.dashboard.rendering import DASHBOARD_PATH, get_root_path, render_page
-from jobledger.api.http.errors import ApiError, build_error_response, translate_ledger_error
+from jobledger.api.http.errors import ApiError, build_error_response, translate_error
 from jobledger.ledger.domain.errors import JobledgerError
 
 RouteHandler = Callable[[Request], Awaitable[Response]]
@@ -30,7 +30,7 @@ def render_errors(handler: RouteHandler) -> RouteHandler:
         try:
             return await handler(request)
         except (ApiError, JobledgerError) as error:
-            problem = error if isinstance(error, ApiError) else translate_ledger_error(error)
+            problem = translate_error(error)
             if problem.status == 401:
                 return redirect_to_sign_in(request)
             return render_page(request, "error.html.j2", status=problem.status, message=problem.message)

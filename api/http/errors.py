@@ -130,14 +130,10 @@ def _truncate(text: str, max_length: int) -> str:
     return text if len(text) <= max_length else f"{text[:max_length]}…"
 
 
-async def on_api_error(_request: Request, error: Exception) -> Response:
-    """Return the response for an ApiError."""
-    assert isinstance(error, ApiError)  # noqa: S101 - registered for this type
-    return build_error_response(error)
-
-
-def translate_ledger_error(error: errors.JobledgerError) -> ApiError:
-    """Return an error of the ledger as an error response, as ERROR_RESPONSES maps it."""
+def translate_error(error: ApiError | errors.JobledgerError) -> ApiError:
+    """Return an error of the ledger as an error response, as ERROR_RESPONSES maps it. An ApiError is unchanged."""
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, errors.FileStoreUnavailable):
         _log.warning("result store unavailable", error=str(error))  # names directories, which clients must not see
         message = "The server cannot use its result store (results.store). No files are lost. Retry later."
@@ -153,10 +149,10 @@ def translate_ledger_error(error: errors.JobledgerError) -> ApiError:
     return ApiError(500, "internal_error", "Internal error. The server's log has the details.")
 
 
-async def on_ledger_error(_request: Request, error: Exception) -> Response:
-    """Return the response for an error of the ledger."""
-    assert isinstance(error, errors.JobledgerError)  # noqa: S101 - registered for this type
-    return build_error_response(translate_ledger_error(error))
+async def on_known_error(_request: Request, error: Exception) -> Response:
+    """Return the response for an ApiError or an error of the ledger."""
+    assert isinstance(error, ApiError | errors.JobledgerError)  # noqa: S101 - registered for these types
+    return build_error_response(translate_error(error))
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
