@@ -28,17 +28,15 @@ from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, InboxFile, classify_o
 from jobledger.ledger.files.local_files import (
     OPEN_FLAGS,
     LocalFile,
-    create_file,
     has_content,
     move_file,
     open_regular_file,
-    remove_on_exit,
     sync_directory,
     translate_read_errors,
 )
 from jobledger.ledger.files.store_marker import StoreMarker
 from jobledger.ledger.system.cooperative_threads import CooperativeWork, run_cooperatively, run_to_completion
-from jobledger.ledger.system.private_files import DIRECTORY_MODE, make_private_directory
+from jobledger.ledger.system.private_files import DIRECTORY_MODE, create_file, make_private_directory, remove_on_exit
 
 _CHECK_BYTES = 64 * 1024
 _TEMPORARY_NAME = re.compile(r"tmp[a-z0-9_]{8}")

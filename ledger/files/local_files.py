@@ -8,18 +8,16 @@ import hashlib
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import AsyncGenerator, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from jobledger.ledger.domain.errors import FileDamaged, FileLost, FileStoreUnavailable, NotARegularFile
 from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES
 from jobledger.ledger.system.cooperative_threads import CooperativeWork
-from jobledger.ledger.system.private_files import FILE_MODE
+from jobledger.ledger.system.private_files import FILE_MODE, create_file
 
 READ_CHUNK_BYTES = 256 * 1024
 """How much of a file is in memory at a time while it is read."""
@@ -159,29 +157,6 @@ def move_file(path: Path, file: BufferedReader, target: Path) -> None:
     with create_file(target, target.parent.parent) as copy:
         file.seek(0)
         shutil.copyfileobj(file, copy, 1 << 20)
-
-
-@contextmanager
-def create_file(target: Path, directory: Path) -> Iterator[IO[bytes]]:
-    """Write a temporary file in `directory`, and move it to `target` when it is complete and on disk.
-
-    In a store, `directory` is the root, where `remove_orphans` looks for files of killed processes.
-    """
-    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file, remove_on_exit(Path(file.name)) as path:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        path.chmod(FILE_MODE)
-        path.replace(target)
-
-
-@contextmanager
-def remove_on_exit(path: Path) -> Iterator[Path]:
-    """Remove a temporary file on exit, whatever fails."""
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:

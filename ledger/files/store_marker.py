@@ -17,9 +17,8 @@ from typing import Final
 from pymongo import ReturnDocument
 
 from jobledger.ledger.domain.errors import FileStoreUnavailable
-from jobledger.ledger.files.local_files import create_file
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
-from jobledger.ledger.system.private_files import make_private_directory
+from jobledger.ledger.system.private_files import create_file, make_private_directory
 
 COLLECTION: Final = "result_store"
 MARKER_FILE_NAME: Final = "store-id"

@@ -12,7 +12,6 @@ killed, the kernel sends mongod a SIGTERM, and it shuts down cleanly.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import fcntl
 import os
@@ -24,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +38,6 @@ from jobledger.ledger.mongo.embedded_lock import (
     OwnerLock,
     ServerInfo,
     is_owned,
-    read_int,
     read_log_tail,
     read_server_info,
     remove_server_info,
@@ -49,6 +47,7 @@ from jobledger.ledger.mongo.embedded_lock import (
 )
 from jobledger.ledger.system.disk_space import MIB, find_write_problem
 from jobledger.ledger.system.private_files import make_private_directory, open_private
+from jobledger.ledger.system.process_attributes import set_parent_death_signal
 
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
@@ -60,7 +59,6 @@ SNAPSHOT_WINDOW_SECONDS = 5
 TRANSACTION_SECONDS = 10
 
 NOT_YET_INITIALIZED = 94  # the server's error codes
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 DATA_FILES_MESSAGE = "Its data files are damaged, were written by a newer MongoDB, or the disk is full."
 EXIT_CODES = {
@@ -85,7 +83,6 @@ LIBRARY_PACKAGES = {"libcurl.so.4": "libcurl4", "libssl.so.3": "libssl3", "libcr
 OTHER_SERVER_HINT = "or set mongodb.uri to a MongoDB replica set."
 
 log = structlog.get_logger(__name__)
-libc = ctypes.CDLL(None)
 
 
 def find_mongod() -> Path:
@@ -257,10 +254,9 @@ class EmbeddedServer:
 
     def _find_predecessor(self) -> int | None:
         """Return the process ID (0 if unknown) of a mongod that still uses the data files."""
-        path = self._dbpath / "mongod.lock"
         try:
-            with path.open("rb") as file:
-                return None if try_lock(file.fileno(), fcntl.LOCK_EX) else read_int(path) or 0
+            with (self._dbpath / "mongod.lock").open("rb") as file:
+                return None if try_lock(file.fileno(), fcntl.LOCK_EX) else int(file.read() or 0)
         except FileNotFoundError:
             return None
 
@@ -359,20 +355,16 @@ def find_running_server(data_dir: Path) -> str | None:
 @contextmanager
 def attach_or_start(data_dir: Path, *, oplog_mb: int | None = None) -> Iterator[str]:
     """Yield the URI of the server on `data_dir`. If none is running, start one and stop it at the end."""
-    uri, own = _attach(data_dir), None
-    if uri is None:
-        try:
-            own = EmbeddedServer.start(data_dir, oplog_mb=oplog_mb)
-            uri = own.uri
-        except DatabaseUnsuitable:
-            uri = _attach(data_dir)  # another process may have started it at the same time
-            if uri is None:
-                raise
-    try:
+    with ExitStack() as stack:
+        uri = _attach(data_dir)
+        if uri is None:
+            try:
+                uri = stack.enter_context(EmbeddedServer.start(data_dir, oplog_mb=oplog_mb)).uri
+            except DatabaseUnsuitable:
+                uri = _attach(data_dir)  # another process may have started it at the same time
+                if uri is None:
+                    raise
         yield uri
-    finally:
-        if own:
-            own.stop()
 
 
 def _attach(data_dir: Path) -> str | None:
@@ -402,7 +394,7 @@ def _end_with_owner(owner_pid: int) -> None:
     """Request a SIGTERM when the owner ends. Exit if it has already ended. Runs between fork and exec."""
     os.umask(0o077)
     if sys.platform == "linux":
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        set_parent_death_signal(signal.SIGTERM)
     if os.getppid() != owner_pid:
         os._exit(1)
 

@@ -21,7 +21,7 @@ from typing import Final
 from urllib.parse import quote
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
-from jobledger.ledger.system.private_files import make_private_directory, open_private
+from jobledger.ledger.system.private_files import create_file, make_private_directory
 
 SOCKET_NAME: Final = "mongodb.sock"
 KEY_NAME: Final = "mongodb.key"
@@ -57,13 +57,8 @@ def load_key(data_dir: Path) -> str:
             if _KEY.fullmatch(key):
                 return key
     key = base64.b64encode(secrets.token_bytes(96)).decode()
-    fresh = path.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    with open_private(fresh, "x") as file:
-        file.write(f"{key}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    with create_file(path, data_dir) as file:
+        file.write(f"{key}\n".encode())
     return key
 
 

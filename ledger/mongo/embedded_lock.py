@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobledger.ledger.domain.errors import ServerInUse
-from jobledger.ledger.system.private_files import open_private
+from jobledger.ledger.system.private_files import create_file
 
 # A process that calls `is_owned` holds a shared lock for a moment. A process that acquires the lock waits this long.
 LOCK_TIMEOUT_SECONDS = 0.5
@@ -72,10 +72,8 @@ def is_owned(data_dir: Path) -> bool:
 
 def write_server_info(data_dir: Path, info: ServerInfo) -> None:
     """Write the file atomically."""
-    fresh = data_dir / "server.json.new"
-    with open_private(fresh, "w") as file:
-        file.write(info.model_dump_json() + "\n")
-    fresh.replace(data_dir / "server.json")
+    with create_file(data_dir / "server.json", data_dir) as file:
+        file.write(f"{info.model_dump_json()}\n".encode())
 
 
 def read_server_info(data_dir: Path) -> ServerInfo | None:
@@ -90,14 +88,6 @@ def remove_server_info(data_dir: Path) -> None:
     """Remove the file when the server ends. If that fails, it is stale: no process has its ID."""
     with suppress(OSError):
         (data_dir / "server.json").unlink()
-
-
-def read_int(path: Path) -> int | None:
-    """Return the number in a file (a port, a PID), if there is one."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def read_log_tail(path: Path, start: int, lines: int = 8) -> str:

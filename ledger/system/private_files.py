@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,3 +55,26 @@ def open_private(path: Path, mode: str) -> IO[Any]:
     if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
         os.fchmod(file.fileno(), FILE_MODE)
     return file
+
+
+@contextmanager
+def create_file(target: Path, directory: Path) -> Iterator[IO[bytes]]:
+    """Write a temporary file in `directory`, and move it to `target` when it is complete and on disk.
+
+    In a file store, `directory` is the root, where `remove_orphans` looks for files of killed processes.
+    """
+    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file, remove_on_exit(Path(file.name)) as path:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        path.chmod(FILE_MODE)
+        path.replace(target)
+
+
+@contextmanager
+def remove_on_exit(path: Path) -> Iterator[Path]:
+    """Remove a temporary file on exit, whatever fails."""
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ main thread, because the kernel ends such a process with the thread that started
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import shutil
@@ -24,8 +23,9 @@ from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.mongo.embedded import PR_SET_PDEATHSIG, find_mongod
+from jobledger.ledger.mongo.embedded import find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.system.process_attributes import set_parent_death_signal
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.suspension import suspend
 
@@ -41,7 +41,6 @@ SERVER_PARAMETERS: Final = (
     "diagnosticDataCollectionEnabled=false",
 )
 SECONDARY: Final = 2  # replSetGetStatus
-_libc = ctypes.CDLL(None)
 
 
 class Node:
@@ -271,7 +270,7 @@ def _wait(condition: Callable[[], bool], expected: str) -> None:
 
 def exit_with_parent(parent: int) -> None:
     """Run between fork and exec: let the kernel kill this process with its parent, even while suspended."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
