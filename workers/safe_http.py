@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any
 
 import httpcore
@@ -78,12 +79,18 @@ class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
         return permitted
 
 
+@cache
+def get_ssl_context() -> ssl.SSLContext:
+    """Return the context of all TLS connections. It is created once, because that blocks the event loop for 20 ms."""
+    return httpx.create_ssl_context()
+
+
 class CheckedTransport(httpx.AsyncBaseTransport):
     """An httpx transport with our network backend, which the default transport does not accept."""
 
     def __init__(self, network: CheckedNetworkBackend) -> None:
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(), network_backend=network, max_keepalive_connections=0
+            ssl_context=get_ssl_context(), network_backend=network, max_keepalive_connections=0
         )
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:

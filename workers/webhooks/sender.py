@@ -33,6 +33,7 @@ from jobledger.workers.safe_http import (
     CheckedNetworkBackend,
     Resolver,
     describe_connection_error,
+    get_ssl_context,
     parse_retry_after,
     resolve_host,
 )
@@ -100,7 +101,7 @@ class Sender:
         self._allowed = AllowedHosts(allowed_private_hosts)
         self._timeout = timeout_seconds
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl_context or httpx.create_ssl_context(),
+            ssl_context=ssl_context or get_ssl_context(),
             network_backend=CheckedNetworkBackend(self._allowed, resolver),
             max_connections=None,
             max_keepalive_connections=0,

@@ -13,7 +13,7 @@ import httpx
 import orjson
 
 from jobledger.workers.processors.session.settings import OpenAiSettings
-from jobledger.workers.safe_http import parse_retry_after
+from jobledger.workers.safe_http import get_ssl_context, parse_retry_after
 
 _RETRY_DELAYS_SECONDS: Final = (1.0, 4.0, 16.0, None)
 """Maximum pause after each attempt, or None after the last."""
@@ -44,7 +44,9 @@ class OpenAiClient:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._url = settings.url
         self._timeout = settings.timeout_seconds
-        self._client = httpx.AsyncClient(headers=headers, timeout=settings.timeout_seconds, trust_env=False)
+        self._client = httpx.AsyncClient(
+            headers=headers, timeout=settings.timeout_seconds, trust_env=False, verify=get_ssl_context()
+        )
 
     async def __aenter__(self) -> Self:
         return self
