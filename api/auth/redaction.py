@@ -38,7 +38,7 @@ class Viewer:
 
 
 FieldRule = Callable[[Any, Viewer], Any]
-"""Returns what a viewer without admin access sees of a value."""
+"""Returns what a viewer without admin access sees of a value that is not None. None needs no rule and stays None."""
 
 
 def _keep(value: Any, _viewer: Viewer) -> Any:
@@ -58,9 +58,7 @@ def _keep_own_names(names: Any, viewer: Viewer) -> list[str]:
     return [name for name in names or () if name in own_names]
 
 
-def _redact_access_lists(access: Mapping[str, Any] | None, viewer: Viewer) -> Document | None:
-    if access is None:
-        return None
+def _redact_access_lists(access: Mapping[str, Any], viewer: Viewer) -> Document:
     lists = ("read_access", "write_access", "admin_access")
     return {
         "visibility": access.get("visibility"),
@@ -79,10 +77,8 @@ def _redact_url(url: Any, _viewer: Viewer) -> str:
     return f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
 
 
-def _redact_webhook(webhook: Mapping[str, Any] | None, viewer: Viewer) -> Document | None:
+def _redact_webhook(webhook: Mapping[str, Any], viewer: Viewer) -> Document:
     """Return a webhook of a document or of an event without what is private."""
-    if webhook is None:
-        return None
     redacted: Document = {"url": _redact_url(webhook["url"], viewer)}
     if "headers" in webhook:
         redacted["headers"] = {}
@@ -90,14 +86,12 @@ def _redact_webhook(webhook: Mapping[str, Any] | None, viewer: Viewer) -> Docume
     return redacted | {name: webhook[name] for name in kept if name in webhook}
 
 
-def _redact_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | None:
-    return None if error is None else {"code": error["code"], "message": error["message"], "details": {}}
+def _redact_error(error: Mapping[str, Any], _viewer: Viewer) -> Document:
+    return {"code": error["code"], "message": error["message"], "details": {}}
 
 
-def _redact_delivery_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | None:
+def _redact_delivery_error(error: Mapping[str, Any], _viewer: Viewer) -> Document:
     """Return a delivery error without its message, which may name addresses of the endpoint's network."""
-    if error is None:
-        return None
     return {"code": error["code"], "message": f"The delivery failed ({error['code']}).", "details": {}}
 
 
@@ -105,14 +99,12 @@ def _redact_attempts(attempts: Any, viewer: Viewer) -> list[Document]:
     return [_apply_rules(attempt, DELIVERY_ATTEMPT_FIELD_RULES, viewer) for attempt in attempts]
 
 
-def pseudonymize_worker(worker_id: Any, _viewer: Viewer | None = None) -> str | None:
+def pseudonymize_worker(worker_id: Any, _viewer: Viewer | None = None) -> str:
     """Return a stable pseudonym of a worker that does not reveal its host.
 
     A worker ID has the host name and about 40 random bits. The digest has 32 bits, so each guessed host name matches
     the pseudonym for some random bits. Trying host names therefore confirms none of them.
     """
-    if worker_id is None:
-        return None
     return f"worker-{blake2b(str(worker_id).encode(errors='surrogatepass'), digest_size=4).hexdigest()}"
 
 
@@ -126,11 +118,9 @@ def _redact_actor(actor: Any, viewer: Viewer) -> str:
     return kind
 
 
-def _redact_projection_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | None:
+def _redact_projection_error(error: Mapping[str, Any], _viewer: Viewer) -> Document:
     """Return which event could not be projected, without the message, which may quote the event."""
-    return (
-        None if error is None else {**error, "message": "This document is incomplete: an event could not be projected."}
-    )
+    return {**error, "message": "This document is incomplete: an event could not be projected."}
 
 
 _DOCUMENT_RULES: Final[Mapping[str, FieldRule]] = {
@@ -232,7 +222,9 @@ EVENT_FIELD_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
 
 
 def _apply_rules(document: Mapping[str, Any], rules: Mapping[str, FieldRule], viewer: Viewer) -> Document:
-    return {name: rules[name](value, viewer) for name, value in document.items() if name in rules}
+    return {
+        name: None if value is None else rules[name](value, viewer) for name, value in document.items() if name in rules
+    }
 
 
 FILTER_FIELDS: Final[Mapping[str, str]] = {
