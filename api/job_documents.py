@@ -14,7 +14,7 @@ from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.pagination import build_list_response
 from jobledger.api.schemas.jobs import JobListQuery
 from jobledger.ledger.mongo.connection import Document
-from jobledger.projections.views import batches, job_list, paging, statistics
+from jobledger.projections.views import batches, job_list, statistics
 from jobledger.projections.views.files import prefix_result_urls
 
 
@@ -24,21 +24,21 @@ async def build_job_list_response(request: Request, query: JobListQuery) -> Resp
     db_query = query.build_query(get_principal(request))
     views = get_api_context(request).views
     jobs, next_page = await job_list.find_page(views, db_query, query.page_request, include=query.include or ())
-    total, max_count = await _count(request, query, db_query)
-    return build_list_response("jobs", await render_jobs(request, jobs), next_page, total, max_count=max_count)
+    rendered, exact_total = await render_jobs(request, jobs), await _count_exactly(request, query)
+    return await build_list_response(views, "jobs", rendered, next_page, db_query, exact_total=exact_total)
 
 
-async def _count(request: Request, job_filter: job_list.JobFilter, db_query: Document) -> tuple[int, int | None]:
-    """Return how many jobs match, and where counting stopped. Counters of the views give exact numbers."""
+async def _count_exactly(request: Request, job_filter: job_list.JobFilter) -> int | None:
+    """Return how many jobs match if a counter of the views has this number, otherwise None."""
     views = get_api_context(request).views
     if get_principal(request).is_admin:
         filters = job_filter.model_dump(include={*job_list.JobFilter.model_fields}, exclude_none=True)
         status, batch_id, track = job_filter.status, job_filter.batch_id, job_filter.track
         if filters.keys() <= {"status", "track"}:
-            return await statistics.count_jobs(views, status=status, track=track), None
+            return await statistics.count_jobs(views, status=status, track=track)
         if batch_id is not None and filters.keys() <= {"status", "batch_id"}:
-            return await batches.count_jobs(views, batch_id, status=status), None
-    return await paging.count(views, "jobs", db_query), paging.MAX_COUNT
+            return await batches.count_jobs(views, batch_id, status=status)
+    return None
 
 
 async def render_jobs(request: Request, jobs: Sequence[Document]) -> list[Document]:

@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from jobledger.api.http.errors import build_json_response
 from jobledger.ledger.mongo.connection import Document
-from jobledger.projections.views.paging import MAX_PAGE_BYTES, PageCursor
+from jobledger.projections.slots import Views
+from jobledger.projections.views.paging import MAX_COUNT, MAX_PAGE_BYTES, PageCursor, count
 
 
 def encode_cursor(cursor: PageCursor) -> str:
@@ -21,20 +22,28 @@ def encode_cursor(cursor: PageCursor) -> str:
     return urlsafe_b64encode(text.encode()).decode()
 
 
-def build_list_response(
-    name: str, items: Sequence[Document], next_page: PageCursor | None, total: int, *, max_count: int | None
+async def build_list_response(
+    views: Views,
+    name: str,
+    items: Sequence[Document],
+    next_page: PageCursor | None,
+    db_query: Document,
+    *,
+    exact_total: int | None = None,
 ) -> Response:
     """Return a page of a list.
 
     Args:
-        name: The field of the items.
+        views: The views.
+        name: The view, and the field of the items.
         items: The items of the page.
         next_page: Where the next page starts. None: this page is the last.
-        total: How many items match.
-        max_count: Counting stopped at this number, so a `total` of at least this is a lower bound. None: it is exact.
+        db_query: The query of the list.
+        exact_total: How many items match. None: count them, up to `MAX_COUNT`.
     """
+    total = await count(views, name, db_query) if exact_total is None else exact_total
     content: dict[str, Any] = {"status": "success", "total": total, name: items}
-    if max_count is not None and total >= max_count:
+    if exact_total is None and total >= MAX_COUNT:
         content["total_is_lower_bound"] = True
     if next_page is not None:
         content["next_cursor"] = encode_cursor(next_page)

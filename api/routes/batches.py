@@ -54,7 +54,7 @@ from jobledger.ledger.store.event_store import override_payload_fields
 from jobledger.projections.engine.as_of import build_as_of_filter
 from jobledger.projections.engine.view_changes import ViewChanges
 from jobledger.projections.views import batches as batches_view
-from jobledger.projections.views import paging, statistics
+from jobledger.projections.views import statistics
 
 _RUNNING_JOB_EVENTS: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobLogged, StepCompleted))
 """Events of a running job that do not affect its batch."""
@@ -144,12 +144,8 @@ async def list_batches(request: Request) -> Response:
     db_query = batches_view.build_query(principal, **filters)
     batches, next_page = await batches_view.find_page(ctx.views, db_query, query.page_request)
     rendered = [redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch)) for batch in batches]
-    if principal.is_admin and not filters:
-        return build_list_response(
-            "batches", rendered, next_page, await statistics.count_batches(ctx.views), max_count=None
-        )
-    total = await paging.count(ctx.views, batches_view.NAME, db_query)
-    return build_list_response("batches", rendered, next_page, total, max_count=paging.MAX_COUNT)
+    exact_total = await statistics.count_batches(ctx.views) if principal.is_admin and not filters else None
+    return await build_list_response(ctx.views, "batches", rendered, next_page, db_query, exact_total=exact_total)
 
 
 @Operation(

@@ -65,12 +65,11 @@ async def list_deliveries(request: Request) -> Response:
     await wait_for_requested_position(request)
     views, db_query = get_api_context(request).views, await _build_query(request, query)
     deliveries, next_page = await deliveries_view.find_page(views, db_query, query.page_request)
-    total = await paging.count(views, deliveries_view.NAME, db_query)
     rendered = [
         redact_document(delivery, DELIVERY_FIELD_RULES, await _get_delivery_viewer(request, delivery))
         for delivery in deliveries
     ]
-    return build_list_response("deliveries", rendered, next_page, total, max_count=paging.MAX_COUNT)
+    return await build_list_response(views, "deliveries", rendered, next_page, db_query)
 
 
 @Operation(
