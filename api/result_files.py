@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from jobledger.api.context import get_api_context
 from jobledger.api.http.errors import ApiError
-from jobledger.api.http.streaming import wait_for_disconnect
+from jobledger.api.http.streaming import run_until_first, wait_for_disconnect
 from jobledger.ledger.domain.errors import FileDamaged, FileLost
 from jobledger.ledger.files.file_store import OpenFile
 from jobledger.ledger.mongo.connection import Document
@@ -52,18 +52,12 @@ async def open_result_file(request: Request, row: Document) -> OpenFile:
 
 async def _open_unless_disconnected(request: Request, opening: Coroutine[Any, Any, OpenFile]) -> OpenFile:
     work = asyncio.create_task(opening, name="open-file")
-    disconnected = asyncio.create_task(wait_for_disconnect(request.receive), name="open-file-disconnect")
     try:
-        await asyncio.wait({work, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ApiError(400, "incomplete_body", "The client disconnected.")
+        await run_until_first(work, wait_for_disconnect(request.receive))
     except BaseException:
-        work.cancel()
-        [file] = await asyncio.gather(work, return_exceptions=True)
-        if not isinstance(file, BaseException):
-            await file.close()
+        if work.done() and not work.cancelled() and work.exception() is None:  # it was opened before the cancellation
+            await work.result().close()
         raise
-    finally:
-        disconnected.cancel()
-        await asyncio.gather(disconnected, return_exceptions=True)
+    if work.cancelled():
+        raise ApiError(400, "incomplete_body", "The client disconnected.")
     return work.result()

@@ -21,7 +21,7 @@ _MEDIA_TYPE: Final = re.compile(r"""[\w!#$&^.+-]+/[\w!#$&^.+-]+(\s*;\s*[\w.-]+=(
 _NOT_ASCII_NAME: Final = re.compile(r"[^A-Za-z0-9 ._()+,=@-]")
 
 
-async def run_until_first(*awaitables: Awaitable[None]) -> Sequence[asyncio.Future[None]]:
+async def run_until_first(*awaitables: Awaitable[object]) -> Sequence[asyncio.Future[object]]:
     """Run awaitables concurrently until the first has ended, then cancel the others. Return them as ended futures."""
     futures = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
