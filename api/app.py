@@ -83,7 +83,7 @@ def create_app(ctx: ApiContext) -> ASGIApp:
     )
     app.state.context = ctx
     app.state.max_body_bytes = ctx.settings.max_body_bytes
-    app.state.docs = docs.Docs(lambda: openapi.build_document(ROUTES, ctx.job_types, ctx.signed_links.base_url))
+    app.state.docs = docs.Docs(lambda: openapi.build_document(ROUTES, ctx.job_types, settings.base_url or "/"))
     app.router.redirect_slashes = False  # on_http_exception redirects, also behind a proxy
     # These wrap Starlette itself, so that its own error responses have the common headers and are counted.
     wrapped_app = RequestContextMiddleware(

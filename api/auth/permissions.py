@@ -57,17 +57,13 @@ class RevocationNotifier:
     """Notifies open requests that credentials may have been revoked."""
 
     def __init__(self) -> None:
-        self._next = asyncio.Event()
-
-    @property
-    def next_event(self) -> asyncio.Event:
+        self.next_event = asyncio.Event()
         """The event that the next call of notify() sets."""
-        return self._next
 
     def notify(self) -> None:
         """Make all open requests check their credentials again."""
-        self._next.set()
-        self._next = asyncio.Event()
+        self.next_event.set()
+        self.next_event = asyncio.Event()
 
 
 class AuthenticationMiddleware:

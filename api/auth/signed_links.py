@@ -39,11 +39,6 @@ class SignedLinks:
         """The path of `api.public_url`, such as `/tools/jobs`; may be empty."""
         self._key: bytes | None = None
 
-    @property
-    def base_url(self) -> str:
-        """The server URL of the OpenAPI document."""
-        return self._public_url or "/"
-
     async def create(self, file: Document, expires_at: datetime) -> str:
         """Return a link to a file that is valid until `expires_at`, rounded down to seconds.
 

@@ -172,17 +172,14 @@ def _describe_successes(operation: Operation, names: Names) -> dict[str, Json]:
     else:
         description = (operation.response.__doc__ or "").partition("\n\n")[0]
         content = {"application/json": {"schema": names[operation.response, "serialization"]}}
-    responses = {
-        str(operation.status): {"description": description, "headers": _select_headers(*headers), "content": content}
+    described_headers = _select_headers(*headers)
+    responses: dict[str, Json] = {
+        str(operation.status): {"description": description, "headers": described_headers, "content": content}
     }
     if "Range" in operation.request_headers:
-        responses["206"] = {
-            "description": "The requested parts.",
-            "headers": _select_headers(*headers),
-            "content": content,
-        }
+        responses["206"] = {**responses["200"], "description": "The requested parts."}
     if operation.is_conditional:
-        responses["304"] = {"description": "Your copy is current.", "headers": _select_headers(*headers)}
+        responses["304"] = {"description": "Your copy is current.", "headers": described_headers}
     return responses
 
 
