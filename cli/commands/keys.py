@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from jobledger.cli.commands.options import ConfigOption, JsonOption
-from jobledger.cli.output.terminal_text import echo, print_json, print_table
+from jobledger.cli.output.terminal_text import echo, print_json, print_result, print_table
 from jobledger.cli.runtime import open_ledger
 from jobledger.ledger.domain.errors import ConfigurationError, NotFound
 
@@ -48,10 +48,7 @@ def create(
     settings, _ = _run_with_database(config, lambda db: api_keys.store_key(db, key))
     if settings.auth.mode != "keys":
         echo(f"note: auth.mode is `{settings.auth.mode}`; API keys are only used with `keys`", err=True)
-    if as_json:
-        print_json({**api_key_admin.key_to_json(key), "key": str(token)})
-    else:
-        echo(str(token))
+    print_result({**api_key_admin.key_to_json(key), "key": str(token)}, str(token), as_json=as_json)
     echo(f"Store it: it is not shown again. `jobledger keys revoke {key.key_id}` revokes it.", err=True)
 
 
@@ -94,10 +91,7 @@ def revoke(
     _, existed = _run_with_database(config, revoke_key)
     if not existed:  # the message does not repeat the argument, which may be most of a key
         raise NotFound("No API key has this ID. See `jobledger keys list`.")
-    if as_json:
-        print_json({"revoked": key_id})
-    else:
-        echo(f"{key_id} is revoked.")
+    print_result({"revoked": key_id}, f"{key_id} is revoked.", as_json=as_json)
 
 
 @app.command("sign-out")
@@ -118,10 +112,7 @@ def sign_out(
         raise ConfigurationError("Specify the ID of a key, or a user with --user.")
     holder = build_holder(key_id=None if key_id is None else parse_key_id(key_id), user_id=user or "")
     _, count = _run_with_database(config, lambda db: end_sessions(db, holder))
-    if as_json:
-        print_json({"ended_sessions": count})
-    else:
-        echo(f"Sessions ended: {count}")
+    print_result({"ended_sessions": count}, f"Sessions ended: {count}", as_json=as_json)
 
 
 def _run_with_database(config: Path | None, work: Callable[[Database], Awaitable[_T]]) -> tuple[Settings, _T]:

@@ -16,7 +16,7 @@ from jobledger.cli.commands.options import AS_OF_HELP, LARGEST_POSITION, ConfigO
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.output.formatting import format_count
 from jobledger.cli.output.progress import progress_bar
-from jobledger.cli.output.terminal_text import SafeConsole, echo, echo_json, print_json
+from jobledger.cli.output.terminal_text import SafeConsole, echo, echo_json, print_json, print_result
 from jobledger.cli.runtime import open_ledger, run_with_database
 from jobledger.ledger.domain.errors import (
     ConfigurationError,
@@ -97,14 +97,12 @@ def verify(
                     connection,
                     lambda db: view_maintenance.verify_result_files(settings, db, on_progress=on_file_progress),
                 )
-    if as_json:
-        print_json(view_maintenance.verification_to_json(result, comparison, verified_files))
-    else:
-        echo(*view_maintenance.format_verification(result))
-        if comparison is not None:
-            echo(*view_maintenance.format_comparison(comparison))
-        if verified_files is not None:
-            echo(*view_maintenance.format_file_verification(verified_files))
+    lines = view_maintenance.format_verification(result)
+    if comparison is not None:
+        lines += view_maintenance.format_comparison(comparison)
+    if verified_files is not None:
+        lines += view_maintenance.format_file_verification(verified_files)
+    print_result(view_maintenance.verification_to_json(result, comparison, verified_files), *lines, as_json=as_json)
     is_ok = result.problem is None and (comparison is None or not comparison.difference_count)
     is_ok = is_ok and (verified_files is None or verified_files.is_ok)
     raise typer.Exit(0 if is_ok else EXIT_FAILED)
@@ -181,12 +179,9 @@ def import_(
 
 def _print_summary(text: str, summary: ExportSummary, *, as_json: bool) -> None:
     digest = f"{summary.last}:{summary.log_digest.hex()}" if summary.log_digest else None
-    if as_json:
-        print_json({"events": summary.events, "from": summary.first, "to": summary.last, "digest": digest})
-    else:
-        echo(text)
-        if digest is not None:
-            echo(f"Digest, for `log verify --expected-digest`: {digest}")
+    lines = [text] if digest is None else [text, f"Digest, for `log verify --expected-digest`: {digest}"]
+    content = {"events": summary.events, "from": summary.first, "to": summary.last, "digest": digest}
+    print_result(content, *lines, as_json=as_json)
 
 
 @app.command()

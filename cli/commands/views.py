@@ -10,7 +10,7 @@ import typer
 from jobledger.cli.commands.options import ConfigOption, JsonOption
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.output.progress import progress_bar
-from jobledger.cli.output.terminal_text import echo, print_json
+from jobledger.cli.output.terminal_text import print_result
 from jobledger.cli.runtime import open_ledger
 
 app = typer.Typer(help="Rebuild and check views (needs access to the database)", no_args_is_help=True)
@@ -29,10 +29,8 @@ def rebuild(config: ConfigOption = None, view: ViewOption = None, as_json: JsonO
 
     with open_ledger(config) as (_, connection), progress_bar("rebuilding views") as on_progress:
         position = asyncio.run(view_maintenance.rebuild_views(connection, view, on_progress=on_progress))
-    if as_json:
-        print_json({"position": position, "views": view})
-    else:
-        echo(f"Rebuilt {', '.join(view) if view else 'all views'} up to position {position}.")
+    text = f"Rebuilt {', '.join(view) if view else 'all views'} up to position {position}."
+    print_result({"position": position, "views": view}, text, as_json=as_json)
 
 
 @app.command()
@@ -45,8 +43,6 @@ def check(config: ConfigOption = None, view: ViewOption = None, as_json: JsonOpt
 
     with open_ledger(config) as (_, connection), progress_bar("comparing views") as on_progress:
         comparison = asyncio.run(view_maintenance.compare_views(connection, view, on_progress=on_progress))
-    if as_json:
-        print_json(view_maintenance.comparison_to_json(comparison))
-    else:
-        echo(*view_maintenance.format_comparison(comparison))
+    lines = view_maintenance.format_comparison(comparison)
+    print_result(view_maintenance.comparison_to_json(comparison), *lines, as_json=as_json)
     raise typer.Exit(EXIT_FAILED if comparison.difference_count else 0)

@@ -17,7 +17,7 @@ from jobledger.cli.commands.options import DEFAULT_URL, ConfigOption, JsonOption
 from jobledger.cli.commands.resources import Document, format_iso_timestamp
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.output.formatting import format_count
-from jobledger.cli.output.terminal_text import echo, echo_text, print_json, print_table
+from jobledger.cli.output.terminal_text import echo, echo_text, print_json, print_result, print_table
 from jobledger.cli.runtime import load_settings
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.statuses import DeliveryStatus
@@ -87,10 +87,8 @@ def redeliver(
             count = parse_response(response, "redelivered")["redelivered"]
         for delivery_id in ids or ():
             parse_response(client.post(f"{_DELIVERIES_PATH}/{delivery_id}/redeliver", json=body))
-    if as_json:
-        print_json({"redelivered": count})
-    else:
-        echo(f"Scheduled {format_count(count, 'delivery', 'deliveries')}.")
+    text = f"Scheduled {format_count(count, 'delivery', 'deliveries')}."
+    print_result({"redelivered": count}, text, as_json=as_json)
 
 
 @app.command("test")

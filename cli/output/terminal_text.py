@@ -77,6 +77,14 @@ def print_json(content: Any) -> None:
     echo_json(orjson.dumps(content, default=str, option=orjson.OPT_UTC_Z))
 
 
+def print_result(content: Any, *lines: str, as_json: bool) -> None:
+    """Print the result of a command: `content` as JSON for programs, or `lines` for people."""
+    if as_json:
+        print_json(content)
+    else:
+        echo(*lines)
+
+
 def print_table(rows: Iterable[Sequence[str | Text]], *, max_cell_length: int | None = None) -> None:
     """Print a header and rows, each as one line.
 
