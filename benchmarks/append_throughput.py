@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.event_factory import make_appends, make_documents
-from benchmarks.measurement import Result, Stopwatch, compare_latencies, compare_rates, open_empty_database
+from benchmarks.measurement import Result, compare_latencies, compare_rates, measure_rate, open_empty_database
 from benchmarks.processes import Pipe, run_processes
 from jobledger.cli.process.process_tuning import tune_garbage_collector
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
@@ -28,15 +28,15 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
         results = [
             await compare_rates(
                 f"append: {CONCURRENCY:,} callers, one event each; driver: insert_many of {CONCURRENCY:,}",
-                lambda: _measure_inserts(db, events),
-                lambda: _measure_appends(event_store, events, callers=CONCURRENCY, size=1),
+                lambda: measure_rate(events, _insert(db, make_documents(events), size=CONCURRENCY)),
+                lambda: measure_rate(events, _append(event_store, make_appends(events), callers=CONCURRENCY, size=1)),
                 rounds=rounds,
                 min_ratio=0.7,
             ),
             await compare_rates(
                 f"append: 3 callers, atomic lists of {CONCURRENCY:,}; driver: 3 concurrent transactions",
                 lambda: _measure_transactions(db, events, callers=3),
-                lambda: _measure_appends(event_store, events, callers=3, size=CONCURRENCY),
+                lambda: measure_rate(events, _append(event_store, make_appends(events), callers=3, size=CONCURRENCY)),
                 rounds=rounds,
                 min_ratio=0.5,
             ),
@@ -60,13 +60,6 @@ async def create_baseline_index(db: Database) -> None:
     await db.baseline.create_index([("stream", 1), ("version", 1)], unique=True)
 
 
-async def _measure_inserts(db: Database, events: int) -> float:
-    documents = make_documents(events)
-    with Stopwatch() as watch:
-        await _insert(db, documents, size=CONCURRENCY)
-    return watch.compute_rate(events)
-
-
 async def _insert(db: Database, documents: Sequence[Document], *, size: int) -> None:
     baseline = db.get_collection("baseline", write_concern=DURABLE)
     for begin in range(0, len(documents), size):
@@ -85,16 +78,7 @@ async def _measure_transactions(db: Database, events: int, *, callers: int) -> f
             ):
                 await db.baseline.insert_many(documents[begin : begin + CONCURRENCY], ordered=False, session=session)
 
-    with Stopwatch() as watch:
-        await asyncio.gather(*(caller() for _ in range(callers)))
-    return watch.compute_rate(events)
-
-
-async def _measure_appends(event_store: EventStore, events: int, *, callers: int, size: int) -> float:
-    appends = make_appends(events)
-    with Stopwatch() as watch:
-        await _append(event_store, appends, callers=callers, size=size)
-    return watch.compute_rate(events)
+    return await measure_rate(events, asyncio.gather(*(caller() for _ in range(callers))))
 
 
 async def _append(event_store: EventStore, appends: Sequence[StreamAppend], *, callers: int, size: int) -> None:

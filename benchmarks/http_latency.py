@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,15 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from benchmarks.measurement import (
-    Result,
-    Stopwatch,
-    compare_rates,
-    compute_percentile,
-    format_latencies,
-    open_empty_database,
-)
+from benchmarks.measurement import Result, compare_latencies, compare_rates, measure_rate, open_empty_database
 from benchmarks.processes import Pipe, run_processes, run_role
+from jobledger.cli.process.server import open_listener
 from jobledger.ledger.domain.events import JobCancelled, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.projections.engine.checkpoint import CheckpointFollower
@@ -78,21 +72,12 @@ async def run_at_scale(connection: Connection, *, events: int, rounds: int) -> l
     for number in (FEW_JOBS, many_jobs):
         async with _run_api(connection, number) as (port, samples):
             latencies.append(await _measure_requests(port, samples, max(20, rounds * 30)))
-    return [
-        Result(
-            f"http-scale: {name}: {many_jobs:,} jobs; baseline: {FEW_JOBS:,} jobs",
-            format_latencies(few),
-            format_latencies(many),
-            compute_percentile(many, 99) / compute_percentile(few, 99),
-            (
-                statistics.median(many) / statistics.median(few),
-                compute_percentile(many, 99) / compute_percentile(few, 99),
-            ),
-            f"≤ {MAX_RATIO}",
-            compute_percentile(many, 99) <= MAX_RATIO * compute_percentile(few, 99),
-        )
+    sizes = f"{many_jobs:,} jobs; baseline: {FEW_JOBS:,} jobs"
+    comparisons = [
+        compare_latencies(f"http-scale: {name}: {sizes}", few, many, max_ratio=MAX_RATIO, percent=99)
         for (name, few), many in zip(latencies[0].items(), latencies[1].values(), strict=True)
     ]
+    return [replace(comparison, notes=()) for comparison in comparisons]
 
 
 @asynccontextmanager
@@ -190,9 +175,8 @@ async def _measure_rate(port: int, path: str, requests: int) -> float:
             await _get(reader, writer, path)
         writer.close()
 
-    with Stopwatch() as watch:
-        await asyncio.gather(*(client() for _ in range(CONNECTIONS)))
-    return watch.compute_rate(requests // CONNECTIONS * CONNECTIONS)
+    clients = asyncio.gather(*(client() for _ in range(CONNECTIONS)))
+    return await measure_rate(requests // CONNECTIONS * CONNECTIONS, clients)
 
 
 async def _get(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str) -> bytes:
@@ -218,11 +202,9 @@ def _serve_baseline(connection: Connection, pipe: Pipe) -> None:
                 return Response(orjson.dumps(job), media_type="application/json")
 
             app = Starlette(routes=[Route("/{job_id}", get_job)])
-            server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False, lifespan="off"))
-            serving = asyncio.create_task(server.serve())
-            while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-                await asyncio.sleep(0.01)
-            pipe.send(server.servers[0].sockets[0].getsockname()[1])
-            await serving
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+            with open_listener("127.0.0.1", 0) as listener:
+                pipe.send(listener.getsockname()[1])
+                await server.serve(sockets=[listener])
 
     asyncio.run(serve())

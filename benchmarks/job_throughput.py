@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 from pymongo import MongoClient
 
-from benchmarks.measurement import Result, Stopwatch, compare_latencies, compute_percentile, open_empty_database
+from benchmarks.measurement import Result, compare_latencies, compute_percentile, measure_rate, open_empty_database
 from benchmarks.processes import Child, Pipe, run_processes, run_role
 from jobledger.cli.composition import Role
 from jobledger.ledger.domain.commands import SubmitJob
@@ -141,8 +141,6 @@ async def _measure_pickup(connection: Connection, store: Path, number: int) -> l
             "idle: CPU of a projector and two workers, in percent of one core",
             "",
             ", ".join(f"{share:.1f} %" for share in cpu),
-            None,
-            None,
             "< 1 %",
             max(cpu) < 1,
         ),
@@ -189,13 +187,11 @@ async def _drain_baseline(
         job = {"job_type": "echo", "parameters": {"file": False}, "user_id": "bench", "created_at": now}
         await queue.insert_many([{"status": "pending", "priority": 1, **job} for _ in range(jobs)])
         async with run_processes(workers, _run_baseline_worker, connection, concurrency) as children:
-            with Stopwatch() as watch:
-                for child in children:
-                    child.pipe.send("start")
-                for child in children:
-                    await child.receive()
+            for child in children:
+                child.pipe.send("start")
+            rate = await measure_rate(jobs, asyncio.gather(*(child.receive() for child in children)))
         assert await queue.count_documents({"status": "completed"}) == jobs  # noqa: S101 - checks the benchmark itself
-    return watch.compute_rate(jobs)
+    return rate
 
 
 def _run_baseline_worker(connection: Connection, concurrency: int, pipe: Pipe) -> None:
@@ -251,9 +247,8 @@ async def _measure_backlog(
         f"backlog: {jobs:,} jobs {'with one file each' if files else 'without work'}, {workers} workers, one projector",
         "" if baseline is None else f"{baseline:,.0f} jobs/s",
         f"{rate:,.0f} jobs/s",
-        None if baseline is None else rate / baseline,
-        None,
         f"≥ {min_rate:,.0f}/s" if min_rate else "",
         rate >= min_rate,
+        None if baseline is None else rate / baseline,
         notes=(f"{claims / jobs:.2f} claims per job, and {voided / jobs:.2f} lost claims (voided positions)",),
     )

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.measurement import RateFunction, Result, Stopwatch, compare_rates, open_empty_database
+from benchmarks.measurement import Result, compare_rates, measure_rate, open_empty_database, read_in_order
 from jobledger.cli.administration.view_maintenance import open_rebuild, rebuild_views
 from jobledger.ledger.domain import events as domain
 from jobledger.ledger.domain.events import Event, EventMetadata
@@ -37,36 +37,29 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
     number = events * _EVENTS_PER_REQUESTED_EVENT
     async with open_empty_database(connection) as (db, event_store):
         await _fill(db, number)
-
-        def rate(work: Callable[[], Awaitable[None]]) -> RateFunction:
-            return lambda: _measure_rate(number, work)
-
         comparisons = (
-            ("log verify: hashes, links, versions, positions", rate(lambda: _verify(event_store)), 0.15),
-            ("log export", rate(lambda: _export(event_store)), 0.3),
-            ("log export, compressed", rate(lambda: _export(event_store, "log.ndjson.zst")), 0.3),
+            (
+                "log verify: hashes, links, versions, positions",
+                lambda: measure_rate(number, _verify(event_store)),
+                0.15,
+            ),
+            ("log export", lambda: measure_rate(number, _export(event_store)), 0.3),
+            ("log export, compressed", lambda: measure_rate(number, _export(event_store, "log.ndjson.zst")), 0.3),
             ("views rebuild: all views, with the switch", lambda: _measure_rebuild(connection, number), 0.25),
         )
-        baseline = rate(lambda: _read_cursor(db))
         results = [
-            await compare_rates(name, baseline, measure, rounds=max(1, rounds // 3), min_ratio=min_ratio)
+            await compare_rates(
+                name,
+                lambda: measure_rate(number, read_in_order(db.events)),
+                measure,
+                rounds=max(1, rounds // 3),
+                min_ratio=min_ratio,
+            )
             for name, measure, min_ratio in comparisons
         ]
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     results[-1] = replace(results[-1], notes=(f"{number:,} events; peak memory of this process: {peak_mb:,.0f} MB",))
     return results
-
-
-async def _measure_rate(number: int, work: Callable[[], Awaitable[None]]) -> float:
-    with Stopwatch() as watch:
-        await work()
-    return watch.compute_rate(number)
-
-
-async def _read_cursor(db: Database) -> None:
-    seen = 0
-    async for _ in db.events.find({"_id": {"$gt": 0}}, sort=[("_id", 1)]):
-        seen += 1
 
 
 async def _verify(event_store: EventStore) -> None:
@@ -81,11 +74,10 @@ async def _export(event_store: EventStore, name: str = "log.ndjson") -> None:
 
 
 async def _measure_rebuild(connection: Connection, number: int) -> float:
-    with Stopwatch() as watch:
-        await rebuild_views(connection, on_progress=lambda position, total: None)
+    rate = await measure_rate(number, rebuild_views(connection, on_progress=lambda position, total: None))
     async with open_rebuild(connection) as rebuild:
         await rebuild.clear_shadow()  # the projector does this later, so it is not measured
-    return watch.compute_rate(number)
+    return rate
 
 
 # The log --------------------------------------------------------------------------------------------------------------

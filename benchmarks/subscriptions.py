@@ -10,7 +10,14 @@ from pymongo import MongoClient
 
 from benchmarks.append_throughput import create_baseline_index
 from benchmarks.event_factory import make_appends, make_documents
-from benchmarks.measurement import Result, Stopwatch, compare_latencies, compare_rates, open_empty_database
+from benchmarks.measurement import (
+    Result,
+    compare_latencies,
+    compare_rates,
+    measure_rate,
+    open_empty_database,
+    read_in_order,
+)
 from benchmarks.processes import Pipe, run_processes
 from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
@@ -33,14 +40,15 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
             min_ratio=0.7,
         )
         await db.baseline.delete_many({})
-        await db.baseline.insert_many([document async for document in db.events.find()])
+        await db.baseline.insert_many(await db.events.find().to_list())
+        number, head = await db.baseline.count_documents({}), await event_store.read_head_position()
         log_without_tail, changes = EventStore(db, EventStoreLimits(max_tail_events=1)), ChangeStream(db)
         changes.add_listener(log_without_tail)
         async with changes.keep_open():
             history = await compare_rates(
                 "subscribe: history from the beginning; driver: sorted cursor",
-                lambda: _read_cursor(db),
-                lambda: _read_history(log_without_tail),
+                lambda: measure_rate(number, read_in_order(db.baseline)),
+                lambda: measure_rate(number, _read_history(log_without_tail, head)),
                 rounds=rounds,
                 min_ratio=0.6,
             )
@@ -56,12 +64,13 @@ async def _read_change_stream(connection: Connection, db: Database, events: int)
     async with await db.watch(_PIPELINE, batch_size=1000) as stream:
         await stream.try_next()
         async with run_processes(1, _write, connection, "baseline", first, events) as [writer]:
-            with Stopwatch() as watch:
+
+            async def read() -> None:
                 writer.pipe.send("start")
-                seen = 0
-                while seen < events:
-                    seen += await stream.try_next() is not None
-    return watch.compute_rate(events)
+                for _ in range(events):
+                    await stream.next()
+
+            return await measure_rate(events, read())
 
 
 async def _read_subscription(connection: Connection, db: Database, event_store: EventStore, events: int) -> float:
@@ -73,13 +82,16 @@ async def _read_subscription(connection: Connection, db: Database, event_store: 
         changes.keep_open(),
         event_store.subscribe(after=head) as subscription,
     ):
-        with Stopwatch() as watch:
+
+        async def read() -> None:
             writer.pipe.send("start")
             seen = 0
             while seen < events:
                 seen += _count_payloads(await subscription.read_chunk())
+
+        rate = await measure_rate(events, read())
     await db.counters.update_one({"_id": "events"}, {"$max": {"next": head + events}}, upsert=True)
-    return watch.compute_rate(events)
+    return rate
 
 
 def _write(connection: Connection, collection: str, first: int, number: int, pipe: Pipe) -> None:
@@ -97,22 +109,10 @@ def _write(connection: Connection, collection: str, first: int, number: int, pip
 # History ----------------------------------------------------------------------------------------------------------
 
 
-async def _read_cursor(db: Database) -> float:
-    with Stopwatch() as watch:
-        seen = 0
-        async for _ in db.baseline.find({"_id": {"$gt": 0}}, sort=[("_id", 1)]):
-            seen += 1
-    return watch.compute_rate(seen)
-
-
-async def _read_history(event_store: EventStore) -> float:
-    head = await event_store.read_head_position()
-    with Stopwatch() as watch:
-        seen = 0
-        async with event_store.subscribe(after=0) as subscription:
-            while subscription.position < head:
-                seen += _count_payloads(await subscription.read_chunk())
-    return watch.compute_rate(seen)
+async def _read_history(event_store: EventStore, head: int) -> None:
+    async with event_store.subscribe(after=0) as subscription:
+        while subscription.position < head:
+            _count_payloads(await subscription.read_chunk())
 
 
 def _count_payloads(events: Sequence[RecordedEvent]) -> int:
