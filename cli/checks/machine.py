@@ -73,12 +73,11 @@ def check_confinement(settings: Settings) -> Iterator[CheckResult]:
         detail = f"none: the kernel does not support Landlock{hint}"
         yield CheckResult("Confinement of jobs", mode == "auto", detail, confinement.LANDLOCK_ADVICE)
     probes = runner.probe_methods()
-    if probes[-1].is_working:
-        yield CheckResult("Sandbox for helper programs", is_ok=True, detail=probes[-1].method)
-    else:
+    detail = probes[-1].method
+    if not probes[-1].is_working:
         reasons = "; ".join(f"{probe.method}: {probe.reason}" for probe in probes)
         detail = f"none ({reasons}): LibreOffice and yt-dlp are not run. {runner.SANDBOX_ADVICE}"
-        yield CheckResult("Sandbox for helper programs", is_ok=True, detail=detail)
+    yield CheckResult("Sandbox for helper programs", is_ok=True, detail=detail)
 
 
 def _check(name: str, check: Callable[[], str]) -> CheckResult:

@@ -27,23 +27,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jobledger.api.http.client_address import Network, get_rate_limit_key, is_in_networks
 from jobledger.api.http.errors import ApiError, build_error_response
 
-HEADER_TIMEOUT_SECONDS: Final = 10.0
-"""Time for the header of a request, from its first byte. For the first request, from the start of the connection."""
-BODY_INTERVAL_SECONDS: Final = 10.0
-BODY_MIN_BYTES: Final = 10_000
-"""Bytes of a body that must arrive in each BODY_INTERVAL_SECONDS."""
-
 _EXHAUSTION_ERRORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _DESCRIPTOR_HINT: Final = "raise the limit of file descriptors (LimitNOFILE in the unit, ulimit -n)"
 _LOG_INTERVAL_SECONDS: Final = 10.0
 _SHED_DELAY_SECONDS: Final = 0.05
 _log = structlog.get_logger()
-
-READ_INTERVAL_SECONDS: Final = 30.0
-READ_MIN_BYTES: Final = 10_000
-"""Bytes of a response that a client must read in each READ_INTERVAL_SECONDS, while the buffers are full."""
-DRAIN_TIMEOUT_SECONDS: Final = 300.0
-"""Time for reading all buffered bytes. A large response, which is in memory, must therefore be read faster."""
 
 
 class SheddingSocket(socket.socket):
@@ -114,34 +102,45 @@ def _unacknowledged_bytes(connection: socket.socket) -> int:
 
 @dataclass(slots=True)
 class ConnectionLimits:
-    """Limits of the number and slowness of connections. `trusted_proxies` have no limit per IP address."""
+    """Limits of the number and slowness of connections.
+
+    Attributes:
+        max_connections: Number of connections.
+        max_connections_per_address: Number of connections from one IP address.
+        trusted_proxies: They have no limit per IP address.
+        header_timeout_seconds: Time for the header of a request, from its first byte. For the first request, from the
+            start of the connection.
+        body_interval_seconds: Interval in which `body_min_bytes` of a body must arrive.
+        body_min_bytes: See `body_interval_seconds`.
+        read_interval_seconds: Interval in which a client must read `read_min_bytes`, while the buffers are full.
+        read_min_bytes: See `read_interval_seconds`.
+        drain_timeout_seconds: Time for reading all buffered bytes. A large response, which is in memory, must therefore
+            be read faster.
+        open_connections: Number of open connections by IP address, as `get_rate_limit_key` returns it.
+    """
 
     max_connections: int = 5000
     max_connections_per_address: int = 2000
     trusted_proxies: Collection[Network] = ()
-    header_timeout_seconds: float = HEADER_TIMEOUT_SECONDS
-    body_interval_seconds: float = BODY_INTERVAL_SECONDS
-    body_min_bytes: int = BODY_MIN_BYTES
-    read_interval_seconds: float = READ_INTERVAL_SECONDS
-    read_min_bytes: int = READ_MIN_BYTES
-    drain_timeout_seconds: float = DRAIN_TIMEOUT_SECONDS
+    header_timeout_seconds: float = 10.0
+    body_interval_seconds: float = 10.0
+    body_min_bytes: int = 10_000
+    read_interval_seconds: float = 30.0
+    read_min_bytes: int = 10_000
+    drain_timeout_seconds: float = 300.0
     open_connections: Counter[str] = field(default_factory=Counter)
 
     def rejection(self, address: str) -> ApiError | None:
         """Return the error for one more connection from an IP address, or None if it is accepted."""
         if self.open_connections.total() > self.max_connections:
-            return ApiError(
-                503,
-                "too_many_connections",
-                "The server has too many open connections (api.max_connections). Retry later.",
-                retry_after_seconds=5,
-            )
-        if self.open_connections[get_rate_limit_key(address)] > self.max_connections_per_address and not is_in_networks(
-            address, self.trusted_proxies
-        ):
+            message = "The server has too many open connections (api.max_connections). Retry later."
+        elif self.open_connections[
+            get_rate_limit_key(address)
+        ] > self.max_connections_per_address and not is_in_networks(address, self.trusted_proxies):
             message = "Your IP address has too many open connections (api.max_connections_per_address)."
-            return ApiError(503, "too_many_connections", message, retry_after_seconds=5)
-        return None
+        else:
+            return None
+        return ApiError(503, "too_many_connections", message, retry_after_seconds=5)
 
 
 def protocol_class(limits: ConnectionLimits) -> type[H11Protocol]:

@@ -19,7 +19,6 @@ from uvicorn.server import ServerState
 
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.cli.process.http_connection import (
-    HEADER_TIMEOUT_SECONDS,
     ConnectionLimits,
     HttpConnection,
     SheddingSocket,
@@ -163,7 +162,9 @@ async def test_slow_header_or_body_closes_the_connection(strict_api: Api) -> Non
 
     start = time.monotonic()
     responses = await asyncio.gather(*(send_slowly(request) for request in SLOW_REQUESTS.values()))
-    assert time.monotonic() - start < HEADER_TIMEOUT_SECONDS, "the limits of the test are shorter than the defaults"
+    assert time.monotonic() - start < ConnectionLimits().header_timeout_seconds, (
+        "the limits of the test are shorter than the defaults"
+    )
     for name, response in zip(SLOW_REQUESTS, responses, strict=True):
         assert b"HTTP/1.1 408 " in response, (name, response)
     assert (await strict_api.get("/healthz")).status_code == 200
