@@ -129,15 +129,12 @@ def open_for_append(part: Path, size: int) -> Iterator[Callable[[Iterable[bytes]
         raise ConfigurationError(f"{part} cannot be written: {error.strerror}") from error
 
 
-def check_export_file(
-    path: Path, *, before: bytes = GENESIS_HASH, on_progress: Callable[[int], None] = lambda size: None
-) -> ExportSummary:
+def check_export_file(path: Path, *, before: bytes) -> ExportSummary:
     """Check that an export file is complete and unchanged, and return what it contains.
 
     Args:
         path: The file.
         before: The digest of all events before the first one in the file.
-        on_progress: Called with the number of bytes read.
 
     Raises:
         InvalidExportFile: The file is not complete, or not what an export has written.
@@ -146,7 +143,7 @@ def check_export_file(
     header: dict[str, Any] = {}
     position, digest, number = 0, GENESIS_HASH, 0
     has_trailer = False
-    for lines, size in read_frames(path, must_be_complete=True):
+    for lines, _ in read_frames(path, must_be_complete=True):
         for line in lines:
             number += 1
             if not header:
@@ -169,7 +166,6 @@ def check_export_file(
                 before = hashlib.sha256(before + hash_).digest()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise _build_line_error(path, number, error) from error
-        on_progress(size)
     if not has_trailer:
         raise InvalidExportFile(f"{path} is not complete: it was cut off after line {number}. Nothing was imported.")
     return ExportSummary(header["from"], position, digest, before)

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from pymongo import ReturnDocument
-from pymongo.errors import BulkWriteError
+from pymongo import ReturnDocument, UpdateOne
 
 from jobledger.ledger.domain.delivery import build_endpoint_id
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
@@ -25,7 +24,6 @@ from jobledger.ledger.webhooks.signature import generate_secret
 
 COLLECTION: Final = "endpoint_secrets"
 MAX_PREVIOUS_SECRETS: Final = 3
-_DUPLICATE_KEY: Final = 11000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +61,14 @@ async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
         return
     with translate_errors("reading the endpoints of webhooks"):
         found = {it["_id"] async for it in db[COLLECTION].find({"_id": {"$in": list(by_id)}}, {"_id": 1})}
+        # If another process creates one at the same time, the server repeats the upsert as an update.
         missing = [
-            _new_document(it, _estimate_now(db)) for endpoint_id, it in by_id.items() if endpoint_id not in found
+            UpdateOne({"_id": endpoint_id}, {"$setOnInsert": _new_document(it, _estimate_now(db))}, upsert=True)
+            for endpoint_id, it in by_id.items()
+            if endpoint_id not in found
         ]
-        if not missing:
-            return
-        try:
-            await db[COLLECTION].insert_many(missing, ordered=False)
-        except BulkWriteError as error:
-            # Another process created some of them at the same time.
-            if any(it["code"] != _DUPLICATE_KEY for it in error.details["writeErrors"]):
-                raise
+        if missing:
+            await db[COLLECTION].bulk_write(missing, ordered=False)
 
 
 def _estimate_now(db: Database) -> datetime:
@@ -83,7 +78,6 @@ def _estimate_now(db: Database) -> datetime:
 
 def _new_document(endpoint: Endpoint, now: datetime) -> Document:
     return {
-        "_id": endpoint.endpoint_id,
         "user_id": endpoint.user_id,
         "url": endpoint.url,
         "secret": generate_secret(),

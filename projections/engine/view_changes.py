@@ -45,11 +45,14 @@ class _StreamView(Protocol):
     def fold(self, document: Document | None, event: RecordedEvent, /) -> Document | None:
         """Apply the next event of a stream."""
 
-    def isolate(self, document: Document | None, event: RecordedEvent, error: Document, /) -> Document | None:
-        """Return the document after an event that cannot be applied. It shows the projection error."""
+    def build_placeholder(self, event: RecordedEvent, /) -> Document:
+        """Return a document for a stream whose first event cannot be applied."""
 
-    def reduce_to_storable(self, document: Document, error: Document, /) -> Document:
-        """Return a reduced document that can be stored. It shows the projection error."""
+    def apply_event_type(self, document: Document, event: RecordedEvent, /) -> Document | None:
+        """Apply an event to an isolated document. Only what is always readable is used, such as the type."""
+
+    def reduce_to_storable(self, document: Document, /) -> Document:
+        """Return a document that can be stored, without the fields that may be large."""
 
 
 _STREAM_VIEWS: Final[Mapping[str, _StreamView]] = {"job": jobs, "batch": batches, "delivery": deliveries}
@@ -110,14 +113,20 @@ class ViewChanges:
             return
         before = self.get(view.NAME, event.stream)
         try:
-            self._set_document(view.NAME, before, view.fold(before, event), event)
+            if before is not None and projection_errors.has_unapplied_event(before):
+                after = view.apply_event_type(before, event)
+            else:
+                after = view.fold(before, event)
+            self._set_document(view.NAME, before, after, event)
         except (UnsupportedEvent, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other streams
             projection_error = projection_errors.build_event_error(event, error)
             self.new_errors.append((event.stream, projection_error))
             try:
-                self._set_document(view.NAME, before, view.isolate(before, event, projection_error), event)
+                isolated = dict(before or view.build_placeholder(event))
+                isolated[projection_errors.ERROR_FIELD] = projection_error
+                self._set_document(view.NAME, before, view.apply_event_type(isolated, event), event)
             except MemoryError:
                 raise
             except Exception:  # noqa: BLE001 - as above
@@ -280,7 +289,9 @@ class ViewChanges:
         if document is not None and projection_error is not None:
             if view not in _REDUCIBLE_VIEWS or (view, key) in self.skipped:
                 return DeleteOne({"_id": key})
-            return _build_upsert(key, _REDUCIBLE_VIEWS[view].reduce_to_storable(document, projection_error))
+            reduced = _REDUCIBLE_VIEWS[view].reduce_to_storable(document)
+            error_fields = {projection_errors.REDUCED_FIELD: True, projection_errors.ERROR_FIELD: projection_error}
+            return _build_upsert(key, {**reduced, **error_fields})
         if (view, key) in replaced or (upserts and document is not None):
             return DeleteOne({"_id": key}) if document is None else _build_upsert(key, document)
         return _build_minimal_write(key, self.loaded[view].get(key), document)

@@ -44,8 +44,6 @@ INDEXES: Final = [
 
 def fold(batch: Document | None, event: RecordedEvent) -> Document | None:
     """Apply one event of a batch's own stream; see `documents.Fold`."""
-    if batch is not None and projection_errors.has_unapplied_event(batch):
-        return _apply_event_type(batch, event)
     payload: Any = event.event
     if isinstance(payload, events.BatchSubmitted):
         return _build_document(payload, event)
@@ -183,13 +181,7 @@ def fold_without_jobs(batch: Document | None, event: RecordedEvent) -> Document 
 # Isolation of events and documents (projection_errors.py) -----------------------------------------------------------
 
 
-def isolate(batch: Document | None, event: RecordedEvent, error: Document) -> Document | None:
-    """Return the document of a batch after an event that cannot be applied: the previous one with the error."""
-    before = batch if batch is not None else _build_placeholder(event)
-    return _apply_event_type({**before, projection_errors.ERROR_FIELD: error}, event)
-
-
-def _apply_event_type(batch: Document, event: RecordedEvent) -> Document | None:
+def apply_event_type(batch: Document, event: RecordedEvent) -> Document | None:
     """Apply an event to an isolated batch. Of the event, only the type and a readable status are used."""
     if event.type == events.BatchDeleted.__name__:
         return None
@@ -203,7 +195,7 @@ def _apply_event_type(batch: Document, event: RecordedEvent) -> Document | None:
     return apply_changes(batch, changes, event)
 
 
-def _build_placeholder(event: RecordedEvent) -> Document:
+def build_placeholder(event: RecordedEvent) -> Document:
     """Return a document for a batch whose first event is unreadable. It has the readable fields of the event."""
     values = event.payload_fields.get("job_ids")
     job_ids = [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
@@ -211,7 +203,7 @@ def _build_placeholder(event: RecordedEvent) -> Document:
     return _build_document(events.BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
 
 
-def reduce_to_storable(batch: Document, error: Document) -> Document:
+def reduce_to_storable(batch: Document) -> Document:
     """Return a document that can be stored, without the fields that may be large."""
     document: Document = {
         **batch,
@@ -222,8 +214,6 @@ def reduce_to_storable(batch: Document, error: Document) -> Document:
         "summary": {"duration": 0.0, "tokens_used": 0},
         **projection_errors.PRIVATE_ACCESS,
         "truncated": ["job_ids", "parameters"],
-        projection_errors.REDUCED_FIELD: True,
-        projection_errors.ERROR_FIELD: error,
     }
     _set_list_index(document)
     return document

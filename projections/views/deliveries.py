@@ -20,6 +20,7 @@ from pymongo import ASCENDING, IndexModel
 from jobledger.ledger.domain import events
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.delivery import build_endpoint_id
+from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.limits import MAX_REASON_CHARACTERS, MAX_RESPONSE_CHARACTERS, truncate_text
 from jobledger.ledger.mongo.connection import Document, translate_errors
@@ -43,8 +44,8 @@ INDEXES: Final = [
 
 def fold(delivery: Document | None, event: RecordedEvent) -> Document:
     """Apply one event of a delivery's stream; see `documents.Fold`. The projection writer sets `sequence`."""
-    if delivery is not None and projection_errors.ERROR_FIELD in delivery:
-        return _apply_event_type(delivery, event)
+    if delivery is not None and projection_errors.REDUCED_FIELD in delivery:
+        return apply_event_type(delivery, event)
     payload: Any = event.event
     if isinstance(payload, events.DeliveryQueued):
         return _build_document(payload, event)
@@ -138,25 +139,23 @@ _STATUS_AFTER: Final = {
 }
 
 
-def isolate(delivery: Document | None, event: RecordedEvent, error: Document) -> Document:
-    """Return the document of a delivery after an event that cannot be applied: the previous one with the error."""
-    assert delivery is not None  # noqa: S101 - without its first event, a delivery has no document
-    return _apply_event_type({**delivery, projection_errors.ERROR_FIELD: error}, event)
+def build_placeholder(event: RecordedEvent) -> Document:
+    """Reject an unreadable first event: without its URL, a delivery has no document."""
+    raise UnreadableEvent(f"{event.stream} begins with an event that cannot be read")
 
 
-def _apply_event_type(delivery: Document, event: RecordedEvent) -> Document:
+def apply_event_type(delivery: Document, event: RecordedEvent) -> Document:
     """Apply an event to an isolated delivery. Only the event's type is used, because it is always readable."""
     status = _STATUS_AFTER.get(event.type, delivery["status"])
     changes = {"status": status, "next_attempt_at": event.time if status == "pending" else None}
     return apply_changes(delivery, changes, event)
 
 
-def reduce_to_storable(delivery: Document, error: Document) -> Document:
+def reduce_to_storable(delivery: Document) -> Document:
     """Return a document that can be stored, without the fields that may be large."""
     list_keys = list_index.build_list_keys(list_index.get_owner_scopes(""), [list_index.NO_FACET])
     texts = {name: truncate_text(str(delivery[name]), 200) for name in ("url", "host", "user_id")}
-    empty = {"attempts": [], "reason": None, "list_keys": list_keys}
-    return {**delivery, **texts, **empty, projection_errors.REDUCED_FIELD: True, projection_errors.ERROR_FIELD: error}
+    return {**delivery, **texts, "attempts": [], "reason": None, "list_keys": list_keys}
 
 
 # Queries ------------------------------------------------------------------------------------------------------------

@@ -51,8 +51,6 @@ _INDEXED_FIELDS: Final = frozenset({"error", "parameters", "access_control"})
 
 def fold(job: Document | None, event: RecordedEvent) -> Document | None:
     """Apply one event of a job's stream; see `documents.Fold`."""
-    if job is not None and projection_errors.has_unapplied_event(job):
-        return _apply_event_type(job, event)
     payload: Any
     try:
         payload = event.event
@@ -265,13 +263,7 @@ _STATUS_AFTER: Final = {
 }
 
 
-def isolate(job: Document | None, event: RecordedEvent, error: Document) -> Document | None:
-    """Return the document of a job after an event that cannot be applied: the previous one with the error."""
-    before = job if job is not None else _build_placeholder(event)
-    return _apply_event_type({**before, projection_errors.ERROR_FIELD: error}, event)
-
-
-def _apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
+def apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
     """Apply an event to an isolated job. Only the event's type is used, because it is always readable."""
     if event.type == events.JobDeleted.__name__:
         return None
@@ -286,7 +278,7 @@ def _apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
     return apply_changes(job, changes, event)
 
 
-def _build_placeholder(event: RecordedEvent) -> Document:
+def build_placeholder(event: RecordedEvent) -> Document:
     """Return a document for a job whose first event is unreadable. It has the readable fields of the event."""
     submitted = events.JobSubmitted(
         job_type=projection_errors.read_text(event, "job_type") or "",
@@ -298,7 +290,7 @@ def _build_placeholder(event: RecordedEvent) -> Document:
     return _build_document(submitted, event)
 
 
-def reduce_to_storable(job: Document, error: Document) -> Document:
+def reduce_to_storable(job: Document) -> Document:
     """Return a document that can be stored, without the fields that may be large."""
     small = {name: value if name in _ALWAYS_SMALL or _is_small(value) else None for name, value in job.items()}
     document: Document = {
@@ -307,8 +299,6 @@ def reduce_to_storable(job: Document, error: Document) -> Document:
         **projection_errors.PRIVATE_ACCESS,
         **{name: job[name] for name in projection_errors.PRIVATE_ACCESS if fits_in_document(job[name], _ACCESS_BYTES)},
         "truncated": sorted(name for name in _EMPTY_VALUES if job[name]),
-        projection_errors.REDUCED_FIELD: True,
-        projection_errors.ERROR_FIELD: error,
     }
     _set_list_index(document)
     return document

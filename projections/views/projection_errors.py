@@ -59,22 +59,17 @@ def build_event_error(event: RecordedEvent, error: Exception) -> Document:
     """Return the projection error of an event that cannot be applied."""
     reason = next(iter(str(error).splitlines()), "")
     message = f"{event.type} cannot be applied: {type(error).__name__}: {reason}"
-    return {
-        "position": event.position,
-        "version": event.version,
-        "type": event.type,
-        "message": truncate_text(message, _MAX_MESSAGE_CHARACTERS),
-    }
+    return _build_error(message, event.position, event.version, event.type)
 
 
 def build_document_error(document: Document, message: str) -> Document:
     """Return the projection error of a document that cannot be stored."""
-    return {
-        "position": document.get("position"),
-        "version": document.get("version"),
-        "type": None,
-        "message": truncate_text(message, _MAX_MESSAGE_CHARACTERS),
-    }
+    return _build_error(message, document.get("position"), document.get("version"))
+
+
+def _build_error(message: str, position: int | None, version: int | None, event_type: str | None = None) -> Document:
+    text = truncate_text(message, _MAX_MESSAGE_CHARACTERS)
+    return {"position": position, "version": version, "type": event_type, "message": text}
 
 
 def find_unstorable_reason(document: Document) -> str | None:

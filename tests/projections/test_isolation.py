@@ -309,7 +309,7 @@ async def test_document_that_cannot_be_isolated_keeps_its_state(
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(jobs, "isolate", fail)
+    monkeypatch.setattr(jobs, "apply_event_type", fail)
     async with run_roles_in_process(connection, store) as roles:
         job_id = await roles.submit({"a": 1})
         await roles.claim(job_id)
