@@ -41,34 +41,15 @@ class ClaimJob:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportProgress(_AttemptCommand):
-    step: str
-    percent: float
-    message: str
+class ReportEvent:
+    """Record progress, log entries, a completed step or the results of an attempt: the event holds all of it."""
 
+    worker_id: str
+    event: events.JobProgressed | events.JobLogged | events.StepCompleted | events.JobCompleted
 
-@dataclass(frozen=True, slots=True)
-class AddLogEntries(_AttemptCommand):
-    entries: tuple[events.LogEntry, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CompleteStep(_AttemptCommand):
-    """Record a completed step. `key` is the digest of its inputs; `duration_s` is in seconds."""
-
-    step: str
-    key: str
-    output: Any
-    duration_s: float
-    tokens_used: int = 0
-    warnings: tuple[str, ...] = ()
-    reused_from: str | None = None
-    cache_version: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CompleteJob(_AttemptCommand):
-    results: events.JobResults
+    @property
+    def attempt(self) -> int:
+        return self.event.attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +165,7 @@ class RequeueDelivery(_UserCommand):
     """Send a delivery again, whatever its status."""
 
 
-WorkerCommand = ReportProgress | AddLogEntries | CompleteStep | CompleteJob | FailAttempt | ReleaseJob | ConfirmCancel
+WorkerCommand = ReportEvent | FailAttempt | ReleaseJob | ConfirmCancel
 JobCommand = (
     SubmitJob
     | ClaimJob

@@ -151,29 +151,12 @@ def _report(command: commands.WorkerCommand, job: Job) -> list[events.JobEvent]:
 
 def _build_event(command: commands.WorkerCommand, job: Job) -> events.JobEvent:
     match command:
-        case commands.ReportProgress():
-            return events.JobProgressed(
-                attempt=command.attempt,
-                step=limits.truncate_text(command.step, limits.MAX_PROGRESS_STEP_CHARACTERS),
-                percent=command.percent,
-                message=limits.truncate_text(command.message, limits.MAX_PROGRESS_MESSAGE_CHARACTERS),
-            )
-        case commands.AddLogEntries():
-            return events.JobLogged(attempt=command.attempt, entries=list(command.entries))
-        case commands.CompleteStep():
-            return events.StepCompleted(
-                attempt=command.attempt,
-                step=command.step,
-                key=command.key,
-                output=command.output,
-                duration_s=command.duration_s,
-                tokens_used=command.tokens_used,
-                warnings=list(command.warnings),
-                reused_from=command.reused_from,
-                cache_version=command.cache_version,
-            )
-        case commands.CompleteJob():
-            return events.JobCompleted(attempt=command.attempt, results=command.results)
+        case commands.ReportEvent(event=events.JobProgressed() as event):
+            step = limits.truncate_text(event.step, limits.MAX_PROGRESS_STEP_CHARACTERS)
+            message = limits.truncate_text(event.message, limits.MAX_PROGRESS_MESSAGE_CHARACTERS)
+            return event.model_copy(update={"step": step, "message": message})
+        case commands.ReportEvent():
+            return command.event
         case commands.FailAttempt() | commands.ReleaseJob() | commands.ConfirmCancel() if (
             job.cancel_request is not None
         ):

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain import limits
-from jobledger.ledger.domain.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, RestartJob
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, FailAttempt, RestartJob
 from jobledger.ledger.domain.events import ErrorInfo, EventMetadata
 from tests.api.conftest import Api
 from tests.support.event_examples import make_results
 from tests.support.soak_only import soak_only
+from tests.support.worker_reports import report_results
 
 ACTIONS = ("pause", "resume", "cancel", "restart", "archive", "unarchive")
 BATCHES = "/api/events/batches"
@@ -41,7 +42,7 @@ async def create_batch_with_all_statuses(api: Api) -> tuple[str, list[str]]:
     _, running, completed, failed, cancelled = job_ids
     failure = ErrorInfo(code="X", message="x")
     await api.handle_commands(running, claim, meta=WORKER)
-    await api.handle_commands(completed, claim, CompleteJob("w", 1, make_results()), meta=WORKER)
+    await api.handle_commands(completed, claim, report_results("w", 1, make_results()), meta=WORKER)
     await api.handle_commands(failed, claim, FailAttempt("w", 1, failure, None), meta=WORKER)
     await api.handle_commands(cancelled, CancelJob("user:ada"), meta=WORKER)
     return batch_id, job_ids

@@ -7,24 +7,18 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.domain.commands import (
-    AddLogEntries,
-    ClaimJob,
-    ExpireLease,
-    FailAttempt,
-    ReleaseJob,
-    ReportProgress,
-)
+from jobledger.ledger.domain.commands import ClaimJob, ExpireLease, FailAttempt, ReleaseJob, ReportEvent
 from jobledger.ledger.domain.events import ErrorInfo, LogEntry
 from jobledger.ledger.store.command_handler import Command
 from tests.api.conftest import Api
+from tests.support.worker_reports import report_log, report_progress
 
 NOON = datetime(2026, 1, 5, 12, tzinfo=UTC)
 
 
-def make_log_entries(*messages: str) -> AddLogEntries:
+def make_log_entries(*messages: str) -> ReportEvent:
     entries = tuple(LogEntry(timestamp=NOON, level="info", message=message) for message in messages)
-    return AddLogEntries("worker-1", 1, entries)
+    return report_log("worker-1", 1, entries)
 
 
 async def load_pages(api: Api, path: str, name: str, limit: int) -> list[list[dict[str, Any]]]:
@@ -46,7 +40,7 @@ async def load_pages(api: Api, path: str, name: str, limit: int) -> list[list[di
 
 async def test_job_history_is_paged(api_without_worker: Api) -> None:
     job_id = await api_without_worker.submit()
-    reports = (ReportProgress("worker-1", 1, "page", percent, "working") for percent in range(7))
+    reports = (report_progress("worker-1", 1, "page", percent, "working") for percent in range(7))
     await api_without_worker.handle_commands(job_id, ClaimJob("worker-1", NOON), *reports)
     path = f"/api/events/jobs/{job_id}/history"
 

@@ -10,13 +10,14 @@ import bson
 import pytest
 
 from jobledger.api.auth.stream_access import StreamAccessCache
-from jobledger.ledger.domain.commands import AddLogEntries, CancelJob, ClaimJob, CompleteJob, CompleteStep, FailAttempt
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, FailAttempt
 from jobledger.ledger.domain.events import ErrorInfo, EventMetadata, JobResults, LogEntry, ResultFile, ResultMetadata
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import CheckpointFollower
 from tests.api.conftest import Api
+from tests.support.worker_reports import report_log, report_results, report_step
 
 LARGE = "x" * 200_000
 FILES = [ResultFile(path=f"{n}", sha256="a" * 64, size=1, media_type="a/b") for n in range(1000)]
@@ -35,9 +36,9 @@ async def submit_large_batch(api: Api) -> tuple[str, list[str]]:
     metadata = ResultMetadata(processed_at=NOON, duration=2.5, tokens_used=7, text=LARGE)
     lines = tuple(LogEntry(timestamp=NOON, level="info", message=LARGE) for _ in range(3))
     for job_id in (completed, failed):
-        step = CompleteStep("w", 1, "s", "k", {"text": LARGE}, 0.1)
-        await handle_commands(job_id, ClaimJob("w", datetime.now(UTC)), AddLogEntries("w", 1, lines), step)
-    await handle_commands(completed, CompleteJob("w", 1, JobResults(files=FILES, metadata=metadata)))
+        step = report_step("w", 1, "s", "k", {"text": LARGE}, 0.1)
+        await handle_commands(job_id, ClaimJob("w", datetime.now(UTC)), report_log("w", 1, lines), step)
+    await handle_commands(completed, report_results("w", 1, JobResults(files=FILES, metadata=metadata)))
     error = ErrorInfo(code="X", message=LARGE[:1000], details={"text": LARGE[:10_000]})
     await handle_commands(failed, FailAttempt("w", 1, error, None))
     await handle_commands(cancelled, CancelJob("user:a"))

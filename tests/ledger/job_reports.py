@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from jobledger.ledger.domain.commands import (
-    AddLogEntries,
-    CompleteJob,
-    CompleteStep,
-    ConfirmCancel,
-    FailAttempt,
-    ReleaseJob,
-    ReportProgress,
-    WorkerCommand,
-)
+from jobledger.ledger.domain.commands import ConfirmCancel, FailAttempt, ReleaseJob, ReportEvent, WorkerCommand
 from jobledger.ledger.domain.events import (
     ErrorInfo,
     JobAttemptFailed,
@@ -35,27 +26,15 @@ OUTAGE = ErrorInfo(code="OUTAGE", message="no answer")
 def make_reports(worker_id: str = "w1", attempt: int = 1) -> list[tuple[WorkerCommand, JobEvent]]:
     """Return each report of a worker, and its event in a job that has attempts left and no cancel request."""
     line = LogEntry(timestamp=NOON, level="info", message="hello")
-    results = make_results()
-    finish = CompleteStep(worker_id, attempt, "page", "k1", [1], 0.5, 3, ("slow",))
+    step = {"step": "page", "key": "k1", "output": [1], "duration_s": 0.5, "tokens_used": 3, "warnings": ["slow"]}
+    recorded = (
+        JobProgressed(attempt=attempt, step="page", percent=10.0, message="reading"),
+        JobLogged(attempt=attempt, entries=[line]),
+        StepCompleted(attempt=attempt, **step),
+        JobCompleted(attempt=attempt, results=make_results()),
+    )
     return [
-        (
-            ReportProgress(worker_id, attempt, "page", 10.0, "reading"),
-            JobProgressed(attempt=attempt, step="page", percent=10.0, message="reading"),
-        ),
-        (AddLogEntries(worker_id, attempt, (line,)), JobLogged(attempt=attempt, entries=[line])),
-        (
-            finish,
-            StepCompleted(
-                attempt=attempt,
-                step="page",
-                key="k1",
-                output=[1],
-                duration_s=0.5,
-                tokens_used=3,
-                warnings=["slow"],
-            ),
-        ),
-        (CompleteJob(worker_id, attempt, results), JobCompleted(attempt=attempt, results=results)),
+        *((ReportEvent(worker_id, event), event) for event in recorded),
         (
             FailAttempt(worker_id, attempt, OUTAGE, LATER),
             JobAttemptFailed(attempt=attempt, error=OUTAGE, retry_at=LATER),

@@ -14,10 +14,9 @@ from jobledger.ledger.domain.commands import (
     CancelJob,
     ChangeAccess,
     ClaimJob,
-    CompleteJob,
     ExpireLease,
     PauseBatch,
-    ReportProgress,
+    ReportEvent,
     RestartJob,
     SubmitBatch,
     SubmitJob,
@@ -54,6 +53,7 @@ from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import ACCESS, NOON, make_job_submitted, make_results
 from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_log, load_event_documents
+from tests.support.worker_reports import report_progress, report_results
 
 CLOCK_ERROR = timedelta(seconds=1)
 """Events have the estimated server time. Its error is up to half a round trip, which is long on a busy machine."""
@@ -190,7 +190,7 @@ async def test_report_of_replaced_worker_is_recorded_as_fenced(
     late_report = await handle_command(
         unstreamed_ledger.event_store,
         job_id,
-        CompleteJob("w1", 1, make_results()),
+        report_results("w1", 1, make_results()),
         meta=EVENT_METADATA,
         stream_state=replaced_state,
     )
@@ -198,7 +198,7 @@ async def test_report_of_replaced_worker_is_recorded_as_fenced(
         WorkerFenced(worker_id="w1", attempt=1, rejected_event="JobCompleted")
     ]
     completed = await handle_command(
-        unstreamed_ledger.event_store, job_id, CompleteJob("w2", 2, make_results()), meta=EVENT_METADATA
+        unstreamed_ledger.event_store, job_id, report_results("w2", 2, make_results()), meta=EVENT_METADATA
     )
     assert [event.type for event in completed.events] == ["JobCompleted"]
     check_log(await load_event_documents(unstreamed_ledger.db))
@@ -219,7 +219,7 @@ async def test_concurrent_completion_and_expiry_have_one_outcome(unstreamed_ledg
         complete = handle_command(
             unstreamed_ledger.event_store,
             job_id,
-            CompleteJob("w1", 1, make_results()),
+            report_results("w1", 1, make_results()),
             meta=EVENT_METADATA,
             stream_state=stream_state,
         )
@@ -260,7 +260,7 @@ async def test_returned_stream_states_equal_stored_state(unstreamed_ledger: Ledg
         )
     ).stream_state
     for percent in range(5):
-        report = ReportProgress("w1", 1, "page", float(percent), "")
+        report = report_progress("w1", 1, "page", float(percent), "")
         stream_state = (
             await handle_command(
                 unstreamed_ledger.event_store, job_id, report, meta=EVENT_METADATA, stream_state=stream_state
@@ -282,7 +282,7 @@ async def test_invalid_event_raises_to_caller(unstreamed_ledger: Ledger) -> None
         await handle_command(
             unstreamed_ledger.event_store,
             job_id,
-            ReportProgress("w1", 1, "page", float("nan"), ""),
+            report_progress("w1", 1, "page", float("nan"), ""),
             meta=EVENT_METADATA,
             stream_state=stream_state,
         )
@@ -380,13 +380,13 @@ async def test_rejection_on_stale_state_is_decided_again(
 @pytest.mark.parametrize("written", ["never", "before the retry", "during the retry"])
 @pytest.mark.parametrize(
     "command",
-    [ReportProgress("w1", 1, "read", 50, "half"), CompleteJob("w1", 1, make_results())],
+    [report_progress("w1", 1, "read", 50, "half"), report_results("w1", 1, make_results())],
     ids=["report", "end"],
 )
 async def test_command_with_lost_response_takes_effect_once(
     unstreamed_ledger: Ledger,
     monkeypatch: pytest.MonkeyPatch,
-    command: ReportProgress | CompleteJob,
+    command: ReportEvent,
     written: str,
     is_stale: bool,
 ) -> None:
@@ -422,7 +422,7 @@ async def test_command_with_lost_response_takes_effect_once(
     )
     assert len(retries) == len(lost_responses) == 1
     stored = await event_store.read_stream(job_id, after_version=claimed.stream_state.head.version)
-    expected = "JobProgressed" if isinstance(command, ReportProgress) else "JobCompleted"
+    expected = type(command.event).__name__
     assert [event.type for event in stored] == ["JobAccessChanged"] * is_stale + [expected]
     assert result.events == stored[-1:]
     assert result.stream_state == await load_stream_state(event_store, job_id)
@@ -452,7 +452,7 @@ async def test_command_with_lost_response_waits_until_its_outcome_can_be_read(
     result = await handle_command_with_retries(
         event_store,
         job_id,
-        CompleteJob("w1", 1, make_results()),
+        report_results("w1", 1, make_results()),
         meta=EVENT_METADATA,
         stream_state=claimed.stream_state,
         retry_seconds=0,

@@ -13,7 +13,6 @@ from jobledger.ledger.domain.commands import (
     AbandonDelivery,
     CancelJob,
     ClaimJob,
-    CompleteJob,
     FailAttempt,
     FinishBatch,
     RecordAttempt,
@@ -43,6 +42,7 @@ from jobledger.ledger.store.command_handler import create_batch_id, create_job_i
 from tests.support.decider_spec import given_for
 from tests.support.event_examples import NOON, make_job_submitted, make_results
 from tests.support.ledger_setup import Ledger
+from tests.support.worker_reports import report_results
 
 given = given_for(delivery)
 WEBHOOK = Webhook(url="https://cms.example/hook?token=1")
@@ -156,7 +156,7 @@ async def test_each_end_of_job_queues_one_delivery(ledger: Ledger) -> None:
         job_id,
         SubmitJob(make_job_submitted(webhook=WEBHOOK)),
         ClaimJob("w", NOON),
-        CompleteJob("w", 1, make_results()),
+        report_results("w", 1, make_results()),
     )
     await run_commands(ledger, job_id, RestartJob("user:bob"), ClaimJob("w", NOON), FailAttempt("w", 2, DOWN, None))
     await run_commands(ledger, job_id, RestartJob("user:bob"), CancelJob("user:bob"))
@@ -176,7 +176,7 @@ async def test_job_end_and_delivery_are_in_one_commit(ledger: Ledger) -> None:
     job_id = create_job_id()
     await run_commands(ledger, job_id, SubmitJob(make_job_submitted(webhook=WEBHOOK)), ClaimJob("w", NOON))
     handled = await handle_command(
-        ledger.event_store, job_id, CompleteJob("w", 1, make_results()), meta=EventMetadata()
+        ledger.event_store, job_id, report_results("w", 1, make_results()), meta=EventMetadata()
     )
     [end] = handled.events
     assert handled.stream_state.head.version == 3

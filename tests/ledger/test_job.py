@@ -13,8 +13,6 @@ from jobledger.ledger.domain.commands import (
     CancelJob,
     ChangeAccess,
     ClaimJob,
-    CompleteJob,
-    CompleteStep,
     ConfirmCancel,
     Delete,
     ExpireLease,
@@ -52,6 +50,7 @@ from jobledger.ledger.domain.job import Job
 from tests.ledger.job_reports import LATER, OUTAGE, make_reports
 from tests.support.decider_spec import given_for, parametrize_histories, type_name
 from tests.support.event_examples import ACCESS, NOON, make_job_submitted, make_results
+from tests.support.worker_reports import report_results, report_step
 
 given = given_for(job)
 
@@ -192,7 +191,7 @@ def test_report_by_other_worker_is_fenced(command: WorkerCommand) -> None:
 
 def test_report_of_own_earlier_attempt_is_fenced() -> None:
     history = [submitted, claimed, released, JobClaimed(worker_id="w1", attempt=2)]
-    given(*history).when(CompleteJob("w1", 1, make_results())).then(fenced)
+    given(*history).when(report_results("w1", 1, make_results())).then(fenced)
 
 
 def test_fenced_report_leaves_state_unchanged() -> None:
@@ -294,7 +293,7 @@ def test_expire_lease_after_cancel_request_cancels_job() -> None:
 
 
 def test_complete_after_cancel_request_completes_job() -> None:
-    given(submitted, claimed, cancel_requested).when(CompleteJob("w1", 1, completed.results)).then(completed)
+    given(submitted, claimed, cancel_requested).when(report_results("w1", 1, completed.results)).then(completed)
 
 
 def test_cancel_request_ends_with_restart() -> None:
@@ -409,11 +408,11 @@ def test_step_outputs_beyond_total_limit_are_rejected() -> None:
     text = "x" * (limits.MAX_STEP_OUTPUT_BYTES // 10)
     state = evolve_all(None, RUNNING["first attempt"])
     for key in [*"123456789", "9"]:  # a step that is completed again counts once
-        state = evolve_all(state, job.decide(CompleteStep("w1", 1, "page", key, text, 0.5), state))
+        state = evolve_all(state, job.decide(report_step("w1", 1, "page", key, text, 0.5), state))
     with pytest.raises(InvalidEvent, match="outputs of all completed steps of a job"):
-        job.decide(CompleteStep("w1", 1, "page", "10", text + text, 0.5), state)
-    assert job.decide(CompleteStep("w1", 1, "page", "10", "small", 0.5), state)
-    assert job.decide(CompleteStep("w1", 1, "page", "10", 2**70, 0.5), state), "the append rejects it, with the reason"
+        job.decide(report_step("w1", 1, "page", "10", text + text, 0.5), state)
+    assert job.decide(report_step("w1", 1, "page", "10", "small", 0.5), state)
+    assert job.decide(report_step("w1", 1, "page", "10", 2**70, 0.5), state), "the append rejects it, with the reason"
 
 
 def test_parameter_changes_beyond_total_limit_are_rejected() -> None:

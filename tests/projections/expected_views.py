@@ -13,20 +13,16 @@ from typing import Any
 
 from jobledger.ledger.domain.canonical_json import encode_canonical_json
 from jobledger.ledger.domain.commands import (
-    AddLogEntries,
     Archive,
     CancelJob,
     ChangeAccess,
     ClaimJob,
-    CompleteJob,
-    CompleteStep,
     ConfirmCancel,
     Delete,
     ExpireLease,
     FailAttempt,
     PauseBatch,
     ReleaseJob,
-    ReportProgress,
     RestartJob,
     ResumeBatch,
     Unarchive,
@@ -48,6 +44,7 @@ from jobledger.projections import slots
 from jobledger.projections.engine.checkpoint import load_checkpoint
 from jobledger.projections.views import batches, files, jobs, queue, statistics, steps
 from tests.support.role_runner import RunningRoles
+from tests.support.worker_reports import report_log, report_progress, report_results, report_step
 
 Views = dict[str, list[str]]
 """The documents of each view in canonical form, sorted."""
@@ -197,10 +194,10 @@ def _choose_command(job_id: str, attempt: int, dice: random.Random) -> Command:
     now, worker = datetime.now(UTC), "worker-1"
     weighted_commands: list[tuple[int, Any]] = [
         (30, ClaimJob(worker, now + timedelta(hours=1))),
-        (10, ReportProgress(worker, attempt, "page", dice.random() * 100, "on it")),
-        (8, AddLogEntries(worker, attempt, (LogEntry(timestamp=now, level="info", message=f"line {dice.random()}"),))),
-        (4, CompleteStep(worker, attempt, "page", "key", {"a": 1}, 0.5, 3, ("warned",))),
-        (12, CompleteJob(worker, attempt, make_results(job_id, tokens=dice.randrange(100)))),
+        (10, report_progress(worker, attempt, "page", dice.random() * 100, "on it")),
+        (8, report_log(worker, attempt, (LogEntry(timestamp=now, level="info", message=f"line {dice.random()}"),))),
+        (4, report_step(worker, attempt, "page", "key", {"a": 1}, 0.5, tokens_used=3, warnings=["warned"])),
+        (12, report_results(worker, attempt, make_results(job_id, tokens=dice.randrange(100)))),
         (6, FailAttempt(worker, attempt, make_failure(), now + timedelta(minutes=5))),
         (4, FailAttempt(worker, attempt, make_failure(), None)),
         (4, ReleaseJob(worker, attempt, "shutdown")),

@@ -12,7 +12,6 @@ import pytest
 from jobledger.ledger.domain.commands import (
     Archive,
     CancelJob,
-    CompleteJob,
     Delete,
     FailAttempt,
     PauseBatch,
@@ -28,6 +27,7 @@ from jobledger.projections.views import batches
 from tests.projections.expected_views import assert_views_match_log, make_failure, make_results
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.role_runner import RunningRoles, run_roles_in_process
+from tests.support.worker_reports import report_results
 
 WORKER = "worker-1"
 # konzept.md, "Batch Collection": each field and its type when it has a value.
@@ -48,7 +48,7 @@ DOCUMENT_FIELDS: dict[str, type] = {
 
 async def complete_job(roles: RunningRoles, job_id: str, *, tokens: int = 10) -> None:
     attempt = await roles.claim(job_id)
-    await roles.handle_commands(job_id, CompleteJob(WORKER, attempt, make_results(job_id, tokens=tokens)))
+    await roles.handle_commands(job_id, report_results(WORKER, attempt, make_results(job_id, tokens=tokens)))
 
 
 async def fail_job(roles: RunningRoles, job_id: str) -> None:
@@ -202,7 +202,7 @@ async def complete_jobs(roles: RunningRoles, *job_ids: str) -> RecordedEvent:
     for job_id in job_ids[:-1]:
         await complete_job(roles, job_id)
     attempt = await roles.claim(job_ids[-1])
-    return (await roles.handle_commands(job_ids[-1], CompleteJob(WORKER, attempt, make_results(job_ids[-1]))))[0]
+    return (await roles.handle_commands(job_ids[-1], report_results(WORKER, attempt, make_results(job_ids[-1]))))[0]
 
 
 async def test_batch_is_finished_once_if_the_leader_exits_before_the_event(

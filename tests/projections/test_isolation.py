@@ -14,7 +14,7 @@ from pymongo.errors import DuplicateKeyError
 from structlog.testing import capture_logs
 
 from jobledger.ledger.domain.access import Principal
-from jobledger.ledger.domain.commands import Archive, ClaimJob, CompleteJob, ReportProgress, UpdateJob
+from jobledger.ledger.domain.commands import Archive, ClaimJob, UpdateJob
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import EVENT_TYPES, EventMetadata, JobClaimed, RecordedEvent, Webhook
 from jobledger.ledger.domain.limits import MAX_DOCUMENT_BYTES
@@ -28,6 +28,7 @@ from tests.projections.expected_views import load_views, make_empty_results
 from tests.projections.rebuild_runner import compare_views, rebuild_views
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 from tests.support.soak_only import IS_SOAK_RUN
+from tests.support.worker_reports import report_progress, report_results
 
 MISSING = object()
 ADMIN = Principal("admin", roles=frozenset({"admin"}))
@@ -39,7 +40,7 @@ async def damaged_event(roles: RunningRoles) -> str:
     """Replace the payload of an event, as an import or a disk error may do."""
     job_id = await roles.submit()
     await roles.claim(job_id)
-    await roles.handle_commands(job_id, ReportProgress("worker-1", 1, "step", 1.0, "fine"))
+    await roles.handle_commands(job_id, report_progress("worker-1", 1, "step", 1.0, "fine"))
     await roles.db.events.update_one({"stream": job_id, "version": 2}, {"$set": {"data": {"attempt": "x"}}})
     return job_id
 
@@ -69,7 +70,7 @@ async def refused_by_the_server(roles: RunningRoles) -> str:
 async def delivery_without_a_port(roles: RunningRoles) -> str:
     job_id = await roles.submit(webhook=Webhook(url="http://example.org:99999/hook"))
     await roles.claim(job_id)
-    await roles.handle_commands(job_id, CompleteJob("worker-1", 1, make_empty_results()))
+    await roles.handle_commands(job_id, report_results("worker-1", 1, make_empty_results()))
     return job_id
 
 
@@ -137,7 +138,7 @@ async def test_unprojectable_stream_is_isolated_and_logged(
         job_id = await write_stream(roles)
         for healthy in healthy_jobs:
             await roles.claim(healthy)
-            await roles.handle_commands(healthy, CompleteJob("worker-1", 1, make_empty_results()))
+            await roles.handle_commands(healthy, report_results("worker-1", 1, make_empty_results()))
         head = await roles.event_store.read_head_position()
     with capture_logs() as log_entries:
         async with run_roles_in_process(connection, store, projector=True) as roles:
@@ -241,7 +242,7 @@ async def test_damaged_envelopes_do_not_stop_projector_and_workers(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Damage each field of a first and of a later event, of jobs, batches and deliveries."""
-    complete = CompleteJob("worker-1", 1, make_empty_results())
+    complete = report_results("worker-1", 1, make_empty_results())
     async with run_roles_in_process(connection, store) as roles:
         pending_jobs = []
         for name, value in DAMAGE:
@@ -289,7 +290,7 @@ async def test_damaged_progress_has_the_same_result_for_each_chunk_size(
                 job_id = await roles.submit()
                 await roles.claim(job_id)
                 for number in range(3):
-                    await roles.handle_commands(job_id, ReportProgress("worker-1", 1, f"step {number}", 1.0, "fine"))
+                    await roles.handle_commands(job_id, report_progress("worker-1", 1, f"step {number}", 1.0, "fine"))
                 for version in damaged_versions:
                     await damage_event(roles, job_id, version, name, value)
     results = []

@@ -7,19 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from jobledger.ledger.domain.commands import (
-    AddLogEntries,
     Archive,
     CancelJob,
     ChangeAccess,
     ClaimJob,
-    CompleteJob,
-    CompleteStep,
     ConfirmCancel,
     Delete,
     ExpireLease,
     FailAttempt,
     ReleaseJob,
-    ReportProgress,
     RestartJob,
     Unarchive,
     UpdateJob,
@@ -30,6 +26,7 @@ from jobledger.projections.views import jobs
 from jobledger.projections.views.list_index import select_index
 from tests.projections.expected_views import make_failure, make_results
 from tests.support.role_runner import RunningRoles, run_roles_in_process
+from tests.support.worker_reports import report_log, report_progress, report_results, report_step
 
 WORKER = "worker-1"
 LATER = truncate_to_milliseconds(datetime.now(UTC) + timedelta(hours=1))
@@ -112,7 +109,7 @@ async def test_claimed_job_has_worker_and_start_time(roles: RunningRoles) -> Non
     job_id = await roles.submit()
     await roles.claim(job_id)
     job = await load_job_after(
-        roles, job_id, ReportProgress(WORKER, 1, "downloading_video", 60.5, "Video wird verarbeitet")
+        roles, job_id, report_progress(WORKER, 1, "downloading_video", 60.5, "Video wird verarbeitet")
     )
     assert (job["status"], job["worker_id"], job["attempt"]) == ("processing", WORKER, 1)
     assert job["created_at"] <= job["started_at"] <= job["updated_at"]
@@ -124,9 +121,9 @@ async def test_job_document_has_the_newest_hundred_log_lines(roles: RunningRoles
     now = truncate_to_milliseconds(datetime.now(UTC))
     lines = [LogEntry(timestamp=now, level="info", message=f"line {number}") for number in range(250)]
     await roles.handle_commands(
-        job_id, AddLogEntries(WORKER, 1, tuple(lines[:30])), AddLogEntries(WORKER, 1, tuple(lines[30:130]))
+        job_id, report_log(WORKER, 1, tuple(lines[:30])), report_log(WORKER, 1, tuple(lines[30:130]))
     )
-    job = await load_job_after(roles, job_id, AddLogEntries(WORKER, 1, tuple(lines[130:])))
+    job = await load_job_after(roles, job_id, report_log(WORKER, 1, tuple(lines[130:])))
     assert [line["message"] for line in job["logs"]] == [f"line {number}" for number in range(150, 250)]
     assert job["logs"][-1] == {"timestamp": now, "level": "info", "message": "line 249"}
 
@@ -136,8 +133,8 @@ async def test_job_with_large_log_lines_fits_into_a_document(roles: RunningRoles
     now = datetime.now(UTC)
     for letter in "abc":
         line = LogEntry(timestamp=now, level="debug", message=letter * 7_000_000)
-        await roles.handle_commands(job_id, AddLogEntries(WORKER, 1, (line,)))
-    job = await load_job_after(roles, job_id, ReportProgress(WORKER, 1, "page", 1.0, "after the log lines"))
+        await roles.handle_commands(job_id, report_log(WORKER, 1, (line,)))
+    job = await load_job_after(roles, job_id, report_progress(WORKER, 1, "page", 1.0, "after the log lines"))
     assert [line["message"][0] for line in job["logs"]] == ["a", "b", "c"]
 
 
@@ -145,7 +142,7 @@ async def test_completed_step_is_shown_without_its_output(roles: RunningRoles) -
     job_id = await submit_claimed_job(roles)
     await roles.wait_for_views()
     before = await roles.load_job(job_id)
-    job = await load_job_after(roles, job_id, CompleteStep(WORKER, 1, "page", "key", {"big": "output"}, 1.0))
+    job = await load_job_after(roles, job_id, report_step(WORKER, 1, "page", "key", {"big": "output"}, 1.0))
     changed = {name for name in job if job[name] != before[name]}
     assert changed <= {"steps", "updated_at", "version", "position"}
     assert job["version"] == before["version"] + 1
@@ -157,7 +154,7 @@ async def test_completed_step_is_shown_without_its_output(roles: RunningRoles) -
 async def test_completed_job_has_its_results(roles: RunningRoles) -> None:
     job_id = await submit_claimed_job(roles)
     results = make_results(job_id, tokens=1500)
-    job = await load_job_after(roles, job_id, CompleteJob(WORKER, 1, results))
+    job = await load_job_after(roles, job_id, report_results(WORKER, 1, results))
     assert job["status"] == "completed"
     assert job["completed_at"] == job["updated_at"] >= job["started_at"]
     assert job["results"] == results.model_dump()
@@ -219,7 +216,7 @@ async def test_restarted_job_is_reset_and_queued_at_the_end(roles: RunningRoles)
         job_id, FailAttempt(WORKER, 1, make_failure(), LATER), UpdateJob("user-1", not_before=now)
     )
     await roles.claim(job_id)
-    await load_job_after(roles, job_id, CompleteJob(WORKER, 2, make_results(job_id)))
+    await load_job_after(roles, job_id, report_results(WORKER, 2, make_results(job_id)))
     job = await load_job_after(roles, job_id, RestartJob("user-1"))
     reset_fields = ("started_at", "completed_at", "results", "error", "worker_id", "due_at")
     assert [job[name] for name in reset_fields] == [None] * len(reset_fields)
@@ -251,7 +248,7 @@ async def test_access_and_archive_changes_are_in_the_document(roles: RunningRole
 
 async def test_deleted_job_is_in_no_view(roles: RunningRoles) -> None:
     job_id = await submit_claimed_job(roles, parameters={"track": "A"})
-    await roles.handle_commands(job_id, CompleteJob(WORKER, 1, make_results(job_id)), Delete("user-1", "by mistake"))
+    await roles.handle_commands(job_id, report_results(WORKER, 1, make_results(job_id)), Delete("user-1", "by mistake"))
     await roles.wait_for_views()
     for view in ("jobs", "queue", "files"):
         assert await roles.db[view].count_documents({}) == 0, view
@@ -265,7 +262,7 @@ async def test_running_jobs_of_a_worker_are_found_by_index(roles: RunningRoles) 
     own_job, other_job = await submit_claimed_job(roles), await roles.submit()
     await roles.handle_commands(other_job, ClaimJob("worker-2", datetime.now(UTC)))
     completed_job = await submit_claimed_job(roles)
-    await roles.handle_commands(completed_job, CompleteJob(WORKER, 1, make_results(completed_job)))
+    await roles.handle_commands(completed_job, report_results(WORKER, 1, make_results(completed_job)))
     await roles.wait_for_views()
     views = roles.checkpoint.views
     assert await jobs.count_running_by_worker(views) == {WORKER: 1, "worker-2": 1}

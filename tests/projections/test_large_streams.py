@@ -11,14 +11,7 @@ import pytest
 from pymongo.errors import OperationFailure
 
 from jobledger.ledger.domain import limits
-from jobledger.ledger.domain.commands import (
-    ChangeAccess,
-    CompleteJob,
-    CompleteStep,
-    FailAttempt,
-    ReportProgress,
-    UpdateJob,
-)
+from jobledger.ledger.domain.commands import ChangeAccess, FailAttempt, UpdateJob
 from jobledger.ledger.domain.events import AccessControl, ErrorInfo, ResultFile
 from jobledger.ledger.domain.limits import MAX_DOCUMENT_BYTES
 from jobledger.ledger.mongo.connection import Connection
@@ -30,6 +23,7 @@ from jobledger.projections.views import projection_errors
 from tests.projections.expected_views import make_empty_results
 from tests.projections.rebuild_runner import rebuild_views
 from tests.support.role_runner import RunningRoles, run_roles_in_process
+from tests.support.worker_reports import report_progress, report_results, report_step
 
 DOCUMENT_BUDGET_BYTES = MAX_DOCUMENT_BYTES - 1024 * 1024
 
@@ -64,7 +58,7 @@ async def many_teams(roles: RunningRoles) -> str:
 async def large_parameters_and_results(roles: RunningRoles) -> str:
     job_id = await roles.submit({"text": "x" * 7_500_000})
     await roles.claim(job_id)
-    await roles.handle_commands(job_id, CompleteJob("worker-1", 1, make_empty_results(text="x" * 8_000_000)))
+    await roles.handle_commands(job_id, report_results("worker-1", 1, make_empty_results(text="x" * 8_000_000)))
     return job_id
 
 
@@ -81,7 +75,7 @@ async def many_steps(roles: RunningRoles) -> str:
     await roles.claim(job_id)
     for number in range(40):
         await roles.handle_commands(
-            job_id, CompleteStep("worker-1", 1, "s", f"k{number}", None, 0.1, 0, ("w" * 500_000,))
+            job_id, report_step("worker-1", 1, "s", f"k{number}", None, 0.1, warnings=["w" * 500_000])
         )
     return job_id
 
@@ -90,7 +84,7 @@ async def large_error_and_progress(roles: RunningRoles) -> str:
     job_id = await roles.submit({"text": "x" * 7_000_000})
     await roles.claim(job_id)
     failure = ErrorInfo(code="X" * 500_000, message="m" * 3_000_000, details={"text": "d" * 3_000_000})
-    await roles.handle_commands(job_id, ReportProgress("worker-1", 1, "p" * 3_000_000, 1.0, "m" * 3_000_000))
+    await roles.handle_commands(job_id, report_progress("worker-1", 1, "p" * 3_000_000, 1.0, "m" * 3_000_000))
     await roles.handle_commands(job_id, FailAttempt("worker-1", 1, failure, datetime.now(UTC)))
     return job_id
 
@@ -184,7 +178,7 @@ async def test_file_rows_of_one_event_are_bounded_in_bytes(connection: Connectio
         job_id = await roles.submit(access_control=AccessControl(read_access=names))
         await roles.claim(job_id)
         results = make_empty_results().model_copy(update={"files": files})
-        await roles.handle_commands(job_id, CompleteJob("worker-1", 1, results))
+        await roles.handle_commands(job_id, report_results("worker-1", 1, results))
         events = await roles.event_store.read_stream(job_id)
     changes = ViewChanges()
     for event in events:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pymongo import InsertOne, ReplaceOne
 
-from jobledger.ledger.domain.commands import CancelJob, CompleteStep, ReportProgress
+from jobledger.ledger.domain.commands import CancelJob
 from jobledger.ledger.domain.errors import LedgerBusy
 from jobledger.ledger.domain.events import BatchFinished, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
@@ -32,6 +32,7 @@ from tests.projections.expected_views import (
 )
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import RunningRoles, run_roles_in_process
+from tests.support.worker_reports import report_progress, report_step
 
 # Exactly once ---------------------------------------------------------------------------------------------------------
 
@@ -150,10 +151,10 @@ async def test_superseded_progress_in_a_chunk_is_counted_but_not_applied(connect
         await roles.claim(first)
         await roles.claim(second)
         for percent in (1, 2, 3):
-            await roles.handle_commands(first, ReportProgress("worker-1", 1, "page", percent, f"first {percent}"))
-            await roles.handle_commands(second, ReportProgress("worker-1", 1, "page", percent, f"second {percent}"))
-        await roles.handle_commands(first, CompleteStep("worker-1", 1, "page", "key", {}, 1.0, 0, ()))
-        await roles.handle_commands(first, ReportProgress("worker-1", 1, "slides", 50, "half"))
+            await roles.handle_commands(first, report_progress("worker-1", 1, "page", percent, f"first {percent}"))
+            await roles.handle_commands(second, report_progress("worker-1", 1, "page", percent, f"second {percent}"))
+        await roles.handle_commands(first, report_step("worker-1", 1, "page", "key", {}, 1.0))
+        await roles.handle_commands(first, report_progress("worker-1", 1, "slides", 50, "half"))
         events = await roles.read_all_events()
     kept = writer._drop_superseded_progress(events)
     assert len(events) - len(kept) == 4

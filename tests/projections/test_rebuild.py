@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from jobledger.ledger.domain.commands import CancelJob, ClaimJob, CompleteJob, Delete
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, Delete
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.domain.events import BatchFinished, DeliverySucceeded, Webhook
 from jobledger.ledger.mongo.connection import Connection, Database
@@ -34,6 +34,7 @@ from tests.projections.rebuild_runner import compare_views, open_rebuild, rebuil
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import FAST_WEBHOOKS, RunningRoles, WorkerOptions, run_roles_in_process
 from tests.support.webhook_endpoint import run_webhook_endpoint
+from tests.support.worker_reports import report_results
 
 
 async def load_active_slots(db: Database) -> dict[str, Slot]:
@@ -468,7 +469,7 @@ async def test_large_jobs_are_applied_while_the_previous_chunk_is_written(
     async with run_roles_in_process(connection, store, projector=True) as roles:
         batch_id, in_batch = await roles.submit_batch(large, large)
         single_jobs = [await roles.submit(large) for _ in range(3)]
-        complete = CompleteJob("worker-1", 1, make_empty_results(text="x" * 70_000))
+        complete = report_results("worker-1", 1, make_empty_results(text="x" * 70_000))
         for job_id in [*in_batch, *single_jobs[1:]]:
             await roles.handle_commands(job_id, ClaimJob("worker-1", datetime.now(UTC)), complete)
         await roles.handle_commands(single_jobs[2], Delete("user-1"))

@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.domain.commands import ClaimJob, CompleteJob
+from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.store.command_handler import handle_command
 from tests.support.event_examples import NOON, RESULTS
 from tests.support.installation import COMMAND, Installation
 from tests.support.ledger_setup import EVENT_METADATA, Ledger
 from tests.support.polling import DEADLINE_SECONDS
+from tests.support.worker_reports import report_results
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -64,7 +65,7 @@ async def complete_job(ledger: Ledger) -> str:
     claimed = await handle_command(
         ledger.event_store, stream, ClaimJob("worker-1", NOON), meta=EVENT_METADATA, stream_state=submitted.stream_state
     )
-    completed = CompleteJob("worker-1", 1, RESULTS)
+    completed = report_results("worker-1", 1, RESULTS)
     await handle_command(ledger.event_store, stream, completed, meta=EVENT_METADATA, stream_state=claimed.stream_state)
     return stream
 

@@ -14,19 +14,16 @@ from hypothesis import strategies as st
 
 from jobledger.ledger.domain import job
 from jobledger.ledger.domain.commands import (
-    AddLogEntries,
     Archive,
     CancelJob,
     ClaimJob,
-    CompleteJob,
-    CompleteStep,
     ConfirmCancel,
     Delete,
     ExpireLease,
     FailAttempt,
     JobCommand,
     ReleaseJob,
-    ReportProgress,
+    ReportEvent,
     RestartJob,
     SubmitJob,
     UpdateJob,
@@ -58,6 +55,7 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_documents, build_void_document
 from tests.support.event_examples import NOON, make_job_submitted, make_results
 from tests.support.history_check import check_history
+from tests.support.worker_reports import report_log, report_progress, report_results, report_step
 
 OUTAGE = ErrorInfo(code="OUTAGE", message="no answer")
 LINE = LogEntry(timestamp=NOON, level="info", message="hello")
@@ -397,10 +395,10 @@ class Simulation:
 
 def make_report(action: str, worker_id: str, attempt: int, key: str) -> JobCommand:
     commands: dict[str, JobCommand] = {
-        "progress": ReportProgress(worker_id, attempt, "page", 50, ""),
-        "log": AddLogEntries(worker_id, attempt, (LINE,)),
-        "step": CompleteStep(worker_id, attempt, "page", key, 1, 1.0),
-        "complete": CompleteJob(worker_id, attempt, make_results()),
+        "progress": report_progress(worker_id, attempt, "page", 50, ""),
+        "log": report_log(worker_id, attempt, (LINE,)),
+        "step": report_step(worker_id, attempt, "page", key, 1, 1.0),
+        "complete": report_results(worker_id, attempt, make_results()),
         "fail": FailAttempt(worker_id, attempt, OUTAGE, NOON),
         "fail permanently": FailAttempt(worker_id, attempt, OUTAGE, None),
         "release": ReleaseJob(worker_id, attempt, "shutdown"),
@@ -448,7 +446,7 @@ def test_check_history_accepts_any_history_of_the_decider(
 
 def decide_without_fence(command: JobCommand, state: Job | None) -> list[JobEvent]:
     """Accepts events from any worker."""
-    if state is not None and isinstance(command, (ReportProgress, CompleteStep, CompleteJob, ReleaseJob)):
+    if state is not None and isinstance(command, ReportEvent | ReleaseJob):
         state = replace(state, status="processing", worker_id=command.worker_id, attempt=command.attempt)
     return job.decide(command, state)
 
@@ -463,7 +461,7 @@ def decide_claim_of_running_job(command: JobCommand, state: Job | None) -> list[
 def decide_fencing_live_worker(command: JobCommand, state: Job | None) -> list[JobEvent]:
     """Wrongly rejects progress when a worker has claimed the job twice."""
     events = job.decide(command, state)
-    if isinstance(command, ReportProgress) and command.attempt > 1:
+    if isinstance(command, ReportEvent) and isinstance(command.event, JobProgressed) and command.attempt > 1:
         return [WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, rejected_event="JobProgressed")]
     return events
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from jobledger.cli.checks.database import _check_cleanup
-from jobledger.ledger.domain.commands import ClaimJob, CompleteJob, CompleteStep, Delete, FailAttempt, RestartJob
+from jobledger.ledger.domain.commands import ClaimJob, Delete, FailAttempt, RestartJob
 from jobledger.ledger.domain.events import ErrorInfo, JobResults, ResultFile, ResultMetadata, Webhook
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.file_store import FileStore
@@ -26,6 +26,7 @@ from jobledger.projections.views import files, job_budgets, jobs, step_files
 from jobledger.workers.cleanup import CURSOR, FILE_REMOVALS, Cleanup
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.role_runner import RunningRoles, run_roles_in_process
+from tests.support.worker_reports import report_results, report_step
 
 pytestmark = pytest.mark.usefixtures("connection")
 
@@ -51,7 +52,7 @@ async def complete_job(roles: RunningRoles, sha256: str, **fields: Any) -> str:
     await roles.claim(job_id)
     file = ResultFile(path=f"{job_id}/a.md", sha256=sha256, size=3, media_type="text/markdown")
     metadata = ResultMetadata(processed_at=datetime.now(UTC), duration=1.0)
-    await roles.handle_commands(job_id, CompleteJob("worker-1", 1, JobResults(files=[file], metadata=metadata)))
+    await roles.handle_commands(job_id, report_results("worker-1", 1, JobResults(files=[file], metadata=metadata)))
     return job_id
 
 
@@ -92,7 +93,7 @@ async def test_cleanup_keeps_file_of_another_job(connection: Connection, store: 
         failed = await roles.submit()
         await roles.claim(failed)
         output = {"image": {"path": "a.png", "sha256": in_step.sha256, "size": 3, "media_type": "image/png"}}
-        await roles.handle_commands(failed, CompleteStep("worker-1", 1, "draw", "key", output, 0.1))
+        await roles.handle_commands(failed, report_step("worker-1", 1, "draw", "key", output, 0.1))
         await roles.handle_commands(failed, FailAttempt("worker-1", 1, ErrorInfo(code="X", message="x"), None))
         third = await complete_job(roles, in_step.sha256)
         async with run_cleanup(roles):
@@ -119,7 +120,7 @@ async def test_cleanup_keeps_file_that_a_running_job_may_have_saved(connection: 
             assert roles.store.get_path(stored.sha256).is_file()
             assert await roles.db[FILE_REMOVALS].count_documents({}) == 1
             metadata = ResultMetadata(processed_at=datetime.now(UTC), duration=1.0)
-            await roles.handle_commands(running, CompleteJob("worker-1", 1, JobResults(metadata=metadata)))
+            await roles.handle_commands(running, report_results("worker-1", 1, JobResults(metadata=metadata)))
         await roles.db[FILE_REMOVALS].update_many({}, {"$set": {"due_at": datetime.now(UTC)}})
         async with run_cleanup(roles):
             await wait_for_cleanup(roles)
@@ -151,7 +152,7 @@ async def test_cleanup_ignores_other_digests_in_step_output(connection: Connecti
         failed = await roles.submit()
         await roles.claim(failed)
         locked = [{"name": f"p{n}", "sha256": f"{n:064x}"} for n in range(step_files.MAX_STEP_FILES + 1)]
-        await roles.handle_commands(failed, CompleteStep("worker-1", 1, "lock", "key", locked, 0.1))
+        await roles.handle_commands(failed, report_step("worker-1", 1, "lock", "key", locked, 0.1))
         await roles.handle_commands(failed, FailAttempt("worker-1", 1, ErrorInfo(code="X", message="x"), None))
         stored = roles.store.put_bytes(b"one")
         job_id = await complete_job(roles, stored.sha256)
@@ -170,7 +171,7 @@ async def test_cleanup_waits_while_files_are_unknown_and_doctor_names_the_job(
         failed = await roles.submit()
         await roles.claim(failed)
         outputs = [{"path": "a", "sha256": f"{n:064x}", "size": 1, "media_type": "a/b"} for n in range(11)]
-        await roles.handle_commands(failed, CompleteStep("worker-1", 1, "save", "key", outputs, 0.1))
+        await roles.handle_commands(failed, report_step("worker-1", 1, "save", "key", outputs, 0.1))
         await roles.handle_commands(failed, FailAttempt("worker-1", 1, ErrorInfo(code="X", message="x"), None))
         stored = roles.store.put_bytes(b"one")
         job_id = await complete_job(roles, stored.sha256)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.domain.commands import ClaimJob, CompleteJob, ExpireLease
+from jobledger.ledger.domain.commands import ClaimJob, ExpireLease
 from jobledger.ledger.domain.events import (
     EventMetadata,
     JobClaimed,
@@ -31,6 +31,7 @@ from jobledger.workers.lease_reaper import LeaseReaper
 from tests.projections.expected_views import make_results
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process, run_roles_subprocess
+from tests.support.worker_reports import report_results
 
 LEASE = 1.5
 MAX_DELAY_SECONDS = 10.0  # on a busy machine
@@ -93,7 +94,7 @@ async def test_result_of_fenced_worker_is_rejected(connection: Connection, store
         await roles.claim(job_id, "zombie")
         await roles.handle_commands(job_id, ExpireLease("zombie", 1))
         await roles.claim(job_id, "successor")
-        rejected = await roles.handle_commands(job_id, CompleteJob("zombie", 1, make_results(job_id)))
+        rejected = await roles.handle_commands(job_id, report_results("zombie", 1, make_results(job_id)))
         assert [event.type for event in rejected] == ["WorkerFenced"]
         await roles.wait_for_views()
         assert (await roles.load_job(job_id))["status"] == "processing"

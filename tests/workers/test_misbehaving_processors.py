@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.domain.commands import AddLogEntries, CancelJob
+from jobledger.ledger.domain.commands import CancelJob, ReportEvent
 from jobledger.ledger.domain.events import JobLogged, StepCompleted
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.command_handler import CommandResult, handle_command_with_retries
@@ -270,7 +270,7 @@ async def test_log_lines_survive_cancellation_of_their_request(
     job_type: str, end: str, connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def handle_slowly(event_store: EventStore, stream: str, command: Any, **options: Any) -> CommandResult:
-        if isinstance(command, AddLogEntries):
+        if isinstance(command, ReportEvent) and isinstance(command.event, JobLogged):
             writing.set()
             await stopping.wait()
         return await handle_command_with_retries(event_store, stream, command, **options)

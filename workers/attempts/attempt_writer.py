@@ -11,9 +11,9 @@ from typing import Final
 
 import structlog
 
-from jobledger.ledger.domain.commands import AddLogEntries, FailAttempt, ReportProgress, WorkerCommand
+from jobledger.ledger.domain.commands import FailAttempt, ReportEvent, WorkerCommand
 from jobledger.ledger.domain.errors import InvalidEvent, JobledgerError, NotFound
-from jobledger.ledger.domain.events import ErrorInfo, EventMetadata, WorkerFenced
+from jobledger.ledger.domain.events import ErrorInfo, EventMetadata, JobLogged, JobProgressed, WorkerFenced
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import StreamState, handle_command_with_retries
 from jobledger.ledger.store.event_store import EventStore
@@ -64,7 +64,7 @@ class AttemptWriter:
         self._on_fenced = on_fenced
         self._write_lock = asyncio.Lock()
         self._flush_lock = asyncio.Lock()
-        self._progress: ReportProgress | None = None
+        self._progress: JobProgressed | None = None
         self._log_buffer = LogBuffer(job.log_bytes)
         self._flusher: asyncio.Task[None] | None = None
         self._flushes: set[asyncio.Task[None]] = set()
@@ -80,7 +80,7 @@ class AttemptWriter:
     def set_progress(self, step: str, percent: float, message: str) -> None:
         """Report the progress of the job. Of several reports within a flush interval, only the last one is stored."""
         step, message = to_text(step, 200), to_text(message, 1000)
-        self._progress = ReportProgress(self.worker_id, self.attempt, step, percent, message)
+        self._progress = JobProgressed(attempt=self.attempt, step=step, percent=percent, message=message)
         self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -114,15 +114,15 @@ class AttemptWriter:
     async def _flush(self, *, is_last: bool) -> None:
         async with self._flush_lock:  # the last event of the attempt must come after a pending flush
             for entries in self._log_buffer.take(is_last=is_last):
-                await self._append_text(AddLogEntries(self.worker_id, self.attempt, entries))
+                await self._append_text(JobLogged(attempt=self.attempt, entries=entries))
             progress, self._progress = self._progress, None
             if progress is not None:
                 await self._append_text(progress)
 
-    async def _append_text(self, command: AddLogEntries | ReportProgress) -> None:
+    async def _append_text(self, event: JobLogged | JobProgressed) -> None:
         """Append text for people. An error here must not fail the job."""
         try:
-            await self.append(command)
+            await self.append(ReportEvent(self.worker_id, event))
         except EventNotStorable as error:
             _log.warning("cannot store a job's log or progress", job_id=self.job_id, error=str(error))
 

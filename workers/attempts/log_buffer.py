@@ -63,7 +63,7 @@ class LogBuffer:
             self._dropped += 1
             self._dropped_bytes += len(self._tail.popleft()[2])
 
-    def take(self, *, is_last: bool = False) -> list[tuple[LogEntry, ...]]:
+    def take(self, *, is_last: bool = False) -> list[list[LogEntry]]:
         """Return and remove the entries, in chunks that each fit into an event.
 
         Args:
@@ -104,17 +104,17 @@ class LogBuffer:
         self._byte_tokens -= size
 
 
-def _split_into_chunks(entries: list[RawLogEntry]) -> list[tuple[LogEntry, ...]]:
-    chunks: list[tuple[LogEntry, ...]] = []
+def _split_into_chunks(entries: list[RawLogEntry]) -> list[list[LogEntry]]:
+    chunks: list[list[LogEntry]] = []
     chunk: list[LogEntry] = []
     size = 0
     for at, level, message in entries:
         if chunk and (len(chunk) >= MAX_EVENT_ENTRIES or size + len(message) > MAX_EVENT_BYTES):
-            chunks.append(tuple(chunk))
+            chunks.append(chunk)
             chunk, size = [], 0
         chunk.append(LogEntry(timestamp=_to_datetime(at), level=level, message=message))
         size += len(message)
-    return [*chunks, tuple(chunk)] if chunk else chunks
+    return [*chunks, chunk] if chunk else chunks
 
 
 def _format_size(count: int) -> str:

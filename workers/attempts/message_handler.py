@@ -15,9 +15,9 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from jobledger.ledger.domain.commands import CompleteStep
+from jobledger.ledger.domain.commands import ReportEvent
 from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
-from jobledger.ledger.domain.events import ResultFile
+from jobledger.ledger.domain.events import ResultFile, StepCompleted
 from jobledger.ledger.domain.saved_files import find_saved_files
 from jobledger.workers.attempts.attempt_timeout import AttemptTimeout
 from jobledger.workers.attempts.attempt_writer import AttemptWriter, EventNotStorable
@@ -134,22 +134,21 @@ class MessageHandler:
             if (size := self._find_saved_size(file, subject)) != file.size:
                 text = f"{subject} the file '{to_text(file.path, 200)}' with the size {file.size}. It has {size} bytes."
                 raise ProcessorError("INVALID_RESULT", text)
-        command = CompleteStep(
-            self._writer.worker_id,
-            self._writer.attempt,
-            step.step,
-            step.key,
-            step.output,
-            step.duration_s,
+        completed = StepCompleted(
+            attempt=self._writer.attempt,
+            step=step.step,
+            key=step.key,
+            output=step.output,
+            duration_s=step.duration_s,
             tokens_used=step.tokens_used,
-            warnings=tuple(step.warnings),
+            warnings=step.warnings,
             reused_from=step.reused_from,
             cache_version=get_processor_version(self._job.spec.job_type) if step.is_shared else None,
         )
         async with self._timeout.pause_while_waiting():
             await self._writer.flush()
             try:
-                await self._writer.append(command)
+                await self._writer.append(ReportEvent(self._writer.worker_id, completed))
             except EventNotStorable as error:
                 text = f'step "{to_text(step.step, 200)}" output cannot be stored: {error}'
                 raise ProcessorError("INVALID_RESULT", text) from error

@@ -10,9 +10,9 @@ from urllib.parse import quote
 import structlog
 from pydantic import ValidationError
 
-from jobledger.ledger.domain.commands import CompleteJob, ConfirmCancel, FailAttempt, ReleaseJob
+from jobledger.ledger.domain.commands import ConfirmCancel, FailAttempt, ReleaseJob, ReportEvent
 from jobledger.ledger.domain.errors import UnreadableEvent
-from jobledger.ledger.domain.events import Asset, ErrorInfo, JobResults, ResultFile, ResultMetadata
+from jobledger.ledger.domain.events import Asset, ErrorInfo, JobCompleted, JobResults, ResultFile, ResultMetadata
 from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES
 from jobledger.workers.attempts.attempt_writer import AttemptFenced, AttemptWriter
 from jobledger.workers.attempts.dependencies import AttemptDependencies
@@ -95,7 +95,8 @@ class OutcomeRecorder:
         except ProcessorError as error:
             await self._fail(AttemptFailed(error.code, error.message, details=error.details))
             return
-        await self._writer.append_last(CompleteJob(*self._claim, job_results))
+        event = JobCompleted(attempt=self._writer.attempt, results=job_results)
+        await self._writer.append_last(ReportEvent(self._writer.worker_id, event))
 
     async def _fail(self, failed: AttemptFailed) -> None:
         retry_at = None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Page, expect
 
-from jobledger.ledger.domain.commands import ClaimJob, CompleteJob
+from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.domain.events import EventMetadata, JobResults, ResultMetadata
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.command_handler import handle_command
@@ -18,6 +18,7 @@ from tests.api.dashboard.conftest import clear_console_errors, needs_browser
 from tests.support.installation import Installation
 from tests.support.ledger_setup import open_ledger
 from tests.support.replica_set import free_port
+from tests.support.worker_reports import report_results
 
 pytestmark = needs_browser
 
@@ -40,7 +41,7 @@ async def test_page_reconnects_after_api_restart(mongodb_uri: str, db_name: str,
             server.process.send_signal(signal.SIGKILL)
             await expect(page.locator("#live-status")).to_have_text("Reconnecting …")
             metadata = ResultMetadata(processed_at=datetime.now(UTC), duration=1.0, tokens_used=0)
-            complete = CompleteJob("worker-1", 1, JobResults(metadata=metadata))
+            complete = report_results("worker-1", 1, JobResults(metadata=metadata))
             await handle_command(ledger.event_store, job_id, complete, meta=meta)
         await asyncio.to_thread(installation.start("api").wait_until_ready)
         await expect(page.locator("#status .status-badge.completed")).to_be_visible()

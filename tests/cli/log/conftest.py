@@ -15,13 +15,14 @@ import structlog
 import yaml
 from pymongo import MongoClient
 
-from jobledger.ledger.domain.commands import CancelJob, CompleteJob, FailAttempt, RestartJob
+from jobledger.ledger.domain.commands import CancelJob, FailAttempt, RestartJob
 from jobledger.ledger.domain.events import ErrorInfo
 from jobledger.ledger.mongo.connection import Connection
 from tests.projections.expected_views import assert_views_match_log, make_results, run_random_history
 from tests.support.in_process_command import run_command_in_process
 from tests.support.installation import CommandOutcome
 from tests.support.role_runner import RunningRoles, run_roles_in_process
+from tests.support.worker_reports import report_results
 
 Work = Callable[[RunningRoles], Coroutine[Any, Any, Any]]
 
@@ -93,7 +94,7 @@ async def write_job_history(roles: RunningRoles) -> str:
     )
     await roles.handle_commands(job_id, CancelJob("user:ada", "no longer wanted"), RestartJob("user:ada"))
     attempt = await roles.claim(job_id, "worker-8")
-    await roles.handle_commands(job_id, CompleteJob("worker-8", attempt, make_results(job_id)))
+    await roles.handle_commands(job_id, report_results("worker-8", attempt, make_results(job_id)))
     await roles.submit()
     return job_id
 

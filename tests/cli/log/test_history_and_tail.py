@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pymongo import MongoClient
 
-from jobledger.ledger.domain.commands import CancelJob, CompleteJob
+from jobledger.ledger.domain.commands import CancelJob
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.projections.engine import rebuild
 from tests.cli.log.conftest import LedgerCommands, write_job_history, write_long_history
@@ -19,6 +19,7 @@ from tests.support.installation import Installation
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.role_runner import RunningRoles
+from tests.support.worker_reports import report_results
 
 # log history ----------------------------------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ def test_log_state_as_of_and_until_shows_states_and_changes(ledger: LedgerComman
         await roles.claim(completed, "worker-7")
         head = await roles.event_store.read_head_position()
         assert head == 5
-        await roles.handle_commands(completed, CompleteJob("worker-7", 1, make_results(completed)))
+        await roles.handle_commands(completed, report_results("worker-7", 1, make_results(completed)))
         await roles.handle_commands(cancelled, CancelJob("user:ada"))
         await roles.claim(running, "worker-8")
         return cancelled, completed, batch_id

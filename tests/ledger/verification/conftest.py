@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.domain.commands import ClaimJob, ReportProgress, SubmitBatch, SubmitJob
+from jobledger.ledger.domain.commands import ClaimJob, SubmitBatch, SubmitJob
 from jobledger.ledger.domain.delivery import build_delivery_id
 from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, BatchSubmitted
 from jobledger.ledger.mongo.connection import Connection, Document
@@ -27,6 +27,7 @@ from tests.support.ledger_setup import (
     open_ledger,
     read_all_events,
 )
+from tests.support.worker_reports import report_progress
 
 PAGE_EVENTS = 7
 SHORT_GAP_LIMITS = EventStoreLimits(gap_timeout_seconds=0.02)
@@ -62,7 +63,7 @@ async def create_history(ledger: Ledger) -> list[Document]:
     )
     for stream in streams:  # 10 and 11
         await handle_command(
-            ledger.event_store, stream, ReportProgress("w1", 1, "page", 12.5, "half"), meta=EVENT_METADATA
+            ledger.event_store, stream, report_progress("w1", 1, "page", 12.5, "half"), meta=EVENT_METADATA
         )
     await read_all_events(ledger.event_store)
     documents = await load_event_documents(ledger.db)
