@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobledger.ledger.domain.events import StepCompleted
 from jobledger.workers.child import main, messages
 from jobledger.workers.child.failures import convert_exception_to_failure
 from jobledger.workers.child.messages import (
@@ -33,12 +34,12 @@ from jobledger.workers.results.conversion import MAX_TEXT_LENGTH, MAX_VALUE_BYTE
 def test_decode_message_with_too_many_values_is_rejected_fast(value: bytes) -> None:
     output = b"[" + b",".join([value] * (MAX_FRAME_BYTES // (len(value) + 1))) + b"]"
     step = (
-        b'{"request_id":1,"message":{"kind":"step_completed","step":"s","key":"k","duration_s":1,"tokens_used":0,'
-        b'"warnings":[],"output":'
+        b'{"request_id":1,"message":{"kind":"step_completed","completed":{"attempt":1,"step":"s","key":"k",'
+        b'"duration_s":1,"output":'
     )
     started_at = time.process_time()
     with pytest.raises(InvalidMessage, match=f"{MAX_FRAME_VALUES:,} values"):
-        decode_message(step + output + b"}}")
+        decode_message(step + output + b"}}}")
     assert time.process_time() - started_at < 1
 
 
@@ -60,7 +61,7 @@ TEXTS = [*string.punctuation, "1,", '",', "\\,", '\\",[{', "[{", "\n,", "\x01", 
 def test_largest_texts_of_inline_jobs_are_accepted_from_job_processes(text: str) -> None:
     escaped = len(orjson.dumps(text)) - 2
     output: Any = to_json(text * ((MAX_VALUE_BYTES - 100) // max(escaped, len(text.encode()))), "output")
-    step = StepResult(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
+    step = StepResult(StepCompleted(attempt=1, step="s", key="k", output=output, duration_s=1.0))
     assert send_and_decode(step) == step
     line = to_text(text * MAX_TEXT_LENGTH)
     log = LogEntries([(0.0, "info", line)] * main._MAX_ENTRIES_PER_MESSAGE)
@@ -69,7 +70,7 @@ def test_largest_texts_of_inline_jobs_are_accepted_from_job_processes(text: str)
 
 def test_largest_values_of_inline_jobs_are_accepted_from_job_processes() -> None:
     output = to_json([1] * (MAX_VALUE_BYTES // 6 - 10), "output")
-    step = StepResult(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
+    step = StepResult(StepCompleted(attempt=1, step="s", key="k", output=output, duration_s=1.0))
     assert send_and_decode(step) == step
 
 

@@ -73,7 +73,7 @@ class MessageHandler:
                 await self._store_file(message.sha256)
                 return await self._reserve_path(message.path)
             case messages.StepResult():
-                await self._complete_step(message)
+                await self._complete_step(message.completed, is_shared=message.is_shared)
             case _:
                 raise AssertionError(f"{message.kind} is not a request")
         return None
@@ -128,29 +128,20 @@ class MessageHandler:
         self._saved_sizes |= {file.sha256: file.size for file in find_saved_files(step.output)}
         return {"job_id": job_id, "output": step.output}
 
-    async def _complete_step(self, step: messages.StepResult) -> None:
-        for file in find_saved_files(step.output):  # a later attempt trusts these files
-            subject = f'step "{to_text(step.step, 200)}" output names'
+    async def _complete_step(self, completed: StepCompleted, *, is_shared: bool) -> None:
+        for file in find_saved_files(completed.output):  # a later attempt trusts these files
+            subject = f'step "{to_text(completed.step, 200)}" output names'
             if (size := self._find_saved_size(file, subject)) != file.size:
                 text = f"{subject} the file '{to_text(file.path, 200)}' with the size {file.size}. It has {size} bytes."
                 raise ProcessorError("INVALID_RESULT", text)
-        completed = StepCompleted(
-            attempt=self._writer.attempt,
-            step=step.step,
-            key=step.key,
-            output=step.output,
-            duration_s=step.duration_s,
-            tokens_used=step.tokens_used,
-            warnings=step.warnings,
-            reused_from=step.reused_from,
-            cache_version=get_processor_version(self._job.spec.job_type) if step.is_shared else None,
-        )
+        cache_version = get_processor_version(self._job.spec.job_type) if is_shared else None
+        event = completed.model_copy(update={"attempt": self._writer.attempt, "cache_version": cache_version})
         async with self._timeout.pause_while_waiting():
             await self._writer.flush()
             try:
-                await self._writer.append(ReportEvent(self._writer.worker_id, completed))
+                await self._writer.append(ReportEvent(self._writer.worker_id, event))
             except EventNotStorable as error:
-                text = f'step "{to_text(step.step, 200)}" output cannot be stored: {error}'
+                text = f'step "{to_text(completed.step, 200)}" output cannot be stored: {error}'
                 raise ProcessorError("INVALID_RESULT", text) from error
 
     # Files --------------------------------------------------------------------------------------------------------

@@ -136,11 +136,11 @@ class _Scope:
 
     step: str
     warnings: _Warnings
-    parent: _Scope | None = None
     tokens: int = 0
 
 
-_step_scope: ContextVar[_Scope | None] = ContextVar("step_scope", default=None)
+_step_scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("step_scopes", default=())
+"""The scopes of the step that runs and of the steps around it, innermost first."""
 
 
 class _JobContext:
@@ -163,8 +163,8 @@ class _JobContext:
         self._is_closed = False
 
     @property
-    def _scope(self) -> _Scope:
-        return _step_scope.get() or self._job_scope
+    def _scopes(self) -> tuple[_Scope, ...]:
+        return (*_step_scopes.get(), self._job_scope)
 
     @property
     def is_cancelled(self) -> bool:
@@ -196,7 +196,7 @@ class _JobContext:
             self.add_tokens(completed.tokens_used)
             await self.log("info", f"Step {name} is reused from an earlier attempt.")
             return completed.output
-        started_at, scope = time.monotonic(), _Scope(name, _Warnings(MAX_STEP_WARNING_BYTES), self._scope)
+        started_at, scope = time.monotonic(), _Scope(name, _Warnings(MAX_STEP_WARNING_BYTES))
         shared = None
         if share_max_age is not None and self._assignment.can_use_shared_steps:
             shared = await self._send_message(messages.FindSharedStep(key, share_max_age.total_seconds()))
@@ -204,27 +204,26 @@ class _JobContext:
             await self.log("info", f"Step {name} is reused from {shared['job_id']}.")
             output = shared["output"]
         else:
-            token = _step_scope.set(scope)
+            token = _step_scopes.set((scope, *_step_scopes.get()))
             try:
                 output = to_json(await function(), f'step "{name}" output')
             finally:
-                _step_scope.reset(token)
-        await self._send_message(
-            messages.StepResult(
-                step=name,
-                key=key,
-                output=output,
-                duration_s=round(time.monotonic() - started_at, 3),
-                tokens_used=scope.tokens,
-                warnings=scope.warnings.to_list(),
-                reused_from=shared and shared["job_id"],
-                is_shared=share_max_age is not None,
-            )
+                _step_scopes.reset(token)
+        completed = StepCompleted(
+            attempt=self.attempt,
+            step=name,
+            key=key,
+            output=output,
+            duration_s=round(time.monotonic() - started_at, 3),
+            tokens_used=scope.tokens,
+            warnings=scope.warnings.to_list(),
+            reused_from=shared and shared["job_id"],
         )
+        await self._send_message(messages.StepResult(completed, is_shared=share_max_age is not None))
         return output
 
     async def report_progress(self, percent: float, message: str) -> None:
-        progress = messages.Progress(self._scope.step, self._clip_percent(percent), to_text(message, 1000))
+        progress = messages.Progress(self._scopes[0].step, self._clip_percent(percent), to_text(message, 1000))
         await self._send_message(progress)
 
     def _clip_percent(self, percent: float) -> float:
@@ -246,19 +245,15 @@ class _JobContext:
         await self.log("warning", text)
 
     def _add_warning(self, warning: str) -> None:
-        scope: _Scope | None = self._scope
         with self._count_lock:
-            while scope is not None:
+            for scope in self._scopes:
                 scope.warnings.add(warning)
-                scope = scope.parent
 
     def add_tokens(self, tokens: int) -> None:
         tokens = operator.index(tokens)  # raises TypeError unless it is an integer
-        scope: _Scope | None = self._scope
         with self._count_lock:
-            while scope is not None:
+            for scope in self._scopes:
                 scope.tokens += tokens
-                scope = scope.parent
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
         path, media_type = normalize_path(to_json(path, "save() path")), to_json(media_type, "save() media_type")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 import orjson
 from pydantic import Field, TypeAdapter, ValidationError
 
+from jobledger.ledger.domain.events import StepCompleted
 from jobledger.workers.processor import JSON, LogLevel
 from jobledger.workers.results.conversion import format_validation_error, to_text
 
@@ -72,15 +73,12 @@ class FileSaved:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Reports a completed step. Response: None, when the event is stored. `duration_s` is in seconds."""
+    """Reports a completed step. Response: None, when the event is stored.
 
-    step: str
-    key: str
-    output: JSON
-    duration_s: float
-    tokens_used: int
-    warnings: list[str]
-    reused_from: str | None = None
+    The worker sets the number of the attempt, and the cache version if the step is shared.
+    """
+
+    completed: StepCompleted
     is_shared: bool = False
     kind: Literal["step_completed"] = "step_completed"
 
@@ -130,7 +128,7 @@ class InvalidMessage(Exception):
 
 def encode_frame(content: Any) -> bytes:
     """Return a frame with this content."""
-    text = orjson.dumps(content)
+    text = orjson.dumps(content, default=dict)  # an event is a pydantic model
     return FRAME_HEADER.pack(len(text)) + text
 
 
