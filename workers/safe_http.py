@@ -88,20 +88,25 @@ def get_ssl_context() -> ssl.SSLContext:
 class CheckedTransport(httpx.AsyncBaseTransport):
     """An httpx transport with our network backend, which the default transport does not accept."""
 
-    def __init__(self, network: CheckedNetworkBackend) -> None:
+    def __init__(self, network: CheckedNetworkBackend, ssl_context: ssl.SSLContext | None = None) -> None:
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=get_ssl_context(), network_backend=network, max_keepalive_connections=0
+            ssl_context=ssl_context or get_ssl_context(),
+            network_backend=network,
+            max_connections=None,
+            max_keepalive_connections=0,
         )
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        url = httpcore.URL(
-            scheme=request.url.raw_scheme,
-            host=request.url.raw_host,
-            port=request.url.port,
-            target=request.url.raw_path,
-        )
+        url = request.url
+        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         response = await self._pool.handle_async_request(
-            httpcore.Request(request.method, url, headers=request.headers.raw, extensions=request.extensions)
+            httpcore.Request(
+                request.method,
+                target,
+                headers=request.headers.raw,
+                content=request.stream,
+                extensions=request.extensions,
+            )
         )
         return httpx.Response(response.status, headers=response.headers, stream=_Stream(response))
 

@@ -31,9 +31,9 @@ from jobledger.ledger.net.url_policy import PUBLIC_ONLY_MESSAGE, AllowedHosts, f
 from jobledger.workers.safe_http import (
     AddressRejected,
     CheckedNetworkBackend,
+    CheckedTransport,
     Resolver,
     describe_connection_error,
-    get_ssl_context,
     parse_retry_after,
     resolve_host,
 )
@@ -100,16 +100,11 @@ class Sender:
     ) -> None:
         self._allowed = AllowedHosts(allowed_private_hosts)
         self._timeout = timeout_seconds
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl_context or get_ssl_context(),
-            network_backend=CheckedNetworkBackend(self._allowed, resolver),
-            max_connections=None,
-            max_keepalive_connections=0,
-        )
+        self._transport = CheckedTransport(CheckedNetworkBackend(self._allowed, resolver), ssl_context)
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._pool.aclose()
+        await self._transport.aclose()
 
     async def send(self, webhook: WebhookRequest) -> WebhookResponse:
         """Send a message within the timeout. Never raises, except when cancelled."""
@@ -122,10 +117,10 @@ class Sender:
             url = _parse_target(webhook.url, self._allowed)
             host = url.host
             async with asyncio.timeout(self._timeout):
-                response = await self._pool.handle_async_request(_build_request(url, webhook))
+                response = await self._transport.handle_async_request(_build_request(url, webhook))
                 try:
-                    status, headers = response.status, httpx.Headers(response.headers)
-                    async for chunk in response.aiter_stream():
+                    status, headers = response.status_code, response.headers
+                    async for chunk in response.aiter_raw():
                         body += chunk
                         if len(body) >= MAX_RESPONSE_BYTES:
                             break
@@ -166,7 +161,7 @@ def _parse_target(text: str, allowed: AllowedHosts) -> httpx.URL:
         raise _NotSendable("BAD_URL", f"This is not a valid URL: {error}.") from error
 
 
-def _build_request(url: httpx.URL, webhook: WebhookRequest) -> httpcore.Request:
+def _build_request(url: httpx.URL, webhook: WebhookRequest) -> httpx.Request:
     allowed_headers = {
         name: value for name, value in webhook.headers.items() if name.lower() not in _CONNECTION_HEADERS
     }
@@ -182,9 +177,8 @@ def _build_request(url: httpx.URL, webhook: WebhookRequest) -> httpcore.Request:
         "connection": "close",
         "content-length": str(len(webhook.body)),
     }
-    target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    return httpcore.Request("POST", target, headers=raw, content=webhook.body)
+    return httpx.Request("POST", url, headers=raw, content=webhook.body)
 
 
 def _to_sentence(clause: str) -> str:
