@@ -36,10 +36,7 @@ class AttemptTimeout:
 
     def stop(self) -> None:
         """Stop permanently, because the work has ended."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._pauses += 1
+        self._pause()
 
     @asynccontextmanager
     async def pause_while_waiting(self) -> AsyncIterator[None]:
@@ -49,11 +46,7 @@ class AttemptTimeout:
         def pause() -> None:
             nonlocal paused
             paused = True
-            self._pauses += 1
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-                self._remaining -= self._loop.time() - self._resumed_at
+            self._pause()
 
         timer = self._loop.call_later(PAUSE_AFTER_SECONDS, pause)
         try:
@@ -62,6 +55,13 @@ class AttemptTimeout:
             timer.cancel()
             if paused:
                 self._resume()
+
+    def _pause(self) -> None:
+        self._pauses += 1
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._remaining -= self._loop.time() - self._resumed_at
 
     def _resume(self) -> None:
         self._pauses -= 1

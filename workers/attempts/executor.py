@@ -168,8 +168,7 @@ class JobExecutor:
                 assignment,
                 self._messages,
                 self._timeout,
-                memory_limit_mb=self._settings.memory_limit_mb,
-                environment_variables=self._settings.pass_environment,
+                settings=self._settings,
                 create_directories=partial(self._create_directories, assignment),
             )
             self._work = asyncio.create_task(runner.run(), name=f"run-{self.job_id}")

@@ -47,13 +47,8 @@ _ADVICE: Final = {
     errno.ENFILE: "raise the system's limit (sysctl fs.file-max)",
     errno.ENOMEM: _MEMORY,
     errno.EAGAIN: _PROCESSES,
-    errno.ENOSPC: _SPACE,
-    errno.EDQUOT: _SPACE,
-    errno.EROFS: _DISK,
-    errno.EIO: _DISK,
-    errno.ESTALE: _DISK,
-    errno.ENXIO: _DISK,
-    errno.ENODEV: _DISK,
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _SPACE),
+    **dict.fromkeys((errno.EROFS, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV), _DISK),
 }
 """Failures of the machine wherever the worker gets them, with the fix."""
 _SCRATCH_ERRORS: Final = frozenset(

@@ -243,9 +243,8 @@ def _find_working_method() -> SandboxMethod:
         SandboxUnavailable: No method works.
     """
     results = probe_methods()
-    for result in results:
-        if result.is_working:
-            return result.method
+    if results[-1].is_working:
+        return results[-1].method
     reasons = "; ".join(f"{result.method}: {result.reason}" for result in results)
     raise SandboxUnavailable(f"Helper programs cannot be confined on this machine ({reasons}). {SANDBOX_ADVICE}")
 

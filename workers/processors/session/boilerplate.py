@@ -148,9 +148,8 @@ def _find_main_element(body: Any, kept: dict[Any, int]) -> Any:
     """Return the innermost element that contains nearly all of the main text."""
     sizes: Counter[Any] = Counter()
     for block, size in kept.items():
-        sizes[block] += size
-        for ancestor in block.iterancestors():
-            sizes[ancestor] += size
+        for element in (block, *block.iterancestors()):
+            sizes[element] += size
     main = body
     while inner := [child for child in main if sizes[child] >= _MAIN_SHARE * sizes[body]]:
         main = inner[0]

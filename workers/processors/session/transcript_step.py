@@ -128,10 +128,7 @@ async def _transcribe_by_api(ctx: StepContext, audio: Path, result: TranscriptRe
             async for chunk in chunks:
                 ctx.raise_if_cancelled()
                 if chunk.error is not None:
-                    start, end = (
-                        transcript.format_timecode(chunk.start_seconds),
-                        transcript.format_timecode(chunk.end_seconds),
-                    )
+                    start, end = map(transcript.format_timecode, (chunk.start_seconds, chunk.end_seconds))
                     missing.append(f"{start}–{end} ({chunk.error})")
                 result.segments += chunk.segments
                 waiting = f", waiting for {chunk.waited_seconds:.0f} s" if chunk.waited_seconds else ""
