@@ -56,7 +56,7 @@ def patch_session_support() -> None:
     """
     for connection in (AsyncConnection, Connection):
         supports_sessions = property(_supports_sessions, lambda *_: None)
-        connection.supports_sessions = supports_sessions  # type: ignore[assignment]
+        connection.supports_sessions = supports_sessions  # type: ignore[assignment]  # a property of the class
 
 
 def _supports_sessions(connection: Any) -> bool:
