@@ -6,6 +6,8 @@ EXAMPLES ?= 1000
 REQUESTS ?= 1000
 BIN := .venv/bin
 PIP_QUIET := -qq --disable-pip-version-check --no-input --root-user-action=ignore
+# Some systems turn off the cache of compiled modules. Tests start hundreds of processes, which would all compile again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench soak fuzz screenshots reference lint types imports check lock clean
