@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
@@ -109,30 +109,36 @@ class ApiKeyCache:
     """All keys in memory, so that no request reads them from the database.
 
     It is a listener of the process's change stream.
+
+    Args:
+        db: The database.
+        revocation_notifier: Is notified when keys change.
+        now: Returns the time by which keys expire.
     """
 
     collection = COLLECTION
 
-    def __init__(self, db: Database, revocation_notifier: RevocationNotifier) -> None:
+    def __init__(self, db: Database, revocation_notifier: RevocationNotifier, *, now: Callable[[], datetime]) -> None:
         self._stored = db.get_collection(COLLECTION, read_concern=MAJORITY)
         self._revocation_notifier = revocation_notifier
+        self._now = now
         self._keys: dict[str, ApiKey] = {}
 
-    def authenticate(self, token: ApiKeyToken, now: datetime) -> ApiKey | None:
+    def authenticate(self, token: ApiKeyToken) -> ApiKey | None:
         """Return the key with this ID and secret; None if it does not exist or has expired."""
         key = self._keys.get(token.key_id)
         # The comparison also runs for unknown keys, so that the response time reveals no key IDs.
         is_same = compare_digest(token.digest, _NO_DIGEST if key is None else key.sha256)
-        return key if key is not None and is_same and key.is_valid(now) else None
+        return key if key is not None and is_same and key.is_valid(self._now()) else None
 
-    def is_valid(self, key_id: str, now: datetime) -> bool:
+    def is_valid(self, key_id: str) -> bool:
         """Return whether the key with this ID is neither revoked nor expired."""
         key = self._keys.get(key_id)
-        return key is not None and key.is_valid(now)
+        return key is not None and key.is_valid(self._now())
 
-    def get_groups(self, user_id: str, now: datetime) -> frozenset[str]:
+    def get_groups(self, user_id: str) -> frozenset[str]:
         """Return the groups of all valid keys of a user."""
-        keys = list(self._keys.values())  # a copy: other threads call this while keys change
+        now, keys = self._now(), list(self._keys.values())  # a copy: other threads call this while keys change
         own_keys = (key for key in keys if key.user_id == user_id and key.is_valid(now))
         return frozenset(group for key in own_keys for group in key.groups)
 

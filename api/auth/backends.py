@@ -6,7 +6,7 @@ Wrong credentials always get the same 401 response. The log has the reason.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
@@ -99,10 +99,9 @@ class ApiKeyBackend(CredentialBackend):
 
     _instruction = "send an API key in the header Authorization: Bearer"
 
-    def __init__(self, settings: AuthSettings, keys: ApiKeyCache, *, now: Callable[[], datetime]) -> None:
+    def __init__(self, settings: AuthSettings, keys: ApiKeyCache) -> None:
         super().__init__(settings)
-        self._keys = keys
-        self._now = now
+        self.keys = keys
 
     async def _authenticate(self, connection: HTTPConnection) -> Principal | None:
         token = _read_bearer_token(connection)
@@ -111,20 +110,12 @@ class ApiKeyBackend(CredentialBackend):
         key_token = ApiKeyToken.parse(token)
         if key_token is None:
             raise _InvalidCredentials("the token is not an API key")
-        key = self._keys.authenticate(key_token, self._now())
+        key = self.keys.authenticate(key_token)
         if key is None:
             raise _InvalidCredentials(
                 f"API key {key_token.key_id} is unknown, revoked, expired, or its secret is wrong"
             )
         return Principal(key.user_id, frozenset(key.groups), frozenset(key.roles), key.expires_at)
-
-    def is_key_valid(self, key_id: str) -> bool:
-        """Return whether an API key is neither revoked nor expired."""
-        return self._keys.is_valid(key_id, self._now())
-
-    def get_groups(self, user_id: str) -> frozenset[str]:
-        """Return the groups of all valid keys of a user."""
-        return self._keys.get_groups(user_id, self._now())
 
 
 class JwtBackend(CredentialBackend):

@@ -107,7 +107,7 @@ def build_context(
         auth_backend=backend,
         browser_sessions=_make_browser_sessions(settings.auth, backend, db, change_stream, revocations),
         revocation_notifier=revocations,
-        get_groups=backend.get_groups if isinstance(backend, ApiKeyBackend) else lambda _user_id: frozenset[str](),
+        get_groups=backend.keys.get_groups if isinstance(backend, ApiKeyBackend) else lambda _user_id: frozenset[str](),
         finish_notifier=finish_notifier,
         stream_access=StreamAccessCache(event_store, checkpoint),
         stall_detector=stall_detector,
@@ -138,7 +138,7 @@ def _make_browser_sessions(
     """Return the sessions of the dashboard, or None in modes without its sign-in page."""
     if auth.mode not in ("keys", "jwt"):
         return None
-    is_key_valid = backend.is_key_valid if isinstance(backend, ApiKeyBackend) else lambda _key_id: False
+    is_key_valid = backend.keys.is_valid if isinstance(backend, ApiKeyBackend) else lambda _key_id: False
     sessions = BrowserSessions(db, revocations, policy=_policy_digest(auth), is_key_valid=is_key_valid)
     change_stream.add_listener(sessions)
     return sessions
@@ -162,9 +162,9 @@ def _make_auth_backend(
         case "open":
             return SingleUserBackend("local")
         case "keys":
-            cache = ApiKeyCache(db, revocations)
+            cache = ApiKeyCache(db, revocations, now=get_server_clock(db.client).estimate)
             change_stream.add_listener(cache)
-            return ApiKeyBackend(auth, cache, now=get_server_clock(db.client).estimate)
+            return ApiKeyBackend(auth, cache)
         case "jwt":
             return JwtBackend(auth, _make_key_source(auth.jwt))
         case "proxy":
