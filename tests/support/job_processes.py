@@ -32,14 +32,6 @@ def parent_pid(pid: int) -> int:
     return 0
 
 
-def has_exited(pid: int) -> bool:
-    """Return whether the process exited, including zombies."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
 def _ancestor(pid: int, steps: int) -> int:
     for _ in range(steps):
         pid = parent_pid(pid)

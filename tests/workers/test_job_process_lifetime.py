@@ -16,7 +16,8 @@ from jobledger.ledger.domain.events import JobAttemptFailed, JobClaimed
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.workers.sandbox import runner
 from tests.processors.session.fixtures import CONFERENCE_PAGE, SiteResponse, html, serve_site
-from tests.support.job_processes import has_exited, list_own_job_processes
+from tests.support.installation import has_exited
+from tests.support.job_processes import list_own_job_processes
 from tests.support.polling import poll_until
 from tests.support.role_runner import (
     RunningRoles,

@@ -29,8 +29,8 @@ from jobledger.workers.child import process as job_process
 from jobledger.workers.child.fork_server import _Server
 from jobledger.workers.child.messages import MessageEnvelope, encode_frame
 from jobledger.workers.child.process import JobProcess
-from tests.support.installation import list_descendants
-from tests.support.job_processes import has_exited, list_own_job_processes, parent_pid
+from tests.support.installation import has_exited, list_descendants
+from tests.support.job_processes import list_own_job_processes, parent_pid
 from tests.support.polling import poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process, run_roles_subprocess
 from tests.support.suspension import suspend

@@ -16,7 +16,8 @@ from jobledger.ledger.mongo.connection import Connection
 from tests.processors.session.fixtures import CONFERENCE_PAGE, Site, SiteResponse, html, serve_site
 from tests.processors.session.openai_server import KEY, FakeOpenAiServer, run_fake_openai
 from tests.processors.session.video_files import make_tone, make_video_file
-from tests.support.job_processes import has_exited, list_own_job_processes
+from tests.support.installation import has_exited
+from tests.support.job_processes import list_own_job_processes
 from tests.support.polling import poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 
