@@ -73,14 +73,14 @@ class StallDetector:
         self._since: float | None = None
         checkpoint.add_listener(self._on_checkpoint_change)
 
-    def is_stalled(self, seconds: float = STALL_SECONDS) -> bool:
-        """Return whether the views have stayed behind or ahead of the log for this time.
+    def is_stalled(self) -> bool:
+        """Return whether the views have stayed behind or ahead of the log for `STALL_SECONDS`.
 
         Views of another version are never stalled: they are outdated, and a rebuild is in progress.
         """
         if self._since is None or self._checkpoint.version != PROJECTION_VERSION:
             return False
-        return time.monotonic() - self._since >= seconds
+        return time.monotonic() - self._since >= STALL_SECONDS
 
     async def resync(self, session: AsyncClientSession) -> None:
         """Read the head of the log when the change stream starts."""

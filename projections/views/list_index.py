@@ -112,10 +112,10 @@ def _build_keys(scopes: Sequence[str], texts: Sequence[str]) -> list[str]:
     """Return each text in each scope, for as many scopes as fit into the budget of a document."""
     max_scopes = min(len(scopes), MAX_LIST_INDEX_ROWS // max(1, len(texts)))
     keys = [_build_list_key(scope, text) for scope in scopes[:max_scopes] for text in texts]
-    if len(keys) > _MAX_UNMEASURED_KEYS and (used := _count_bytes(keys)) > MAX_LIST_INDEX_BYTES:
-        while keys and used > MAX_LIST_INDEX_BYTES:
-            used -= _count_bytes(keys[-len(texts) :])
-            del keys[-len(texts) :]
+    used = _count_bytes(keys) if len(keys) > _MAX_UNMEASURED_KEYS else 0
+    while used > MAX_LIST_INDEX_BYTES:
+        used -= _count_bytes(keys[-len(texts) :])
+        del keys[-len(texts) :]
     return keys
 
 
