@@ -20,7 +20,6 @@ USE_DRIVER_ERRORS = {
     "ledger/mongo/connection.py": "translates the errors of the driver",
     "ledger/store/change_stream.py": "a change stream is opened again after any error",
     "ledger/mongo/embedded.py": "a starting server does not answer yet",
-    "ledger/webhooks/endpoint_secrets.py": "two processes may create the same secret, so a duplicate key is expected",
     "ledger/files/gridfs.py": "the unique index detects a file that is stored again",
     "ledger/mongo/lease.py": "the heartbeat thread continues after connection failures",
     "ledger/store/event_store.py": "the index may exist, and the clock may be estimated",
