@@ -139,11 +139,8 @@ def _report(command: commands.WorkerCommand, job: Job) -> list[events.JobEvent]:
     """Reject reports of an attempt that has ended. The number of the attempt shows it. No other code rejects them."""
     event = _build_event(command, job)
     if (job.status, job.worker_id, job.attempt) != ("processing", command.worker_id, command.attempt):
-        return [
-            events.WorkerFenced(
-                worker_id=command.worker_id, attempt=command.attempt, rejected_event=type(event).__name__
-            )
-        ]
+        rejected = type(event).__name__
+        return [events.WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, rejected_event=rejected)]
     if isinstance(event, events.StepCompleted):
         limits.check_steps(len(job.steps) + (event.key not in job.steps), _add_step_bytes(job, event))
     return [event]

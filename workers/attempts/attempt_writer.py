@@ -102,7 +102,7 @@ class AttemptWriter:
         """Write the collected entries and progress, even if the caller is cancelled.
 
         Args:
-            final: Whether this is the last flush of the attempt.
+            is_last: Whether this is the last flush of the attempt.
         """
         if self._log_buffer.is_empty and self._progress is None and not self._flush_lock.locked():
             return

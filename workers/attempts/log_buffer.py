@@ -67,7 +67,7 @@ class LogBuffer:
         """Return and remove the entries, in chunks that each fit into an event.
 
         Args:
-            final: Whether no more entries will come. If so, the last entries of a flood are returned as well.
+            is_last: Whether no more entries will come. If so, the last entries of a flood are returned as well.
         """
         self._refill()
         free = min(self._byte_tokens, self._remaining_bytes - (FLOOD_TAIL_ENTRIES + 1) * LOG_ENTRY_OVERHEAD_BYTES)

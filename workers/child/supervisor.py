@@ -49,7 +49,7 @@ def ignore_signals() -> None:
     This uses a handler, because programs started by a processor would inherit SIG_IGN.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _ignore_signal)
+        signal.signal(number, lambda *_: None)
 
 
 def supervise(control: socket.socket, connection: socket.socket, memory_limit_mb: int) -> None:
@@ -162,7 +162,3 @@ class _Supervisor:
 def _send(control: socket.socket, content: dict[str, Any]) -> None:
     with suppress(OSError):  # the worker has ended
         control.sendall(orjson.dumps(content) + b"\n")
-
-
-def _ignore_signal(*_: object) -> None:
-    """Ignore a signal."""

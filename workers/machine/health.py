@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -204,18 +205,16 @@ class WorkerHealth:
         seconds = _CHECK_LIMIT_SECONDS if seconds is None else seconds
         if self._checking is not None and self._checking.is_alive():  # do not start a second thread that hangs
             return build_disk_timeout_failure(seconds)
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[MachineFailure | None] = loop.create_future()
+        result: Future[MachineFailure | None] = Future()
+        result.set_running_or_notify_cancel()  # so a timeout does not cancel it before the thread sets its result
 
         def run() -> None:
-            failure = run_checks_until_failure(self._checks if checks is None else checks)
-            with suppress(RuntimeError):  # the event loop is closed
-                loop.call_soon_threadsafe(_set_result, result, failure)
+            result.set_result(run_checks_until_failure(self._checks if checks is None else checks))
 
         self._checking = threading.Thread(target=run, name="health-check", daemon=True)
         try:
             self._checking.start()
-            failure = await asyncio.wait_for(result, seconds)
+            failure = await asyncio.wait_for(asyncio.wrap_future(result), seconds)
         except TimeoutError:
             return build_disk_timeout_failure(seconds)
         except RuntimeError as error:
@@ -223,11 +222,6 @@ class WorkerHealth:
             return find_machine_failure(error) or MachineFailure(f"The machine cannot be checked: {error}")
         self._checking = None  # it has sent its result, and ends soon
         return failure
-
-
-def _set_result(result: asyncio.Future[MachineFailure | None], failure: MachineFailure | None) -> None:
-    if not result.done():  # the caller may have timed out
-        result.set_result(failure)
 
 
 def run_checks_until_failure(checks: Sequence[Callable[[], None]]) -> MachineFailure | None:

@@ -54,9 +54,6 @@ class DeliverySchedule:
         self._hosts: dict[str, _Host] = {}
         self._in_flight: dict[str, str] = {}
 
-    def __len__(self) -> int:
-        return len(self._current)
-
     def clear(self) -> None:
         """Remove all waiting deliveries. Attempts in flight continue, and the state of hosts is kept."""
         self._current.clear()
