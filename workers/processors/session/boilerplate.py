@@ -146,12 +146,9 @@ def _list_block_texts(body: Any) -> list[tuple[Any, str]]:
 
 def _find_main_element(body: Any, kept: dict[Any, int]) -> Any:
     """Return the innermost element that contains nearly all of the main text."""
-    sizes: Counter[Any] = Counter()
-    for block, size in kept.items():
-        for element in (block, *block.iterancestors()):
-            sizes[element] += size
+    counts = _sum_up_tree({element: Counter(kept=kept.get(element, 0)) for element in body.iter()}, body)
     main = body
-    while inner := [child for child in main if sizes[child] >= _MAIN_SHARE * sizes[body]]:
+    while inner := [child for child in main if counts[child]["kept"] >= _MAIN_SHARE * counts[body]["kept"]]:
         main = inner[0]
     return main if main.tag not in _LIST_PARTS else next(main.iterancestors("table", "ul", "ol", "dl"), main)
 

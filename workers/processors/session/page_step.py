@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from jobledger.workers.processor import JSON, ProcessorError
 from jobledger.workers.processors.session.page import PageText, read_page, require_html_type
@@ -46,7 +47,7 @@ async def _fetch_and_read(ctx: StepContext) -> PageText:
         timeout_seconds=ctx.settings.page_timeout_seconds * FETCH_TIMEOUT_FRACTION,
         accept="text/html, application/xhtml+xml",
         check_media_type=require_html_type,
-        on_progress=ctx.report_download_progress("Fetching the page", 0, 10),
+        on_progress=partial(ctx.report_download, "Fetching the page", 0, 10),
     )
     await ctx.log_fetch(response)
     await ctx.job.report_progress(10, "Reading the page")

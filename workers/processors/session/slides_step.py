@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from functools import partial
 from pathlib import Path
 
 from jobledger.workers.processor import JSON, ProcessorError
@@ -95,7 +96,7 @@ async def _fetch_and_render(ctx: StepContext, url: str, result: SlidesResult) ->
         max_bytes=ctx.settings.slides_max_bytes,
         timeout_seconds=ctx.settings.slides_timeout_seconds * FETCH_TIMEOUT_FRACTION,
         target=attachment,
-        on_progress=ctx.report_download_progress("Fetching the slides", 60, 70),
+        on_progress=partial(ctx.report_download, "Fetching the slides", 60, 70),
     )
     await ctx.log_fetch(response)
     if await asyncio.to_thread(pdf_rendering.is_pdf, attachment):

@@ -12,7 +12,7 @@ from hashlib import sha256
 from typing import Final, TypeVar
 
 from jobledger.workers.processor import JSON, JobContext, ProcessorError
-from jobledger.workers.processors.session.fetcher import Fetcher, FetchResult, ProgressCallback, format_bytes
+from jobledger.workers.processors.session.fetcher import Fetcher, FetchResult, format_bytes
 from jobledger.workers.processors.session.parameters import SessionParameters
 from jobledger.workers.processors.session.result_layout import ResultLayout
 from jobledger.workers.processors.session.settings import SessionSettings
@@ -60,15 +60,11 @@ class StepContext:
         fraction = min(1.0, done / total) if total else 0.5
         await self.job.report_progress(start + fraction * (end - start), message)
 
-    def report_download_progress(self, message: str, start: float, end: float) -> ProgressCallback:
-        """Return a callback that reports a download as progress from `start` to `end` percent."""
-
-        async def report(received: int, total: int | None) -> None:
-            self.raise_if_cancelled()
-            of_total = f" of {format_bytes(total)}" if total else ""
-            await self.report_part(f"{message}: {format_bytes(received)}{of_total}", start, end, received, total)
-
-        return report
+    async def report_download(self, message: str, start: float, end: float, received: int, total: int | None) -> None:
+        """Report a download as progress from `start` to `end` percent."""
+        self.raise_if_cancelled()
+        of_total = f" of {format_bytes(total)}" if total else ""
+        await self.report_part(f"{message}: {format_bytes(received)}{of_total}", start, end, received, total)
 
     async def log_fetch(self, fetched: FetchResult) -> None:
         media_type = fetched.media_type or "no content type"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 from jobledger.workers.processor import JSON, ProcessorError
@@ -79,7 +80,7 @@ async def _fetch_and_transcribe(ctx: StepContext, url: str, result: TranscriptRe
         timeout_seconds=ctx.settings.transcript_timeout_seconds * FETCH_TIMEOUT_FRACTION,
         target=video,
         check_media_type=transcript.reject_html_type,
-        on_progress=ctx.report_download_progress("Fetching the recording", 20, 35),
+        on_progress=partial(ctx.report_download, "Fetching the recording", 20, 35),
     )
     await ctx.log_fetch(response)
     await _extract_audio(ctx, video, audio, result)
