@@ -81,10 +81,8 @@ async def resolve_media_url(url: str, *, seconds: float, scratch: Path, fetcher:
         raise TranscriptUnavailable(
             f"The recording is on a page of {site}. yt-dlp cannot run in a sandbox: {error}"
         ) from error
-    except ValidationError as error:
-        raise TranscriptUnavailable(
-            f"The recording on a page of {site} is not available: yt-dlp returned no result."
-        ) from error
+    except ValidationError:
+        response = _HelperResponse(error="yt-dlp returned no result")
     if response.error is not None:
         reason = _format_reason(response.error)
         raise TranscriptUnavailable(f"The recording on a page of {site} is not available: {reason}.")
