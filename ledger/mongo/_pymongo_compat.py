@@ -50,7 +50,7 @@ def patch_session_support() -> None:
     """Make the driver use sessions on all connections to a server that supports them.
 
     It refuses them on connections that it opened while the server was recovering, neither primary nor secondary. Such a
-    connection stays in the pool when the server has become primary, so transactions and change streams fail for ever.
+    connection stays in the pool when the server has become primary, so transactions and change streams fail forever.
     A direct connection to a server that restarts is in this state for a moment. With this patch it sends the session,
     and a server that is still recovering reports that as a transient error.
     """
