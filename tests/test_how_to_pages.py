@@ -6,9 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import pytest
 import yaml
 from pymongo import MongoClient
 
@@ -30,6 +33,18 @@ from tests.support.doc_examples import (
 from tests.support.installation import Installation
 from tests.support.ledger_setup import open_ledger
 from tests.support.polling import DEADLINE_SECONDS
+
+
+@pytest.fixture(scope="module")
+def installation(
+    mongodb_uri: str, mongodb_client: MongoClient[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Installation]:
+    """An installation in which all roles run, with default settings. Tests must not stop or reconfigure it."""
+    db_name = f"test_{uuid4().hex[:16]}"
+    with create_installation(mongodb_uri, db_name, tmp_path_factory.mktemp("up"), {}) as installation:
+        installation.start_up_command()
+        yield installation
+    mongodb_client.drop_database(db_name)
 
 
 async def test_follow_the_log_program_after_kill_continues_at_its_position(
@@ -61,8 +76,7 @@ def test_authentication_how_to_api_key_is_created_used_and_revoked(
     mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
     with create_installation(mongodb_uri, db_name, tmp_path, KEYS) as installation:
-        for role in ("projector", "worker", "api"):
-            installation.start(role).wait_until_ready()
+        installation.start_up_command()
         # The API learns of keys by the change stream, which may take longer than until the next request.
         wait_for_key, wait_for_revocation = (
             f"until {LIST_JOBS} > /dev/null; do sleep 0.1; done",
@@ -107,38 +121,35 @@ def test_authentication_how_to_identity_provider_settings_are_valid(tmp_path: Pa
     assert settings.auth.admins == ["team-operators"]
 
 
-def test_manage_jobs_how_to_commands_list_stop_and_restart_jobs(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+def test_manage_jobs_how_to_commands_list_stop_and_restart_jobs(installation: Installation) -> None:
     """The batch has two jobs that fail and one that waits and is cancelled."""
     list_commands, show_commands, stop_commands, continue_commands, bulk_commands = read_code_blocks(
         DOCS / "how-to" / "manage-jobs.md", "sh"
     )
     failing = {"job_type": "echo", "job_name": "Opening", "parameters": {"fail": "no luck"}}
     batch = {"jobs": [failing, failing, {**failing, "not_before": "2099-01-01T00:00:00Z"}]}
-    with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
-        for role in ("projector", "worker", "api"):
-            installation.start(role).wait_until_ready()
-        url = installation.commands[-1].url
-        batch_id = installation.run("submit", "-", stdin=json.dumps(batch), JOBLEDGER_URL=url).out.split(":")[0]
-        assert wait_until(
-            lambda: "2 failed" in run_shell(installation, f"jobledger batches show {batch_id}"), DEADLINE_SECONDS
-        )
-        [waiting] = run_shell(installation, "jobledger jobs list --status pending --ids").split()
-        ids = f"BATCH={batch_id} JOB={waiting}"
-        output = run_shell(installation, ids, list_commands, show_commands)
-        assert output.count("ECHO_FAILED: no luck") == 2 + 2, "in the list of failed jobs and in the search by name"
-        assert "No jobs match these filters." in output
-        assert "not before 2099" in output
-        output = run_shell(installation, ids, stop_commands, continue_commands)
-        assert f"{batch_id} is processing, paused\n" in output
-        assert f"{waiting} is cancelled\n" in output
-        assert f"{waiting} is pending\n" in output
-        assert re.search(rf"{batch_id}: [23] of 3 jobs changed\n", output), "the third may have failed again already"
-        assert wait_until(
-            lambda: run_shell(installation, "jobledger jobs list --status failed --ids").count("job-") == 3,
-            DEADLINE_SECONDS,
-        )
-        output = run_shell(installation, bulk_commands.replace("FETCH_FAILED", "ECHO_FAILED"))
-        assert len(re.findall(r"job-\w+ is pending", output)) == 3
+    url = installation.commands[-1].url
+    batch_id = installation.run("submit", "-", stdin=json.dumps(batch), JOBLEDGER_URL=url).out.split(":")[0]
+    assert wait_until(
+        lambda: "2 failed" in run_shell(installation, f"jobledger batches show {batch_id}"), DEADLINE_SECONDS
+    )
+    [waiting] = run_shell(installation, "jobledger jobs list --status pending --ids").split()
+    ids = f"BATCH={batch_id} JOB={waiting}"
+    output = run_shell(installation, ids, list_commands, show_commands)
+    assert output.count("ECHO_FAILED: no luck") == 2 + 2, "in the list of failed jobs and in the search by name"
+    assert "No jobs match these filters." in output
+    assert "not before 2099" in output
+    output = run_shell(installation, ids, stop_commands, continue_commands)
+    assert f"{batch_id} is processing, paused\n" in output
+    assert f"{waiting} is cancelled\n" in output
+    assert f"{waiting} is pending\n" in output
+    assert re.search(rf"{batch_id}: [23] of 3 jobs changed\n", output), "the third may have failed again already"
+    assert wait_until(
+        lambda: run_shell(installation, "jobledger jobs list --status failed --ids").count("job-") == 3,
+        DEADLINE_SECONDS,
+    )
+    output = run_shell(installation, bulk_commands.replace("FETCH_FAILED", "ECHO_FAILED"))
+    assert len(re.findall(r"job-\w+ is pending", output)) == 3
 
 
 WEBHOOKS = DOCS / "how-to" / "webhooks.md"
@@ -151,8 +162,7 @@ def test_webhooks_how_to_commands_send_list_and_redeliver(mongodb_uri: str, db_n
     settings = yaml.safe_load(config)
     settings["webhooks"] |= {"allowed_private_hosts": ["127.0.0.1"], "echo_enabled": True, "retry_delays_seconds": [0]}
     with create_installation(mongodb_uri, db_name, tmp_path, settings) as installation:
-        for role in ("projector", "worker", "webhook-sender", "api"):
-            installation.start(role).wait_until_ready()
+        installation.start_up_command()
         callback_url = f"{installation.commands[-1].url}/api/events/test-webhook-callback"
         answer = json.loads(
             run_shell(installation, submit.replace("https://cms.example.org/hooks/jobledger", callback_url))
@@ -226,8 +236,7 @@ def test_job_types_how_to_example_plugin_processes_job(mongodb_uri: str, db_name
     with serve_site() as site, create_installation(mongodb_uri, db_name, home, {}) as installation:
         site.put("/", html("<p>Four words and more</p>"))
         path = {"PYTHONPATH": str(tmp_path / "installed")}
-        for role in ("projector", "worker", "api"):
-            installation.start(role, **path).wait_until_ready()
+        installation.start("up", **path).wait_until_ready()
         output = run_shell(installation, submit.replace("http://127.0.0.1:8000/", site.url("/")))
         assert "completed" in output
         invalid = installation.run(
@@ -265,36 +274,32 @@ def test_sessions_how_to_template_names_are_defined() -> None:
     assert "Example warning" in rendered
 
 
-def test_audit_how_to_commands_follow_verify_and_rebuild(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+def test_audit_how_to_commands_follow_verify_and_rebuild(installation: Installation) -> None:
     follow, show_history, verify, verify_files, rebuild, show_state = read_code_blocks(
         DOCS / "how-to" / "audit.md", "sh"
     )
-    with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
-        for role in ("projector", "worker", "api"):
-            installation.start(role).wait_until_ready()
-        sessions = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}] * 3)
-        url = installation.commands[-1].url
-        assert installation.run("submit", "-", "--wait", "--url", url, stdin=sessions).exit_code == 0
-        listed = json.loads(run_shell(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
-        job = f"JOB={listed['jobs'][0]['job_id']}"
-        assert "JobCompleted" in run_shell(installation, follow)
-        assert "status processing → completed" in run_shell(installation, job, show_history)
-        output = run_shell(installation, verify)
-        assert "are intact" in output
-        assert "The views match the log" in output
-        assert "checked: all are intact" in run_shell(installation, verify_files)
-        output = run_shell(installation, rebuild)
-        assert "The views match the log" in output
-        assert "all views" in output
-        assert "Rebuilt statistics" in output
-        assert '"changes"' in run_shell(installation, show_state)
+    sessions = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}] * 3)
+    url = installation.commands[-1].url
+    assert installation.run("submit", "-", "--wait", "--url", url, stdin=sessions).exit_code == 0
+    listed = json.loads(run_shell(installation, 'curl -s "$JOBLEDGER_URL/api/events/jobs?status=completed"'))
+    job = f"JOB={listed['jobs'][0]['job_id']}"
+    assert "JobCompleted" in run_shell(installation, follow)
+    assert "status processing → completed" in run_shell(installation, job, show_history)
+    output = run_shell(installation, verify)
+    assert "are intact" in output
+    assert "The views match the log" in output
+    assert "checked: all are intact" in run_shell(installation, verify_files)
+    output = run_shell(installation, rebuild)
+    assert "The views match the log" in output
+    assert "all views" in output
+    assert "Rebuilt statistics" in output
+    assert '"changes"' in run_shell(installation, show_state)
 
 
 def test_backup_how_to_export_is_imported(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     full_export, incremental_export, restore, *_ = read_code_blocks(DOCS / "how-to" / "backup.md", "sh")
     with create_installation(mongodb_uri, db_name, tmp_path, {}) as installation:
-        for role in ("projector", "worker", "api"):
-            installation.start(role).wait_until_ready()
+        installation.start_up_command()
         url = installation.commands[-1].url
         sessions = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}] * 3)
         exported = {"to": 0}

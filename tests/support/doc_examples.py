@@ -20,7 +20,8 @@ import pytest
 from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.store.command_handler import handle_command
 from tests.support.event_examples import NOON, RESULTS
-from tests.support.installation import COMMAND, Installation
+from tests.support.forked_commands import create_command
+from tests.support.installation import Installation
 from tests.support.ledger_setup import EVENT_METADATA, Ledger
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.worker_reports import report_results
@@ -88,7 +89,7 @@ def run_shell(installation: Installation, *texts: str) -> str:
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join(texts).replace("http://127.0.0.1:5001", url)],
         cwd=installation.directory,
-        env={**installation.env, "PATH": f"{COMMAND.parent}:{os.environ['PATH']}", "JOBLEDGER_URL": url},
+        env={**installation.env, "PATH": f"{create_command().parent}:{os.environ['PATH']}", "JOBLEDGER_URL": url},
         capture_output=True,
         text=True,
         timeout=100,
