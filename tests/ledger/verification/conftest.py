@@ -109,8 +109,7 @@ def get_digest(result: VerificationResult) -> tuple[int, bytes] | None:
 
 async def replace_documents(ledger: Ledger, *documents: Document) -> None:
     """Store these documents at their positions, in place of others."""
-    for document in documents:
-        await ledger.db.events.delete_one({"_id": document["_id"]})
+    await ledger.db.events.delete_many({"_id": {"$in": [document["_id"] for document in documents]}})
     await ledger.db.events.insert_many([{"_id": document["_id"], **document} for document in documents])
 
 
