@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.installation import Installation, http_client
-from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.plugins import MODULE_TEMPLATE, install_plugin
 
 BAD_PLUGINS = {
@@ -85,8 +84,9 @@ def test_registry_with_bad_plugins_names_each_and_loads_the_others(tmp_path: Pat
     assert "uninstall all but one" in unusable["twice"]
 
 
-@needs_local_mongod
-def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_with_bad_plugins_runs_the_other_job_types(
+    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plugins = tmp_path / "plugins"
     install_plugin(plugins, "raises", BAD_PLUGINS["raises"][0])
     install_plugin(plugins, "healthy")
@@ -106,7 +106,8 @@ def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatc
         install_plugin(plugins, f"sharing-{name}", shared_code)
     monkeypatch.setenv("PYTHONPATH", str(plugins))
     sections = {"misconfigured": {"endpoint": 7}, "raises": {"any": "thing"}}
-    with Installation(tmp_path / "installation", processors=sections) as installation:
+    mongodb = {"uri": mongodb_uri, "db_name": db_name}
+    with Installation(tmp_path / "installation", mongodb=mongodb, processors=sections) as installation:
         up = installation.start_up_command()
         with http_client(up) as client:
             for job_type in ("echo", "healthy", "works"):
