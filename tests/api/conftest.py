@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import httpx
 import orjson
 import pytest
+from anyio.from_thread import start_blocking_portal
+from pymongo import MongoClient
 
 from jobledger.cli.composition import ALL_ROLES, Role, start_roles
 from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
-from jobledger.ledger.mongo.connection import Database
+from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.command_handler import Command, handle_command
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.header_auth import HeaderAuthBackend, principal_header
@@ -161,6 +165,10 @@ def make_settings(uri: str, db_name: str, directory: Path, **sections: dict[str,
     return settings
 
 
+def create_client(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=DEADLINE_SECONDS, trust_env=False, verify=WITHOUT_TLS)
+
+
 async def run_api(
     uri: str, db_name: str, directory: Path, roles: frozenset[Role] = ALL_ROLES, **sections: dict[str, Any]
 ) -> AsyncIterator[Api]:
@@ -177,9 +185,7 @@ async def run_api(
     failures: list[BaseException] = []
     async with (
         start_roles(settings, settings.mongodb.make_connection(uri), roles, on_failure=failures.append) as running,
-        httpx.AsyncClient(
-            base_url=running.url or "", timeout=DEADLINE_SECONDS, trust_env=False, verify=WITHOUT_TLS
-        ) as client,
+        create_client(running.url or "") as client,
     ):
         yield Api(client, running.db, running.event_store, directory / "results")
     assert not failures
@@ -188,6 +194,10 @@ async def run_api(
 @pytest.fixture
 def header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Authenticate by a header (tests/support/header_auth.py). Must come before the fixture that runs the API."""
+    use_header_auth(monkeypatch)
+
+
+def use_header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.cli.process.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
 
 
@@ -228,3 +238,84 @@ def run_without_worker(mongodb_uri: str, db_name: str, tmp_path: Path) -> RunApi
                 yield api
 
     return run
+
+
+# An API for all tests of a module -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ApiInThread:
+    """An API without a worker whose event loop runs in another thread, so that each test can have its own."""
+
+    url: str
+    connection: Connection
+    store: Path
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Api]:
+        """Yield the API with an HTTP client and an event store of the current event loop."""
+        async with create_client(self.url) as http, self.connection.create_client() as mongo:
+            db = mongo[self.connection.db_name]
+            event_store = EventStore(db)
+            yield Api(http, db, event_store, self.store)
+            await event_store.aclose()
+
+
+@contextmanager
+def run_api_in_thread(
+    uri: str, directory: Path, monkeypatch: pytest.MonkeyPatch | None = None
+) -> Iterator[ApiInThread]:
+    """Run an API without a worker on a new database. Undo the changes of `monkeypatch` once the API has started."""
+    db_name = f"test_{uuid4().hex[:16]}"
+    run = asynccontextmanager(run_api)
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(run(uri, db_name, directory, WITHOUT_WORKER)) as api,
+    ):
+        if monkeypatch is not None:
+            monkeypatch.undo()
+        yield ApiInThread(api.url, Connection(uri, db_name), api.store)
+
+
+def drop_database_later(api: ApiInThread, client: MongoClient[dict[str, Any]], executor: ThreadPoolExecutor) -> None:
+    executor.submit(client.drop_database, api.connection.db_name)
+
+
+@pytest.fixture(scope="module")
+def api_of_module(
+    mongodb_uri: str,
+    mongodb_client: MongoClient[dict[str, Any]],
+    cleanup_executor: ThreadPoolExecutor,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ApiInThread]:
+    with run_api_in_thread(mongodb_uri, tmp_path_factory.mktemp("api")) as api:
+        yield api
+    drop_database_later(api, mongodb_client, cleanup_executor)
+
+
+@pytest.fixture(scope="module")
+def header_auth_api_of_module(
+    mongodb_uri: str,
+    mongodb_client: MongoClient[dict[str, Any]],
+    cleanup_executor: ThreadPoolExecutor,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ApiInThread]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_header_auth(monkeypatch)
+        with run_api_in_thread(mongodb_uri, tmp_path_factory.mktemp("api"), monkeypatch) as api:
+            yield api
+    drop_database_later(api, mongodb_client, cleanup_executor)
+
+
+@pytest.fixture
+async def shared_api(api_of_module: ApiInThread) -> AsyncIterator[Api]:
+    """An API without a worker for all tests of a module. A test asserts only about jobs that it added itself."""
+    async with api_of_module.open() as api:
+        yield api
+
+
+@pytest.fixture
+async def shared_header_auth_api(header_auth_api_of_module: ApiInThread) -> AsyncIterator[Api]:
+    """Like `shared_api`, but authenticates by a header (tests/support/header_auth.py)."""
+    async with header_auth_api_of_module.open() as api:
+        yield api

@@ -60,20 +60,20 @@ async def fetch_archive(api: Api, path: str) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-async def test_job_archive_contains_files_and_keeps_markdown_links(api_without_worker: Api, tmp_path: Path) -> None:
-    job_id = await add_job_with_files(api_without_worker, TALK)
-    files = await fetch_archive(api_without_worker, f"jobs/{job_id}")
+async def test_job_archive_contains_files_and_keeps_markdown_links(shared_api: Api, tmp_path: Path) -> None:
+    job_id = await add_job_with_files(shared_api, TALK)
+    files = await fetch_archive(shared_api, f"jobs/{job_id}")
 
     assert files == {path.removeprefix("FOSDEM/Keynotes/welcome-1a/"): content for path, content in TALK.items()}
     for link in re.findall(r"!\[\]\(([^)]*)\)", files["Welcome.md"].decode()):
         assert link in files
 
 
-async def test_job_archive_keeps_paths_relative_to_the_markdown(api_without_worker: Api) -> None:
+async def test_job_archive_keeps_paths_relative_to_the_markdown(shared_api: Api) -> None:
     job_id = await add_job_with_files(
-        api_without_worker, {"e/t/s/talk.md": b"[](../shared/a.jpg)", "e/t/shared/a.jpg": b"picture"}
+        shared_api, {"e/t/s/talk.md": b"[](../shared/a.jpg)", "e/t/shared/a.jpg": b"picture"}
     )
-    assert set(await fetch_archive(api_without_worker, f"jobs/{job_id}")) == {"s/talk.md", "shared/a.jpg"}
+    assert set(await fetch_archive(shared_api, f"jobs/{job_id}")) == {"s/talk.md", "shared/a.jpg"}
 
 
 async def test_archive_of_processed_job_can_be_extracted(api: Api, tmp_path: Path) -> None:
@@ -85,11 +85,11 @@ async def test_archive_of_processed_job_can_be_extracted(api: Api, tmp_path: Pat
     assert "ä" in (tmp_path / "echo.md").read_text(encoding="utf-8")
 
 
-async def test_archive_of_same_results_is_identical(api_without_worker: Api) -> None:
+async def test_archive_of_same_results_is_identical(shared_api: Api) -> None:
     at = datetime(2025, 2, 1, 12, 30, 7, tzinfo=UTC)
-    job_id = await add_job_with_files(api_without_worker, dict(reversed(TALK.items())), at=at)
-    first = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
-    second = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
+    job_id = await add_job_with_files(shared_api, dict(reversed(TALK.items())), at=at)
+    first = await shared_api.get(f"/api/events/jobs/{job_id}/download-archive")
+    second = await shared_api.get(f"/api/events/jobs/{job_id}/download-archive")
     assert first.content == second.content
     with ZipFile(BytesIO(first.content)) as archive:
         entries = archive.infolist()
@@ -99,21 +99,19 @@ async def test_archive_of_same_results_is_identical(api_without_worker: Api) -> 
     assert [entry.compress_type for entry in entries] == [ZIP_DEFLATED, ZIP_STORED]
 
 
-async def test_archive_without_results_is_rejected(api_without_worker: Api) -> None:
-    for job_id in (await add_job(api_without_worker, is_finished=False), await add_job(api_without_worker)):
-        response = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
+async def test_archive_without_results_is_rejected(shared_api: Api) -> None:
+    for job_id in (await add_job(shared_api, is_finished=False), await add_job(shared_api)):
+        response = await shared_api.get(f"/api/events/jobs/{job_id}/download-archive")
         assert (response.status_code, response.json()["code"]) == (409, "no_results")
     batch_id = create_batch_id()
-    await add_batch(
-        api_without_worker, batch_id, [await add_job(api_without_worker, batch_id=batch_id, is_finished=False)]
-    )
-    response = await api_without_worker.get(f"/api/events/batches/{batch_id}/download-archive")
+    await add_batch(shared_api, batch_id, [await add_job(shared_api, batch_id=batch_id, is_finished=False)])
+    response = await shared_api.get(f"/api/events/batches/{batch_id}/download-archive")
     assert (response.status_code, response.json()["code"]) == (409, "no_results")
 
 
 @pytest.mark.parametrize("path", ["jobs/job-x", "jobs/x", "batches/batch-x", "batches/x"])
-async def test_archive_of_missing_job_or_batch_is_not_found(api_without_worker: Api, path: str) -> None:
-    response = await api_without_worker.get(f"/api/events/{path}/download-archive")
+async def test_archive_of_missing_job_or_batch_is_not_found(shared_api: Api, path: str) -> None:
+    response = await shared_api.get(f"/api/events/{path}/download-archive")
     assert response.status_code == 404
     assert response.json()["code"] in ("job_not_found", "batch_not_found")
 
@@ -127,13 +125,13 @@ async def test_archive_of_deleted_job_is_not_found(api_without_worker: Api) -> N
     assert response.status_code == 404
 
 
-async def test_batch_archive_contains_files_of_all_finished_jobs(api_without_worker: Api) -> None:
+async def test_batch_archive_contains_files_of_all_finished_jobs(shared_api: Api) -> None:
     batch_id = create_batch_id()
     jobs = [{f"e/t/talk-{number}/talk.md": f"{number}".encode()} for number in range(3)]
-    job_ids = [await add_job_with_files(api_without_worker, contents, batch_id=batch_id) for contents in jobs]
-    job_ids.append(await add_job(api_without_worker, batch_id=batch_id, is_finished=False))
-    await add_batch(api_without_worker, batch_id, job_ids)
-    assert await fetch_archive(api_without_worker, f"batches/{batch_id}") == jobs[0] | jobs[1] | jobs[2]
+    job_ids = [await add_job_with_files(shared_api, contents, batch_id=batch_id) for contents in jobs]
+    job_ids.append(await add_job(shared_api, batch_id=batch_id, is_finished=False))
+    await add_batch(shared_api, batch_id, job_ids)
+    assert await fetch_archive(shared_api, f"batches/{batch_id}") == jobs[0] | jobs[1] | jobs[2]
 
 
 async def test_batch_archive_contains_only_readable_jobs(header_auth_api: Api) -> None:
@@ -151,9 +149,9 @@ async def test_batch_archive_contains_only_readable_jobs(header_auth_api: Api) -
     assert response.status_code == 409
 
 
-async def test_archive_head_request_has_no_body(api_without_worker: Api) -> None:
-    job_id = await add_job_with_files(api_without_worker, TALK)
-    response = await api_without_worker.http.head(f"/api/events/jobs/{job_id}/download-archive")
+async def test_archive_head_request_has_no_body(shared_api: Api) -> None:
+    job_id = await add_job_with_files(shared_api, TALK)
+    response = await shared_api.http.head(f"/api/events/jobs/{job_id}/download-archive")
     assert (response.status_code, response.headers["content-type"], response.content) == (200, "application/zip", b"")
 
 
@@ -226,11 +224,11 @@ async def test_archive_with_missing_first_file_responds_with_error(api_without_w
     assert (response.status_code, response.json()["code"]) == (500, "file_missing")
 
 
-async def test_archive_entries_with_colliding_names_stay_distinct(api_without_worker: Api) -> None:
+async def test_archive_entries_with_colliding_names_stay_distinct(shared_api: Api) -> None:
     job_id = await add_job_with_files(
-        api_without_worker, {"t/a:b.md": b"1", "t/a?b.md": b"2", "t/A_B.md": b"3", "t/../../etc/passwd": b"4"}
+        shared_api, {"t/a:b.md": b"1", "t/a?b.md": b"2", "t/A_B.md": b"3", "t/../../etc/passwd": b"4"}
     )
-    files = await fetch_archive(api_without_worker, f"jobs/{job_id}")
+    files = await fetch_archive(shared_api, f"jobs/{job_id}")
     assert sorted(files.values()) == [b"1", b"2", b"3", b"4"]
     assert len({name.casefold() for name in files}) == 4
     assert not any(".." in name or name.startswith("/") for name in files)
@@ -299,20 +297,20 @@ CONFLICTING_PATHS = [
 @pytest.mark.parametrize("kind", ["jobs", "batches"])
 @pytest.mark.parametrize("paths", CONFLICTING_PATHS, ids=" ".join)
 async def test_archive_with_conflicting_paths_can_be_extracted(
-    api_without_worker: Api, tmp_path: Path, paths: list[str], kind: str
+    shared_api: Api, tmp_path: Path, paths: list[str], kind: str
 ) -> None:
     contents = {f"talk/{path}": f"{number} {paths}".encode() for number, path in enumerate(paths)}
     if kind == "jobs":
-        resource = f"jobs/{await add_job_with_files(api_without_worker, contents)}"
+        resource = f"jobs/{await add_job_with_files(shared_api, contents)}"
     else:  # a batch with one job for each file
         batch_id = create_batch_id()
         job_ids = [
-            await add_job_with_files(api_without_worker, {path: content}, batch_id=batch_id)
+            await add_job_with_files(shared_api, {path: content}, batch_id=batch_id)
             for path, content in contents.items()
         ]
-        await add_batch(api_without_worker, batch_id, job_ids)
+        await add_batch(shared_api, batch_id, job_ids)
         resource = f"batches/{batch_id}"
-    response = await api_without_worker.get(f"/api/events/{resource}/download-archive")
+    response = await shared_api.get(f"/api/events/{resource}/download-archive")
     (tmp_path / "a.zip").write_bytes(response.content)
     commands = [[sys.executable, "-m", "zipfile", "-e", "a.zip", "python"]]
     if unzip := shutil.which("unzip"):

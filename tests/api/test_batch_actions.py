@@ -96,42 +96,42 @@ async def test_repeated_pause_and_needless_resume_append_no_event(api_without_wo
     assert await api_without_worker.event_store.read_head_position() == 3
 
 
-async def test_pause_directly_after_submission_succeeds(api_without_worker: Api) -> None:
+async def test_pause_directly_after_submission_succeeds(shared_api: Api) -> None:
     for _ in range(10):  # the views may or may not contain the batch yet
-        batch = await api_without_worker.submit_batch({})
-        _, position = await request_action(api_without_worker, batch["batch_id"], "pause")
-        assert (await load_batch_and_jobs(api_without_worker, batch["batch_id"], position))[batch["job_ids"][0]][
+        batch = await shared_api.submit_batch({})
+        _, position = await request_action(shared_api, batch["batch_id"], "pause")
+        assert (await load_batch_and_jobs(shared_api, batch["batch_id"], position))[batch["job_ids"][0]][
             "paused"
         ] is True
 
 
-async def test_restart_of_job_in_paused_batch_responds_with_paused(api_without_worker: Api) -> None:
-    batch_id, (*_, cancelled) = await create_batch_with_all_statuses(api_without_worker)
-    _, position = await request_action(api_without_worker, batch_id, "pause")
-    await api_without_worker.get("/api/events/jobs", position)
-    response = await api_without_worker.post(f"/api/events/jobs/{cancelled}/restart")
+async def test_restart_of_job_in_paused_batch_responds_with_paused(shared_api: Api) -> None:
+    batch_id, (*_, cancelled) = await create_batch_with_all_statuses(shared_api)
+    _, position = await request_action(shared_api, batch_id, "pause")
+    await shared_api.get("/api/events/jobs", position)
+    response = await shared_api.post(f"/api/events/jobs/{cancelled}/restart")
     assert (response.json()["job"]["status"], response.json()["job"]["paused"]) == ("pending", True)
 
 
 # Cancel -------------------------------------------------------------------------------------------------------------
 
 
-async def test_cancel_batch_cancels_unfinished_jobs_only(api_without_worker: Api) -> None:
-    batch_id, job_ids = await create_batch_with_all_statuses(api_without_worker)
-    content, position = await request_action(api_without_worker, batch_id, "cancel", {"reason": "wrong conference"})
+async def test_cancel_batch_cancels_unfinished_jobs_only(shared_api: Api) -> None:
+    batch_id, job_ids = await create_batch_with_all_statuses(shared_api)
+    content, position = await request_action(shared_api, batch_id, "cancel", {"reason": "wrong conference"})
 
     assert content["jobs"] == build_job_counts(5, changed=2)
     assert content["events"] == {"JobCancelled": 1, "JobCancelRequested": 1}
     assert content["rejections"] == []
     expected = ["cancelled", "processing", "completed", "failed", "cancelled"]
-    assert await load_statuses(api_without_worker, batch_id, job_ids, position) == expected
-    assert (await load_batch_and_jobs(api_without_worker, batch_id, position))[job_ids[1]]["cancel_requested"] is True
+    assert await load_statuses(shared_api, batch_id, job_ids, position) == expected
+    assert (await load_batch_and_jobs(shared_api, batch_id, position))[job_ids[1]]["cancel_requested"] is True
     for job_id in job_ids[:2]:
-        event = (await api_without_worker.event_store.read_stream(job_id))[-1]
+        event = (await shared_api.event_store.read_stream(job_id))[-1]
         assert event.data == {"by": "user:local", "reason": "wrong conference"}
         assert event.meta == EventMetadata("user:local", batch_id)
 
-    repeated, repeated_position = await request_action(api_without_worker, batch_id, "cancel")
+    repeated, repeated_position = await request_action(shared_api, batch_id, "cancel")
     assert repeated["jobs"] == build_job_counts(5)
     assert (repeated["events"], repeated_position) == ({}, position)
 
@@ -160,25 +160,25 @@ async def test_cancel_batch_stops_running_jobs_and_finishes_batch(api: Api) -> N
     ids=str,
 )
 async def test_restart_batch_restarts_jobs_with_the_selected_status(
-    api_without_worker: Api, body: Any, restarted_indexes: list[int]
+    shared_api: Api, body: Any, restarted_indexes: list[int]
 ) -> None:
-    batch_id, job_ids = await create_batch_with_all_statuses(api_without_worker)
-    content, position = await request_action(api_without_worker, batch_id, "restart", body)
+    batch_id, job_ids = await create_batch_with_all_statuses(shared_api)
+    content, position = await request_action(shared_api, batch_id, "restart", body)
 
     assert content["jobs"] == build_job_counts(5, changed=len(restarted_indexes))
     assert content["events"] == {"JobRestarted": len(restarted_indexes)}
     before = ["pending", "processing", "completed", "failed", "cancelled"]
     expected = ["pending" if index in restarted_indexes else status for index, status in enumerate(before)]
-    assert await load_statuses(api_without_worker, batch_id, job_ids, position) == expected
+    assert await load_statuses(shared_api, batch_id, job_ids, position) == expected
 
 
-async def test_restart_batch_records_reason_and_reuse_of_steps(api_without_worker: Api) -> None:
-    batch_id, job_ids = await create_batch_with_all_statuses(api_without_worker)
-    await request_action(api_without_worker, batch_id, "restart", {"reuse_steps": False, "reason": "new template"})
-    await request_action(api_without_worker, batch_id, "restart", {"only": "all"})
+async def test_restart_batch_records_reason_and_reuse_of_steps(shared_api: Api) -> None:
+    batch_id, job_ids = await create_batch_with_all_statuses(shared_api)
+    await request_action(shared_api, batch_id, "restart", {"reuse_steps": False, "reason": "new template"})
+    await request_action(shared_api, batch_id, "restart", {"only": "all"})
 
     for job_id, data in [(job_ids[3], {"reason": "new template", "reuse_steps": False}), (job_ids[2], {})]:
-        event = (await api_without_worker.event_store.read_stream(job_id))[-1]
+        event = (await shared_api.event_store.read_stream(job_id))[-1]
         assert (event.type, event.meta) == ("JobRestarted", EventMetadata("user:local", batch_id))
         assert event.data == {"by": "user:local", "reuse_steps": True, **data}
 
@@ -204,30 +204,30 @@ async def _read_batch_stream(api: Api, batch_id: str, *, after: int) -> Any:
 # Archive and delete -------------------------------------------------------------------------------------------------
 
 
-async def test_archive_and_unarchive_batch_include_all_jobs(api_without_worker: Api) -> None:
-    batch_id, job_ids = await create_batch_with_all_statuses(api_without_worker)
+async def test_archive_and_unarchive_batch_include_all_jobs(shared_api: Api) -> None:
+    batch_id, job_ids = await create_batch_with_all_statuses(shared_api)
     for action, archived, event in (("archive", True, "JobArchived"), ("unarchive", False, "JobUnarchived")):
-        content, position = await request_action(api_without_worker, batch_id, action, {"reason": "old"})
+        content, position = await request_action(shared_api, batch_id, action, {"reason": "old"})
         assert content["batch"]["archived"] is archived
         assert content["jobs"] == build_job_counts(5, changed=5)
         assert content["events"] == {event: 5}
-        resources = await load_batch_and_jobs(api_without_worker, batch_id, position)
+        resources = await load_batch_and_jobs(shared_api, batch_id, position)
         assert [resources[name]["archived"] for name in (batch_id, *job_ids)] == [archived] * 6
-        assert (await api_without_worker.event_store.read_stream(batch_id))[-1].data == {
+        assert (await shared_api.event_store.read_stream(batch_id))[-1].data == {
             "by": "user:local",
             "reason": "old",
         }
 
-        repeated, repeated_position = await request_action(api_without_worker, batch_id, action)
+        repeated, repeated_position = await request_action(shared_api, batch_id, action)
         assert (repeated["jobs"], repeated["events"], repeated_position) == (build_job_counts(5), {}, position)
 
 
-async def test_archive_of_archived_batch_archives_remaining_jobs(api_without_worker: Api) -> None:
+async def test_archive_of_archived_batch_archives_remaining_jobs(shared_api: Api) -> None:
     """An interrupted request can be repeated."""
-    batch_id, job_ids = await create_batch_with_all_statuses(api_without_worker)
-    await request_action(api_without_worker, batch_id, "archive")
-    await api_without_worker.post(f"/api/events/jobs/{job_ids[2]}/unarchive")
-    content, _ = await request_action(api_without_worker, batch_id, "archive")
+    batch_id, job_ids = await create_batch_with_all_statuses(shared_api)
+    await request_action(shared_api, batch_id, "archive")
+    await shared_api.post(f"/api/events/jobs/{job_ids[2]}/unarchive")
+    content, _ = await request_action(shared_api, batch_id, "archive")
     assert content["jobs"] == build_job_counts(5, changed=1)
 
 
@@ -249,13 +249,13 @@ async def test_delete_batch_removes_jobs_and_files(api: Api) -> None:
     assert (await api.post(f"{path}/restart")).json()["code"] == "batch_not_found"
 
 
-async def test_delete_of_unfinished_batch_is_rejected_without_event(api_without_worker: Api) -> None:
-    batch_id, _ = await create_batch_with_all_statuses(api_without_worker)
-    head = await api_without_worker.event_store.read_head_position()
-    response = await api_without_worker.http.delete(f"{BATCHES}/{batch_id}")
+async def test_delete_of_unfinished_batch_is_rejected_without_event(shared_api: Api) -> None:
+    batch_id, _ = await create_batch_with_all_statuses(shared_api)
+    head = await shared_api.event_store.read_head_position()
+    response = await shared_api.http.delete(f"{BATCHES}/{batch_id}")
     assert (response.status_code, response.json()["code"]) == (409, "invalid_state")
     assert "cancel it before you delete it" in response.json()["message"]
-    assert await api_without_worker.event_store.read_head_position() == head
+    assert await shared_api.event_store.read_head_position() == head
 
 
 async def test_delete_batch_with_job_restarted_meanwhile_is_rejected(
@@ -304,17 +304,18 @@ async def test_actions_on_ten_thousand_jobs_take_seconds(api_without_worker: Api
 
 
 @pytest.mark.parametrize("batch_id", ["batch-000000000000000000000000", "job-000000000000000000000000", "nonsense"])
-async def test_action_on_missing_batch_is_not_found(api_without_worker: Api, batch_id: str) -> None:
-    responses = [await api_without_worker.post(f"{BATCHES}/{batch_id}/{action}") for action in ACTIONS]
-    responses.append(await api_without_worker.http.delete(f"{BATCHES}/{batch_id}"))
+async def test_action_on_missing_batch_is_not_found(shared_api: Api, batch_id: str) -> None:
+    head = await shared_api.event_store.read_head_position()
+    responses = [await shared_api.post(f"{BATCHES}/{batch_id}/{action}") for action in ACTIONS]
+    responses.append(await shared_api.http.delete(f"{BATCHES}/{batch_id}"))
     assert {(response.status_code, response.json()["code"]) for response in responses} == {(404, "batch_not_found")}
-    assert await api_without_worker.event_store.read_head_position() == 0
+    assert await shared_api.event_store.read_head_position() == head
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-async def test_action_with_invalid_body_is_rejected_without_event(api_without_worker: Api, action: str) -> None:
-    batch_id, _ = await create_batch_with_all_statuses(api_without_worker)
-    head, path = await api_without_worker.event_store.read_head_position(), f"{BATCHES}/{batch_id}/{action}"
+async def test_action_with_invalid_body_is_rejected_without_event(shared_api: Api, action: str) -> None:
+    batch_id, _ = await create_batch_with_all_statuses(shared_api)
+    head, path = await shared_api.event_store.read_head_position(), f"{BATCHES}/{batch_id}/{action}"
     invalid_bodies: list[tuple[Any, str]] = [
         ({"resaon": "x"}, "resaon"),
         ({"reason": 3}, "reason"),
@@ -323,16 +324,14 @@ async def test_action_with_invalid_body_is_rejected_without_event(api_without_wo
         ({"only": "some"} if action == "restart" else {"only": "failed"}, "only"),
     ]
     for body, field in invalid_bodies:
-        response = await api_without_worker.post(path, body)
+        response = await shared_api.post(path, body)
         assert response.status_code == 422, f"{body}: {response.text}"
         assert response.json()["details"]["errors"][0]["path"] == field
-    assert (
-        await api_without_worker.http.post(path, content=b"x=1", headers={"Content-Type": "text/plain"})
-    ).status_code == 415
-    malformed = await api_without_worker.http.post(path, content=b"{", headers={"Content-Type": "application/json"})
+    assert (await shared_api.http.post(path, content=b"x=1", headers={"Content-Type": "text/plain"})).status_code == 415
+    malformed = await shared_api.http.post(path, content=b"{", headers={"Content-Type": "application/json"})
     assert (malformed.status_code, malformed.json()["code"]) == (400, "malformed_json")
-    assert (await api_without_worker.http.get(path)).status_code == 405
-    assert await api_without_worker.event_store.read_head_position() == head
+    assert (await shared_api.http.get(path)).status_code == 405
+    assert await shared_api.event_store.read_head_position() == head
 
 
 async def test_access_lists_over_list_index_limit_are_rejected(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

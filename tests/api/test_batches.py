@@ -12,8 +12,8 @@ from tests.api.conftest import Api
 VALID_JOB: dict[str, Any] = {"job_type": "echo", "parameters": {}}
 
 
-async def test_submit_batch_creates_all_jobs_with_merged_parameters(api_without_worker: Api) -> None:
-    response = await api_without_worker.post(
+async def test_submit_batch_creates_all_jobs_with_merged_parameters(shared_api: Api) -> None:
+    response = await shared_api.post(
         "/api/events/batches",
         {
             "batch_name": "Saturday",
@@ -24,8 +24,7 @@ async def test_submit_batch_creates_all_jobs_with_merged_parameters(api_without_
     )
     content, position = response.json(), response.headers["ledger-position"]
     jobs = [
-        (await api_without_worker.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
-        for job_id in content["job_ids"]
+        (await shared_api.get(f"/api/events/jobs/{job_id}", position)).json()["job"] for job_id in content["job_ids"]
     ]
 
     assert response.status_code == 202
@@ -36,10 +35,10 @@ async def test_submit_batch_creates_all_jobs_with_merged_parameters(api_without_
     assert {job["batch_id"] for job in jobs} == {content["batch_id"]}
 
 
-async def test_submitted_batch_is_readable_at_once(api_without_worker: Api) -> None:
+async def test_submitted_batch_is_readable_at_once(shared_api: Api) -> None:
     for _ in range(10):
-        batch = await api_without_worker.submit_batch({}, {}, {})
-        loaded = (await api_without_worker.get(f"/api/events/batches/{batch['batch_id']}")).json()["batch"]
+        batch = await shared_api.submit_batch({}, {}, {})
+        loaded = (await shared_api.get(f"/api/events/batches/{batch['batch_id']}")).json()["batch"]
         assert loaded["total_jobs"] == 3
         assert loaded["job_ids"] == batch["job_ids"]
 
@@ -91,10 +90,11 @@ async def test_batch_list_filters_by_status_and_owner_newest_first(api: Api) -> 
     ids=str,
 )
 async def test_submit_batch_with_invalid_job_is_rejected_with_its_index(
-    api_without_worker: Api, invalid: Any, path: str
+    shared_api: Api, invalid: Any, path: str
 ) -> None:
     webhook = {"url": "https://example.org/", "headers": {"A": "b"}}
-    response = await api_without_worker.post(
+    head = await shared_api.event_store.read_head_position()
+    response = await shared_api.post(
         "/api/events/batches", {"jobs": [VALID_JOB, VALID_JOB, invalid, VALID_JOB], "webhook": webhook}
     )
 
@@ -102,12 +102,12 @@ async def test_submit_batch_with_invalid_job_is_rejected_with_its_index(
     assert response.status_code == 422
     assert path in [error["path"] for error in content["details"]["errors"]], content
     assert content["message"].startswith("jobs[2]")
-    assert await api_without_worker.event_store.read_head_position() == 0
+    assert await shared_api.event_store.read_head_position() == head
 
 
 @pytest.mark.parametrize("jobs", [[], {}, "x", None, 3], ids=str)
-async def test_submit_batch_without_jobs_is_rejected(api_without_worker: Api, jobs: Any) -> None:
-    response = await api_without_worker.post("/api/events/batches", {"jobs": jobs})
+async def test_submit_batch_without_jobs_is_rejected(shared_api: Api, jobs: Any) -> None:
+    response = await shared_api.post("/api/events/batches", {"jobs": jobs})
 
     assert response.status_code == 422
     assert response.json()["details"]["errors"][0]["path"] == "jobs"

@@ -36,12 +36,12 @@ VIEWERS = {
 ACCESS = {"visibility": "public", "read_access": ["reader"], "write_access": ["writer"]}
 
 
-async def test_only_known_representations_have_validators(api_without_worker: Api) -> None:
-    paths = (await api_without_worker.get("/api/openapi.json")).json()["paths"]
+async def test_only_known_representations_have_validators(shared_api: Api) -> None:
+    paths = (await shared_api.get("/api/openapi.json")).json()["paths"]
     assert {
         path for path, item in paths.items() if "304" in item.get("get", {}).get("responses", {})
     } == PATHS_WITH_VALIDATOR
-    batch = await api_without_worker.submit_batch({})
+    batch = await shared_api.submit_batch({})
     for path in (
         "/",
         "/api/events/jobs",
@@ -57,7 +57,7 @@ async def test_only_known_representations_have_validators(api_without_worker: Ap
         "/healthz",
         "/readyz",
     ):
-        response = await api_without_worker.get(path)
+        response = await shared_api.get(path)
         assert response.status_code == 200, path
         assert not {"etag", "last-modified"} & response.headers.keys(), path
 
@@ -94,28 +94,28 @@ async def test_etag_changes_with_each_field_of_a_job_or_batch(api: Api, kind: st
     assert changed_fields | {"paused"} >= first.json()[kind].keys()
 
 
-async def test_etag_changes_with_the_batch_of_a_pending_job(api_without_worker: Api) -> None:
-    batch = await api_without_worker.submit_batch({})
+async def test_etag_changes_with_the_batch_of_a_pending_job(shared_api: Api) -> None:
+    batch = await shared_api.submit_batch({})
     path = f"/api/events/jobs/{batch['job_ids'][0]}"
-    position = await api_without_worker.event_store.read_head_position()
-    etag = (await api_without_worker.get(path, position)).headers["etag"]
+    position = await shared_api.event_store.read_head_position()
+    etag = (await shared_api.get(path, position)).headers["etag"]
     for action, is_paused in (("pause", True), ("resume", False)):
-        response = await api_without_worker.post(f"/api/events/batches/{batch['batch_id']}/{action}")
-        response = await api_without_worker.get(path, response.headers["ledger-position"], **{"If-None-Match": etag})
+        response = await shared_api.post(f"/api/events/batches/{batch['batch_id']}/{action}")
+        response = await shared_api.get(path, response.headers["ledger-position"], **{"If-None-Match": etag})
         assert response.status_code == 200
         assert response.json()["job"]["paused"] is is_paused
         etag = response.headers["etag"]
 
 
-async def test_validators_change_with_each_field_of_a_file(api_without_worker: Api) -> None:
+async def test_validators_change_with_each_field_of_a_file(shared_api: Api) -> None:
     path = "/api/events/files/a.bin"
-    sha256 = await add_file(api_without_worker, "a.bin", b"first")
-    rows = Views(api_without_worker.db)["files"]
+    sha256 = await add_file(shared_api, "a.bin", b"first")
+    rows = Views(shared_api.db)["files"]
     original = await rows.find_one({"sha256": sha256})
     assert original is not None
-    first = await api_without_worker.get(path)
+    first = await shared_api.get(path)
     new_values = {
-        "sha256": await add_file(api_without_worker, "b.bin", b"other"),
+        "sha256": await add_file(shared_api, "b.bin", b"other"),
         "media_type": "text/html",
         "modified_at": original["modified_at"] + timedelta(hours=1),
     }
@@ -125,12 +125,12 @@ async def test_validators_change_with_each_field_of_a_file(api_without_worker: A
         await rows.replace_one({"_id": original["_id"]}, {**original, field: value, "size": size})
         validators = {"modified_at": {"If-Modified-Since": first.headers["last-modified"]}}
         conditions = validators.get(field, {"If-None-Match": first.headers["etag"]})
-        response = await api_without_worker.get(path, **conditions)
+        response = await shared_api.get(path, **conditions)
         assert response.status_code == 200, field
         assert (response.headers["etag"] == first.headers["etag"]) == (field == "modified_at")
         # A range that continues the first response must not be combined with the changed file.
         validator = first.headers["last-modified" if field == "modified_at" else "etag"]
-        part = await api_without_worker.get(path, **{"Range": "bytes=2-", "If-Range": validator})
+        part = await shared_api.get(path, **{"Range": "bytes=2-", "If-Range": validator})
         assert part.status_code == 200, field
 
 
@@ -153,9 +153,9 @@ def test_etag_changes_with_each_part_of_the_openapi_document() -> None:
         assert len(etags) == number, field
 
 
-async def test_docs_with_matching_etag_are_not_modified(api_without_worker: Api) -> None:
+async def test_docs_with_matching_etag_are_not_modified(shared_api: Api) -> None:
     for path in ("/api/openapi.json", "/api/docs"):
-        etag = (await api_without_worker.get(path)).headers["etag"]
+        etag = (await shared_api.get(path)).headers["etag"]
         for tags, status in (
             (etag, 304),
             (f'"a", W/{etag}', 304),
@@ -163,15 +163,15 @@ async def test_docs_with_matching_etag_are_not_modified(api_without_worker: Api)
             (etag[1:-1], 200),
             (f'{etag}"', 304),
         ):
-            response = await api_without_worker.get(path, **{"If-None-Match": tags})
+            response = await shared_api.get(path, **{"If-None-Match": tags})
             assert response.status_code == status, tags
-        assert (await api_without_worker.get(path, **{"If-Match": '"other"'})).status_code == 412
+        assert (await shared_api.get(path, **{"If-Match": '"other"'})).status_code == 412
 
 
-async def test_static_files_have_versioned_url_and_no_validator(api_without_worker: Api) -> None:
-    page = await api_without_worker.get("/monitoring/events")
+async def test_static_files_have_versioned_url_and_no_validator(shared_api: Api) -> None:
+    page = await shared_api.get("/monitoring/events")
     [path, *_] = [word for word in page.text.split('"') if "/static/" in word]
-    response = await api_without_worker.http.get(str(httpx.URL("/monitoring/events").join(path)))
+    response = await shared_api.http.get(str(httpx.URL("/monitoring/events").join(path)))
     assert response.status_code == 200
     assert "immutable" in response.headers["cache-control"]
     assert "etag" not in response.headers
@@ -211,15 +211,15 @@ async def test_etag_differs_between_different_bodies_of_one_url(header_auth_api:
     assert all(len(bodies[url]) > 5 for url in bodies if "?" not in url)
 
 
-async def test_job_as_of_position_is_paused_if_its_batch_was(api_without_worker: Api) -> None:
-    batch = await api_without_worker.submit_batch({})
+async def test_job_as_of_position_is_paused_if_its_batch_was(shared_api: Api) -> None:
+    batch = await shared_api.submit_batch({})
     url = f"/api/events/jobs/{batch['job_ids'][0]}"
-    states = [(await api_without_worker.event_store.read_head_position(), False)]
+    states = [(await shared_api.event_store.read_head_position(), False)]
     for action, paused in (("pause", True), ("resume", False), ("pause", True)):
-        response = await api_without_worker.post(f"/api/events/batches/{batch['batch_id']}/{action}")
+        response = await shared_api.post(f"/api/events/batches/{batch['batch_id']}/{action}")
         states.append((int(response.headers["ledger-position"]), paused))
     for position, paused in states:
-        assert (await api_without_worker.get(f"{url}?as_of={position}")).json()["job"]["paused"] == paused, position
+        assert (await shared_api.get(f"{url}?as_of={position}")).json()["job"]["paused"] == paused, position
 
 
 def build_response(content: Any, **headers: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -29,6 +30,12 @@ async def add_large_file(api: Api, path: str) -> str:
     sparse.touch()
     os.truncate(sparse, LARGE_FILE_BYTES)
     return await add_file(api, path, sparse)
+
+
+async def add_distinct_file(api: Api) -> tuple[str, str]:
+    """Add a file that no other test damages, because its path and its content are unique. Return path and digest."""
+    path = f"{uuid4()}.bin"
+    return path, await add_file(api, path, path.encode())
 
 
 async def test_large_file_is_streamed_with_bounded_memory(
@@ -58,12 +65,12 @@ async def test_client_disconnect_closes_the_file(api_without_worker: Api) -> Non
 
 
 @pytest.mark.parametrize("headers", [{}, {"Range": "bytes=0-1"}, {"Range": "bytes=0-1,5-6"}, {"Range": "bytes=5-2"}])
-async def test_finished_response_leaves_no_file_open(api_without_worker: Api, headers: dict[str, str]) -> None:
-    digest = await add_file(api_without_worker, "a.bin")
+async def test_finished_response_leaves_no_file_open(shared_api: Api, headers: dict[str, str]) -> None:
+    digest = await add_file(shared_api, "a.bin")
     for method in ("GET", "HEAD"):
-        response = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=headers)
+        response = await shared_api.http.request(method, f"{FILES}a.bin", headers=headers)
         assert response.status_code in (200, 206, 416)
-    await poll_until(lambda: not is_open(get_stored_path(api_without_worker, digest)), "the file is closed")
+    await poll_until(lambda: not is_open(get_stored_path(shared_api, digest)), "the file is closed")
 
 
 async def test_file_truncated_during_response_breaks_the_connection(
@@ -81,11 +88,9 @@ async def test_file_truncated_during_response_breaks_the_connection(
 
 
 @pytest.mark.parametrize("kind", ["link to a file", "link to a directory", "directory", "pipe"])
-async def test_store_entry_that_is_no_regular_file_is_missing(
-    api_without_worker: Api, tmp_path: Path, kind: str
-) -> None:
-    digest = await add_file(api_without_worker, "a.bin")
-    stored = get_stored_path(api_without_worker, digest)
+async def test_store_entry_that_is_no_regular_file_is_missing(shared_api: Api, tmp_path: Path, kind: str) -> None:
+    path, digest = await add_distinct_file(shared_api)
+    stored = get_stored_path(shared_api, digest)
     stored.unlink()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / digest).write_text("secret")
@@ -99,28 +104,26 @@ async def test_store_entry_that_is_no_regular_file_is_missing(
     else:
         os.mkfifo(stored)
     async with asyncio.timeout(DEADLINE_SECONDS):
-        response = await api_without_worker.get(f"{FILES}a.bin")
+        response = await shared_api.get(f"{FILES}{path}")
     assert (response.status_code, response.json()["code"]) == (500, "file_missing")
 
 
 @pytest.mark.parametrize("headers", [{}, {"Range": "bytes=0-3"}, {"Range": "bytes=0-1,3-4"}])
 @pytest.mark.parametrize("was_served", [False, True])
-async def test_changed_file_is_reported_as_damaged(
-    api_without_worker: Api, headers: dict[str, str], was_served: bool
-) -> None:
-    digest = await add_file(api_without_worker, "a.bin")
+async def test_changed_file_is_reported_as_damaged(shared_api: Api, headers: dict[str, str], was_served: bool) -> None:
+    path, digest = await add_distinct_file(shared_api)
     if was_served:
-        assert (await api_without_worker.get(f"{FILES}a.bin")).headers["etag"] == f'"{compute_opaque_tag(digest)}"'
-    stored = get_stored_path(api_without_worker, digest)
+        assert (await shared_api.get(f"{FILES}{path}")).headers["etag"] == f'"{compute_opaque_tag(digest)}"'
+    stored = get_stored_path(shared_api, digest)
     content = stored.read_bytes()
     stored.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     for method in ("GET", "HEAD"):
-        response = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=headers)
+        response = await shared_api.http.request(method, f"{FILES}{path}", headers=headers)
         assert response.status_code == 500
         assert "etag" not in response.headers
         if method == "GET":
             assert response.json()["code"] == "file_damaged"
-            assert str(api_without_worker.store) not in response.text
+            assert str(shared_api.store) not in response.text
 
 
 async def test_grown_files_do_not_delay_an_intact_file(api_without_worker: Api) -> None:

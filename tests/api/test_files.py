@@ -1,4 +1,7 @@
-"""The route of result files: whole files, ranges, conditional requests, headers and missing files."""
+"""The route of result files: whole files, ranges, conditional requests, headers and missing files.
+
+Tests that share an API add the same file under the same path, because a path leads to the job that completed first.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,9 @@ def format_headers(headers: dict[str, str], digest: str) -> dict[str, str]:
         ("unknown", "application/octet-stream"),
     ],
 )
-async def test_file_has_its_media_type_and_cannot_run_scripts(
-    api_without_worker: Api, name: str, media_type: str
-) -> None:
-    digest = await add_file(api_without_worker, f"c/t/{name}", media_type=media_type)
-    response = await api_without_worker.get(f"{FILES}c/t/{name}")
+async def test_file_has_its_media_type_and_cannot_run_scripts(shared_api: Api, name: str, media_type: str) -> None:
+    digest = await add_file(shared_api, f"c/t/{name}", media_type=media_type)
+    response = await shared_api.get(f"{FILES}c/t/{name}")
 
     assert response.status_code == 200
     assert response.content == CONTENT
@@ -59,15 +60,15 @@ async def test_echo_result_is_markdown_with_charset(api: Api) -> None:
 
 
 @pytest.mark.parametrize("if_none_match", ['"{}"', 'W/"{}"', '"other", "{}"'])
-async def test_file_with_matching_etag_is_not_modified(api_without_worker: Api, if_none_match: str) -> None:
-    digest = await add_file(api_without_worker, "a.bin")
+async def test_file_with_matching_etag_is_not_modified(shared_api: Api, if_none_match: str) -> None:
+    digest = await add_file(shared_api, "a.bin")
     headers = format_headers({"If-None-Match": if_none_match}, digest)
-    response = await api_without_worker.get(f"{FILES}a.bin", **headers)
+    response = await shared_api.get(f"{FILES}a.bin", **headers)
 
     assert response.status_code == 304
     assert response.content == b""
     assert response.headers["etag"] == f'"{compute_opaque_tag(digest)}"'
-    response = await api_without_worker.get(f"{FILES}a.bin", **{"If-None-Match": '"something else"'})
+    response = await shared_api.get(f"{FILES}a.bin", **{"If-None-Match": '"something else"'})
     assert response.status_code == 200
 
 
@@ -81,10 +82,10 @@ async def test_file_with_matching_etag_is_not_modified(api_without_worker: Api, 
     ],
 )
 async def test_range_request_returns_the_requested_bytes(
-    api_without_worker: Api, byte_range: str, start: int, end: int
+    shared_api: Api, byte_range: str, start: int, end: int
 ) -> None:
-    await add_file(api_without_worker, "film.webm", media_type="video/webm")
-    response = await api_without_worker.get(f"{FILES}film.webm", Range=byte_range)
+    await add_file(shared_api, "film.webm", media_type="video/webm")
+    response = await shared_api.get(f"{FILES}film.webm", Range=byte_range)
 
     assert response.status_code == 206
     assert response.content == CONTENT[start:end]
@@ -108,18 +109,18 @@ async def test_range_request_returns_the_requested_bytes(
         "bytes=" + ",".join(f"{2 * part}-{2 * part}" for part in range(51)),
     ],
 )
-async def test_invalid_range_is_rejected_with_error_body(api_without_worker: Api, byte_range: str) -> None:
-    await add_file(api_without_worker, "film.webm", media_type="video/webm")
-    response = await api_without_worker.get(f"{FILES}film.webm", Range=byte_range)
+async def test_invalid_range_is_rejected_with_error_body(shared_api: Api, byte_range: str) -> None:
+    await add_file(shared_api, "film.webm", media_type="video/webm")
+    response = await shared_api.get(f"{FILES}film.webm", Range=byte_range)
 
     assert response.status_code == 416
     assert response.json()["code"] == "range_not_satisfiable"
     assert response.headers["content-range"] == f"bytes */{len(CONTENT)}"
 
 
-async def test_range_with_outdated_if_range_returns_whole_file(api_without_worker: Api) -> None:
-    await add_file(api_without_worker, "a.bin")
-    response = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=0-9", "If-Range": '"an older digest"'})
+async def test_range_with_outdated_if_range_returns_whole_file(shared_api: Api) -> None:
+    await add_file(shared_api, "a.bin")
+    response = await shared_api.get(f"{FILES}a.bin", **{"Range": "bytes=0-9", "If-Range": '"an older digest"'})
 
     assert response.status_code == 200
     assert response.content == CONTENT
@@ -137,10 +138,10 @@ async def test_range_with_outdated_if_range_returns_whole_file(api_without_worke
     ],
 )
 async def test_file_name_with_special_characters_is_encoded_in_header(
-    api_without_worker: Api, name: str, ascii_name: str
+    shared_api: Api, name: str, ascii_name: str
 ) -> None:
-    await add_file(api_without_worker, f"c/{name}")
-    response = await api_without_worker.get(f"{FILES}c/{quote(name, safe='')}")
+    await add_file(shared_api, f"c/{name}")
+    response = await shared_api.get(f"{FILES}c/{quote(name, safe='')}")
 
     assert response.status_code == 200
     disposition = response.headers["content-disposition"]
@@ -149,9 +150,9 @@ async def test_file_name_with_special_characters_is_encoded_in_header(
     assert "x" not in response.headers
 
 
-async def test_head_request_returns_size_without_body(api_without_worker: Api) -> None:
-    await add_file(api_without_worker, "a.bin")
-    response = await api_without_worker.http.head(f"{FILES}a.bin")
+async def test_head_request_returns_size_without_body(shared_api: Api) -> None:
+    await add_file(shared_api, "a.bin")
+    response = await shared_api.http.head(f"{FILES}a.bin")
 
     assert response.status_code == 200
     assert response.headers["content-length"] == str(len(CONTENT))
@@ -191,19 +192,19 @@ async def test_head_request_returns_size_without_body(api_without_worker: Api) -
         "%24where",
     ],
 )
-async def test_path_that_is_not_a_result_path_is_not_found(api_without_worker: Api, path: str) -> None:
-    await add_file(api_without_worker, "c/talk.md")
-    status, text = await get_raw_path(api_without_worker, f"{FILES}{path}")
+async def test_path_that_is_not_a_result_path_is_not_found(shared_api: Api, path: str) -> None:
+    await add_file(shared_api, "c/talk.md")
+    status, text = await get_raw_path(shared_api, f"{FILES}{path}")
 
     assert status == 404, text
     assert '"code":"file_not_found"' in text or '"code":"not_found"' in text
     assert "root:" not in text
 
 
-async def test_digest_as_path_is_not_found(api_without_worker: Api) -> None:
-    digest = await add_file(api_without_worker, "c/talk.md")
+async def test_digest_as_path_is_not_found(shared_api: Api) -> None:
+    digest = await add_file(shared_api, "c/talk.md")
     for path in (digest, f"{digest[:2]}/{digest}"):
-        assert (await api_without_worker.get(f"{FILES}{path}")).status_code == 404
+        assert (await shared_api.get(f"{FILES}{path}")).status_code == 404
 
 
 async def get_raw_path(api: Api, path: str) -> tuple[int, str]:
@@ -291,15 +292,13 @@ async def test_file_missing_in_store_responds_with_setting_to_check(api_without_
         ({"If-Unmodified-Since": "Wed, 01 Jan 2020 00:00:00 GMT", "If-Match": '"{}"'}, 200),
     ],
 )
-async def test_conditional_request_follows_rfc_9110(
-    api_without_worker: Api, headers: dict[str, str], status: int
-) -> None:
-    digest = await add_file(api_without_worker, "a.bin")
+async def test_conditional_request_follows_rfc_9110(shared_api: Api, headers: dict[str, str], status: int) -> None:
+    digest = await add_file(shared_api, "a.bin")
     for method in ("GET", "HEAD"):
         request_headers = format_headers(headers, digest)
-        response = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=request_headers)
+        response = await shared_api.http.request(method, f"{FILES}a.bin", headers=request_headers)
         assert response.status_code == status
-    response = await api_without_worker.get(f"{FILES}a.bin", **format_headers(headers, digest))
+    response = await shared_api.get(f"{FILES}a.bin", **format_headers(headers, digest))
     if status == 412:
         assert response.json()["code"] == "precondition_failed"
         assert response.json()["details"] == {"etag": f'"{compute_opaque_tag(digest)}"'}
@@ -307,33 +306,33 @@ async def test_conditional_request_follows_rfc_9110(
         assert response.content == b""
 
 
-async def test_file_unchanged_since_last_modified_is_not_modified(api_without_worker: Api) -> None:
-    await add_file(api_without_worker, "a.bin")
-    last_modified = (await api_without_worker.get(f"{FILES}a.bin")).headers["last-modified"]
-    response = await api_without_worker.get(f"{FILES}a.bin", **{"If-Modified-Since": last_modified})
+async def test_file_unchanged_since_last_modified_is_not_modified(shared_api: Api) -> None:
+    await add_file(shared_api, "a.bin")
+    last_modified = (await shared_api.get(f"{FILES}a.bin")).headers["last-modified"]
+    response = await shared_api.get(f"{FILES}a.bin", **{"If-Modified-Since": last_modified})
     assert (response.status_code, response.headers["last-modified"]) == (304, last_modified)
 
 
-async def test_range_with_if_range_continues_only_an_unchanged_file(api_without_worker: Api) -> None:
-    digest = await add_file(api_without_worker, "a.bin")
-    whole = await api_without_worker.get(f"{FILES}a.bin")
+async def test_range_with_if_range_continues_only_an_unchanged_file(shared_api: Api) -> None:
+    digest = await add_file(shared_api, "a.bin")
+    whole = await shared_api.get(f"{FILES}a.bin")
     for validator in (f'"{compute_opaque_tag(digest)}"', whole.headers["last-modified"]):
-        response = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": validator})
+        response = await shared_api.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": validator})
         assert (response.status_code, response.content) == (206, CONTENT[10000:])
     for validator in (f'W/"{compute_opaque_tag(digest)}"', "Wed, 01 Jan 2020 00:00:00 GMT"):
-        response = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": validator})
+        response = await shared_api.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": validator})
         assert (response.status_code, response.content) == (200, CONTENT)
 
 
-async def test_range_in_unknown_unit_returns_whole_file(api_without_worker: Api) -> None:
-    await add_file(api_without_worker, "a.bin")
-    response = await api_without_worker.get(f"{FILES}a.bin", Range="lines=1-2")
+async def test_range_in_unknown_unit_returns_whole_file(shared_api: Api) -> None:
+    await add_file(shared_api, "a.bin")
+    response = await shared_api.get(f"{FILES}a.bin", Range="lines=1-2")
     assert (response.status_code, response.content) == (200, CONTENT)
 
 
-async def test_multiple_ranges_return_multipart_response(api_without_worker: Api) -> None:
-    await add_file(api_without_worker, "a.bin", media_type="text/plain")
-    response = await api_without_worker.get(f"{FILES}a.bin", Range="bytes=-5, 0-9, 5-12, 99999-, 100-100")
+async def test_multiple_ranges_return_multipart_response(shared_api: Api) -> None:
+    await add_file(shared_api, "ranges.txt", media_type="text/plain")
+    response = await shared_api.get(f"{FILES}ranges.txt", Range="bytes=-5, 0-9, 5-12, 99999-, 100-100")
 
     assert response.status_code == 206
     assert response.headers["content-length"] == str(len(response.content))
@@ -351,28 +350,28 @@ async def test_multiple_ranges_return_multipart_response(api_without_worker: Api
         assert b"\r\n\r\n" + expected + b"\r\n--" in response.content
 
 
-async def test_head_request_ignores_range(api_without_worker: Api) -> None:
-    await add_file(api_without_worker, "a.bin")
-    response = await api_without_worker.http.head(f"{FILES}a.bin", headers={"Range": "bytes=0-9"})
+async def test_head_request_ignores_range(shared_api: Api) -> None:
+    await add_file(shared_api, "a.bin")
+    response = await shared_api.http.head(f"{FILES}a.bin", headers={"Range": "bytes=0-9"})
     assert (response.status_code, response.headers["content-length"]) == (200, str(len(CONTENT)))
     assert response.headers["accept-ranges"] == "bytes"
 
 
-async def test_empty_file_is_served_and_has_no_ranges(api_without_worker: Api) -> None:
-    await add_file(api_without_worker, "empty.md", b"", "text/markdown")
-    whole = await api_without_worker.get(f"{FILES}empty.md")
-    part = await api_without_worker.get(f"{FILES}empty.md", Range="bytes=0-")
+async def test_empty_file_is_served_and_has_no_ranges(shared_api: Api) -> None:
+    await add_file(shared_api, "empty.md", b"", "text/markdown")
+    whole = await shared_api.get(f"{FILES}empty.md")
+    part = await shared_api.get(f"{FILES}empty.md", Range="bytes=0-")
     assert (whole.status_code, whole.headers["content-length"], part.status_code) == (200, "0", 416)
 
 
 # Media types and names ----------------------------------------------------------------------------------------------
 
 
-async def test_download_parameter_sets_attachment_disposition(api_without_worker: Api) -> None:
-    await add_file(api_without_worker, "c/talk.md", media_type="text/markdown")
-    inline = await api_without_worker.get(f"{FILES}c/talk.md")
-    attachment = await api_without_worker.get(f"{FILES}c/talk.md?download=1")
-    invalid = await api_without_worker.get(f"{FILES}c/talk.md?download=maybe")
+async def test_download_parameter_sets_attachment_disposition(shared_api: Api) -> None:
+    await add_file(shared_api, "c/talk.md", media_type="text/markdown")
+    inline = await shared_api.get(f"{FILES}c/talk.md")
+    attachment = await shared_api.get(f"{FILES}c/talk.md?download=1")
+    invalid = await shared_api.get(f"{FILES}c/talk.md?download=maybe")
     assert inline.headers["content-disposition"] == 'inline; filename="talk.md"'
     assert attachment.headers["content-disposition"] == 'attachment; filename="talk.md"'
     assert (invalid.status_code, invalid.json()["details"]["errors"][0]["path"]) == (422, "download")

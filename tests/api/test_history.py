@@ -38,18 +38,18 @@ async def load_pages(api: Api, path: str, name: str, limit: int) -> list[list[di
     return pages
 
 
-async def test_job_history_is_paged(api_without_worker: Api) -> None:
-    job_id = await api_without_worker.submit()
+async def test_job_history_is_paged(shared_api: Api) -> None:
+    job_id = await shared_api.submit()
     reports = (report_progress("worker-1", 1, "page", percent, "working") for percent in range(7))
-    await api_without_worker.handle_commands(job_id, ClaimJob("worker-1", NOON), *reports)
+    await shared_api.handle_commands(job_id, ClaimJob("worker-1", NOON), *reports)
     path = f"/api/events/jobs/{job_id}/history"
 
-    pages = await load_pages(api_without_worker, path, "events", 4)
+    pages = await load_pages(shared_api, path, "events", 4)
     assert [[event["version"] for event in page] for page in pages] == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
-    single_page = (await api_without_worker.get(path)).json()
+    single_page = (await shared_api.get(path)).json()
     assert "next_after_version" not in single_page
     assert single_page["events"] == [event for page in pages for event in page]
-    assert [len(page) for page in await load_pages(api_without_worker, path, "events", 3)] == [3, 3, 3]
+    assert [len(page) for page in await load_pages(shared_api, path, "events", 3)] == [3, 3, 3]
 
 
 async def test_history_page_of_large_events_ends_early(
@@ -72,17 +72,17 @@ async def test_batch_history_contains_only_its_own_stream(api: Api) -> None:
 
 
 async def test_logs_contain_more_lines_than_the_job_document(
-    api_without_worker: Api,
+    shared_api: Api,
 ) -> None:
-    job_id = await api_without_worker.submit()
+    job_id = await shared_api.submit()
     commands = [
         make_log_entries(*(f"line {number}" for number in range(begin, begin + 7))) for begin in range(0, 210, 7)
     ]
-    events = await api_without_worker.handle_commands(job_id, ClaimJob("worker-1", NOON), *commands)
-    job = (await api_without_worker.get(f"/api/events/jobs/{job_id}", events[-1].position)).json()["job"]
+    events = await shared_api.handle_commands(job_id, ClaimJob("worker-1", NOON), *commands)
+    job = (await shared_api.get(f"/api/events/jobs/{job_id}", events[-1].position)).json()["job"]
     assert len(job["logs"]) == 100
 
-    pages = await load_pages(api_without_worker, f"/api/events/jobs/{job_id}/logs", "logs", 50)
+    pages = await load_pages(shared_api, f"/api/events/jobs/{job_id}/logs", "logs", 50)
     assert [len(page) for page in pages] == [56, 56, 56, 42], "the lines of one event are on one page"
     lines = [line for page in pages for line in page]
     assert [line["message"] for line in lines] == [f"line {number}" for number in range(210)]
@@ -96,9 +96,9 @@ async def test_logs_contain_more_lines_than_the_job_document(
 
 
 async def test_logs_contain_attempt_outcomes_like_the_job_document(
-    api_without_worker: Api,
+    shared_api: Api,
 ) -> None:
-    job_id = await api_without_worker.submit(max_attempts=9)
+    job_id = await shared_api.submit(max_attempts=9)
     claim = ClaimJob("worker-1", NOON + timedelta(days=9999))
     failure = ErrorInfo(code="BROKEN", message="it broke")
     commands: list[Command] = [
@@ -112,9 +112,9 @@ async def test_logs_contain_attempt_outcomes_like_the_job_document(
         claim,
         FailAttempt("worker-1", 4, failure, None),
     ]
-    events = await api_without_worker.handle_commands(job_id, *commands)
-    job = (await api_without_worker.get(f"/api/events/jobs/{job_id}", events[-1].position)).json()["job"]
-    lines = (await api_without_worker.get(f"/api/events/jobs/{job_id}/logs")).json()["logs"]
+    events = await shared_api.handle_commands(job_id, *commands)
+    job = (await shared_api.get(f"/api/events/jobs/{job_id}", events[-1].position)).json()["job"]
+    lines = (await shared_api.get(f"/api/events/jobs/{job_id}/logs")).json()["logs"]
 
     assert len(lines) == 5
     assert lines[0]["message"].startswith(job["logs"][0]["message"].removesuffix(" …"))
@@ -137,6 +137,6 @@ async def test_history_and_logs_require_read_access(api_without_worker: Api, pat
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "after_version=-1", "after_version=x", "skip=1"])
-async def test_logs_with_invalid_query_are_rejected(api_without_worker: Api, query: str) -> None:
-    response = await api_without_worker.get(f"/api/events/jobs/{await api_without_worker.submit()}/logs?{query}")
+async def test_logs_with_invalid_query_are_rejected(shared_api: Api, query: str) -> None:
+    response = await shared_api.get(f"/api/events/jobs/{await shared_api.submit()}/logs?{query}")
     assert (response.status_code, response.json()["code"]) == (422, "invalid_content")

@@ -43,7 +43,7 @@ REPLACED_ENDPOINTS = ("/process-events-async", "/process-many-events", "/test-we
 
 
 @pytest.mark.parametrize("endpoint", REPLACED_ENDPOINTS)
-async def test_example_for_replaced_endpoint_works(api_without_worker: Api, endpoint: str) -> None:
+async def test_example_for_replaced_endpoint_works(shared_api: Api, endpoint: str) -> None:
     text = REFERENCE.read_text(encoding="utf-8")
     assert f"| `{endpoint}` | " in text
     example = re.search(rf"^Instead of `{endpoint}`.*?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -54,7 +54,7 @@ async def test_example_for_replaced_endpoint_works(api_without_worker: Api, endp
     path = url.removeprefix("http://127.0.0.1:5001")
     if "-d" in options:
         name, _, value = options["-H"].partition(": ")
-        response = await api_without_worker.http.post(path, content=options["-d"], headers={name: value})
+        response = await shared_api.http.post(path, content=options["-d"], headers={name: value})
     else:
-        response = await api_without_worker.get(path)
+        response = await shared_api.get(path)
     assert response.status_code == (202 if "-d" in options else 200), response.text

@@ -143,17 +143,17 @@ async def test_same_key_of_another_user_is_a_separate_request(header_auth_api: A
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 201, "\u00e4"])
-async def test_malformed_key_is_rejected(api_without_worker: Api, key: str) -> None:
-    response = await api_without_worker.http.post(
+async def test_malformed_key_is_rejected(shared_api: Api, key: str) -> None:
+    response = await shared_api.http.post(
         "/api/events/jobs", json=JOB, headers=[(b"Idempotency-Key", key.encode("latin-1"))]
     )
     assert (response.status_code, response.json()["code"]) == (400, "malformed_idempotency_key")
 
 
-async def test_key_with_body_that_cannot_be_stored_returns_422(api_without_worker: Api) -> None:
+async def test_key_with_body_that_cannot_be_stored_returns_422(shared_api: Api) -> None:
     for path, body in (
         ("/api/events/jobs", {"job_type": "echo", "parameters": {"a": 2**70}}),
         ("/api/events/batches", {"jobs": [{"job_type": "echo", "parameters": {"a": 2**70}}]}),
     ):
-        response = await api_without_worker.post(path, body, **{"Idempotency-Key": "large"})
+        response = await shared_api.post(path, body, **{"Idempotency-Key": "large"})
         assert (response.status_code, response.json()["code"]) == (422, "invalid_content")

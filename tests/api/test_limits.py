@@ -30,35 +30,36 @@ JOB: dict[str, Any] = {"job_type": "echo", "parameters": {}}
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
-async def test_job_over_a_limit_is_rejected_alone_and_in_a_batch(api_without_worker: Api, name: str) -> None:
+async def test_job_over_a_limit_is_rejected_alone_and_in_a_batch(shared_api: Api, name: str) -> None:
     content, words = TOO_LARGE[name]
+    head = await shared_api.event_store.read_head_position()
     for path, body in (
         ("/api/events/jobs", JOB | content),
         ("/api/events/batches", {"jobs": [JOB, JOB | content]}),
     ):
-        response = await api_without_worker.post(path, body)
+        response = await shared_api.post(path, body)
         assert response.status_code == 422, response.text[:500]
         for word in words:
             assert word in response.json()["message"], response.json()["message"]
-    assert await api_without_worker.event_store.read_head_position() == 0
+    assert await shared_api.event_store.read_head_position() == head
 
 
-async def test_updates_have_the_limits_of_submissions(api_without_worker: Api) -> None:
-    job_id = await api_without_worker.submit()
-    batch = await api_without_worker.submit_batch({}, {})
+async def test_updates_have_the_limits_of_submissions(shared_api: Api) -> None:
+    job_id = await shared_api.submit()
+    batch = await shared_api.submit_batch({}, {})
     access = {"access_control": {"read_access": NAMES}}
     for path, content in (
         (f"/api/events/jobs/{job_id}", access),
         (f"/api/events/jobs/{job_id}", {"parameters": LARGE}),
         (f"/api/events/batches/{batch['batch_id']}", access),
     ):
-        head = await api_without_worker.event_store.read_head_position()
-        response = await api_without_worker.http.put(path, json=content)
+        head = await shared_api.event_store.read_head_position()
+        response = await shared_api.http.put(path, json=content)
         check_error(response, 422, "invalid_content")
         assert "at most" in response.text
-        assert await api_without_worker.event_store.read_head_position() == head
+        assert await shared_api.event_store.read_head_position() == head
     for content in (access, {"parameters": LARGE}):
-        response = await api_without_worker.post("/api/events/batches", {"jobs": [JOB] * 2, **content})
+        response = await shared_api.post("/api/events/batches", {"jobs": [JOB] * 2, **content})
         check_error(response, 422, "invalid_content")
 
 

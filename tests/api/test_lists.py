@@ -114,22 +114,22 @@ async def test_job_list_pages_are_stable_while_jobs_change(header_auth_api: Api,
 @pytest.mark.parametrize(
     "query", [{"cursor": "nonsense"}, {"cursor": "MTIz", "skip": 1}, {"limit": 0}, {"limit": 1001}, {"sort": "colour"}]
 )
-async def test_job_list_with_invalid_paging_is_rejected(api_without_worker: Api, query: dict[str, Any]) -> None:
-    response = await api_without_worker.http.get("/api/events/jobs", params=query)
+async def test_job_list_with_invalid_paging_is_rejected(shared_api: Api, query: dict[str, Any]) -> None:
+    response = await shared_api.http.get("/api/events/jobs", params=query)
     assert (response.status_code, response.json()["code"]) == (422, "invalid_content")
 
 
-async def test_jobs_of_batch_are_paged_with_total(api_without_worker: Api) -> None:
-    batch = await api_without_worker.submit_batch(*({"number": number} for number in range(12)))
-    await api_without_worker.submit()
-    position = await api_without_worker.event_store.read_head_position()
+async def test_jobs_of_batch_are_paged_with_total(shared_api: Api) -> None:
+    batch = await shared_api.submit_batch(*({"number": number} for number in range(12)))
+    await shared_api.submit()
+    position = await shared_api.event_store.read_head_position()
     path = f"/api/events/batches/{batch['batch_id']}/jobs"
-    first = (await api_without_worker.get(f"{path}?limit=10&sort=created_at", position)).json()
-    rest = (await api_without_worker.get(f"{path}?limit=10&sort=created_at&cursor={first['next_cursor']}")).json()
+    first = (await shared_api.get(f"{path}?limit=10&sort=created_at", position)).json()
+    rest = (await shared_api.get(f"{path}?limit=10&sort=created_at&cursor={first['next_cursor']}")).json()
     assert first["total"] == rest["total"] == 12
     assert sorted(job["job_id"] for job in first["jobs"] + rest["jobs"]) == sorted(batch["job_ids"])
     assert "next_cursor" not in rest
-    missing = await api_without_worker.get("/api/events/batches/batch-000000000000000000000000/jobs")
+    missing = await shared_api.get("/api/events/batches/batch-000000000000000000000000/jobs")
     assert (missing.status_code, missing.json()["code"]) == (404, "batch_not_found")
 
 

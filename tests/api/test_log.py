@@ -118,8 +118,8 @@ async def test_events_of_one_stream_are_read_by_the_stream_index(api_without_wor
         ("after=99999999999999999999", "invalid_content"),
     ],
 )
-async def test_log_with_invalid_query_is_rejected(api_without_worker: Api, query: str, code: str) -> None:
-    response = await api_without_worker.get(f"/api/ledger/events?{query}")
+async def test_log_with_invalid_query_is_rejected(shared_api: Api, query: str, code: str) -> None:
+    response = await shared_api.get(f"/api/ledger/events?{query}")
     assert (response.status_code, response.json()["code"]) == (422, code)
 
 

@@ -46,8 +46,8 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("path", ["/healthz", JOBS, "/nothing/here", f"{JOBS}/job-none", f"{JOBS}?limit=x"])
-async def test_every_response_has_security_headers_and_request_id(api_without_worker: Api, path: str) -> None:
-    response = await api_without_worker.get(path)
+async def test_every_response_has_security_headers_and_request_id(shared_api: Api, path: str) -> None:
+    response = await shared_api.get(path)
 
     assert SECURITY_HEADERS.items() <= dict(response.headers).items()
     assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
@@ -55,10 +55,10 @@ async def test_every_response_has_security_headers_and_request_id(api_without_wo
     assert len(response.headers["x-request-id"]) == 32
 
 
-async def test_rejections_of_outer_middleware_have_security_headers(api_without_worker: Api) -> None:
+async def test_rejections_of_outer_middleware_have_security_headers(shared_api: Api) -> None:
     for response in (
-        await api_without_worker.get(JOBS, Host="elsewhere.example.org"),
-        await api_without_worker.post(JOBS, {}, Origin="https://elsewhere.example.org"),
+        await shared_api.get(JOBS, Host="elsewhere.example.org"),
+        await shared_api.post(JOBS, {}, Origin="https://elsewhere.example.org"),
     ):
         assert response.json()["status"] == "error"
         assert SECURITY_HEADERS.items() <= dict(response.headers).items()
@@ -91,7 +91,7 @@ async def test_hsts_header_is_sent_only_behind_https() -> None:
             assert (await client.get("/")).headers.get("strict-transport-security") == header
 
 
-async def test_request_id_is_kept_if_valid_and_replaced_otherwise(api_without_worker: Api) -> None:
+async def test_request_id_is_kept_if_valid_and_replaced_otherwise(shared_api: Api) -> None:
     for request_id, is_kept in (
         ("abc-DEF_1.2:3", True),
         ("a" * 100, True),
@@ -99,7 +99,7 @@ async def test_request_id_is_kept_if_valid_and_replaced_otherwise(api_without_wo
         ("a b", False),
         ("", False),
     ):
-        response = await api_without_worker.get("/healthz", **{"X-Request-ID": request_id})
+        response = await shared_api.get("/healthz", **{"X-Request-ID": request_id})
         assert (response.headers["x-request-id"] == request_id) is is_kept
 
 
@@ -167,10 +167,10 @@ async def test_cors_allows_configured_origins_only(run: Any) -> None:
     assert foreign_post.json()["code"] == "origin_not_allowed"
 
 
-async def test_cors_without_configured_origins_allows_own_origin_only(api_without_worker: Api) -> None:
-    response = await api_without_worker.get(JOBS, Origin=ALLOWED_ORIGIN)
+async def test_cors_without_configured_origins_allows_own_origin_only(shared_api: Api) -> None:
+    response = await shared_api.get(JOBS, Origin=ALLOWED_ORIGIN)
     assert not [name for name in response.headers if name.startswith("access-control")]
-    assert (await api_without_worker.post(JOBS, {}, Origin=ALLOWED_ORIGIN)).json()["code"] == "origin_not_allowed"
+    assert (await shared_api.post(JOBS, {}, Origin=ALLOWED_ORIGIN)).json()["code"] == "origin_not_allowed"
 
 
 # Limits -------------------------------------------------------------------------------------------------------------
@@ -231,18 +231,18 @@ async def test_streams_per_user_are_limited_until_one_is_closed(header_auth: Non
     assert rejected.headers["retry-after"] == "5"
 
 
-async def test_too_long_uri_or_headers_return_error_document(api_without_worker: Api) -> None:
-    long_uri = await api_without_worker.get(f"{JOBS}?q={'x' * 17_000}")
-    many_headers = await api_without_worker.get(JOBS, **{f"X-{number}": "y" for number in range(150)})
-    large_header = await api_without_worker.get(JOBS, **{"X-Large": "y" * 40_000})
+async def test_too_long_uri_or_headers_return_error_document(shared_api: Api) -> None:
+    long_uri = await shared_api.get(f"{JOBS}?q={'x' * 17_000}")
+    many_headers = await shared_api.get(JOBS, **{f"X-{number}": "y" for number in range(150)})
+    large_header = await shared_api.get(JOBS, **{"X-Large": "y" * 40_000})
 
     assert (long_uri.status_code, long_uri.json()["code"]) == (414, "uri_too_long")
     assert (many_headers.status_code, many_headers.json()["code"]) == (431, "headers_too_large")
     assert (large_header.status_code, large_header.json()["code"]) == (431, "headers_too_large")
 
 
-async def test_endless_request_head_returns_400(api_without_worker: Api) -> None:
-    url = urlsplit(str(api_without_worker.http.base_url))
+async def test_endless_request_head_returns_400(shared_api: Api) -> None:
+    url = urlsplit(str(shared_api.http.base_url))
     response = await asyncio.to_thread(send_endless_head, url.hostname or "", url.port or 0)
     assert response.startswith(b"HTTP/1.1 400 ")
 
@@ -253,11 +253,9 @@ def send_endless_head(host: str, port: int) -> bytes:
         return connection.recv(1000)
 
 
-async def test_json_nested_too_deep_is_rejected_with_the_limit(api_without_worker: Api) -> None:
+async def test_json_nested_too_deep_is_rejected_with_the_limit(shared_api: Api) -> None:
     for depth, status in ((90, 202), (110, 422), (300, 400), (100_000, 400)):
         content = f'{{"job_type": "echo", "parameters": {{"a": {"[" * depth}{"]" * depth}}}}}'
-        response = await api_without_worker.http.post(
-            JOBS, content=content, headers={"Content-Type": "application/json"}
-        )
+        response = await shared_api.http.post(JOBS, content=content, headers={"Content-Type": "application/json"})
         assert response.status_code == status
         assert status == 202 or "100 levels deep" in response.json()["message"]

@@ -107,15 +107,15 @@ def test_job_schema_validates_parameters_by_job_type(body: Any, is_valid: bool) 
     assert validator.is_valid(body) is is_valid
 
 
-async def test_examples_are_accepted_by_the_api(api_without_worker: Api) -> None:
-    submitted = await api_without_worker.post("/api/events/jobs", openapi.EXAMPLES["JobBody"])
-    batched = await api_without_worker.post("/api/events/batches", openapi.EXAMPLES["BatchBody"])
+async def test_examples_are_accepted_by_the_api(shared_api: Api) -> None:
+    submitted = await shared_api.post("/api/events/jobs", openapi.EXAMPLES["JobBody"])
+    batched = await shared_api.post("/api/events/batches", openapi.EXAMPLES["BatchBody"])
     job, batch = submitted.headers["location"], batched.headers["location"]
-    updated = await api_without_worker.http.put(job, json=openapi.EXAMPLES["JobUpdateBody"])
-    batch_updated = await api_without_worker.http.put(batch, json=openapi.EXAMPLES["BatchUpdateBody"])
-    cancelled = await api_without_worker.post(f"{job}/cancel", openapi.EXAMPLES["ReasonBody"])
-    restarted = await api_without_worker.post(f"{job}/restart", openapi.EXAMPLES["JobRestartBody"])
-    batch_restarted = await api_without_worker.post(f"{batch}/restart", openapi.EXAMPLES["BatchRestartBody"])
+    updated = await shared_api.http.put(job, json=openapi.EXAMPLES["JobUpdateBody"])
+    batch_updated = await shared_api.http.put(batch, json=openapi.EXAMPLES["BatchUpdateBody"])
+    cancelled = await shared_api.post(f"{job}/cancel", openapi.EXAMPLES["ReasonBody"])
+    restarted = await shared_api.post(f"{job}/restart", openapi.EXAMPLES["JobRestartBody"])
+    batch_restarted = await shared_api.post(f"{batch}/restart", openapi.EXAMPLES["BatchRestartBody"])
 
     responses = (submitted, batched, updated, batch_updated, cancelled, restarted, batch_restarted)
     assert [response.status_code for response in responses] == [202, 202, 200, 200, 200, 200, 200], [
@@ -148,18 +148,18 @@ def test_document_contains_common_responses_headers_and_parameters() -> None:
     assert OPERATIONS_BY_ROUTE["GET /healthz"]["security"] == []
 
 
-async def test_document_and_docs_page_return_304_if_unchanged(api_without_worker: Api) -> None:
+async def test_document_and_docs_page_return_304_if_unchanged(shared_api: Api) -> None:
     for path, media_type in (("/api/openapi.json", "application/json"), ("/api/docs", "text/html; charset=utf-8")):
-        response = await api_without_worker.get(path)
+        response = await shared_api.get(path)
         assert response.status_code == 200
         assert response.headers["content-type"] == media_type
-        revalidated = await api_without_worker.get(path, **{"If-None-Match": response.headers["etag"]})
+        revalidated = await shared_api.get(path, **{"If-None-Match": response.headers["etag"]})
         assert (revalidated.status_code, revalidated.content) == (304, b"")
-    assert (await api_without_worker.get("/api/openapi.json")).json() == DOCUMENT
+    assert (await shared_api.get("/api/openapi.json")).json() == DOCUMENT
 
 
-async def test_docs_page_shows_all_operations_and_loads_nothing(api_without_worker: Api) -> None:
-    response = await api_without_worker.get("/api/docs")
+async def test_docs_page_shows_all_operations_and_loads_nothing(shared_api: Api) -> None:
+    response = await shared_api.get("/api/docs")
     text = response.text
 
     for operation in OPERATIONS_BY_ROUTE.values():

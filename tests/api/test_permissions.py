@@ -224,13 +224,13 @@ async def test_log_page_contains_only_events_of_readable_streams(api: Api) -> No
     ids=["admin", "monitor", "user", "user with a team", "anonymous"],
 )
 async def test_statistics_require_the_role_monitor_or_admin(
-    header_auth_api: Api, headers: dict[str, str], status: int
+    shared_header_auth_api: Api, headers: dict[str, str], status: int
 ) -> None:
     for path in ("/api/monitoring/events/stats", "/metrics"):
-        assert (await header_auth_api.http.get(path, headers=headers)).status_code == status, path
+        assert (await shared_header_auth_api.http.get(path, headers=headers)).status_code == status, path
 
 
-async def test_submission_for_another_user_requires_admin(header_auth_api: Api) -> None:
+async def test_submission_for_another_user_requires_admin(shared_header_auth_api: Api) -> None:
     job = {"job_type": "echo", "parameters": {}}
     for path, content in (
         ("jobs", {**job, "user_id": "bob"}),
@@ -243,23 +243,25 @@ async def test_submission_for_another_user_requires_admin(header_auth_api: Api) 
             (principal_header("ann", roles=["admin"]), 202),
             (principal_header("bob"), 202),
         ):
-            assert (await header_auth_api.post(f"/api/events/{path}", content, **headers)).status_code == status
+            assert (await shared_header_auth_api.post(f"/api/events/{path}", content, **headers)).status_code == status
 
 
-async def test_batch_operation_skips_jobs_without_read_access(header_auth_api: Api) -> None:
+async def test_batch_operation_skips_jobs_without_read_access(shared_header_auth_api: Api) -> None:
     job = {"job_type": "echo", "parameters": {}}
     private_job = {**job, "access_control": {"visibility": "private"}}
     content = {"access_control": {"write_access": ["writer"]}, "jobs": [private_job, job]}
-    batch = (await header_auth_api.post("/api/events/batches", content, **OWNER)).json()
-    await header_auth_api.get("/api/events/jobs", await header_auth_api.event_store.read_head_position())
+    batch = (await shared_header_auth_api.post("/api/events/batches", content, **OWNER)).json()
+    await shared_header_auth_api.get("/api/events/jobs", await shared_header_auth_api.event_store.read_head_position())
 
-    listed = await header_auth_api.get(f"/api/events/batches/{batch['batch_id']}/jobs", **principal_header("writer"))
-    cancelled = await header_auth_api.post(
+    listed = await shared_header_auth_api.get(
+        f"/api/events/batches/{batch['batch_id']}/jobs", **principal_header("writer")
+    )
+    cancelled = await shared_header_auth_api.post(
         f"/api/events/batches/{batch['batch_id']}/cancel", **principal_header("writer")
     )
 
     assert [job["job_id"] for job in listed.json()["jobs"]] == batch["job_ids"][1:]
     assert cancelled.json()["jobs"] == {"total": 1, "changed": 1, "unchanged": 0, "rejected": 0}
-    assert [event.type for event in await header_auth_api.event_store.read_stream(batch["job_ids"][0])] == [
+    assert [event.type for event in await shared_header_auth_api.event_store.read_stream(batch["job_ids"][0])] == [
         "JobSubmitted"
     ]

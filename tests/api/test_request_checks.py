@@ -27,20 +27,20 @@ TIMES_WITHOUT_OFFSET = ["2026-02-01T09:30", "2026-02-01T09:30:00.5", "2026-02-01
 
 
 async def test_time_without_offset_is_rejected_and_error_shows_corrected_time(
-    api_without_worker: Api,
+    shared_api: Api,
 ) -> None:
-    job_id = await api_without_worker.submit()
+    job_id = await shared_api.submit()
     for text in TIMES_WITHOUT_OFFSET:
         body = {"job_type": "echo", "parameters": {}, "not_before": text}
         responses = [
-            await api_without_worker.post(JOBS, body),
-            await api_without_worker.post("/api/events/batches", {"jobs": [body]}),
-            await api_without_worker.http.put(f"{JOBS}/{job_id}", json={"not_before": text}),
-            await api_without_worker.get(f"{JOBS}?created_after={text}"),
-            await api_without_worker.get(f"{JOBS}?created_before={text}"),
-            await api_without_worker.get(f"{JOBS}/{job_id}?as_of={text}"),
-            await api_without_worker.get(f"/api/monitoring/events/webhooks?created_after={text}"),
-            await api_without_worker.post("/api/monitoring/events/redeliver", {"created_before": text}),
+            await shared_api.post(JOBS, body),
+            await shared_api.post("/api/events/batches", {"jobs": [body]}),
+            await shared_api.http.put(f"{JOBS}/{job_id}", json={"not_before": text}),
+            await shared_api.get(f"{JOBS}?created_after={text}"),
+            await shared_api.get(f"{JOBS}?created_before={text}"),
+            await shared_api.get(f"{JOBS}/{job_id}?as_of={text}"),
+            await shared_api.get(f"/api/monitoring/events/webhooks?created_after={text}"),
+            await shared_api.post("/api/monitoring/events/redeliver", {"created_before": text}),
         ]
         for response in responses:
             assert response.status_code == 422, (text, response.url)
@@ -54,13 +54,13 @@ async def test_time_without_offset_is_rejected_and_error_shows_corrected_time(
                 parse(text)
 
 
-async def test_time_with_any_offset_is_accepted(api_without_worker: Api) -> None:
+async def test_time_with_any_offset_is_accepted(shared_api: Api) -> None:
     for text in ("2026-02-01T09:30:00Z", "2026-02-01T10:30+01:00", "2026-02-01T02:00:00.000-07:30"):
-        response = await api_without_worker.post(JOBS, {"job_type": "echo", "parameters": {}, "not_before": text})
+        response = await shared_api.post(JOBS, {"job_type": "echo", "parameters": {}, "not_before": text})
         assert response.json()["job"]["due_at"] == "2026-02-01T09:30:00Z"
-        assert (await api_without_worker.http.get(JOBS, params={"created_after": text})).status_code == 200
+        assert (await shared_api.http.get(JOBS, params={"created_after": text})).status_code == 200
         assert parse_as_of(text, "--as-of") == parse_timestamp("2026-02-01T09:30Z")
-    unencoded_plus = await api_without_worker.get(f"{JOBS}?created_after=2026-02-01T10:30+01:00")
+    unencoded_plus = await shared_api.get(f"{JOBS}?created_after=2026-02-01T10:30+01:00")
     assert "2026-02-01T10:30%2B01:00" in unencoded_plus.json()["message"]
 
 
@@ -79,7 +79,7 @@ def build_path(route: Route, **ids: str) -> str:
     return route.path.replace(":path}", "}").format(**values)
 
 
-async def test_query_parameter_repeated_is_rejected_by_every_route(api_without_worker: Api) -> None:
+async def test_query_parameter_repeated_is_rejected_by_every_route(shared_api: Api) -> None:
     for route in EVERY_ROUTE:
         for method in route.methods or ():
             for name, query in (
@@ -87,7 +87,7 @@ async def test_query_parameter_repeated_is_rejected_by_every_route(api_without_w
                 ("x", "x=1&y=2&%78="),
                 ("signature", "&signature&signature"),
             ):
-                response = await api_without_worker.http.request(method, f"{build_path(route)}?{query}")
+                response = await shared_api.http.request(method, f"{build_path(route)}?{query}")
                 assert response.status_code == 422, (method, route.path)
                 if method != "HEAD":
                     assert response.json()["details"]["errors"] == [
@@ -96,13 +96,13 @@ async def test_query_parameter_repeated_is_rejected_by_every_route(api_without_w
 
 
 async def test_query_parameter_unknown_is_rejected_by_every_api_route(
-    api_without_worker: Api,
+    shared_api: Api,
 ) -> None:
-    batch = await api_without_worker.submit_batch({})
+    batch = await shared_api.submit_batch({})
     ids = {"batch_id": batch["batch_id"], "job_id": batch["job_ids"][0]}
     for route in ROUTES:
         for method in (route.methods or set()) - {"HEAD"}:
-            response = await api_without_worker.http.request(method, f"{build_path(route, **ids)}?colour=red", json={})
+            response = await shared_api.http.request(method, f"{build_path(route, **ids)}?colour=red", json={})
             # Webhook echo is disabled here. A webhook URL may have any query.
             if route.endpoint in (webhook_echo.receive_webhook_echo, webhook_echo.list_webhook_echoes):
                 assert response.status_code == 404
@@ -112,57 +112,55 @@ async def test_query_parameter_unknown_is_rejected_by_every_api_route(
                 assert [error["path"] for error in response.json()["details"]["errors"]] == ["colour"]
 
 
-async def test_query_parameter_unknown_is_ignored_by_dashboard_pages(api_without_worker: Api) -> None:
+async def test_query_parameter_unknown_is_ignored_by_dashboard_pages(shared_api: Api) -> None:
     for route in dashboard.ROUTES:
         if route.path not in STREAM_PATHS and "GET" in (route.methods or ()):
-            response = await api_without_worker.get(f"{build_path(route)}?colour=red")
+            response = await shared_api.get(f"{build_path(route)}?colour=red")
             assert response.status_code in (200, 404), route.path
 
 
 async def test_query_parameter_min_position_is_checked_by_every_view_route(
-    api_without_worker: Api,
+    shared_api: Api,
 ) -> None:
-    batch = await api_without_worker.submit_batch({})
+    batch = await shared_api.submit_batch({})
     ids = {"batch_id": batch["batch_id"], "job_id": batch["job_ids"][0]}
     for route in ROUTES:
         if OPERATIONS[route.endpoint].is_from_views:
             method = "GET" if "GET" in (route.methods or ()) else "POST"
             path = f"{build_path(route, **ids)}?min_position=far"
-            response = await api_without_worker.http.request(method, path, json=ids if method == "POST" else None)
+            response = await shared_api.http.request(method, path, json=ids if method == "POST" else None)
             assert (response.status_code, response.json()["code"]) == (400, "malformed_position"), route.path
 
 
-async def test_sign_in_form_with_repeated_field_is_rejected(api_without_worker: Api) -> None:
+async def test_sign_in_form_with_repeated_field_is_rejected(shared_api: Api) -> None:
     form = {
         "Content-Type": "application/x-www-form-urlencoded",
-        **api_without_worker.origin_header,
+        **shared_api.origin_header,
     }
-    response = await api_without_worker.http.post(
+    response = await shared_api.http.post(
         "/monitoring/events/sign-in", content="credential=a&credential=b", headers=form
     )
     assert response.status_code == 400
     assert "Send each field once" in response.text
 
 
-async def test_compressed_body_is_rejected_with_accept_encoding(api_without_worker: Api) -> None:
+async def test_compressed_body_is_rejected_with_accept_encoding(shared_api: Api) -> None:
     body = json.dumps({"job_type": "echo", "parameters": {}}).encode()
     for encoding, content in (("gzip", gzip.compress(body)), ("br", body), ("identity, gzip", body)):
         headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
-        response = await api_without_worker.http.post(JOBS, content=content, headers=headers)
+        response = await shared_api.http.post(JOBS, content=content, headers=headers)
         assert (response.status_code, response.json()["code"]) == (415, "unsupported_content_encoding")
         assert response.headers["accept-encoding"] == "identity"
     headers = {"Content-Type": "application/json", "Content-Encoding": "identity"}
-    assert (await api_without_worker.http.post(JOBS, content=body, headers=headers)).status_code == 202
+    assert (await shared_api.http.post(JOBS, content=body, headers=headers)).status_code == 202
 
 
-async def test_empty_last_event_id_is_treated_as_missing(api_without_worker: Api) -> None:
-    await api_without_worker.submit()
-    for query, first_id in (("", await api_without_worker.event_store.read_head_position()), ("?after=0", 0)):
+async def test_empty_last_event_id_is_treated_as_missing(shared_api: Api) -> None:
+    await shared_api.submit()
+    for query, first_id in (("", await shared_api.event_store.read_head_position()), ("?after=0", 0)):
         async with (
             asyncio.timeout(DEADLINE_SECONDS),
-            api_without_worker.http.stream(
-                "GET", f"/api/ledger/stream{query}", headers={"Last-Event-ID": ""}
-            ) as response,
+            shared_api.http.stream("GET", f"/api/ledger/stream{query}", headers={"Last-Event-ID": ""}) as response,
         ):
             assert response.status_code == 200
             async for line in response.aiter_lines():
@@ -193,10 +191,10 @@ async def test_preflight_allows_headers_that_clients_send(
         assert response.status_code == 400
 
 
-async def test_every_route_responds_to_every_method(api_without_worker: Api) -> None:
+async def test_every_route_responds_to_every_method(shared_api: Api) -> None:
     for path in {build_path(route) for route in ROUTES}:
         for method in ("HEAD", "OPTIONS", "PATCH", "TRACE"):
-            response = await api_without_worker.http.request(method, path)
+            response = await shared_api.http.request(method, path)
             assert response.status_code < 500, (method, path)
             if method != "HEAD":
                 assert response.status_code == 405, (method, path)

@@ -71,11 +71,11 @@ async def test_batch_responses_match_their_models(api: Api) -> None:
     await api.wait_for_event(batch_id, "BatchFinished")
 
 
-async def test_batch_deletion_response_matches_its_model(api_without_worker: Api) -> None:
-    batch_id = (await api_without_worker.submit_batch({}))["batch_id"]
-    check_response(await api_without_worker.post(f"{BATCHES}/{batch_id}/cancel"))
-    await api_without_worker.wait_for_event(batch_id, "BatchFinished")
-    assert check_response(await api_without_worker.http.delete(f"{BATCHES}/{batch_id}"))["batch"] is None
+async def test_batch_deletion_response_matches_its_model(shared_api: Api) -> None:
+    batch_id = (await shared_api.submit_batch({}))["batch_id"]
+    check_response(await shared_api.post(f"{BATCHES}/{batch_id}/cancel"))
+    await shared_api.wait_for_event(batch_id, "BatchFinished")
+    assert check_response(await shared_api.http.delete(f"{BATCHES}/{batch_id}"))["batch"] is None
 
 
 async def test_file_log_and_monitoring_responses_match_their_models(api: Api) -> None:
@@ -100,8 +100,8 @@ async def test_live_stream_event_matches_its_model(api_without_worker: Api) -> N
 
 
 @pytest.mark.parametrize("path", [f"{JOBS}/job-none", f"{JOBS}?limit=x", "/nowhere", f"{JOBS}/job-none/cancel"])
-async def test_error_response_matches_its_model(api_without_worker: Api, path: str) -> None:
-    response = await api_without_worker.get(path)
+async def test_error_response_matches_its_model(shared_api: Api, path: str) -> None:
+    response = await shared_api.get(path)
     error = ErrorResponse.model_validate_json(response.content, extra="forbid", strict=True)
     for field_error in error.details.get("errors", ()):
         FieldError.model_validate(field_error, extra="forbid")

@@ -15,15 +15,15 @@ async def update(api: Api, path: str, content: Any, **headers: str) -> httpx.Res
     return await api.http.put(f"/api/events/{path}", json=content, headers=headers)
 
 
-async def test_update_of_pending_job_keeps_omitted_fields(api_without_worker: Api) -> None:
-    job_id = await api_without_worker.submit({"text": "old"}, priority=3)
+async def test_update_of_pending_job_keeps_omitted_fields(shared_api: Api) -> None:
+    job_id = await shared_api.submit({"text": "old"}, priority=3)
 
-    response = await update(api_without_worker, f"jobs/{job_id}", {"parameters": {"text": "new"}})
+    response = await update(shared_api, f"jobs/{job_id}", {"parameters": {"text": "new"}})
 
     assert response.status_code == 200, response.text
     assert (response.json()["job"]["parameters"], response.json()["job"]["priority"]) == ({"text": "new"}, 3)
     assert response.headers["etag"].startswith('"2-')
-    loaded = await api_without_worker.get(f"/api/events/jobs/{job_id}", response.headers["ledger-position"])
+    loaded = await shared_api.get(f"/api/events/jobs/{job_id}", response.headers["ledger-position"])
     assert loaded.json()["job"] == response.json()["job"]
 
 
@@ -51,52 +51,48 @@ async def test_update_of_finished_job_is_applied_completely_or_not_at_all(api: A
         ({"not_before": "soon"}, "not_before"),
     ],
 )
-async def test_update_with_invalid_field_is_rejected(
-    api_without_worker: Api, content: dict[str, Any], path: str
-) -> None:
-    job_id = await api_without_worker.submit()
+async def test_update_with_invalid_field_is_rejected(shared_api: Api, content: dict[str, Any], path: str) -> None:
+    job_id = await shared_api.submit()
 
-    response = await update(api_without_worker, f"jobs/{job_id}", content)
+    response = await update(shared_api, f"jobs/{job_id}", content)
 
     assert response.status_code == 422
     assert response.json()["details"]["errors"][0]["path"] == path
 
 
-async def test_update_with_parameters_invalid_for_job_type_is_rejected(api_without_worker: Api) -> None:
+async def test_update_with_parameters_invalid_for_job_type_is_rejected(shared_api: Api) -> None:
     session = {"event": "E", "session": "S", "url": "https://example.org", "filename": "f", "track": "T"}
-    response = await api_without_worker.post("/api/events/jobs", {"parameters": session})
+    response = await shared_api.post("/api/events/jobs", {"parameters": session})
 
-    rejected = await update(
-        api_without_worker, f"jobs/{response.json()['job_id']}", {"parameters": {**session, "track": " "}}
-    )
+    rejected = await update(shared_api, f"jobs/{response.json()['job_id']}", {"parameters": {**session, "track": " "}})
 
     assert rejected.status_code == 422
     assert rejected.json()["details"]["errors"][0]["path"] == "parameters.track"
 
 
-async def test_update_of_not_before_sets_due_time(api_without_worker: Api) -> None:
-    job_id = await api_without_worker.submit()
+async def test_update_of_not_before_sets_due_time(shared_api: Api) -> None:
+    job_id = await shared_api.submit()
     tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
 
-    response = await update(api_without_worker, f"jobs/{job_id}", {"not_before": tomorrow})
+    response = await update(shared_api, f"jobs/{job_id}", {"not_before": tomorrow})
 
     assert response.json()["job"]["due_at"][:19] == tomorrow[:19]
 
 
-async def test_write_with_outdated_if_match_is_rejected(api_without_worker: Api) -> None:
-    job_id = await api_without_worker.submit()
-    etag = (await api_without_worker.get(f"/api/events/jobs/{job_id}")).headers["etag"]
-    first = await update(api_without_worker, f"jobs/{job_id}", {"priority": 5}, **{"If-Match": etag})
+async def test_write_with_outdated_if_match_is_rejected(shared_api: Api) -> None:
+    job_id = await shared_api.submit()
+    etag = (await shared_api.get(f"/api/events/jobs/{job_id}")).headers["etag"]
+    first = await update(shared_api, f"jobs/{job_id}", {"priority": 5}, **{"If-Match": etag})
 
-    second = await update(api_without_worker, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": etag})
-    cancel = await api_without_worker.post(f"/api/events/jobs/{job_id}/cancel", **{"If-Match": etag})
+    second = await update(shared_api, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": etag})
+    cancel = await shared_api.post(f"/api/events/jobs/{job_id}/cancel", **{"If-Match": etag})
 
     assert first.status_code == 200
     for rejected in (second, cancel):
         assert (rejected.status_code, rejected.json()["code"]) == (412, "precondition_failed")
         assert rejected.json()["details"] == {"version": 2}
     repeated = await update(
-        api_without_worker, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": f'"7", {first.headers["etag"]}'}
+        shared_api, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": f'"7", {first.headers["etag"]}'}
     )
     assert repeated.json()["job"]["priority"] == 6
 
@@ -113,29 +109,27 @@ async def test_delete_of_running_job_with_other_version_is_rejected(api: Api) ->
     assert deleted.status_code == 200, deleted.text
 
 
-async def test_get_job_with_current_etag_is_not_modified(api_without_worker: Api) -> None:
-    job_id = await api_without_worker.submit()
-    etag = (await api_without_worker.get(f"/api/events/jobs/{job_id}")).headers["etag"]
+async def test_get_job_with_current_etag_is_not_modified(shared_api: Api) -> None:
+    job_id = await shared_api.submit()
+    etag = (await shared_api.get(f"/api/events/jobs/{job_id}")).headers["etag"]
 
-    unchanged = await api_without_worker.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": etag})
-    changed = await api_without_worker.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": '"99"'})
+    unchanged = await shared_api.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": etag})
+    changed = await shared_api.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": '"99"'})
 
     assert (unchanged.status_code, unchanged.content, changed.status_code) == (304, b"", 200)
 
 
-async def test_update_of_batch_access_applies_to_its_jobs(api_without_worker: Api) -> None:
-    batch = await api_without_worker.submit_batch({}, {})
+async def test_update_of_batch_access_applies_to_its_jobs(shared_api: Api) -> None:
+    batch = await shared_api.submit_batch({}, {})
 
-    response = await update(
-        api_without_worker, f"batches/{batch['batch_id']}", {"access_control": {"read_access": ["bob"]}}
-    )
+    response = await update(shared_api, f"batches/{batch['batch_id']}", {"access_control": {"read_access": ["bob"]}})
 
     assert response.json()["jobs"] == {"total": 2, "changed": 2, "unchanged": 0, "rejected": 0}
     position = response.headers["ledger-position"]
     for path in (f"batches/{batch['batch_id']}", *(f"jobs/{job_id}" for job_id in batch["job_ids"])):
-        content = (await api_without_worker.get(f"/api/events/{path}", position)).json()
+        content = (await shared_api.get(f"/api/events/{path}", position)).json()
         assert (content.get("job") or content["batch"])["access_control"]["read_access"] == ["bob"]
-    listed = (await api_without_worker.get("/api/events/batches", position)).json()["batches"][0]
+    listed = (await shared_api.get("/api/events/batches", position)).json()["batches"][0]
     assert listed["access_control"]["read_access"] == ["bob"]
 
 

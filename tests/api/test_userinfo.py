@@ -146,19 +146,19 @@ async def test_submission_and_update_reject_userinfo_in_every_field(api_without_
     ] == 1
 
 
-async def test_userinfo_error_has_field_path_and_advice(api_without_worker: Api) -> None:
+async def test_userinfo_error_has_field_path_and_advice(shared_api: Api) -> None:
     body = {
         "jobs": [
             build_session_job(),
             {"job_type": "echo", "parameters": {"a": [{"b": "https://u:hunter2@example.org/"}]}},
         ]
     }
-    response = (await api_without_worker.post("/api/events/batches", body)).json()
+    response = (await shared_api.post("/api/events/batches", body)).json()
     [problem] = response["details"]["errors"]
     assert problem["path"] == "jobs[1].parameters.a[0].b"
     assert "use a URL that needs neither" in problem["message"]
 
 
 @pytest.mark.parametrize("text", TEXTS_WITHOUT_USERINFO)
-async def test_submission_accepts_text_without_userinfo(api_without_worker: Api, text: str) -> None:
-    assert await api_without_worker.submit({"text": text, "more": [text]})
+async def test_submission_accepts_text_without_userinfo(shared_api: Api, text: str) -> None:
+    assert await shared_api.submit({"text": text, "more": [text]})

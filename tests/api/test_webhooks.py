@@ -161,8 +161,8 @@ async def test_webhook_echo_keeps_requests_without_secrets(mongodb_uri: str, db_
         assert "s3cret" not in response.text
 
 
-async def test_webhook_echo_is_off_by_default(api_without_worker: Api) -> None:
-    for response in (await api_without_worker.post(ECHO_PATH, {"x": 1}), await api_without_worker.get(ECHO_PATH)):
+async def test_webhook_echo_is_off_by_default(shared_api: Api) -> None:
+    for response in (await shared_api.post(ECHO_PATH, {"x": 1}), await shared_api.get(ECHO_PATH)):
         assert response.status_code == 404
         assert "webhooks.echo_enabled" in response.json()["message"]
 
@@ -182,11 +182,11 @@ async def test_webhook_echo_is_off_by_default(api_without_worker: Api) -> None:
     ],
 )
 async def test_webhook_that_can_never_work_is_rejected_at_submission(
-    api_without_worker: Api, webhook: dict[str, Any], message: str
+    shared_api: Api, webhook: dict[str, Any], message: str
 ) -> None:
     body = {"job_type": "echo", "parameters": {}, "webhook": webhook}
     for path, content in (("/api/events/jobs", body), ("/api/events/batches", {"jobs": [body]})):
-        response = await api_without_worker.post(path, content)
+        response = await shared_api.post(path, content)
         assert response.status_code == 422, response.text
         [problem] = response.json()["details"]["errors"]
         assert "webhook" in problem["path"]
@@ -194,12 +194,12 @@ async def test_webhook_that_can_never_work_is_rejected_at_submission(
         assert "short" not in problem["message"]
 
 
-async def test_unknown_delivery_job_or_status_is_rejected(api_without_worker: Api) -> None:
+async def test_unknown_delivery_job_or_status_is_rejected(shared_api: Api) -> None:
     for name in ("delivery-job-1-1", "job-1", "x"):
-        assert (await api_without_worker.get(f"{WEBHOOKS}/{name}")).json()["code"] == "delivery_not_found"
-        assert (await api_without_worker.post(f"{WEBHOOKS}/{name}/redeliver")).json()["code"] == "delivery_not_found"
-    assert (await api_without_worker.get(f"{WEBHOOKS}?job_id=job-1")).json()["code"] == "job_not_found"
-    assert (await api_without_worker.get(f"{WEBHOOKS}?status=lost")).status_code == 422
+        assert (await shared_api.get(f"{WEBHOOKS}/{name}")).json()["code"] == "delivery_not_found"
+        assert (await shared_api.post(f"{WEBHOOKS}/{name}/redeliver")).json()["code"] == "delivery_not_found"
+    assert (await shared_api.get(f"{WEBHOOKS}?job_id=job-1")).json()["code"] == "job_not_found"
+    assert (await shared_api.get(f"{WEBHOOKS}?status=lost")).status_code == 422
 
 
 async def test_redelivery_after_job_deletion_is_rejected_and_secrets_removed(
