@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from uuid import uuid4
 
 import pytest
 
@@ -11,6 +12,12 @@ from tests.support.header_auth import principal_header
 
 JOB = {"job_type": "echo", "parameters": {"text": "once"}}
 KEY = {"Idempotency-Key": "6a0c2a5e-once"}
+
+
+@pytest.fixture
+def key() -> dict[str, str]:
+    """The header with a key that no other test sends to the shared API."""
+    return {"Idempotency-Key": str(uuid4())}
 
 
 async def test_repeated_submission_creates_one_job_and_returns_same_response(api_without_worker: Api) -> None:
@@ -45,18 +52,18 @@ async def test_concurrent_batches_with_one_key_create_one_batch(api_without_work
 
 
 @pytest.mark.parametrize("path", ["jobs", "batches"])
-async def test_same_key_with_different_body_is_rejected(api_without_worker: Api, path: str) -> None:
+async def test_same_key_with_different_body_is_rejected(shared_api: Api, key: dict[str, str], path: str) -> None:
     body, other_body = (JOB, {**JOB, "priority": 2}) if path == "jobs" else ({"jobs": [JOB]}, {"jobs": [JOB, JOB]})
-    await api_without_worker.post(f"/api/events/{path}", body, **KEY)
+    await shared_api.post(f"/api/events/{path}", body, **key)
 
-    rejected = await api_without_worker.post(f"/api/events/{path}", other_body, **KEY)
+    rejected = await shared_api.post(f"/api/events/{path}", other_body, **key)
 
     assert (rejected.status_code, rejected.json()["code"]) == (422, "idempotency_key_reused")
 
 
-async def test_member_order_of_body_does_not_matter(api_without_worker: Api) -> None:
-    first = await api_without_worker.post("/api/events/jobs", JOB, **KEY)
-    repeated = await api_without_worker.post("/api/events/jobs", dict(reversed(JOB.items())), **KEY)
+async def test_member_order_of_body_does_not_matter(shared_api: Api, key: dict[str, str]) -> None:
+    first = await shared_api.post("/api/events/jobs", JOB, **key)
+    repeated = await shared_api.post("/api/events/jobs", dict(reversed(JOB.items())), **key)
     assert repeated.json() == first.json()
 
 
@@ -78,60 +85,58 @@ async def test_repeated_restart_restarts_job_once(api: Api) -> None:
     assert (conflicting.status_code, conflicting.json()["code"]) == (422, "idempotency_key_reused")
 
 
-async def test_concurrent_restarts_with_one_key_succeed_and_restart_once(api_without_worker: Api) -> None:
-    job_id = await api_without_worker.submit()
-    await api_without_worker.post(f"/api/events/jobs/{job_id}/cancel")
+async def test_concurrent_restarts_with_one_key_succeed_and_restart_once(shared_api: Api, key: dict[str, str]) -> None:
+    job_id = await shared_api.submit()
+    await shared_api.post(f"/api/events/jobs/{job_id}/cancel")
 
-    responses = await asyncio.gather(
-        *(api_without_worker.post(f"/api/events/jobs/{job_id}/restart", **KEY) for _ in range(10))
-    )
+    responses = await asyncio.gather(*(shared_api.post(f"/api/events/jobs/{job_id}/restart", **key) for _ in range(10)))
 
     assert {response.status_code for response in responses} == {200}
-    assert [event.type for event in await api_without_worker.event_store.read_stream(job_id)].count("JobRestarted") == 1
+    assert [event.type for event in await shared_api.event_store.read_stream(job_id)].count("JobRestarted") == 1
 
 
-async def test_repeated_batch_restart_restarts_no_job_twice(api_without_worker: Api) -> None:
-    batch = await api_without_worker.submit_batch({}, {})
+async def test_repeated_batch_restart_restarts_no_job_twice(shared_api: Api, key: dict[str, str]) -> None:
+    batch = await shared_api.submit_batch({}, {})
     path = f"/api/events/batches/{batch['batch_id']}"
-    await api_without_worker.post(f"{path}/cancel")
+    await shared_api.post(f"{path}/cancel")
     body = {"only": "cancelled"}
-    first = await api_without_worker.post(f"{path}/restart", body, **KEY)
-    await api_without_worker.post(f"{path}/cancel")
+    first = await shared_api.post(f"{path}/restart", body, **key)
+    await shared_api.post(f"{path}/cancel")
 
-    repeated = await api_without_worker.post(f"{path}/restart", body, **KEY)
+    repeated = await shared_api.post(f"{path}/restart", body, **key)
 
     assert first.json()["jobs"]["changed"] == 2
     assert repeated.json()["jobs"] == {"total": 2, "changed": 0, "unchanged": 2, "rejected": 0}
 
 
-async def test_repeated_pause_after_resume_does_not_pause_again(api_without_worker: Api) -> None:
-    path = f"/api/events/batches/{(await api_without_worker.submit_batch({}))['batch_id']}"
-    first = await api_without_worker.post(f"{path}/pause", {"reason": "lunch"}, **KEY)
-    await api_without_worker.post(f"{path}/resume")
+async def test_repeated_pause_after_resume_does_not_pause_again(shared_api: Api, key: dict[str, str]) -> None:
+    path = f"/api/events/batches/{(await shared_api.submit_batch({}))['batch_id']}"
+    first = await shared_api.post(f"{path}/pause", {"reason": "lunch"}, **key)
+    await shared_api.post(f"{path}/resume")
 
-    repeated = await api_without_worker.post(f"{path}/pause", {"reason": "lunch"}, **KEY)
-    conflicting = await api_without_worker.post(f"{path}/pause", {"reason": "tea"}, **KEY)
+    repeated = await shared_api.post(f"{path}/pause", {"reason": "lunch"}, **key)
+    conflicting = await shared_api.post(f"{path}/pause", {"reason": "tea"}, **key)
 
     assert (first.json()["batch"]["paused"], repeated.json()["batch"]["paused"]) == (True, False)
     assert (conflicting.status_code, conflicting.json()["code"]) == (422, "idempotency_key_reused")
 
 
-async def test_repeated_pause_with_old_etag_is_no_conflict(api_without_worker: Api) -> None:
-    path = f"/api/events/batches/{(await api_without_worker.submit_batch({}))['batch_id']}"
-    headers = {**KEY, "If-Match": (await api_without_worker.get(path)).headers["etag"]}
-    first = await api_without_worker.post(f"{path}/pause", **headers)
-    repeated = await api_without_worker.post(f"{path}/pause", **headers)
-    other = await api_without_worker.post(f"{path}/resume", **{"If-Match": headers["If-Match"]})
+async def test_repeated_pause_with_old_etag_is_no_conflict(shared_api: Api, key: dict[str, str]) -> None:
+    path = f"/api/events/batches/{(await shared_api.submit_batch({}))['batch_id']}"
+    headers = {**key, "If-Match": (await shared_api.get(path)).headers["etag"]}
+    first = await shared_api.post(f"{path}/pause", **headers)
+    repeated = await shared_api.post(f"{path}/pause", **headers)
+    other = await shared_api.post(f"{path}/resume", **{"If-Match": headers["If-Match"]})
 
     assert [response.status_code for response in (first, repeated, other)] == [200, 200, 412]
 
 
-async def test_repeated_batch_cancel_or_archive_changes_no_job_again(api_without_worker: Api) -> None:
-    path = f"/api/events/batches/{(await api_without_worker.submit_batch({}, {}))['batch_id']}"
+async def test_repeated_batch_cancel_or_archive_changes_no_job_again(shared_api: Api, key: dict[str, str]) -> None:
+    path = f"/api/events/batches/{(await shared_api.submit_batch({}, {}))['batch_id']}"
     for action, reverse in (("cancel", "restart"), ("archive", "unarchive")):
-        first = await api_without_worker.post(f"{path}/{action}", **KEY)
-        await api_without_worker.post(f"{path}/{reverse}", {"only": "cancelled"} if reverse == "restart" else {})
-        repeated = await api_without_worker.post(f"{path}/{action}", **KEY)
+        first = await shared_api.post(f"{path}/{action}", **key)
+        await shared_api.post(f"{path}/{reverse}", {"only": "cancelled"} if reverse == "restart" else {})
+        repeated = await shared_api.post(f"{path}/{action}", **key)
         assert (first.json()["jobs"]["changed"], repeated.json()["jobs"]["changed"]) == (2, 0)
 
 
