@@ -132,7 +132,7 @@ async def test_rebuild_while_jobs_run_gives_correct_views(
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 10)
     monkeypatch.setattr(projector, "SHADOW_RETENTION_SECONDS", 0.2)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
-        submitter = ContinuousSubmitter(roles, 0.005)
+        submitter = ContinuousSubmitter(roles, 0.02)
         async with open_rebuild(connection) as rebuild_process:
             for _ in range(3):  # into each slot, and into one that was used before
                 await submitter.wait_for_more_jobs(15)
