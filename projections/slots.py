@@ -31,7 +31,9 @@ def get_other_slot(slot: Slot) -> Slot:
 
 
 class Views:
-    """The collections of the views, by view name. All queries raise LedgerUnavailable if the database fails.
+    """The collections of the views, by view name. If the database fails, their methods raise errors of the driver.
+
+    The query functions of `projections/views` translate these errors to LedgerUnavailable (`translate_errors`).
 
     Attributes:
         slots: The slot of each view. It may change while this object is in use.

@@ -174,6 +174,63 @@ def test_public_functions_have_docstrings(path: Path) -> None:
     assert undocumented == set()
 
 
+def list_documented_names(docstring: str, section: str) -> set[str]:
+    """Return the names that a section of a docstring, such as `Args`, describes."""
+    _, _, rest = docstring.partition(f"\n{section}:\n")
+    entries = re.findall(r"^ {4}(\S[^:\n]*):", rest.partition("\n\n")[0], re.MULTILINE)
+    return {name.strip("* ") for entry in entries for name in entry.split(",")}
+
+
+def list_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    return {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
+
+
+def list_attributes(definition: ast.ClassDef) -> set[str]:
+    """Return the names of the fields and properties of a class, and of the attributes that `__init__` sets."""
+    attributes = set()
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign):
+            attributes.add(ast.unparse(node.target))
+        elif isinstance(node, ast.FunctionDef) and node.decorator_list:
+            attributes.add(node.name)
+        elif isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            attributes |= {
+                target.attr
+                for target in ast.walk(node)
+                if isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store)
+            }
+    return attributes
+
+
+def find_unknown_names(definition: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> set[str]:
+    """Return the names in `Args` and `Attributes` that are no parameter and no attribute."""
+    docstring = ast.get_docstring(definition) or ""
+    arguments, attributes = (list_documented_names(docstring, section) for section in ("Args", "Attributes"))
+    if not isinstance(definition, ast.ClassDef):
+        return arguments - list_parameters(definition) | attributes
+    init = [node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    parameters = list_parameters(init[0]) if init else list_attributes(definition)
+    return arguments - parameters | attributes - list_attributes(definition)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative_name)
+def test_docstrings_describe_existing_parameters_and_attributes(path: Path) -> None:
+    unknown = [
+        f"{relative_name(path)}:{node.lineno} {name}"
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        for name in find_unknown_names(node)
+    ]
+    assert unknown == []
+
+
+def test_unknown_names_in_docstrings_are_found() -> None:
+    source = '"""D."""\ndef f(a):\n    """D.\n\n    Args:\n        a, c: An a.\n        b: A b.\n    """'
+    assert find_unknown_names(ast.parse(source).body[1]) == {"b", "c"}  # type: ignore[arg-type]  # a function
+    source = 'class C:\n    """D.\n\n    Attributes:\n        x: An x.\n        y: A y.\n    """\n    x: int'
+    assert find_unknown_names(ast.parse(source).body[0]) == {"y"}  # type: ignore[arg-type]  # a class
+
+
 def test_no_module_has_generic_name() -> None:
     forbidden = {"utils", "util", "helpers", "common", "base", "manager", "misc"}
     assert [relative_name(path) for path in MODULES if path.stem in forbidden] == []

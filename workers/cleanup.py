@@ -62,9 +62,9 @@ _SUBMITTED_EVENT_TYPES: Final = ("JobSubmitted", "BatchSubmitted")
 
 
 class Cleanup:
-    """Removes the data of deleted jobs and batches. Runs beside the leading projector (`Projector.beside`).
+    """Removes the data of deleted jobs and batches. Runs in the process of the leading projector, as its `leader_task`.
 
-    Two may run for a moment if one was frozen. Each has its own removal ID: see `FileStore.begin_removal`.
+    Two may run for a moment if one was suspended. Each has its own removal ID: see `FileStore.begin_removal`.
     """
 
     def __init__(

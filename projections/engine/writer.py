@@ -52,8 +52,8 @@ class ProjectionWriter:
     """Applies events to one set of views. The filter on the checkpoint ensures that no other process writes to them.
 
     Args:
-        checkpoint: ID of the checkpoint document that records the position of these views.
-        fence: Fields that the checkpoint must have. Otherwise another process has taken over.
+        checkpoint_id: ID of the checkpoint document that records the position of these views.
+        checkpoint_filter: Fields that the checkpoint must have. Otherwise another process has taken over.
         last_applied: The last event that the views contain.
     """
 
