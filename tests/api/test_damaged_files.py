@@ -12,6 +12,7 @@ import pytest
 
 from tests.api.conftest import Api
 from tests.api.result_files import (
+    CONTENT,
     FILES,
     LARGE_FILE_BYTES,
     MEMORY_LIMIT_BYTES,
@@ -87,24 +88,33 @@ async def test_file_truncated_during_response_breaks_the_connection(
         await read()
 
 
-@pytest.mark.parametrize("kind", ["link to a file", "link to a directory", "directory", "pipe"])
+@pytest.mark.parametrize("kind", ["link to a file", "directory", "pipe"])
 async def test_store_entry_that_is_no_regular_file_is_missing(shared_api: Api, tmp_path: Path, kind: str) -> None:
     path, digest = await add_distinct_file(shared_api)
     stored = get_stored_path(shared_api, digest)
     stored.unlink()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / digest).write_text("secret")
     if kind == "link to a file":
-        stored.symlink_to(tmp_path / "elsewhere" / digest)
-    elif kind == "link to a directory":
-        stored.parent.rmdir()
-        stored.parent.symlink_to(tmp_path / "elsewhere")
+        (tmp_path / digest).write_text("secret")
+        stored.symlink_to(tmp_path / digest)
     elif kind == "directory":
         stored.mkdir()
     else:
         os.mkfifo(stored)
+    await check_file_is_missing(shared_api, path)
+
+
+async def test_file_behind_a_link_to_a_directory_is_missing(api_without_worker: Api, tmp_path: Path) -> None:
+    digest = await add_file(api_without_worker, "a.bin")  # the only file: a shared store may have more in its folder
+    stored = get_stored_path(api_without_worker, digest)
+    stored.parent.rename(tmp_path / "elsewhere")
+    stored.parent.symlink_to(tmp_path / "elsewhere")
+    assert stored.read_bytes() == CONTENT
+    await check_file_is_missing(api_without_worker, "a.bin")
+
+
+async def check_file_is_missing(api: Api, path: str) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
-        response = await shared_api.get(f"{FILES}{path}")
+        response = await api.get(f"{FILES}{path}")
     assert (response.status_code, response.json()["code"]) == (500, "file_missing")
 
 
