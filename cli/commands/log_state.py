@@ -1,4 +1,4 @@
-"""`jobledger log state`: jobs, workers and batches at an earlier time, computed from the log."""
+"""`jobledger log state`: jobs and batches at an earlier time, computed from the log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def state(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the state of jobs, workers and batches at an earlier time
+    """Show the state of jobs and batches at an earlier time
 
     Reads the log only; views are not used.
     """

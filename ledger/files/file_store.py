@@ -103,7 +103,7 @@ class FileStore(ABC):
     """A store of result files. A file is complete or absent, each content is stored once, and files never change.
 
     Job processes run untrusted code, so they have no access to the store. They put files into the inbox of their
-    attempt, which is a `DirectoryStore` that need not be durable. The worker moves them into the store.
+    attempt, which is a `DirectoryStore` that need not be durable. The worker copies them into the store.
 
     Every method that is a coroutine raises `LedgerUnavailable` if the store is unreachable.
     """
