@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import get_principal, get_viewer
+from jobledger.api.auth.permissions import check_filters, get_principal, get_viewer
 from jobledger.api.auth.redaction import JOB_FIELD_RULES, Viewer, redact_document
 from jobledger.api.context import get_api_context
 from jobledger.api.ledger_position import wait_for_requested_position
@@ -19,9 +19,16 @@ from jobledger.projections.views.files import prefix_result_urls
 
 
 async def build_job_list_response(request: Request, query: JobListQuery) -> Response:
-    """Return the page of jobs that a query asks for."""
+    """Return the page of jobs that a query asks for.
+
+    Raises:
+        ApiError: 403, a filter compares a field that is hidden from the caller.
+    """
+    principal = get_principal(request)
+    filters = query.model_dump(include={*job_list.JobFilter.model_fields})
+    check_filters(filters, JOB_FIELD_RULES, has_full_access=principal.is_admin, required="the role `admin`")
     await wait_for_requested_position(request)
-    db_query = query.build_query(get_principal(request))
+    db_query = query.build_query(principal)
     views = get_api_context(request).views
     jobs, next_page = await job_list.find_page(views, db_query, query.page_request, include=query.include or ())
     rendered, exact_total = await render_jobs(request, jobs), await _count_exactly(request, query)

@@ -7,15 +7,15 @@ not perform the action gets 403.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jobledger.api.auth.redaction import Viewer
+from jobledger.api.auth.redaction import FieldRule, Viewer, find_hidden_filters
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.origins import SIGN_IN_PATHS
 from jobledger.ledger.domain.access import AccessLevel, Principal, get_access_level, parse_user_name
@@ -215,6 +215,25 @@ def require_access(request: Request, level: AccessLevel, *, not_found_error: Api
             raise ApiError(403, "forbidden", f"Forbidden: this action requires {level.name.lower()}_access.")
 
     return check
+
+
+def check_filters(
+    filters: Mapping[str, Any], rules: Mapping[str, FieldRule], *, has_full_access: bool, required: str
+) -> None:
+    """Check that no filter of a list compares a field that is hidden from the caller.
+
+    Args:
+        filters: The value of each filter; None is no filter.
+        rules: The redaction rules of the listed documents, such as JOB_FIELD_RULES.
+        has_full_access: Whether the caller sees all fields of all documents that the list may contain.
+        required: What the caller lacks otherwise, for the message.
+
+    Raises:
+        ApiError: 403, a filter compares a hidden field.
+    """
+    hidden = find_hidden_filters((name for name, value in filters.items() if value is not None), rules)
+    if hidden and not has_full_access:
+        raise ApiError(403, "forbidden", f"Forbidden: the filter `{hidden[0]}` requires {required}.")
 
 
 def has_monitor_role(request: Request) -> bool:

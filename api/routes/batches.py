@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api import bulk_commands
-from jobledger.api.auth.permissions import get_principal, get_viewer, resolve_owner, resolve_teams
+from jobledger.api.auth.permissions import check_filters, get_principal, get_viewer, resolve_owner, resolve_teams
 from jobledger.api.auth.redaction import BATCH_FIELD_RULES, redact_document
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, run_off_loop
@@ -141,6 +141,7 @@ async def list_batches(request: Request) -> Response:
     await wait_for_requested_position(request)
     ctx, principal, query = get_api_context(request), get_principal(request), parse_query(request, BatchListQuery)
     filters = query.model_dump(exclude=set(PageQuery.model_fields), exclude_none=True)
+    check_filters(filters, BATCH_FIELD_RULES, has_full_access=principal.is_admin, required="the role `admin`")
     db_query = batches_view.build_query(principal, **filters)
     batches, next_page = await batches_view.find_page(ctx.views, db_query, query.page_request)
     rendered = [redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch)) for batch in batches]

@@ -15,13 +15,14 @@ from starlette.responses import Response
 
 from jobledger.api.auth.permissions import (
     can_read,
+    check_filters,
     get_actor,
     get_principal,
     get_viewer,
     require_access,
     require_user_id,
 )
-from jobledger.api.auth.redaction import DELIVERY_FIELD_RULES, Viewer, find_hidden_filters, redact_document
+from jobledger.api.auth.redaction import DELIVERY_FIELD_RULES, Viewer, redact_document
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.errors import ApiError, build_json_response
@@ -57,7 +58,7 @@ _UNRESTRICTED: Final = Principal(None, roles=frozenset({"admin"}))
     response=schemas.DeliveryListResponse,
     query=schemas.DeliveryListQuery,
     is_from_views=True,
-    error_codes=("job_not_found",),
+    error_codes=("job_not_found", "forbidden"),
 )
 async def list_deliveries(request: Request) -> Response:
     """List webhook deliveries with their attempts."""
@@ -179,11 +180,12 @@ async def _build_query(request: Request, filters: schemas.DeliveryFilter) -> Doc
         source = await load_document(request, filters.job_id)
         if source is None or not can_read(request, source):
             raise JOB.build_not_found_error(filters.job_id)
-        used = {name for name in schemas.DeliveryFilter.model_fields if getattr(filters, name) is not None}
-        hidden = find_hidden_filters(used, DELIVERY_FIELD_RULES)
-        if hidden and not get_viewer(request, source).has_full_access:
-            message = f"Forbidden: the filter `{hidden[0]}` requires admin access to the job."
-            raise ApiError(403, "forbidden", message)
+        check_filters(
+            filters.model_dump(include={*schemas.DeliveryFilter.model_fields}),
+            DELIVERY_FIELD_RULES,
+            has_full_access=get_viewer(request, source).has_full_access,
+            required="admin access to the job",
+        )
         principal = _UNRESTRICTED
     return deliveries_view.build_query(
         principal,

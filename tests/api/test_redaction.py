@@ -9,6 +9,7 @@ from typing import Any, Final, get_args
 
 import pytest
 
+from jobledger.api.auth import redaction
 from jobledger.api.auth.redaction import (
     BATCH_FIELD_RULES,
     DELIVERY_ATTEMPT_FIELD_RULES,
@@ -280,6 +281,32 @@ def test_every_list_filter_is_visible_or_rejected() -> None:
         }
         assert hidden == set(find_hidden_filters(filters, rules)), model
     assert get_args(PageQuery.model_fields["sort"].annotation) == ("-created_at", "created_at")
+
+
+@pytest.mark.parametrize(
+    ("path", "filters", "hidden_field"),
+    [
+        ("/api/events/jobs", {"job_type": "echo"}, "worker_id"),
+        ("/api/events/batches/{batch}/jobs", {"job_type": "echo"}, "worker_id"),
+        ("/api/events/batches", {"archived": "false"}, "webhook"),
+    ],
+)
+async def test_list_filter_by_hidden_field_requires_role_admin(
+    api: Api, monkeypatch: pytest.MonkeyPatch, path: str, filters: dict[str, str], hidden_field: str
+) -> None:
+    body = {"access_control": ACCESS, "jobs": [{"job_type": "echo", "parameters": {"text": "x"}}]}
+    batch = (await api.post("/api/events/batches", body, **OWNER)).json()["batch_id"]
+    path, administrator = path.format(batch=batch), principal_header("ann", roles=["admin"])
+    for headers in (*VIEWERS.values(), OWNER, administrator):
+        assert (await api.http.get(path, params=filters, headers=headers)).status_code == 200
+    [name] = filters
+    monkeypatch.setattr(redaction, "FILTER_FIELDS", {**FILTER_FIELDS, name: hidden_field})
+    for headers in (*VIEWERS.values(), OWNER):
+        response = await api.http.get(path, params=filters, headers=headers)
+        assert (response.status_code, response.json()["code"]) == (403, "forbidden")
+        assert f"`{name}` requires the role `admin`" in response.json()["message"]
+        assert (await api.http.get(path, headers=headers)).status_code == 200
+    assert (await api.http.get(path, params=filters, headers=administrator)).status_code == 200
 
 
 @pytest.mark.parametrize("viewer", ["reader", "writer", "stranger"])
