@@ -86,7 +86,7 @@ class LeaseReaper:
         return self._lease_seconds.keys() - self._unhealthy if self._unhealthy else self._lease_seconds.keys()
 
     async def run(self) -> None:
-        """Check leases that may have expired, one after the other, until cancelled."""
+        """Check leases that may be overdue, one after the other, until cancelled."""
         try:
             while True:
                 worker_id = await self._check_queue.get()
@@ -145,7 +145,7 @@ class LeaseReaper:
             self._schedule_check(worker_id, _UNKNOWN_SECONDS)
 
     def _schedule_check(self, worker_id: str, seconds: float) -> None:
-        """Set a timer for when a lease should have expired: the passing of time causes no change event."""
+        """Set a timer for when a lease may be overdue: the passing of time causes no change event."""
         if (timer := self._timers.pop(worker_id, None)) is not None:
             timer.cancel()
         pause = max(0.0, seconds) + random.uniform(0.05, _JITTER_SECONDS)  # noqa: S311 - spreads load
@@ -153,7 +153,7 @@ class LeaseReaper:
         self._timers[worker_id] = loop.call_later(pause, self._check_queue.put_nowait, worker_id)
 
     def _observe_remaining_seconds(self, worker: Mapping[str, Any]) -> float:
-        """Observe a lease document. Return the seconds until the lease expires, 0 or less if it has expired."""
+        """Observe a lease document. Return the seconds until the lease is overdue, 0 or less if it is."""
         observation = self._observed.setdefault(worker["_id"], LeaseObservation())
         observation.record(worker.get("heartbeat"))
         remaining = worker["seconds"] - observation.seconds_since_heartbeat

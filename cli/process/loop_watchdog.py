@@ -1,4 +1,4 @@
-"""Exit a process whose event loop is blocked, so that its supervisor restarts it.
+"""Exit a process whose event loop is blocked, so that its service manager restarts it.
 
 The usual cause is an inline job that blocks (`time.sleep`, an endless loop). The process then no longer extends its
 leases (`jobledger.ledger.mongo.lease`), and the API, the views and the other jobs of this process hang.

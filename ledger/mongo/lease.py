@@ -1,14 +1,14 @@
 """Leases in MongoDB. Processes measure their duration on monotonic clocks, which clock corrections do not move.
 
-Each extension increments `heartbeat`. To an observer, a lease has expired when the observer has seen no new heartbeat
+Each extension increments `heartbeat`. To an observer, a lease is overdue when the observer has seen no new heartbeat
 for the duration of the lease, by its own monotonic clock. Then another process may acquire it, or the lease reaper may
 expire it if only its owner can hold it. Both updates require the heartbeat that was observed, so a holder that has
-extended its lease meanwhile keeps it. A released lease, and one that has expired by the server's clock and was never
+extended its lease meanwhile keeps it. A released lease, and one that is overdue by the server's clock and was never
 observed to be extended, can be acquired without this condition.
 
-Acquiring and expiring increment `fencing_token`. After that, the old holder cannot extend the lease. Until then it can,
-although the lease has expired. Therefore, no process loses its lease by a database outage, during which no process can
-extend a lease.
+Acquiring and expiring increment `fencing_token`. After that, the lease has expired: the old holder cannot extend it.
+Until then it can, although the lease is overdue. Therefore, no process loses its lease by a database outage, during
+which no process can extend a lease.
 
 A separate thread with its own client extends leases, so a busy event loop cannot delay it. If the event loop makes no
 progress for the duration of a lease, the thread stops extending it, and other processes take over.
@@ -41,7 +41,7 @@ def _build_expiry(seconds: float) -> Document:
 
 
 EXPIRED_LEASE_FILTER: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
-"""Matches leases that have expired by the server's clock."""
+"""Matches leases that are overdue by the server's clock, whether or not a process has expired them."""
 EXPIRE_LEASE_UPDATE: Document = {"$inc": {"fencing_token": 1}}
 """Expires a lease. Combine it with a filter on the observed `heartbeat`. The holder's next extension then fails: it
 finds another fencing token."""
@@ -54,8 +54,8 @@ _CHECKS_PER_LEASE = 3
 _TICKS_PER_LEASE = 12
 MISSED_HEARTBEAT_SHARE = 0.6
 """A holder that has not extended its lease for this share of the duration has missed a heartbeat. Leases are extended
-after each third of their duration, so an outage that expires a lease lasts at least two thirds of it. Every other
-holder has then missed a heartbeat, too."""
+after each third of their duration. So an outage after which a lease is overdue lasts at least two thirds of it, and
+every other holder has missed a heartbeat, too."""
 
 
 class LeaseObservation:
@@ -161,7 +161,7 @@ class Lease:
         return True
 
     async def wait_lost(self) -> None:
-        """Return when the lease is lost: it expired, and another process has acquired or expired it."""
+        """Return when the lease is lost: another process has acquired or expired it."""
         await self._lost.wait()
 
     @property

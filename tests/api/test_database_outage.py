@@ -1,4 +1,4 @@
-"""Test that the API responds with 503 in time while the database is killed or frozen, and recovers without help."""
+"""Test that the API responds with 503 in time while the database is killed or suspended, and recovers without help."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def test_killed_database_gives_503_until_it_returns(api: Api, server: Embe
     assert (await api.get(f"/api/events/jobs/{job_id}")).json()["job"]["status"] == "completed"
 
 
-async def test_readyz_with_frozen_database_gives_503_within_seconds(api: Api, server: EmbeddedServer) -> None:
+async def test_readyz_with_suspended_database_gives_503_within_seconds(api: Api, server: EmbeddedServer) -> None:
     assert (await api.get("/readyz")).status_code == 200
     suspend(server.pid)
     try:
@@ -108,7 +108,7 @@ async def test_readyz_with_frozen_database_gives_503_within_seconds(api: Api, se
 
 
 @soak_only
-async def test_frozen_database_gives_503_in_bounded_time(api: Api, server: EmbeddedServer) -> None:
+async def test_suspended_database_gives_503_in_bounded_time(api: Api, server: EmbeddedServer) -> None:
     job_id = await api.submit()
     await api.wait_until_finished(job_id)
     suspend(server.pid)
@@ -117,7 +117,7 @@ async def test_frozen_database_gives_503_in_bounded_time(api: Api, server: Embed
             await check_unavailable(api, "GET", path)
         assert (await api.get("/healthz")).status_code == 200
     except httpx.ReadTimeout:
-        pytest.fail(f"no response within {RESPONSE_SECONDS} s while the database is frozen")
+        pytest.fail(f"no response within {RESPONSE_SECONDS} s while the database is suspended")
     finally:
         os.kill(server.pid, signal.SIGCONT)
     await check_recovery(api)

@@ -20,7 +20,7 @@ LEASE_SECONDS = 2.0
 JOBS = 9
 
 
-@pytest.mark.parametrize("fault", ["killed", "frozen"])
+@pytest.mark.parametrize("fault", ["killed", "suspended"])
 async def test_outage_of_several_leases_expires_only_the_lease_of_a_killed_worker(
     replica_set: ReplicaSet, tmp_path: Path, fault: str
 ) -> None:

@@ -28,11 +28,11 @@ ALL_ROLES = ("api", "worker", "projector", "webhook-sender")
 
 
 @soak_only
-@pytest.mark.parametrize("fault", ["frozen", "killed"])
+@pytest.mark.parametrize("fault", ["suspended", "killed"])
 def test_roles_stopped_during_a_database_outage_exit_in_time(tmp_path: Path, fault: str) -> None:
     with ReplicaSet(tmp_path / "replica-set") as replica_set, check_shutdown_of(tmp_path, replica_set.uri, ALL_ROLES):
         for node in replica_set.nodes:
-            replica_set.suspend(node) if fault == "frozen" else replica_set.kill(node)
+            replica_set.suspend(node) if fault == "suspended" else replica_set.kill(node)
 
 
 @pytest.mark.parametrize("roles", [("api", "worker", "projector"), pytest.param(ALL_ROLES, marks=soak_only)])

@@ -1,4 +1,4 @@
-"""Isolate the event loop from exceptions of a processor's code, and from tasks that it does not end.
+"""Contain a processor's code: keep its exceptions, and tasks that it does not end, away from the event loop.
 
 In asyncio, `SystemExit` and `KeyboardInterrupt` of any task or callback end the event loop, and a coroutine may ignore
 its cancellation forever. A processor runs in a `Containment`: nothing that it raises reaches the event loop, and the

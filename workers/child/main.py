@@ -1,4 +1,4 @@
-"""The job process. It runs one processor, so that a crash, leak or hang is contained.
+"""The job process. It runs one processor, so that a crash, leak or hang affects no other job.
 
 It is forked from its supervisor (`supervisor.py`), which has the processors loaded, so it starts in milliseconds. It
 reads its assignment from a socket and sends messages (`messages.py`). One thread writes to the socket and one reads
