@@ -22,7 +22,6 @@ from jobledger.api.openapi import document as openapi
 from jobledger.api.openapi.operation import OPERATIONS, DocumentedRoute
 from jobledger.api.routes import (
     actions,
-    archives,
     batches,
     docs,
     files,
@@ -32,10 +31,11 @@ from jobledger.api.routes import (
     monitoring,
     webhook_echo,
     webhooks,
+    zip_archives,
 )
 from jobledger.ledger.domain.errors import JobledgerError
 
-_ROUTE_MODULES = (docs, jobs, actions, batches, history, archives, files, log, monitoring, webhooks, webhook_echo)
+_ROUTE_MODULES = (docs, jobs, actions, batches, history, zip_archives, files, log, monitoring, webhooks, webhook_echo)
 ROUTES = [
     DocumentedRoute(handler)
     for module in _ROUTE_MODULES

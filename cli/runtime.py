@@ -154,7 +154,7 @@ async def _run_until_shutdown(
     selected: frozenset[Role],
     shutdown: Shutdown,
 ) -> None:
-    from jobledger.cli.process.embedded_supervisor import supervise_until_shutdown
+    from jobledger.cli.process.embedded_restarts import restart_until_shutdown
 
     process = await _start_with_retries(stack, settings, uri, selected, shutdown)
     if process is None:
@@ -164,7 +164,7 @@ async def _run_until_shutdown(
         echo(f"Dashboard: {process.url}/monitoring/events")
     else:
         echo(f"Running: {', '.join(sorted(selected))}  (Ctrl-C stops it)")
-    await supervise_until_shutdown(server, shutdown)
+    await restart_until_shutdown(server, shutdown)
     echo("Stopping: waiting for running jobs, then releasing the rest …", err=True)
 
 

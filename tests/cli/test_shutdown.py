@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobledger.cli import runtime
-from jobledger.cli.process import embedded_supervisor, shutdown
+from jobledger.cli.process import embedded_restarts, shutdown
 from jobledger.cli.process.shutdown import Shutdown
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable
@@ -35,7 +35,7 @@ async def test_shutdown_of_hanging_roles_is_limited_at_any_phase(monkeypatch: py
         stop._handle_signal()
 
     monkeypatch.setattr(runtime, "_start_with_retries", start)
-    monkeypatch.setattr(embedded_supervisor, "supervise_until_shutdown", run)
+    monkeypatch.setattr(embedded_restarts, "restart_until_shutdown", run)
     monkeypatch.setattr(shutdown, "shutdown_timeout", lambda *_: 0.05)
     monkeypatch.setattr(Shutdown, "_exit_after_timeout", lambda *_: loop.call_soon_threadsafe(time_limit_reached.set))
     run_task = runtime._run(Settings(), "", None, frozenset({"worker"}))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jobledger.api.routes.archives import sanitize_path
+from jobledger.api.routes.zip_archives import sanitize_path
 from jobledger.ledger.domain.commands import Delete, RestartJob
 from jobledger.ledger.domain.events import JobCompleted
 from jobledger.ledger.mongo.connection import Connection, Document

@@ -1,4 +1,4 @@
-"""Supervise the embedded MongoDB server: restart it when it exits, and wait while its disk is full or missing."""
+"""Restart the embedded MongoDB server when it exits, and wait while its disk is full or missing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def start_when_space_available(data_dir: Path, *, oplog_mb: int | None) -> Embed
         time.sleep(DISK_CHECK_SECONDS)
 
 
-async def supervise_until_shutdown(server: EmbeddedServer | None, shutdown: Shutdown) -> None:
+async def restart_until_shutdown(server: EmbeddedServer | None, shutdown: Shutdown) -> None:
     """Wait for the shutdown. Until then, restart the embedded server whenever it exits.
 
     Raises:
@@ -57,7 +57,7 @@ async def supervise_until_shutdown(server: EmbeddedServer | None, shutdown: Shut
     stopped = asyncio.create_task(shutdown.wait())
     tasks: set[asyncio.Task[None]] = {stopped}
     if server is not None:
-        tasks.add(asyncio.create_task(_supervise(server), name="embedded-server"))
+        tasks.add(asyncio.create_task(_restart_after_each_exit(server), name="embedded-server"))
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -68,7 +68,7 @@ async def supervise_until_shutdown(server: EmbeddedServer | None, shutdown: Shut
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _supervise(server: EmbeddedServer) -> None:
+async def _restart_after_each_exit(server: EmbeddedServer) -> None:
     restarts = 0
     while True:
         started_at = time.monotonic()

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.api.routes.archives import _build_comparison_key, _EntryNames, sanitize_path
+from jobledger.api.routes.zip_archives import _build_comparison_key, _EntryNames, sanitize_path
 from jobledger.ledger.domain.events import BatchSubmitted, EventMetadata
 from jobledger.ledger.store.command_handler import create_batch_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead

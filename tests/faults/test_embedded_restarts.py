@@ -1,4 +1,4 @@
-"""The embedded server is restarted after each crash. The supervisor gives up only if no start can succeed."""
+"""The embedded server is restarted after each crash. The restarts end only if no start can succeed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from jobledger.cli.process import embedded_supervisor
-from jobledger.cli.process.embedded_supervisor import supervise_until_shutdown
+from jobledger.cli.process import embedded_restarts
+from jobledger.cli.process.embedded_restarts import restart_until_shutdown
 from jobledger.cli.process.shutdown import Shutdown
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo.embedded import EmbeddedServer
@@ -39,7 +39,7 @@ def count_entries(entries: Sequence[Mapping[str, Any]], text: str) -> int:
 async def test_crashed_server_is_restarted_without_blocking_the_event_loop(tmp_path: Path, shutdown: Shutdown) -> None:
     with EmbeddedServer.start(tmp_path) as server, capture_logs() as log_entries:
         first = server.pid
-        running = asyncio.create_task(supervise_until_shutdown(server, shutdown))
+        running = asyncio.create_task(restart_until_shutdown(server, shutdown))
         os.kill(first, signal.SIGKILL)
         killed_at = asyncio.get_running_loop().time()
         longest_pause, last = 0.0, killed_at
@@ -60,7 +60,7 @@ async def test_crashed_server_is_restarted_without_blocking_the_event_loop(tmp_p
 async def test_full_disk_is_logged_once_and_waited_for_until_shutdown(
     tmp_path: Path, shutdown: Shutdown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded_supervisor, "DISK_CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(embedded_restarts, "DISK_CHECK_SECONDS", 0.1)
     free_bytes, checks = disk_space.read_free_bytes, 0
 
     def report_full_disk(_directory: Path) -> int:
@@ -69,7 +69,7 @@ async def test_full_disk_is_logged_once_and_waited_for_until_shutdown(
         return 1000
 
     with EmbeddedServer.start(tmp_path) as server, capture_logs() as log_entries:
-        running = asyncio.create_task(supervise_until_shutdown(server, shutdown))
+        running = asyncio.create_task(restart_until_shutdown(server, shutdown))
         monkeypatch.setattr(disk_space, "read_free_bytes", report_full_disk)
         os.kill(server.pid, signal.SIGKILL)
         await poll_until(lambda: count_entries(log_entries, "waiting for its disk") == 1, "it is logged")
@@ -82,16 +82,16 @@ async def test_full_disk_is_logged_once_and_waited_for_until_shutdown(
         monkeypatch.setattr(disk_space, "read_free_bytes", free_bytes)
         await poll_until(lambda: count_entries(log_entries, "server restarted") == 1, "the server runs")
         monkeypatch.setattr(disk_space, "read_free_bytes", report_full_disk)
-        monkeypatch.setattr(embedded_supervisor, "DISK_CHECK_SECONDS", 3600)
+        monkeypatch.setattr(embedded_restarts, "DISK_CHECK_SECONDS", 3600)
         os.kill(server.pid, signal.SIGKILL)
         await poll_until(lambda: count_entries(log_entries, "waiting for its disk") == 2, "it is logged")
         shutdown._handle_signal()
         await asyncio.wait_for(running, DEADLINE_SECONDS)
 
 
-async def test_damaged_data_files_end_the_supervisor_with_the_reason(tmp_path: Path, shutdown: Shutdown) -> None:
+async def test_damaged_data_files_end_the_restarts_with_the_reason(tmp_path: Path, shutdown: Shutdown) -> None:
     with EmbeddedServer.start(tmp_path) as server:
-        running = asyncio.create_task(supervise_until_shutdown(server, shutdown))
+        running = asyncio.create_task(restart_until_shutdown(server, shutdown))
         os.kill(server.pid, signal.SIGKILL)
         (tmp_path / "mongodb" / "WiredTiger.turtle").write_text("garbage")
         with pytest.raises(DatabaseUnsuitable, match="data files are damaged"):
@@ -101,9 +101,9 @@ async def test_damaged_data_files_end_the_supervisor_with_the_reason(tmp_path: P
 async def test_failed_restarts_are_repeated_with_delays(
     tmp_path: Path, shutdown: Shutdown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded_supervisor, "_MAX_RESTART_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(embedded_restarts, "_MAX_RESTART_DELAY_SECONDS", 0.1)
     with EmbeddedServer.start(tmp_path) as server, capture_logs() as log_entries:
-        running = asyncio.create_task(supervise_until_shutdown(server, shutdown))
+        running = asyncio.create_task(restart_until_shutdown(server, shutdown))
         with monkeypatch.context() as patch:
             (tmp_path / "bin").mkdir()
             crashing_mongod = tmp_path / "bin" / "mongod"
