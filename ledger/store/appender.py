@@ -3,7 +3,7 @@
 An appender reserves positions from a counter and then inserts its events at them. An appender that crashes in between
 leaves a gap. A reader that sees a later event, but not this one, fills the gap with `PositionVoided`. `_id` is unique,
 so either that insert or the late appender's insert succeeds, and all readers see the same order without gaps. If its
-position was voided, an appender reserves another one. docs/explanation.md describes the protocol and proves it.
+position was voided, an appender reserves another one. docs/explanation.md explains why this is correct.
 """
 
 from __future__ import annotations
@@ -289,7 +289,8 @@ class Appender:
 
     async def reserve_positions(self, count: int) -> int:
         """Reserve `count` positions and return the first. Readers void positions at which no event appears in time."""
-        # The driver does not retry a command that it gets as a document. A lost response only leaves a gap.
+        # The driver does not retry a command that it gets as a document. A lost response only leaves a gap. It need not
+        # reach a majority: if a failover undoes the increment, two appenders get the same position, and `_id` decides.
         response = await self._db.command(
             {
                 "findAndModify": "counters",
@@ -318,7 +319,9 @@ class Appender:
 
         What is stored at the (stream, version) of each document decides. If it is the event of this
         append, an earlier try succeeded. If it is another event, the versions conflict. If there is none, only the
-        position was taken.
+        position was taken, or no majority has the event of an earlier try yet: then the next try is a duplicate, too.
+
+        The read has majority read concern (`EventStore`), so a failover cannot roll back what it finds.
         """
         stored = await self._load_stored([document for append in duplicates for document in append.documents])
         without_position: list[PendingAppend] = []
