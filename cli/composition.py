@@ -16,7 +16,7 @@ from jobledger.cli.process.database import close_with_timeout, open_database, op
 from jobledger.cli.process.loop_watchdog import watch_event_loop
 from jobledger.cli.process.metrics_server import serve_metrics
 from jobledger.cli.process.process_tuning import raise_open_file_limit, tune_garbage_collector
-from jobledger.cli.process.role_tasks import failure_callback, run_in_background
+from jobledger.cli.process.role_tasks import create_failure_callback, run_in_background
 from jobledger.cli.settings import Settings
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.change_stream import ChangeStream
@@ -111,7 +111,7 @@ async def start_roles(
         if settings.metrics.port is not None and "api" not in selected:
             stack.enter_context(serve_metrics(settings.metrics, event_store, change_stream))
         stream = await stack.enter_async_context(change_stream.keep_open())
-        stream.add_done_callback(failure_callback(on_failure))
+        stream.add_done_callback(create_failure_callback(on_failure))
         if "projector" in selected:
             await stack.enter_async_context(run_in_background(projector.run(), on_failure))
         if worker is not None:

@@ -29,11 +29,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(roles.up)
-app.command()(roles.api)
-app.command()(roles.projector)
-app.command()(roles.worker)
-app.command("webhook-sender")(roles.webhook_sender)
+app.command("up")(roles.run_all)
+app.command("api")(roles.run_api)
+app.command("projector")(roles.run_projector)
+app.command("worker")(roles.run_worker)
+app.command("webhook-sender")(roles.run_webhook_sender)
 app.command()(submit.submit)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(batches.app, name="batches")
@@ -41,8 +41,8 @@ app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(log.app, name="log")
 app.add_typer(views.app, name="views")
 app.add_typer(keys.app, name="keys")
-app.command()(doctor.doctor)
-app.command("mongo-roles")(doctor.mongo_roles)
+app.command("doctor")(doctor.check_installation)
+app.command("mongo-roles")(doctor.print_mongo_roles)
 
 
 def _print_version(requested: bool) -> None:
@@ -59,12 +59,12 @@ VersionOption = Annotated[
 
 
 @app.callback()
-def options(_version: VersionOption = False) -> None:
+def handle_global_options(_version: VersionOption = False) -> None:
     """Run and inspect an event-sourced job queue on MongoDB"""
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def show_demo(
     keep_running: Annotated[bool, typer.Option("--keep-running", help="Keep all roles running until Ctrl-C")] = False,
 ) -> None:
     """Process a small generated conference from submission to Markdown"""

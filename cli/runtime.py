@@ -49,7 +49,7 @@ def load_settings(config: Path | None) -> Settings:
 
 
 @contextmanager
-def open_ledger(config: Path | None) -> Iterator[tuple[Settings, Connection]]:
+def open_configured_connection(config: Path | None) -> Iterator[tuple[Settings, Connection]]:
     """Yield the settings and the connection to the database that they name.
 
     Raises:
@@ -116,10 +116,10 @@ def _enter_with_retries(stack: ExitStack, make: Callable[[], AbstractContextMana
         try:
             return stack.enter_context(make())
         except ResourceUnavailable as error:
-            time.sleep(_delay_or_raise(next(delays), error))
+            time.sleep(_get_delay_or_raise(next(delays), error))
 
 
-def _delay_or_raise(delay: float | None, error: ResourceUnavailable) -> float:
+def _get_delay_or_raise(delay: float | None, error: ResourceUnavailable) -> float:
     if delay is None:
         raise error
     if delay == _START_RETRY_DELAYS[0]:
@@ -128,9 +128,9 @@ def _delay_or_raise(delay: float | None, error: ResourceUnavailable) -> float:
 
 
 async def _run(settings: Settings, uri: str, server: EmbeddedServer | None, selected: frozenset[Role]) -> None:
-    from jobledger.cli.process.shutdown import Shutdown, shutdown_timeout
+    from jobledger.cli.process.shutdown import Shutdown, compute_shutdown_timeout
 
-    shutdown = Shutdown(shutdown_timeout(settings, selected))
+    shutdown = Shutdown(compute_shutdown_timeout(settings, selected))
     shutdown.install_signal_handlers()
     try:
         async with AsyncExitStack() as stack:
@@ -189,5 +189,5 @@ async def _start_with_retries(
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
         except ResourceUnavailable as error:
-            await asyncio.wait({stopped}, timeout=_delay_or_raise(next(delays), error))
+            await asyncio.wait({stopped}, timeout=_get_delay_or_raise(next(delays), error))
     return None

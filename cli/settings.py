@@ -91,12 +91,12 @@ def _check_sections(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
         try:
             load_processors()[name].Settings.model_validate(section)
         except ValidationError as error:
-            lines = [_with_section(name, line) for line in error.errors()]
+            lines = [_add_section(name, line) for line in error.errors()]
             raise ValidationError.from_exception_data(name, lines) from None
     return sections
 
 
-def _with_section(section: str, line: Any) -> InitErrorDetails:
+def _add_section(section: str, line: Any) -> InitErrorDetails:
     """Prefix the location of an error with the section's name, which pydantic does not know."""
     problem = PydanticCustomError(line["type"], line["msg"])
     return InitErrorDetails(type=problem, loc=(section, *line["loc"]), input=line["input"])

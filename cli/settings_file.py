@@ -119,10 +119,10 @@ def _explain(error: ValidationError, file: Path) -> str:
     variable = ENV_PREFIX + "__".join(location).upper()
     place = f"environment variable {variable}" if variable in os.environ else f"{file}: {key}" if key else str(file)
     if problem["type"] == "extra_forbidden":
-        return f"{place}: unknown key. Keys: {', '.join(_section_keys(location[:-1]))}"
+        return f"{place}: unknown key. Keys: {', '.join(_list_keys(location[:-1]))}"
     value = problem.get("input")
     if problem["type"] in ("model_type", "dict_type"):
-        keys = ", ".join(_section_keys(location)) or "none"
+        keys = ", ".join(_list_keys(location)) or "none"
         return f"{place}: expected a section, got {type(value).__name__}. Keys: {keys}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "list_type" and variable in os.environ:
@@ -132,7 +132,7 @@ def _explain(error: ValidationError, file: Path) -> str:
     return f"{place}: {message[0].lower()}{message[1:]}{shown}"
 
 
-def _section_keys(location: Sequence[str]) -> Iterable[str]:
+def _list_keys(location: Sequence[str]) -> Iterable[str]:
     """Return the allowed keys of a section."""
     section, *nested = location or [""]
     model: Any = Settings if not section else Settings.model_fields[section].annotation

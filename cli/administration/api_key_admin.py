@@ -34,7 +34,7 @@ def parse_lifetime(text: str) -> timedelta:
     return lifetime
 
 
-def new_key(
+def generate_key(
     *, user: str, groups: Iterable[str], roles: Iterable[str], name: str | None, expires_in: str | None
 ) -> tuple[ApiKey, ApiKeyToken]:
     """Return a new key, which is not stored yet, and the token that its holder sends.
@@ -69,12 +69,12 @@ def parse_key_id(text: str) -> str:
     return text if token is None else token.key_id
 
 
-def key_to_json(key: ApiKey) -> dict[str, Any]:
+def build_key_json(key: ApiKey) -> dict[str, Any]:
     """Return a key for JSON output, without its digest."""
     return key.model_dump(exclude={"sha256"})
 
 
-def key_rows(keys: Iterable[ApiKey], session_counts: Mapping[str, int]) -> Iterator[Sequence[str]]:
+def build_key_rows(keys: Iterable[ApiKey], session_counts: Mapping[str, int]) -> Iterator[Sequence[str]]:
     """Yield the header and the rows of the table of keys.
 
     Args:

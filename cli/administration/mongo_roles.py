@@ -45,31 +45,31 @@ _WRITE_ACTIONS: Final = ["find", "insert", "update", "remove", "createCollection
 
 def create_role_commands(db_name: str) -> list[dict[str, Any]]:
     """Return the commands that create both roles. An administrator runs them on the database `db_name`."""
-    database = _privilege(db_name, "", ["find", "changeStream"])
-    log = _privilege(db_name, "events", ["find", "insert", "listIndexes"])
+    database = _build_privilege(db_name, "", ["find", "changeStream"])
+    log = _build_privilege(db_name, "events", ["find", "insert", "listIndexes"])
     return [
         {
             "createRole": "jobledger",
             "privileges": [
                 database,
                 log,
-                *(_privilege(db_name, name, _WRITE_ACTIONS) for name in _MUTABLE_COLLECTIONS),
+                *(_build_privilege(db_name, name, _WRITE_ACTIONS) for name in _MUTABLE_COLLECTIONS),
             ],
             "roles": [],
         },
         {
             "createRole": "jobledger-subscriber",
-            "privileges": [database, log, _privilege(db_name, SUBSCRIPTIONS, ["find", "insert", "update"])],
+            "privileges": [database, log, _build_privilege(db_name, SUBSCRIPTIONS, ["find", "insert", "update"])],
             "roles": [],
         },
     ]
 
 
-def _privilege(db_name: str, collection: str, actions: list[str]) -> dict[str, Any]:
+def _build_privilege(db_name: str, collection: str, actions: list[str]) -> dict[str, Any]:
     return {"resource": {"db": db_name, "collection": collection}, "actions": actions}
 
 
-def mongosh_script(db_name: str) -> str:
+def build_mongosh_script(db_name: str) -> str:
     """Return a mongosh script that creates the index of the log, the roles, and a user whose password it asks for."""
     commands = "\n".join(
         f"ledger.runCommand({orjson.dumps(role, option=orjson.OPT_INDENT_2).decode()})"

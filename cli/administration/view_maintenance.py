@@ -96,7 +96,7 @@ async def compare_views(
     comparison = ViewComparison()
     async with open_rebuild(connection) as rebuild:
         comparison.position = await rebuild.compare(
-            _view_names(names), on_progress=on_progress, on_difference=comparison.add
+            _check_view_names(names), on_progress=on_progress, on_difference=comparison.add
         )
     return comparison
 
@@ -117,10 +117,10 @@ async def rebuild_views(
         LedgerUnavailable: The database failed.
     """
     async with open_rebuild(connection) as rebuild:
-        return await rebuild.run(_view_names(names), on_progress=on_progress)
+        return await rebuild.run(_check_view_names(names), on_progress=on_progress)
 
 
-def _view_names(names: Collection[str] | None) -> Collection[str]:
+def _check_view_names(names: Collection[str] | None) -> Collection[str]:
     from jobledger.projections.engine.view_registry import VIEW_NAMES
 
     for name in names or ():
@@ -231,7 +231,7 @@ def format_file_verification(result: FileVerificationResult) -> list[str]:
     return lines
 
 
-def comparison_to_json(comparison: ViewComparison) -> dict[str, object]:
+def build_comparison_json(comparison: ViewComparison) -> dict[str, object]:
     """Return the result of a comparison for JSON output."""
     return {
         "position": comparison.position,
@@ -250,7 +250,7 @@ def comparison_to_json(comparison: ViewComparison) -> dict[str, object]:
     }
 
 
-def file_verification_to_json(result: FileVerificationResult) -> dict[str, object]:
+def build_file_verification_json(result: FileVerificationResult) -> dict[str, object]:
     """Return the result of comparing result files for JSON output."""
     return {
         "files": result.files,
@@ -262,7 +262,7 @@ def file_verification_to_json(result: FileVerificationResult) -> dict[str, objec
     }
 
 
-def verification_to_json(
+def build_verification_json(
     result: VerificationResult, views: ViewComparison | None = None, files: FileVerificationResult | None = None
 ) -> dict[str, object]:
     """Return the result of a verification for JSON output."""
@@ -280,6 +280,6 @@ def verification_to_json(
             "version": problem.version,
             "message": problem.description,
         },
-        "views": None if views is None else comparison_to_json(views),
-        "files": None if files is None else file_verification_to_json(files),
+        "views": None if views is None else build_comparison_json(views),
+        "files": None if files is None else build_file_verification_json(files),
     }

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from jobledger.cli.checks.mongodb_support import support_warning
+from jobledger.cli.checks.mongodb_support import build_support_warning
 from jobledger.cli.checks.result import CheckResult
 from jobledger.cli.output.formatting import format_count, format_timestamp
 from jobledger.cli.process.database import find_store_marker, open_database, open_file_store
@@ -89,7 +89,9 @@ async def _check_server(db: Database) -> CheckResult:
     build = await db.client.admin.command("buildInfo")
     members = format_count(len(hello.get("hosts", [])), "member")
     detail = f"{build['version']}, replica set {hello['setName']} with {members}"
-    warning = support_warning(build["version"], datetime.now(UTC).date(), zlib="zlib" in hello.get("compression", ()))
+    warning = build_support_warning(
+        build["version"], datetime.now(UTC).date(), zlib="zlib" in hello.get("compression", ())
+    )
     return CheckResult("MongoDB", is_ok=True, detail=detail if warning is None else f"{detail}. Note: {warning}")
 
 
@@ -157,12 +159,12 @@ def _covers_events(resource: Mapping[str, Any], db_name: str) -> bool:
 async def _check_log(db: Database) -> CheckResult:
     """Check whether the views are at the head of the log, or make progress."""
     event_store = EventStore(db)
-    head, start = await event_store.read_head_position(), await _views_position(db)
+    head, start = await event_store.read_head_position(), await _load_views_position(db)
     position, waited = start, 0.0
     while position < head and position == start and waited < _STALL_TIMEOUT_SECONDS:
         await asyncio.sleep(_POLL_INTERVAL_SECONDS)
         waited += _POLL_INTERVAL_SECONDS
-        position = await _views_position(db)
+        position = await _load_views_position(db)
     if position > await event_store.read_head_position():
         detail = f"{head} events, but the views are at position {position}"
         return CheckResult("Log", is_ok=False, detail=detail, advice=VIEWS_AHEAD_REASON)
@@ -178,7 +180,7 @@ async def _check_log(db: Database) -> CheckResult:
     return CheckResult("Log", is_ok, detail, "The views lag far behind, but catch up. Check again later.")
 
 
-async def _views_position(db: Database) -> int:
+async def _load_views_position(db: Database) -> int:
     return int((await load_checkpoint(db))["position"])
 
 

@@ -39,7 +39,7 @@ def check_machine(settings: Settings) -> Iterator[CheckResult]:
     if isinstance(store := settings.results.store, Path):
         yield _check_disk_space("Results disk", store, settings)
     for module, purpose in _LIBRARIES.items():
-        yield _check(f"Library for {purpose}", partial(_version, module))
+        yield _check(f"Library for {purpose}", partial(_get_version, module))
     check_plugins()
     for job_type in filter(is_built_in, list(load_processors())):
         try:
@@ -109,6 +109,6 @@ def _check_disk_space(name: str, directory: Path, settings: Settings) -> CheckRe
     return CheckResult(name, free_mb >= min_free_mb, f"{free_mb:,.0f} MiB free", advice)
 
 
-def _version(module: str) -> str:
+def _get_version(module: str) -> str:
     loaded = importlib.import_module(module)
     return str(getattr(loaded, "__version__", "installed"))

@@ -17,7 +17,7 @@ _END_OF_SUPPORT: Final = {
 _ZLIB_FIXED: Final = {(4, 4): 30, (5, 0): 32, (6, 0): 27, (7, 0): 28, (8, 0): 17, (8, 2): 3}
 
 
-def support_warning(version: str, today: date, *, zlib: bool) -> str | None:
+def build_support_warning(version: str, today: date, *, zlib: bool) -> str | None:
     """Return a warning about this version of MongoDB, or None.
 
     Args:

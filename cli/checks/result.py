@@ -27,7 +27,7 @@ class CheckResult:
     advice: str = ""
 
 
-def results_table(results: Iterable[CheckResult]) -> SafeTable:
+def build_results_table(results: Iterable[CheckResult]) -> SafeTable:
     """Return the table of results."""
     table = SafeTable("", "", "", show_header=False)
     for result in results:

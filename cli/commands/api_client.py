@@ -29,7 +29,7 @@ def open_client(url: str) -> Iterator[httpx.Client]:
         ConfigurationError: `url` is not a URL, or JOBLEDGER_KEY does not contain a key.
         LedgerUnavailable: The API did not respond to a request inside the block.
     """
-    options = _client_options(url)
+    options = _build_client_options(url)
     with _translate_errors(options["base_url"]), httpx.Client(**options) as client:
         yield client
 
@@ -37,16 +37,16 @@ def open_client(url: str) -> Iterator[httpx.Client]:
 @asynccontextmanager
 async def open_async_client(url: str) -> AsyncIterator[httpx.AsyncClient]:
     """Like `open_client`, for an event loop."""
-    options = _client_options(url)
+    options = _build_client_options(url)
     with _translate_errors(options["base_url"]):
         async with httpx.AsyncClient(**options) as client:
             yield client
 
 
-def _client_options(url: str) -> dict[str, Any]:
+def _build_client_options(url: str) -> dict[str, Any]:
     return {
         "base_url": _parse_url(url),
-        "headers": _auth_headers(os.environ),
+        "headers": _build_auth_headers(os.environ),
         "timeout": _TIMEOUT_SECONDS,
         "trust_env": False,
     }
@@ -58,12 +58,12 @@ def _translate_errors(base_url: httpx.URL) -> Iterator[None]:
         yield
     except httpx.ReadTimeout as error:
         raise LedgerUnavailable(
-            f"{_without_password(base_url)} did not respond within {_TIMEOUT_SECONDS} s. "
+            f"{_remove_password(base_url)} did not respond within {_TIMEOUT_SECONDS} s. "
             "The request may have been executed."
         ) from error
     except httpx.HTTPError as error:
         raise LedgerUnavailable(
-            f"Cannot connect to Jobledger at {_without_password(base_url)}: {str(error) or type(error).__name__}. "
+            f"Cannot connect to Jobledger at {_remove_password(base_url)}: {str(error) or type(error).__name__}. "
             "Start it with `jobledger up`, or check --url."
         ) from error
 
@@ -79,38 +79,38 @@ def parse_response(response: httpx.Response, *required_fields: str) -> dict[str,
     try:
         content = orjson.loads(response.content)
     except orjson.JSONDecodeError:
-        raise unexpected_response(response) from None
+        raise build_unexpected_response_error(response) from None
     if not isinstance(content, dict) or content.get("status") != ("error" if response.is_error else "success"):
-        raise unexpected_response(response)
+        raise build_unexpected_response_error(response)
     if response.status_code == 503:
-        raise LedgerUnavailable(content.get("message", f"{_without_password(response.url)} is unavailable."))
+        raise LedgerUnavailable(content.get("message", f"{_remove_password(response.url)} is unavailable."))
     if response.status_code == 401:
-        raise ConfigurationError(_authentication_problem(response))
+        raise ConfigurationError(_explain_failed_authentication(response))
     if response.is_error:
         raise RequestRejected(content.get("message", f"HTTP status {response.status_code}"))
     if any(name not in content for name in required_fields):
-        raise unexpected_response(response)
+        raise build_unexpected_response_error(response)
     return content
 
 
-def retry_delay(response: httpx.Response) -> float:
+def compute_retry_delay(response: httpx.Response) -> float:
     """Return the seconds to wait before a retry, from the header `Retry-After`: 1 to 60."""
     return min(max(1, parse_retry_after(response.headers) or 0), _MAX_RETRY_DELAY_SECONDS)
 
 
-def unexpected_response(response: httpx.Response) -> RequestRejected:
+def build_unexpected_response_error(response: httpx.Response) -> RequestRejected:
     """Return the error for a response that does not come from Jobledger."""
     return RequestRejected(
-        f"{_without_password(response.url)} responded with {response.status_code}, but it is not a Jobledger API. "
+        f"{_remove_password(response.url)} responded with {response.status_code}, but it is not a Jobledger API. "
         "Check --url (JOBLEDGER_URL)."
     )
 
 
-def _without_password(url: httpx.URL) -> httpx.URL:
+def _remove_password(url: httpx.URL) -> httpx.URL:
     return url.copy_with(userinfo=b"")
 
 
-def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
+def remove_none(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that have a value."""
     return {name: value for name, value in options.items() if value is not None}
 
@@ -125,7 +125,7 @@ def _parse_url(text: str) -> httpx.URL:
     return url
 
 
-def _auth_headers(environment: Mapping[str, str]) -> dict[str, str]:
+def _build_auth_headers(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the header that authenticates. The key is in JOBLEDGER_KEY, because other users see command lines."""
     key = environment.get("JOBLEDGER_KEY", "").strip()
     if not key:
@@ -137,8 +137,8 @@ def _auth_headers(environment: Mapping[str, str]) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _authentication_problem(response: httpx.Response) -> str:
-    origin = _without_password(response.url).copy_with(path="/", query=None)
+def _explain_failed_authentication(response: httpx.Response) -> str:
+    origin = _remove_password(response.url).copy_with(path="/", query=None)
     if "Authorization" in response.request.headers:
         return f"{origin} does not accept the key in JOBLEDGER_KEY: it is invalid, expired or revoked."
     return f"{origin} requires authentication: set JOBLEDGER_KEY to a key from `jobledger keys create`."

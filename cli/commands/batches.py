@@ -31,7 +31,7 @@ def list_batches(
 
     Filters are combined.
     """
-    query = {**resources.list_query(user, search, archived, oldest_first=oldest_first), "status": status}
+    query = {**resources.build_list_query(user, search, archived, oldest_first=oldest_first), "status": status}
     _BATCHES.print_list(url, query, limit, ids=ids, as_json=as_json)
 
 
@@ -76,7 +76,7 @@ def restart(
 
     Completed steps are reused.
     """
-    body = {**resources.restart_body(reason, from_scratch=from_scratch), "only": only}
+    body = {**resources.build_restart_body(reason, from_scratch=from_scratch), "only": only}
     _BATCHES.run_action(url, ids, "restart", body, as_json=as_json)
 
 

@@ -18,7 +18,7 @@ from jobledger.cli.commands.submit import follow_batch, submit_batch
 from jobledger.cli.composition import ALL_ROLES, start_roles
 from jobledger.cli.output.formatting import format_count
 from jobledger.cli.output.terminal_text import SafeConsole, escape_line
-from jobledger.cli.process.shutdown import Shutdown, shutdown_timeout
+from jobledger.cli.process.shutdown import Shutdown, compute_shutdown_timeout
 from jobledger.cli.settings import Settings
 from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable
@@ -59,7 +59,7 @@ async def run_demo(
         raise ConfigurationError(
             f"The demo needs additional packages ({error}). Install them with: pip install 'jobledger[demo]'"
         ) from error
-    stop = Shutdown(shutdown_timeout(settings, ALL_ROLES))
+    stop = Shutdown(compute_shutdown_timeout(settings, ALL_ROLES))
     stop.install_signal_handlers()
     console.print(Text.from_markup("[bold]1[/] Generating a conference website with pages, PDF slides and videos …"))
     site = directory / "site"

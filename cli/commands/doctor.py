@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jobledger.ledger.mongo.connection import Connection
 
 
-def doctor(
+def check_installation(
     config: ConfigOption = None,
     accept_result_store: Annotated[
         bool,
@@ -34,7 +34,7 @@ def doctor(
     Exits with 1 if a check fails.
     """
     from jobledger.cli.checks.machine import check_machine
-    from jobledger.cli.checks.result import CheckResult, results_table
+    from jobledger.cli.checks.result import CheckResult, build_results_table
     from jobledger.cli.process import database
 
     settings = load_settings(config)
@@ -48,7 +48,7 @@ def doctor(
             results += asyncio.run(_check_database(settings, connection))
     except JobledgerError as error:
         results.append(CheckResult("MongoDB", is_ok=False, detail="not usable", advice=str(error)))
-    SafeConsole().print(results_table(results))
+    SafeConsole().print(build_results_table(results))
     raise typer.Exit(0 if all(result.is_ok for result in results) else EXIT_FAILED)
 
 
@@ -58,8 +58,8 @@ async def _check_database(settings: Settings, connection: Connection) -> list[Ch
     return [result async for result in check_database(settings, connection)]
 
 
-def mongo_roles(config: ConfigOption = None) -> None:
+def print_mongo_roles(config: ConfigOption = None) -> None:
     """Print a mongosh script that creates MongoDB roles with the rights Jobledger needs"""
-    from jobledger.cli.administration.mongo_roles import mongosh_script
+    from jobledger.cli.administration.mongo_roles import build_mongosh_script
 
-    echo(*mongosh_script(load_settings(config).mongodb.db_name).splitlines())
+    echo(*build_mongosh_script(load_settings(config).mongodb.db_name).splitlines())

@@ -47,7 +47,7 @@ def list_jobs(
     Filters are combined.
     """
     query = {
-        **resources.list_query(user, search, archived, oldest_first=oldest_first),
+        **resources.build_list_query(user, search, archived, oldest_first=oldest_first),
         "status": status,
         "batch_id": batch,
         "track": track,
@@ -149,5 +149,5 @@ def restart(
 
     Completed steps are reused.
     """
-    body = resources.restart_body(reason, from_scratch=from_scratch)
+    body = resources.build_restart_body(reason, from_scratch=from_scratch)
     _JOBS.run_action(url, ids, "restart", body, as_json=as_json)

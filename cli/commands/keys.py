@@ -11,7 +11,7 @@ import typer
 
 from jobledger.cli.commands.options import ConfigOption, JsonOption
 from jobledger.cli.output.terminal_text import echo, print_json, print_result, print_table
-from jobledger.cli.runtime import open_ledger
+from jobledger.cli.runtime import open_configured_connection
 from jobledger.ledger.domain.errors import ConfigurationError, NotFound
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ def create(
     from jobledger.api.auth import api_keys
     from jobledger.cli.administration import api_key_admin
 
-    key, token = api_key_admin.new_key(
+    key, token = api_key_admin.generate_key(
         user=user, groups=group or (), roles=role or (), name=name, expires_in=expires_in
     )
     settings, _ = _run_with_database(config, lambda db: api_keys.store_key(db, key))
     if settings.auth.mode != "keys":
         echo(f"note: auth.mode is `{settings.auth.mode}`; API keys are only used with `keys`", err=True)
-    print_result({**api_key_admin.key_to_json(key), "key": str(token)}, str(token), as_json=as_json)
+    print_result({**api_key_admin.build_key_json(key), "key": str(token)}, str(token), as_json=as_json)
     echo(f"Store it: it is not shown again. `jobledger keys revoke {key.key_id}` revokes it.", err=True)
 
 
@@ -64,9 +64,9 @@ def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     _, (keys, counts) = _run_with_database(config, load)
     sessions = {key.key_id: counts.get(browser_sessions.build_holder(key_id=key.key_id), 0) for key in keys}
     if as_json:
-        print_json([{**api_key_admin.key_to_json(key), "sessions": sessions[key.key_id]} for key in keys])
+        print_json([{**api_key_admin.build_key_json(key), "sessions": sessions[key.key_id]} for key in keys])
     elif keys:
-        print_table(api_key_admin.key_rows(keys, sessions))
+        print_table(api_key_admin.build_key_rows(keys, sessions))
     else:
         echo("No API keys.")
 
@@ -123,5 +123,5 @@ def _run_with_database(config: Path | None, work: Callable[[Database], Awaitable
         async with open_database(connection) as db:
             return await work(db)
 
-    with open_ledger(config) as (settings, connection):
+    with open_configured_connection(config) as (settings, connection):
         return settings, asyncio.run(run(connection))

@@ -15,9 +15,9 @@ from jobledger.cli.commands import log_state
 from jobledger.cli.commands.options import AS_OF_HELP, LARGEST_POSITION, ConfigOption, JsonOption, parse_as_of
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.output.formatting import format_count
-from jobledger.cli.output.progress import progress_bar
+from jobledger.cli.output.progress import show_progress_bar
 from jobledger.cli.output.terminal_text import SafeConsole, echo, echo_json, print_json, print_result
-from jobledger.cli.runtime import open_ledger, run_with_database
+from jobledger.cli.runtime import open_configured_connection, run_with_database
 from jobledger.ledger.domain.errors import (
     ConfigurationError,
     JobledgerError,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jobledger.ledger.store.export_file import ExportSummary
 
 app = typer.Typer(help="Verify, export, import and read the log (needs access to the database)", no_args_is_help=True)
-app.command("state")(log_state.state)
+app.command("state")(log_state.show_state)
 _INTERNAL_FIELDS: Final = frozenset({"list_keys", "search_keys", "needs_reopen"})
 """Fields of views that serve queries only."""
 FromOption = Annotated[int, typer.Option("--from", min=1, max=LARGEST_POSITION, help="First position")]
@@ -76,8 +76,8 @@ def verify(
             f"--expected-digest covers all events up to position {digest[0]}: remove --from, and use no smaller --to."
         )
     comparison = verified_files = None
-    with open_ledger(config) as (settings, connection):
-        with progress_bar("verifying") as on_progress:
+    with open_configured_connection(config) as (settings, connection):
+        with show_progress_bar("verifying") as on_progress:
             result = run_with_database(
                 connection,
                 lambda db: verify_log(
@@ -92,7 +92,7 @@ def verify(
         if views and is_whole_log and result.problem is None and result.events:
             comparison = _compare_views_if_permitted(connection)
         if files:
-            with progress_bar("reading files") as on_file_progress:
+            with show_progress_bar("reading files") as on_file_progress:
                 verified_files = run_with_database(
                     connection,
                     lambda db: view_maintenance.verify_result_files(settings, db, on_progress=on_file_progress),
@@ -102,7 +102,7 @@ def verify(
         lines += view_maintenance.format_comparison(comparison)
     if verified_files is not None:
         lines += view_maintenance.format_file_verification(verified_files)
-    print_result(view_maintenance.verification_to_json(result, comparison, verified_files), *lines, as_json=as_json)
+    print_result(view_maintenance.build_verification_json(result, comparison, verified_files), *lines, as_json=as_json)
     is_ok = result.problem is None and (comparison is None or not comparison.difference_count)
     is_ok = is_ok and (verified_files is None or verified_files.is_ok)
     raise typer.Exit(0 if is_ok else EXIT_FAILED)
@@ -117,7 +117,7 @@ def _compare_views_if_permitted(connection: Connection) -> ViewComparison | None
     try:
         if not run_with_database(connection, load_checkpoint)["position"]:
             return None
-        with progress_bar("comparing views") as on_progress:
+        with show_progress_bar("comparing views") as on_progress:
             return asyncio.run(view_maintenance.compare_views(connection, on_progress=on_progress))
     except JobledgerError as error:
         if UNAUTHORIZED not in (get_server_error_code(error), get_server_error_code(error.__cause__ or error)):
@@ -142,7 +142,7 @@ def export(
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.store.export import export_log
 
-    with open_ledger(config) as (_, connection), progress_bar("exporting") as on_progress:
+    with open_configured_connection(config) as (_, connection), show_progress_bar("exporting") as on_progress:
         summary = run_with_database(
             connection,
             lambda db: export_log(EventStore(db), file, after=first - 1, up_to=last, on_progress=on_progress),
@@ -166,10 +166,10 @@ def import_(
     from jobledger.cli.administration.view_maintenance import rebuild_views
     from jobledger.ledger.store.import_ import import_log
 
-    with open_ledger(config) as (_, connection):
-        with progress_bar("importing") as on_progress:
+    with open_configured_connection(config) as (_, connection):
+        with show_progress_bar("importing") as on_progress:
             summary = run_with_database(connection, lambda db: import_log(db, files, on_progress=on_progress))
-        with progress_bar("building views") as on_progress:
+        with show_progress_bar("building views") as on_progress:
             asyncio.run(rebuild_views(connection, on_progress=on_progress))
     text = (
         f"Imported and verified {format_count(summary.events, 'event')} into {connection.db_name}, and built its views."
@@ -206,8 +206,8 @@ def tail(
     Reconnects after a restart of the database or Jobledger.
     """
     _check_event_types(event_type or ())
-    with open_ledger(config) as (_, connection):
-        printer = _event_printer(set(stream or ()), set(event_type or ()), as_json=as_json)
+    with open_configured_connection(config) as (_, connection):
+        printer = _create_event_printer(set(stream or ()), set(event_type or ()), as_json=as_json)
         asyncio.run(_tail(connection, printer, lines, after, follow=follow))
 
 
@@ -220,7 +220,7 @@ def _check_event_types(names: Any) -> None:
             raise ConfigurationError(f"--type {name}: unknown event type. Event types: {', '.join(event_types)}.")
 
 
-def _event_printer(streams: set[str], types: set[str], *, as_json: bool) -> Callable[[Any], None]:
+def _create_event_printer(streams: set[str], types: set[str], *, as_json: bool) -> Callable[[Any], None]:
     """Return a function that prints an event if it matches the filters. An empty set matches all."""
     from jobledger.cli.output.formatting import format_event
     from jobledger.ledger.store.export_file import encode_event_or_stub
@@ -269,8 +269,8 @@ async def _tail(
             await asyncio.sleep(1)
 
 
-@app.command()
-def history(
+@app.command("history")
+def show_history(
     stream: Annotated[str, typer.Argument(metavar="ID", help="ID of a job, batch or delivery")],
     config: ConfigOption = None,
     as_of: Annotated[str | None, typer.Option("--as-of", help=f"Stop at this point. {AS_OF_HELP}")] = None,
@@ -284,7 +284,7 @@ def history(
     from jobledger.projections.views import batches, deliveries, jobs
 
     limit = None if as_of is None else parse_as_of(as_of, "--as-of")
-    with open_ledger(config) as (_, connection):
+    with open_configured_connection(config) as (_, connection):
         events = run_with_database(connection, lambda db: EventStore(db).read_stream(stream))
     if not events:
         raise NotFound(f"{stream} is not in the log: expected the ID of a job, batch or delivery.")

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from jobledger.cli.commands.options import AS_OF_HELP, ConfigOption, JsonOption, parse_as_of
 from jobledger.cli.output.formatting import format_count, format_timestamp
-from jobledger.cli.output.progress import progress_bar
+from jobledger.cli.output.progress import show_progress_bar
 from jobledger.cli.output.terminal_text import SafeConsole, echo, print_json, print_table
-from jobledger.cli.runtime import open_ledger, run_with_database
+from jobledger.cli.runtime import open_configured_connection, run_with_database
 from jobledger.ledger.domain.errors import ConfigurationError
 
 _MAX_ROWS: Final = 50
@@ -22,7 +22,7 @@ Changes = dict[str, list[str | None]]
 """Statuses of a job at both points, by job ID. None: the job did not exist."""
 
 
-def state(
+def show_state(
     as_of: Annotated[str, typer.Option("--as-of", help=AS_OF_HELP)],
     until: Annotated[
         str | None, typer.Option("--until", help="Also show changes between --as-of and this point")
@@ -41,7 +41,7 @@ def state(
     second_point = None if until is None else parse_as_of(until, "--until")
     if _is_before(second_point, first_point):
         raise ConfigurationError("--until is before --as-of: swap them.")
-    with open_ledger(config) as (_, connection), progress_bar("reading the log") as on_progress:
+    with open_configured_connection(config) as (_, connection), show_progress_bar("reading the log") as on_progress:
         first, second, changes = run_with_database(
             connection,
             lambda db: load_state_as_of(EventStore(db), first_point, until=second_point, on_progress=on_progress),
@@ -73,11 +73,16 @@ def print_state(state: State) -> None:
         echo(f"Oldest pending job submitted at {format_timestamp(submitted_at)}")
     if state["running"]:
         echo("Running jobs")
-        print_table([("WORKER", "JOB", "TYPE", "ATTEMPT", "CLAIMED"), *map(_running_row, state["running"][:_MAX_ROWS])])
+        print_table(
+            [
+                ("WORKER", "JOB", "TYPE", "ATTEMPT", "CLAIMED"),
+                *map(_build_running_job_row, state["running"][:_MAX_ROWS]),
+            ]
+        )
     running = [batch for batch in state["batches"] if batch["status"] == "processing"]
     if running:
         echo("Running batches")
-        print_table([("BATCH", "NAME", "JOBS", ""), *map(_batch_row, running[:_MAX_ROWS])])
+        print_table([("BATCH", "NAME", "JOBS", ""), *map(_build_batch_row, running[:_MAX_ROWS])])
     echo(f"{format_count(len(state['batches']), 'batch', 'batches')}, {len(running)} of them running")
 
 
@@ -90,12 +95,12 @@ def _format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
-def _running_row(job: State) -> Sequence[str]:
+def _build_running_job_row(job: State) -> Sequence[str]:
     name = f"{job['job_id']} {job['job_name'] or ''}".rstrip()
     return (job["worker_id"], name, job["job_type"], str(job["attempt"]), format_timestamp(job["claimed_at"]))
 
 
-def _batch_row(batch: State) -> Sequence[str]:
+def _build_batch_row(batch: State) -> Sequence[str]:
     paused = "paused" if batch["paused"] else ""
     return (batch["batch_id"], batch["batch_name"] or "", _format_counts(batch["jobs"]), paused)
 

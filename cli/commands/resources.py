@@ -13,7 +13,13 @@ import httpx
 import typer
 from rich.text import Text
 
-from jobledger.cli.commands.api_client import RequestRejected, open_client, parse_response, retry_delay, without_none
+from jobledger.cli.commands.api_client import (
+    RequestRejected,
+    compute_retry_delay,
+    open_client,
+    parse_response,
+    remove_none,
+)
 from jobledger.cli.commands.options import AS_OF_HELP, DEFAULT_URL, JsonOption, UrlOption, parse_as_of
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.output.formatting import format_duration, format_timestamp
@@ -154,7 +160,7 @@ class Resource:
             if response.status_code != _TOO_MANY_REQUESTS:
                 result = parse_response(response, self.id_field, self.kind)
                 return {name: value for name, value in result.items() if name != "status"}
-            time.sleep(retry_delay(response))
+            time.sleep(compute_retry_delay(response))
 
     def _print_result(self, result: Document) -> None:
         if (jobs := result.get("jobs")) is not None:
@@ -170,7 +176,7 @@ def add_show_command(app: typer.Typer, resource: Resource, help_text: str) -> No
     def show(
         resource_id: IdArgument, as_of: AsOfOption = None, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False
     ) -> None:
-        query = without_none({"as_of": None if as_of is None else str(parse_as_of(as_of, "--as-of"))})
+        query = remove_none({"as_of": None if as_of is None else str(parse_as_of(as_of, "--as-of"))})
         path = f"{resource.path}/{resource.parse_id(resource_id)}"
         with open_client(url) as client:
             document = parse_response(client.get(path, params=query), resource.kind)[resource.kind]
@@ -189,12 +195,12 @@ def add_action_command(app: typer.Typer, resource: Resource, action: str, help_t
     def run(
         ids: IdsArgument, reason: ReasonOption = None, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False
     ) -> None:
-        resource.run_action(url, ids, action, without_none({"reason": reason}), as_json=as_json)
+        resource.run_action(url, ids, action, remove_none({"reason": reason}), as_json=as_json)
 
     app.command(action, help=help_text)(run)
 
 
-def list_query(user: str | None, search: str | None, archived: bool | None, *, oldest_first: bool) -> Document:
+def build_list_query(user: str | None, search: str | None, archived: bool | None, *, oldest_first: bool) -> Document:
     """Return the query parameters that the lists of jobs and batches share."""
     return {
         "user_id": user,
@@ -204,9 +210,9 @@ def list_query(user: str | None, search: str | None, archived: bool | None, *, o
     }
 
 
-def restart_body(reason: str | None, *, from_scratch: bool) -> Document:
+def build_restart_body(reason: str | None, *, from_scratch: bool) -> Document:
     """Return the request body of a restart."""
-    return {**without_none({"reason": reason}), "reuse_steps": not from_scratch}
+    return {**remove_none({"reason": reason}), "reuse_steps": not from_scratch}
 
 
 def fetch_list(url: str, path: str, field: str, query: Document, limit: int) -> tuple[list[Document], str]:
@@ -219,7 +225,7 @@ def fetch_list(url: str, path: str, field: str, query: Document, limit: int) -> 
     cursor: str | None = None
     with open_client(url) as client:
         while True:
-            page_query = without_none({**query, "cursor": cursor, "limit": min(_PAGE_SIZE, limit - len(results))})
+            page_query = remove_none({**query, "cursor": cursor, "limit": min(_PAGE_SIZE, limit - len(results))})
             page = parse_response(client.get(path, params=page_query), field, "total")
             results += page[field]
             cursor = page.get("next_cursor")

@@ -6,7 +6,7 @@ from jobledger.cli.commands.options import ConfigOption
 from jobledger.cli.runtime import run_roles
 
 
-def up(config: ConfigOption = None) -> None:
+def run_all(config: ConfigOption = None) -> None:
     """Run all roles on this machine
 
     Starts the embedded MongoDB server (if configured), the API, the projector, a worker and the webhook sender.
@@ -15,12 +15,12 @@ def up(config: ConfigOption = None) -> None:
     run_roles(config)
 
 
-def api(config: ConfigOption = None) -> None:
+def run_api(config: ConfigOption = None) -> None:
     """Run the API"""
     run_roles(config, frozenset({"api"}))
 
 
-def projector(config: ConfigOption = None) -> None:
+def run_projector(config: ConfigOption = None) -> None:
     """Run the projector, which keeps the views up to date
 
     One projector is the leader. The others stand by.
@@ -28,7 +28,7 @@ def projector(config: ConfigOption = None) -> None:
     run_roles(config, frozenset({"projector"}))
 
 
-def worker(config: ConfigOption = None) -> None:
+def run_worker(config: ConfigOption = None) -> None:
     """Run a worker
 
     Run any number of workers, on any number of machines. Workers also send webhooks; only the
@@ -37,7 +37,7 @@ def worker(config: ConfigOption = None) -> None:
     run_roles(config, frozenset({"worker", "webhook-sender"}))
 
 
-def webhook_sender(config: ConfigOption = None) -> None:
+def run_webhook_sender(config: ConfigOption = None) -> None:
     """Run the webhook sender
 
     One process, a webhook sender or a worker, is the leader. The others stand by.

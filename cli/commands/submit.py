@@ -17,7 +17,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from jobledger.cli.commands.api_client import open_async_client, parse_response, retry_delay, unexpected_response
+from jobledger.cli.commands.api_client import (
+    build_unexpected_response_error,
+    compute_retry_delay,
+    open_async_client,
+    parse_response,
+)
 from jobledger.cli.commands.options import DEFAULT_URL, UrlOption
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.output.formatting import format_count
@@ -52,7 +57,7 @@ def submit(
     """
     batch = parse_batch(_read_file(file))
     if job_type is not None:
-        batch["jobs"] = [_with_type(job, job_type) for job in batch["jobs"]]
+        batch["jobs"] = [_add_job_type(job, job_type) for job in batch["jobs"]]
     raise typer.Exit(asyncio.run(_submit_and_follow(url, batch, wait=wait)))
 
 
@@ -92,13 +97,13 @@ def parse_batch(content: Any) -> dict[str, Any]:
     raise ConfigurationError(f"Expected a job, a list of jobs, or a batch, got {type(content).__name__}.")
 
 
-def _with_type(job: Any, job_type: str) -> Any:
+def _add_job_type(job: Any, job_type: str) -> Any:
     if not isinstance(job, dict):
         return job
     return {**job, "job_type": job_type} if "parameters" in job else {"job_type": job_type, "parameters": job}
 
 
-def _display_name(job: Any) -> str:
+def _get_display_name(job: Any) -> str:
     parameters = job.get("parameters", job)
     return str(job.get("job_name") or parameters.get("session") or "job")
 
@@ -115,7 +120,7 @@ async def _submit_and_follow(url: str, batch: dict[str, Any], *, wait: bool) -> 
             echo(f"Signing secret of {endpoint['url']}: {endpoint['secret']} (not shown again)", err=True)
         if not wait:
             return 0
-        names = dict(zip(submitted["job_ids"], map(_display_name, batch["jobs"]), strict=True))
+        names = dict(zip(submitted["job_ids"], map(_get_display_name, batch["jobs"]), strict=True))
         statuses = await follow_batch(client, submitted, names, after=position, console=console)
     return 0 if all(status == "completed" for status in statuses.values()) else EXIT_FAILED
 
@@ -135,7 +140,7 @@ async def submit_batch(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> t
     response = await client.post("/api/events/batches", content=body, headers={"Content-Type": "application/json"})
     content = parse_response(response, "batch_id", "job_ids", "batch")
     if "Ledger-Position" not in response.headers:
-        raise unexpected_response(response)
+        raise build_unexpected_response_error(response)
     # The batch and its jobs are written in one commit: the last position minus their number is the position before it.
     return content, int(response.headers["Ledger-Position"]) - content["batch"]["total_jobs"] - 1
 
@@ -153,14 +158,14 @@ async def stream_events(client: httpx.AsyncClient, *, after: int, batch_id: str)
             query = {"after": str(after), "batch_id": batch_id}
             async with client.stream("GET", "/api/ledger/stream", params=query, timeout=_STREAM_TIMEOUT) as response:
                 if response.status_code in _UNAVAILABLE_STATUSES:
-                    delay = retry_delay(response)
+                    delay = compute_retry_delay(response)
                     raise httpx.HTTPStatusError(
                         f"HTTP status {response.status_code}", request=response.request, response=response
                     )
                 if response.is_error:
                     await response.aread()
                     parse_response(response)  # raises the error
-                async for line in _lines(response):
+                async for line in _iterate_lines(response):
                     lost_at = None
                     if line.startswith(b"data:"):
                         event: dict[str, Any] = orjson.loads(line.removeprefix(b"data:"))
@@ -173,7 +178,7 @@ async def stream_events(client: httpx.AsyncClient, *, after: int, batch_id: str)
         await asyncio.sleep(delay)
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+async def _iterate_lines(response: httpx.Response) -> AsyncIterator[bytes]:
     """Yield lines of Server-Sent Events. `aiter_lines` would also split at U+2028 and similar, inside the JSON."""
     rest = b""
     async for chunk in response.aiter_bytes():

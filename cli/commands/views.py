@@ -9,9 +9,9 @@ import typer
 
 from jobledger.cli.commands.options import ConfigOption, JsonOption
 from jobledger.cli.exit_codes import EXIT_FAILED
-from jobledger.cli.output.progress import progress_bar
+from jobledger.cli.output.progress import show_progress_bar
 from jobledger.cli.output.terminal_text import print_result
-from jobledger.cli.runtime import open_ledger
+from jobledger.cli.runtime import open_configured_connection
 
 app = typer.Typer(help="Rebuild and check views (needs access to the database)", no_args_is_help=True)
 ViewOption = Annotated[
@@ -27,7 +27,7 @@ def rebuild(config: ConfigOption = None, view: ViewOption = None, as_json: JsonO
     """
     from jobledger.cli.administration import view_maintenance
 
-    with open_ledger(config) as (_, connection), progress_bar("rebuilding views") as on_progress:
+    with open_configured_connection(config) as (_, connection), show_progress_bar("rebuilding views") as on_progress:
         position = asyncio.run(view_maintenance.rebuild_views(connection, view, on_progress=on_progress))
     text = f"Rebuilt {', '.join(view) if view else 'all views'} up to position {position}."
     print_result({"position": position, "views": view}, text, as_json=as_json)
@@ -41,8 +41,8 @@ def check(config: ConfigOption = None, view: ViewOption = None, as_json: JsonOpt
     """
     from jobledger.cli.administration import view_maintenance
 
-    with open_ledger(config) as (_, connection), progress_bar("comparing views") as on_progress:
+    with open_configured_connection(config) as (_, connection), show_progress_bar("comparing views") as on_progress:
         comparison = asyncio.run(view_maintenance.compare_views(connection, view, on_progress=on_progress))
     lines = view_maintenance.format_comparison(comparison)
-    print_result(view_maintenance.comparison_to_json(comparison), *lines, as_json=as_json)
+    print_result(view_maintenance.build_comparison_json(comparison), *lines, as_json=as_json)
     raise typer.Exit(EXIT_FAILED if comparison.difference_count else 0)

@@ -12,7 +12,7 @@ import orjson
 import typer
 
 from jobledger.cli.commands import resources
-from jobledger.cli.commands.api_client import open_client, parse_response, without_none
+from jobledger.cli.commands.api_client import open_client, parse_response, remove_none
 from jobledger.cli.commands.options import DEFAULT_URL, ConfigOption, JsonOption, UrlOption
 from jobledger.cli.commands.resources import Document, format_iso_timestamp
 from jobledger.cli.exit_codes import EXIT_FAILED
@@ -52,7 +52,7 @@ def list_deliveries(
     """
     query = {"status": status, "job_id": job, "batch_id": batch, "host": host}
     deliveries, total = resources.fetch_list(url, _DELIVERIES_PATH, "deliveries", query, limit)
-    resources.print_list(deliveries, total, delivery_rows, plural="webhook deliveries", as_json=as_json)
+    resources.print_list(deliveries, total, build_delivery_rows, plural="webhook deliveries", as_json=as_json)
 
 
 @app.command()
@@ -73,14 +73,14 @@ def redeliver(
 
     Specify delivery IDs, or select deliveries with filters (default: abandoned).
     """
-    filters = without_none({"status": status, "job_id": job, "batch_id": batch, "host": host})
+    filters = remove_none({"status": status, "job_id": job, "batch_id": batch, "host": host})
     if ids and filters:
         raise ConfigurationError("Delivery IDs and filters cannot be combined: use one of them.")
     if not ids and not filters:
         raise ConfigurationError(
             "Select deliveries by ID or with a filter, for example --status abandoned for all abandoned ones."
         )
-    body, count = without_none({"reason": reason}), len(ids or ())
+    body, count = remove_none({"reason": reason}), len(ids or ())
     with open_client(url) as client:
         if not ids:
             response = client.post(_REDELIVER_PATH, json=filters | body)
@@ -173,13 +173,13 @@ def list_endpoints(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) ->
     with open_client(url) as client:
         while page is None or len(page) == _ENDPOINTS_PAGE_SIZE:
             after = page[-1]["endpoint_id"] if page else None
-            query = without_none({"limit": _ENDPOINTS_PAGE_SIZE, "after": after})
+            query = remove_none({"limit": _ENDPOINTS_PAGE_SIZE, "after": after})
             page = parse_response(client.get(_ENDPOINTS_PATH, params=query), "endpoints")["endpoints"]
             endpoints += page
     if as_json:
         print_json(endpoints)
     elif endpoints:
-        print_table(endpoint_rows(endpoints))
+        print_table(build_endpoint_rows(endpoints))
     else:
         echo("No webhook endpoints.")
 
@@ -221,7 +221,7 @@ def generate_secret() -> None:
     echo(generate())
 
 
-def delivery_rows(deliveries: Sequence[Document]) -> resources.Rows:
+def build_delivery_rows(deliveries: Sequence[Document]) -> resources.Rows:
     """Yield the header and the rows of the table of deliveries."""
     yield ("DELIVERY", "EVENT", "STATUS", "ATTEMPTS", "HOST", "LAST RESULT")
     for delivery in deliveries:
@@ -231,11 +231,11 @@ def delivery_rows(deliveries: Sequence[Document]) -> resources.Rows:
             resources.format_status(delivery),
             str(delivery["attempt"]),
             delivery["host"],
-            _last_result(delivery),
+            _format_last_result(delivery),
         )
 
 
-def _last_result(delivery: Document) -> str:
+def _format_last_result(delivery: Document) -> str:
     last: Any = delivery["attempts"][-1] if delivery["attempts"] else None
     result = "" if last is None else (last["error"]["message"] if last["error"] else str(last["status_code"]))
     if delivery["status"] == "pending" and delivery["next_attempt_at"]:
@@ -243,7 +243,7 @@ def _last_result(delivery: Document) -> str:
     return result
 
 
-def endpoint_rows(endpoints: Sequence[Document]) -> resources.Rows:
+def build_endpoint_rows(endpoints: Sequence[Document]) -> resources.Rows:
     """Yield the header and the rows of the table of endpoints."""
     yield ("ENDPOINT ID", "USER", "URL", "CREATED", "ROTATED", "OLD SECRET EXPIRES")
     for endpoint in endpoints:

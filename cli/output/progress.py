@@ -17,7 +17,7 @@ _LINE_INTERVAL_SECONDS: Final = 5.0
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[ProgressCallback]:
+def show_progress_bar(title: str) -> Iterator[ProgressCallback]:
     """Show a progress bar on a terminal, or a line every few seconds elsewhere. Yield the function that updates it."""
     console = SafeConsole(stderr=True)
     if not console.is_terminal:

@@ -91,7 +91,7 @@ def _open_reserve() -> int:
         return -1
 
 
-def _unacknowledged_bytes(connection: socket.socket) -> int:
+def _count_unacknowledged_bytes(connection: socket.socket) -> int:
     """Return the number of sent bytes that the peer has not acknowledged. 0 if the system does not support it."""
     try:
         queued = ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))  # SIOCOUTQ: tcp(7)
@@ -130,7 +130,7 @@ class ConnectionLimits:
     drain_timeout_seconds: float = 300.0
     open_connections: Counter[str] = field(default_factory=Counter)
 
-    def rejection(self, address: str) -> ApiError | None:
+    def find_rejection(self, address: str) -> ApiError | None:
         """Return the error for one more connection from an IP address, or None if it is accepted."""
         if self.open_connections.total() > self.max_connections:
             message = "The server has too many open connections (api.max_connections). Retry later."
@@ -143,7 +143,7 @@ class ConnectionLimits:
         return ApiError(503, "too_many_connections", message, retry_after_seconds=5)
 
 
-def protocol_class(limits: ConnectionLimits) -> type[H11Protocol]:
+def create_protocol_class(limits: ConnectionLimits) -> type[H11Protocol]:
     """Return a protocol class for uvicorn with these limits."""
     return type("LimitedConnection", (HttpConnection,), {"limits": limits})
 
@@ -169,7 +169,7 @@ class HttpConnection(H11Protocol):
         address = self.client[0] if self.client else ""
         self._address = get_rate_limit_key(address)
         self.limits.open_connections[self._address] += 1
-        if (error := self.limits.rejection(address)) is not None:
+        if (error := self.limits.find_rejection(address)) is not None:
             self._respond_and_close(error)
         else:
             self._set_timer(self.limits.header_timeout_seconds, self._on_header_timeout)
@@ -258,23 +258,25 @@ class HttpConnection(H11Protocol):
 
     def _watch_reader(self) -> None:
         self._stop_watching_reader()
-        self._unread = self._unread_bytes()
+        self._unread = self._count_unread_bytes()
         self._read_timer = self.loop.call_later(self.limits.read_interval_seconds, self._check_reader)
 
     def _check_reader(self) -> None:
         """Abort the connection of a client that reads too slowly. Nothing is added to the buffer meanwhile."""
-        if self._unread - self._unread_bytes() >= self._required_read:
+        if self._unread - self._count_unread_bytes() >= self._required_read:
             self._watch_reader()
         else:
             self.transport.abort()  # close() would wait for the client
 
-    def _unread_bytes(self) -> int:
+    def _count_unread_bytes(self) -> int:
         """Return the number of unread bytes, in the process and in the kernel.
 
         The process's own buffer shows no progress for a long time: the kernel accepts more only after the client has
         read about a third of the kernel's buffer, which may be more than 1 MB.
         """
-        return self.transport.get_write_buffer_size() + _unacknowledged_bytes(self.transport.get_extra_info("socket"))
+        return self.transport.get_write_buffer_size() + _count_unacknowledged_bytes(
+            self.transport.get_extra_info("socket")
+        )
 
     def _stop_watching_reader(self) -> None:
         if self._read_timer is not None:

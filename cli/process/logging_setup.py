@@ -24,7 +24,7 @@ def configure_logging(settings: LoggingSettings) -> None:
         processors=[
             structlog.contextvars.merge_contextvars,  # the request ID
             structlog.processors.add_log_level,
-            _time_stamper(settings.format),
+            _create_time_stamper(settings.format),
             structlog.processors.format_exc_info,
             *escaping,
             renderer,
@@ -37,7 +37,7 @@ def configure_logging(settings: LoggingSettings) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
-def _time_stamper(log_format: str) -> structlog.processors.TimeStamper:
+def _create_time_stamper(log_format: str) -> structlog.processors.TimeStamper:
     """Return the processor that adds the time with its UTC offset: local for `console`, UTC for `json`."""
     if log_format == "console":
         return structlog.processors.TimeStamper(fmt="%H:%M:%S%z", utc=False)

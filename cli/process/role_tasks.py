@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 
-def failure_callback(on_failure: Callable[[BaseException], None]) -> Callable[[asyncio.Task[None]], None]:
+def create_failure_callback(on_failure: Callable[[BaseException], None]) -> Callable[[asyncio.Task[None]], None]:
     """Return a done callback for tasks that calls `on_failure` with the exception of a failed task."""
 
     def report(task: asyncio.Task[None]) -> None:
@@ -32,7 +32,7 @@ async def run_in_background(
         stop: Called at the end of the block to end the coroutine. None: cancel it.
     """
     task = asyncio.create_task(work)
-    task.add_done_callback(failure_callback(on_failure))
+    task.add_done_callback(create_failure_callback(on_failure))
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ from jobledger.api.http.sse import LiveStreams
 from jobledger.api.processes.markdown_previewer import MarkdownPreviewer
 from jobledger.api.processes.parameter_validator import ParameterValidator
 from jobledger.api.settings import AuthSettings, JwtSettings
-from jobledger.cli.process.http_connection import ConnectionLimits, SheddingSocket, protocol_class
+from jobledger.cli.process.http_connection import ConnectionLimits, SheddingSocket, create_protocol_class
 from jobledger.cli.process.role_tasks import run_in_background
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
@@ -139,12 +139,12 @@ def _make_browser_sessions(
     if auth.mode not in ("keys", "jwt"):
         return None
     is_key_valid = backend.keys.is_valid if isinstance(backend, ApiKeyBackend) else lambda _key_id: False
-    sessions = BrowserSessions(db, revocations, policy=_policy_digest(auth), is_key_valid=is_key_valid)
+    sessions = BrowserSessions(db, revocations, policy=_compute_policy_digest(auth), is_key_valid=is_key_valid)
     change_stream.add_listener(sessions)
     return sessions
 
 
-def _policy_digest(auth: AuthSettings) -> str:
+def _compute_policy_digest(auth: AuthSettings) -> str:
     """Return a digest of the authentication settings. All sessions end when it changes, for example with a secret."""
     secret = auth.jwt.secret.get_secret_value() if auth.jwt.secret else ""
     return sha256(f"{auth.model_dump_json()}\0{secret}".encode()).hexdigest()
@@ -209,7 +209,7 @@ async def serve_api(
     server = BackgroundServer(
         uvicorn.Config(
             create_app(context),
-            http=protocol_class(limits),
+            http=create_protocol_class(limits),
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             ws="none",
             log_level="warning",

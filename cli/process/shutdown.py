@@ -19,7 +19,7 @@ SHUTDOWN_MARGIN_SECONDS: Final = 6.0
 _log = structlog.get_logger()
 
 
-def shutdown_timeout(settings: Settings, selected: Collection[str]) -> float:
+def compute_shutdown_timeout(settings: Settings, selected: Collection[str]) -> float:
     """Return the seconds after which a process that runs these roles exits, whatever the database does."""
     grace = settings.event_worker.shutdown_grace_seconds if "worker" in selected else 0.0
     return grace + SHUTDOWN_MARGIN_SECONDS

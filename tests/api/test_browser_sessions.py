@@ -15,7 +15,7 @@ import pytest
 from jobledger.api.auth import api_keys
 from jobledger.api.auth import browser_sessions as sessions
 from jobledger.api.auth.api_keys import ApiKeyToken
-from jobledger.cli.administration.api_key_admin import new_key
+from jobledger.cli.administration.api_key_admin import generate_key
 from jobledger.ledger.mongo.connection import Database
 from tests.api.conftest import Api, run_api
 from tests.support.jwt_issuer import SECRET, make_token
@@ -42,7 +42,7 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
 
 
 async def create_key(db: Database, user: str = "alice") -> ApiKeyToken:
-    key, token = new_key(user=user, groups=["editors"], roles=[], name=None, expires_in=None)
+    key, token = generate_key(user=user, groups=["editors"], roles=[], name=None, expires_in=None)
     await api_keys.store_key(db, key)
     return token
 

@@ -22,7 +22,7 @@ from jobledger.cli.process.http_connection import (
     ConnectionLimits,
     HttpConnection,
     SheddingSocket,
-    protocol_class,
+    create_protocol_class,
 )
 from tests.api.conftest import Api, RunApi
 from tests.support.polling import DEADLINE_SECONDS, poll_until
@@ -262,7 +262,9 @@ async def run_download(
 
     config, loop, state = uvicorn.Config(app, log_config=None), asyncio.get_running_loop(), ServerState()
     config.load()
-    async with await loop.create_server(lambda: protocol_class(limits)(config, state, {}), "127.0.0.1", 0) as server:
+    async with await loop.create_server(
+        lambda: create_protocol_class(limits)(config, state, {}), "127.0.0.1", 0
+    ) as server:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.settimeout(0)

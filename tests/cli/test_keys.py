@@ -13,7 +13,7 @@ import pytest
 from pymongo import MongoClient
 
 from jobledger.api.auth.api_keys import ApiKeyToken
-from jobledger.cli.administration.api_key_admin import new_key, parse_lifetime
+from jobledger.cli.administration.api_key_admin import generate_key, parse_lifetime
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support.installation import CommandOutcome, Installation, RunningCommand, assert_one_line_error, http_client
@@ -119,7 +119,7 @@ def test_new_key_invalid_option_is_explained(arguments: list[str], expected_text
         name = option.removeprefix("--").replace("-", "_")
         options |= {f"{name}s": [value]} if name in ("group", "role") else {name: value}
     with pytest.raises(ConfigurationError) as raised:
-        new_key(**options)
+        generate_key(**options)
     for expected_text in expected_texts:
         assert expected_text in str(raised.value)
 
@@ -150,7 +150,7 @@ def test_keys_usage_error_exits_2_and_unreachable_database_3(installation: Insta
 
 
 def test_keys_list_expired_key_says_when(installation: Installation, mongodb_uri: str, db_name: str) -> None:
-    key, _ = new_key(user="alice", groups=(), roles=(), name=None, expires_in=None)
+    key, _ = generate_key(user="alice", groups=(), roles=(), name=None, expires_in=None)
     expired_key = key.model_copy(update={"expires_at": datetime(2020, 2, 3, tzinfo=UTC)})
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
         client[db_name].api_keys.insert_one(expired_key.model_dump(by_alias=True))

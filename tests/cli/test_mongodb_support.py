@@ -6,7 +6,7 @@ from datetime import date
 
 import pytest
 
-from jobledger.cli.checks.mongodb_support import support_warning
+from jobledger.cli.checks.mongodb_support import build_support_warning
 
 
 @pytest.mark.parametrize(
@@ -24,12 +24,12 @@ from jobledger.cli.checks.mongodb_support import support_warning
     ],
 )
 def test_support_warning_for_version_names_problem(version: str, zlib: bool, expected_texts: list[str]) -> None:
-    warning = support_warning(version, date(2026, 1, 1), zlib=zlib)
+    warning = build_support_warning(version, date(2026, 1, 1), zlib=zlib)
     assert (warning is not None) == bool(expected_texts)
     for expected_text in expected_texts:
         assert expected_text in (warning or "")
 
 
 def test_support_warning_starts_when_support_ends() -> None:
-    assert support_warning("7.0.30", date(2027, 8, 31), zlib=True) is None
-    assert support_warning("7.0.30", date(2027, 9, 1), zlib=True) is not None
+    assert build_support_warning("7.0.30", date(2027, 8, 31), zlib=True) is None
+    assert build_support_warning("7.0.30", date(2027, 9, 1), zlib=True) is not None

@@ -260,7 +260,7 @@ def test_command_after_429_retries_and_names_unprocessed_jobs(running_installati
 )
 def test_retry_delay_any_header_is_limited_pause(retry_after: str, seconds: int) -> None:
     headers = {"Retry-After": retry_after, "Date": "Wed, 21 Oct 2015 07:28:00 GMT"}
-    assert api_client.retry_delay(httpx.Response(429, headers=headers)) == seconds
+    assert api_client.compute_retry_delay(httpx.Response(429, headers=headers)) == seconds
 
 
 def test_command_with_past_retry_after_repeats_request() -> None:
@@ -281,7 +281,7 @@ def test_jobs_list_omitted_fields_are_not_shown_as_empty() -> None:
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 async def test_submit_wait_short_api_outage_continues(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "retry_delay", lambda _answer: 0.01)
+    monkeypatch.setattr(submit, "compute_retry_delay", lambda _answer: 0.01)
     event = {"position": 8, "type": "BatchFinished", "stream": "batch-1", "data": {}}
     statuses = [status, status, 200]
 
@@ -298,7 +298,7 @@ async def test_submit_wait_short_api_outage_continues(status: int, monkeypatch: 
 
 async def test_submit_wait_long_api_outage_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "_RECONNECT_TIMEOUT_SECONDS", 0.05)
-    monkeypatch.setattr(submit, "retry_delay", lambda _answer: 0.01)
+    monkeypatch.setattr(submit, "compute_retry_delay", lambda _answer: 0.01)
     transport = httpx.MockTransport(lambda _request: httpx.Response(502))
     async with httpx.AsyncClient(base_url="http://test", transport=transport) as client:
         with pytest.raises(LedgerUnavailable, match="HTTP status 502"):
@@ -381,7 +381,7 @@ def test_commands_print_times_with_offset_that_options_accept(batch: SubmittedBa
 def test_log_line_time_has_offset(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Kolkata")
     time.tzset()
-    timestamp = logging_setup._time_stamper(kind)(None, "info", {})["timestamp"]
+    timestamp = logging_setup._create_time_stamper(kind)(None, "info", {})["timestamp"]
     monkeypatch.undo()
     time.tzset()
     pattern = r"\d\d:\d\d:\d\d\+0530" if kind == "console" else r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"

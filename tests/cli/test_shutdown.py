@@ -36,7 +36,7 @@ async def test_shutdown_of_hanging_roles_is_limited_at_any_phase(monkeypatch: py
 
     monkeypatch.setattr(runtime, "_start_with_retries", start)
     monkeypatch.setattr(embedded_restarts, "restart_until_shutdown", run)
-    monkeypatch.setattr(shutdown, "shutdown_timeout", lambda *_: 0.05)
+    monkeypatch.setattr(shutdown, "compute_shutdown_timeout", lambda *_: 0.05)
     monkeypatch.setattr(Shutdown, "_exit_after_timeout", lambda *_: loop.call_soon_threadsafe(time_limit_reached.set))
     run_task = runtime._run(Settings(), "", None, frozenset({"worker"}))
     if phase == "stop":

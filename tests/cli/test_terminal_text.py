@@ -23,11 +23,11 @@ from rich.text import Text
 import jobledger.cli
 from jobledger.cli.administration import view_maintenance
 from jobledger.cli.administration.view_maintenance import ViewComparison
-from jobledger.cli.checks.result import CheckResult, results_table
+from jobledger.cli.checks.result import CheckResult, build_results_table
 from jobledger.cli.commands.log_state import print_changes, print_state
 from jobledger.cli.commands.resources import print_details
 from jobledger.cli.commands.submit import print_finished_job
-from jobledger.cli.commands.webhooks import delivery_rows, endpoint_rows
+from jobledger.cli.commands.webhooks import build_delivery_rows, build_endpoint_rows
 from jobledger.cli.output.formatting import format_changes, format_event
 from jobledger.cli.output.terminal_text import (
     SafeConsole,
@@ -206,9 +206,9 @@ PRINTED: dict[str, Callable[[str], None]] = {
     ),
     "log state --as-of": lambda name: print_state(make_state(name)),
     "log state --until": lambda name: print_changes({"jobs": {name: 0}}, make_state(name), {name: [name, name]}),
-    "doctor": lambda name: print_all(results_table([CheckResult(name, is_ok=False, detail=name, advice=name)])),
-    "webhooks": lambda name: print_table(delivery_rows([make_delivery(name)])),
-    "webhooks endpoints": lambda name: print_table(endpoint_rows([make_endpoint(name)])),
+    "doctor": lambda name: print_all(build_results_table([CheckResult(name, is_ok=False, detail=name, advice=name)])),
+    "webhooks": lambda name: print_table(build_delivery_rows([make_delivery(name)])),
+    "webhooks endpoints": lambda name: print_table(build_endpoint_rows([make_endpoint(name)])),
     "submit": lambda name: print_finished_job(
         SafeConsole(width=10_000), name, "JobFailed", {"error": {"message": name}}
     ),

@@ -13,7 +13,7 @@ import pytest
 
 from jobledger.api.auth import api_keys as keys
 from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
-from jobledger.cli.administration.api_key_admin import new_key
+from jobledger.cli.administration.api_key_admin import generate_key
 from jobledger.cli.composition import Role
 from tests.api.conftest import Api, run_api
 from tests.support.jwt_issuer import SECRET
@@ -90,7 +90,7 @@ def assert_unauthorized(response: httpx.Response, code: str = "invalid_credentia
 
 async def create_key(api: Api, **more: Any) -> ApiKeyToken:
     """Create a key for alice and return its token as soon as the API accepts it."""
-    key, token = new_key(**{"user": "alice", "groups": (), "roles": (), "name": None, "expires_in": None, **more})
+    key, token = generate_key(**{"user": "alice", "groups": (), "roles": (), "name": None, "expires_in": None, **more})
     await store_key(api, key, token)
     return token
 

@@ -10,7 +10,7 @@ import pytest
 
 from jobledger.api.auth import api_keys as keys
 from jobledger.api.auth.api_keys import ApiKeyToken
-from jobledger.cli.administration.api_key_admin import new_key
+from jobledger.cli.administration.api_key_admin import generate_key
 from tests.api.authentication.conftest import (
     ECHO,
     JOBS,
@@ -74,7 +74,7 @@ async def test_request_with_key_does_not_query_api_keys(runner: ApiRunner) -> No
 async def create_expiring_key(api: Api) -> tuple[ApiKeyToken, datetime]:
     """Create a key that expires within seconds and wait until the API accepts it. Return its token and expiry."""
     for lifetime in (2, 10, 50):  # on a busy machine, the API may learn of a key only after it has expired
-        key, token = new_key(user="alice", groups=(), roles=(), name=None, expires_in="1m")
+        key, token = generate_key(user="alice", groups=(), roles=(), name=None, expires_in="1m")
         expires_at = datetime.now(UTC) + timedelta(seconds=lifetime)
         await keys.store_key(api.db, key.model_copy(update={"expires_at": expires_at}))
         while datetime.now(UTC) < expires_at:
@@ -93,7 +93,7 @@ async def test_key_is_rejected_once_it_expires_without_any_event(runner: ApiRunn
 async def test_every_invalid_key_gets_the_same_response(runner: ApiRunner) -> None:
     async with runner.run("keys") as api:
         valid = await create_key(api)
-        key, expired = new_key(user="alice", groups=(), roles=("admin",), name=None, expires_in=None)
+        key, expired = generate_key(user="alice", groups=(), roles=("admin",), name=None, expires_in=None)
         await keys.store_key(api.db, key.model_copy(update={"expires_at": datetime.now(UTC) - timedelta(seconds=1)}))
         later = await create_key(api)  # the API learns of keys in order, so it has loaded the expired one too
         tokens = {

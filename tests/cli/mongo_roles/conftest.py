@@ -21,7 +21,7 @@ from pymongo import MongoClient
 from pymongo.database import Database as BlockingDatabase
 from pymongo.errors import OperationFailure
 
-from jobledger.cli.administration.mongo_roles import mongosh_script
+from jobledger.cli.administration.mongo_roles import build_mongosh_script
 from jobledger.ledger.mongo.connection import UNAUTHORIZED, Connection, Database, Document
 from tests.api.conftest import Api, run_api
 from tests.support.authenticated_server import AuthenticatedServer, start_authenticated_server
@@ -131,7 +131,7 @@ class PreparedDatabase:
 
 @pytest.fixture
 def prepared(server: AuthenticatedServer, administrator: MongoClient[Document], db_name: str) -> PreparedDatabase:
-    text = mongosh_script(db_name)
+    text = build_mongosh_script(db_name)
     for call in parse_calls(text):
         call.run(administrator)
     return PreparedDatabase(server, administrator, Connection(read_uri(text, server), db_name))

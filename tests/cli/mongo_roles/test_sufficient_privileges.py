@@ -10,7 +10,7 @@ import pytest
 from pymongo import MongoClient
 
 from jobledger.cli.administration import view_maintenance
-from jobledger.cli.administration.mongo_roles import mongosh_script
+from jobledger.cli.administration.mongo_roles import build_mongosh_script
 from jobledger.cli.checks.database import check_database
 from jobledger.ledger.domain.errors import JobledgerError, LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection, Document, check_server
@@ -32,14 +32,14 @@ pytestmark = needs_local_mongod
 def test_mongo_roles_prints_script_without_server_access(tmp_path: Path) -> None:
     with Installation(tmp_path, mongodb={"uri": "mongodb://127.0.0.1:1/", "db_name": "talks"}) as installation:
         outcome = installation.run("mongo-roles")
-    assert (outcome.exit_code, outcome.out, outcome.err) == (0, mongosh_script("talks") + "\n", "")
+    assert (outcome.exit_code, outcome.out, outcome.err) == (0, build_mongosh_script("talks") + "\n", "")
     assert {call.db_name for call in parse_calls(outcome.out.rstrip())} == {"talks"}
 
 
 async def test_mongo_roles_script_runs_and_its_uri_connects(
     server: AuthenticatedServer, administrator: MongoClient[Document], db_name: str
 ) -> None:
-    text = mongosh_script(db_name)
+    text = build_mongosh_script(db_name)
     for call in parse_calls(text):
         call.run(administrator)
     async with Connection(read_uri(text, server), db_name).create_client() as client:
