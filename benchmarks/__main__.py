@@ -24,7 +24,7 @@ from pymongo import MongoClient
 
 from benchmarks import append_throughput, http_latency, job_throughput, log_maintenance, subscriptions
 from benchmarks.measurement import Result, print_results
-from jobledger.cli.process.process_tuning import tune_garbage_collector
+from jobledger.cli.hosting.process_tuning import tune_garbage_collector
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from benchmarks.event_factory import make_appends, make_documents
 from benchmarks.measurement import Result, compare_latencies, compare_rates, measure_rate, open_empty_database
 from benchmarks.processes import Pipe, run_processes
-from jobledger.cli.process.process_tuning import tune_garbage_collector
+from jobledger.cli.hosting.process_tuning import tune_garbage_collector
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend
 from jobledger.ledger.store.event_store import EventStore

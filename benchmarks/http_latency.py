@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from benchmarks.measurement import Result, compare_latencies, compare_rates, measure_rate, open_empty_database
 from benchmarks.processes import Pipe, run_processes, run_role
-from jobledger.cli.process.server import open_listener
+from jobledger.cli.hosting.server import open_listener
 from jobledger.ledger.domain.events import JobCancelled, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.projections.engine.checkpoint import CheckpointFollower

@@ -12,11 +12,11 @@ from typing import Final, Literal
 
 import structlog
 
-from jobledger.cli.process.database import close_with_timeout, open_database, open_file_store
-from jobledger.cli.process.loop_watchdog import watch_event_loop
-from jobledger.cli.process.metrics_server import serve_metrics
-from jobledger.cli.process.process_tuning import raise_open_file_limit, tune_garbage_collector
-from jobledger.cli.process.role_tasks import create_failure_callback, run_in_background
+from jobledger.cli.hosting.background_tasks import create_failure_callback, run_in_background
+from jobledger.cli.hosting.database import close_with_timeout, open_database, open_file_store
+from jobledger.cli.hosting.loop_watchdog import watch_event_loop
+from jobledger.cli.hosting.metrics_server import serve_metrics
+from jobledger.cli.hosting.process_tuning import raise_open_file_limit, tune_garbage_collector
 from jobledger.cli.settings import Settings
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.change_stream import ChangeStream
@@ -64,7 +64,7 @@ async def start_roles(
     # Imported here, because it takes long and most commands run no role.
     from jobledger.api.auth import browser_sessions
     from jobledger.api.routes import webhook_echo
-    from jobledger.cli.process.server import build_context, open_listener, serve_api
+    from jobledger.cli.hosting.server import build_context, open_listener, serve_api
 
     tune_garbage_collector()
     if "worker" in selected:

@@ -69,8 +69,8 @@ def show_demo(
 ) -> None:
     """Process a small generated conference from submission to Markdown"""
     from jobledger.cli.commands import demo as demo_command
-    from jobledger.cli.process.database import open_database_server
-    from jobledger.cli.process.logging_setup import configure_logging
+    from jobledger.cli.hosting.database import open_database_server
+    from jobledger.cli.hosting.logging_setup import configure_logging
 
     console = SafeConsole()
     with tempfile.TemporaryDirectory(prefix="jobledger-demo-", ignore_cleanup_errors=True) as directory:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import typer
 
 from jobledger.cli.exit_codes import EXIT_FAILED
+from jobledger.cli.hosting.process_tuning import tune_garbage_collector
 from jobledger.cli.output.terminal_text import echo, echo_text
-from jobledger.cli.process.process_tuning import tune_garbage_collector
 from jobledger.ledger.domain.errors import ResourceUnavailable
 
 if TYPE_CHECKING:
     from jobledger.cli.composition import Role, RunningProcess
-    from jobledger.cli.process.shutdown import Shutdown
+    from jobledger.cli.hosting.shutdown import Shutdown
     from jobledger.cli.settings import Settings
     from jobledger.ledger.mongo.connection import Connection, Database
     from jobledger.ledger.mongo.embedded import EmbeddedServer
@@ -38,7 +38,7 @@ def load_settings(config: Path | None) -> Settings:
     Raises:
         ConfigurationError: See `read_settings`.
     """
-    from jobledger.cli.process.logging_setup import configure_logging
+    from jobledger.cli.hosting.logging_setup import configure_logging
     from jobledger.cli.settings_file import read_settings
 
     settings, notices = read_settings(config)
@@ -100,7 +100,7 @@ def run_roles(config: Path | None, selected: frozenset[Role] | None = None) -> N
         ResourceUnavailable, LedgerUnavailable: A resource could not be used, after several attempts.
     """
     from jobledger.cli.composition import ALL_ROLES
-    from jobledger.cli.process.database import open_database_server
+    from jobledger.cli.hosting.database import open_database_server
     from jobledger.workers.child.containment import new_event_loop
 
     settings = load_settings(config)
@@ -128,7 +128,7 @@ def _get_delay_or_raise(delay: float | None, error: ResourceUnavailable) -> floa
 
 
 async def _run(settings: Settings, uri: str, server: EmbeddedServer | None, selected: frozenset[Role]) -> None:
-    from jobledger.cli.process.shutdown import Shutdown, compute_shutdown_timeout
+    from jobledger.cli.hosting.shutdown import Shutdown, compute_shutdown_timeout
 
     shutdown = Shutdown(compute_shutdown_timeout(settings, selected))
     shutdown.install_signal_handlers()
@@ -154,7 +154,7 @@ async def _run_until_shutdown(
     selected: frozenset[Role],
     shutdown: Shutdown,
 ) -> None:
-    from jobledger.cli.process.embedded_restarts import restart_until_shutdown
+    from jobledger.cli.hosting.embedded_restarts import restart_until_shutdown
 
     process = await _start_with_retries(stack, settings, uri, selected, shutdown)
     if process is None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from jobledger.cli.hosting.database import find_store_marker
+from jobledger.cli.hosting.process_tuning import tune_garbage_collector
 from jobledger.cli.output.formatting import format_count
 from jobledger.cli.output.progress import ProgressCallback
-from jobledger.cli.process.database import find_store_marker
-from jobledger.cli.process.process_tuning import tune_garbage_collector
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.gridfs import GridFSStore

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from jobledger.cli.checks.mongodb_support import build_support_warning
 from jobledger.cli.checks.result import CheckResult
+from jobledger.cli.hosting.database import find_store_marker, open_database, open_file_store
 from jobledger.cli.output.formatting import format_count, format_timestamp
-from jobledger.cli.process.database import find_store_marker, open_database, open_file_store
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import JobledgerError, LogTruncated, ResourceUnavailable
 from jobledger.ledger.files.directory import DirectoryStore

@@ -16,9 +16,9 @@ from rich.text import Text
 from jobledger.cli.commands.api_client import open_async_client
 from jobledger.cli.commands.submit import follow_batch, submit_batch
 from jobledger.cli.composition import ALL_ROLES, start_roles
+from jobledger.cli.hosting.shutdown import Shutdown, compute_shutdown_timeout
 from jobledger.cli.output.formatting import format_count
 from jobledger.cli.output.terminal_text import SafeConsole, escape_line
-from jobledger.cli.process.shutdown import Shutdown, compute_shutdown_timeout
 from jobledger.cli.settings import Settings
 from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable

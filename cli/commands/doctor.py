@@ -35,7 +35,7 @@ def check_installation(
     """
     from jobledger.cli.checks.machine import check_machine
     from jobledger.cli.checks.result import CheckResult, build_results_table
-    from jobledger.cli.process import database
+    from jobledger.cli.hosting import database
 
     settings = load_settings(config)
     if accept_result_store:

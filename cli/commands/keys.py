@@ -117,7 +117,7 @@ def sign_out(
 
 def _run_with_database(config: Path | None, work: Callable[[Database], Awaitable[_T]]) -> tuple[Settings, _T]:
     """Check the database server and run an asynchronous function with it. Return the settings and its result."""
-    from jobledger.cli.process.database import open_database
+    from jobledger.cli.hosting.database import open_database
 
     async def run(connection: Connection) -> _T:
         async with open_database(connection) as db:

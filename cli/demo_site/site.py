@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from jobledger.cli.demo_site.conference import Talk, load_conference
 from jobledger.cli.demo_site.slides import write_slides
 from jobledger.cli.demo_site.video import write_video
-from jobledger.cli.process.server import BackgroundServer
+from jobledger.cli.hosting.server import BackgroundServer
 from jobledger.workers.processor import JSON
 
 

@@ -198,7 +198,7 @@ def header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.cli.process.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
+    monkeypatch.setattr("jobledger.cli.hosting.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
 
 
 @pytest.fixture

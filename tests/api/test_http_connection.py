@@ -18,7 +18,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
 from jobledger.api.http.memory_budget import MemoryBudget
-from jobledger.cli.process.http_connection import (
+from jobledger.cli.hosting.http_connection import (
     ConnectionLimits,
     HttpConnection,
     SheddingSocket,
@@ -129,7 +129,7 @@ def created_limits(monkeypatch: pytest.MonkeyPatch) -> list[ConnectionLimits]:
         created.append(create_with_short_intervals(*arguments))
         return created[-1]
 
-    monkeypatch.setattr("jobledger.cli.process.server.ConnectionLimits", create_limits)
+    monkeypatch.setattr("jobledger.cli.hosting.server.ConnectionLimits", create_limits)
     return created
 
 
@@ -330,7 +330,7 @@ class _Transport:
 
 
 async def test_unread_responses_use_bounded_memory(run_without_worker: RunApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.cli.process.server.MemoryBudget", lambda _size: MemoryBudget(18_000_000))
+    monkeypatch.setattr("jobledger.cli.hosting.server.MemoryBudget", lambda _size: MemoryBudget(18_000_000))
     async with run_without_worker() as api:
         large, small = await api.submit({"text": "x" * 7_000_000}), await api.submit()
         path = f"{JOBS}/{large}"

@@ -173,7 +173,7 @@ async def test_server_shutdown_ends_streams_immediately(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "jobledger.cli.process.server._GRACEFUL_SHUTDOWN_SECONDS", 300
+        "jobledger.cli.hosting.server._GRACEFUL_SHUTDOWN_SECONDS", 300
     )  # then the server cancels streams
     running = run_api(mongodb_uri, db_name, tmp_path, WITHOUT_WORKER)
     api = await anext(running)

@@ -176,7 +176,7 @@ async def test_wait_keeps_no_body_in_memory_or_budget(
         bodies = (JobBody, BatchBody, JobSubmitted, BatchSubmitted)
         return sum(isinstance(item, bodies) and "marked" in item.parameters for item in gc.get_objects())
 
-    monkeypatch.setattr("jobledger.cli.process.server.MemoryBudget", record_budget)
+    monkeypatch.setattr("jobledger.cli.hosting.server.MemoryBudget", record_budget)
     parameters = {"marked": ["x" * 20] * 20_000}
     job = {"job_type": "echo", "parameters": parameters}
     body = json.dumps({"jobs": [{**job, "parameters": {}}], "parameters": parameters} if "batch" in path else job)

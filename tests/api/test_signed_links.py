@@ -18,7 +18,7 @@ from starlette.requests import HTTPConnection
 
 from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.http.errors import ApiError
-from jobledger.cli.process.server import open_listener
+from jobledger.cli.hosting.server import open_listener
 from jobledger.ledger.domain.access import Principal
 from jobledger.projections.slots import Views
 from jobledger.projections.views import files as files_view
@@ -42,7 +42,7 @@ class RequiredUserBackend:
 @pytest.fixture
 async def api(monkeypatch: pytest.MonkeyPatch, run_without_worker: RunApi) -> AsyncIterator[Api]:
     """An API that requires authentication. Its client is the user `local`, who owns all files."""
-    monkeypatch.setattr("jobledger.cli.process.server.SingleUserBackend", RequiredUserBackend)
+    monkeypatch.setattr("jobledger.cli.hosting.server.SingleUserBackend", RequiredUserBackend)
     async with run_without_worker() as api:
         api.http.headers["x-user"] = "local"
         yield api
@@ -56,7 +56,7 @@ def api_of_module(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ApiInThread]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("jobledger.cli.process.server.SingleUserBackend", RequiredUserBackend)
+        monkeypatch.setattr("jobledger.cli.hosting.server.SingleUserBackend", RequiredUserBackend)
         with run_api_in_thread(mongodb_uri, tmp_path_factory.mktemp("api"), monkeypatch) as api:
             yield api
     drop_database_later(api, mongodb_client, cleanup_executor)
@@ -216,7 +216,7 @@ async def test_deleted_signing_key_invalidates_every_link(
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """The listening socket of the API. The test needs its port before the API starts."""
     with open_listener("127.0.0.1", 0) as listener:
-        monkeypatch.setattr("jobledger.cli.process.server.open_listener", lambda _host, _port: nullcontext(listener))
+        monkeypatch.setattr("jobledger.cli.hosting.server.open_listener", lambda _host, _port: nullcontext(listener))
         yield listener
 
 

@@ -18,7 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from jobledger.cli.commands import api_client, jobs, options, resources, submit
-from jobledger.cli.process import logging_setup
+from jobledger.cli.hosting import logging_setup
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.event_store import MAX_POSITION

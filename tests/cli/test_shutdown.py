@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from jobledger.cli import runtime
-from jobledger.cli.process import embedded_restarts, shutdown
-from jobledger.cli.process.shutdown import Shutdown
+from jobledger.cli.hosting import embedded_restarts, shutdown
+from jobledger.cli.hosting.shutdown import Shutdown
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable
 from tests.support.polling import DEADLINE_SECONDS

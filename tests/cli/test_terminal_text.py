@@ -28,6 +28,7 @@ from jobledger.cli.commands.log_state import print_changes, print_state
 from jobledger.cli.commands.resources import print_details
 from jobledger.cli.commands.submit import print_finished_job
 from jobledger.cli.commands.webhooks import build_delivery_rows, build_endpoint_rows
+from jobledger.cli.hosting.logging_setup import configure_logging
 from jobledger.cli.output.formatting import format_changes, format_event
 from jobledger.cli.output.terminal_text import (
     SafeConsole,
@@ -41,7 +42,6 @@ from jobledger.cli.output.terminal_text import (
     escape_text,
     print_table,
 )
-from jobledger.cli.process.logging_setup import configure_logging
 from jobledger.cli.settings import LoggingSettings
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.store.verification import IntegrityProblem, VerificationResult

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from jobledger.cli.process import embedded_restarts
-from jobledger.cli.process.embedded_restarts import restart_until_shutdown
-from jobledger.cli.process.shutdown import Shutdown
+from jobledger.cli.hosting import embedded_restarts
+from jobledger.cli.hosting.embedded_restarts import restart_until_shutdown
+from jobledger.cli.hosting.shutdown import Shutdown
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.system import disk_space

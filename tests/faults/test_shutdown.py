@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from jobledger.cli.process.shutdown import SHUTDOWN_MARGIN_SECONDS
+from jobledger.cli.hosting.shutdown import SHUTDOWN_MARGIN_SECONDS
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support.installation import Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod

@@ -14,7 +14,7 @@ from jobledger.ledger.mongo.embedded import MIN_FREE_BYTES, EmbeddedServer
 from jobledger.ledger.system.disk_space import find_existing_directory, find_space_problem
 
 if TYPE_CHECKING:
-    from jobledger.cli.process.shutdown import Shutdown
+    from jobledger.cli.hosting.shutdown import Shutdown
 
 DISK_CHECK_SECONDS: Final = 2.0
 """Interval of checks whether an unusable disk is usable again."""

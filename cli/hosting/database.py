@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import structlog
 
-from jobledger.cli.process.embedded_restarts import start_when_space_available
+from jobledger.cli.hosting.embedded_restarts import start_when_space_available
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import (
     ConfigurationError,

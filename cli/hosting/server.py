@@ -28,8 +28,8 @@ from jobledger.api.http.sse import LiveStreams
 from jobledger.api.processes.markdown_previewer import MarkdownPreviewer
 from jobledger.api.processes.parameter_validator import ParameterValidator
 from jobledger.api.settings import AuthSettings, JwtSettings
-from jobledger.cli.process.http_connection import ConnectionLimits, SheddingSocket, create_protocol_class
-from jobledger.cli.process.role_tasks import run_in_background
+from jobledger.cli.hosting.background_tasks import run_in_background
+from jobledger.cli.hosting.http_connection import ConnectionLimits, SheddingSocket, create_protocol_class
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
 from jobledger.ledger.files.file_store import FileStore
