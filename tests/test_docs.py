@@ -17,6 +17,7 @@ import typer
 from pymongo import MongoClient
 
 from jobledger.cli import main
+from jobledger.cli.administration.mongo_roles import create_role_commands
 from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.mongo.embedded import find_mongod
@@ -111,6 +112,15 @@ def test_recipes_name_existing_constants_and_functions() -> None:
     assert len(names) > 20
     for name in names:
         assert re.search(rf"\b{name.removesuffix('()')}\b", code), name
+
+
+def test_collections_page_lists_each_collection_once() -> None:
+    page = (DOCS / "reference" / "collections.md").read_text(encoding="utf-8")
+    first_cells = re.findall(r"^\| (`[^|]+) \|", page, re.MULTILINE)
+    listed = [name for cell in first_cells for name in re.findall(r"`([\w.]+)`", cell)]
+    privileges = create_role_commands("any")[0]["privileges"]
+    collections = {privilege["resource"]["collection"] for privilege in privileges} - {""}
+    assert sorted(listed) == sorted(name for name in collections if not name.endswith(".b"))
 
 
 def test_operator_how_to_settings_are_valid(tmp_path: Path) -> None:
