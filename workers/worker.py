@@ -360,9 +360,15 @@ class Worker:
         del self._running[executor]
         self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("unexpected error while running a job", job_id=executor.job_id, error=repr(error))
             if isinstance(error, UnreadableEvent):
+                _log.error("job unreadable, stopping the worker", job_id=executor.job_id, error=repr(error))
                 self._stop_with_error(error)
+            else:
+                _log.error(
+                    "outcome of an attempt not recorded: restart the worker to release the job",
+                    job_id=executor.job_id,
+                    error=repr(error),
+                )
 
     def _stop_with_error(self, error: UnreadableEvent) -> None:
         """Stop the process. A job that may be ours cannot be read, and no other worker may run it under our lease."""

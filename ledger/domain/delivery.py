@@ -89,7 +89,7 @@ def decide(command: commands.DeliveryCommand, delivery: Delivery | None) -> list
             return _record_attempt(command, delivery)
         case commands.AbandonDelivery():
             if delivery.status != "pending":
-                raise InvalidState(f"the delivery is already {delivery.status}")
+                raise InvalidState(f"the delivery is {delivery.status}: only a pending delivery can be abandoned")
             return [events.DeliveryAbandoned(reason=limits.truncate_text(command.reason, limits.MAX_REASON_CHARACTERS))]
         case commands.RequeueDelivery():
             return [events.DeliveryRequeued(by=command.by, reason=command.reason)]

@@ -101,7 +101,7 @@ class Appender:
             or self._queued_bytes >= self._limits.max_pending_bytes
         ):
             raise LedgerBusy(
-                f"{self._queued_events} events ({self._queued_bytes} bytes) are already queued. Try again in a moment"
+                f"{self._queued_events} events ({self._queued_bytes} bytes) are already queued. Try again in a moment."
             )
         if size > self._limits.max_append_bytes:
             raise InvalidEvent(
@@ -234,7 +234,10 @@ class Appender:
         errors = [_find_encoding_error(append) for append in appends]
         encodable = [append for append, error in zip(appends, errors, strict=True) if error is None]
         if len(encodable) == len(appends):
-            raise LedgerUnavailable("The driver rejects events that can be encoded.")
+            raise LedgerUnavailable(
+                f"MongoDB's driver rejected an insert of {len(appends)} appends, the first to "
+                f"{appends[0].documents[0]['stream']}. It can encode each of them alone. This is a bug: please report it."
+            )
         for append, error in zip(appends, errors, strict=True):
             if error is not None:
                 await self.void_positions([document["_id"] for document in append.documents])

@@ -63,7 +63,11 @@ def _locked(path: Path, byte: int) -> Iterator[bool]:
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        _log.warning("downloads are not limited", path=str(path), error=error.strerror)
+        _log.warning(
+            "concurrent downloads per host are not limited: the lock file cannot be opened; check its permissions",
+            path=str(path),
+            error=error.strerror,
+        )
         yield True
         return
     try:
