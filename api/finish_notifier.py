@@ -20,7 +20,8 @@ from jobledger.ledger.domain.events import (
 )
 
 _FINISHING_EVENT_TYPES: Final = frozenset(
-    kind.__name__ for kind in (JobCompleted, JobFailed, JobCancelled, JobDeleted, BatchFinished, BatchDeleted)
+    event_type.__name__
+    for event_type in (JobCompleted, JobFailed, JobCancelled, JobDeleted, BatchFinished, BatchDeleted)
 )
 
 

@@ -72,7 +72,7 @@ class ResourceKind:
 
 
 JOB: Final = ResourceKind("job", "jobs", jobs.get, jobs.fold)
-BATCH: Final = ResourceKind("batch", "batches", batches.get, batches.fold_without_jobs)
+BATCH: Final = ResourceKind("batch", "batches", batches.get, batches.fold_own_events)
 
 
 async def load_or_404(request: Request, kind: ResourceKind) -> Document:

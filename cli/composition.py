@@ -102,12 +102,12 @@ async def start_roles(
             if context.is_webhook_echo_enabled:
                 await webhook_echo.create_indexes(db)
         shared = (db, event_store, checkpoint, change_stream, connection, store)
-        worker = sender = None
+        worker = deliverer = None
         if "worker" in selected:
             confinement.check_confinement(settings.event_worker.confinement)
             worker = Worker(*shared, settings=settings.event_worker, processor_settings=settings.processors)
         if "webhook-sender" in selected:
-            sender = Deliverer(*shared, settings=settings.webhooks, base_url=settings.api.base_url, holder=holder)
+            deliverer = Deliverer(*shared, settings=settings.webhooks, base_url=settings.api.base_url, holder=holder)
         if settings.metrics.port is not None and "api" not in selected:
             stack.enter_context(serve_metrics(settings.metrics, event_store, change_stream))
         stream = await stack.enter_async_context(change_stream.keep_open())
@@ -116,8 +116,8 @@ async def start_roles(
             await stack.enter_async_context(run_in_background(projector.run(), on_failure))
         if worker is not None:
             await stack.enter_async_context(run_in_background(worker.run(), on_failure, stop=worker.stop))
-        if sender is not None:
-            await stack.enter_async_context(run_in_background(sender.run(), on_failure))
+        if deliverer is not None:
+            await stack.enter_async_context(run_in_background(deliverer.run(), on_failure))
         url = None
         if listener is not None and context is not None:
             await stack.enter_async_context(run_in_background(context.stream_access.run(), on_failure))

@@ -21,7 +21,7 @@ from jobledger.cli.administration.mongo_roles import create_role_commands
 from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.mongo.embedded import find_mongod
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from tests.support import generated_docs
 from tests.support.doc_examples import DOCS, create_installation, needs_curl, read_code_blocks, run_shell
 from tests.support.installation import COMMAND, Installation

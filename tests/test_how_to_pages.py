@@ -17,7 +17,7 @@ from pymongo import MongoClient
 
 from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from jobledger.workers.processors.session.document import render_document
 from tests.processors.session.fixtures import html, make_content, make_page_text, make_parameters, serve_site
 from tests.support.doc_examples import (

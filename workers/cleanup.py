@@ -31,7 +31,7 @@ from jobledger.ledger.domain.commands import AbandonDelivery
 from jobledger.ledger.domain.delivery import Delivery, build_delivery_id
 from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from jobledger.ledger.domain.events import BatchDeleted, EventMetadata, JobDeleted, RecordedEvent
-from jobledger.ledger.domain.saved_files import find_saved_files, is_sha256
+from jobledger.ledger.domain.result_files import find_result_files, is_sha256
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database, translate_errors
 from jobledger.ledger.store.command_handler import handle_command, load_stream_state
@@ -48,7 +48,7 @@ FILE_REMOVALS: Final = "file_removals"
 GRACE_SECONDS: Final = 15.0
 """Longer than the lease of a worker."""
 RETRY_SECONDS: Final = 60.0
-_UNKNOWN_SECONDS: Final = 600.0
+_UNKNOWN_FILES_SECONDS: Final = 600.0
 """Delay until the next check of a file while the views do not contain all files of some job."""
 _MAX_SKIPPED: Final = 100
 _PAUSE_SECONDS: Final = 2.0
@@ -152,7 +152,7 @@ class Cleanup:
                 if webhook and webhook.get("secrets_ref"):
                     references.add(webhook["secrets_ref"])
                 if event.type in _EVENT_TYPES_WITH_FILES:
-                    digests |= {file.sha256 for file in find_saved_files(event.data) if is_sha256(file.sha256)}
+                    digests |= {file.sha256 for file in find_result_files(event.data) if is_sha256(file.sha256)}
         await self._abandon_deliveries(stream, final_versions)
         due_at = self._event_store.clock.estimate() + self._grace
         with translate_errors(f"cleaning up after {stream}"):
@@ -236,7 +236,7 @@ class Cleanup:
         if await files.is_referenced(self._checkpoint.views, digest):  # after `oldest`: ended jobs are in the views
             return False, None
         if await files.find_jobs_with_unknown_files(self._checkpoint.views, limit=1):
-            return False, _UNKNOWN_SECONDS
+            return False, _UNKNOWN_FILES_SECONDS
         if oldest is not None and saved_at >= oldest - _MAX_CLOCK_SKEW:
             return False, RETRY_SECONDS
         return True, None

@@ -47,7 +47,8 @@ _log = structlog.get_logger()
 COLLECTION: Final = "workers"
 _JITTER_SECONDS: Final = 0.3
 """Random delay, so that not all reapers act at the same time."""
-_UNKNOWN_SECONDS: Final = 1.0
+_RECHECK_SECONDS: Final = 1.0
+"""Delay before the check of a worker without a lease, and before a check that cannot be completed is repeated."""
 _STEADY_FRACTION: Final = 0.5
 """Fraction of a lease for which a reaper must have extended its own lease without a gap before it expires others.
 
@@ -73,17 +74,18 @@ class LeaseReaper:
         self.lease: Lease | None = None
         """The lease of that worker."""
         self._observed: dict[str, LeaseObservation] = {}
-        self._lease_seconds: dict[str, float] = {}
+        self._live_workers: dict[str, float] = {}
+        """The workers with a lease, until it is found expired, and the duration of the lease in seconds."""
         self._unhealthy: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._check_queue: asyncio.Queue[str] = asyncio.Queue()
-        change_stream.add_listener(CallbackListener(COLLECTION, self._on_heartbeat, self._resync))
+        change_stream.add_listener(CallbackListener(COLLECTION, self._on_lease_change, self._resync))
         change_stream.add_listener(CallbackListener("events", self._on_event, _ignore_resync))
 
     @property
     def healthy_workers(self) -> Collection[str]:
         """The IDs of the workers that extend their leases and are healthy. Only these claim jobs."""
-        return self._lease_seconds.keys() - self._unhealthy if self._unhealthy else self._lease_seconds.keys()
+        return self._live_workers.keys() - self._unhealthy if self._unhealthy else self._live_workers.keys()
 
     async def run(self) -> None:
         """Check leases that may be overdue, one after the other, until cancelled."""
@@ -95,7 +97,7 @@ class LeaseReaper:
                     await self._check(worker_id)
                 except (LedgerUnavailable, LedgerBusy) as error:
                     _log.warning("cannot check a lease yet", worker_id=worker_id, error=str(error))
-                    self._schedule_check(worker_id, 1.0)
+                    self._schedule_check(worker_id, _RECHECK_SECONDS)
         finally:
             for timer in self._timers.values():
                 timer.cancel()
@@ -105,19 +107,20 @@ class LeaseReaper:
     async def _resync(self, session: AsyncClientSession) -> None:
         """Load all lease documents with their remaining times, and look for running jobs of unknown workers."""
         workers = self._db[COLLECTION].find({}, {**_FIELDS, "problem": 1}, session=session)
-        self._lease_seconds.clear()
+        self._live_workers.clear()
         self._unhealthy.clear()
         async for worker in workers:
-            self._lease_seconds[worker["_id"]] = worker["seconds"]
+            self._live_workers[worker["_id"]] = worker["seconds"]
             self._update_health(worker["_id"], worker)
             self._schedule_check(worker["_id"], 0.0 if worker["released"] else self._observe_remaining_seconds(worker))
         self._schedule_check(_UNKNOWN_WORKERS, 0.0)
 
-    def _on_heartbeat(self, change: Mapping[str, Any]) -> None:
+    def _on_lease_change(self, change: Mapping[str, Any]) -> None:
+        """Handle a heartbeat, a change of the worker's health, or the end or deletion of a lease."""
         worker_id = change["documentKey"]["_id"]
         if change["operationType"] == "delete":
             # Keep the timer: a claim that its reaper did not see may have been observed before this deletion.
-            self._lease_seconds.pop(worker_id, None)
+            self._live_workers.pop(worker_id, None)
             self._unhealthy.discard(worker_id)
             self._observed.pop(worker_id, None)
             return
@@ -125,9 +128,9 @@ class LeaseReaper:
         self._update_health(worker_id, changed)
         if "heartbeat" not in changed and "fullDocument" not in change:
             return  # a change of the health, or another reaper expired the lease and may crash: keep the timer
-        self._lease_seconds[worker_id] = changed.get("seconds", self._lease_seconds.get(worker_id, 10.0))
+        self._live_workers[worker_id] = changed.get("seconds", self._live_workers.get(worker_id, 10.0))
         self._observed.setdefault(worker_id, LeaseObservation()).record(changed.get("heartbeat"))
-        self._schedule_check(worker_id, 0.0 if changed.get("released") else self._lease_seconds[worker_id])
+        self._schedule_check(worker_id, 0.0 if changed.get("released") else self._live_workers[worker_id])
 
     def _update_health(self, worker_id: str, fields: Mapping[str, Any]) -> None:
         if fields.get("problem"):
@@ -141,8 +144,8 @@ class LeaseReaper:
 
     def _check_if_unknown(self, worker_id: str) -> None:
         """Schedule a check of a worker that runs a job, unless it has a lease or a check is scheduled."""
-        if worker_id not in self._lease_seconds and worker_id not in self._timers:
-            self._schedule_check(worker_id, _UNKNOWN_SECONDS)
+        if worker_id not in self._live_workers and worker_id not in self._timers:
+            self._schedule_check(worker_id, _RECHECK_SECONDS)
 
     def _schedule_check(self, worker_id: str, seconds: float) -> None:
         """Set a timer for when a lease may be overdue: the passing of time causes no change event."""
@@ -180,16 +183,16 @@ class LeaseReaper:
                 return
             uninterrupted = self.lease.uninterrupted_seconds if self.lease is not None else 0.0
             if (missing := _STEADY_FRACTION * worker["seconds"] - uninterrupted) > 0:
-                self._schedule_check(worker_id, missing if uninterrupted > 0 else _UNKNOWN_SECONDS)
+                self._schedule_check(worker_id, missing if uninterrupted > 0 else _RECHECK_SECONDS)
                 return
             with translate_errors("expiring a lease"):
                 # Match the last observed heartbeat, so that a worker that has extended its lease since keeps it.
                 unchanged = {"_id": worker_id, "heartbeat": worker.get("heartbeat")}
                 expired = await self._db[COLLECTION].update_one(unchanged, EXPIRE_LEASE_UPDATE)
             if not expired.matched_count:  # it was extended, or another reaper has expired it
-                self._schedule_check(worker_id, _UNKNOWN_SECONDS)
+                self._schedule_check(worker_id, _RECHECK_SECONDS)
                 return
-        self._lease_seconds.pop(worker_id, None)  # before the head is read, so that later claims are observed
+        self._live_workers.pop(worker_id, None)  # before the head is read, so that later claims are observed
         await self._reap(worker_id, worker, is_released=worker is None or worker["released"])
 
     async def _reap(self, worker_id: str, worker: Mapping[str, Any] | None, *, is_released: bool) -> None:
@@ -202,7 +205,7 @@ class LeaseReaper:
             try:
                 await handle_command(self._event_store, job["_id"], ExpireLease(worker_id, job["attempt"]), meta=meta)
             except CommandRejected as error:
-                _log.info("job unchanged: expiry rejected", job_id=job["_id"], reason=str(error))
+                _log.info("lease expiry not recorded, the job rejects it", job_id=job["_id"], reason=str(error))
             except UnreadableEvent as error:
                 _log.error("cannot expire a job's lease: its stream is unreadable", job_id=job["_id"], error=str(error))
                 has_unreadable = True

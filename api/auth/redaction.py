@@ -110,12 +110,12 @@ def pseudonymize_worker(worker_id: Any, _viewer: Viewer | None = None) -> str:
 
 def _redact_actor(actor: Any, viewer: Viewer) -> str:
     """Return an actor: a worker as its pseudonym, a user other than the viewer only as `user`."""
-    kind, _, name = str(actor).partition(":")
-    if kind == "worker":
+    actor_type, _, name = str(actor).partition(":")
+    if actor_type == "worker":
         return f"worker:{pseudonymize_worker(name)}"
-    if kind == "user" and name == viewer.principal.user_id:
+    if actor_type == "user" and name == viewer.principal.user_id:
         return str(actor)
-    return kind
+    return actor_type
 
 
 def _redact_projection_error(error: Mapping[str, Any], _viewer: Viewer) -> Document:

@@ -2,7 +2,7 @@
 
 Usage: `python -m jobledger.api.processes.limited_process MODULE:FUNCTION`. It reads arguments from standard input and
 writes a result for each to standard output, both as frames: the length in 8 bytes, then JSON. The parent process
-(`limited_function.py`) enforces the timeout and kills it.
+(`function_process_pool.py`) enforces the timeout and kills it.
 """
 
 from __future__ import annotations

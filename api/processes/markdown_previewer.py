@@ -10,7 +10,7 @@ from typing import Final
 from markupsafe import Markup
 from pydantic_core import to_json
 
-from jobledger.api.processes.limited_function import CallFailed, LimitedFunction, ProcessPoolBusy
+from jobledger.api.processes.function_process_pool import CallFailed, FunctionProcessPool, ProcessPoolBusy
 
 _MAX_PROCESSES: Final = 2
 _QUEUE_TIMEOUT_SECONDS: Final = 1.0
@@ -25,7 +25,7 @@ class MarkdownPreviewer:
 
     def __init__(self, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
         self._timeout_seconds = timeout_seconds
-        self._function = LimitedFunction(
+        self._pool = FunctionProcessPool(
             "jobledger.api.processes.markdown:render", processes=_MAX_PROCESSES, queue_seconds=_QUEUE_TIMEOUT_SECONDS
         )
         self._cache: OrderedDict[tuple[str, str], tuple[Markup | None, float]] = OrderedDict()
@@ -43,7 +43,7 @@ class MarkdownPreviewer:
         html, expires_at = self._cache.get(key, (None, now))
         if expires_at <= now:
             try:
-                rendered = await self._function.call(to_json((markdown, files_url)), self._timeout_seconds)
+                rendered = await self._pool.call(to_json((markdown, files_url)), self._timeout_seconds)
                 html = None if rendered is None else Markup(rendered)  # noqa: S704 - HTML in the text is escaped
                 expires_at = math.inf
             except ProcessPoolBusy:
@@ -58,4 +58,4 @@ class MarkdownPreviewer:
 
     async def close(self) -> None:
         """Stop the processes."""
-        await self._function.close()
+        await self._pool.close()

@@ -17,7 +17,12 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from jobledger.api.http.errors import ApiError
-from jobledger.api.processes.limited_function import CallTimeout, LimitedFunction, ProcessEnded, ProcessPoolBusy
+from jobledger.api.processes.function_process_pool import (
+    CallTimeout,
+    FunctionProcessPool,
+    ProcessEnded,
+    ProcessPoolBusy,
+)
 from jobledger.api.processes.plugin_validation import build_validator_error
 
 _TRUSTED_PACKAGE: Final = "jobledger.workers."
@@ -48,7 +53,7 @@ class ParameterValidator:
 
     def __init__(self, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
         self._timeout_seconds = timeout_seconds
-        self._functions: defaultdict[str, LimitedFunction] = defaultdict(_create_function)
+        self._pools: defaultdict[str, FunctionProcessPool] = defaultdict(_create_pool)
         """The processes of each job type."""
 
     async def check(self, checks: Iterable[ParameterCheck]) -> None:
@@ -66,8 +71,8 @@ class ParameterValidator:
 
     async def close(self) -> None:
         """End the processes."""
-        for function in self._functions.values():
-            await function.close()
+        for pool in self._pools.values():
+            await pool.close()
 
     async def _check_job_type(self, job_type: str, checks: list[ParameterCheck]) -> None:
         request = to_json(
@@ -83,7 +88,7 @@ class ParameterValidator:
         )
         timeout_seconds = min(self._timeout_seconds + _TIMEOUT_SECONDS_PER_JOB * len(checks), _MAX_TIMEOUT_SECONDS)
         try:
-            error = await self._functions[job_type].call(request, timeout_seconds)
+            error = await self._pools[job_type].call(request, timeout_seconds)
         except ProcessPoolBusy:
             raise _build_timeout_error("All validators of this job type are busy. Retry later.") from None
         except CallTimeout as error:
@@ -94,8 +99,8 @@ class ParameterValidator:
             raise ApiError(error["status"], error["code"], error["message"], details=error["details"])
 
 
-def _create_function() -> LimitedFunction:
-    return LimitedFunction(
+def _create_pool() -> FunctionProcessPool:
+    return FunctionProcessPool(
         "jobledger.api.processes.plugin_validation:validate_parameters",
         processes=_PROCESSES_PER_JOB_TYPE,
         queue_seconds=_QUEUE_SECONDS,

@@ -56,7 +56,7 @@ from jobledger.projections.engine.view_changes import ViewChanges
 from jobledger.projections.views import batches as batches_view
 from jobledger.projections.views import statistics
 
-_RUNNING_JOB_EVENTS: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobLogged, StepCompleted))
+_RUNNING_JOB_EVENTS: Final = frozenset(event_type.__name__ for event_type in (JobProgressed, JobLogged, StepCompleted))
 """Events of a running job that do not affect its batch."""
 _COSTS: Final = {
     "metadata": {name: f"$data.results.metadata.{name}" for name in ("processed_at", "duration", "tokens_used")}

@@ -23,7 +23,7 @@ from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.statuses import DeliveryStatus
 
 if TYPE_CHECKING:
-    from jobledger.workers.webhooks.sender import WebhookRequest, WebhookResponse
+    from jobledger.workers.webhooks.webhook_client import WebhookRequest, WebhookResponse
 
 app = typer.Typer(help="Inspect, test and redeliver webhooks, and manage signing secrets", no_args_is_help=True)
 _DELIVERIES_PATH: Final = "/api/monitoring/events/webhooks"
@@ -134,7 +134,7 @@ def _build_test_request(url: str, header_options: Sequence[str], secret: str | N
 
     from jobledger.ledger.domain.webhook_headers import find_header_problem
     from jobledger.ledger.webhooks.signature import build_signature_headers
-    from jobledger.workers.webhooks.sender import WebhookRequest
+    from jobledger.workers.webhooks.webhook_client import WebhookRequest
 
     headers = dict(_parse_header(text) for text in header_options)
     if (problem := find_header_problem(headers)) is not None:
@@ -149,13 +149,13 @@ def _build_test_request(url: str, header_options: Sequence[str], secret: str | N
 
 
 async def _send(request: WebhookRequest, allowed_private_hosts: list[str], timeout_seconds: float) -> WebhookResponse:
-    from jobledger.workers.webhooks.sender import Sender
+    from jobledger.workers.webhooks.webhook_client import WebhookClient
 
-    sender = Sender(allowed_private_hosts=allowed_private_hosts, timeout_seconds=timeout_seconds)
+    client = WebhookClient(allowed_private_hosts=allowed_private_hosts, timeout_seconds=timeout_seconds)
     try:
-        return await sender.send(request)
+        return await client.send(request)
     finally:
-        await sender.aclose()
+        await client.aclose()
 
 
 def _parse_header(text: str) -> tuple[str, str]:

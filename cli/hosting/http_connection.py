@@ -34,7 +34,7 @@ _SHED_DELAY_SECONDS: Final = 0.05
 _log = structlog.get_logger()
 
 
-class SheddingSocket(socket.socket):
+class LoadSheddingSocket(socket.socket):
     """A listening socket that closes new connections while the process has no free file descriptors.
 
     asyncio would log such an error up to 2048 times, once per waiting connection, and retry immediately. One

@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 
 from jobledger.cli.exit_codes import EXIT_UNAVAILABLE
-from jobledger.ledger.system.loop_progress import LoopProgress
+from jobledger.ledger.system.loop_ticker import LoopTicker
 
 _log = structlog.get_logger()
 _CHECKS_PER_LEASE: Final = 3
@@ -30,26 +30,26 @@ def watch_event_loop(lease_seconds: float) -> Iterator[None]:
 
     If it is blocked for `lease_seconds`, log its stack. If it is blocked for five times as long, exit the process.
     """
-    progress = LoopProgress(min(lease_seconds / 12, 1.0))
+    ticker = LoopTicker(min(lease_seconds / 12, 1.0))
     done = threading.Event()
-    thread = threading.Thread(target=_watch, args=(progress, lease_seconds, done), name="loop-watch", daemon=True)
+    thread = threading.Thread(target=_watch, args=(ticker, lease_seconds, done), name="loop-watch", daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
-        progress.stop()
+        ticker.stop()
 
 
-def _watch(progress: LoopProgress, lease_seconds: float, done: threading.Event) -> None:
+def _watch(ticker: LoopTicker, lease_seconds: float, done: threading.Event) -> None:
     while not done.wait(lease_seconds / _CHECKS_PER_LEASE):
-        missed = progress.count_missed()
+        missed = ticker.count_missed()
         if missed == _CHECKS_PER_LEASE:
             _log.error(
                 "event loop blocked; run blocking jobs with isolation = 'process'",
                 timeout_seconds=lease_seconds,
-                stack=progress.format_stack(),
+                stack=ticker.format_stack(),
             )
         elif missed >= _LEASES_UNTIL_EXIT * _CHECKS_PER_LEASE:
-            _log.critical("event loop still blocked, exiting", stack=progress.format_stack())
+            _log.critical("event loop still blocked, exiting", stack=ticker.format_stack())
             os._exit(EXIT_UNAVAILABLE)

@@ -29,7 +29,7 @@ from jobledger.api.processes.markdown_previewer import MarkdownPreviewer
 from jobledger.api.processes.parameter_validator import ParameterValidator
 from jobledger.api.settings import AuthSettings, JwtSettings
 from jobledger.cli.hosting.background_tasks import run_in_background
-from jobledger.cli.hosting.http_connection import ConnectionLimits, SheddingSocket, create_protocol_class
+from jobledger.cli.hosting.http_connection import ConnectionLimits, LoadSheddingSocket, create_protocol_class
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
 from jobledger.ledger.files.file_store import FileStore
@@ -57,7 +57,7 @@ def open_listener(host: str, port: int) -> Iterator[socket.socket]:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol given, asyncio disables Nagle's algorithm; otherwise small responses wait 40 ms for an ACK.
-    with SheddingSocket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+    with LoadSheddingSocket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))

@@ -22,7 +22,7 @@ from jobledger.ledger.domain.errors import (
     classify_os_error,
 )
 from jobledger.ledger.domain.limits import MAX_FILE_BYTES
-from jobledger.ledger.domain.saved_files import is_sha256
+from jobledger.ledger.domain.result_files import is_sha256
 from jobledger.ledger.files.file_store import ORPHAN_AGE_SECONDS, FileStore, StoredFile, file_store_executor
 from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, InboxFile, classify_open_error
 from jobledger.ledger.files.local_files import (

@@ -34,7 +34,7 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable, ResourceUnavailable, classify_os_error
 from jobledger.ledger.mongo.embedded_address import KEY_NAME, build_uri, choose_socket_path, is_listening, load_key
-from jobledger.ledger.mongo.embedded_lock import (
+from jobledger.ledger.mongo.embedded_files import (
     OwnerLock,
     ServerInfo,
     is_owned,

@@ -31,7 +31,7 @@ from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
 from jobledger.ledger.mongo.connection import Connection, Document, summarize_error, translate_errors
-from jobledger.ledger.system.loop_progress import LoopProgress
+from jobledger.ledger.system.loop_ticker import LoopTicker
 
 _log = structlog.get_logger()
 
@@ -50,7 +50,7 @@ _RETRY_SECONDS = 0.5
 _RELEASE_SECONDS = 1.0
 """How long releasing may take. A lease that could not be released in this time expires."""
 _CHECKS_PER_LEASE = 3
-"""A lease is extended, and its holder's event loop checked, three times per duration (`loop_progress`)."""
+"""A lease is extended, and its holder's event loop checked, three times per duration (`loop_ticker`)."""
 _TICKS_PER_LEASE = 12
 MISSED_HEARTBEAT_SHARE = 0.6
 """A holder that has not extended its lease for this share of the duration has missed a heartbeat. Leases are extended
@@ -100,7 +100,7 @@ class Lease:
         self._seconds = seconds
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._progress: LoopProgress | None = None
+        self._ticker: LoopTicker | None = None
         self._lost: asyncio.Event = asyncio.Event()
         self.fencing_token = 0
         self.current_lease: Document = {}
@@ -122,7 +122,7 @@ class Lease:
         self._lost = lost = asyncio.Event()
         self._stop = stop = threading.Event()
         loop = asyncio.get_running_loop()
-        progress = LoopProgress(min(self._seconds / _TICKS_PER_LEASE, 1.0))
+        ticker = LoopTicker(min(self._seconds / _TICKS_PER_LEASE, 1.0))
         acquired: Future[int | None] = Future()
         acquired.set_running_or_notify_cancel()  # only the thread completes it
 
@@ -135,7 +135,7 @@ class Lease:
                     self._heartbeats = (begun, begun)
                     acquired.set_result(token)
                     good_until = begun + self._seconds
-                    if token is None or self._extend_until_stopped(leases, token, good_until, stop, progress):
+                    if token is None or self._extend_until_stopped(leases, token, good_until, stop, ticker):
                         return
             except Exception as error:  # noqa: BLE001 - the waiting caller must get the error
                 if not acquired.done():
@@ -154,10 +154,10 @@ class Lease:
             raise
         finally:
             if fencing_token is None:
-                progress.stop()
+                ticker.stop()
         if fencing_token is None:
             return False
-        self._thread, self._progress, self.fencing_token = thread, progress, fencing_token
+        self._thread, self._ticker, self.fencing_token = thread, ticker, fencing_token
         return True
 
     async def wait_lost(self) -> None:
@@ -180,8 +180,8 @@ class Lease:
         if self._thread is None:
             return
         self._stop.set()
-        if self._progress is not None:
-            self._progress.stop()
+        if self._ticker is not None:
+            self._ticker.stop()
         await asyncio.to_thread(self._thread.join, _RELEASE_SECONDS)
         self._thread = None
 
@@ -225,7 +225,7 @@ class Lease:
         fencing_token: int,
         good_until: float,
         stop: threading.Event,
-        progress: LoopProgress,
+        ticker: LoopTicker,
     ) -> bool:
         """Extend the lease until `stop` is set, then release it. Return False if it was lost before.
 
@@ -235,7 +235,7 @@ class Lease:
         extend = {"heartbeat": _NEXT_HEARTBEAT, "lease_until": _build_expiry(self._seconds)}
         pause, is_interrupted = self._seconds / 3, False
         while not stop.wait(pause):
-            if (missed := progress.count_missed()) >= _CHECKS_PER_LEASE:
+            if (missed := ticker.count_missed()) >= _CHECKS_PER_LEASE:
                 if missed == _CHECKS_PER_LEASE:
                     _log.error("event loop blocked, lease not extended", lease_id=self._id)
                 continue

@@ -236,7 +236,8 @@ class Appender:
         if len(encodable) == len(appends):
             raise LedgerUnavailable(
                 f"MongoDB's driver rejected an insert of {len(appends)} appends, the first to "
-                f"{appends[0].documents[0]['stream']}. It can encode each of them alone. This is a bug: please report it."
+                f"{appends[0].documents[0]['stream']}. It can encode each of them alone. "
+                "This is a bug: please report it."
             )
         for append, error in zip(appends, errors, strict=True):
             if error is not None:

@@ -141,8 +141,8 @@ class ChangeStream:
         if self._event_types is not None:
             events["fullDocument.type"] = {"$in": sorted(self._event_types)}
         others = {"ns": {"$in": [spaces[name] for name in sorted(spaces)]}}
-        kinds = ["insert", "update", "replace", "delete"]
-        return [{"$match": {"operationType": {"$in": kinds}, "$or": [events, others]}}]
+        operations = ["insert", "update", "replace", "delete"]
+        return [{"$match": {"operationType": {"$in": operations}, "$or": [events, others]}}]
 
     async def _deliver(self, stream: AsyncChangeStream[dict[str, Any]], opened_at: Timestamp) -> None:
         """Deliver changes until the stream ends, or an event is deleted."""

@@ -78,7 +78,7 @@ class CommandResult(NamedTuple):
 
 
 class Decider(Protocol):
-    """The pure functions of one kind of stream."""
+    """The pure functions of one stream type."""
 
     def decide(self, command: Any, state: Any) -> Sequence[Event]: ...
 

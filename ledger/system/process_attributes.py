@@ -24,7 +24,7 @@ READ_CAPABILITIES: Final = 1 << 1 | 1 << 2
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def check_result(result: int) -> int:
+def check_system_call(result: int) -> int:
     """Return the result of a system call.
 
     Raises:
@@ -46,20 +46,20 @@ def drop_capabilities(*, keep: int = 0) -> None:
         keep: Bit set of the capabilities to keep if the process has them.
     """
     header, sets = struct.pack("=Ii", _CAPABILITY_VERSION, 0), ctypes.create_string_buffer(24)
-    check_result(libc.capget(header, sets))
+    check_system_call(libc.capget(header, sets))
     # Effective, permitted and inheritable sets, 32 bits each. The ambient set is a subset of the inheritable set.
     kept = struct.unpack("=6I", sets.raw)[1] & keep
-    check_result(libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)))
+    check_system_call(libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)))
 
 
 def set_parent_death_signal(signal_number: int) -> None:
     """Let the kernel send this process a signal when the thread that started it ends."""
-    check_result(libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0))
+    check_system_call(libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0))
 
 
 def become_subreaper() -> None:
     """Become the parent of descendants whose own parent ends."""
-    check_result(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    check_system_call(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
 
 
 def limit_resource(kind: int, limit: int) -> None:

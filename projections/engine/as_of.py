@@ -60,7 +60,7 @@ class BatchState:
 
 
 @dataclass(slots=True)
-class OpenJob:
+class UnfinishedJob:
     """A job that is not finished.
 
     Attributes:
@@ -79,7 +79,7 @@ class HistoricalState:
 
     Attributes:
         position, time: Position and time of the last applied event.
-        open_jobs: The jobs that are not finished, by ID.
+        unfinished_jobs: The jobs that are not finished, by ID.
         job_counts: Number of jobs by status.
         batches: The batches by ID.
         status_changes: Previous and current status of the jobs whose status has changed since this was set to an empty
@@ -90,7 +90,7 @@ class HistoricalState:
         self._event_store = event_store
         self.position = 0
         self.time: datetime | None = None
-        self.open_jobs: dict[str, OpenJob] = {}
+        self.unfinished_jobs: dict[str, UnfinishedJob] = {}
         self.job_counts: Counter[str] = Counter()
         self.batches: dict[str, BatchState] = {}
         self.status_changes: dict[str, list[str | None]] | None = None
@@ -103,10 +103,10 @@ class HistoricalState:
             UnreadableEvent: The event is damaged, or a later version of the program wrote it.
         """
         self.position, self.time = event.position, event.time
-        kind = event.stream.partition("-")[0]
-        if kind == "batch":
+        stream_type = event.stream.partition("-")[0]
+        if stream_type == "batch":
             self._apply_to_batch(event)
-        elif kind == "job" and event.type not in _IGNORED_EVENTS:
+        elif stream_type == "job" and event.type not in _IGNORED_EVENTS:
             await self._apply_to_job(event)
 
     def _apply_to_batch(self, event: RecordedEvent) -> None:
@@ -120,40 +120,40 @@ class HistoricalState:
 
     async def _apply_to_job(self, event: RecordedEvent) -> None:
         payload: Any = event.event
-        open_job = self.open_jobs.get(event.stream)
-        before = open_job.state if open_job is not None else await self._load_finished_job(event)
+        unfinished = self.unfinished_jobs.get(event.stream)
+        before = unfinished.state if unfinished is not None else await self._load_finished_job(event)
         after = job_decider.evolve(before, payload)
         old_status, new_status = _get_status(before), _get_status(after)
         if old_status == new_status and not isinstance(payload, events.JobClaimed):
-            if open_job is not None:
-                open_job.state = after
+            if unfinished is not None:
+                unfinished.state = after
             return
         batch = self.batches.get(after.spec.batch_id or "")
         for counter in (self.job_counts, batch.job_counts if batch is not None else Counter[str]()):
             counter.subtract([old_status] if old_status else [])
             counter.update([new_status] if new_status else [])
         if new_status is None or new_status in TERMINAL_STATUSES:
-            self.open_jobs.pop(event.stream, None)
+            self.unfinished_jobs.pop(event.stream, None)
         else:
-            submitted_at = open_job.submitted_at if open_job is not None else event.time
-            self.open_jobs[event.stream] = OpenJob(after, submitted_at, event.time)
+            submitted_at = unfinished.submitted_at if unfinished is not None else event.time
+            self.unfinished_jobs[event.stream] = UnfinishedJob(after, submitted_at, event.time)
         if self.status_changes is not None and old_status != new_status:
             self.status_changes.setdefault(event.stream, [old_status, None])[1] = new_status
 
     async def _load_finished_job(self, event: RecordedEvent) -> Job | None:
-        """Return the state of a job that is not open before an event, from its stream."""
+        """Return the state before an event of a job that was finished, from its stream."""
         job: Job | None = None
         if event.version > 1:
             for earlier in await self._event_store.read_stream(event.stream):
                 if earlier.position >= event.position:
                     break
-                job = job_decider.evolve(job, earlier.event)  # type: ignore[arg-type]  # streams hold events of one kind
+                job = job_decider.evolve(job, earlier.event)  # type: ignore[arg-type]  # a stream holds events of one aggregate
         return job
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state for JSON output."""
-        pending = [job for job in self.open_jobs.values() if job.state.status == "pending"]
-        running = [(job_id, job) for job_id, job in self.open_jobs.items() if job.state.status == "processing"]
+        pending = [job for job in self.unfinished_jobs.values() if job.state.status == "pending"]
+        running = [(job_id, job) for job_id, job in self.unfinished_jobs.items() if job.state.status == "processing"]
         return {
             "position": self.position,
             "time": self.time,

@@ -69,14 +69,14 @@ class DocumentLoader:
         first_events = [event for event in events if event.version == 1 and event.type in _FIRST_EVENTS]
         new_streams = {event.stream for event in first_events}
         streams = {event.stream for event in events} - new_streams
-        loaded = {jobs.NAME: await read(jobs.NAME, _select_kind("job", streams))}
+        loaded = {jobs.NAME: await read(jobs.NAME, _select_streams("job", streams))}
         batch_ids = {job["batch_id"] for job in loaded[jobs.NAME].values()}
         batch_ids |= {
             getattr(_read_payload(event), "batch_id", None) for event in first_events if event.stream.startswith("job-")
         }
-        batch_ids |= _select_kind("batch", streams)
+        batch_ids |= _select_streams("batch", streams)
         loaded[batches.NAME] = await read(batches.NAME, batch_ids - new_streams - {None})
-        loaded[deliveries.NAME] = await read(deliveries.NAME, _select_kind("delivery", streams))
+        loaded[deliveries.NAME] = await read(deliveries.NAME, _select_streams("delivery", streams))
         queued = [_read_payload(event) for event in events if event.type == DeliveryQueued.__name__]
         endpoint_ids = {
             build_endpoint_id(payload.user_id, payload.webhook.url)
@@ -146,8 +146,8 @@ class DocumentLoader:
         return job
 
 
-def _select_kind(kind: str, streams: set[str]) -> set[str]:
-    return {stream for stream in streams if stream.startswith(f"{kind}-")}
+def _select_streams(stream_type: str, streams: set[str]) -> set[str]:
+    return {stream for stream in streams if stream.startswith(f"{stream_type}-")}
 
 
 def _read_payload(event: RecordedEvent) -> Event | None:

@@ -158,7 +158,7 @@ class Rebuild:
 
     async def clear_shadow(self, switched_at: datetime | None = None) -> None:
         """Empty the views that the last switch replaced; with `switched_at`, only if it was at this time."""
-        await self.leader_election.run_once(partial(self._shadow.clear, switched_at))
+        await self.leader_election.run_once(partial(self._shadow.clear_after_switch, switched_at))
 
     # Applying events ------------------------------------------------------------------------------------------------
 

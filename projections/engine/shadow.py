@@ -75,15 +75,17 @@ class ShadowViews:
         if not (await self._db.checkpoints.update_one(own, update, session=session)).matched_count:
             raise LeadershipLost
 
-    async def clear(self, switched_at: datetime | None = None) -> None:
-        """Empty the views that the last switch replaced; with `switched_at`, only if it was at this time."""
+    async def clear_after_switch(self, switched_at: datetime | None = None) -> None:
+        """Empty the views that the last switch replaced, unless they are empty.
+
+        With `switched_at`, only if the switch was at this time."""
         with translate_errors("emptying the views of before the last rebuild"):
             last_switched_at = (await self._take_over()).get("switched_at")
             if last_switched_at is not None and switched_at in (None, last_switched_at):
                 await self.reset()
 
     async def reset(self) -> None:
-        """Empty the shadow views and record that they are empty."""
+        """Empty the shadow views, whatever they contain, and record that they are empty."""
         slots = await self._load_slots()
         await self.delete_documents(Views(self._db, slots))
         empty = {"shadow_empty": True, "version": PROJECTION_VERSION, "slots": slots}

@@ -48,7 +48,7 @@ class _StreamView(Protocol):
     def build_placeholder(self, event: RecordedEvent, /) -> Document:
         """Return a document for a stream whose first event cannot be applied."""
 
-    def apply_event_type(self, document: Document, event: RecordedEvent, /) -> Document | None:
+    def apply_to_isolated(self, document: Document, event: RecordedEvent, /) -> Document | None:
         """Apply an event to an isolated document. Only what is always readable is used, such as the type."""
 
     def reduce_to_storable(self, document: Document, /) -> Document:
@@ -56,7 +56,7 @@ class _StreamView(Protocol):
 
 
 _STREAM_VIEWS: Final[Mapping[str, _StreamView]] = {"job": jobs, "batch": batches, "delivery": deliveries}
-"""Views by kind of stream. A stream's ID begins with its kind."""
+"""Views by stream type. A stream's ID begins with its type."""
 _REDUCIBLE_VIEWS: Final = {view.NAME: view for view in _STREAM_VIEWS.values()}
 """Views by name whose documents can be stored reduced. A document of another view is skipped instead."""
 
@@ -114,7 +114,7 @@ class ViewChanges:
         before = self.get(view.NAME, event.stream)
         try:
             if before is not None and projection_errors.has_unapplied_event(before):
-                after = view.apply_event_type(before, event)
+                after = view.apply_to_isolated(before, event)
             else:
                 after = view.fold(before, event)
             self._set_document(view.NAME, before, after, event)
@@ -126,7 +126,7 @@ class ViewChanges:
             try:
                 isolated = dict(before or view.build_placeholder(event))
                 isolated[projection_errors.ERROR_FIELD] = projection_error
-                self._set_document(view.NAME, before, view.apply_event_type(isolated, event), event)
+                self._set_document(view.NAME, before, view.apply_to_isolated(isolated, event), event)
             except MemoryError:
                 raise
             except Exception:  # noqa: BLE001 - as above

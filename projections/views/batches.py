@@ -172,8 +172,8 @@ def _remove_job_id(job_ids: list[str], job_id: str) -> list[str]:
     return remaining
 
 
-def fold_without_jobs(batch: Document | None, event: RecordedEvent) -> Document | None:
-    """Apply one event as `fold` does. The batch has the counts of its submission: all jobs are pending."""
+def fold_own_events(batch: Document | None, event: RecordedEvent) -> Document | None:
+    """Apply one event of the batch's own stream as `fold` does. All jobs count as pending, as at the submission."""
     after = fold(batch, event)
     return {**after, "pending_jobs": after["total_jobs"]} if after else None
 
@@ -181,7 +181,7 @@ def fold_without_jobs(batch: Document | None, event: RecordedEvent) -> Document 
 # Isolation of events and documents (projection_errors.py) -----------------------------------------------------------
 
 
-def apply_event_type(batch: Document, event: RecordedEvent) -> Document | None:
+def apply_to_isolated(batch: Document, event: RecordedEvent) -> Document | None:
     """Apply an event to an isolated batch. Of the event, only the type and a readable status are used."""
     if event.type == events.BatchDeleted.__name__:
         return None
@@ -264,7 +264,7 @@ _LIST_PROJECTION: Final[Document] = {
 
 async def get(views: Views, event_store: EventStore, batch_id: str) -> Document | None:
     """Return a batch's document, or None if the batch does not exist."""
-    return await load_or_fold(views, event_store, NAME, batch_id, fold_without_jobs)
+    return await load_or_fold(views, event_store, NAME, batch_id, fold_own_events)
 
 
 def build_query(

@@ -45,7 +45,7 @@ INDEXES: Final = [
 def fold(delivery: Document | None, event: RecordedEvent) -> Document:
     """Apply one event of a delivery's stream; see `documents.Fold`. The projection writer sets `sequence`."""
     if delivery is not None and projection_errors.REDUCED_FIELD in delivery:
-        return apply_event_type(delivery, event)
+        return apply_to_isolated(delivery, event)
     payload: Any = event.event
     if isinstance(payload, events.DeliveryQueued):
         return _build_document(payload, event)
@@ -144,7 +144,7 @@ def build_placeholder(event: RecordedEvent) -> Document:
     raise UnreadableEvent(f"{event.stream} begins with an event that cannot be read")
 
 
-def apply_event_type(delivery: Document, event: RecordedEvent) -> Document:
+def apply_to_isolated(delivery: Document, event: RecordedEvent) -> Document:
     """Apply an event to an isolated delivery. Only the event's type is used, because it is always readable."""
     status = _STATUS_AFTER.get(event.type, delivery["status"])
     changes = {"status": status, "next_attempt_at": event.time if status == "pending" else None}

@@ -79,15 +79,15 @@ def redact_webhook(webhook: Webhook | None) -> Document | None:
     }
 
 
-def set_field_flag(document: Document, flag: str, name: str, *, is_set: bool) -> None:
-    """Add a field name to the list `flag` of a document, or remove it. A document has no empty list.
+def set_name_in_list(document: Document, list_field: str, name: str, *, is_listed: bool) -> None:
+    """Add a name to a list in a document, or remove it. Without names, the document has no list.
 
-    The flag `truncated` lists the fields of which the document contains only a part.
+    The list `truncated` has the fields of which the document contains only a part.
     """
-    names = document.get(flag, ())
-    if is_set == (name in names):
+    names = document.get(list_field, ())
+    if is_listed == (name in names):
         return
-    changed = sorted({*names, name} if is_set else {*names} - {name})
-    document.pop(flag, None)
+    changed = sorted({*names, name} if is_listed else {*names} - {name})
+    document.pop(list_field, None)
     if changed:
-        document[flag] = changed
+        document[list_field] = changed

@@ -62,7 +62,7 @@ async def get(views: Views, path: str) -> Document | None:
     return None if access is None else {**access, **row}
 
 
-async def has_other_owner(views: Views, path: str, job_id: str) -> bool:
+async def belongs_to_other_job(views: Views, path: str, job_id: str) -> bool:
     """Return whether another job has a file with this path."""
     with translate_errors("finding a file"):
         return await views[NAME].find_one({"path": path, "job_id": {"$ne": job_id}}, {"_id": 1}) is not None

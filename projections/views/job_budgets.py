@@ -11,7 +11,7 @@ from typing import Final
 from jobledger.ledger.domain import limits
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import step_files
-from jobledger.projections.views.documents import set_field_flag
+from jobledger.projections.views.documents import set_name_in_list
 
 LARGE_BYTES: Final = 64 * 1024
 """A field with more bytes of JSON is named in `large_fields`. The projector does not cache such a document."""
@@ -26,14 +26,14 @@ def apply_budgets(job: Document, changes: Document) -> None:
         if name in changes:
             size = limits.compute_json_size(job[name])
             if size <= LARGE_BYTES and "large_fields" not in job and "truncated" not in job:
-                continue  # the usual case: nothing to cut, no flag to change
+                continue  # the usual case: nothing to cut, no list to change
             exceeds = not limits.fits_in_document(job[name], budget, text_bytes=size)
-            set_field_flag(job, "large_fields", name, is_set=size > LARGE_BYTES)
+            set_name_in_list(job, "large_fields", name, is_listed=size > LARGE_BYTES)
             if exceeds:
                 if name == "results":  # the job still needs these files, so they stay in the store
                     job |= step_files.add_digests(job, (file["sha256"] for file in job[name]["files"]))
                 job[name] = {} if name == "parameters" else _reduce_results(job[name])
-            set_field_flag(job, "truncated", name, is_set=exceeds)
+            set_name_in_list(job, "truncated", name, is_listed=exceeds)
     if "logs" in changes:
         job["logs"] = _keep_newest(changes["logs"], limits.MAX_VIEW_LOGS_BYTES)
     if "steps" in changes:
@@ -41,7 +41,7 @@ def apply_budgets(job: Document, changes: Document) -> None:
         job["steps"] = _keep_newest(steps, limits.MAX_VIEW_STEPS_BYTES)
         # Steps that were cut earlier are missing as long as the others remain.
         was_truncated = bool(steps) and "steps" in job.get("truncated", ())
-        set_field_flag(job, "truncated", "steps", is_set=len(job["steps"]) < len(steps) or was_truncated)
+        set_name_in_list(job, "truncated", "steps", is_listed=len(job["steps"]) < len(steps) or was_truncated)
 
 
 def _keep_newest(items: list[Document], max_bytes: int) -> list[Document]:

@@ -263,7 +263,7 @@ _STATUS_AFTER: Final = {
 }
 
 
-def apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
+def apply_to_isolated(job: Document, event: RecordedEvent) -> Document | None:
     """Apply an event to an isolated job. Only the event's type is used, because it is always readable."""
     if event.type == events.JobDeleted.__name__:
         return None

@@ -23,7 +23,7 @@ from pymongo import ASCENDING, DESCENDING, IndexModel
 from jobledger.ledger.domain.access import MAX_PRINCIPAL_NAME_CHARACTERS, Principal, list_readers
 from jobledger.ledger.domain.limits import MAX_LIST_INDEX_BYTES, MAX_LIST_INDEX_ROWS, MAX_SEARCHED_CHARACTERS
 from jobledger.ledger.mongo.connection import Document
-from jobledger.projections.views.documents import set_field_flag
+from jobledger.projections.views.documents import set_name_in_list
 
 Facet = tuple[str, str] | tuple[()]
 """A name and a value, such as `("track", "Main")`. Empty: the facet of all documents."""
@@ -69,7 +69,7 @@ def set_list_index(document: Document, facets: Sequence[Facet], texts: Iterable[
     document["list_keys"] = build_list_keys(scopes, facets)
     document["search_keys"] = build_search_keys(scopes, texts)
     is_truncated = len(document["list_keys"]) < len(scopes) * len(facets)
-    set_field_flag(document, "truncated", "list_keys", is_set=is_truncated)
+    set_name_in_list(document, "truncated", "list_keys", is_listed=is_truncated)
 
 
 def get_owner_scopes(user_id: str) -> list[str]:

@@ -18,7 +18,7 @@ NAME: Final = "queue"
 _ORDER: Final = [("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)]
 INDEXES: Final = [IndexModel(_ORDER)]
 _ROW_FIELDS: Final = ("job_type", "batch_id", "priority", "due_at", "queued_position", "position")
-_ENTRY_FIELDS: Final = {"job_type": 1, "batch_id": 1, "priority": 1, "queued_position": 1}
+_QUEUE_ROW_FIELDS: Final = {"job_type": 1, "batch_id": 1, "priority": 1, "queued_position": 1}
 
 
 def build_rows(job: Document, batch: Document | None) -> list[Document]:
@@ -53,7 +53,7 @@ async def find_rows(
 
 
 async def _find(views: Views, query: Document, limit: int) -> list[Document]:
-    return await views[NAME].find(query, _ENTRY_FIELDS, sort=_ORDER, limit=limit).to_list()
+    return await views[NAME].find(query, _QUEUE_ROW_FIELDS, sort=_ORDER, limit=limit).to_list()
 
 
 async def get_next_due_at(views: Views, *, now: datetime) -> datetime | None:

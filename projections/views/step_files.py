@@ -1,7 +1,8 @@
-"""View `step_files`: the result files that the completed steps of a job name, by digest.
+"""View `step_files`: the result files that a job needs and its document may not name, by digest.
 
-A job that is retried or restarted uses these files again. Therefore, they stay in the result store as long as the job
-exists. The same holds for the files of results that are too large for the job's document.
+These are the files that the completed steps name: a job that is retried or restarted uses them again. If the results
+are too large for the job's document, their files are in this view as well. All of them stay in the result store as long
+as the job exists.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import orjson
 from pymongo import ASCENDING, IndexModel
 
 from jobledger.ledger.domain.events import StepCompleted
-from jobledger.ledger.domain.saved_files import find_saved_files, is_sha256
+from jobledger.ledger.domain.result_files import find_result_files, is_sha256
 from jobledger.ledger.mongo.connection import Document
 
 NAME: Final = "step_files"
@@ -28,7 +29,7 @@ def add_step_digests(job: Document, step: StepCompleted) -> Document:
     """Return the field `step_files` of a job with the files of a completed step, or nothing if it names no new file."""
     if b'"sha256"' not in orjson.dumps(step.output, default=str, option=orjson.OPT_NON_STR_KEYS):
         return {}
-    return add_digests(job, (file.sha256 for file in find_saved_files(step.output)))
+    return add_digests(job, (file.sha256 for file in find_result_files(step.output)))
 
 
 def add_digests(job: Document, digests: Iterable[str]) -> Document:

@@ -21,7 +21,7 @@ from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.cli.hosting.http_connection import (
     ConnectionLimits,
     HttpConnection,
-    SheddingSocket,
+    LoadSheddingSocket,
     create_protocol_class,
 )
 from tests.api.conftest import Api, RunApi
@@ -395,7 +395,7 @@ async def test_connections_without_descriptors_are_closed_and_logged_once(
         return accept(self)
 
     monkeypatch.setattr(socket.socket, "_accept", accept_with_limit)
-    with SheddingSocket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+    with LoadSheddingSocket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(2048)
 

@@ -13,7 +13,7 @@ def test_doctor_running_installation_finds_no_problem(running_installation: Inst
         running_installation.run("doctor"), 0, "MongoDB", "replica set rs0 with 1 member", "Clocks", "Oplog", "Log"
     )
     assert "no " not in [line[:3] for line in text.splitlines()]
-    assert not has_exited(running_installation.read_embedded_lock().pid), (
+    assert not has_exited(running_installation.read_server_info().pid), (
         "the doctor stopped a server that it did not start"
     )
 

@@ -15,7 +15,7 @@ from pymongo import MongoClient
 from jobledger.api.auth.api_keys import ApiKeyToken
 from jobledger.cli.administration.api_key_admin import generate_key, parse_lifetime
 from jobledger.ledger.domain.errors import ConfigurationError
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from tests.support.installation import CommandOutcome, Installation, RunningCommand, assert_one_line_error, http_client
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.polling import DEADLINE_SECONDS

@@ -469,9 +469,7 @@ def test_log_verify_starts_and_stops_embedded_server(tmp_path: Path) -> None:
         assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
         running = installation.run("log", "verify")
         assert running.exit_code == 0, running
-        assert not has_exited(installation.read_embedded_lock().pid), (
-            "the command stopped a server that it did not start"
-        )
+        assert not has_exited(installation.read_server_info().pid), "the command stopped a server that it did not start"
         assert up.stop().exit_code == 0
 
         alone = installation.run("log", "verify", "--expected-digest", read_digest(running))

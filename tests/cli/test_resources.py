@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from jobledger.cli.commands import api_client, jobs, options, resources, submit
 from jobledger.cli.hosting import logging_setup
 from jobledger.ledger.domain.errors import LedgerUnavailable
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from jobledger.ledger.store.event_store import MAX_POSITION
 from tests.support.installation import CommandOutcome, Installation, assert_one_line_error
 from tests.support.mongodb_provider import needs_local_mongod

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from jobledger.ledger.files.store_marker import MARKER_FILE_NAME
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from tests.support.installation import Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.polling import DEADLINE_SECONDS

@@ -13,7 +13,7 @@ import pytest
 from jobledger.cli.composition import ALL_ROLES, start_roles
 from jobledger.ledger.domain.errors import ResourceUnavailable
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from tests.api.conftest import make_settings
 from tests.support.installation import (
     Installation,
@@ -41,7 +41,7 @@ def test_up_after_signal_stops_cleanly_and_keeps_data(
     with http_client(up) as client:
         before = client.get("/api/events/jobs").json()
     processes = list_descendants(up.process.pid)
-    mongod = stopped_installation.read_embedded_lock().pid
+    mongod = stopped_installation.read_server_info().pid
     assert mongod in processes
 
     assert_outcome(up.stop(number), 0, "Stopping")

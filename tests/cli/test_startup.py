@@ -14,7 +14,7 @@ import pytest
 from jobledger.cli.composition import ALL_ROLES, start_roles
 from jobledger.ledger.domain.errors import ConfigurationError, ResourceUnavailable, classify_os_error
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from tests.api.conftest import make_settings
 from tests.support.installation import COMMAND, Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod

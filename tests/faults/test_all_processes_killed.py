@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from tests.support.installation import Installation, RunningCommand, has_exited, http_client, list_descendants
 from tests.support.mongodb_provider import needs_local_mongod
 

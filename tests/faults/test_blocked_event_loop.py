@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from tests.support.installation import Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.plugins import install_plugin

@@ -14,7 +14,7 @@ import pytest
 from pymongo import MongoClient
 
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from jobledger.ledger.mongo.embedded_lock import ServerInfo, read_server_info, wait_until
+from jobledger.ledger.mongo.embedded_files import ServerInfo, read_server_info, wait_until
 from tests.support.installation import has_exited
 from tests.support.mongodb_provider import needs_local_mongod
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from jobledger.ledger.mongo.embedded_lock import read_server_info, wait_until
+from jobledger.ledger.mongo.embedded_files import read_server_info, wait_until
 from jobledger.ledger.system.disk_space import DiskSpaceMonitor, find_space_problem, find_write_problem
 from tests.support.installation import Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import EmbeddedServer, find_mongod
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead

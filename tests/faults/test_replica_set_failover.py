@@ -28,7 +28,7 @@ from jobledger.ledger.domain.commands import ChangeAccess
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.domain.events import EventMetadata, JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import create_job_id, handle_command
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from jobledger.cli.hosting.shutdown import SHUTDOWN_MARGIN_SECONDS
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from tests.support.installation import Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.replica_set import ReplicaSet

@@ -30,7 +30,7 @@ from jobledger.ledger.mongo.connection import (
     translate_errors,
 )
 from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS, EmbeddedServer, find_mongod
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.tcp_proxy import TcpProxy

@@ -28,7 +28,7 @@ from structlog.testing import capture_logs
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo import embedded
 from jobledger.ledger.mongo.embedded import EmbeddedServer, attach_or_start, find_mongod, find_running_server
-from jobledger.ledger.mongo.embedded_lock import ServerInfo, read_server_info, wait_until, write_server_info
+from jobledger.ledger.mongo.embedded_files import ServerInfo, read_server_info, wait_until, write_server_info
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.suspension import suspend

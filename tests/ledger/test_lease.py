@@ -15,7 +15,7 @@ from pymongo.collection import Collection
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, EXPIRED_LEASE_FILTER, Lease, LeaseObservation
-from jobledger.ledger.system.loop_progress import LoopProgress
+from jobledger.ledger.system.loop_ticker import LoopTicker
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.tcp_proxy import TcpProxy
 
@@ -331,14 +331,14 @@ async def test_blocked_event_loop_lets_lease_expire_until_it_continues(
     await wait_until_extended(leases)
 
 
-async def test_loop_progress_counts_checks_not_seconds() -> None:
-    progress = LoopProgress(0.01)
+async def test_loop_ticker_counts_checks_not_seconds() -> None:
+    ticker = LoopTicker(0.01)
     await asyncio.sleep(0.03)
-    assert progress.count_missed() == 0
+    assert ticker.count_missed() == 0
     time.sleep(1)  # noqa: ASYNC251 - like a suspended machine
-    assert progress.count_missed() == 1
-    assert progress.count_missed() == 2
-    assert "test_loop_progress" in progress.format_stack()
+    assert ticker.count_missed() == 1
+    assert ticker.count_missed() == 2
+    assert "test_loop_ticker" in ticker.format_stack()
     await asyncio.sleep(0.03)
-    assert progress.count_missed() == 0
-    progress.stop()
+    assert ticker.count_missed() == 0
+    ticker.stop()

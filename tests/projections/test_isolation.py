@@ -310,7 +310,7 @@ async def test_document_that_cannot_be_isolated_keeps_its_state(
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(jobs, "apply_event_type", fail)
+    monkeypatch.setattr(jobs, "apply_to_isolated", fail)
     async with run_roles_in_process(connection, store) as roles:
         job_id = await roles.submit({"a": 1})
         await roles.claim(job_id)

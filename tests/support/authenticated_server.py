@@ -20,7 +20,7 @@ from pymongo.errors import PyMongoError
 
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.mongo.embedded import find_mongod
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.replica_set import exit_with_parent, free_port
 

@@ -15,7 +15,7 @@ from typing import Any
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers.webhooks.sender import Sender, WebhookRequest, WebhookResponse
+from jobledger.workers.webhooks.webhook_client import WebhookClient, WebhookRequest, WebhookResponse
 from tests.support.role_runner import FAST_WEBHOOKS, WorkerOptions, run_roles_in_process
 
 CRASH_POINTS = (
@@ -39,7 +39,7 @@ def _reach(point: str, crash_point: str) -> None:
 
 def install_crash_point(crash_point: str) -> None:
     """Patch the method at the crash point."""
-    append, send = EventStore.append, Sender.send
+    append, send = EventStore.append, WebhookClient.send
 
     async def append_or_crash(self: EventStore, *appends: StreamAppend) -> Any:
         kinds = {type(event).__name__ for stream_append in appends for event in stream_append.events}
@@ -52,14 +52,14 @@ def install_crash_point(crash_point: str) -> None:
             _reach(f"after {action}", crash_point)
         return recorded
 
-    async def send_or_crash(self: Sender, webhook: WebhookRequest) -> WebhookResponse:
+    async def send_or_crash(self: WebhookClient, webhook: WebhookRequest) -> WebhookResponse:
         _reach("before request is sent", crash_point)
         response = await send(self, webhook)
         _reach("after request is sent", crash_point)
         return response
 
     EventStore.append = append_or_crash  # type: ignore[method-assign]
-    Sender.send = send_or_crash  # type: ignore[method-assign]
+    WebhookClient.send = send_or_crash  # type: ignore[method-assign]
 
 
 async def main(uri: str, db_name: str, store: str) -> None:

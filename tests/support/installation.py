@@ -16,7 +16,7 @@ from typing import Any, Self
 import httpx
 import yaml
 
-from jobledger.ledger.mongo.embedded_lock import ServerInfo, read_server_info, wait_until
+from jobledger.ledger.mongo.embedded_files import ServerInfo, read_server_info, wait_until
 from tests.support import forked_commands
 
 COMMAND = Path(sys.executable).parent / "jobledger"
@@ -139,10 +139,10 @@ class Installation:
         )
         return CommandOutcome(code, out.decode(), err.decode())
 
-    def read_embedded_lock(self) -> ServerInfo:
+    def read_server_info(self) -> ServerInfo:
         """Return the address and process ID of the embedded server."""
         info = read_server_info(self.directory / "data")
-        assert info is not None, "the lock file names no embedded server"
+        assert info is not None, "there is no server.json"
         return info
 
     def kill_all_processes(self) -> None:

@@ -14,7 +14,7 @@ from pymongo.errors import PyMongoError
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo.embedded import EmbeddedServer, find_mongod
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 
 CONTAINER_IMAGE = "mongo:7"
 START_TIMEOUT_SECONDS = 60.0

@@ -24,7 +24,7 @@ from pymongo.errors import PyMongoError
 
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.mongo.embedded import find_mongod
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from jobledger.ledger.system.process_attributes import set_parent_death_signal
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.suspension import suspend

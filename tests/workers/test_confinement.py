@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from jobledger.ledger.domain.errors import ConfigurationError
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from jobledger.workers.sandbox import confinement, restrictions
 from tests.support.installation import Installation, assert_one_line_error, http_client, list_descendants
 from tests.support.mongodb_provider import needs_local_mongod

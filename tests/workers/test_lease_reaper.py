@@ -123,7 +123,7 @@ async def test_claim_of_unknown_worker_before_the_start_is_reaped(connection: Co
             reaper = worker_roles.worker._lease_reaper if worker_roles.worker else None
             assert reaper is not None
             assert await jobs.count_running_by_worker(roles.checkpoint.views) == {}
-            await poll_until(lambda: bool(reaper._lease_seconds), "the worker has started")
+            await poll_until(lambda: bool(reaper._live_workers), "the worker has started")
             async with run_roles_in_process(connection, store, projector=True):
                 await roles.wait_for_event(JobLeaseExpired, job_id)
                 assert (await roles.wait_until_finished(job_id))["status"] == "completed"

@@ -25,7 +25,7 @@ from jobledger.workers.attempts.attempt_timeout import AttemptTimeout
 from jobledger.workers.attempts.attempt_writer import AttemptFenced, AttemptWriter
 from jobledger.workers.attempts.dependencies import AttemptDependencies
 from jobledger.workers.attempts.message_handler import MessageHandler
-from jobledger.workers.attempts.outcome_recorder import Outcome, OutcomeRecorder, StopReason, report_worker_fault
+from jobledger.workers.attempts.outcome_recorder import Outcome, OutcomeRecorder, StopReason, convert_worker_fault
 from jobledger.workers.attempts.process_runner import ProcessRunner, run_blocking
 from jobledger.workers.child.attempt import Assignment, run_attempt
 from jobledger.workers.child.containment import Containment, outside_containment
@@ -55,8 +55,8 @@ class JobExecutor:
         self._scratch_repairs = 0
         """`ScratchDirectory.repair_count` before the attempt."""
         self._timeout = AttemptTimeout(self._job.spec.timeout_s, partial(self._stop, "timeout"))
-        self._messages = MessageHandler(dependencies, self._writer, self._timeout)
-        self._outcome_recorder = OutcomeRecorder(dependencies, self._writer, self._messages)
+        self._message_handler = MessageHandler(dependencies, self._writer, self._timeout)
+        self._outcome_recorder = OutcomeRecorder(dependencies, self._writer, self._message_handler)
         self._work: asyncio.Task[Outcome] | None = None
         self._recording: asyncio.Task[Any] | None = None
         """The task of `run()` while it records the outcome. `stop_fenced()` cancels it."""
@@ -109,7 +109,7 @@ class JobExecutor:
         try:
             await self._run_and_record()
         finally:
-            if (assignment := self._messages.assignment) is not None and assignment.has_files:
+            if (assignment := self._message_handler.assignment) is not None and assignment.has_files:
                 # The removal continues if this task is cancelled or another worker owns the job.
                 removal = asyncio.create_task(_remove_directory(assignment.attempt_dir), name=f"remove-{self.job_id}")
                 _removals.add(removal)
@@ -149,14 +149,14 @@ class JobExecutor:
                         await _remove_directory(attempt_dir)
                 outcome = await self._recheck_machine(outcome) or outcome
         except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
-            return find_machine_failure(error, scratch_dir=self._scratch.path) or report_worker_fault(
+            return find_machine_failure(error, scratch_dir=self._scratch.path) or convert_worker_fault(
                 error, self.job_id
             )
         return outcome
 
     async def _run_processor(self, attempt_dir: Path) -> Outcome | None:
         processor = get_processor(self.job_type)
-        self._messages.assignment = assignment = self._build_assignment(attempt_dir)
+        self._message_handler.assignment = assignment = self._build_assignment(attempt_dir)
         if processor.isolation == "inline":
             self._containment = Containment()
             # The processor need not poll for a stop: cancelling its task stops it.
@@ -166,7 +166,7 @@ class JobExecutor:
         else:
             runner = ProcessRunner(
                 assignment,
-                self._messages,
+                self._message_handler,
                 self._timeout,
                 settings=self._settings,
                 create_directories=partial(self._create_directories, assignment),
@@ -189,7 +189,7 @@ class JobExecutor:
     async def _handle_inline_message(self, message: Message) -> Any:
         with outside_containment():
             try:
-                return await self._messages.handle(message)
+                return await self._message_handler.handle(message)
             except AttemptFenced:
                 self.stop_fenced()  # even if the processor catches everything
                 raise

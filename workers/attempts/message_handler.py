@@ -18,7 +18,7 @@ import structlog
 from jobledger.ledger.domain.commands import ReportEvent
 from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
 from jobledger.ledger.domain.events import ResultFile, StepCompleted
-from jobledger.ledger.domain.saved_files import find_saved_files
+from jobledger.ledger.domain.result_files import find_result_files
 from jobledger.workers.attempts.attempt_timeout import AttemptTimeout
 from jobledger.workers.attempts.attempt_writer import AttemptWriter, EventNotStorable
 from jobledger.workers.attempts.dependencies import AttemptDependencies
@@ -125,11 +125,11 @@ class MessageHandler:
         if shared is None:
             return None
         job_id, step = shared
-        self._saved_sizes |= {file.sha256: file.size for file in find_saved_files(step.output)}
+        self._saved_sizes |= {file.sha256: file.size for file in find_result_files(step.output)}
         return {"job_id": job_id, "output": step.output}
 
     async def _complete_step(self, completed: StepCompleted, *, is_shared: bool) -> None:
-        for file in find_saved_files(completed.output):  # a later attempt trusts these files
+        for file in find_result_files(completed.output):  # a later attempt trusts these files
             subject = f'step "{to_text(completed.step, 200)}" output names'
             if (size := self._find_saved_size(file, subject)) != file.size:
                 text = f"{subject} the file '{to_text(file.path, 200)}' with the size {file.size}. It has {size} bytes."
@@ -224,7 +224,7 @@ class MessageHandler:
     @cached_property
     def _step_file_sizes(self) -> Mapping[str, int]:
         """Sizes in bytes by digest of the files in outputs of steps that earlier attempts completed."""
-        return {file.sha256: file.size for step in self._job.steps.values() for file in find_saved_files(step.output)}
+        return {file.sha256: file.size for step in self._job.steps.values() for file in find_result_files(step.output)}
 
     def _add_log_entry(self, level: Literal["info", "warning"], text: str) -> None:
         self._writer.add_log_entries([(datetime.now(UTC).timestamp(), level, text)])

@@ -29,9 +29,9 @@ Outcome = AttemptCompleted | AttemptFailed | MachineFailure
 """How the work of an attempt ended. A `MachineFailure` was caught: the job is released, and the attempt not counted."""
 
 
-def report_worker_fault(error: BaseException, job_id: str) -> AttemptFailed:
-    """Log an unexpected error of the worker, and return the failure that it means for the attempt."""
-    _log.error("unexpected error while running a job", job_id=job_id, exc_info=error)
+def convert_worker_fault(error: BaseException, job_id: str) -> AttemptFailed:
+    """Convert an unexpected error of the worker to the failure of the attempt, and log it."""
+    _log.error("worker failed while running a job, the attempt fails", job_id=job_id, exc_info=error)
     text = f"The worker failed while running the job: {type(error).__name__}: {to_text(error, 1000)}"
     return AttemptFailed("WORKER_FAULT", text, transient=True)
 
@@ -39,12 +39,15 @@ def report_worker_fault(error: BaseException, job_id: str) -> AttemptFailed:
 class OutcomeRecorder:
     """Chooses the last event of one attempt according to its outcome and the retry policy, and appends it."""
 
-    def __init__(self, dependencies: AttemptDependencies, writer: AttemptWriter, messages: MessageHandler) -> None:
+    def __init__(
+        self, dependencies: AttemptDependencies, writer: AttemptWriter, message_handler: MessageHandler
+    ) -> None:
         self._dependencies = dependencies
         self._writer = writer
         self._job = writer.job
-        self._claim = writer.worker_id, writer.attempt  # identifies the attempt in commands
-        self._messages = messages
+        self._attempt_key = writer.worker_id, writer.attempt
+        """Identifies the attempt in commands."""
+        self._message_handler = message_handler
 
     async def record(self, outcome: Outcome | None, stop_reason: StopReason | None) -> None:
         """Record the outcome. If that fails unexpectedly, record that failure: the job must not hang under a lease.
@@ -62,7 +65,7 @@ class OutcomeRecorder:
         except UnreadableEvent:
             raise
         except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
-            await self._fail(report_worker_fault(error, self._writer.job_id))
+            await self._fail(convert_worker_fault(error, self._writer.job_id))
 
     async def _record(self, outcome: Outcome | None, stop_reason: StopReason | None) -> None:
         match outcome:
@@ -73,9 +76,9 @@ class OutcomeRecorder:
             case MachineFailure():
                 await self._release_for_machine_failure(outcome)
             case None if stop_reason == "cancel":
-                await self._writer.append_last(ConfirmCancel(*self._claim))
+                await self._writer.append_last(ConfirmCancel(*self._attempt_key))
             case None if stop_reason == "release":
-                await self._writer.append_last(ReleaseJob(*self._claim, "the worker is shutting down"))
+                await self._writer.append_last(ReleaseJob(*self._attempt_key, "the worker is shutting down"))
             case None if stop_reason == "timeout":
                 message = f"The job took longer than its time limit of {self._job.spec.timeout_s:g} seconds."
                 await self._fail(AttemptFailed("TIMEOUT", message, transient=True))
@@ -86,7 +89,7 @@ class OutcomeRecorder:
 
     async def _complete(self, completed: AttemptCompleted) -> None:
         try:
-            results = await self._messages.check_results(Results.model_validate(completed.results))
+            results = await self._message_handler.check_results(Results.model_validate(completed.results))
             job_results = _build_job_results(results, completed.warnings, completed.duration_s)
         except ValidationError as error:
             message = f"The results are invalid: {format_validation_error(error, 'results')}"
@@ -104,7 +107,7 @@ class OutcomeRecorder:
             retry_at = await self._dependencies.event_store.read_server_time() + self._choose_retry_delay()
         details = {**failed.details, "retryable": failed.transient}
         failure = ErrorInfo(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
-        await self._writer.append_last(FailAttempt(*self._claim, failure, retry_at))
+        await self._writer.append_last(FailAttempt(*self._attempt_key, failure, retry_at))
 
     async def _release_for_machine_failure(self, failure: MachineFailure) -> None:
         """Release the job without counting the attempt, because this machine cannot run it.
@@ -118,7 +121,7 @@ class OutcomeRecorder:
             await self._fail(AttemptFailed("MACHINE_FAILURE", message, transient=True))
         else:
             reason = f"the worker's machine cannot run it: {failure}"
-            await self._writer.append_last(ReleaseJob(*self._claim, reason, is_machine_failure=True))
+            await self._writer.append_last(ReleaseJob(*self._attempt_key, reason, is_machine_failure=True))
 
     def _choose_retry_delay(self) -> timedelta:
         """Return an exponential backoff with full jitter, so that jobs that failed together do not retry together."""

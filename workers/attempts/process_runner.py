@@ -42,14 +42,14 @@ class ProcessRunner:
     def __init__(
         self,
         assignment: Assignment,
-        messages: MessageHandler,
+        message_handler: MessageHandler,
         timeout: AttemptTimeout,
         *,
         settings: WorkerSettings,
         create_directories: Callable[[], None],
     ) -> None:
         self._assignment = assignment
-        self._messages = messages
+        self._message_handler = message_handler
         self._timeout = timeout
         self._settings = settings
         self._create_directories = create_directories
@@ -83,7 +83,9 @@ class ProcessRunner:
     async def _start_process(self) -> JobProcess:
         await run_blocking(self._create_directories)
         settings = self._settings
-        return await JobProcess.start(settings.memory_limit_mb, self._messages.add_output, settings.pass_environment)
+        return await JobProcess.start(
+            settings.memory_limit_mb, self._message_handler.add_output, settings.pass_environment
+        )
 
     async def _exchange_messages(self, process: JobProcess) -> AttemptCompleted | AttemptFailed:
         """Send the assignment, handle messages until the last one, and cancel the requests that are pending then."""
@@ -106,7 +108,7 @@ class ProcessRunner:
                 if isinstance(message, AttemptCompleted | AttemptFailed):
                     return message
                 if not envelope.request_id:
-                    await self._messages.handle(message)
+                    await self._message_handler.handle(message)
                     continue
                 while not _has_capacity(self._requests, size) and not process.exit_task.done():
                     await asyncio.wait({*self._requests, process.exit_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -118,7 +120,7 @@ class ProcessRunner:
     async def _handle_request(self, process: JobProcess, envelope: MessageEnvelope) -> None:
         response: dict[str, Any] = {"id": envelope.request_id}
         try:
-            response["value"] = await self._messages.handle(envelope.message)
+            response["value"] = await self._message_handler.handle(envelope.message)
         except SavedFileLost as error:  # the timeout is paused for each retry, so the job could retry forever
             raise ProcessFailed(AttemptFailed(error.code, error.message, details=error.details)) from error
         except ProcessorError as error:

@@ -1,7 +1,8 @@
-"""Import the modules in `preload` of processors.
+"""Import the modules in `preload` of processors, when this module is imported.
 
-The fork server imports this module once. `python -m jobledger.workers.child.preload JOB_TYPE…` writes a line for each
-job type instead: its name, a tab, and the problem if there is one.
+The fork server imports it once, because a fork server can only import modules before it forks.
+`python -m jobledger.workers.child.preload JOB_TYPE…` writes a line for each job type instead: its name, a tab, and the
+problem if there is one.
 """
 
 import sys

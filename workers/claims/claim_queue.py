@@ -72,7 +72,7 @@ class ClaimCandidate(NamedTuple):
     batch_id: str | None
 
 
-_Job = TypeVar("_Job", ClaimCandidate, queue.QueueRow)
+_CandidateOrRow = TypeVar("_CandidateOrRow", ClaimCandidate, queue.QueueRow)
 
 
 class ClaimQueue:
@@ -164,19 +164,19 @@ class ClaimQueue:
 
     def handle_event(self, document: Mapping[str, Any]) -> None:
         """Handle a new event."""
-        stream, kind = document["stream"], document["type"]
-        if kind == "JobClaimed":
+        stream, event_type = document["stream"], document["type"]
+        if event_type == "JobClaimed":
             self._claimed_at[document["data"]["worker_id"]] = time.monotonic()
             self._claim_delay.record_claim(stream, document["data"]["worker_id"])
             self.mark_claimed(stream, document["_id"])
-        elif kind == "BatchPaused":  # its rows may be loaded, and stay in the view until it reaches this event
+        elif event_type == "BatchPaused":  # its rows may be loaded, and stay in the view until it reaches this event
             self._paused[stream] = document["_id"]
             self._last_change_position = max(self._last_change_position, document["_id"])
-        elif kind in CLAIMABLE_EVENT_TYPES:
+        elif event_type in CLAIMABLE_EVENT_TYPES:
             self._skipped.discard(stream)
             self._claimed_positions.pop(stream, None)
             self._paused.pop(stream, None)
-            if kind != "JobSubmitted" or not self._try_new_job(document):
+            if event_type != "JobSubmitted" or not self._try_new_job(document):
                 self._last_change_position = max(self._last_change_position, document["_id"])
 
     def mark_claimed(self, job_id: str, position: int) -> None:
@@ -281,20 +281,20 @@ class ClaimQueue:
                 return candidates
         return []
 
-    def _take_fitting(self, free_slots: dict[str, int], candidates: deque[_Job]) -> list[_Job]:
+    def _take_fitting(self, free_slots: dict[str, int], candidates: deque[_CandidateOrRow]) -> list[_CandidateOrRow]:
         """Take jobs from the deque for which slots are free. The others stay."""
         max_jobs = max(free_slots.values())
-        taken: list[_Job] = []
-        remaining: list[_Job] = []
+        taken: list[_CandidateOrRow] = []
+        remaining: list[_CandidateOrRow] = []
         while candidates and len(taken) < max_jobs:
-            job = candidates.popleft()
-            if self._is_excluded(job):
+            candidate = candidates.popleft()
+            if self._is_excluded(candidate):
                 continue
-            if free_slots.get(job.job_type, 0) > 0:
-                free_slots[job.job_type] -= 1
-                taken.append(job)
+            if free_slots.get(candidate.job_type, 0) > 0:
+                free_slots[candidate.job_type] -= 1
+                taken.append(candidate)
             else:
-                remaining.append(job)
+                remaining.append(candidate)
         candidates.extendleft(reversed(remaining))
         return taken
 

@@ -52,7 +52,7 @@ class PathReservations:
         Two jobs cannot both get it: `_id` is unique, and the update that replaces a deleted owner matches that owner.
         """
         with translate_errors("reserving a result path"):
-            if await files.has_other_owner(self._views, path, job_id):  # an imported log has no reservations
+            if await files.belongs_to_other_job(self._views, path, job_id):  # an imported log has no reservations
                 return False
             while True:
                 reservation = await self._db[COLLECTION].find_one_and_update(

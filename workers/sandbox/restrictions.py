@@ -19,7 +19,7 @@ from errno import EACCES, ENOSYS, EPERM
 from pathlib import Path
 from typing import Final
 
-from jobledger.ledger.system.process_attributes import check_result, libc
+from jobledger.ledger.system.process_attributes import check_system_call, libc
 
 # linux/landlock.h. The rights of each version are added to those before it.
 EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
@@ -63,12 +63,12 @@ def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> None:
     attributes = struct.pack("=Q", handled)
     if version >= LANDLOCK_SIGNALS_VERSION:
         attributes = struct.pack("=QQQ", handled, 0, _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS)
-    ruleset = check_result(libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
+    ruleset = check_system_call(libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
     try:
         for path, rights in rules:
             _add_rule(ruleset, path, rights & handled)
         set_no_new_privileges()
-        check_result(libc.syscall(_RESTRICT_SELF, ruleset, 0))
+        check_system_call(libc.syscall(_RESTRICT_SELF, ruleset, 0))
     finally:
         os.close(ruleset)
 
@@ -82,19 +82,19 @@ def _add_rule(ruleset: int, path: str | Path, rights: int) -> None:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             rights &= _FILE_RIGHTS
         if rights:
-            check_result(libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, descriptor), 0))
+            check_system_call(libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, descriptor), 0))
     finally:
         os.close(descriptor)
 
 
 def set_no_new_privileges() -> None:
     """Disable set-user-ID bits and file capabilities of programs that this process starts after the call."""
-    check_result(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    check_system_call(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
 def hide_from_same_user() -> None:
     """Prevent other processes of the same user, except root, from reading this one's memory, environment and files."""
-    check_result(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+    check_system_call(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
 
 
 # seccomp ----------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def apply_seccomp_filter(
     set_no_new_privileges()
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
-    check_result(libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0))
+    check_system_call(libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0))
 
 
 def _list_own_argument_values(name: str, pid: int) -> list[tuple[int, ...]]:
@@ -258,15 +258,15 @@ def make_read_only(writable: Iterable[str | Path]) -> bool:
         if libc.unshare(_NEW_MOUNTS | _NEW_USER) != 0:
             return False
         _keep_user(user, group)
-    check_result(libc.mount(None, b"/", None, _RECURSIVE | _SLAVE, None))
+    check_system_call(libc.mount(None, b"/", None, _RECURSIVE | _SLAVE, None))
     places = sorted(os.fsencode(os.path.realpath(path)) for path in {*writable} if Path(path).exists())
     flags = _CLONE | _AT_RECURSIVE | os.O_CLOEXEC
-    trees = [check_result(libc.syscall(_OPEN_TREE, _AT_FDCWD, place, flags)) for place in places]
+    trees = [check_system_call(libc.syscall(_OPEN_TREE, _AT_FDCWD, place, flags)) for place in places]
     attributes = struct.pack("=QQQQ", _READ_ONLY, 0, 0, 0)
     size = ctypes.c_size_t(len(attributes))
-    check_result(libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, size))
+    check_system_call(libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, size))
     for place, tree in zip(places, trees, strict=True):  # parents first; each mount keeps its own flags
-        check_result(libc.syscall(_MOVE_MOUNT, tree, b"", _AT_FDCWD, place, _FROM_DESCRIPTOR))
+        check_system_call(libc.syscall(_MOVE_MOUNT, tree, b"", _AT_FDCWD, place, _FROM_DESCRIPTOR))
         os.close(tree)
     return True
 

@@ -45,7 +45,7 @@ from jobledger.projections.views import deliveries
 from jobledger.workers.settings import WebhookSettings
 from jobledger.workers.webhooks.body import BodyUnavailable, build_body
 from jobledger.workers.webhooks.schedule import DeliverySchedule, ScheduledDelivery
-from jobledger.workers.webhooks.sender import Sender, WebhookRequest
+from jobledger.workers.webhooks.webhook_client import WebhookClient, WebhookRequest
 
 _log = structlog.get_logger()
 _MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
@@ -59,7 +59,7 @@ class SecretsUnavailable(JobledgerError):
 
 
 class Deliverer:
-    """Delivers webhooks while it is the leader, and otherwise stands by."""
+    """The role `webhook-sender`. Delivers webhooks while it is the leader, and otherwise stands by."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Deliverer:
         settings: WebhookSettings,
         base_url: str,
         holder: str,
-        sender: Sender | None = None,
+        client: WebhookClient | None = None,
     ) -> None:
         self._db = db
         self._event_store = event_store
@@ -82,7 +82,7 @@ class Deliverer:
         self._settings = settings
         self._base_url = base_url
         self._metadata = EventMetadata(f"webhooks:{holder}")
-        self._sender = sender or Sender(
+        self._client = client or WebhookClient(
             allowed_private_hosts=settings.allowed_private_hosts, timeout_seconds=settings.timeout_seconds
         )
         self._election = LeaderElection(connection, "webhooks", holder=holder, lease_seconds=settings.lease_seconds)
@@ -108,7 +108,7 @@ class Deliverer:
         try:
             await self._election.run(self._lead)
         finally:
-            await self._sender.aclose()
+            await self._client.aclose()
 
     # Reading ------------------------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class Deliverer:
             unavailable = ErrorInfo(code=code, message=str(error))
             retry_at = self._compute_next_attempt_at(delivery, 0.0)
             return RecordAttempt(0.0, None, error=unavailable, next_attempt_at=retry_at), True
-        response = await self._sender.send(request)
+        response = await self._client.send(request)
         failure = None
         if response.error_code is not None:
             failure = ErrorInfo(code=response.error_code, message=response.message or response.error_code)

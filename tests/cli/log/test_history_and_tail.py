@@ -11,7 +11,7 @@ import pytest
 from pymongo import MongoClient
 
 from jobledger.ledger.domain.commands import CancelJob
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from jobledger.projections.engine import rebuild
 from tests.cli.log.conftest import LedgerCommands, write_job_history, write_long_history
 from tests.projections.expected_views import make_results

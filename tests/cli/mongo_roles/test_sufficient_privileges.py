@@ -14,7 +14,7 @@ from jobledger.cli.administration.mongo_roles import build_mongosh_script
 from jobledger.cli.checks.database import check_database
 from jobledger.ledger.domain.errors import JobledgerError, LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection, Document, check_server
-from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.mongo.embedded_files import wait_until
 from jobledger.ledger.store.verification import verify_log
 from jobledger.ledger.subscriber import SUBSCRIPTIONS, ledger_client
 from tests.api.conftest import Api, make_settings, run_api

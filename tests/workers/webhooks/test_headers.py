@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from jobledger.api.schemas.webhooks import WebhookBody
 from jobledger.ledger.domain.limits import MAX_WEBHOOK_HEADER_BYTES
 from jobledger.ledger.domain.webhook_headers import MAX_HEADER_VALUE_CHARACTERS
-from jobledger.workers.webhooks.sender import Sender, WebhookRequest
+from jobledger.workers.webhooks.webhook_client import WebhookClient, WebhookRequest
 from tests.support.webhook_endpoint import run_webhook_endpoint
 
 REJECTED: Final[list[dict[str, str]]] = [
@@ -82,7 +82,7 @@ def make_random_headers(seed: int) -> dict[str, str]:
 async def test_accepted_headers_arrive_unchanged() -> None:
     accepted_count = 0
     async with run_webhook_endpoint() as endpoint:
-        sender = Sender(allowed_private_hosts=["127.0.0.1"])
+        client = WebhookClient(allowed_private_hosts=["127.0.0.1"])
         for headers in [*ACCEPTED, *(make_random_headers(seed) for seed in range(1500))]:
             try:
                 accepted_headers = WebhookBody(url="https://example.org/", headers=headers).headers
@@ -90,12 +90,12 @@ async def test_accepted_headers_arrive_unchanged() -> None:
                 assert headers not in ACCEPTED
                 continue
             accepted_count += 1
-            response = await sender.send(WebhookRequest(endpoint.url(), accepted_headers, b"{}"))
+            response = await client.send(WebhookRequest(endpoint.url(), accepted_headers, b"{}"))
             assert response.error_code is None, (headers, response)
             received = endpoint.requests[-1].raw_headers
             for name, value in headers.items():
                 assert received.get(name.lower()) == value, headers
-        await sender.aclose()
+        await client.aclose()
     assert accepted_count > len(ACCEPTED) + 20
 
 
@@ -113,9 +113,9 @@ INVALID_HEADERS: Final[list[Any]] = [
 @pytest.mark.parametrize("headers", INVALID_HEADERS, ids=repr)
 async def test_request_with_invalid_header_fails_without_calling_the_endpoint(headers: dict[str, str]) -> None:
     async with run_webhook_endpoint() as endpoint:
-        sender = Sender(allowed_private_hosts=["127.0.0.1"])
-        response = await sender.send(WebhookRequest(endpoint.url(), headers, b"{}"))
-        await sender.aclose()
+        client = WebhookClient(allowed_private_hosts=["127.0.0.1"])
+        response = await client.send(WebhookRequest(endpoint.url(), headers, b"{}"))
+        await client.aclose()
     assert response.error_code == "REQUEST_INVALID"
     assert response.message is not None
     assert "127.0.0.1" not in response.message

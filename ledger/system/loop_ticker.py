@@ -13,7 +13,7 @@ import threading
 import traceback
 
 
-class LoopProgress:
+class LoopTicker:
     """Ticks on an event loop. Create and stop it on the loop; call the other methods from another thread."""
 
     def __init__(self, seconds: float) -> None:

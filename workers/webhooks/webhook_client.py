@@ -84,8 +84,8 @@ class WebhookResponse:
         return self.error_code in _PERMANENT_CODES
 
 
-class Sender:
-    """Sends messages to endpoints.
+class WebhookClient:
+    """The HTTP client of the webhook sender. Sends messages to endpoints.
 
     Connections are not reused: if the host had closed one, that would cost an attempt.
     """

@@ -1,4 +1,4 @@
-"""Call a function in a separate process with limits on time and memory.
+"""Call a function in separate processes with limits on time and memory.
 
 For plug-in code, and for code whose cost depends on user input. Such code may never return (a regular expression holds
 the interpreter lock), use all memory, or exit the process. A thread does not protect against these.
@@ -42,8 +42,8 @@ class ProcessEnded(CallFailed):
     """The process of the call exited, for example because it ran out of memory."""
 
 
-class LimitedFunction:
-    """A function of one JSON value that is called in separate processes.
+class FunctionProcessPool:
+    """Processes that call one function with a JSON value.
 
     Args:
         name: The function, as `module:function`.

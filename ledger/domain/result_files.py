@@ -1,4 +1,4 @@
-"""Find the files that the output of a step names. Pure."""
+"""Find the result files that the output of a step names. Pure."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def is_sha256(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
 
 
-def find_saved_files(output: Any) -> Iterator[ResultFile]:
-    """Yield the files that a step's output names: each object that has all fields of a `ResultFile`.
+def find_result_files(output: Any) -> Iterator[ResultFile]:
+    """Yield the result files that a step's output names: each object that has all fields of a `ResultFile`.
 
     Other digests, such as those in a lock file, are data.
     """

@@ -1,4 +1,4 @@
-"""The files beside an embedded server: its owner, its address and its log. Pure file operations."""
+"""The files beside an embedded server: the lock of its owner, its address and its log. Only file operations."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return met
 
 
-def try_lock(fd: int, kind: int) -> bool:
+def try_lock(fd: int, operation: int) -> bool:
     """Acquire an flock (fcntl.LOCK_EX, LOCK_SH) if it is free. Never waits."""
     try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        fcntl.flock(fd, operation | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

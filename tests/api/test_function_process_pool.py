@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from jobledger.api.processes.limited_function import (
+from jobledger.api.processes.function_process_pool import (
     CallFailed,
     CallTimeout,
-    LimitedFunction,
+    FunctionProcessPool,
     ProcessEnded,
     ProcessPoolBusy,
 )
@@ -48,15 +48,15 @@ def is_writable_pipe(descriptor):
 
 
 @pytest.fixture
-async def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LimitedFunction]:
+async def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FunctionProcessPool]:
     (tmp_path / "misbehaving_function.py").write_text(FUNCTION)
     monkeypatch.syspath_prepend(str(tmp_path))
-    function = LimitedFunction("misbehaving_function:act", processes=1, queue_seconds=30)
+    function = FunctionProcessPool("misbehaving_function:act", processes=1, queue_seconds=30)
     yield function
     await function.close()
 
 
-async def call(function: LimitedFunction, action: str, seconds: float = 60) -> Any:
+async def call(function: FunctionProcessPool, action: str, seconds: float = 60) -> Any:
     return await function.call(json.dumps(action).encode(), seconds)
 
 
@@ -74,7 +74,7 @@ async def call(function: LimitedFunction, action: str, seconds: float = 60) -> A
     ],
 )
 async def test_call_that_fails_raises_and_leaves_the_next_call_unaffected(
-    function: LimitedFunction, action: str, seconds: float, error: type[CallFailed]
+    function: FunctionProcessPool, action: str, seconds: float, error: type[CallFailed]
 ) -> None:
     with pytest.raises(error) as failure:
         await call(function, action, seconds)
@@ -83,7 +83,7 @@ async def test_call_that_fails_raises_and_leaves_the_next_call_unaffected(
     assert await call(function, "echo") == "echo"
 
 
-async def test_cancelled_call_leaves_the_next_call_unaffected(function: LimitedFunction) -> None:
+async def test_cancelled_call_leaves_the_next_call_unaffected(function: FunctionProcessPool) -> None:
     assert await call(function, "echo") == "echo"
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
@@ -92,7 +92,7 @@ async def test_cancelled_call_leaves_the_next_call_unaffected(function: LimitedF
 
 
 async def test_call_without_a_free_process_raises() -> None:
-    function = LimitedFunction("json:dumps", processes=1, queue_seconds=0)
+    function = FunctionProcessPool("json:dumps", processes=1, queue_seconds=0)
     outcomes = await asyncio.gather(*(call(function, "echo") for _ in range(3)), return_exceptions=True)
     assert outcomes[0] == '"echo"'
     assert [type(outcome) for outcome in outcomes[1:]] == [ProcessPoolBusy, ProcessPoolBusy]
@@ -100,6 +100,6 @@ async def test_call_without_a_free_process_raises() -> None:
 
 
 async def test_function_that_cannot_be_imported_raises() -> None:
-    function = LimitedFunction("no_such_module:function", processes=1, queue_seconds=1)
+    function = FunctionProcessPool("no_such_module:function", processes=1, queue_seconds=1)
     with pytest.raises(ProcessPoolBusy, match="did not start"):
         await call(function, "echo")

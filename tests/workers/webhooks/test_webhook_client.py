@@ -1,4 +1,4 @@
-"""Tests of `Sender`: each call returns a clear result in time, and no private address is reached."""
+"""Tests of `WebhookClient`: each call returns a clear result in time, and no private address is reached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cryptography.x509.oid import NameOID
 
 from jobledger.ledger.net.url_policy import AllowedHosts, find_rejection_reason
 from jobledger.workers.safe_http import Resolver
-from jobledger.workers.webhooks.sender import MAX_RESPONSE_BYTES, Sender, WebhookRequest, WebhookResponse
+from jobledger.workers.webhooks.webhook_client import MAX_RESPONSE_BYTES, WebhookClient, WebhookRequest, WebhookResponse
 from tests.support.polling import DEADLINE_SECONDS
 
 BODY = b'{"type": "job.completed"}'
@@ -101,12 +101,12 @@ async def send(
     timeout_seconds: float = RESPONSE_TIMEOUT,
 ) -> WebhookResponse:
     options = {} if resolver is None else {"resolver": resolver}
-    sender = Sender(allowed_private_hosts=allow, timeout_seconds=timeout_seconds, **options)  # type: ignore[arg-type]
+    client = WebhookClient(allowed_private_hosts=allow, timeout_seconds=timeout_seconds, **options)  # type: ignore[arg-type]
     started_at = time.monotonic()
     try:
-        response = await sender.send(WebhookRequest(url, headers or {}, BODY))
+        response = await client.send(WebhookRequest(url, headers or {}, BODY))
     finally:
-        await sender.aclose()
+        await client.aclose()
     assert response.duration_s <= time.monotonic() - started_at < timeout_seconds + 10
     assert (response.error_code is None) == (response.message is None)
     return response
@@ -419,8 +419,8 @@ async def test_send_when_cancelled_closes_the_connection() -> None:
         closed.set()
 
     async with serve_connections(behave) as port:
-        sender = Sender(allowed_private_hosts=("127.0.0.1",), timeout_seconds=60)
-        sending = asyncio.create_task(sender.send(WebhookRequest(f"http://127.0.0.1:{port}/", {}, BODY)))
+        client = WebhookClient(allowed_private_hosts=("127.0.0.1",), timeout_seconds=60)
+        sending = asyncio.create_task(client.send(WebhookRequest(f"http://127.0.0.1:{port}/", {}, BODY)))
         async with asyncio.timeout(DEADLINE_SECONDS):
             await received.wait()
         sending.cancel()
@@ -428,4 +428,4 @@ async def test_send_when_cancelled_closes_the_connection() -> None:
         assert sending.cancelled()
         async with asyncio.timeout(DEADLINE_SECONDS):
             await closed.wait()
-        await sender.aclose()
+        await client.aclose()
