@@ -22,7 +22,7 @@ SCRIPT_MESSAGE_KEYS: Final = (
     *_JOB_STATUSES,
     *("live", "reconnecting", "service_unreachable", "action_done"),
     *("selection", "confirm_bulk_restart", "confirm_bulk_cancel", "confirm_bulk_archive", "bulk_result"),
-    *("validation_passed", "invalid_json", "new_webhook_secrets"),
+    *("attempt_number", "validation_passed", "invalid_json", "new_webhook_secrets"),
 )
 """Messages that scripts show."""
 

@@ -3,11 +3,11 @@ import { initActions } from "./actions.js";
 import { startLiveUpdates } from "./live-updates.js";
 import { localizeTimes } from "./local-times.js";
 import { initSubmitForm } from "./submit-form.js";
-import { initTimeTravel } from "./time-travel.js";
+import { initPastState } from "./past-state.js";
 
 document.documentElement.classList.add("js");
 localizeTimes(document);
 initActions();
 initSubmitForm();
-initTimeTravel();
+initPastState();
 startLiveUpdates();

@@ -342,7 +342,7 @@ def find_free_variables(template: nodes.Template) -> set[str]:
 # Scripts ----------------------------------------------------------------------------------------------------------
 
 SCRIPT_VARIABLES: Final[Mapping[str, Mapping[str, Types]]] = {
-    "time-travel.js": {"job": (JobResource,)},
+    "past-state.js": {"job": (JobResource,)},
     "actions.js": {"data": (ErrorResponse,)},
     # The route /monitoring/events/validate of the dashboard itself returns `jobs`.
     "submit-form.js": {"result.data": (BatchAcceptedResponse, *fields(["jobs"]))},
@@ -369,8 +369,8 @@ def test_fields_that_scripts_read_exist_in_response_models(script: str) -> None:
 
 
 def test_scripts_read_responses_only_as_checked() -> None:
-    assert {name for name, source in SCRIPTS.items() if ".json()" in source} == {"time-travel.js", "actions.js"}
-    assert "const { job } = await response.json();" in SCRIPTS["time-travel.js"]
+    assert {name for name, source in SCRIPTS.items() if ".json()" in source} == {"past-state.js", "actions.js"}
+    assert "const { job } = await response.json();" in SCRIPTS["past-state.js"]
     assert "const data = await response.json()" in SCRIPTS["actions.js"]
     assert {name for name, source in SCRIPTS.items() if "postJson(" in source} == {"actions.js", "submit-form.js"}
     destructurings = {text for source in SCRIPTS.values() for text in re.findall(r"\.map\(\((\{[^}]*\})\)", source)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.dashboard.errors import render_errors
+from jobledger.ledger.domain.commands import ClaimJob, ReleaseJob
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.workers.processor import JobContext, Results
 from jobledger.workers.processors.echo import EchoProcessor
@@ -163,17 +166,33 @@ async def test_log_page_adds_new_events_at_the_top(api_without_worker: Api, page
     await expect(page.locator("h1")).to_have_text("first")
 
 
-async def test_time_travel_slider_shows_job_at_each_event(api: Api, page: Page) -> None:
+async def test_past_state_slider_shows_job_at_each_event(api: Api, page: Page) -> None:
     job_id = await api.submit({"fail": "no luck"}, max_attempts=1)
     await api.wait_until_finished(job_id)
     await page.goto(build_page_url(api, f"/jobs/{job_id}"))
-    state, slider = page.locator("#time-travel-state"), page.locator("#time-travel input")
+    state, slider = page.locator("#past-state-summary"), page.locator("#past-state input")
     await expect(state).to_contain_text("Failed")
     await slider.focus()
     await slider.press("Home")
     await expect(state).to_contain_text("Pending")
     await slider.press("ArrowRight")
     await expect(state).to_contain_text("Processing")
+
+
+async def test_job_page_shows_released_attempts_without_maximum(api_without_worker: Api, page: Page) -> None:
+    api = api_without_worker
+    job_id = await api.submit({"text": "x"}, max_attempts=1)
+    claim = ClaimJob("worker-1", datetime.now(UTC) + timedelta(hours=1))
+    await api.handle_commands(job_id, claim, ReleaseJob("worker-1", 1, "the worker shuts down"), claim)
+    await page.goto(build_page_url(api, f"/jobs/{job_id}"))
+    attempt = page.locator("#details dt", has_text="Attempt").locator("xpath=following-sibling::dd[1]")
+    await expect(attempt).to_have_text(re.compile(r"^2 \("))
+    await expect(page.locator("#attempts tr").first).to_contain_text("Released")
+    state, slider = page.locator("#past-state-summary"), page.locator("#past-state input")
+    await expect(state).to_contain_text("Processing · Attempt 2 · ")
+    await slider.focus()
+    await slider.press("Home")
+    await expect(state).to_contain_text("Pending · 0 %")
 
 
 async def test_session_job_page_shows_preview_slides_and_working_links(

@@ -1,11 +1,11 @@
 // A slider over the events of a job. It shows the state of the job as of each event.
 import { formatMessage } from "./messages.js";
 
-export function initTimeTravel() {
-  const section = document.getElementById("time-travel");
+export function initPastState() {
+  const section = document.getElementById("past-state");
   if (!section) return;
   const slider = section.querySelector("input");
-  const state = section.querySelector("#time-travel-state");
+  const state = section.querySelector("#past-state-summary");
   for (const element of [slider, state]) element.toggleAttribute("data-morph-ignore", true);
   let requestCount = 0;
   const showState = async () => {
@@ -17,7 +17,7 @@ export function initTimeTravel() {
     const { job } = await response.json();
     const parts = [
       `${position}: ${formatMessage(job.status)}`,
-      `${job.attempt}/${job.max_attempts}`,
+      job.attempt && formatMessage("attempt_number", job.attempt),
       `${Math.round(job.progress.percent)} %`,
       job.progress.message,
       job.worker_id,
