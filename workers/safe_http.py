@@ -80,9 +80,18 @@ class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
 
 
 @cache
-def get_ssl_context() -> ssl.SSLContext:
-    """Return the context of all TLS connections. It is created once, because that blocks the event loop for 20 ms."""
-    return httpx.create_ssl_context()
+def get_ssl_context(*, trust_env: bool = True) -> ssl.SSLContext:
+    """Return a context for TLS connections of workers.
+
+    It is created once, because that blocks the event loop for 20 ms.
+
+    Args:
+        trust_env: Whether `SSL_CERT_FILE` and `SSL_CERT_DIR` replace the certificates of certifi.
+
+    Raises:
+        OSError: With `trust_env`, the file cannot be read.
+    """
+    return httpx.create_ssl_context(trust_env=trust_env)
 
 
 class CheckedTransport(httpx.AsyncBaseTransport):

@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 
+from jobledger.workers import safe_http
 from jobledger.workers.processor import ProcessorError, Results
 from jobledger.workers.processors.session import SessionProcessor, speech_api
+from jobledger.workers.processors.session.openai_api import OpenAiClient
+from jobledger.workers.processors.session.settings import TranscriptionSettings
 from jobledger.workers.processors.session.speech_api import split_at_silence
 from jobledger.workers.processors.session.transcript import SAMPLE_RATE
 from tests.processors.session.fixtures import (
@@ -67,6 +70,14 @@ def make_response(seconds: float) -> Any:
         {"id": 1, "start": seconds - 1, "end": seconds, "text": "end"},
     ]
     return {"task": "transcribe", "language": "english", "duration": seconds, "text": "begin end", "segments": segments}
+
+
+async def test_client_ignores_certificates_of_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "missing.pem"))
+    safe_http.get_ssl_context.cache_clear()
+    settings = TranscriptionSettings(backend="openai", url="https://127.0.0.1/v1", model="whisper")
+    async with OpenAiClient(settings):
+        pass
 
 
 async def test_recording_is_sent_in_chunks_and_text_is_in_order(

@@ -45,7 +45,10 @@ class OpenAiClient:
         self._url = settings.url
         self._timeout = settings.timeout_seconds
         self._client = httpx.AsyncClient(
-            headers=headers, timeout=settings.timeout_seconds, trust_env=False, verify=get_ssl_context()
+            headers=headers,
+            timeout=settings.timeout_seconds,
+            trust_env=False,
+            verify=get_ssl_context(trust_env=False),
         )
 
     async def __aenter__(self) -> Self:
