@@ -32,6 +32,7 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import batches, jobs
 from jobledger.projections.views.documents import Fold, fold_events
+from jobledger.projections.views.projection_errors import ERROR_FIELD
 
 _UNFINISHED: Final = frozenset({"pending", "processing"})
 
@@ -133,9 +134,15 @@ async def wait_until_finished(request: Request, kind: ResourceKind, resource_id:
 
 
 async def _check_finished(event_store: EventStore, kind: ResourceKind, resource_id: str) -> tuple[bool, int]:
-    """Return whether a resource is finished or deleted, and the position of its last event."""
+    """Return whether to stop waiting for a resource, and the position of the last event that was applied.
+
+    The wait ends when the resource is finished or deleted. It also ends at an unreadable event, because the status
+    after it is unknown.
+    """
     document = fold_events(kind.fold, events := await event_store.read_stream(resource_id))
-    return document is None or document["status"] not in _UNFINISHED, events[-1].position if events else 0
+    if document is None:
+        return True, events[-1].position if events else 0
+    return ERROR_FIELD in document or document["status"] not in _UNFINISHED, document["position"]
 
 
 @contextmanager
