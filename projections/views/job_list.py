@@ -9,7 +9,7 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Final
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.statuses import JobStatus
@@ -47,6 +47,8 @@ class JobFilter(BaseModel):
     Attributes:
         q: All words of this text must be in the name, ID, session, event, track, file name or speakers of the job.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     status: JobStatus | None = None
     batch_id: str | None = None

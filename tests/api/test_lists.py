@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import Document
@@ -185,6 +186,12 @@ def make_job_document(number: int) -> Document:
     }
     jobs._set_list_index(job)
     return job
+
+
+def test_filter_with_unknown_field_is_rejected() -> None:
+    fields: dict[str, Any] = {"batch": "batch-7"}
+    with pytest.raises(ValidationError, match="batch"):
+        job_list.JobFilter(**fields)
 
 
 @pytest.mark.parametrize("principal", [ADMIN, ALICE, STRANGER], ids=["admin", "alice", "stranger"])
