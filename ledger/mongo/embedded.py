@@ -256,9 +256,11 @@ class EmbeddedServer:
         """Return the process ID (0 if unknown) of a mongod that still uses the data files."""
         try:
             with (self._dbpath / "mongod.lock").open("rb") as file:
-                return None if try_lock(file.fileno(), fcntl.LOCK_EX) else int(file.read() or 0)
+                return None if try_lock(file.fileno(), fcntl.LOCK_EX) else int(file.read())
         except FileNotFoundError:
             return None
+        except ValueError:  # empty, or damaged by a power loss
+            return 0
 
     def _announce(self) -> None:
         """Write the address for other commands if the server is ready."""
@@ -394,7 +396,8 @@ def _end_with_owner(owner_pid: int) -> None:
     """Request a SIGTERM when the owner ends. Exit if it has already ended. Runs between fork and exec."""
     os.umask(0o077)
     if sys.platform == "linux":
-        set_parent_death_signal(signal.SIGTERM)
+        with suppress(OSError):  # denied by a seccomp filter: mongod then outlives a killed owner
+            set_parent_death_signal(signal.SIGTERM)
     if os.getppid() != owner_pid:
         os._exit(1)
 

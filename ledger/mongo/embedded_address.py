@@ -21,7 +21,7 @@ from typing import Final
 from urllib.parse import quote
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
-from jobledger.ledger.system.private_files import create_file, make_private_directory
+from jobledger.ledger.system.private_files import make_private_directory, replace_file
 
 SOCKET_NAME: Final = "mongodb.sock"
 KEY_NAME: Final = "mongodb.key"
@@ -57,7 +57,7 @@ def load_key(data_dir: Path) -> str:
             if _KEY.fullmatch(key):
                 return key
     key = base64.b64encode(secrets.token_bytes(96)).decode()
-    with create_file(path, data_dir) as file:
+    with replace_file(path) as file:
         file.write(f"{key}\n".encode())
     return key
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobledger.ledger.domain.errors import ServerInUse
-from jobledger.ledger.system.private_files import create_file
+from jobledger.ledger.system.private_files import replace_file
 
 # A process that calls `is_owned` holds a shared lock for a moment. A process that acquires the lock waits this long.
 LOCK_TIMEOUT_SECONDS = 0.5
@@ -71,8 +71,8 @@ def is_owned(data_dir: Path) -> bool:
 
 
 def write_server_info(data_dir: Path, info: ServerInfo) -> None:
-    """Write the file atomically."""
-    with create_file(data_dir / "server.json", data_dir) as file:
+    """Write the file atomically. Only the owner of the directory may call it."""
+    with replace_file(data_dir / "server.json") as file:
         file.write(f"{info.model_dump_json()}\n".encode())
 
 

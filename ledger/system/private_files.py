@@ -63,8 +63,27 @@ def create_file(target: Path, directory: Path) -> Iterator[IO[bytes]]:
 
     In a file store, `directory` is the root, where `remove_orphans` looks for files of killed processes.
     """
-    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file, remove_on_exit(Path(file.name)) as path:
+    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file, _move_when_complete(file, target):
         yield file
+
+
+@contextmanager
+def replace_file(target: Path) -> Iterator[IO[bytes]]:
+    """Write `target` as `create_file` does, with the temporary file `<target>.new`. There must be no other writer.
+
+    The next write replaces the temporary file of a killed process, so that none remains, for example with a secret.
+    """
+    path = target.with_name(f"{target.name}.new")
+    path.unlink(missing_ok=True)
+    with open_private(path, "xb") as file, _move_when_complete(file, target):
+        yield file
+
+
+@contextmanager
+def _move_when_complete(file: IO[bytes], target: Path) -> Iterator[None]:
+    """Move the temporary file to `target` after the block, or remove it if the block fails."""
+    with remove_on_exit(Path(file.name)) as path:
+        yield
         file.flush()
         os.fsync(file.fileno())
         path.chmod(FILE_MODE)

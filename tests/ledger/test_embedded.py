@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import os
@@ -14,7 +15,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from structlog.testing import capture_logs
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo import embedded
 from jobledger.ledger.mongo.embedded import EmbeddedServer, attach_or_start, find_mongod, find_running_server
+from jobledger.ledger.mongo.embedded_address import load_key
 from jobledger.ledger.mongo.embedded_files import ServerInfo, read_server_info, wait_until, write_server_info
 from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.polling import DEADLINE_SECONDS
@@ -254,6 +256,41 @@ def test_copied_data_directory_is_independent(tmp_path: Path) -> None:
         assert read_numbers(copy.uri) == [1, 3]
 
 
+def write_key(data_dir: Path) -> None:
+    load_key(data_dir)
+
+
+def write_address(data_dir: Path) -> None:
+    write_server_info(data_dir, ServerInfo(uri="mongodb://secret@localhost", pid=1))
+
+
+@pytest.mark.parametrize(("write", "name"), [(write_key, "mongodb.key"), (write_address, "server.json")])
+def test_secret_of_killed_writer_is_replaced_by_next_write(
+    write: Callable[[Path], None], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            monkeypatch.setattr(os, "fsync", lambda _file: os.kill(os.getpid(), signal.SIGKILL))
+            write(tmp_path)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    assert stat.S_IMODE(left.stat().st_mode) == 0o600
+    write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_mongod_starts_where_death_signal_is_denied(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(_signal_number: int) -> None:
+        raise PermissionError(errno.EPERM, "denied")
+
+    monkeypatch.setattr(embedded, "set_parent_death_signal", deny)
+    owner_pid = os.getpid()
+    subprocess.run(["true"], preexec_fn=lambda: embedded._end_with_owner(owner_pid), check=True)
+
+
 def test_long_log_is_rotated_at_start(tmp_path: Path) -> None:
     (tmp_path / "mongodb.log").write_bytes(b"old\n" * (3 * 2**20))
     with EmbeddedServer.start(tmp_path):
@@ -440,14 +477,17 @@ def test_unusable_data_files_error_is_plain_and_frees_directory(damage: Any, rea
     EmbeddedServer.start(tmp_path).stop()
 
 
-def test_data_files_locked_by_other_mongod_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("content", "process"), [(b"4711\n", 4711), (b"", 0), (b"\0\0\0\0", 0)])
+def test_data_files_locked_by_other_mongod_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, process: int
+) -> None:
     monkeypatch.setattr(embedded, "STOP_SECONDS", 0.2)
     lock_file = tmp_path / "mongodb" / "mongod.lock"
     lock_file.parent.mkdir()
-    lock_file.write_text("4711")
+    lock_file.write_bytes(content)
     with lock_file.open() as locked_file:
         fcntl.flock(locked_file, fcntl.LOCK_EX)
-        with pytest.raises(DatabaseUnsuitable, match=r"another mongod \(process 4711\)"):
+        with pytest.raises(DatabaseUnsuitable, match=rf"another mongod \(process {process}\)"):
             EmbeddedServer.start(tmp_path)
 
 
