@@ -104,7 +104,7 @@ def test_recipes_name_existing_constants_and_functions() -> None:
     _, _, text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Recipes")
     code = "".join(
         path.read_text(encoding="utf-8")
-        for folder in ("ledger", "projections", "workers", "api", "cli", "tests/support")
+        for folder in ("ledger", "projections", "workers", "api", "cli", "tests")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".yaml")
     )

@@ -29,8 +29,8 @@ from jobledger.projections.views import batches, deliveries, endpoints, jobs, pr
 
 MAX_LOADED_BYTES: Final = 64 * 1024 * 1024
 """Maximum BSON size of the documents of one view that are read for one chunk."""
-QUEUE_CHANGING_EVENTS: Final = frozenset({BatchPaused.__name__, BatchResumed.__name__, BatchDeleted.__name__})
-"""Events that may change whether the pending jobs of a batch are in the queue."""
+BATCH_QUEUE_EVENTS: Final = frozenset({BatchPaused.__name__, BatchResumed.__name__, BatchDeleted.__name__})
+"""Events of batches that may change whether their pending jobs are in the queue."""
 _FIRST_EVENTS: Final = frozenset({JobSubmitted.__name__, BatchSubmitted.__name__, DeliveryQueued.__name__})
 """The first events of streams. Their documents do not exist yet."""
 
@@ -85,7 +85,7 @@ class DocumentLoader:
         }
         loaded[endpoints.NAME] = await read(endpoints.NAME, endpoint_ids)
         loaded[statistics.NAME] = await read(statistics.NAME, {statistics.FINISHED_BY_MINUTE})
-        changed_queues = {event.stream for event in events if event.type in QUEUE_CHANGING_EVENTS}
+        changed_queues = {event.stream for event in events if event.type in BATCH_QUEUE_EVENTS}
         changed_queues &= loaded[batches.NAME].keys()
         job_ids = [
             job_id for batch_id in sorted(changed_queues) for job_id in loaded[batches.NAME][batch_id]["job_ids"]

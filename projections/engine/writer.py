@@ -26,7 +26,7 @@ from jobledger.ledger.mongo.connection import Database, Document, is_transient, 
 from jobledger.ledger.mongo.leader_election import LeadershipLost
 from jobledger.ledger.mongo.transactions import run_transaction
 from jobledger.ledger.store.event_store import ReadPosition
-from jobledger.projections.engine.document_loader import QUEUE_CHANGING_EVENTS, DocumentLoader
+from jobledger.projections.engine.document_loader import BATCH_QUEUE_EVENTS, DocumentLoader
 from jobledger.projections.engine.view_changes import ChunkTooLarge, ViewChanges, Write
 from jobledger.projections.slots import Views
 from jobledger.projections.views import projection_errors, statistics
@@ -134,7 +134,7 @@ class ProjectionWriter:
             UnsupportedEvent: A later version of the program wrote one of the events.
         """
         with translate_errors("loading documents of the views"):
-            if self._unwritten is not None and any(event.type in QUEUE_CHANGING_EVENTS for event in events):
+            if self._unwritten is not None and any(event.type in BATCH_QUEUE_EVENTS for event in events):
                 await self._written.wait()  # a query for the pending jobs must see the previous chunk
             changes = await self._loader.load(events, unwritten=self._unwritten, position=self.position)
         digest = events[-1].document.get("hash")  # events read without metadata have no hash

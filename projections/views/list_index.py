@@ -36,6 +36,7 @@ _MIN_WORDS: Final = 5
 _MAX_UNMEASURED_KEYS: Final = 200
 """This many keys always fit into the budget: names have at most 200 characters, values 80."""
 _USUAL_FACETS: Final = 8
+"""Facets of a session in a batch: all, batch, user, type, track, event, day, language. Only failed jobs have more."""
 _USUAL_KEY_CHARACTERS: Final = 16
 _WORD: Final = re.compile(r"\w+")
 
