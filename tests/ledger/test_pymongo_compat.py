@@ -71,12 +71,12 @@ async def test_client_cancelled_while_connecting_stops_at_any_point(connection: 
 
 @needs_local_mongod
 async def test_connection_opened_during_recovery_supports_sessions_afterwards(tmp_path: Path) -> None:
-    """A restarted server is in the same state until it has read its data, but only for a moment."""
+    """Maintenance mode reproduces the RECOVERING state of a restarted server."""
     with EmbeddedServer.start(tmp_path, oplog_mb=64) as server:
         connection = Connection(server.uri, "test")
         async with connection.create_client() as observer, connection.create_client() as client:
             admin = observer.admin
-            await admin.command("replSetStepDown", 2, secondaryCatchUpPeriodSecs=0, force=True)
+            await admin.command("replSetStepDown", 60, secondaryCatchUpPeriodSecs=0, force=True)
             await admin.command("replSetMaintenance", 1)
             with pytest.raises(PyMongoError):
                 await use_session(client["test"])
@@ -84,6 +84,7 @@ async def test_connection_opened_during_recovery_supports_sessions_afterwards(tm
                 assert blocking_client.admin.command("ping")["ok"]
 
                 await admin.command("replSetMaintenance", 0)
+                await admin.command("replSetFreeze", 0)
                 await poll_until(lambda: is_primary(observer["test"]), "the server is primary")
 
                 await use_session(client["test"])

@@ -144,6 +144,7 @@ def test_clear_keeps_deliveries_in_flight_and_host_states() -> None:
     schedule = make_schedule(make_delivery("x"), make_delivery("y", 1), circuit_breaker_failures=1)
     [delivery] = schedule.take_due(START)[0]
     schedule.clear()
+    assert not schedule._current
     assert schedule.take_due(after_start(2)) == ([], [])
     schedule.record_result(delivery, is_responsive=False, now=START)
     schedule.add(make_delivery("y"))
@@ -187,4 +188,6 @@ def test_each_delivery_is_tried_once_within_the_limits_for_any_responses(
             assert next_due_at > now
             now = next_due_at
     assert sorted(tried_ids) == sorted(f"d{n}" for n in range(len(entries)))
-    assert schedule.take_due(after_start(2)) == ([], [])
+    assert not schedule._current
+    assert schedule.take_due(now) == ([], [])
+    assert schedule.get_next_due_at(now) is None
