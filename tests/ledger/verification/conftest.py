@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
@@ -137,6 +138,17 @@ def check_problem_at(result: VerificationResult, document: Document, *words: str
         assert word in problem.description, str(problem)
     assert f"position {document['_id']} ({document['stream']}, version {document['version']}): " in str(problem)
     return problem
+
+
+class FailedCases(dict[str, str]):
+    """Failed assertions by the name of their case. A test with several cases asserts at its end that it is empty."""
+
+    @contextmanager
+    def collect(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (AssertionError, pytest.fail.Exception) as error:
+            self[name] = str(error)
 
 
 def check_missing_at(result: VerificationResult, position: int) -> None:

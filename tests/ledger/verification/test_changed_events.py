@@ -22,6 +22,7 @@ from jobledger.ledger.store.hash_chain import GENESIS_HASH
 from jobledger.ledger.store.verification import verify_log
 from tests.ledger.verification.conftest import (
     LAST_POSITION,
+    FailedCases,
     add_hash,
     append_every_type,
     check_problem_at,
@@ -63,16 +64,17 @@ CHANGES: dict[str, tuple[int, Document]] = {
 
 async def test_changed_event_is_detected(unstreamed_ledger: Ledger) -> None:
     documents = await create_history(unstreamed_ledger)
+    failed = FailedCases()
     for change, (position, update) in CHANGES.items():
-        assert (await unstreamed_ledger.db.events.update_one({"_id": position}, update)).modified_count == 1, change
-        [document] = await load_event_documents(unstreamed_ledger.db, {"_id": position})
-        result = await verify_log(unstreamed_ledger.event_store)
-        assert result.problem is not None, change
-        problem = check_problem_at(result, document)
-        assert problem.description.startswith(
-            ("its hash does not match its content", "its data.message is a NoneType")
-        ), change
+        with failed.collect(change):
+            assert (await unstreamed_ledger.db.events.update_one({"_id": position}, update)).modified_count == 1
+            [document] = await load_event_documents(unstreamed_ledger.db, {"_id": position})
+            problem = check_problem_at(await verify_log(unstreamed_ledger.event_store), document)
+            assert problem.description.startswith(
+                ("its hash does not match its content", "its data.message is a NoneType")
+            )
         await replace_documents(unstreamed_ledger, documents[position - 1])
+    assert not failed
     check_valid(await verify_log(unstreamed_ledger.event_store))
 
 
@@ -89,14 +91,17 @@ FIELDS = ("event_id", "stream", "version", "type", "schema", "time", "data", "me
 
 async def test_missing_envelope_field_is_detected(unstreamed_ledger: Ledger) -> None:
     documents = await create_history(unstreamed_ledger)
+    failed = FailedCases()
     for name in FIELDS:
         await unstreamed_ledger.db.events.update_one({"_id": 3}, {"$unset": {name: 1}})
-        result = await verify_log(unstreamed_ledger.event_store)
-        assert result.problem is not None, name
-        assert (result.problem.position, result.problem.description) == (3, f"lacks the field {name}")
         [stored] = await load_event_documents(unstreamed_ledger.db, {"_id": 3})
-        assert (result.problem.stream, result.problem.version) == (stored.get("stream"), stored.get("version")), name
+        problem = (await verify_log(unstreamed_ledger.event_store)).problem
+        with failed.collect(name):
+            assert problem is not None
+            assert (problem.position, problem.description) == (3, f"lacks the field {name}")
+            assert (problem.stream, problem.version) == (stored.get("stream"), stored.get("version"))
         await replace_documents(unstreamed_ledger, documents[2])
+    assert not failed
     check_valid(await verify_log(unstreamed_ledger.event_store))
 
 
@@ -194,6 +199,7 @@ RAW_CHANGES: dict[str, tuple[bytes, bytes, str]] = {
 async def test_encoding_hidden_by_decoding_is_detected_and_named(unstreamed_ledger: Ledger) -> None:
     original = await submit_original(unstreamed_ledger)
     inner = ("data", "parameters", "inner")
+    failed = FailedCases()
     for name, (old, new, what) in RAW_CHANGES.items():
         document = original
         if b"forged" in old:  # two fields `b`: decoding keeps the second one, and the hash matches it
@@ -205,9 +211,9 @@ async def test_encoding_hidden_by_decoding_is_detected_and_named(unstreamed_ledg
         await unstreamed_ledger.db.command(
             {"insert": "events", "documents": [RawBSONDocument(encoded.replace(old, new))]}
         )
-        result = await verify_log(unstreamed_ledger.event_store)
-        assert result.problem is not None, name
-        check_problem_at(result, document, what)
+        with failed.collect(name):
+            check_problem_at(await verify_log(unstreamed_ledger.event_store), document, what)
+    assert not failed
     await replace_documents(unstreamed_ledger, original)
     check_valid(await verify_log(unstreamed_ledger.event_store))
 
@@ -226,10 +232,14 @@ async def test_any_submitted_json_is_stored_in_valid_form(unstreamed_ledger: Led
 
 
 async def test_append_of_non_json_type_is_rejected(unstreamed_ledger: Ledger) -> None:
+    failed = FailedCases()
     for value in (TIMESTAMP, b"x", Code("x"), Int64(1)):
-        with pytest.raises(InvalidEvent, match=rf"its data\.parameters\.deep\.0 is a.* {type(value).__name__}"):
-            await unstreamed_ledger.submit_job(ORIGINAL_EVENT.model_copy(update={"parameters": {"deep": [value]}}))
-        assert not await load_event_documents(unstreamed_ledger.db)
+        name = type(value).__name__
+        with failed.collect(name):
+            with pytest.raises(InvalidEvent, match=rf"its data\.parameters\.deep\.0 is a.* {name}"):
+                await unstreamed_ledger.submit_job(ORIGINAL_EVENT.model_copy(update={"parameters": {"deep": [value]}}))
+            assert not await load_event_documents(unstreamed_ledger.db)
+    assert not failed
 
 
 FieldPath = tuple[str | int, ...]
