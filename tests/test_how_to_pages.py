@@ -39,7 +39,11 @@ from tests.support.polling import DEADLINE_SECONDS
 def installation(
     mongodb_uri: str, mongodb_client: MongoClient[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Installation]:
-    """An installation in which all roles run, with default settings. Tests must not stop or reconfigure it."""
+    """An installation in which all roles run, with default settings. Tests must not stop or reconfigure it.
+
+    A test asserts only about jobs that it added itself. Only one test may add jobs that fail: its commands list and
+    restart all of them.
+    """
     db_name = f"test_{uuid4().hex[:16]}"
     with create_installation(mongodb_uri, db_name, tmp_path_factory.mktemp("up"), {}) as installation:
         installation.start_up_command()
@@ -133,7 +137,7 @@ def test_manage_jobs_how_to_commands_list_stop_and_restart_jobs(installation: In
     assert wait_until(
         lambda: "2 failed" in run_shell(installation, f"jobledger batches show {batch_id}"), DEADLINE_SECONDS
     )
-    [waiting] = run_shell(installation, "jobledger jobs list --status pending --ids").split()
+    [waiting] = run_shell(installation, f"jobledger jobs list --batch {batch_id} --status pending --ids").split()
     ids = f"BATCH={batch_id} JOB={waiting}"
     output = run_shell(installation, ids, list_commands, show_commands)
     assert output.count("ECHO_FAILED: no luck") == 2 + 2, "in the list of failed jobs and in the search by name"
@@ -145,7 +149,9 @@ def test_manage_jobs_how_to_commands_list_stop_and_restart_jobs(installation: In
     assert f"{waiting} is pending\n" in output
     assert re.search(rf"{batch_id}: [23] of 3 jobs changed\n", output), "the third may have failed again already"
     assert wait_until(
-        lambda: run_shell(installation, "jobledger jobs list --status failed --ids").count("job-") == 3,
+        lambda: (
+            run_shell(installation, f"jobledger jobs list --batch {batch_id} --status failed --ids").count("job-") == 3
+        ),
         DEADLINE_SECONDS,
     )
     output = run_shell(installation, bulk_commands.replace("FETCH_FAILED", "ECHO_FAILED"))

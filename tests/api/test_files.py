@@ -368,12 +368,12 @@ async def test_empty_file_is_served_and_has_no_ranges(shared_api: Api) -> None:
 
 
 async def test_download_parameter_sets_attachment_disposition(shared_api: Api) -> None:
-    await add_file(shared_api, "c/talk.md", media_type="text/markdown")
-    inline = await shared_api.get(f"{FILES}c/talk.md")
-    attachment = await shared_api.get(f"{FILES}c/talk.md?download=1")
-    invalid = await shared_api.get(f"{FILES}c/talk.md?download=maybe")
-    assert inline.headers["content-disposition"] == 'inline; filename="talk.md"'
-    assert attachment.headers["content-disposition"] == 'attachment; filename="talk.md"'
+    await add_file(shared_api, "c/download.md", media_type="text/markdown")
+    inline = await shared_api.get(f"{FILES}c/download.md")
+    attachment = await shared_api.get(f"{FILES}c/download.md?download=1")
+    invalid = await shared_api.get(f"{FILES}c/download.md?download=maybe")
+    assert inline.headers["content-disposition"] == 'inline; filename="download.md"'
+    assert attachment.headers["content-disposition"] == 'attachment; filename="download.md"'
     assert (invalid.status_code, invalid.json()["details"]["errors"][0]["path"]) == (422, "download")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.installation import Installation, http_client
+from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.plugins import install_plugin
 
 HOSTILE_PROCESSOR = """
@@ -68,15 +69,14 @@ OUTCOMES = {
 }
 
 
+@needs_local_mongod
 def test_inline_job_that_attacks_the_event_loop_affects_only_itself(
-    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_plugin(tmp_path / "plugins", "hostile", HOSTILE_PROCESSOR)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"))
-    mongodb = {"uri": mongodb_uri, "db_name": db_name}
-    with Installation(
-        tmp_path / "installation", mongodb=mongodb, event_worker={"shutdown_grace_seconds": 1}
-    ) as installation:
+    # The embedded server must stop properly after the attacks, too.
+    with Installation(tmp_path / "installation", event_worker={"shutdown_grace_seconds": 1}) as installation:
         up = installation.start_up_command()
         with http_client(up) as client:
             for action, (status, code) in OUTCOMES.items():

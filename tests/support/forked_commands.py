@@ -25,10 +25,12 @@ _PROGRAM: Final = """
 import json, os, select, signal, socket, sys, time
 
 listener, parent = socket.socket(fileno=int(sys.argv[1])), socket.socket(fileno=int(sys.argv[2]))
-for descriptor, name in enumerate(("stdin", "stdout", "stderr")):  # open streams that never seek: commands get pipes
+# Open the streams on a socket: a stream that was opened on a file seeks, which fails when a command gets a pipe.
+for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
     saved = os.dup(descriptor)
     os.dup2(parent.fileno(), descriptor)
-    setattr(sys, name, open(descriptor, "w" if descriptor else "r", errors=getattr(sys, name).errors))
+    mode, buffering = "w" if descriptor else "r", 1 if name == "stderr" else -1  # `stderr` is flushed after each line
+    setattr(sys, name, open(descriptor, mode, buffering, errors=getattr(sys, name).errors))
     os.dup2(saved, descriptor)
     os.close(saved)
 
@@ -38,7 +40,7 @@ import jobledger.cli.administration.api_key_admin, jobledger.cli.administration.
 import jobledger.cli.administration.view_maintenance, jobledger.cli.checks.database, jobledger.cli.checks.machine
 import jobledger.cli.composition, jobledger.cli.runtime
 
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the processes that wait for commands need no wait
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies of the processes that wait for commands
 while True:
     readable, _, _ = select.select([listener, parent], [], [])
     if parent in readable:

@@ -1,4 +1,4 @@
-"""Build the reports of a worker about its attempt in one line."""
+"""Build `ReportEvent` commands of a worker."""
 
 from __future__ import annotations
 
