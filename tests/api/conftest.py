@@ -6,7 +6,13 @@ import asyncio
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +24,7 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 from pymongo import MongoClient
 
+from jobledger.api.auth.permissions import AuthBackend
 from jobledger.cli.composition import ALL_ROLES, Role, start_roles
 from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
@@ -31,8 +38,10 @@ TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
 TEST_METADATA = EventMetadata("test")
 WITHOUT_WORKER: frozenset[Role] = frozenset({"api", "projector"})
 """Roles with which submitted jobs stay pending."""
-WITHOUT_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""Trusts no certificate. Reading the usual ones would take a fifth of the time in which an API starts."""
+BACKEND_NAME = "jobledger.cli.hosting.server.SingleUserBackend"
+"""The authentication that tests replace."""
+NO_TRUSTED_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Loading the system's certificates takes a fifth of the start-up time."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class Api:
     event_store: EventStore
     store: Path
     principal_headers: dict[str, str] = field(default_factory=dict)
+    failures: list[BaseException] = field(default_factory=list)
+    """Exceptions of roles that ended unexpectedly."""
 
     @property
     def url(self) -> str:
@@ -89,6 +100,12 @@ class Api:
         for command in commands:
             recorded += (await handle_command(self.event_store, stream, command, meta=meta)).events
         return recorded
+
+    async def check_no_request_recorded(self, *, after: int) -> None:
+        """Check that the log has no event after this position, except the projector's for earlier batches."""
+        for event in await self.event_store.read(after=after):
+            assert event.meta.actor == "system", event
+            assert event.type in ("BatchFinished", "BatchReopened"), event
 
     async def wait_for_event(self, stream: str, *types: str) -> dict[str, Any]:
         """Wait for an event of a job or batch and until the views contain it. Return the event."""
@@ -166,7 +183,7 @@ def make_settings(uri: str, db_name: str, directory: Path, **sections: dict[str,
 
 
 def create_client(url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, timeout=DEADLINE_SECONDS, trust_env=False, verify=WITHOUT_TLS)
+    return httpx.AsyncClient(base_url=url, timeout=DEADLINE_SECONDS, trust_env=False, verify=NO_TRUSTED_CERTIFICATES)
 
 
 async def run_api(
@@ -187,18 +204,18 @@ async def run_api(
         start_roles(settings, settings.mongodb.make_connection(uri), roles, on_failure=failures.append) as running,
         create_client(running.url or "") as client,
     ):
-        yield Api(client, running.db, running.event_store, directory / "results")
+        yield Api(client, running.db, running.event_store, directory / "results", failures=failures)
     assert not failures
 
 
 @pytest.fixture
 def header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Authenticate by a header (tests/support/header_auth.py). Must come before the fixture that runs the API."""
-    use_header_auth(monkeypatch)
+    monkeypatch.setattr(BACKEND_NAME, create_header_auth_backend)
 
 
-def use_header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.cli.hosting.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
+def create_header_auth_backend(_user_id: str) -> HeaderAuthBackend:
+    return HeaderAuthBackend()
 
 
 @pytest.fixture
@@ -245,66 +262,70 @@ def run_without_worker(mongodb_uri: str, db_name: str, tmp_path: Path) -> RunApi
 
 @dataclass(frozen=True)
 class ApiInThread:
-    """An API without a worker whose event loop runs in another thread, so that each test can have its own."""
+    """An API without a worker. Its event loop runs in another thread, so each test has its own event loop."""
 
     url: str
     connection: Connection
     store: Path
+    failures: list[BaseException]
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Api]:
-        """Yield the API with an HTTP client and an event store of the current event loop."""
+        """Yield the API with an HTTP client and an event store of the current event loop.
+
+        A role that has ended unexpectedly fails the test.
+        """
         async with create_client(self.url) as http, self.connection.create_client() as mongo:
-            db = mongo[self.connection.db_name]
-            event_store = EventStore(db)
-            yield Api(http, db, event_store, self.store)
+            event_store = EventStore(mongo[self.connection.db_name])
+            yield Api(http, mongo[self.connection.db_name], event_store, self.store)
             await event_store.aclose()
+        assert not self.failures
 
 
-@contextmanager
-def run_api_in_thread(
-    uri: str, directory: Path, monkeypatch: pytest.MonkeyPatch | None = None
-) -> Iterator[ApiInThread]:
-    """Run an API without a worker on a new database. Undo the changes of `monkeypatch` once the API has started."""
-    db_name = f"test_{uuid4().hex[:16]}"
-    run = asynccontextmanager(run_api)
-    with (
-        start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(run(uri, db_name, directory, WITHOUT_WORKER)) as api,
-    ):
-        if monkeypatch is not None:
-            monkeypatch.undo()
-        yield ApiInThread(api.url, Connection(uri, db_name), api.store)
-
-
-def drop_database_later(api: ApiInThread, client: MongoClient[dict[str, Any]], executor: ThreadPoolExecutor) -> None:
-    executor.submit(client.drop_database, api.connection.db_name)
+RunApiInThread = Callable[..., AbstractContextManager[ApiInThread]]
+"""Runs an API without a worker on a new database. The optional argument creates another backend of authentication."""
 
 
 @pytest.fixture(scope="module")
-def api_of_module(
+def run_in_thread(
     mongodb_uri: str,
     mongodb_client: MongoClient[dict[str, Any]],
     cleanup_executor: ThreadPoolExecutor,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[ApiInThread]:
-    with run_api_in_thread(mongodb_uri, tmp_path_factory.mktemp("api")) as api:
+) -> RunApiInThread:
+    """The context manager that runs an API for all tests of a module."""
+
+    @contextmanager
+    def run(create_backend: Callable[[str], AuthBackend] | None = None) -> Iterator[ApiInThread]:
+        connection = Connection(mongodb_uri, f"test_{uuid4().hex[:16]}")
+        running = asynccontextmanager(run_api)(
+            mongodb_uri, connection.db_name, tmp_path_factory.mktemp("api"), WITHOUT_WORKER
+        )
+        try:
+            with pytest.MonkeyPatch.context() as monkeypatch, start_blocking_portal() as portal:
+                if create_backend is not None:
+                    monkeypatch.setattr(BACKEND_NAME, create_backend)
+                with portal.wrap_async_context_manager(running) as api:
+                    monkeypatch.undo()  # the tests of the module may run other APIs
+                    yield ApiInThread(api.url, connection, api.store, api.failures)
+        finally:
+            cleanup_executor.submit(mongodb_client.drop_database, connection.db_name)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def api_of_module(run_in_thread: RunApiInThread) -> Iterator[ApiInThread]:
+    """An API without a worker. Tests use it by `shared_api`."""
+    with run_in_thread() as api:
         yield api
-    drop_database_later(api, mongodb_client, cleanup_executor)
 
 
 @pytest.fixture(scope="module")
-def header_auth_api_of_module(
-    mongodb_uri: str,
-    mongodb_client: MongoClient[dict[str, Any]],
-    cleanup_executor: ThreadPoolExecutor,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[ApiInThread]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        use_header_auth(monkeypatch)
-        with run_api_in_thread(mongodb_uri, tmp_path_factory.mktemp("api"), monkeypatch) as api:
-            yield api
-    drop_database_later(api, mongodb_client, cleanup_executor)
+def header_auth_api_of_module(run_in_thread: RunApiInThread) -> Iterator[ApiInThread]:
+    """Like `api_of_module`, but authenticates by a header. Tests use it by `shared_header_auth_api`."""
+    with run_in_thread(create_header_auth_backend) as api:
+        yield api
 
 
 @pytest.fixture

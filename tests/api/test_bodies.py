@@ -24,7 +24,7 @@ from jobledger.api.http.errors import ApiError
 from jobledger.api.http.memory_budget import MemoryBudget, MemoryReservation
 from jobledger.api.http.validation import validate_content
 from jobledger.workers.processors.session.parameters import SessionParameters
-from tests.api.conftest import WITHOUT_TLS
+from tests.api.conftest import NO_TRUSTED_CERTIFICATES
 from tests.support.installation import Installation, RunningCommand
 from tests.support.soak_only import soak_only
 
@@ -177,7 +177,7 @@ def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture
 def client(role: RunningCommand) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=role.url, timeout=60, trust_env=False, verify=WITHOUT_TLS) as client:
+    with httpx.Client(base_url=role.url, timeout=60, trust_env=False, verify=NO_TRUSTED_CERTIFICATES) as client:
         yield client
 
 
@@ -199,7 +199,7 @@ def measure_latencies(role: RunningCommand) -> Iterator[list[float]]:
     seconds, stop = [0.0], False
 
     def request_repeatedly() -> None:
-        with httpx.Client(base_url=role.url, timeout=60, trust_env=False, verify=WITHOUT_TLS) as client:
+        with httpx.Client(base_url=role.url, timeout=60, trust_env=False, verify=NO_TRUSTED_CERTIFICATES) as client:
             while not stop:
                 start = time.perf_counter()
                 assert client.get("/healthz").status_code == 200

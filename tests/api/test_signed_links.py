@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,7 +12,6 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import httpx
 import pytest
-from pymongo import MongoClient
 from starlette.requests import HTTPConnection
 
 from jobledger.api.auth.signed_links import SignedLinks
@@ -22,7 +20,7 @@ from jobledger.cli.hosting.server import open_listener
 from jobledger.ledger.domain.access import Principal
 from jobledger.projections.slots import Views
 from jobledger.projections.views import files as files_view
-from tests.api.conftest import Api, ApiInThread, RunApi, create_client, drop_database_later, run_api, run_api_in_thread
+from tests.api.conftest import BACKEND_NAME, Api, ApiInThread, RunApi, RunApiInThread, create_client, run_api
 from tests.api.result_files import CONTENT, FILES, add_file
 
 
@@ -42,31 +40,25 @@ class RequiredUserBackend:
 @pytest.fixture
 async def api(monkeypatch: pytest.MonkeyPatch, run_without_worker: RunApi) -> AsyncIterator[Api]:
     """An API that requires authentication. Its client is the user `local`, who owns all files."""
-    monkeypatch.setattr("jobledger.cli.hosting.server.SingleUserBackend", RequiredUserBackend)
+    monkeypatch.setattr(BACKEND_NAME, RequiredUserBackend)
     async with run_without_worker() as api:
         api.http.headers["x-user"] = "local"
         yield api
 
 
 @pytest.fixture(scope="module")
-def api_of_module(
-    mongodb_uri: str,
-    mongodb_client: MongoClient[dict[str, Any]],
-    cleanup_executor: ThreadPoolExecutor,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[ApiInThread]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("jobledger.cli.hosting.server.SingleUserBackend", RequiredUserBackend)
-        with run_api_in_thread(mongodb_uri, tmp_path_factory.mktemp("api"), monkeypatch) as api:
-            yield api
-    drop_database_later(api, mongodb_client, cleanup_executor)
+def signed_api_of_module(run_in_thread: RunApiInThread) -> Iterator[ApiInThread]:
+    """Like `api_of_module`, but requires authentication. Tests use it by `shared_signed_api`."""
+    with run_in_thread(RequiredUserBackend) as api:
+        yield api
 
 
 @pytest.fixture
-async def shared_api(shared_api: Api) -> Api:
-    """Like `api`, for all tests that add the same file under the same path."""
-    shared_api.http.headers["x-user"] = "local"
-    return shared_api
+async def shared_signed_api(signed_api_of_module: ApiInThread) -> AsyncIterator[Api]:
+    """Like `api`, but one API for the module. Equal paths have equal content."""
+    async with signed_api_of_module.open() as api:
+        api.http.headers["x-user"] = "local"
+        yield api
 
 
 async def create_link(api: Api, path: str, **body: Any) -> str:
@@ -82,52 +74,52 @@ async def request_anonymously(api: Api, url: str, method: str = "GET", **headers
 
 
 @pytest.mark.parametrize("name", ["talk.md", "Umläute & 日本?.md", "a+b #1%2F.md", "link"])
-async def test_signed_link_opens_file_without_authentication(shared_api: Api, name: str) -> None:
-    await add_file(shared_api, f"c/{name}")
-    url = await create_link(shared_api, f"c/{name}")
+async def test_signed_link_opens_file_without_authentication(shared_signed_api: Api, name: str) -> None:
+    await add_file(shared_signed_api, f"c/{name}")
+    url = await create_link(shared_signed_api, f"c/{name}")
 
-    assert (await request_anonymously(shared_api, f"{FILES}c/{quote(name)}")).status_code == 401
-    assert (await request_anonymously(shared_api, url)).content == CONTENT
-    assert (await request_anonymously(shared_api, url, "HEAD")).headers["content-length"] == str(len(CONTENT))
-    part = await request_anonymously(shared_api, f"{url}&download=1", Range="bytes=3-5")
+    assert (await request_anonymously(shared_signed_api, f"{FILES}c/{quote(name)}")).status_code == 401
+    assert (await request_anonymously(shared_signed_api, url)).content == CONTENT
+    assert (await request_anonymously(shared_signed_api, url, "HEAD")).headers["content-length"] == str(len(CONTENT))
+    part = await request_anonymously(shared_signed_api, f"{url}&download=1", Range="bytes=3-5")
     assert (part.status_code, part.content) == (206, CONTENT[3:6])
     assert part.headers["content-disposition"].startswith("attachment")
     assert part.headers["referrer-policy"] == "no-referrer"
 
 
-async def test_signed_link_expires_after_an_hour_or_the_given_time(shared_api: Api) -> None:
-    await add_file(shared_api, "a.bin")
+async def test_signed_link_expires_after_an_hour_or_the_given_time(shared_signed_api: Api) -> None:
+    await add_file(shared_signed_api, "a.bin")
     for body, seconds in ({}, 3600), ({"expires_in_s": 60}, 60), ({"expires_in_s": 30 * 86_400}, 30 * 86_400):
         start = datetime.now(UTC)
-        response = (await shared_api.post(f"{FILES}a.bin/link", body)).json()
+        response = (await shared_signed_api.post(f"{FILES}a.bin/link", body)).json()
         expires = datetime.fromtimestamp(int(parse_qs(urlsplit(response["url"]).query)["expires"][0]), UTC)
         assert datetime.fromisoformat(response["expires_at"]) == expires
         created = expires - timedelta(seconds=seconds)
         assert start - timedelta(seconds=1) < created <= datetime.now(UTC)  # expires in a whole second
-    assert (await shared_api.post(f"{FILES}a.bin/link")).status_code == 200
+    assert (await shared_signed_api.post(f"{FILES}a.bin/link")).status_code == 200
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 30 * 86_400 + 1, "soon", 1e300, None])
-async def test_signed_link_with_invalid_lifetime_is_rejected(shared_api: Api, seconds: Any) -> None:
-    await add_file(shared_api, "a.bin")
-    response = await shared_api.post(f"{FILES}a.bin/link", {"expires_in_s": seconds})
+async def test_signed_link_with_invalid_lifetime_is_rejected(shared_signed_api: Api, seconds: Any) -> None:
+    await add_file(shared_signed_api, "a.bin")
+    response = await shared_signed_api.post(f"{FILES}a.bin/link", {"expires_in_s": seconds})
     assert response.status_code == 422
     assert response.json()["details"]["errors"][0]["path"] == "expires_in_s"
 
 
-async def test_expired_link_is_rejected(shared_api: Api) -> None:
-    await add_file(shared_api, "a.bin")
-    row = await files_view.get(Views(shared_api.db), "a.bin")
+async def test_expired_link_is_rejected(shared_signed_api: Api) -> None:
+    await add_file(shared_signed_api, "a.bin")
+    row = await files_view.get(Views(shared_signed_api.db), "a.bin")
     assert row is not None
-    url = await SignedLinks(shared_api.db, None).create(row, datetime.now(UTC) - timedelta(seconds=1))
-    response = await request_anonymously(shared_api, url)
+    url = await SignedLinks(shared_signed_api.db, None).create(row, datetime.now(UTC) - timedelta(seconds=1))
+    response = await request_anonymously(shared_signed_api, url)
     assert (response.status_code, response.json()["code"]) == (403, "link_expired")
 
 
-async def test_altered_link_is_rejected(shared_api: Api) -> None:
-    await add_file(shared_api, "a.bin")
-    await add_file(shared_api, "b.bin", b"another")
-    url = await create_link(shared_api, "a.bin")
+async def test_altered_link_is_rejected(shared_signed_api: Api) -> None:
+    await add_file(shared_signed_api, "a.bin")
+    await add_file(shared_signed_api, "b.bin", b"another")
+    url = await create_link(shared_signed_api, "a.bin")
     query = {name: value for name, [value] in parse_qs(urlsplit(url).query).items()}
     later, signature = str(int(query["expires"]) + 1), query["signature"]
     for path, expires, given_signature in [
@@ -146,9 +138,9 @@ async def test_altered_link_is_rejected(shared_api: Api) -> None:
         ("a.bin", query["expires"], "0" * 64),
     ]:
         changed = httpx.URL(f"{FILES}{path}", params={"expires": expires, "signature": given_signature})
-        response = await request_anonymously(shared_api, str(changed))
+        response = await request_anonymously(shared_signed_api, str(changed))
         assert (response.status_code, response.json()["code"]) == (403, "link_invalid"), changed
-    unsigned = await request_anonymously(shared_api, f"{FILES}a.bin?expires={query['expires']}")
+    unsigned = await request_anonymously(shared_signed_api, f"{FILES}a.bin?expires={query['expires']}")
     assert unsigned.status_code == 401
 
 
