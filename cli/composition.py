@@ -53,7 +53,7 @@ async def start_roles(
     *,
     on_failure: Callable[[BaseException], None],
 ) -> AsyncIterator[RunningProcess]:
-    """Run roles inside the block, and stop them in order behind it.
+    """Run roles inside the block, and stop them in order after it.
 
     Args:
         settings: The settings.

@@ -31,6 +31,6 @@ def build_results_table(results: Iterable[CheckResult]) -> SafeTable:
     """Return the table of results."""
     table = SafeTable("", "", "", show_header=False)
     for result in results:
-        status = Text("ok", style="green") if result.is_ok else Text("no", style="red")
+        status = Text("ok", style="green") if result.is_ok else Text("problem", style="red")
         table.add_row(status, result.name, result.detail if result.is_ok else f"{result.detail}. {result.advice}")
     return table

@@ -17,9 +17,11 @@ app = typer.Typer(help="List, inspect, cancel, restart, pause and resume batches
 
 @app.command("list")
 def list_batches(
-    status: Annotated[BatchStatus | None, typer.Option(help="Only with this status", show_default=False)] = None,
+    status: Annotated[
+        BatchStatus | None, typer.Option(help="Show only batches with this status", show_default=False)
+    ] = None,
     user: resources.UserOption = None,
-    search: resources.SearchOption = None,
+    search: Annotated[str | None, typer.Option(help="Show only batches with all of these words in name or ID")] = None,
     archived: resources.ArchivedOption = None,
     oldest_first: resources.OldestFirstOption = False,
     limit: resources.LimitOption = 50,

@@ -31,8 +31,8 @@ def run_projector(config: ConfigOption = None) -> None:
 def run_worker(config: ConfigOption = None) -> None:
     """Run a worker
 
-    Run any number of workers, on any number of machines. Workers also send webhooks; only the
-    leader among all senders does.
+    Run any number of workers, on any number of machines. Each worker can send webhooks; one
+    process at a time does.
     """
     run_roles(config, frozenset({"worker", "webhook-sender"}))
 

@@ -30,15 +30,17 @@ _DELIVERIES_PATH: Final = "/api/monitoring/events/webhooks"
 _REDELIVER_PATH: Final = "/api/monitoring/events/redeliver"
 _ENDPOINTS_PATH: Final = "/api/monitoring/events/webhook-endpoints"
 _ENDPOINTS_PAGE_SIZE: Final = 1000
-JobOption = Annotated[str | None, typer.Option("--job", help="Only about this job")]
-BatchOption = Annotated[str | None, typer.Option("--batch", help="Only about this batch and its jobs")]
-HostOption = Annotated[str | None, typer.Option(help="Only to this host and port, e.g. example.org:443")]
+JobOption = Annotated[str | None, typer.Option("--job", help="Only deliveries for this job")]
+BatchOption = Annotated[str | None, typer.Option("--batch", help="Only deliveries for this batch and its jobs")]
+HostOption = Annotated[str | None, typer.Option(help="Only deliveries to this host and port, e.g. example.org:443")]
 EndpointArgument = Annotated[str, typer.Argument(metavar="ENDPOINT_ID", help="See `webhooks endpoints`")]
 
 
 @app.command("list")
 def list_deliveries(
-    status: Annotated[DeliveryStatus | None, typer.Option(help="Only with this status", show_default=False)] = None,
+    status: Annotated[
+        DeliveryStatus | None, typer.Option(help="Show only deliveries with this status", show_default=False)
+    ] = None,
     job: JobOption = None,
     batch: BatchOption = None,
     host: HostOption = None,
@@ -60,7 +62,7 @@ def redeliver(
     ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Delivery IDs")] = None,
     status: Annotated[
         DeliveryStatus | None,
-        typer.Option(help="Without IDs: only with this status. Default: abandoned", show_default=False),
+        typer.Option(help="Without IDs: only deliveries with this status. Default: abandoned", show_default=False),
     ] = None,
     job: JobOption = None,
     batch: BatchOption = None,
