@@ -25,7 +25,10 @@ T = TypeVar("T")
 
 
 class LeadershipLost(Exception):
-    """Another process is the leader."""
+    """This process may no longer lead. The text is the reason: another process leads, or the lease was lost."""
+
+    def __init__(self, reason: str = "another process is the leader") -> None:
+        super().__init__(reason)
 
 
 class LeaderElection:
@@ -82,7 +85,7 @@ class LeaderElection:
                 await self._wait_for_vacancy()
                 continue
             except LeadershipLost as lost:
-                _log.warning(str(lost) or "replaced by another leader, standing by", task=self._name)
+                _log.warning("leadership lost, standing by", task=self._name, reason=str(lost))
             except (LedgerUnavailable, LedgerBusy) as error:
                 _log.warning("leadership interrupted, retrying", task=self._name, error=str(error))
             await asyncio.sleep(pause)
@@ -124,7 +127,7 @@ class LeaderElection:
         try:
             await asyncio.wait({leading, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not leading.done():
-                raise LeadershipLost("leadership lease lost, standing by")
+                raise LeadershipLost("its lease was lost")
             return leading.result()
         finally:
             for task in (leading, lost):

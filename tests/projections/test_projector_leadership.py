@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo import transactions
 from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.ledger.mongo.leader_election import LeadershipLost
+from jobledger.ledger.mongo.leader_election import LeaderElection, LeadershipLost
 from jobledger.ledger.store.event_store import ReadPosition
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
 from jobledger.projections.engine.projector import Projector
@@ -92,6 +93,20 @@ async def test_transaction_of_a_former_leader_is_rejected(
                 await ProjectionWriter.apply(first.projector.writer, first.projector.writer.pending_events)
             assert await load_views(first.db) == before
             await assert_views_match_log(second)
+
+
+async def test_lost_leadership_is_logged_with_reason(connection: Connection) -> None:
+    losses = [LeadershipLost(), LeadershipLost("its lease was lost")]
+
+    async def lead() -> None:
+        if losses:
+            raise losses.pop(0)
+
+    election = LeaderElection(connection, "projector", holder="test", lease_seconds=LONG_LEASE_SECONDS)
+    with capture_logs() as logs:
+        await election.run_once(lead)
+    lost = [(entry["task"], entry["reason"]) for entry in logs if entry["event"] == "leadership lost, standing by"]
+    assert lost == [("projector", "another process is the leader"), ("projector", "its lease was lost")]
 
 
 async def test_second_writer_with_the_same_fencing_token_is_rejected(connection: Connection, store: Path) -> None:
