@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.ledger.domain.events import StepCompleted
+from jobledger.ledger.domain.events import JobProgressed, StepCompleted
 from jobledger.workers.child import main, messages
 from jobledger.workers.child.failures import convert_exception_to_failure
 from jobledger.workers.child.messages import (
@@ -46,6 +46,14 @@ def test_decode_message_with_too_many_values_is_rejected_fast(value: bytes) -> N
 def test_decode_message_with_large_text_is_accepted() -> None:
     message = {"kind": "log", "entries": [[0.0, "info", "a text " * 100_000]]}
     assert decode_message(orjson.dumps({"request_id": 0, "message": message})).request_id == 0
+
+
+def test_frame_with_value_without_json_is_rejected() -> None:
+    pairs = {("key", "value")}
+    with pytest.raises(TypeError):
+        encode_frame({"value": pairs})
+    with pytest.raises(TypeError):
+        encode_frame({"value": JobProgressed(attempt=1, step="a", percent=1.0, message="b")})
 
 
 def send_and_decode(message: Message) -> Message:

@@ -36,7 +36,7 @@ class AttemptTimeout:
 
     def stop(self) -> None:
         """Stop permanently, because the work has ended."""
-        self._pause()
+        self._pause()  # no call of _resume() follows, so the number of pauses never returns to 0
 
     @asynccontextmanager
     async def pause_while_waiting(self) -> AsyncIterator[None]:

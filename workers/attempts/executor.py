@@ -168,7 +168,8 @@ class JobExecutor:
                 assignment,
                 self._message_handler,
                 self._timeout,
-                settings=self._settings,
+                memory_limit_mb=self._settings.memory_limit_mb,
+                environment_variables=self._settings.pass_environment,
                 create_directories=partial(self._create_directories, assignment),
             )
             self._work = asyncio.create_task(runner.run(), name=f"run-{self.job_id}")

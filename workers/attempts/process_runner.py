@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import Any, Final, TypeVar
@@ -16,7 +16,6 @@ from jobledger.workers.child.process import JobProcess, ProcessFailed
 from jobledger.workers.machine.health import MachineFailure, build_disk_timeout_failure, find_machine_failure
 from jobledger.workers.processor import ProcessorError
 from jobledger.workers.results.conversion import to_text
-from jobledger.workers.settings import WorkerSettings
 
 _T = TypeVar("_T")
 DISK_TIMEOUT_SECONDS = 30.0
@@ -36,6 +35,8 @@ class ProcessRunner:
     """Runs one attempt in a job process.
 
     Args:
+        memory_limit_mb: Limit of its address space in MiB.
+        environment_variables: Names of variables that it gets besides the default ones.
         create_directories: Creates the attempt's directories. Blocks.
     """
 
@@ -45,13 +46,15 @@ class ProcessRunner:
         message_handler: MessageHandler,
         timeout: AttemptTimeout,
         *,
-        settings: WorkerSettings,
+        memory_limit_mb: int,
+        environment_variables: Sequence[str],
         create_directories: Callable[[], None],
     ) -> None:
         self._assignment = assignment
         self._message_handler = message_handler
         self._timeout = timeout
-        self._settings = settings
+        self._memory_limit_mb = memory_limit_mb
+        self._environment_variables = environment_variables
         self._create_directories = create_directories
         self._requests: dict[asyncio.Task[None], int] = {}  # sizes in bytes
 
@@ -82,9 +85,8 @@ class ProcessRunner:
 
     async def _start_process(self) -> JobProcess:
         await run_blocking(self._create_directories)
-        settings = self._settings
         return await JobProcess.start(
-            settings.memory_limit_mb, self._message_handler.add_output, settings.pass_environment
+            self._memory_limit_mb, self._message_handler.add_output, self._environment_variables
         )
 
     async def _exchange_messages(self, process: JobProcess) -> AttemptCompleted | AttemptFailed:

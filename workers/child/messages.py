@@ -128,8 +128,19 @@ class InvalidMessage(Exception):
 
 def encode_frame(content: Any) -> bytes:
     """Return a frame with this content."""
-    text = orjson.dumps(content, default=dict)  # an event is a pydantic model
+    text = orjson.dumps(content, default=_convert_event)
     return FRAME_HEADER.pack(len(text)) + text
+
+
+def _convert_event(value: object) -> dict[str, Any]:
+    """Return the fields of the event in a `StepResult`. orjson encodes no pydantic models.
+
+    Raises:
+        TypeError: The value is something else, which has no JSON.
+    """
+    if isinstance(value, StepCompleted):
+        return dict(value)
+    raise TypeError
 
 
 def decode_message(text: bytes) -> MessageEnvelope:
