@@ -45,8 +45,8 @@ class _StreamView(Protocol):
     def fold(self, document: Document | None, event: RecordedEvent, /) -> Document | None:
         """Apply the next event of a stream."""
 
-    def build_placeholder(self, event: RecordedEvent, /) -> Document:
-        """Return a document for a stream whose first event cannot be applied."""
+    def build_placeholder(self, event: RecordedEvent, /) -> Document | None:
+        """Return a document for a stream whose first event cannot be applied. None: it can have no document."""
 
     def apply_to_isolated(self, document: Document, event: RecordedEvent, /) -> Document | None:
         """Apply an event to an isolated document. Only what is always readable is used, such as the type."""
@@ -121,16 +121,24 @@ class ViewChanges:
         except (UnsupportedEvent, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other streams
-            projection_error = projection_errors.build_event_error(event, error)
-            self.new_errors.append((event.stream, projection_error))
-            try:
-                isolated = dict(before or view.build_placeholder(event))
-                isolated[projection_errors.ERROR_FIELD] = projection_error
-                self._set_document(view.NAME, before, view.apply_to_isolated(isolated, event), event)
-            except MemoryError:
-                raise
-            except Exception:  # noqa: BLE001 - as above
+            self._isolate(view, before, event, projection_errors.build_event_error(event, error))
+
+    def _isolate(
+        self, view: _StreamView, before: Document | None, event: RecordedEvent, projection_error: Document
+    ) -> None:
+        """Apply only the type of an event that cannot be applied, and keep the projection error."""
+        self.new_errors.append((event.stream, projection_error))
+        try:
+            document = before or view.build_placeholder(event)
+            if document is None:
                 self.errors_without_document[view.NAME, event.stream] = projection_error
+                return
+            isolated = {**document, projection_errors.ERROR_FIELD: projection_error}
+            self._set_document(view.NAME, before, view.apply_to_isolated(isolated, event), event)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is, it must not stop the other streams
+            self.errors_without_document[view.NAME, event.stream] = projection_error
 
     def get(self, view: str, key: str) -> Document | None:
         """Return a document as it is after the applied events, or None."""

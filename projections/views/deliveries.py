@@ -20,7 +20,6 @@ from pymongo import ASCENDING, IndexModel
 from jobledger.ledger.domain import events
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.delivery import build_endpoint_id
-from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.limits import MAX_REASON_CHARACTERS, MAX_RESPONSE_CHARACTERS, truncate_text
 from jobledger.ledger.mongo.connection import Document, translate_errors
@@ -139,9 +138,8 @@ _STATUS_AFTER: Final = {
 }
 
 
-def build_placeholder(event: RecordedEvent) -> Document:
-    """Reject an unreadable first event: without its URL, a delivery has no document."""
-    raise UnreadableEvent(f"{event.stream} begins with an event that cannot be read")
+def build_placeholder(_event: RecordedEvent) -> None:
+    """Return None: without the URL in its first event, a delivery has no document."""
 
 
 def apply_to_isolated(delivery: Document, event: RecordedEvent) -> Document:
