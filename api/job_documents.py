@@ -11,10 +11,11 @@ from jobledger.api.auth.permissions import check_filters, get_principal, get_vie
 from jobledger.api.auth.redaction import JOB_FIELD_RULES, Viewer, redact_document
 from jobledger.api.context import get_api_context
 from jobledger.api.ledger_position import wait_for_requested_position
-from jobledger.api.pagination import build_list_response
+from jobledger.api.pagination import ListTotal, build_list_response, count_total
 from jobledger.api.schemas.jobs import JobListQuery
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import batches, job_list, statistics
+from jobledger.projections.views import jobs as jobs_view
 from jobledger.projections.views.files import prefix_result_urls
 
 
@@ -31,21 +32,21 @@ async def build_job_list_response(request: Request, query: JobListQuery) -> Resp
     db_query = query.build_query(principal)
     views = get_api_context(request).views
     jobs, next_page = await job_list.find_page(views, db_query, query.page_request, include=query.include or ())
-    rendered, exact_total = await render_jobs(request, jobs), await _count_exactly(request, query)
-    return await build_list_response(views, "jobs", rendered, next_page, db_query, exact_total=exact_total)
+    rendered, total = await render_jobs(request, jobs), await _count_jobs(request, query, db_query)
+    return build_list_response("jobs", rendered, next_page, total)
 
 
-async def _count_exactly(request: Request, job_filter: job_list.JobFilter) -> int | None:
-    """Return how many jobs match if a counter of the views has this number, otherwise None."""
+async def _count_jobs(request: Request, job_filter: job_list.JobFilter, db_query: Document) -> ListTotal:
+    """Return how many jobs match: from a counter of the views if it has this number, otherwise counted."""
     views = get_api_context(request).views
     if get_principal(request).is_admin:
         filters = job_filter.model_dump(include={*job_list.JobFilter.model_fields}, exclude_none=True)
         status, batch_id, track = job_filter.status, job_filter.batch_id, job_filter.track
         if filters.keys() <= {"status", "track"}:
-            return await statistics.count_jobs(views, status=status, track=track)
+            return ListTotal(await statistics.count_jobs(views, status=status, track=track))
         if batch_id is not None and filters.keys() <= {"status", "batch_id"}:
-            return await batches.count_jobs(views, batch_id, status=status)
-    return None
+            return ListTotal(await batches.count_jobs(views, batch_id, status=status))
+    return await count_total(views, jobs_view.NAME, db_query)
 
 
 async def render_jobs(request: Request, jobs: Sequence[Document]) -> list[Document]:

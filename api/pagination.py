@@ -22,28 +22,33 @@ def encode_cursor(cursor: PageCursor) -> str:
     return urlsafe_b64encode(text.encode()).decode()
 
 
-async def build_list_response(
-    views: Views,
-    name: str,
-    items: Sequence[Document],
-    next_page: PageCursor | None,
-    db_query: Document,
-    *,
-    exact_total: int | None = None,
+@dataclass(frozen=True, slots=True)
+class ListTotal:
+    """How many items of a list match its filters. `is_lower_bound`: there may be more."""
+
+    count: int
+    is_lower_bound: bool = False
+
+
+async def count_total(views: Views, view: str, db_query: Document) -> ListTotal:
+    """Count the documents of a view that match the query of a list, up to `MAX_COUNT`."""
+    number = await count(views, view, db_query)
+    return ListTotal(number, is_lower_bound=number >= MAX_COUNT)
+
+
+def build_list_response(
+    field_name: str, items: Sequence[Document], next_page: PageCursor | None, total: ListTotal
 ) -> Response:
     """Return a page of a list.
 
     Args:
-        views: The views.
-        name: The view, and the field of the items.
+        field_name: The field of the response that holds the items.
         items: The items of the page.
         next_page: Where the next page starts. None: this page is the last.
-        db_query: The query of the list.
-        exact_total: How many items match. None: count them, up to `MAX_COUNT`.
+        total: How many items match.
     """
-    total = await count(views, name, db_query) if exact_total is None else exact_total
-    content: dict[str, Any] = {"status": "success", "total": total, name: items}
-    if exact_total is None and total >= MAX_COUNT:
+    content: dict[str, Any] = {"status": "success", "total": total.count, field_name: items}
+    if total.is_lower_bound:
         content["total_is_lower_bound"] = True
     if next_page is not None:
         content["next_cursor"] = encode_cursor(next_page)

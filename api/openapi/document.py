@@ -173,11 +173,10 @@ def _describe_successes(operation: Operation, names: Names) -> dict[str, Json]:
         description = (operation.response.__doc__ or "").partition("\n\n")[0]
         content = {"application/json": {"schema": names[operation.response, "serialization"]}}
     described_headers = _select_headers(*headers)
-    responses: dict[str, Json] = {
-        str(operation.status): {"description": description, "headers": described_headers, "content": content}
-    }
+    complete: Json = {"description": description, "headers": described_headers, "content": content}
+    responses: dict[str, Json] = {str(operation.status): complete}
     if "Range" in operation.request_headers:
-        responses["206"] = {**responses["200"], "description": "The requested parts."}
+        responses["206"] = {**complete, "description": "The requested parts."}
     if operation.is_conditional:
         responses["304"] = {"description": "Your copy is current.", "headers": described_headers}
     return responses

@@ -21,7 +21,7 @@ from jobledger.api.idempotency import RequestFingerprint
 from jobledger.api.job_documents import build_job_list_response
 from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.pagination import build_list_response
+from jobledger.api.pagination import ListTotal, build_list_response, count_total
 from jobledger.api.resources import (
     BATCH,
     build_conditional_response,
@@ -145,8 +145,11 @@ async def list_batches(request: Request) -> Response:
     db_query = batches_view.build_query(principal, **filters)
     batches, next_page = await batches_view.find_page(ctx.views, db_query, query.page_request)
     rendered = [redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch)) for batch in batches]
-    exact_total = await statistics.count_batches(ctx.views) if principal.is_admin and not filters else None
-    return await build_list_response(ctx.views, "batches", rendered, next_page, db_query, exact_total=exact_total)
+    if principal.is_admin and not filters:
+        total = ListTotal(await statistics.count_batches(ctx.views))
+    else:
+        total = await count_total(ctx.views, batches_view.NAME, db_query)
+    return build_list_response("batches", rendered, next_page, total)
 
 
 @Operation(

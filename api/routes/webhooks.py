@@ -30,7 +30,7 @@ from jobledger.api.http.validation import parse_query
 from jobledger.api.idempotency import RequestFingerprint, build_metadata
 from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
-from jobledger.api.pagination import build_list_response
+from jobledger.api.pagination import build_list_response, count_total
 from jobledger.api.resources import JOB, load_document
 from jobledger.api.schemas import webhooks as schemas
 from jobledger.api.schemas.request_models import ReasonBody
@@ -70,7 +70,8 @@ async def list_deliveries(request: Request) -> Response:
         redact_document(delivery, DELIVERY_FIELD_RULES, await _get_delivery_viewer(request, delivery))
         for delivery in deliveries
     ]
-    return await build_list_response(views, "deliveries", rendered, next_page, db_query)
+    total = await count_total(views, deliveries_view.NAME, db_query)
+    return build_list_response("deliveries", rendered, next_page, total)
 
 
 @Operation(
