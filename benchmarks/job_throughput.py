@@ -187,9 +187,13 @@ async def _drain_baseline(
         job = {"job_type": "echo", "parameters": {"file": False}, "user_id": "bench", "created_at": now}
         await queue.insert_many([{"status": "pending", "priority": 1, **job} for _ in range(jobs)])
         async with run_processes(workers, _run_baseline_worker, connection, concurrency) as children:
-            for child in children:
-                child.pipe.send("start")
-            rate = await measure_rate(jobs, asyncio.gather(*(child.receive() for child in children)))
+
+            async def drain() -> None:
+                for child in children:
+                    child.pipe.send("start")
+                await asyncio.gather(*(child.receive() for child in children))
+
+            rate = await measure_rate(jobs, drain())
         assert await queue.count_documents({"status": "completed"}) == jobs  # noqa: S101 - checks the benchmark itself
     return rate
 
