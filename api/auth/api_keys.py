@@ -112,8 +112,8 @@ class ApiKeyCache:
 
     Args:
         db: The database.
-        revocation_notifier: Is notified when keys change.
-        now: Returns the time by which keys expire.
+        revocation_notifier: Notified when keys change.
+        now: Returns the current time, which decides whether a key has expired.
     """
 
     collection = COLLECTION

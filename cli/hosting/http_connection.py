@@ -105,17 +105,17 @@ class ConnectionLimits:
     """Limits of the number and slowness of connections.
 
     Attributes:
-        max_connections: Number of connections.
-        max_connections_per_address: Number of connections from one IP address.
-        trusted_proxies: They have no limit per IP address.
-        header_timeout_seconds: Time for the header of a request, from its first byte. For the first request, from the
-            start of the connection.
-        body_interval_seconds: Interval in which `body_min_bytes` of a body must arrive.
-        body_min_bytes: See `body_interval_seconds`.
-        read_interval_seconds: Interval in which a client must read `read_min_bytes`, while the buffers are full.
-        read_min_bytes: See `read_interval_seconds`.
-        drain_timeout_seconds: Time for reading all buffered bytes. A large response, which is in memory, must therefore
-            be read faster.
+        max_connections: Maximum number of connections.
+        max_connections_per_address: Maximum number of connections from one IP address.
+        trusted_proxies: Networks whose addresses have no limit of their own.
+        header_timeout_seconds: Maximum time for the header of a request, from its first byte. For the first request,
+            from the start of the connection.
+        body_interval_seconds: Length of the intervals in which the progress of a body is checked.
+        body_min_bytes: Minimum size of the part of a body that must arrive in each interval.
+        read_interval_seconds: Length of the intervals in which reading is checked while the buffers are full.
+        read_min_bytes: Minimum number of bytes that the client must read in each interval.
+        drain_timeout_seconds: Maximum time for reading all buffered bytes. A large response, which is in memory, must
+            therefore be read faster.
         open_connections: Number of open connections by IP address, as `get_rate_limit_key` returns it.
     """
 
@@ -132,11 +132,10 @@ class ConnectionLimits:
 
     def find_rejection(self, address: str) -> ApiError | None:
         """Return the error for one more connection from an IP address, or None if it is accepted."""
+        count = self.open_connections[get_rate_limit_key(address)]
         if self.open_connections.total() > self.max_connections:
             message = "The server has too many open connections (api.max_connections). Retry later."
-        elif self.open_connections[
-            get_rate_limit_key(address)
-        ] > self.max_connections_per_address and not is_in_networks(address, self.trusted_proxies):
+        elif count > self.max_connections_per_address and not is_in_networks(address, self.trusted_proxies):
             message = "Your IP address has too many open connections (api.max_connections_per_address)."
         else:
             return None

@@ -1,5 +1,6 @@
-"""The commands: one class each, in the imperative. `decide` in `job`, `batch` and `delivery` handles them. Pure.
+"""The commands, with names in the imperative. `decide` in `job`, `batch` and `delivery` handles them. Pure.
 
+One command, `ReportEvent`, records all events that a running attempt reports.
 Commands of workers carry the number of the attempt. Only those of the current attempt are accepted.
 """
 

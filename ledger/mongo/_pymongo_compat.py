@@ -1,11 +1,11 @@
 """Correct two faults of the driver.
 
-It ignores cancellation on Python 3.11 (`patch_wait_for`). There, `asyncio.wait_for` swallows a cancellation that
-arrives when its awaitable has just finished (https://github.com/python/cpython/issues/86296, fixed in 3.12). The driver
-uses it to connect and for every message it sends. So a role would occasionally ignore a request to stop, or a time
-limit. This module gives the driver, and no other code, the `wait_for` of Python 3.12.
+The driver ignores cancellation on Python 3.11 (`patch_wait_for`). There, `asyncio.wait_for` swallows a cancellation
+that arrives when its awaitable has just finished (https://github.com/python/cpython/issues/86296, fixed in 3.12). The
+driver uses it to connect and for every message it sends. So a role would occasionally ignore a request to stop, or a
+time limit. This module gives the driver, and no other code, the `wait_for` of Python 3.12.
 
-It decides only once, when it opens a connection, whether sessions may be used on it (`patch_session_support`).
+The driver decides only once, when it opens a connection, whether sessions may be used on it (`patch_session_support`).
 """
 
 from __future__ import annotations
@@ -60,5 +60,5 @@ def patch_session_support() -> None:
 
 
 def _supports_sessions(connection: Any) -> bool:
-    """Return what the specification of sessions asks for: whether the server said how long they live."""
+    """Return whether the server reported `logicalSessionTimeoutMinutes`, as the sessions specification requires."""
     return getattr(connection, "logical_session_timeout_minutes", None) is not None
