@@ -141,7 +141,7 @@ def check_problem_at(result: VerificationResult, document: Document, *words: str
 
 
 class FailedCases(dict[str, str]):
-    """Failed assertions by the name of their case. A test with several cases asserts at its end that it is empty."""
+    """Failed assertions by the name of their case. A test with several cases calls `check_empty` at its end."""
 
     @contextmanager
     def collect(self, name: str) -> Iterator[None]:
@@ -149,6 +149,9 @@ class FailedCases(dict[str, str]):
             yield
         except (AssertionError, pytest.fail.Exception) as error:
             self[name] = str(error)
+
+    def check_empty(self) -> None:
+        assert not self, "\n".join(f"{name}: {error}" for name, error in self.items())
 
 
 def check_missing_at(result: VerificationResult, position: int) -> None:

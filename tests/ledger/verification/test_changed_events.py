@@ -74,7 +74,7 @@ async def test_changed_event_is_detected(unstreamed_ledger: Ledger) -> None:
                 ("its hash does not match its content", "its data.message is a NoneType")
             )
         await replace_documents(unstreamed_ledger, documents[position - 1])
-    assert not failed
+    failed.check_empty()
     check_valid(await verify_log(unstreamed_ledger.event_store))
 
 
@@ -101,7 +101,7 @@ async def test_missing_envelope_field_is_detected(unstreamed_ledger: Ledger) -> 
             assert (problem.position, problem.description) == (3, f"lacks the field {name}")
             assert (problem.stream, problem.version) == (stored.get("stream"), stored.get("version"))
         await replace_documents(unstreamed_ledger, documents[2])
-    assert not failed
+    failed.check_empty()
     check_valid(await verify_log(unstreamed_ledger.event_store))
 
 
@@ -213,7 +213,7 @@ async def test_encoding_hidden_by_decoding_is_detected_and_named(unstreamed_ledg
         )
         with failed.collect(name):
             check_problem_at(await verify_log(unstreamed_ledger.event_store), document, what)
-    assert not failed
+    failed.check_empty()
     await replace_documents(unstreamed_ledger, original)
     check_valid(await verify_log(unstreamed_ledger.event_store))
 
@@ -239,7 +239,7 @@ async def test_append_of_non_json_type_is_rejected(unstreamed_ledger: Ledger) ->
             with pytest.raises(InvalidEvent, match=rf"its data\.parameters\.deep\.0 is a.* {name}"):
                 await unstreamed_ledger.submit_job(ORIGINAL_EVENT.model_copy(update={"parameters": {"deep": [value]}}))
             assert not await load_event_documents(unstreamed_ledger.db)
-    assert not failed
+    failed.check_empty()
 
 
 FieldPath = tuple[str | int, ...]
