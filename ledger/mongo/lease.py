@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from typing import Any
 
 import structlog
@@ -107,6 +108,7 @@ class Lease:
         """The document of the lease, when `acquire` has last returned False."""
         self._heartbeats = (0.0, -math.inf)
         """On the monotonic clock: since when no heartbeat has been missed, and when the last one was sent."""
+        self._longest_call_seconds = max(seconds, connection.connect_timeout_ms / 1000)
 
     async def acquire(self, attributes: Mapping[str, Any], *, observation: LeaseObservation | None = None) -> bool:
         """Acquire the lease if it is free, and extend it until `release`. Return False if another process holds it.
@@ -127,8 +129,9 @@ class Lease:
         acquired.set_running_or_notify_cancel()  # only the thread completes it
 
         def hold() -> None:
-            try:
-                with self._connection.create_blocking_client() as client:
+            with ExitStack() as stack:
+                try:
+                    client = stack.enter_context(self._connection.create_blocking_client())
                     leases = client[self._connection.db_name][self._collection]
                     begun = time.monotonic()
                     token = self._try_acquire(leases, attributes, observation or LeaseObservation())
@@ -137,11 +140,11 @@ class Lease:
                     good_until = begun + self._seconds
                     if token is None or self._extend_until_stopped(leases, token, good_until, stop, ticker):
                         return
-            except Exception as error:  # noqa: BLE001 - the waiting caller must get the error
-                if not acquired.done():
-                    acquired.set_exception(error)
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(lost.set)
+                except Exception as error:  # noqa: BLE001 - the waiting caller must get the error
+                    if not acquired.done():
+                        acquired.set_exception(error)
+                if not loop.is_closed():  # before the client is closed, which waits for the server
+                    loop.call_soon_threadsafe(lost.set)
 
         thread = threading.Thread(target=hold, name=f"lease-{self._id}", daemon=True)
         thread.start()
@@ -210,7 +213,7 @@ class Lease:
         if observation.is_expired(self._seconds):
             free.append({"$eq": ["$heartbeat", observation.heartbeat]})
         taken = {"$replaceWith": {"$cond": [{"$or": free}, {"$mergeObjects": ["$$ROOT", mine]}, "$$ROOT"]}}
-        with timeout(max(self._seconds, self._connection.connect_timeout_ms / 1000)):
+        with timeout(self._longest_call_seconds):
             document = leases.find_one_and_update(
                 {"_id": self._id}, [taken], upsert=True, return_document=ReturnDocument.AFTER
             )
@@ -229,7 +232,9 @@ class Lease:
     ) -> bool:
         """Extend the lease until `stop` is set, then release it. Return False if it was lost before.
 
-        No call lasts longer than the lease. Over a silent network it would otherwise block for minutes.
+        Over a silent network a call would block for minutes. So its time is limited: while the lease is good, to the
+        rest of it, and later to what a new connection may take. With a shorter limit, connections to a slow server
+        would be aborted before they are open, again and again.
         """
         mine = {"_id": self._id, "fencing_token": fencing_token}
         extend = {"heartbeat": _NEXT_HEARTBEAT, "lease_until": _build_expiry(self._seconds)}
@@ -241,13 +246,14 @@ class Lease:
                 continue
             begun = time.monotonic()
             try:
-                with timeout(max(good_until - begun, self._seconds / 3)):
+                with timeout(remaining if (remaining := good_until - begun) > pause else self._longest_call_seconds):
                     extended = leases.update_one(mine, [{"$set": extend}])
                 if not extended.matched_count:
                     return False
                 good_until, pause, is_interrupted = begun + self._seconds, self._seconds / 3, False
                 since, last = self._heartbeats
-                self._heartbeats = (since if begun - last <= MISSED_HEARTBEAT_SHARE * self._seconds else begun, begun)
+                is_uninterrupted = begun - last <= MISSED_HEARTBEAT_SHARE * self._seconds
+                self._heartbeats = (since if is_uninterrupted else time.monotonic(), begun)
             except PyMongoError as error:
                 if not is_interrupted:  # log once per outage
                     _log.warning("lease extension failed, retrying", lease_id=self._id, error=summarize_error(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import Self
 
@@ -11,9 +12,13 @@ from tests.support.mongodb_address import open_connection, proxied_uri
 
 
 class TcpProxy:
-    """Forwards TCP connections to MongoDB. `suspend` stops the data but keeps the connections."""
+    """Forwards TCP connections to MongoDB. `suspend` stops the data but keeps the connections.
+
+    Each packet is delayed by `delay_seconds`.
+    """
 
     def __init__(self, uri: str) -> None:
+        self.delay_seconds = 0.0
         self._target = uri
         self._flowing = threading.Event()
         self._flowing.set()
@@ -64,5 +69,6 @@ class TcpProxy:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 self._flowing.wait()
+                time.sleep(self.delay_seconds)
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
