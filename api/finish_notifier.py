@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -13,16 +13,33 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from jobledger.ledger.domain.events import (
     BatchDeleted,
     BatchFinished,
+    BatchReopened,
     JobCancelled,
     JobCompleted,
     JobDeleted,
     JobFailed,
+    JobRestarted,
+    RecordedEvent,
 )
 
 _FINISHING_EVENT_TYPES: Final = frozenset(
     event_type.__name__
     for event_type in (JobCompleted, JobFailed, JobCancelled, JobDeleted, BatchFinished, BatchDeleted)
 )
+_REOPENING_EVENT_TYPES: Final = frozenset({JobRestarted.__name__, BatchReopened.__name__})
+
+
+def find_end_position(events: Sequence[RecordedEvent]) -> int | None:
+    """Return the position of the event that has finished or deleted a job or batch, None if it is not finished.
+
+    The types of events decide. They are readable in damaged events, too, and the views also apply them.
+    """
+    for event in reversed(events):
+        if event.type in _FINISHING_EVENT_TYPES:
+            return event.position
+        if event.type in _REOPENING_EVENT_TYPES:
+            return None
+    return None
 
 
 class FinishNotifier:

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from jobledger.api.auth.permissions import can_read, get_viewer
 from jobledger.api.auth.redaction import Viewer
 from jobledger.api.context import get_api_context
+from jobledger.api.finish_notifier import find_end_position
 from jobledger.api.http.conditional import ConditionalRequest, compute_etag
 from jobledger.api.http.credential_expiry import limit_while_authenticated
 from jobledger.api.http.errors import ApiError, encode_json
@@ -31,8 +32,7 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import batches, jobs
-from jobledger.projections.views.documents import Fold, fold_events
-from jobledger.projections.views.projection_errors import ERROR_FIELD
+from jobledger.projections.views.documents import Fold
 
 _UNFINISHED: Final = frozenset({"pending", "processing"})
 
@@ -111,12 +111,12 @@ async def load_for_read(request: Request, kind: ResourceKind) -> tuple[Document,
     await wait_for_requested_position(request)
     as_of = parse_query(request, AsOfQuery).as_of
     if as_of is None and prefers_wait(request) and (await load_or_404(request, kind))["status"] in _UNFINISHED:
-        await wait_until_finished(request, kind, kind.get_id_from_path(request))
+        await wait_until_finished(request, kind.get_id_from_path(request))
     document = await load_or_404(request, kind)
     return document, get_viewer(request, document), as_of
 
 
-async def wait_until_finished(request: Request, kind: ResourceKind, resource_id: str) -> None:
+async def wait_until_finished(request: Request, resource_id: str) -> None:
     """If the caller prefers to wait, wait until the resource is finished and the views show it, or the time is over.
 
     Later reads of the resource, its files or lists then agree with the response.
@@ -126,23 +126,11 @@ async def wait_until_finished(request: Request, kind: ResourceKind, resource_id:
         if not seconds:
             return
         async with limit_while_authenticated(request, seconds), ctx.finish_notifier.watch(resource_id) as wake_up:
-            while not (result := await _check_finished(ctx.event_store, kind, resource_id))[0]:
+            while (position := find_end_position(await ctx.event_store.read_stream(resource_id))) is None:
                 await wake_up.wait()
                 wake_up.clear()
-            await ctx.checkpoint.wait_for_position(result[1])
+            await ctx.checkpoint.wait_for_position(position)
             request.scope["ledger_position"] = ctx.checkpoint.position
-
-
-async def _check_finished(event_store: EventStore, kind: ResourceKind, resource_id: str) -> tuple[bool, int]:
-    """Return whether to stop waiting for a resource, and the position of the last event that was applied.
-
-    The wait ends when the resource is finished or deleted. It also ends at an unreadable event, because the status
-    after it is unknown.
-    """
-    document = fold_events(kind.fold, events := await event_store.read_stream(resource_id))
-    if document is None:
-        return True, events[-1].position if events else 0
-    return ERROR_FIELD in document or document["status"] not in _UNFINISHED, document["position"]
 
 
 @contextmanager

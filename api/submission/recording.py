@@ -117,7 +117,7 @@ async def load_submitted(request: Request, kind: ResourceKind, submission: Submi
     if submission.document is not None:
         return submission.document
     ctx, stream_id = get_api_context(request), submission.stream_id
-    await wait_until_finished(request, kind, stream_id)
+    await wait_until_finished(request, stream_id)
     document = await kind.load(ctx.views, ctx.event_store, stream_id)
     # The first event remains if the resource was deleted during the wait.
     return document or kind.fold_submitted((await ctx.event_store.read_stream(stream_id, limit=1))[0])

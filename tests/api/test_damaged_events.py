@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import aclosing
 from typing import Any
 
-import pytest
-from pydantic import create_model
-
-from jobledger.ledger.domain.events import Event, EventMetadata, JobArchived
+from jobledger.ledger.domain.events import EventMetadata, JobArchived
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
@@ -18,14 +14,6 @@ from tests.api.conftest import Api
 from tests.support.event_examples import NOON
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.tampered_events import ORIGINAL_EVENT, TAMPERED_FIELDS
-
-DAMAGED_EVENTS: dict[str, type[Event]] = {
-    "job": create_model("JobArchived", __base__=Event, by=(int, ...)),
-    "batch": create_model("BatchPaused", __base__=Event, by=(int, ...)),
-}
-
-LONGEST_WAIT_SECONDS = 50.0
-"""A request that takes less has not waited for the maximum of 60 seconds."""
 
 
 async def append_job(api: Api, *later_events: Any) -> list[Document]:
@@ -68,22 +56,6 @@ async def test_damaged_event_does_not_hide_other_events(api_without_worker: Api)
         async with asyncio.timeout(DEADLINE_SECONDS), aclosing(api_without_worker.stream_events(after=0)) as events:
             assert [(await anext(events))["position"] for _ in positions] == positions
         await api_without_worker.db.events.replace_one({"_id": damaged["_id"]}, damaged)
-
-
-@pytest.mark.parametrize("kind", ["job", "batch"])
-async def test_damaged_event_ends_wait(api_without_worker: Api, kind: str) -> None:
-    batch = await api_without_worker.submit_batch({})
-    stream = batch["batch_id"] if kind == "batch" else batch["job_ids"][0]
-    [submitted] = await api_without_worker.event_store.read_stream(stream)
-    head = StreamHead(submitted.version, submitted.position, submitted.hash)
-    damaged = DAMAGED_EVENTS[kind].model_validate({"by": 1})
-    append = StreamAppend(stream, head, [damaged], EventMetadata("test"), NOON)
-    [event] = await api_without_worker.event_store.append(append)
-    start = time.monotonic()
-    path = f"/api/events/{'jobs' if kind == 'job' else 'batches'}/{stream}"
-    response = await api_without_worker.get(path, event.position, Prefer="wait=60")
-    assert response.json()[kind]["status"] in ("pending", "processing")
-    assert time.monotonic() - start < LONGEST_WAIT_SECONDS
 
 
 async def test_stub_of_damaged_event_names_the_field(api_without_worker: Api) -> None:

@@ -12,15 +12,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from pydantic import create_model
 
 from jobledger.api.finish_notifier import FinishNotifier
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.schemas.batches import BatchBody
 from jobledger.api.schemas.jobs import JobBody
 from jobledger.ledger.domain.commands import ClaimJob
-from jobledger.ledger.domain.events import BatchSubmitted, EventMetadata, JobSubmitted
+from jobledger.ledger.domain.events import BatchSubmitted, Event, EventMetadata, JobSubmitted, RecordedEvent
 from jobledger.ledger.store.command_handler import handle_command
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import WITHOUT_WORKER, Api, run_api
+from tests.support.event_examples import NOON
 from tests.support.polling import DEADLINE_SECONDS
 
 LONGEST_WAIT_SECONDS = 50.0
@@ -192,3 +195,51 @@ async def test_wait_keeps_no_body_in_memory_or_budget(
         [event] = await api.event_store.read(limit=1)
         await api.post(f"{path}/{event.stream}/cancel", {})
         assert (await waiting).status_code == 202
+
+
+async def append_damaged_event(api: Api, stream: str, event_type: str) -> RecordedEvent:
+    """Append an event of this type that lacks all fields of the type."""
+    last = (await api.event_store.read_stream(stream))[-1]
+    head = StreamHead(last.version, last.position, last.hash)
+    damaged = create_model(event_type, __base__=Event)()
+    [event] = await api.event_store.append(StreamAppend(stream, head, [damaged], EventMetadata("test"), NOON))
+    return event
+
+
+@pytest.mark.parametrize(
+    ("kind", "damaged_type", "finishing_type", "status"),
+    [
+        ("job", "JobAccessChanged", "JobCompleted", "completed"),
+        ("batch", "BatchAccessChanged", "BatchFinished", "partial"),
+    ],
+)
+async def test_wait_continues_after_damaged_event_until_damaged_end(
+    api_without_worker: Api, waits: asyncio.Queue[str], kind: str, damaged_type: str, finishing_type: str, status: str
+) -> None:
+    batch = await api_without_worker.submit_batch({})
+    stream = batch["batch_id"] if kind == "batch" else batch["job_ids"][0]
+    damaged = await append_damaged_event(api_without_worker, stream, damaged_type)
+    path = f"/api/events/{'jobs' if kind == 'job' else 'batches'}/{stream}"
+    start = time.monotonic()
+    first = await api_without_worker.get(path, damaged.position, Prefer="wait=1")
+    assert first.json()[kind]["status"] in ("pending", "processing")
+    assert time.monotonic() - start >= 1
+    assert await waits.get() == stream
+    waiting = asyncio.create_task(api_without_worker.get(path, Prefer="wait=60"))
+    assert await waits.get() == stream
+    await append_damaged_event(api_without_worker, stream, finishing_type)
+    finished = (await waiting).json()[kind]
+    assert finished["status"] == status
+    assert finished["projection_error"]
+    assert time.monotonic() - start < LONGEST_WAIT_SECONDS
+
+
+async def test_wait_for_job_with_damaged_first_event_returns_placeholder(api_without_worker: Api) -> None:
+    [event] = await api_without_worker.event_store.append(
+        StreamAppend(
+            "job-damaged", StreamHead(), [create_model("JobSubmitted", __base__=Event)()], EventMetadata("test"), NOON
+        )
+    )
+    path = f"/api/events/jobs/{event.stream}"
+    response = await api_without_worker.get(path, event.position, Prefer="wait=1")
+    assert (response.status_code, response.json()) == (200, (await api_without_worker.get(path)).json())
