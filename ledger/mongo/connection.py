@@ -70,10 +70,19 @@ class Connection:
         clock.attach_client(client)
         return client
 
-    def create_blocking_client(self) -> MongoClient[Document]:
-        """Return a client for a separate thread (heartbeats), which a busy event loop cannot delay."""
+    def create_blocking_client(self, *, response_timeout_seconds: float | None = None) -> MongoClient[Document]:
+        """Return a client for a separate thread (heartbeats), which a busy event loop cannot delay.
+
+        Args:
+            response_timeout_seconds: How long the server may take for each response, also while a connection is opened.
+                The client then retries no write, which would take as long again.
+        """
+        options = self._build_options()
+        if response_timeout_seconds is not None:
+            timeout_ms = round(1000 * response_timeout_seconds)
+            options |= {"connectTimeoutMS": timeout_ms, "socketTimeoutMS": timeout_ms, "retryWrites": False}
         with _translate_uri_errors(self.uri):
-            return MongoClient(self.uri, **self._build_options())
+            return MongoClient(self.uri, **options)
 
 
 @contextmanager

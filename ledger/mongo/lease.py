@@ -108,7 +108,6 @@ class Lease:
         """The document of the lease, when `acquire` has last returned False."""
         self._heartbeats = (0.0, -math.inf)
         """On the monotonic clock: since when no heartbeat has been missed, and when the last one was sent."""
-        self._longest_call_seconds = max(seconds, connection.connect_timeout_ms / 1000)
 
     async def acquire(self, attributes: Mapping[str, Any], *, observation: LeaseObservation | None = None) -> bool:
         """Acquire the lease if it is free, and extend it until `release`. Return False if another process holds it.
@@ -131,14 +130,15 @@ class Lease:
         def hold() -> None:
             with ExitStack() as stack:
                 try:
-                    client = stack.enter_context(self._connection.create_blocking_client())
+                    client = stack.enter_context(
+                        self._connection.create_blocking_client(response_timeout_seconds=self._seconds / 3)
+                    )
                     leases = client[self._connection.db_name][self._collection]
                     begun = time.monotonic()
                     token = self._try_acquire(leases, attributes, observation or LeaseObservation())
                     self._heartbeats = (begun, begun)
                     acquired.set_result(token)
-                    good_until = begun + self._seconds
-                    if token is None or self._extend_until_stopped(leases, token, good_until, stop, ticker):
+                    if token is None or self._extend_until_stopped(leases, token, stop, ticker):
                         return
                 except Exception as error:  # noqa: BLE001 - the waiting caller must get the error
                     if not acquired.done():
@@ -213,7 +213,7 @@ class Lease:
         if observation.is_expired(self._seconds):
             free.append({"$eq": ["$heartbeat", observation.heartbeat]})
         taken = {"$replaceWith": {"$cond": [{"$or": free}, {"$mergeObjects": ["$$ROOT", mine]}, "$$ROOT"]}}
-        with timeout(self._longest_call_seconds):
+        with timeout(max(self._seconds, self._connection.connect_timeout_ms / 1000)):
             document = leases.find_one_and_update(
                 {"_id": self._id}, [taken], upsert=True, return_document=ReturnDocument.AFTER
             )
@@ -226,15 +226,14 @@ class Lease:
         self,
         leases: Collection[Document],
         fencing_token: int,
-        good_until: float,
         stop: threading.Event,
         ticker: LoopTicker,
     ) -> bool:
         """Extend the lease until `stop` is set, then release it. Return False if it was lost before.
 
-        Over a silent network a call would block for minutes. So its time is limited: while the lease is good, to the
-        rest of it, and later to what a new connection may take. With a shorter limit, connections to a slow server
-        would be aborted before they are open, again and again.
+        A silent server blocks a call for a third of the lease. The next call may find another primary. So after an
+        outage every holder extends its lease within less than half of it, the time for which lease reapers wait. The
+        limit is for each response, and not for the call, because opening a connection to a slow server may take longer.
         """
         mine = {"_id": self._id, "fencing_token": fencing_token}
         extend = {"heartbeat": _NEXT_HEARTBEAT, "lease_until": _build_expiry(self._seconds)}
@@ -246,11 +245,10 @@ class Lease:
                 continue
             begun = time.monotonic()
             try:
-                with timeout(remaining if (remaining := good_until - begun) > pause else self._longest_call_seconds):
-                    extended = leases.update_one(mine, [{"$set": extend}])
+                extended = leases.update_one(mine, [{"$set": extend}])
                 if not extended.matched_count:
                     return False
-                good_until, pause, is_interrupted = begun + self._seconds, self._seconds / 3, False
+                pause, is_interrupted = self._seconds / 3, False
                 since, last = self._heartbeats
                 is_uninterrupted = begun - last <= MISSED_HEARTBEAT_SHARE * self._seconds
                 self._heartbeats = (since if is_uninterrupted else time.monotonic(), begun)
@@ -259,7 +257,7 @@ class Lease:
                     _log.warning("lease extension failed, retrying", lease_id=self._id, error=summarize_error(error))
                 pause, is_interrupted = min(_RETRY_SECONDS, self._seconds / 3), True
         try:
-            with timeout(max(good_until - time.monotonic(), 0.1)):
+            with timeout(self._seconds / 3):
                 released = {"heartbeat": _NEXT_HEARTBEAT, "lease_until": "$$NOW", "released": True}
                 leases.update_one(mine, [{"$set": released}])
         except PyMongoError as error:
