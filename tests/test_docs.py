@@ -100,6 +100,15 @@ def test_document_names_existing_files(document: Path) -> None:
         assert (ROOT / path).exists(), f"{document.name}: {path}"
 
 
+def test_table_of_folders_names_existing_folders_and_modules() -> None:
+    _, _, text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Where code lives")
+    rows = re.findall(r"^\| (`(\w+)/.*) \| .* \| (.*) \|$", text.partition("\n## ")[0], re.MULTILINE)
+    assert len(rows) > 20
+    for paths, package, imported in rows:
+        for name in re.findall(r"`([^`]+)`", paths + imported):
+            assert (ROOT / name).exists() or (ROOT / package / name).exists(), name
+
+
 def test_recipes_name_existing_constants_and_functions() -> None:
     _, _, text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Recipes")
     code = "".join(

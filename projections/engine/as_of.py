@@ -7,7 +7,7 @@ jobs with later events are read again from their streams.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -33,11 +33,6 @@ def build_as_of_filter(as_of: PointInTime) -> Callable[[RecordedEvent], bool]:
     if isinstance(as_of, int):
         return lambda event: event.position <= as_of
     return lambda event: isinstance(event.document.get("time"), datetime) and event.time <= as_of
-
-
-def select_events_up_to(events: Sequence[RecordedEvent], last: RecordedEvent) -> list[RecordedEvent]:
-    """Return the events of a stream up to one of them, inclusive."""
-    return [event for event in events if event.version <= last.version]
 
 
 @dataclass(slots=True)

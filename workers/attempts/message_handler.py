@@ -31,7 +31,7 @@ from jobledger.workers.results.conversion import to_text
 
 _log = structlog.get_logger()
 _MAX_CONCURRENT_INGESTS: Final = 2
-"""Maximum number of files of one attempt that are moved to the result store at the same time."""
+"""Maximum number of files of one attempt that are copied to the result store at the same time."""
 _STORE_RETRY_DELAYS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds between tries to write to the result store."""
 

@@ -71,7 +71,7 @@ class Assignment(BaseModel):
 
     @property
     def inbox_dir(self) -> Path:
-        """Directory of saved files, by digest. The worker moves them to the result store."""
+        """Directory of saved files, by digest. The worker copies them to the result store."""
         self.has_files = True
         return self.attempt_dir / "saved"
 
