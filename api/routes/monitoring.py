@@ -27,7 +27,7 @@ from jobledger.api.schemas.monitoring import ReadinessResponse, StatisticsRespon
 from jobledger.api.schemas.response_models import SuccessResponse
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import Document, translate_errors
-from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
+from jobledger.ledger.mongo.lease import OVERDUE_LEASE_FILTER
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.stalls import find_stall_reason
@@ -64,7 +64,7 @@ async def _list_active_workers(ctx: ApiContext) -> list[Document]:
     """Return the workers that hold a lease, with their slots and how many of them are busy."""
     fields = ("host", "slots", "lease_until", "problem", "unhealthy_since")
     with translate_errors("reading the workers"):
-        active = {"released": False, "$nor": [EXPIRED_LEASE_FILTER]}
+        active = {"released": False, "$nor": [OVERDUE_LEASE_FILTER]}
         workers = await ctx.db.workers.find(active, fields, sort=[("_id", 1)]).to_list()
     busy = await jobs.count_running_by_worker(ctx.views) if workers else {}
     return [

@@ -41,7 +41,7 @@ def _build_expiry(seconds: float) -> Document:
     return {"$add": ["$$NOW", int(seconds * 1000)]}
 
 
-EXPIRED_LEASE_FILTER: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
+OVERDUE_LEASE_FILTER: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
 """Matches leases that are overdue by the server's clock, whether or not a process has expired them."""
 EXPIRE_LEASE_UPDATE: Document = {"$inc": {"fencing_token": 1}}
 """Expires a lease. Combine it with a filter on the observed `heartbeat`. The holder's next extension then fails: it
@@ -82,7 +82,7 @@ class LeaseObservation:
         """The time since the last new heartbeat."""
         return time.monotonic() - self._since
 
-    def is_expired(self, seconds: float = 0.0) -> bool:
+    def is_overdue(self, seconds: float = 0.0) -> bool:
         """Return whether there was no new heartbeat for the duration of the lease, and for `seconds`."""
         return self.heartbeat is not None and self.seconds_since_heartbeat >= max(self._seconds, seconds)
 
@@ -210,7 +210,7 @@ class Lease:
         free: list[Any] = [{"$eq": [{"$ifNull": ["$fencing_token", 0]}, 0]}, {"$eq": ["$released", True]}]
         if not observation.was_extended:
             free.append({"$lte": ["$lease_until", "$$NOW"]})
-        if observation.is_expired(self._seconds):
+        if observation.is_overdue(self._seconds):
             free.append({"$eq": ["$heartbeat", observation.heartbeat]})
         taken = {"$replaceWith": {"$cond": [{"$or": free}, {"$mergeObjects": ["$$ROOT", mine]}, "$$ROOT"]}}
         with timeout(max(self._seconds, self._connection.connect_timeout_ms / 1000)):

@@ -12,7 +12,7 @@ from typing import Final
 
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable
 from jobledger.ledger.mongo.connection import UNAUTHORIZED, Database, get_server_error_code, translate_errors
-from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
+from jobledger.ledger.mongo.lease import OVERDUE_LEASE_FILTER
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.store.export_file import (
     ExportSummary,
@@ -106,7 +106,7 @@ async def _require_empty_database(db: Database) -> None:
         if views is not None:
             raise ConfigurationError(f"the database {db.name} has views of another log: an import needs an empty one")
         for collection in ("leaders", "workers"):
-            active_lease = await db[collection].find_one({"released": False, "$nor": [EXPIRED_LEASE_FILTER]})
+            active_lease = await db[collection].find_one({"released": False, "$nor": [OVERDUE_LEASE_FILTER]})
             if active_lease is not None:
                 raise ConfigurationError(
                     f"a process uses the database {db.name} ({active_lease['_id']}): stop all processes before "

@@ -11,7 +11,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.limits import truncate_text
 from jobledger.ledger.mongo.connection import Database, translate_errors
-from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
+from jobledger.ledger.mongo.lease import OVERDUE_LEASE_FILTER
 from jobledger.ledger.store.event_store import EVENTS_COLLECTION, EventStore
 from jobledger.projections.engine.checkpoint import CheckpointFollower, load_checkpoint
 from jobledger.projections.engine.view_registry import PROJECTION_VERSION
@@ -45,7 +45,7 @@ async def find_stall_reason(db: Database, position: int, head: int) -> str:
         if position > head:
             return VIEWS_AHEAD_REASON
         leader = await db.leaders.find_one(
-            {"_id": "projector", "released": False, "$nor": [EXPIRED_LEASE_FILTER]}, {"_id": 1}
+            {"_id": "projector", "released": False, "$nor": [OVERDUE_LEASE_FILTER]}, {"_id": 1}
         )
     if leader is None:
         return "No projector is running: start one (`jobledger projector`, or `jobledger up`)."

@@ -14,7 +14,7 @@ from pymongo.collection import Collection
 
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, EXPIRED_LEASE_FILTER, Lease, LeaseObservation
+from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, OVERDUE_LEASE_FILTER, Lease, LeaseObservation
 from jobledger.ledger.system.loop_ticker import LoopTicker
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.tcp_proxy import TcpProxy
@@ -43,22 +43,22 @@ def matches_document(leases: Collection[Document], condition: Document) -> bool:
     return leases.find_one({"_id": "the-lease", **condition}) is not None
 
 
-def expire_lease(leases: Collection[Document]) -> None:
-    """Expire the lease now, as if heartbeats had not arrived."""
+def make_lease_overdue(leases: Collection[Document]) -> None:
+    """Make the lease overdue now, as if heartbeats had not arrived."""
     leases.update_one({"_id": "the-lease"}, [{"$set": {"lease_until": {"$subtract": ["$$NOW", 1]}}}])
 
 
-def reap_lease(leases: Collection[Document]) -> bool:
-    return leases.update_one({"_id": "the-lease", **EXPIRED_LEASE_FILTER}, EXPIRE_LEASE_UPDATE).matched_count == 1
+def expire_overdue_lease(leases: Collection[Document]) -> bool:
+    return leases.update_one({"_id": "the-lease", **OVERDUE_LEASE_FILTER}, EXPIRE_LEASE_UPDATE).matched_count == 1
 
 
-def expire_and_reap_lease(leases: Collection[Document]) -> None:
-    while not reap_lease(leases):  # a heartbeat may extend the lease in between
-        expire_lease(leases)
+def expire_lease(leases: Collection[Document]) -> None:
+    while not expire_overdue_lease(leases):  # a heartbeat may extend the lease in between
+        make_lease_overdue(leases)
 
 
 async def wait_until_extended(leases: Collection[Document]) -> None:
-    await poll_until(lambda: not matches_document(leases, EXPIRED_LEASE_FILTER), "a heartbeat extends the lease")
+    await poll_until(lambda: not matches_document(leases, OVERDUE_LEASE_FILTER), "a heartbeat extends the lease")
 
 
 async def acquire(lease: Lease, **facts: Any) -> bool:
@@ -105,7 +105,7 @@ async def test_heartbeats_extend_lease_beyond_its_duration(lease: Lease, leases:
     waiting_for_loss = asyncio.create_task(lease.wait_lost())
     extended = {"lease_until": {"$gte": first["lease_until"] + timedelta(seconds=2 * LEASE_SECONDS)}}
     await poll_until(lambda: matches_document(leases, extended), "heartbeats extend the lease")
-    assert not matches_document(leases, EXPIRED_LEASE_FILTER)
+    assert not matches_document(leases, OVERDUE_LEASE_FILTER)
     assert lease.is_held
     assert not waiting_for_loss.done()
     waiting_for_loss.cancel()
@@ -119,7 +119,7 @@ async def test_release_frees_lease_and_next_fencing_token_is_higher(
         assert lease.fencing_token == fencing_token
         await lease.release()
         assert not lease.is_held
-        assert matches_document(leases, {**EXPIRED_LEASE_FILTER, "released": True, "fencing_token": fencing_token})
+        assert matches_document(leases, {**OVERDUE_LEASE_FILTER, "released": True, "fencing_token": fencing_token})
     long_lease = create_lease(connection, 60)
     assert await acquire(long_lease)
     assert long_lease.fencing_token == 4
@@ -138,24 +138,24 @@ async def test_release_of_lease_not_held_has_no_effect(connection: Connection, l
     await lease.release()
 
 
-async def test_expired_lease_is_extended_if_not_taken(lease: Lease, leases: Collection[Document]) -> None:
+async def test_overdue_lease_is_extended_if_not_taken(lease: Lease, leases: Collection[Document]) -> None:
     assert await acquire(lease)
     await poll_until(lambda: lease.uninterrupted_seconds > 0.9 * LEASE_SECONDS)
-    expire_lease(leases)
+    make_lease_overdue(leases)
     await wait_until_extended(leases)
     assert matches_document(leases, {"fencing_token": 1})
     assert lease.is_held
-    assert not reap_lease(leases), "the lease has not expired"
+    assert not expire_overdue_lease(leases), "the lease is not overdue"
 
 
-async def test_reaped_lease_is_lost_to_its_holder(
+async def test_expired_lease_is_lost_to_its_holder(
     connection: Connection, lease: Lease, leases: Collection[Document]
 ) -> None:
     assert await acquire(lease)
-    expire_and_reap_lease(leases)
+    expire_lease(leases)
     await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
     assert not lease.is_held
-    assert matches_document(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 2, "released": False})
+    assert matches_document(leases, {**OVERDUE_LEASE_FILTER, "fencing_token": 2, "released": False})
     other = create_lease(connection)
     assert await acquire(other)
     assert other.fencing_token == 3
@@ -172,17 +172,17 @@ async def test_taken_lease_is_not_released_by_former_holder(
     other = create_lease(connection)
     async with asyncio.timeout(DEADLINE_SECONDS):
         while not await other.acquire({}):  # a heartbeat may extend the lease in between
-            expire_lease(leases)
+            make_lease_overdue(leases)
     await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
     assert (lease.is_held, other.is_held) == (False, True)
     await lease.release()
-    assert not matches_document(leases, EXPIRED_LEASE_FILTER)
+    assert not matches_document(leases, OVERDUE_LEASE_FILTER)
     await other.release()
 
 
 async def test_lost_lease_can_be_acquired_again(lease: Lease, leases: Collection[Document]) -> None:
     assert await acquire(lease)
-    expire_and_reap_lease(leases)
+    expire_lease(leases)
     await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
     await lease.release()
     assert await acquire(lease)
@@ -199,7 +199,7 @@ async def test_deleted_lease_is_lost(lease: Lease, leases: Collection[Document])
 async def test_short_block_of_event_loop_keeps_lease(lease: Lease, leases: Collection[Document]) -> None:
     assert await acquire(lease)
     time.sleep(LEASE_SECONDS)  # noqa: ASYNC251 - blocks the event loop
-    assert not matches_document(leases, EXPIRED_LEASE_FILTER)
+    assert not matches_document(leases, OVERDUE_LEASE_FILTER)
     await asyncio.sleep(0)
     assert lease.is_held
 
@@ -223,7 +223,7 @@ async def test_lease_of_crashed_holder_is_free_after_its_duration(
     await next_lease.release()
 
 
-async def test_lease_after_network_silence_continues_unless_reaped(
+async def test_lease_after_network_silence_continues_unless_expired(
     mongodb_uri: str, db_name: str, leases: Collection[Document]
 ) -> None:
     with TcpProxy(mongodb_uri) as proxy:
@@ -231,7 +231,7 @@ async def test_lease_after_network_silence_continues_unless_reaped(
         assert await acquire(lease)
         proxy.suspend()
         await asyncio.sleep(2 * LEASE_SECONDS)
-        assert matches_document(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 1})
+        assert matches_document(leases, {**OVERDUE_LEASE_FILTER, "fencing_token": 1})
         assert lease.is_held
         assert lease.uninterrupted_seconds == 0
         resumed = time.monotonic()
@@ -242,11 +242,11 @@ async def test_lease_after_network_silence_continues_unless_reaped(
 
         proxy.suspend()
         await asyncio.sleep(2 * LEASE_SECONDS)
-        assert reap_lease(leases)
+        assert expire_overdue_lease(leases)
         proxy.resume()
         await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
         await lease.release()
-        assert matches_document(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 2, "released": False})
+        assert matches_document(leases, {**OVERDUE_LEASE_FILTER, "fencing_token": 2, "released": False})
 
 
 async def test_lease_over_slow_network_is_extended_after_an_outage(
@@ -267,7 +267,7 @@ async def test_lease_over_slow_network_is_extended_after_an_outage(
         await lease.release()
 
 
-@pytest.mark.parametrize("silent_seconds", [0.0, 2 * LEASE_SECONDS], ids=["valid lease", "expired lease"])
+@pytest.mark.parametrize("silent_seconds", [0.0, 2 * LEASE_SECONDS], ids=["valid lease", "overdue lease"])
 async def test_release_over_silent_network_ends_in_time(mongodb_uri: str, db_name: str, silent_seconds: float) -> None:
     with TcpProxy(mongodb_uri) as proxy:
         lease = create_lease(Connection(proxy.uri, db_name))
@@ -334,16 +334,16 @@ async def test_cancelled_acquire_does_not_keep_lease(connection: Connection, lea
         assert await acquire_when_free(lease)
     assert lease.is_held
     await lease.release()
-    assert matches_document(leases, EXPIRED_LEASE_FILTER)
+    assert matches_document(leases, OVERDUE_LEASE_FILTER)
 
 
-async def test_blocked_event_loop_lets_lease_expire_until_it_continues(
+async def test_blocked_event_loop_makes_lease_overdue_until_it_continues(
     connection: Connection, lease: Lease, leases: Collection[Document]
 ) -> None:
     assert await acquire(lease)
     await asyncio.sleep(0.1)
     time.sleep(2.5 * LEASE_SECONDS)  # noqa: ASYNC251 - the injected fault
-    assert matches_document(leases, EXPIRED_LEASE_FILTER)
+    assert matches_document(leases, OVERDUE_LEASE_FILTER)
     assert lease.is_held, "no other process has taken the lease"
     await wait_until_extended(leases)
 
