@@ -44,10 +44,6 @@ Rows = Iterable[Sequence[str | Text]]
 """The header and the rows of a table."""
 LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="Maximum number of results")]
 OldestFirstOption = Annotated[bool, typer.Option("--oldest-first", help="Sort oldest first (default: newest)")]
-UserOption = Annotated[str | None, typer.Option("--user", help="Show only those of this user")]
-ArchivedOption = Annotated[
-    bool | None, typer.Option("--archived/--not-archived", help="Show only archived (or only non-archived) ones")
-]
 AsOfOption = Annotated[str | None, typer.Option("--as-of", help=f"Show the state at this point. {AS_OF_HELP}")]
 IdsOption = Annotated[bool, typer.Option("--ids", help="Print IDs only, one per line")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="ID as printed by `list`")]

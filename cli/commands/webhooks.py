@@ -39,7 +39,7 @@ EndpointArgument = Annotated[str, typer.Argument(metavar="ENDPOINT_ID", help="Se
 @app.command("list")
 def list_deliveries(
     status: Annotated[
-        DeliveryStatus | None, typer.Option(help="Show only deliveries with this status", show_default=False)
+        DeliveryStatus | None, typer.Option(help="Only deliveries with this status", show_default=False)
     ] = None,
     job: JobOption = None,
     batch: BatchOption = None,
