@@ -17,11 +17,9 @@ app = typer.Typer(help="List, inspect, cancel, restart, pause and resume batches
 
 @app.command("list")
 def list_batches(
-    status: Annotated[
-        BatchStatus | None, typer.Option(help="Only batches with this status", show_default=False)
-    ] = None,
+    status: Annotated[BatchStatus | None, typer.Option(help="Only batches with this status")] = None,
     user: Annotated[str | None, typer.Option(help="Only batches of this user")] = None,
-    search: Annotated[str | None, typer.Option(help="Only batches with all of these words in name or ID")] = None,
+    search: Annotated[str | None, typer.Option(help="Only batches with all these words in name or ID")] = None,
     archived: Annotated[
         bool | None, typer.Option("--archived/--not-archived", help="Only archived (or only non-archived) batches")
     ] = None,

@@ -21,24 +21,22 @@ _OMITTED: Final = "too large for a list, see `jobs show`"
 
 @app.command("list")
 def list_jobs(
-    status: Annotated[JobStatus | None, typer.Option(help="Only jobs with this status", show_default=False)] = None,
-    batch: Annotated[str | None, typer.Option("--batch", help="Only jobs of this batch")] = None,
+    status: Annotated[JobStatus | None, typer.Option(help="Only jobs with this status")] = None,
+    batch: Annotated[str | None, typer.Option(help="Only jobs of this batch")] = None,
     user: Annotated[str | None, typer.Option(help="Only jobs of this user")] = None,
     track: Annotated[str | None, typer.Option(help="Only jobs of this track")] = None,
     event: Annotated[str | None, typer.Option(help="Only jobs of this conference")] = None,
     day: Annotated[str | None, typer.Option(help="Only jobs of this day")] = None,
     language: Annotated[str | None, typer.Option(help="Only jobs with this target language, e.g. en")] = None,
     job_type: Annotated[str | None, typer.Option("--type", help="Only jobs of this job type")] = None,
-    error: Annotated[str | None, typer.Option("--error", help="Only jobs with this error code, e.g. TIMEOUT")] = None,
+    error: Annotated[str | None, typer.Option(help="Only jobs with this error code, e.g. TIMEOUT")] = None,
     created_after: Annotated[
-        str | None, typer.Option(help="Only jobs submitted after this time, e.g. 2026-02-01T09:30:00Z")
+        str | None, typer.Option(help="Only jobs submitted after this time, e.g. 2026-02-01T09:30Z")
     ] = None,
     created_before: Annotated[str | None, typer.Option(help="Only jobs submitted before this time")] = None,
     search: Annotated[
         str | None,
-        typer.Option(
-            help="Only jobs with all of these words in name, ID, session, event, track, file name or speakers"
-        ),
+        typer.Option(help="Only jobs with all these words in name, ID, session, event, track, file name or speakers"),
     ] = None,
     archived: Annotated[
         bool | None, typer.Option("--archived/--not-archived", help="Only archived (or only non-archived) jobs")

@@ -24,11 +24,10 @@ _T = TypeVar("_T")
 
 @app.command()
 def create(
-    user: Annotated[str, typer.Option("--user", help="User of the key")],
-    group: Annotated[list[str] | None, typer.Option("--group", help="Group of the user (team-…). Repeatable")] = None,
+    user: Annotated[str, typer.Option(help="User of the key")],
+    group: Annotated[list[str] | None, typer.Option(help="Group of the user (team-…). Repeatable")] = None,
     role: Annotated[
-        list[str] | None,
-        typer.Option("--role", help="admin: full access. monitor: read all statistics. Repeatable"),
+        list[str] | None, typer.Option(help="admin: full access. monitor: read all statistics. Repeatable")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Description of the key")] = None,
     expires_in: Annotated[str | None, typer.Option(help="Lifetime, e.g. 12h or 90d. Default: never expires")] = None,
@@ -97,7 +96,7 @@ def revoke(
 @app.command("sign-out")
 def sign_out(
     key_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Key ID, or the whole key")] = None,
-    user: Annotated[str | None, typer.Option("--user", help="User, for auth.mode `jwt`")] = None,
+    user: Annotated[str | None, typer.Option(help="User, for auth.mode `jwt`")] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -189,15 +189,13 @@ def tail(
     config: ConfigOption = None,
     stream: Annotated[
         list[str] | None,
-        typer.Option("--stream", help="Only events of this job, batch or delivery, and those it caused. Repeatable"),
+        typer.Option(help="Only events of this job, batch or delivery, and those it caused. Repeatable"),
     ] = None,
     event_type: Annotated[
         list[str] | None, typer.Option("--type", help="Only events of this type, e.g. JobFailed. Repeatable")
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="Number of past events")] = 10,
-    after: Annotated[
-        int | None, typer.Option("--after", min=0, max=LARGEST_POSITION, help="Start after this position")
-    ] = None,
+    after: Annotated[int | None, typer.Option(min=0, max=LARGEST_POSITION, help="Start after this position")] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Wait for new events until Ctrl-C")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per event")] = False,
 ) -> None:
@@ -273,7 +271,7 @@ async def _tail(
 def show_history(
     stream: Annotated[str, typer.Argument(metavar="ID", help="ID of a job, batch or delivery")],
     config: ConfigOption = None,
-    as_of: Annotated[str | None, typer.Option("--as-of", help=f"Stop at this point. {AS_OF_HELP}")] = None,
+    as_of: Annotated[str | None, typer.Option(help=f"Stop at this point. {AS_OF_HELP}")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show all events of a job, batch or delivery, with actor and state changes"""

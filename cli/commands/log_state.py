@@ -23,10 +23,8 @@ Changes = dict[str, list[str | None]]
 
 
 def show_state(
-    as_of: Annotated[str, typer.Option("--as-of", help=AS_OF_HELP)],
-    until: Annotated[
-        str | None, typer.Option("--until", help="Also show changes between --as-of and this point")
-    ] = None,
+    as_of: Annotated[str, typer.Option(help=AS_OF_HELP)],
+    until: Annotated[str | None, typer.Option(help="Also show changes between --as-of and this point")] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -38,9 +38,7 @@ EndpointArgument = Annotated[str, typer.Argument(metavar="ENDPOINT_ID", help="Se
 
 @app.command("list")
 def list_deliveries(
-    status: Annotated[
-        DeliveryStatus | None, typer.Option(help="Only deliveries with this status", show_default=False)
-    ] = None,
+    status: Annotated[DeliveryStatus | None, typer.Option(help="Only deliveries with this status")] = None,
     job: JobOption = None,
     batch: BatchOption = None,
     host: HostOption = None,
@@ -61,8 +59,7 @@ def list_deliveries(
 def redeliver(
     ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Delivery IDs")] = None,
     status: Annotated[
-        DeliveryStatus | None,
-        typer.Option(help="Without IDs: only deliveries with this status. Default: abandoned", show_default=False),
+        DeliveryStatus | None, typer.Option(help="Without IDs: only deliveries with this status. Default: abandoned")
     ] = None,
     job: JobOption = None,
     batch: BatchOption = None,
@@ -96,9 +93,7 @@ def redeliver(
 @app.command("test")
 def send_test(
     endpoint_url: Annotated[str, typer.Argument(metavar="URL", help="URL of the endpoint")],
-    header: Annotated[
-        list[str] | None, typer.Option("--header", help="Header to send, e.g. 'X-Key: 1'. Repeatable")
-    ] = None,
+    header: Annotated[list[str] | None, typer.Option(help="Header to send, e.g. 'X-Key: 1'. Repeatable")] = None,
     secret: Annotated[
         str | None,
         typer.Option(envvar="JOBLEDGER_WEBHOOK_SECRET", help="Signing secret. Prefer the environment variable"),
