@@ -1,23 +1,33 @@
-"""An exhaustive model of the append protocol: writers, readers and faults in every possible order.
+"""An exhaustive model of the append protocol: writers, readers and faults in every order, for small programs.
 
 The model visits every state that can be reached. It contains the server (an operation log that a failover truncates
-to what a majority has), the steps of `store.appender` between two commands to the server, the retries of
-`store.command_handler`, and a reader that voids gaps (`store.gap_filler`). Names of steps are those of the code.
+to what a majority has), the steps of `store.appender`, the retries of `store.command_handler`, and a reader that voids
+gaps (`store.gap_filler`). Methods for steps name the functions of the code.
 
-A command is a word of streams: `s` appends one event to the stream s, `st` one event to each of s and t in one
-transaction. `+` after it means that its caller decides again after a version conflict and looks for the outcome after
-an unknown one, as `handle_command_with_retries`; without it, the command ends. A writer executes writes one after the
-other. A write is a group of commands with one event each, which go into one insert, or one command.
+A command is written as the streams to which it appends: `s` appends one event to the stream s, `st` one event to each
+of s and t in one transaction. `+` after it means that its caller decides again after a version conflict, and looks for
+the outcome after an unknown one, as `handle_command_with_retries`; without it, the command ends. A writer executes
+writes one after the other. A write is a group of commands with one event each, which go into one insert, or one
+command.
 
 Checked in every state:
-    - Positions are unique. The versions of a stream are 1, 2, 3 … in the order of the positions.
+    - The versions of a stream are 1, 2, 3 … in the order of the positions.
     - A command is in the log at most once, and completely.
-    - The event of a successful command stays. A command that was rejected with a conflict is not in the log.
-    - Readers have read the log from position 1 on, without a gap, and what they have read stays.
+    - The events of a successful command stay. A rejected command is not in the log, and another event has its version.
+    - What readers have read stays, and no event appears before it.
 From every state, steps without further faults lead to a state in which all live writers have finished and the reader
 has read everything.
 
-Each `Defect` removes one rule of the protocol. The model finds what it breaks.
+Each `Defect` removes one rule of the protocol, and the model finds what it breaks. Rules that only save time or
+positions have no defect: that unused positions are voided, and that the counter is raised.
+
+Where several commands to the server are one step here, what may happen between them is covered by another order:
+    - A majority read may be stale. Steps that decide on it do so at once, and write later.
+    - A reservation that is too low is voided, and the counter raised, in one step. A crash between them leaves a gap,
+      as after any reservation.
+    - The reader voids one position at a time. A void never replaces an event.
+    - An append that was already resolved may be inserted again with its group. Its version is taken, as for a late
+      request.
 """
 
 from __future__ import annotations
@@ -47,6 +57,10 @@ class Defect(Enum):
     DUPLICATE_IS_CONFLICT = "each duplicate key is a version conflict"
     IGNORE_EVENT_ID = "an event at the version is a conflict, also the own one"
     GROUP_FAILS_TOGETHER = "a conflict of one command rejects its group"
+    TRANSACTION_NOT_ATOMIC = "a failure in a transaction keeps its other events"
+    RETRY_WITHOUT_LOOK = (
+        "after a duplicate key, the events are written at new positions without a look at stored events"
+    )
     SKIP_GAPS = "readers continue after a gap without voiding it"
     READ_LOCALLY = "readers read events that a majority may not have"
     DECIDE_AGAIN_BLINDLY = "after an unknown outcome, the command is decided again without a look"
@@ -83,18 +97,22 @@ class Command(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """A process. `phase` is the next step: `decide`, `reserve`, `insert`, `wait`, `resolve`, or `ended`, `crashed`.
+    """A process.
 
+    `phase` is its next step: `decide`, `reserve`, `insert`, `wait`, `resolve`, `void`, or the state `ended`, `crashed`.
     `failed` has the commands of the last insert with a duplicate key, `needed` the number of pending operations that a
-    majority must get before the insert is acknowledged. `results` has the final statuses of earlier writes.
+    majority must get before the insert is acknowledged. `unused` has the positions to void, and `resolved` the commands
+    afterwards. `results` has the commands of earlier writes.
     """
 
     phase: str
     write: int
     commands: tuple[Command, ...]
-    results: tuple[tuple[str, ...], ...] = ()
+    results: tuple[tuple[Command, ...], ...] = ()
     failed: tuple[int, ...] = ()
     needed: int = 0
+    unused: tuple[int, ...] = ()
+    resolved: tuple[Command, ...] = ()
 
 
 class Faults(NamedTuple):
@@ -178,17 +196,17 @@ class AppendModel:
                 self._check_state(state)
                 if self._is_goal(state):
                     goals.append(number)
-                for name, next_state, is_fault in self._steps(state):
-                    following = self._read(self._acknowledge(_replicate_counter(next_state)))
-                    known = numbers.setdefault(following, len(parents))
-                    if known == len(parents):
+                for name, following, is_fault in self._steps(state):
+                    reached = self._read(self._acknowledge_all(_replicate_counter(following)))
+                    reached_number = numbers.setdefault(reached, len(parents))
+                    if reached_number == len(parents):
                         parents.append((number, name))
                         predecessors.append([])
-                        waiting.append(following)
-                        if known > self.max_states:
+                        waiting.append(reached)
+                        if reached_number > self.max_states:
                             raise Violation(f"more than {self.max_states} states")
                     if not is_fault:
-                        predecessors[known].append(number)
+                        predecessors[reached_number].append(number)
             except Violation:
                 self._describe(number, parents)
                 raise
@@ -202,20 +220,39 @@ class AppendModel:
         goals: list[int],
         parents: list[tuple[int, str]],
     ) -> None:
-        # A state that has used all positions of the model may have no goal, because the model ends there.
-        largest_write = max(len(write.replace("+", "").replace(" ", "")) for it in self.programs for write in it)
-        last = self.max_position - largest_write
-        goals += [number for state, number in numbers.items() if state.current_counter > last]
         reached = set(goals)
         while goals:
             for number in predecessors[goals.pop()]:
                 if number not in reached:
                     reached.add(number)
                     goals.append(number)
-        stuck = next((number for number in range(len(parents)) if number not in reached), None)
+        stuck = next(
+            (
+                it
+                for state, it in numbers.items()
+                if it not in reached and self._count_needed(state) <= self.max_position
+            ),
+            None,
+        )
         if stuck is not None:
             self._describe(stuck, parents)
             raise Violation("from a state, no step leads to the end")
+
+    def _count_needed(self, state: State) -> int:
+        """Return a position up to which all commands can finish if nothing else goes wrong. The model may have fewer.
+
+        A command that is retried may have to reserve twice: its version may be taken by now.
+        """
+        needed = max([state.current_counter, *(document.position for document in state.stored)])
+        for index, writer in enumerate(state.writers):
+            if writer.phase in ("ended", "crashed"):
+                continue
+            for write in range(writer.write, len(self.programs[index])):
+                for number in range(len(self.programs[index][write].split())):
+                    if write > writer.write or writer.commands[number].status in ("deciding", "writing"):
+                        reservations = 2 if self._is_retried(index, write, number) else 1
+                        needed += reservations * len(self._list_streams(index, write, number))
+        return needed
 
     def _describe(self, number: int, parents: list[tuple[int, str]]) -> None:
         self.trace = []
@@ -230,36 +267,42 @@ class AppendModel:
     def _new_commands(self, writer: int, write: int) -> tuple[Command, ...]:
         return tuple(Command() for _ in self.programs[writer][write].split())
 
-    def _word(self, writer: int, write: int, command: int) -> str:
-        return self.programs[writer][write].split()[command]
+    def _list_streams(self, writer: int, write: int, command: int) -> str:
+        return self.programs[writer][write].split()[command].rstrip("+")
+
+    def _is_retried(self, writer: int, write: int, command: int) -> bool:
+        return self.programs[writer][write].split()[command].endswith("+")
 
     # Guarantees -----------------------------------------------------------------------------------------------------
 
     def _check_state(self, state: State) -> None:
-        durable = state.durable
+        stored = sorted(state.stored)
         versions: dict[str, int] = {}
-        for document in durable:
+        for document in stored:
             if document.stream != VOID_STREAM:
                 versions[document.stream] = versions.get(document.stream, 0) + 1
                 if document.version != versions[document.stream]:
                     raise Violation(f"{document} has not the version that follows in its stream")
-        if state.read and list(state.read) != [it for it in durable if it.position <= state.read[-1].position]:
+        if state.read and list(state.read) != [it for it in stored if it.position <= state.read[-1].position]:
             raise Violation(f"readers have read {state.read}, which is not the log up to there")
         for index, writer in enumerate(state.writers):
-            statuses = [*writer.results, tuple(command.status for command in writer.commands)]
-            for write, its in enumerate(statuses):
-                for number, status in enumerate(its):
-                    self._check_command((index, write, number), status, state)
+            for write, commands in enumerate([*writer.results, writer.commands]):
+                for number, command in enumerate(commands):
+                    self._check_command((index, write, number), command, stored)
 
-    def _check_command(self, key: tuple[int, int, int], status: str, state: State) -> None:
-        word = self._word(*key).rstrip("+")
-        found = [document for document in state.durable if document.event_id[:3] == key]
-        if found and sorted(document.stream for document in found) != sorted(word):
+    def _check_command(self, key: tuple[int, int, int], command: Command, stored: list[Document]) -> None:
+        streams = self._list_streams(*key)
+        found = [document for document in stored if document.event_id[:3] == key]
+        if found and sorted(document.stream for document in found) != sorted(streams):
             raise Violation(f"command {key} has the events {found}")
-        if status == "succeeded" and not found:
+        if command.status == "succeeded" and not found:
             raise Violation(f"command {key} succeeded, and has no event")
-        if status == "rejected" and any(document.event_id[:3] == key for document in state.stored):
-            raise Violation(f"command {key} was rejected, and has an event")
+        if command.status == "rejected":
+            if found:
+                raise Violation(f"command {key} was rejected, and has an event")
+            wanted = {(stream, version + 1) for stream, version in zip(streams, command.base, strict=True)}
+            if not any((document.stream, document.version) in wanted for document in stored):
+                raise Violation(f"command {key} was rejected, and no event has its version")
 
     def _is_goal(self, state: State) -> bool:
         is_finished = all(writer.phase in ("ended", "crashed") for writer in state.writers)
@@ -271,7 +314,9 @@ class AppendModel:
             "decide": self._decide,
             "reserve": self._reserve,
             "insert": self._insert,
+            "wait": self._wait,
             "resolve": self._resolve,
+            "void": self._void_unused,
         }
 
     # The server -----------------------------------------------------------------------------------------------------
@@ -281,21 +326,26 @@ class AppendModel:
 
         Returns the state and the indexes of the items with a duplicate key.
         """
+        if self.defect is Defect.TRANSACTION_NOT_ATOMIC and any(len(documents) > 1 for documents in inserts):
+            executed, failed = self._execute_insert(
+                state, [(document,) for documents in inserts for document in documents]
+            )
+            return executed, (0,) if failed else ()
         stored = state.stored
         positions = {document.position for document in stored}
         versions = {(document.stream, document.version) for document in stored}
-        pending, failed = state.pending, []
+        pending, indexes = state.pending, []
         for index, documents in enumerate(inserts):
             has_duplicate_version = any((document.stream, document.version) in versions for document in documents)
             if any(document.position in positions for document in documents) or (
                 has_duplicate_version and self.defect is not Defect.NO_UNIQUE_VERSION
             ):
-                failed.append(index)
+                indexes.append(index)
                 continue
             pending = (*pending, documents)
             positions |= {document.position for document in documents}
             versions |= {(document.stream, document.version) for document in documents}
-        return state._replace(pending=pending), tuple(failed)
+        return state._replace(pending=pending), tuple(indexes)
 
     def _void(self, state: State, positions: Iterable[int]) -> State:
         voids = [(Document(position, VOID_STREAM, position, ()),) for position in positions]
@@ -331,7 +381,7 @@ class AppendModel:
                 for writer in state.writers
             )
             fewer = state._replace(writers=writers, faults=faults._replace(failovers=faults.failovers - 1))
-            for length in range(len(state.pending)):
+            for length in range(len(state.pending) + 1):
                 lost = len(state.pending) - length
                 yield f"fail over, {lost} lost", fewer._replace(pending=state.pending[:length]), True
         for request in set(state.late):
@@ -358,24 +408,28 @@ class AppendModel:
                 following += 1
         return state._replace(read=read)
 
-    def _acknowledge(self, state: State) -> State:
-        """Tell writers that a majority has their insert: commands without a duplicate key have succeeded.
-
-        When that happens makes no difference to others, so it happens at once.
-        """
+    def _acknowledge_all(self, state: State) -> State:
+        """Tell writers that their insert is durable. If no failover can happen, it is not visible when."""
+        if state.faults.failovers:
+            return state
         for index, writer in enumerate(state.writers):
-            if writer.phase == "wait" and (not writer.needed or self.defect is Defect.ACKNOWLEDGE_EARLY):
-                commands = tuple(
-                    Command("succeeded") if command.status == "writing" and number not in writer.failed else command
-                    for number, command in enumerate(writer.commands)
-                )
-                acknowledged = writer._replace(commands=commands, needed=0)
-                state = (
-                    _put(state, index, acknowledged._replace(phase="resolve"))
-                    if writer.failed
-                    else self._continue(state, index, acknowledged)
-                )
+            if writer.phase == "wait" and self._is_acknowledged(writer):
+                state = self._acknowledge(state, index, writer)
         return state
+
+    def _is_acknowledged(self, writer: Writer) -> bool:
+        return not writer.needed or self.defect is Defect.ACKNOWLEDGE_EARLY
+
+    def _acknowledge(self, state: State, index: int, writer: Writer) -> State:
+        """Commands without a duplicate key have succeeded."""
+        commands = tuple(
+            Command("succeeded") if command.status == "writing" and number not in writer.failed else command
+            for number, command in enumerate(writer.commands)
+        )
+        acknowledged = writer._replace(commands=commands, needed=0)
+        if writer.failed:
+            return _put(state, index, acknowledged._replace(phase="resolve"))
+        return self._continue(state, index, acknowledged)
 
     def _fault_steps(self, state: State, index: int, writer: Writer) -> Iterator[Step]:
         faults = state.faults
@@ -388,10 +442,11 @@ class AppendModel:
                 self._time_out(index, writer, number) if command.status == "writing" else command
                 for number, command in enumerate(writer.commands)
             )
-            yield f"{index} times out", self._continue(fewer, index, writer._replace(commands=commands)), True
+            timed_out = writer._replace(commands=commands, unused=(), resolved=())
+            yield f"{index} times out", self._continue(fewer, index, timed_out), True
 
     def _time_out(self, index: int, writer: Writer, number: int) -> Command:
-        if self._word(index, writer.write, number).endswith("+"):
+        if self._is_retried(index, writer.write, number):
             return Command("deciding", tries=writer.commands[number].tries, may_have_effect=True)
         return Command("unknown")
 
@@ -405,7 +460,7 @@ class AppendModel:
             if any(document.event_id[:3] == key for document in visible):
                 yield f"{index} finds outcome", self._set(state, index, writer, number, Command("succeeded")), False
                 return
-        streams = self._word(index, writer.write, number).rstrip("+")
+        streams = self._list_streams(index, writer.write, number)
         events = [[document for document in visible if document.stream == stream] for stream in streams]
         base = tuple(max((document.version for document in its), default=0) for its in events)
         based_on = max((document.position for its in events for document in its), default=0)
@@ -447,7 +502,7 @@ class AppendModel:
         inserts = []
         for number in numbers:
             command = writer.commands[number]
-            streams = self._word(index, writer.write, number).rstrip("+")
+            streams = self._list_streams(index, writer.write, number)
             event_id = (index, writer.write, number, command.tries)
             inserts.append(
                 tuple(
@@ -478,18 +533,30 @@ class AppendModel:
             late = tuple(sorted((*state.late, inserts)))
             yield f"{index} sends a request that is late", state._replace(late=late, faults=fewer), True
 
+    def _wait(self, state: State, index: int, writer: Writer) -> Iterator[Step]:
+        if self._is_acknowledged(writer):
+            yield f"{index} hears of the majority", self._acknowledge(state, index, writer), False
+
     def _resolve(self, state: State, index: int, writer: Writer) -> Iterator[Step]:
-        """`_resolve_duplicates`"""
+        """`_resolve_duplicates`, up to its read of the stored events"""
         visible = self._visible(state, Defect.RESOLVE_ON_LOCAL_READ)
+        yield f"{index} resolves duplicates", self._resolve_with(visible, state, index, writer), False
+        if state.faults.lost_responses:
+            fewer = state._replace(faults=state.faults._replace(lost_responses=state.faults.lost_responses - 1))
+            yield f"{index} reads stale events", self._resolve_with([], fewer, index, writer), True
+
+    def _resolve_with(self, visible: Sequence[Document], state: State, index: int, writer: Writer) -> State:
         stored = {(document.stream, document.version): document for document in visible}
+        if self.defect is Defect.RETRY_WITHOUT_LOOK:
+            stored = {}
         commands = list(writer.commands)
-        unused: list[int] = []
+        unused: set[int] = set()
         numbers, inserts = self._build_inserts(index, writer)
         for number, documents in zip(numbers, inserts, strict=True):
             found = [it for document in documents if (it := stored.get((document.stream, document.version)))]
             is_own = any(it.event_id == documents[0].event_id for it in found)
-            unused += {document.position for document in documents} - {it.position for it in found if is_own}
-            if is_own and self.defect not in (Defect.IGNORE_EVENT_ID, Defect.DUPLICATE_IS_CONFLICT):
+            unused |= {document.position for document in documents} - {it.position for it in found if is_own}
+            if is_own and self.defect is not Defect.IGNORE_EVENT_ID:
                 commands[number] = Command("succeeded")
             elif found or self.defect is Defect.DUPLICATE_IS_CONFLICT:
                 commands[number] = self._reject(index, writer, number)
@@ -497,19 +564,25 @@ class AppendModel:
                     commands = [self._reject(index, writer, other) for other in range(len(commands))]
             else:
                 commands[number] = commands[number]._replace(positions=())
-        voided = self._void(state, sorted(unused))
+        following = writer._replace(phase="void", unused=tuple(sorted(unused)), resolved=tuple(commands), failed=())
+        return _put(state, index, following)
+
+    def _void_unused(self, state: State, index: int, writer: Writer) -> Iterator[Step]:
+        """The rest of `_resolve_duplicates`. If it fails, the appender inserts the same documents again."""
+        voided = self._void(state, writer.unused)
         if state.faults.lost_responses:
             fewer = voided._replace(faults=state.faults._replace(lost_responses=state.faults.lost_responses - 1))
-            yield f"{index} voids, response lost", _put(fewer, index, writer._replace(phase="insert", failed=())), True
-        if any(command.status == "writing" for command in commands):
+            again = writer._replace(phase="insert", unused=(), resolved=())
+            yield f"{index} voids, response lost", _put(fewer, index, again), True
+        if any(command.status == "writing" for command in writer.resolved):
             voided = self._raise_counter(voided)
-        resolved = writer._replace(commands=tuple(commands), failed=())
-        yield f"{index} resolves duplicates", self._continue(voided, index, resolved), False
+        resolved = writer._replace(commands=writer.resolved, unused=(), resolved=())
+        yield f"{index} voids unused positions", self._continue(voided, index, resolved), False
 
     def _reject(self, index: int, writer: Writer, number: int) -> Command:
-        if not self._word(index, writer.write, number).endswith("+"):
-            return Command("rejected")
         command = writer.commands[number]
+        if not self._is_retried(index, writer.write, number):
+            return Command("rejected", command.base)
         may_have_effect = command.may_have_effect and self.defect is not Defect.FORGET_UNKNOWN_OUTCOME
         return Command("deciding", tries=command.tries, may_have_effect=may_have_effect)
 
@@ -524,7 +597,7 @@ class AppendModel:
         following = writer.write + 1
         if following == len(self.programs[index]):
             return _put(state, index, writer._replace(phase="ended"))
-        results = (*writer.results, tuple(command.status for command in writer.commands))
+        results = (*writer.results, writer.commands)
         return _put(state, index, Writer("decide", following, self._new_commands(index, following), results))
 
     def _set(self, state: State, index: int, writer: Writer, number: int, command: Command) -> State:
@@ -551,7 +624,7 @@ def _replicate(state: State) -> State:
 
 
 def _replicate_counter(state: State) -> State:
-    """Give the counter to a majority at once if no failover can happen. Nobody can see the difference then."""
+    """Give the counter to a majority at once if no failover can happen. The difference is not visible then."""
     if state.faults.failovers or not any(isinstance(operation, int) for operation in state.pending):
         return state
     writers = tuple(
