@@ -23,8 +23,7 @@ from jobledger.ledger.domain.events import (
 )
 
 _FINISHING_EVENT_TYPES: Final = frozenset(
-    event_type.__name__
-    for event_type in (JobCompleted, JobFailed, JobCancelled, JobDeleted, BatchFinished, BatchDeleted)
+    cls.__name__ for cls in (JobCompleted, JobFailed, JobCancelled, JobDeleted, BatchFinished, BatchDeleted)
 )
 _REOPENING_EVENT_TYPES: Final = frozenset({JobRestarted.__name__, BatchReopened.__name__})
 
