@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -19,26 +19,20 @@ from jobledger.ledger.domain.events import (
     JobDeleted,
     JobFailed,
     JobRestarted,
-    RecordedEvent,
 )
+from jobledger.ledger.store.event_store import EventStore
 
-_FINISHING_EVENT_TYPES: Final = frozenset(
-    cls.__name__ for cls in (JobCompleted, JobFailed, JobCancelled, JobDeleted, BatchFinished, BatchDeleted)
-)
-_REOPENING_EVENT_TYPES: Final = frozenset({JobRestarted.__name__, BatchReopened.__name__})
+_FINISHING_EVENTS: Final = (JobCompleted, JobFailed, JobCancelled, JobDeleted, BatchFinished, BatchDeleted)
+_FINISHING_EVENT_TYPES: Final = frozenset(event.__name__ for event in _FINISHING_EVENTS)
 
 
-def find_end_position(events: Sequence[RecordedEvent]) -> int | None:
+async def find_end_position(event_store: EventStore, stream: str) -> int | None:
     """Return the position of the event that has finished or deleted a job or batch, None if it is not finished.
 
     The types of events decide. They are readable in damaged events, too, and the views also apply them.
     """
-    for event in reversed(events):
-        if event.type in _FINISHING_EVENT_TYPES:
-            return event.position
-        if event.type in _REOPENING_EVENT_TYPES:
-            return None
-    return None
+    events = await event_store.read_stream(stream, types=(*_FINISHING_EVENTS, JobRestarted, BatchReopened))
+    return events[-1].position if events and events[-1].type in _FINISHING_EVENT_TYPES else None
 
 
 class FinishNotifier:

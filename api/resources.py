@@ -126,7 +126,7 @@ async def wait_until_finished(request: Request, resource_id: str) -> None:
         if not seconds:
             return
         async with limit_while_authenticated(request, seconds), ctx.finish_notifier.watch(resource_id) as wake_up:
-            while (position := find_end_position(await ctx.event_store.read_stream(resource_id))) is None:
+            while (position := await find_end_position(ctx.event_store, resource_id)) is None:
                 await wake_up.wait()
                 wake_up.clear()
             await ctx.checkpoint.wait_for_position(position)
