@@ -244,6 +244,8 @@ class AppendModel:
         A command that is retried may have to reserve twice: its version may be taken by now.
         """
         needed = max([state.current_counter, *(document.position for document in state.stored)])
+        for writer in state.writers:  # a void at a reserved position raises the head
+            needed = max([needed, *writer.unused, *(it for command in writer.commands for it in command.positions)])
         for index, writer in enumerate(state.writers):
             if writer.phase in ("ended", "crashed"):
                 continue
