@@ -138,10 +138,14 @@ async def check_runs_other_jobs(
 ) -> None:
     """Check that a worker runs an inline job and one in a job process under a new lease."""
     lease = None
-    async with asyncio.timeout(60):
-        while lease is None:
-            await asyncio.sleep(0.02)
-            lease = await roles.db.workers.find_one({"pid": worker.pid, "_id": {"$ne": lost_lease["_id"]}})
+    try:
+        async with asyncio.timeout(60):
+            while lease is None:
+                await asyncio.sleep(0.02)
+                lease = await roles.db.workers.find_one({"pid": worker.pid, "_id": {"$ne": lost_lease["_id"]}})
+    except TimeoutError:
+        await worker.print_stacks()
+        raise
     job_ids = [await roles.submit(), await roles.submit(site.job_parameters(), job_type="session")]
     await roles.wait_until_finished(*job_ids)
     for job_id in job_ids:

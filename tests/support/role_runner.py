@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import signal
 import subprocess
@@ -328,6 +329,12 @@ class RolesSubprocess:
         else:
             self.process.send_signal(number)
 
+    async def print_stacks(self) -> None:
+        """Let the process print the stacks of its threads and tasks to standard error, after a timeout of a test."""
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            self.process.send_signal(number)
+            await asyncio.sleep(0.5)
+
     async def wait_for_exit(self, seconds: float = DEADLINE_SECONDS) -> int:
         """Wait for the exit and return the exit code."""
         return await asyncio.to_thread(self.process.wait, seconds)
@@ -361,6 +368,16 @@ def list_live_processes_in_session(leader: int) -> list[int]:
     return pids
 
 
+def _print_tasks() -> None:
+    for task in asyncio.all_tasks():
+        print(task.get_name(), file=sys.stderr)
+        awaited: Any = task.get_coro()
+        while (frame := getattr(awaited, "cr_frame", None)) is not None:
+            print(f"  {frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}", file=sys.stderr)
+            awaited = awaited.cr_await
+        print(f"  {awaited!r}", file=sys.stderr, flush=True)
+
+
 async def _main(uri: str, db_name: str, store: str, roles: str, *arguments: str) -> None:
     options = {name: float(value) for name, _, value in (item.partition("=") for item in arguments)}
     worker = WorkerOptions(
@@ -373,6 +390,8 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *arguments: str)
     webhooks = FAST_WEBHOOKS.model_copy(update={"lease_seconds": worker.lease_seconds})
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    faulthandler.register(signal.SIGUSR1)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, _print_tasks)
     async with run_roles_in_process(
         Connection(uri, db_name),
         Path(store),
