@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
@@ -79,9 +78,6 @@ class Cluster:
             run_roles_subprocess(connection, store, role, lease_seconds=LEASE_SECONDS, slots=SLOTS)
         )
         await process.wait_until_started()
-        assert process.process.stdout is not None
-        # Its output during outages of the database would fill the pipe and block the process.
-        Thread(target=process.process.stdout.read, daemon=True).start()
         return process
 
     async def follow(self) -> None:

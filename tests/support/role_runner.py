@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import structlog
 from pydantic import Field
 
 from jobledger.ledger.domain.commands import ClaimJob, SubmitBatch, SubmitJob
@@ -85,6 +86,13 @@ class RunningRoles:
     projector_task: asyncio.Task[None] | None = None
     worker_task: asyncio.Task[None] | None = None
     webhooks_task: asyncio.Task[None] | None = None
+    changes_task: asyncio.Task[None] | None = None
+
+    @property
+    def tasks(self) -> set[asyncio.Task[None]]:
+        """The tasks of the running roles and of the change stream. None of them ends unless it fails or is stopped."""
+        tasks = (self.projector_task, self.worker_task, self.webhooks_task, self.changes_task)
+        return {task for task in tasks if task is not None}
 
     # Commands --------------------------------------------------------------------------------------------------
 
@@ -250,7 +258,7 @@ async def run_roles_in_process(
                 base_url="",
                 holder=f"test-{os.getpid()}",
             )
-        await stack.enter_async_context(changes.keep_open())
+        roles.changes_task = await stack.enter_async_context(changes.keep_open())
         if projector:
             roles.projector_task = asyncio.create_task(leader.run(), name="projector")
             stack.push_async_callback(_stop, roles.projector_task)
@@ -388,6 +396,7 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *arguments: str)
         confinement="auto" if options.get("confinement", 1) else "off",
     )
     webhooks = FAST_WEBHOOKS.model_copy(update={"lease_seconds": worker.lease_seconds})
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # nobody reads the output
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     faulthandler.register(signal.SIGUSR1)
@@ -400,9 +409,12 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *arguments: str)
         webhooks=webhooks if "webhooks" in roles else None,
         projector_lease_seconds=options.get("lease_seconds", 10.0),
         worker_events_only=not {"projector"} & set(roles.split(",")),
-    ):
+    ) as running:
         print("running", flush=True)
-        await stop.wait()
+        stopping = asyncio.create_task(stop.wait())
+        ended, _ = await asyncio.wait({stopping, *running.tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:  # a failing role ends the process, as in a real one
+            await task
 
 
 if __name__ == "__main__":
