@@ -84,7 +84,8 @@ async def open_database(connection: Connection) -> AsyncIterator[Database]:
 async def close_with_timeout(closing: Coroutine[Any, Any, None]) -> None:
     """Close a resource. Give up after a second, because a database that does not respond would block forever."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(closing, _CLOSE_TIMEOUT_SECONDS)
+        async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
+            await closing
 
 
 async def open_file_store(settings: Settings, db: Database) -> FileStore:

@@ -16,13 +16,14 @@ from jobledger.ledger.domain.commands import CancelJob, SubmitJob
 from jobledger.ledger.domain.events import JobClaimed, JobReleased
 from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.mongo.lease import Lease, LeaseObservation
+from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, Lease, LeaseObservation
 from jobledger.ledger.store.command_handler import create_job_id
+from jobledger.workers import worker
 from jobledger.workers.attempts import process_runner
 from jobledger.workers.machine import health
 from jobledger.workers.machine.health import MachineFailure, WorkerHealth, find_machine_failure
 from jobledger.workers.machine.scratch import ScratchDirectory
-from tests.support.polling import poll_until
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import WorkerOptions, make_echo_job, run_roles_in_process
 from tests.workers.misbehaving_processors import misbehaving_processors
 
@@ -276,6 +277,46 @@ async def test_hanging_quick_check_is_a_failure(monkeypatch: pytest.MonkeyPatch)
     release.set()
     assert not worker.can_claim()
     assert "did not return" in worker.get_document_fields()["problem"]
+
+
+@pytest.mark.parametrize("iterations", range(3))
+async def test_worker_that_loses_its_lease_as_a_check_ends_continues_with_another(
+    connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iterations: int
+) -> None:
+    """The claim loop runs the check, and must not ignore that it is cancelled.
+
+    `iterations` of the event loop are between both, because a cancellation may be ignored in one of them only.
+    """
+    checking, release = threading.Event(), threading.Event()
+
+    def check() -> None:
+        checking.set()
+        release.wait(DEADLINE_SECONDS)
+
+    monkeypatch.setattr(health, "_QUICK_CHECK_SECONDS", 0)
+    monkeypatch.setattr(worker, "check_descriptors", check)
+    options = WorkerOptions(lease_seconds=2)
+    async with run_roles_in_process(connection, tmp_path, projector=True, worker=options) as roles:
+        await poll_until(checking.is_set, "a check runs")
+        assert roles.worker is not None
+        lost_worker_id = roles.worker.worker_id
+        with connection.create_blocking_client() as client:
+            client[connection.db_name].workers.update_one({"_id": lost_worker_id}, EXPIRE_LEASE_UPDATE)
+        join_thread(f"lease-{lost_worker_id}")
+        for _ in range(iterations):
+            await asyncio.sleep(0)
+        release.set()
+        join_thread("health-check")
+        claimed = await roles.wait_for_event(JobClaimed, await roles.submit())
+        assert claimed.meta.actor != f"worker:{lost_worker_id}"
+
+
+def join_thread(name: str) -> None:
+    """Wait for the end of a thread. Blocks the event loop."""
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join(DEADLINE_SECONDS)
+            assert not thread.is_alive()
 
 
 async def test_unhealthy_worker_of_three_costs_no_attempt_and_recovers(

@@ -218,7 +218,8 @@ class JobProcess:
         while self._exit_failure is None and (remaining := deadline - self._loop.time()) > 0:
             self._state_changed.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._state_changed.wait(), remaining)
+                async with asyncio.timeout(remaining):
+                    await self._state_changed.wait()
         message = "The job process closed its connection to the worker, so it cannot report a result."
         return self._exit_failure or AttemptFailed("PROCESS_DIED", message, transient=True)
 

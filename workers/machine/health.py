@@ -214,7 +214,8 @@ class WorkerHealth:
         self._checking = threading.Thread(target=run, name="health-check", daemon=True)
         try:
             self._checking.start()
-            failure = await asyncio.wait_for(asyncio.wrap_future(result), seconds)
+            async with asyncio.timeout(seconds):
+                failure = await asyncio.wrap_future(result)
         except TimeoutError:
             return build_disk_timeout_failure(seconds)
         except RuntimeError as error:
