@@ -210,13 +210,14 @@ def ensure_private_directory(root: Path, name: str) -> Path:
     All users can write to the system's temporary directory, so another user may have created an object with this name.
     Only a directory that we own is used, never a link. If the name is taken, another one is chosen.
     """
+    path = root / name
     with suppress(FileExistsError):
-        (root / name).mkdir(mode=_MODE)
-    for path in (root / name, *sorted(root.glob(f"{name}-*"))):
-        if _is_own_directory(path):
-            path.chmod(_MODE)
-            return path
-    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
+        path.mkdir(mode=_MODE)
+    if not _is_own_directory(path):  # search only now, because `root` may contain millions of files
+        own = filter(_is_own_directory, sorted(root.glob(f"{name}-*")))
+        path = next(own, None) or Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
+    path.chmod(_MODE)
+    return path
 
 
 def _is_own_directory(path: Path) -> bool:
