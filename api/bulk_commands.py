@@ -13,7 +13,7 @@ from jobledger.api.http.errors import ERROR_RESPONSES, ApiError
 from jobledger.api.idempotency import RequestFingerprint
 from jobledger.ledger.domain import job as decider
 from jobledger.ledger.domain.commands import JobCommand
-from jobledger.ledger.domain.errors import CommandRejected, NotFound, UnreadableEvent, VersionConflict
+from jobledger.ledger.domain.errors import CommandRejected, NotFound, StreamBusy, UnreadableEvent
 from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.domain.statuses import JobStatus
@@ -67,7 +67,7 @@ class BulkResult:
                 return
             case ApiError():
                 self.rejections.append({"job_id": job_id, "code": outcome.code, "message": outcome.message})
-            case CommandRejected() | UnreadableEvent() | VersionConflict():
+            case CommandRejected() | UnreadableEvent() | StreamBusy():
                 code = next(code for kind, _, code, _ in ERROR_RESPONSES if isinstance(outcome, kind))
                 self.rejections.append({"job_id": job_id, "code": code, "message": str(outcome)})
             case BaseException():

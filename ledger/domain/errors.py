@@ -10,6 +10,7 @@ JobledgerError
 ├── LedgerUnavailable           the database is unreachable or did not respond in time; transient
 │   └── FileStoreUnavailable    this machine cannot use the result store now; transient
 ├── LedgerBusy                  too many events are queued; transient
+│   └── StreamBusy              … or other processes append to the stream all the time; transient
 ├── VersionConflict             another process appended to the stream first; decide again
 ├── LogTruncated                the log ends before a position that was read from it
 ├── NotARegularFile             a path to store is not a regular file
@@ -87,6 +88,10 @@ class FileStoreUnavailable(LedgerUnavailable):
 
 class LedgerBusy(JobledgerError):
     """More events are queued than the appender accepts. Retry in a moment."""
+
+
+class StreamBusy(LedgerBusy):
+    """In each of many tries, another process appended to the stream first. Nothing was written. Retry in a moment."""
 
 
 class VersionConflict(JobledgerError):

@@ -24,6 +24,7 @@ from jobledger.ledger.domain.errors import (
     CommandRejected,
     LedgerBusy,
     LedgerUnavailable,
+    StreamBusy,
     UnreadableEvent,
     VersionConflict,
 )
@@ -34,7 +35,7 @@ from jobledger.ledger.store.event_store import EventStore
 
 Command = JobCommand | BatchCommand | DeliveryCommand
 Aggregate = Job | Batch | Delivery
-_MAX_TRIES = 20  # few processes append to one stream, so twenty conflicts in a row mean a loop
+_MAX_TRIES = 20  # few processes append to one stream, so more conflicts in a row are rare
 
 
 def create_job_id() -> str:
@@ -121,7 +122,7 @@ async def handle_command(
 
     Raises:
         CommandRejected: The state does not allow the command.
-        VersionConflict: In all tries, another process appended to the stream first.
+        StreamBusy: In all tries, another process appended to the stream first.
         UnreadableEvent: An event of the stream is damaged, or a later version of the program wrote it.
         InvalidEvent: As `EventStore.append`.
         LedgerBusy: As `EventStore.append`.
@@ -152,9 +153,11 @@ async def handle_command(
                 *_derive_deliveries(stream, stream_state, events, now),
             ]
             recorded = (await event_store.append(*appends))[: len(events)] if events else []
-        except VersionConflict:
+        except VersionConflict as conflict:
             if tries == _MAX_TRIES:
-                raise
+                raise StreamBusy(
+                    f"Other processes appended to {stream} first, {tries} times in a row. Try again in a moment."
+                ) from conflict
             if tries > 1:  # many processes append to this stream: spread their retries
                 await asyncio.sleep(random.uniform(0, 0.002 * tries))  # noqa: S311 - spreads load, guards no secret
             stream_state, is_current = await _catch_up(event_store, stream, stream_state), True
@@ -240,7 +243,6 @@ async def handle_command_with_retries(
 
     Raises:
         CommandRejected: The stream's state does not allow the command.
-        VersionConflict: As `handle_command`.
         UnreadableEvent: As `handle_command`.
         InvalidEvent: As `EventStore.append`.
     """

@@ -12,7 +12,7 @@ from pydantic import create_model
 
 from jobledger.api import bulk_commands as bulk
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, Delete, SubmitJob
-from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy
+from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy, VersionConflict
 from jobledger.ledger.domain.events import Event, EventMetadata, RecordedEvent
 from jobledger.ledger.domain.statuses import JobStatus
 from jobledger.ledger.mongo.connection import Connection, Document
@@ -119,6 +119,22 @@ async def test_bulk_delete_lists_first_rejections_and_counts_all(
     response = outcome.to_response()
     assert response["jobs"] == {"total": 5, "changed": 0, "unchanged": 0, "rejected": 5}
     assert [rejection["job_id"] for rejection in response["rejections"]] == job_ids[:2]
+
+
+async def test_bulk_cancel_rejects_busy_job_only(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_ids = await submit_jobs(ledger.event_store, 3)
+    append = ledger.event_store.append
+
+    async def append_unless_busy(*appends: StreamAppend) -> list[RecordedEvent]:
+        if appends[0].stream == job_ids[1]:
+            raise VersionConflict(job_ids[1], 1, 2)
+        return await append(*appends)
+
+    monkeypatch.setattr(ledger.event_store, "append", append_unless_busy)
+    outcome = await cancel_jobs(ledger.event_store, job_ids)
+    assert (outcome.total, outcome.changed) == (3, 2)
+    rejections = [(rejection["job_id"], rejection["code"]) for rejection in outcome.rejections]
+    assert rejections == [(job_ids[1], "write_contention")]
 
 
 async def test_bulk_cancel_rejects_job_with_unknown_event_type(ledger: Ledger) -> None:

@@ -27,11 +27,13 @@ from jobledger.ledger.domain.errors import (
     InvalidState,
     LedgerUnavailable,
     NotFound,
+    StreamBusy,
     VersionConflict,
 )
 from jobledger.ledger.domain.events import (
     BatchSubmitted,
     EventMetadata,
+    JobAccessChanged,
     JobCancelled,
     JobCancelRequested,
     JobClaimed,
@@ -121,6 +123,43 @@ async def test_version_conflict_is_decided_again_on_current_state(unstreamed_led
         await handle_command(
             unstreamed_ledger.event_store, job_id, ClaimJob("w2", NOON), meta=EVENT_METADATA, stream_state=stale_state
         )
+    check_log(await load_event_documents(unstreamed_ledger.db))
+
+
+async def test_command_for_a_busy_stream_is_retried_later(
+    unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody who may change a job can make its stream busy. That must not cost its worker an event."""
+    event_store = unstreamed_ledger.event_store
+    job_id, _ = await submit_job(event_store)
+    claimed = await handle_command(event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA)
+    append, changes = event_store.append, 0
+
+    async def append_after_another(*appends: StreamAppend) -> list[RecordedEvent]:
+        nonlocal changes
+        if changes < 45:
+            changes += 1
+            current = await load_stream_state(event_store, job_id)
+            change = JobAccessChanged(by=f"user:{changes}", access_control=ACCESS)
+            await append(StreamAppend(job_id, current.head, [change], EVENT_METADATA, NOON))
+        return await append(*appends)
+
+    monkeypatch.setattr(event_store, "append", append_after_another)
+    command = report_results("w1", 1, make_results())
+    with pytest.raises(StreamBusy, match=f"appended to {job_id} first, 20 times"):
+        await handle_command(event_store, job_id, command, meta=EVENT_METADATA)
+    retries: list[Exception] = []
+    result = await handle_command_with_retries(
+        event_store,
+        job_id,
+        command,
+        meta=EVENT_METADATA,
+        stream_state=claimed.stream_state,
+        retry_seconds=0,
+        on_retry=retries.append,
+    )
+    assert [type(error) for error in retries] == [StreamBusy]
+    assert [event.type for event in result.events] == ["JobCompleted"]
     check_log(await load_event_documents(unstreamed_ledger.db))
 
 
