@@ -33,7 +33,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.commands import ExpireLease
-from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, StreamBusy, UnreadableEvent
 from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.mongo.connection import Database, translate_errors
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, Lease, LeaseObservation
@@ -200,7 +200,8 @@ class LeaseReaper:
         running = await jobs.find_jobs_of_worker(self._checkpoint.views, worker_id)
         if running or not is_released:
             _log.warning("worker stopped sending heartbeats", worker_id=worker_id, jobs=len(running))
-        has_unreadable, meta = False, EventMetadata(f"worker:{self.worker_id}")
+        has_unreadable = has_busy = False
+        meta = EventMetadata(f"worker:{self.worker_id}")
         for job in running:
             try:
                 await handle_command(self._event_store, job["_id"], ExpireLease(worker_id, job["attempt"]), meta=meta)
@@ -209,7 +210,12 @@ class LeaseReaper:
             except UnreadableEvent as error:
                 _log.error("cannot expire a job's lease: its stream is unreadable", job_id=job["_id"], error=str(error))
                 has_unreadable = True
-        if has_unreadable or worker is None:
+            except StreamBusy as error:
+                _log.warning("cannot expire a job's lease yet", job_id=job["_id"], reason=str(error))
+                has_busy = True
+        if has_busy:
+            self._schedule_check(worker_id, _RECHECK_SECONDS)
+        if has_busy or has_unreadable or worker is None:
             return  # keep the lease document, so that other reapers find the job, for example those of a newer version
         with translate_errors("removing an expired lease"):
             await self._db[COLLECTION].delete_one({"_id": worker_id, "heartbeat": worker.get("heartbeat")})

@@ -68,6 +68,6 @@ ERROR_CODES: Final[Mapping[str, tuple[int, str]]] = {
     "uri_too_long": (414, "the URI is longer than 16,384 characters"),
     "validation_timeout": (503, "the validator of a job type took too long"),
     "version_conflict": (409, "another request changed the resource at the same time"),
-    "write_contention": (429, "too many concurrent writes to the same stream"),
+    "write_contention": (429, "other requests change the same resource, or too many events are queued"),
 }
 """Maps each error code to its HTTP status and meaning."""

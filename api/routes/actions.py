@@ -151,7 +151,7 @@ async def delete_batch(request: Request) -> Response:
     decider.decide(command, _get_batch(loaded))  # rejects an unfinished batch before any of its jobs is deleted
     result = await _apply_to_jobs(request, loaded, command, _ALL_STATUSES, AccessLevel.ADMIN)
     if result.rejections:
-        message = "Not all jobs could be deleted, so the batch was kept. Cancel the batch and delete it again."
+        message = "Not all jobs could be deleted, so the batch was kept. Cancel it if jobs run, and delete it again."
         raise ApiError(409, "invalid_state", message, details=result.to_response())
     return _build_batch_response(loaded, await handle_once(request, loaded, command), result)
 

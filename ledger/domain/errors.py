@@ -9,8 +9,8 @@ JobledgerError
 ├── ResourceUnavailable         a port, disk or lock of this machine is unusable now; transient
 ├── LedgerUnavailable           the database is unreachable or did not respond in time; transient
 │   └── FileStoreUnavailable    this machine cannot use the result store now; transient
-├── LedgerBusy                  too many events are queued; transient
-│   └── StreamBusy              … or other processes append to the stream all the time; transient
+├── LedgerBusy                  too many events are written now: nothing was written; transient
+│   └── StreamBusy              … by other processes to the same stream
 ├── VersionConflict             another process appended to the stream first; decide again
 ├── LogTruncated                the log ends before a position that was read from it
 ├── NotARegularFile             a path to store is not a regular file
@@ -87,11 +87,11 @@ class FileStoreUnavailable(LedgerUnavailable):
 
 
 class LedgerBusy(JobledgerError):
-    """More events are queued than the appender accepts. Retry in a moment."""
+    """Too many events are written now, for example more than the appender queues. Nothing was written. Retry later."""
 
 
 class StreamBusy(LedgerBusy):
-    """In each of many tries, another process appended to the stream first. Nothing was written. Retry in a moment."""
+    """In each of many tries, another process appended to the stream first."""
 
 
 class VersionConflict(JobledgerError):

@@ -123,6 +123,7 @@ async def handle_command(
     Raises:
         CommandRejected: The state does not allow the command.
         StreamBusy: In all tries, another process appended to the stream first.
+        VersionConflict: The delivery of an event exists already, although the event does not: the log was changed.
         UnreadableEvent: An event of the stream is damaged, or a later version of the program wrote it.
         InvalidEvent: As `EventStore.append`.
         LedgerBusy: As `EventStore.append`.
@@ -154,6 +155,8 @@ async def handle_command(
             ]
             recorded = (await event_store.append(*appends))[: len(events)] if events else []
         except VersionConflict as conflict:
+            if conflict.stream != stream:
+                raise  # a derived stream, which exists already: the log was changed
             if tries == _MAX_TRIES:
                 raise StreamBusy(
                     f"Other processes appended to {stream} first, {tries} times in a row. Try again in a moment."
@@ -228,9 +231,9 @@ async def handle_command_with_retries(
     retry_seconds: float,
     on_retry: Callable[[LedgerUnavailable | LedgerBusy], None],
 ) -> CommandResult:
-    """Handle a command, and retry it while the database is unavailable. The command takes effect once.
+    """Handle a command, and retry it while the database is unavailable or busy. The command takes effect once.
 
-    Before a retry, it looks in the stream for the outcome of the previous try.
+    If the outcome of a try is unknown, it looks in the stream for it before the next one.
 
     Args:
         event_store: The event store.
@@ -243,6 +246,7 @@ async def handle_command_with_retries(
 
     Raises:
         CommandRejected: The stream's state does not allow the command.
+        VersionConflict: As `handle_command`.
         UnreadableEvent: As `handle_command`.
         InvalidEvent: As `EventStore.append`.
     """
@@ -264,7 +268,7 @@ async def handle_command_with_retries(
             latest_state = changed.stream_state
         except (LedgerUnavailable, LedgerBusy) as error:
             on_retry(error)
-            may_have_effect = True
+            may_have_effect |= isinstance(error, LedgerUnavailable)
             await asyncio.sleep(retry_seconds)
 
 

@@ -21,6 +21,7 @@ from jobledger.ledger.domain.errors import (
     LedgerBusy,
     LedgerUnavailable,
     LogTruncated,
+    StreamBusy,
     UnreadableEvent,
 )
 from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
@@ -182,6 +183,8 @@ class Projector:
                 await handle_command(self._event_store, batch_id, command, meta=EventMetadata("system", batch_id))
             except CommandRejected as rejected:
                 _log.info("batch not finished: command rejected", batch_id=batch_id, reason=str(rejected))
+            except StreamBusy as error:  # the next event of its stream leads to another try
+                _log.warning("batch not finished yet: its stream is busy", batch_id=batch_id, reason=str(error))
             except (LedgerUnavailable, LedgerBusy):
                 raise
             except (JobledgerError, LookupError, TypeError, ValueError) as error:

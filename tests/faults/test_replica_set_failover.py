@@ -241,10 +241,10 @@ async def run_load(replica_set: ReplicaSet, directory: Path) -> AsyncIterator[Lo
         finally:
             for writer in load.writers:
                 writer.kill()
-            while reading := [reader for reader in load.readers if not reader.done()]:
-                for reader in reading:
-                    reader.cancel()  # repeated, because wait_for of Python 3.11 may lose a cancellation
-                await asyncio.wait(reading, timeout=1)
+            for reader in load.readers:
+                reader.cancel()
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                await asyncio.gather(*load.readers, return_exceptions=True)
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobledger.ledger.domain.commands import (
     Archive,
     CancelJob,
+    ChangeAccess,
     Delete,
     FailAttempt,
     PauseBatch,
@@ -19,12 +21,16 @@ from jobledger.ledger.domain.commands import (
     RestartJob,
     ResumeBatch,
 )
+from jobledger.ledger.domain.errors import StreamBusy
 from jobledger.ledger.domain.events import BatchFinished, BatchJobCounts, BatchReopened, BatchSummary, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.command_handler import handle_command
 from jobledger.projections.engine import projector
+from jobledger.projections.engine.checkpoint import load_checkpoint
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import batches
 from tests.projections.expected_views import assert_views_match_log, make_failure, make_results
+from tests.support.event_examples import ACCESS
 from tests.support.polling import DEADLINE_SECONDS
 from tests.support.role_runner import RunningRoles, run_roles_in_process
 from tests.support.worker_reports import report_results
@@ -238,6 +244,30 @@ async def test_batch_is_reopened_if_the_leader_exits_before_the_event(
         assert await roles.read_event_types(batch_id) == ["BatchSubmitted", "BatchFinished"]
         async with run_roles_in_process(connection, store, projector=True):
             await roles.wait_for_event(BatchReopened, batch_id)
+
+
+async def test_busy_batch_is_finished_after_its_next_event(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is busy because others append to it. The projector must not stop for it."""
+    tried = asyncio.Event()
+
+    async def handle_unless_first(*arguments: Any, **options: Any) -> Any:
+        if not tried.is_set():
+            tried.set()
+            raise StreamBusy("others append to it")
+        return await handle_command(*arguments, **options)
+
+    monkeypatch.setattr(projector, "handle_command", handle_unless_first)
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        batch_id, job_ids = await roles.submit_batch({}, {})
+        await complete_jobs(roles, *job_ids)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await tried.wait()
+        leader = await load_checkpoint(roles.db)
+        await roles.handle_commands(batch_id, ChangeAccess("user:1", ACCESS))
+        await wait_until_batch_finished(roles, batch_id)
+        assert (await load_checkpoint(roles.db))["fencing_token"] == leader["fencing_token"]
 
 
 async def test_projector_that_catches_up_appends_no_event_for_an_outdated_batch_state(

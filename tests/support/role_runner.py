@@ -396,7 +396,7 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *arguments: str)
         confinement="auto" if options.get("confinement", 1) else "off",
     )
     webhooks = FAST_WEBHOOKS.model_copy(update={"lease_seconds": worker.lease_seconds})
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # nobody reads the output
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # a full pipe would block
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     faulthandler.register(signal.SIGUSR1)

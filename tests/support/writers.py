@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from jobledger.ledger.domain.commands import ChangeAccess, SubmitBatch, SubmitJob
-from jobledger.ledger.domain.errors import VersionConflict
+from jobledger.ledger.domain.errors import StreamBusy
 from jobledger.ledger.domain.events import BatchSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.appender import EventStoreLimits
@@ -86,7 +86,7 @@ async def _submit_batches(event_store: EventStore, descriptor: int) -> None:
 
 async def _append_to_shared_stream(event_store: EventStore, stream: str, descriptor: int) -> None:
     while True:
-        with suppress(VersionConflict):  # expected with many writers of one stream
+        with suppress(StreamBusy):  # expected with many writers of one stream
             handled = await handle_command(
                 event_store, stream, ChangeAccess(f"user:{os.getpid()}", ACCESS), meta=EVENT_METADATA
             )

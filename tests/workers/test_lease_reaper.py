@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain.commands import ClaimJob, ExpireLease
+from jobledger.ledger.domain.errors import StreamBusy
 from jobledger.ledger.domain.events import (
     EventMetadata,
     JobClaimed,
@@ -25,6 +26,7 @@ from jobledger.ledger.domain.events import (
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE
 from jobledger.ledger.store.command_handler import handle_command
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import jobs
 from jobledger.workers import lease_reaper
 from jobledger.workers.lease_reaper import LeaseReaper
@@ -127,6 +129,28 @@ async def test_claim_of_unknown_worker_before_the_start_is_reaped(connection: Co
             async with run_roles_in_process(connection, store, projector=True):
                 await roles.wait_for_event(JobLeaseExpired, job_id)
                 assert (await roles.wait_until_finished(job_id))["status"] == "completed"
+
+
+async def test_busy_job_of_dead_worker_delays_only_itself(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    not_busy = asyncio.Event()
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        busy_id, job_id = [await roles.submit() for _ in range(2)]
+        for claimed_id in (busy_id, job_id):
+            await claim_as(roles, claimed_id)
+
+        async def handle_unless_busy(event_store: EventStore, stream: str, *arguments: Any, **options: Any) -> Any:
+            if stream == busy_id and not not_busy.is_set():
+                raise StreamBusy(stream)
+            return await handle_command(event_store, stream, *arguments, **options)
+
+        monkeypatch.setattr(lease_reaper, "handle_command", handle_unless_busy)
+        async with run_roles_in_process(connection, store, worker=OPTIONS):
+            await roles.wait_until_finished(job_id)
+            assert "JobLeaseExpired" not in await roles.read_event_types(busy_id)
+            not_busy.set()
+            await roles.wait_until_finished(busy_id)
 
 
 @pytest.mark.parametrize(

@@ -300,23 +300,26 @@ async def test_worker_that_loses_its_lease_as_a_check_ends_continues_with_anothe
         await poll_until(checking.is_set, "a check runs")
         assert roles.worker is not None
         lost_worker_id = roles.worker.worker_id
+        extending, running_check = find_thread(f"lease-{lost_worker_id}"), find_thread("health-check")
         with connection.create_blocking_client() as client:
             client[connection.db_name].workers.update_one({"_id": lost_worker_id}, EXPIRE_LEASE_UPDATE)
-        join_thread(f"lease-{lost_worker_id}")
+        join_thread(extending)
         for _ in range(iterations):
             await asyncio.sleep(0)
         release.set()
-        join_thread("health-check")
+        join_thread(running_check)
         claimed = await roles.wait_for_event(JobClaimed, await roles.submit())
         assert claimed.meta.actor != f"worker:{lost_worker_id}"
 
 
-def join_thread(name: str) -> None:
+def join_thread(thread: threading.Thread) -> None:
     """Wait for the end of a thread. Blocks the event loop."""
-    for thread in threading.enumerate():
-        if thread.name == name:
-            thread.join(DEADLINE_SECONDS)
-            assert not thread.is_alive()
+    thread.join(DEADLINE_SECONDS)
+    assert not thread.is_alive()
+
+
+def find_thread(name: str) -> threading.Thread:
+    return next(thread for thread in threading.enumerate() if thread.name == name)
 
 
 async def test_unhealthy_worker_of_three_costs_no_attempt_and_recovers(

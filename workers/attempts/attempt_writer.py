@@ -135,7 +135,7 @@ class AttemptWriter:
     # Writing ------------------------------------------------------------------------------------------------------
 
     async def append(self, command: WorkerCommand) -> None:
-        """Append the events of a command. Retry while the database is unavailable, until the lease is lost.
+        """Append the events of a command. Retry while the database is unavailable or busy, until the lease is lost.
 
         Raises:
             AttemptFenced: Another worker has the job, which a `WorkerFenced` event records, or the job was deleted.

@@ -236,9 +236,7 @@ class Deliverer:
             command, is_responsive = await self._attempt(due, delivery)
             await self._record(due.delivery_id, command, state)
         except (LedgerUnavailable, LedgerBusy) as error:
-            _log.warning(
-                "cannot deliver a webhook yet: database unavailable", delivery_id=due.delivery_id, error=str(error)
-            )
+            _log.warning("cannot deliver a webhook yet", delivery_id=due.delivery_id, error=str(error))
             await asyncio.sleep(_PAUSE_SECONDS)
         finally:
             self._schedule.record_result(due, is_responsive=is_responsive, now=self._event_store.clock.estimate())
@@ -323,7 +321,7 @@ class Deliverer:
             await self._record(due.delivery_id, AbandonDelivery(reason), state)
 
     async def _record(self, delivery_id: str, command: DeliveryCommand, state: command_handler.StreamState) -> None:
-        """Record a command once. Retry while the database is unavailable."""
+        """Record a command once. Retry while the database is unavailable or busy."""
         result = await command_handler.handle_command_with_retries(
             self._event_store,
             delivery_id,
