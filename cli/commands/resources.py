@@ -147,7 +147,7 @@ class Resource:
         raise typer.Exit(EXIT_FAILED if rejected else 0)
 
     def _post_action(self, client: httpx.Client, resource_id: str, action: str, body: Document) -> Document:
-        """Send the request. Wait and retry while the API limits the rate."""
+        """Send the request. Wait and retry while the API limits the rate, or others change the resource."""
         while True:
             response = client.post(f"{self.path}/{resource_id}/{action}", json=body)
             if response.status_code != _TOO_MANY_REQUESTS:

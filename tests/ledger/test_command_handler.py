@@ -42,6 +42,8 @@ from jobledger.ledger.domain.events import (
 )
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import (
+    Command,
+    CommandResult,
     StreamState,
     create_batch_id,
     create_job_id,
@@ -126,6 +128,23 @@ async def test_version_conflict_is_decided_again_on_current_state(unstreamed_led
     check_log(await load_event_documents(unstreamed_ledger.db))
 
 
+async def handle_with_retries(
+    event_store: EventStore, stream: str, command: Command, stream_state: StreamState
+) -> tuple[CommandResult, list[Exception]]:
+    """Handle a command with immediate retries. Return its result and the error before each retry."""
+    errors: list[Exception] = []
+    result = await handle_command_with_retries(
+        event_store,
+        stream,
+        command,
+        meta=EVENT_METADATA,
+        stream_state=stream_state,
+        retry_seconds=0,
+        on_retry=errors.append,
+    )
+    return result, errors
+
+
 async def test_command_for_a_busy_stream_is_retried_later(
     unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,16 +167,7 @@ async def test_command_for_a_busy_stream_is_retried_later(
     command = report_results("w1", 1, make_results())
     with pytest.raises(StreamBusy, match=f"appended to {job_id} first, 20 times"):
         await handle_command(event_store, job_id, command, meta=EVENT_METADATA)
-    retries: list[Exception] = []
-    result = await handle_command_with_retries(
-        event_store,
-        job_id,
-        command,
-        meta=EVENT_METADATA,
-        stream_state=claimed.stream_state,
-        retry_seconds=0,
-        on_retry=retries.append,
-    )
+    result, retries = await handle_with_retries(event_store, job_id, command, claimed.stream_state)
     assert [type(error) for error in retries] == [StreamBusy, StreamBusy]
     assert [event.type for event in result.events] == ["JobCompleted"]
     check_log(await load_event_documents(unstreamed_ledger.db))
@@ -449,16 +459,7 @@ async def test_command_with_lost_response_takes_effect_once(
         return await append(*appends)
 
     monkeypatch.setattr(event_store, "append", lose_first_response)
-    retries: list[Exception] = []
-    result = await handle_command_with_retries(
-        event_store,
-        job_id,
-        command,
-        meta=EVENT_METADATA,
-        stream_state=claimed.stream_state,
-        retry_seconds=0,
-        on_retry=retries.append,
-    )
+    result, retries = await handle_with_retries(event_store, job_id, command, claimed.stream_state)
     assert len(retries) == len(lost_responses) == 1
     stored = await event_store.read_stream(job_id, after_version=claimed.stream_state.head.version)
     expected = type(command.event).__name__
@@ -475,7 +476,6 @@ async def test_command_with_lost_response_waits_until_its_outcome_can_be_read(
     job_id, _ = await submit_job(event_store)
     claimed = await handle_command(event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA)
     append, read_stream = event_store.append, event_store.read_stream
-    retries: list[Exception] = []
 
     async def lose_response(*appends: StreamAppend) -> list[RecordedEvent]:
         await append(*appends)
@@ -488,14 +488,8 @@ async def test_command_with_lost_response_waits_until_its_outcome_can_be_read(
 
     monkeypatch.setattr(event_store, "append", lose_response)
     monkeypatch.setattr(event_store, "read_stream", fail_once)
-    result = await handle_command_with_retries(
-        event_store,
-        job_id,
-        report_results("w1", 1, make_results()),
-        meta=EVENT_METADATA,
-        stream_state=claimed.stream_state,
-        retry_seconds=0,
-        on_retry=retries.append,
+    result, retries = await handle_with_retries(
+        event_store, job_id, report_results("w1", 1, make_results()), claimed.stream_state
     )
     stored = await event_store.read_stream(job_id)
     assert [event.type for event in stored] == ["JobSubmitted", "JobClaimed", "JobCompleted"]
