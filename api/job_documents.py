@@ -15,8 +15,8 @@ from jobledger.api.pagination import ListTotal, build_list_response, count_total
 from jobledger.api.schemas.jobs import JobListQuery
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import batches, job_list, statistics
-from jobledger.projections.views import jobs as jobs_view
 from jobledger.projections.views.files import prefix_result_urls
+from jobledger.projections.views.list_index import ListQuery
 
 
 async def build_job_list_response(request: Request, query: JobListQuery) -> Response:
@@ -36,7 +36,7 @@ async def build_job_list_response(request: Request, query: JobListQuery) -> Resp
     return build_list_response("jobs", rendered, next_page, total)
 
 
-async def _count_jobs(request: Request, job_filter: job_list.JobFilter, db_query: Document) -> ListTotal:
+async def _count_jobs(request: Request, job_filter: job_list.JobFilter, db_query: ListQuery) -> ListTotal:
     """Return how many jobs match: from a counter of the views if it has this number, otherwise counted."""
     views = get_api_context(request).views
     if get_principal(request).is_admin:
@@ -46,7 +46,7 @@ async def _count_jobs(request: Request, job_filter: job_list.JobFilter, db_query
             return ListTotal(await statistics.count_jobs(views, status=status, track=track))
         if batch_id is not None and filters.keys() <= {"status", "batch_id"}:
             return ListTotal(await batches.count_jobs(views, batch_id, status=status))
-    return await count_total(views, jobs_view.NAME, db_query)
+    return await count_total(views, db_query)
 
 
 async def render_jobs(request: Request, jobs: Sequence[Document]) -> list[Document]:

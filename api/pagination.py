@@ -13,7 +13,8 @@ from starlette.responses import Response
 from jobledger.api.http.errors import build_json_response
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.slots import Views
-from jobledger.projections.views.paging import MAX_COUNT, MAX_PAGE_BYTES, PageCursor, count
+from jobledger.projections.views.list_index import ListQuery
+from jobledger.projections.views.paging import MAX_PAGE_BYTES, PageCursor, count
 
 
 def encode_cursor(cursor: PageCursor) -> str:
@@ -30,10 +31,9 @@ class ListTotal:
     is_lower_bound: bool = False
 
 
-async def count_total(views: Views, view: str, db_query: Document) -> ListTotal:
-    """Count the documents of a view that match the query of a list, up to `MAX_COUNT`."""
-    number = await count(views, view, db_query)
-    return ListTotal(number, is_lower_bound=number >= MAX_COUNT)
+async def count_total(views: Views, db_query: ListQuery) -> ListTotal:
+    """Count the documents that match the query of a list, up to a limit."""
+    return ListTotal(*await count(views, db_query))
 
 
 def build_list_response(

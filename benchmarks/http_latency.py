@@ -28,7 +28,7 @@ from jobledger.ledger.domain.events import JobCancelled, JobSubmitted, RecordedE
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.engine.projector import Projector
-from jobledger.projections.views import jobs
+from jobledger.projections.views import job_list, jobs
 from jobledger.projections.views.statistics import get_job_counters
 
 FEW_JOBS = 1000
@@ -108,6 +108,7 @@ async def _fill(db: Database, number: int) -> list[Document]:
             increments.update(get_job_counters(job))
         samples.append(rng.choice(page))
         await db.jobs.insert_many(page, ordered=False)
+        await db.job_list.insert_many([job_list.build_row(job) for job in page], ordered=False)
     for (counter, field), amount in increments.items():
         await db.statistics.update_one({"_id": counter}, {"$inc": {field: amount}}, upsert=True)
     return samples
@@ -152,6 +153,7 @@ async def _measure_requests(port: int, samples: Sequence[Document], times: int) 
             "list, newest first": "/api/events/jobs",
             "list of a status": "/api/events/jobs?status=cancelled",
             "list of a track": f"/api/events/jobs?track={track}",
+            "list of a status in a track": f"/api/events/jobs?status=pending&track={track}",
             "list of a batch": f"/api/events/jobs?batch_id={job['batch_id']}",
             # With few jobs, a user has no more than five, and the responses must have the same size.
             "list of a user": f"/api/events/jobs?user_id={job['user_id']}&status=pending&limit=5",

@@ -37,7 +37,7 @@ from jobledger.ledger.mongo.connection import Database, translate_errors
 from jobledger.ledger.store.command_handler import handle_command, load_stream_state
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import CheckpointFollower
-from jobledger.projections.views import files, jobs
+from jobledger.projections.views import files, job_list
 
 _log = structlog.get_logger()
 CURSOR: Final = "cleanup"
@@ -232,7 +232,7 @@ class Cleanup:
         """Return whether to remove a file that was set aside, and the seconds until the next check if it stays."""
         if not await self._wait_until_views_reach_head():
             return False, RETRY_SECONDS
-        oldest = await jobs.find_oldest_running_started_at(self._checkpoint.views)
+        oldest = await job_list.find_oldest_running_started_at(self._checkpoint.views)
         if await files.is_referenced(self._checkpoint.views, digest):  # after `oldest`: ended jobs are in the views
             return False, None
         if await files.find_jobs_with_unknown_files(self._checkpoint.views, limit=1):
@@ -246,4 +246,4 @@ class Cleanup:
         with suppress(TimeoutError):
             async with asyncio.timeout(_VIEWS_TIMEOUT_SECONDS):
                 await self._checkpoint.wait_for_position(head)
-        return self._checkpoint.position >= head
+        return self._checkpoint.covers(head)

@@ -41,7 +41,7 @@ from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import CheckpointFollower
-from jobledger.projections.views import jobs
+from jobledger.projections.views import job_list
 
 _log = structlog.get_logger()
 COLLECTION: Final = "workers"
@@ -172,7 +172,7 @@ class LeaseReaper:
     async def _check(self, worker_id: str) -> None:
         if worker_id == _UNKNOWN_WORKERS:
             await self._checkpoint.wait_for_position(await self._event_store.read_head_position())
-            for unknown_worker in await jobs.count_running_by_worker(self._checkpoint.views):
+            for unknown_worker in await job_list.count_running_by_worker(self._checkpoint.views):
                 self._check_if_unknown(unknown_worker)
             return
         with translate_errors("checking a lease"):
@@ -197,7 +197,7 @@ class LeaseReaper:
 
     async def _reap(self, worker_id: str, worker: Mapping[str, Any] | None, *, is_released: bool) -> None:
         await self._checkpoint.wait_for_position(await self._event_store.read_head_position())
-        running = await jobs.find_jobs_of_worker(self._checkpoint.views, worker_id)
+        running = await job_list.find_jobs_of_worker(self._checkpoint.views, worker_id)
         if running or not is_released:
             _log.warning("worker stopped sending heartbeats", worker_id=worker_id, jobs=len(running))
         has_unreadable = has_busy = False

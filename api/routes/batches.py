@@ -148,7 +148,7 @@ async def list_batches(request: Request) -> Response:
     if principal.is_admin and not filters:
         total = ListTotal(await statistics.count_batches(ctx.views))
     else:
-        total = await count_total(ctx.views, batches_view.NAME, db_query)
+        total = await count_total(ctx.views, db_query)
     return build_list_response("batches", rendered, next_page, total)
 
 

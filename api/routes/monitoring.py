@@ -31,7 +31,7 @@ from jobledger.ledger.mongo.lease import OVERDUE_LEASE_FILTER
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.stalls import find_stall_reason
-from jobledger.projections.views import jobs, projection_errors, queue, statistics
+from jobledger.projections.views import job_list, projection_errors, queue, statistics
 
 _EVENT_OF_OUTCOME: Final = {
     "completed": "JobCompleted",
@@ -66,7 +66,7 @@ async def _list_active_workers(ctx: ApiContext) -> list[Document]:
     with translate_errors("reading the workers"):
         active = {"released": False, "$nor": [OVERDUE_LEASE_FILTER]}
         workers = await ctx.db.workers.find(active, fields, sort=[("_id", 1)]).to_list()
-    busy = await jobs.count_running_by_worker(ctx.views) if workers else {}
+    busy = await job_list.count_running_by_worker(ctx.views) if workers else {}
     return [
         {
             "worker_id": worker["_id"],
@@ -190,7 +190,7 @@ def _build_gauge_by_status(name: str, documentation: str, counts: Mapping[str, A
 
 
 async def _collect_queue_metrics(ctx: ApiContext, now: datetime) -> list[Metric]:
-    oldest = await jobs.find_oldest_pending_created_at(ctx.views)
+    oldest = await job_list.find_oldest_pending_created_at(ctx.views)
     return [
         GaugeMetricFamily(
             "jobledger_queue_jobs", "Jobs that wait to be claimed, due or not.", await queue.estimate_depth(ctx.views)

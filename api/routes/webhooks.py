@@ -45,6 +45,7 @@ from jobledger.ledger.webhooks import endpoint_secrets
 from jobledger.projections.views import deliveries as deliveries_view
 from jobledger.projections.views import paging
 from jobledger.projections.views.documents import fold_events
+from jobledger.projections.views.list_index import ListQuery
 
 MAX_REDELIVERIES: Final = 10_000
 _CONCURRENT_REDELIVERIES: Final = 100
@@ -70,7 +71,7 @@ async def list_deliveries(request: Request) -> Response:
         redact_document(delivery, DELIVERY_FIELD_RULES, await _get_delivery_viewer(request, delivery))
         for delivery in deliveries
     ]
-    total = await count_total(views, deliveries_view.NAME, db_query)
+    total = await count_total(views, db_query)
     return build_list_response("deliveries", rendered, next_page, total)
 
 
@@ -170,8 +171,8 @@ async def redeliver_webhooks(request: Request) -> Response:
     return build_json_response(response, 202, {"Ledger-Position": str(position)} if position else {})
 
 
-async def _build_query(request: Request, filters: schemas.DeliveryFilter) -> Document:
-    """Return the database query for the deliveries that match the filters and that the caller may see.
+async def _build_query(request: Request, filters: schemas.DeliveryFilter) -> ListQuery:
+    """Return the query for the deliveries that match the filters and that the caller may see.
 
     Raises:
         ApiError: 404, the caller may not read the job of the filter; 403, a filter needs admin access to it.

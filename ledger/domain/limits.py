@@ -9,7 +9,7 @@ are two kinds of numbers here:
 
 A job's document is the largest. In MiB:
 
-    parameters 7.5 + results 2 + list index 2 + steps 1 + logs 1 + access 0.5 + error 0.125 + texts 0.25 = 14.4 < 16
+    parameters 7.5 + results 2 + search keys 1 + steps 1 + logs 1 + access 0.5 + error 0.125 + texts 0.25 = 13.4 < 16
 
 A batch's document holds one submission (at most 8, see `envelope.MAX_EVENT_BYTES`) and its list index: 8 + 2 = 10 < 16.
 A delivery's document holds 50 attempts (50 × 0.03), its webhook and its list index: less than 4.

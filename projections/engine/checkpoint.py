@@ -62,9 +62,16 @@ class CheckpointFollower:
         """Call `listener` after each change of the checkpoint. It must not block."""
         self._listeners.append(listener)
 
+    def covers(self, position: int) -> bool:
+        """Return whether the views have this program's version and contain all events up to a position.
+
+        Views of another version may lack rows that this program looks for, until a rebuild has replaced them.
+        """
+        return self.version == PROJECTION_VERSION and self.position >= position
+
     async def wait_for_position(self, position: int) -> None:
-        """Wait until the views contain all events up to a position. Use `asyncio.timeout` for a limit."""
-        while self.position < position:
+        """Wait until the views cover a position (`covers`). Use `asyncio.timeout` for a limit."""
+        while not self.covers(position):
             await self._changed.wait()
 
     async def wait_for_version(self, *, other_than: int | None = None) -> int:

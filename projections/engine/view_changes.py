@@ -24,6 +24,7 @@ from jobledger.projections.views import (
     deliveries,
     endpoints,
     files,
+    job_list,
     jobs,
     list_index,
     projection_errors,
@@ -81,6 +82,7 @@ class ViewChanges:
         skipped: Rows, and documents of `unstorable`, that are not stored at all.
         errors_without_document: The projection errors of streams that have no document to show them.
         new_errors: Keys and projection errors to log after the chunk was written.
+        list_rows: New rows of `job_list` by job. The other rows change only in their status, or not at all.
         list_index_bytes: Estimated memory of the list index that the chunk writes.
     """
 
@@ -96,6 +98,7 @@ class ViewChanges:
     skipped: set[DocumentKey] = field(default_factory=set)
     errors_without_document: dict[DocumentKey, Document] = field(default_factory=dict)
     new_errors: list[tuple[str, Document]] = field(default_factory=list)
+    list_rows: dict[str, Document] = field(default_factory=dict)
     list_index_bytes: int = 0
 
     # Applying events ------------------------------------------------------------------------------------------------
@@ -147,14 +150,32 @@ class ViewChanges:
     def _set_document(self, view: str, before: Document | None, after: Document | None, event: RecordedEvent) -> None:
         if after is before:
             return  # there was no document, and there is none
-        if after is not None and (before is None or after["list_keys"] is not before["list_keys"]):
+        if (
+            after is not None
+            and "list_keys" in after
+            and (before is None or after["list_keys"] is not before["list_keys"])
+        ):
             self.list_index_bytes += list_index.estimate_list_index_memory(after)
         if view == jobs.NAME:
+            row = self._build_list_row(event.stream, before, after)
             self._set_job(before, after, event)
+            if row is not None:
+                self.list_rows[event.stream] = row
         elif view == batches.NAME:
             self._set_batch(event.stream, before, after)
         elif after is not None:
             self._set_delivery(before, after)
+
+    def _build_list_row(self, job_id: str, before: Document | None, after: Document | None) -> Document | None:
+        """Return the new row of a job in `job_list`. None: only its status changes, or nothing."""
+        if after is None:
+            return None
+        if job_list.needs_new_row(before, after):
+            row = job_list.build_row(after)
+            self.list_index_bytes += sum(map(list_index.estimate_list_index_memory, (after, row)))
+            return row
+        is_outdated = job_id in self.list_rows and before is not None and after["status"] != before["status"]
+        return job_list.build_row(after) if is_outdated else None
 
     def _set_job(self, before: Document | None, after: Document | None, event: RecordedEvent) -> None:
         """Set a job's document and update its batch and the counters.
@@ -205,7 +226,7 @@ class ViewChanges:
     def mark_unstorable(self, view: str, key: str, message: str) -> None:
         """Store a document reduced, or skip it if it already is. A row is skipped, and its job is stored reduced."""
         if view in ROW_VIEWS:
-            row = self.build_changed_rows()[view].get(key) or {}
+            row = self.build_changed_rows().get(view, {}).get(key) or {}
             self.skipped.add((view, key))
             view, key = jobs.NAME, row.get("job_id", key)
         elif (view, key) in self.unstorable:
@@ -227,8 +248,8 @@ class ViewChanges:
     # Planning writes ------------------------------------------------------------------------------------------------
 
     def build_changed_rows(self) -> dict[str, dict[str, Document | None]]:
-        """Return the new and changed rows of the derived views by view and key. None: the row is deleted."""
-        rows: dict[str, dict[str, Document | None]] = {view: {} for view in ROW_VIEWS}
+        """Return the new and changed rows by view and key, except those of `job_list`. None: the row is deleted."""
+        rows: dict[str, dict[str, Document | None]] = {view: {} for view in ROW_VIEWS if view != job_list.NAME}
         batch_before, batch_now = self.loaded["batches"].get, partial(self.get, "batches")
         for job_id, after in self.current["jobs"].items():
             before = self.loaded["jobs"].get(job_id)
@@ -281,6 +302,9 @@ class ViewChanges:
                 else (key, _build_upsert(key, row))
                 for key, row in changed.items()
             ]
+        for key, job in self.current[jobs.NAME].items():
+            if (write := self._build_list_write(key, job, replaced, upserts=upserts)) is not None:
+                writes[job_list.NAME].append((key, write))
         increments: dict[str, dict[str, int]] = {}
         # Zeros are written as well: the fields of a counter must not depend on where chunks end.
         for (counter, name), amount in self.counter_increments.items():
@@ -303,6 +327,25 @@ class ViewChanges:
         if (view, key) in replaced or (upserts and document is not None):
             return DeleteOne({"_id": key}) if document is None else _build_upsert(key, document)
         return _build_minimal_write(key, self.loaded[view].get(key), document)
+
+    def _build_list_write(
+        self, job_id: str, job: Document | None, replaced: Collection[DocumentKey], *, upserts: bool
+    ) -> Write | None:
+        """Return the write of a job's row in `job_list`."""
+        before = self.loaded[jobs.NAME].get(job_id)
+        if job is None or not self.skipped.isdisjoint(((job_list.NAME, job_id), (jobs.NAME, job_id))):
+            return DeleteOne({"_id": job_id}) if before is not None or upserts else None
+        if (jobs.NAME, job_id) in self.unstorable:
+            return _build_upsert(job_id, job_list.build_row(jobs.reduce_to_storable(job)))
+        if upserts or (jobs.NAME, job_id) in replaced:
+            return _build_upsert(job_id, job_list.build_row(job))
+        if before is None:
+            return InsertOne(self.list_rows[job_id])
+        if job_id in self.list_rows:
+            return ReplaceOne({"_id": job_id}, self.list_rows[job_id])
+        if job["status"] != before["status"]:
+            return UpdateOne({"_id": job_id}, {"$set": job_list.build_status_changes(job)})
+        return None
 
     def _build_projection_error_writes(self, replaced: Collection[DocumentKey]) -> list[tuple[str, Write]]:
         """Return the writes to the view of errors. Nearly all chunks have none."""

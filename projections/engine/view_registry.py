@@ -10,6 +10,7 @@ from jobledger.projections.views import (
     deliveries,
     endpoints,
     files,
+    job_list,
     jobs,
     projection_errors,
     queue,
@@ -18,13 +19,13 @@ from jobledger.projections.views import (
     steps,
 )
 
-PROJECTION_VERSION: Final = 14
+PROJECTION_VERSION: Final = 15
 """The version of all folds together. Increase it with each change of what a fold returns.
 
 The projector rebuilds views of an older version.
 """
 _DOCUMENT_VIEWS: Final = (jobs, batches, statistics, deliveries, endpoints)
-_ROW_VIEWS: Final = (queue, files, steps, step_files)
+_ROW_VIEWS: Final = (job_list, queue, files, steps, step_files)
 ALL_VIEWS: Final = (*_DOCUMENT_VIEWS, *_ROW_VIEWS, projection_errors)
 VIEW_NAMES: Final = tuple(view.NAME for view in ALL_VIEWS)
 DOCUMENT_VIEWS: Final = tuple(view.NAME for view in _DOCUMENT_VIEWS)

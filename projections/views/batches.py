@@ -29,12 +29,14 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
 from jobledger.projections.views import list_index, paging, projection_errors
 from jobledger.projections.views.documents import apply_changes, load_or_fold, redact_webhook
+from jobledger.projections.views.list_index import ListQuery
 from jobledger.projections.views.paging import OMITTED, PageCursor, PageRequest
 
 NAME: Final = "batches"
 MAX_LISTED_JOB_IDS: Final = 100
 INDEXES: Final = [
-    *list_index.INDEXES,
+    list_index.LIST_INDEX,
+    list_index.SEARCH_INDEX,
     IndexModel([("status", ASCENDING)], partialFilterExpression={"status": "processing"}),
 ]
 
@@ -55,7 +57,7 @@ def fold(batch: Document | None, event: RecordedEvent) -> Document | None:
     after = apply_changes(batch, changes, event)
     if isinstance(payload, events.BatchFinished):
         after["needs_reopen"] = _get_counts(batch) != payload.counts
-    if "access_control" in changes:
+    if "access_control" in changes or "status" in changes:
         _set_list_index(after)
     return after
 
@@ -114,7 +116,7 @@ def _build_changes(payload: events.BatchEvent, event: RecordedEvent) -> Document
 
 
 def _set_list_index(batch: Document) -> None:
-    facets: list[list_index.Facet] = [list_index.NO_FACET, ("user", batch["user_id"])]
+    facets: list[list_index.Facet] = [("status", batch["status"]), list_index.NO_FACET, ("user", batch["user_id"])]
     list_index.set_list_index(batch, facets, [batch["batch_id"], batch["batch_name"]])
 
 
@@ -192,7 +194,10 @@ def apply_to_isolated(batch: Document, event: RecordedEvent) -> Document | None:
         changes = {"status": terminal_status, "completed_at": event.time, "needs_reopen": False}
     elif event.type == events.BatchReopened.__name__:
         changes = {"status": "processing", "completed_at": None, "needs_reopen": False}
-    return apply_changes(batch, changes, event)
+    after = apply_changes(batch, changes, event)
+    if changes:
+        _set_list_index(after)
+    return after
 
 
 def build_placeholder(event: RecordedEvent) -> Document:
@@ -274,19 +279,21 @@ def build_query(
     user_id: str | None = None,
     archived: bool | None = None,
     q: str | None = None,
-) -> Document:
-    """Return the database query for the matching batches that a principal may see; None matches any value."""
-    return list_index.build_query(
-        principal, [("user", "user_id", user_id)], equal={"status": status, "archived": archived}, search=q
-    )
+) -> ListQuery:
+    """Return the query for the matching batches that a principal may see; None matches any value."""
+    if words := list_index.split_words(q or ""):
+        conditions = {"status": status, "user_id": user_id, "archived": archived}
+        return list_index.build_search(NAME, principal, words, conditions=conditions)
+    facets = {"status": status, "user": user_id}
+    return list_index.build_query(NAME, principal, facets, conditions={"archived": archived})
 
 
-async def find_page(views: Views, query: Document, request: PageRequest) -> tuple[list[Document], PageCursor | None]:
+async def find_page(views: Views, query: ListQuery, request: PageRequest) -> tuple[list[Document], PageCursor | None]:
     """Return a page of batches and the cursor of the next one; see `paging.find_page`.
 
     Each batch has only the first of its `job_ids`. Otherwise a page of large batches would have many megabytes.
     """
-    page, next_cursor = await paging.find_page(views, NAME, query, request, projection=_LIST_PROJECTION)
+    page, next_cursor = await paging.find_page(views, query, request, projection=_LIST_PROJECTION)
     for batch in page:
         if batch["parameters"] == OMITTED:
             batch |= {"parameters": {}, "omitted": ["parameters"]}

@@ -19,13 +19,14 @@ from pymongo import ASCENDING, IndexModel
 
 from jobledger.ledger.domain import events
 from jobledger.ledger.domain.access import Principal
-from jobledger.ledger.domain.delivery import build_endpoint_id
+from jobledger.ledger.domain.delivery import build_endpoint_id, parse_source
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.limits import MAX_REASON_CHARACTERS, MAX_RESPONSE_CHARACTERS, truncate_text
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.slots import Views
 from jobledger.projections.views import list_index, paging, projection_errors
 from jobledger.projections.views.documents import apply_changes, dump_truncated_error
+from jobledger.projections.views.list_index import ListQuery
 from jobledger.projections.views.paging import PageCursor, PageRequest
 
 NAME: Final = "deliveries"
@@ -33,7 +34,7 @@ MAX_ATTEMPTS_SHOWN: Final = 50
 """The document contains the newest attempts. The stream contains all of them."""
 PENDING_QUERY: Final = {"status": "pending"}
 INDEXES: Final = [
-    *list_index.INDEXES[:2],
+    list_index.LIST_INDEX,
     IndexModel([("next_attempt_at", ASCENDING)], partialFilterExpression=PENDING_QUERY),
 ]
 
@@ -49,25 +50,25 @@ def fold(delivery: Document | None, event: RecordedEvent) -> Document:
     if isinstance(payload, events.DeliveryQueued):
         return _build_document(payload, event)
     assert delivery is not None  # noqa: S101 - streams begin with their first event
-    return apply_changes(delivery, _build_changes(delivery, payload, event), event)
+    changes = _build_changes(delivery, payload, event)
+    after = apply_changes(delivery, changes, event)
+    if "status" in changes:
+        _set_list_keys(after)
+    return after
 
 
 def _build_document(queued: events.DeliveryQueued, event: RecordedEvent) -> Document:
-    endpoint_id = build_endpoint_id(queued.user_id, queued.webhook.url)
-    source, batch_id, host = queued.source, queued.batch_id, parse_host_and_port(queued.webhook.url)
-    facets = [list_index.NO_FACET, ("endpoint_id", endpoint_id), ("source", source), ("host", host)]
-    if batch_id is not None:
-        facets.append(("batch", batch_id))
-    return {
+    source, endpoint_id = queued.source, build_endpoint_id(queued.user_id, queued.webhook.url)
+    delivery: Document = {
         "_id": event.stream,
         "delivery_id": event.stream,
         "status": "pending",
         "type": queued.event_type,
         "job_id": source if source.startswith("job-") else None,
-        "batch_id": batch_id,
+        "batch_id": queued.batch_id,
         "source_version": queued.source_version,
         "url": queued.webhook.url,
-        "host": host,
+        "host": parse_host_and_port(queued.webhook.url),
         "endpoint_id": endpoint_id,
         "sequence": None,
         "user_id": queued.user_id,
@@ -82,8 +83,24 @@ def _build_document(queued: events.DeliveryQueued, event: RecordedEvent) -> Docu
         "attempts": [],
         "version": event.version,
         "position": event.position,
-        "list_keys": list_index.build_list_keys(list_index.get_owner_scopes(queued.user_id), facets),
     }
+    _set_list_keys(delivery)
+    return delivery
+
+
+def _set_list_keys(delivery: Document, *, is_reduced: bool = False) -> None:
+    facets: list[list_index.Facet] = [
+        ("status", delivery["status"]),
+        list_index.NO_FACET,
+        ("endpoint_id", delivery["endpoint_id"]),
+        ("source", parse_source(delivery["_id"])),
+        ("host", delivery["host"]),
+    ]
+    if delivery["batch_id"] is not None:
+        facets.append(("batch", delivery["batch_id"]))
+    # The owner's name may be truncated in a reduced document, and could then be the name of another user.
+    owner = "" if is_reduced else delivery["user_id"]
+    delivery["list_keys"] = list_index.build_list_keys(list_index.get_owner_scopes(owner), facets)
 
 
 def parse_host_and_port(url: str) -> str:
@@ -146,14 +163,17 @@ def apply_to_isolated(delivery: Document, event: RecordedEvent) -> Document:
     """Apply an event to an isolated delivery. Only the event's type is used, because it is always readable."""
     status = _STATUS_AFTER.get(event.type, delivery["status"])
     changes = {"status": status, "next_attempt_at": event.time if status == "pending" else None}
-    return apply_changes(delivery, changes, event)
+    after = apply_changes(delivery, changes, event)
+    _set_list_keys(after, is_reduced=projection_errors.REDUCED_FIELD in delivery)
+    return after
 
 
 def reduce_to_storable(delivery: Document) -> Document:
     """Return a document that can be stored, without the fields that may be large."""
-    list_keys = list_index.build_list_keys(list_index.get_owner_scopes(""), [list_index.NO_FACET])
     texts = {name: truncate_text(str(delivery[name]), 200) for name in ("url", "host", "user_id")}
-    return {**delivery, **texts, "attempts": [], "reason": None, "list_keys": list_keys}
+    document = {**delivery, **texts, "attempts": [], "reason": None}
+    _set_list_keys(document, is_reduced=True)
+    return document
 
 
 # Queries ------------------------------------------------------------------------------------------------------------
@@ -186,25 +206,19 @@ def build_query(
     after_sequence: int | None = None,
     created_after: datetime | None = None,
     created_before: datetime | None = None,
-) -> Document:
-    """Return the database query for the matching deliveries that a principal may see; None matches any value."""
-    query = list_index.build_query(
+) -> ListQuery:
+    """Return the query for the matching deliveries that a principal may see; None matches any value."""
+    sequence = None if after_sequence is None else {"$gt": after_sequence}
+    return list_index.build_query(
+        NAME,
         principal,
-        [
-            ("source", "job_id", source),  # always looked up by its facet, never filtered by the field
-            ("endpoint_id", "endpoint_id", endpoint_id),
-            ("batch", "batch_id", batch_id),
-            ("host", "host", host),
-        ],
-        equal={"status": status, "type": event_type},
+        {"status": status, "source": source, "endpoint_id": endpoint_id, "batch": batch_id, "host": host},
+        conditions={"type": event_type, "sequence": sequence},
         created_after=created_after,
         created_before=created_before,
     )
-    if after_sequence is not None:
-        query["sequence"] = {"$gt": after_sequence}
-    return query
 
 
-async def find_page(views: Views, query: Document, request: PageRequest) -> tuple[list[Document], PageCursor | None]:
+async def find_page(views: Views, query: ListQuery, request: PageRequest) -> tuple[list[Document], PageCursor | None]:
     """Return a page of deliveries and the cursor of the next one; see `paging.find_page`."""
-    return await paging.find_page(views, NAME, query, request, projection={"list_keys": 0})
+    return await paging.find_page(views, query, request, projection={"list_keys": 0})

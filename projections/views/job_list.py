@@ -1,23 +1,37 @@
-"""Lists of jobs: filters, pages, and the fields that lists leave out.
+"""View `job_list`: one row for each job, with its list keys. Also the lists of jobs: their filters and pages.
 
+The status of a job changes several times. In the documents of jobs its list keys would be expensive: the server would
+compare the keys of all indexes of a large document. A row is small, and only the keys of the status are replaced.
+
+A list reads the rows of a page and then the documents of these jobs. A search reads the documents by their search keys.
 A list omits a field that is large unless the caller includes it. The field `omitted` of a job names these fields.
+
+Fields of a row:
+    created_at, archived: Those of the job.
+    list_keys: First the keys of the status, then those of the other facets (projections/views/list_index.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
+import bson
 from pydantic import BaseModel, ConfigDict
 
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.statuses import JobStatus
-from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.mongo.connection import LENIENT_CODEC, Document, translate_errors
 from jobledger.projections.slots import Views
 from jobledger.projections.views import jobs, list_index, paging, projection_errors
+from jobledger.projections.views.list_index import ListQuery
 from jobledger.projections.views.paging import MAX_LISTED_FIELD_BYTES, OMITTED, PageCursor, PageRequest
 
+NAME: Final = "job_list"
+INDEXES: Final = [list_index.LIST_INDEX]
 OMITTABLE_FIELDS: Final = ("parameters", "results", "error", "logs", "steps")
 """The fields that lists omit if they are large."""
 _FIELDS: Final = (
@@ -39,6 +53,59 @@ _ESSENTIAL_RESULTS: Final = {
     },
 }
 _EMPTY_VALUES: Final[Document] = {"parameters": {}, "error": None, "logs": [], "steps": []}
+_FACET_FIELDS: Final = {
+    "batch": "batch_id",
+    "error": "error.code",
+    "event": "parameters.event",
+    "track": "parameters.track",
+    "day": "parameters.day",
+    "user": "user_id",
+    "language": "parameters.target_language",
+    "type": "job_type",
+    "status": "status",
+}
+"""The fields of a job's document that contain the values of its facets."""
+_JOBS_PER_QUERY: Final = 100
+_LARGE_JOBS_PER_QUERY: Final = 4
+"""If a list includes large fields, a job may have 12 MB."""
+_RUNNING_JOBS_PER_QUERY: Final = 1000
+_UNRESTRICTED: Final = Principal(None, roles=frozenset({"admin"}))
+
+
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+
+def build_row(job: Document) -> Document:
+    """Return the row of a job."""
+    return {
+        "_id": job["job_id"],
+        "created_at": job["created_at"],
+        "archived": job["archived"],
+        "list_keys": list_index.build_list_keys(list_index.get_document_scopes(job), jobs.build_facets(job)),
+    }
+
+
+def needs_new_row(before: Document | None, after: Document) -> bool:
+    """Return whether a change of a job's document changes more of its row than the keys of the status.
+
+    The row of a job with many scopes is replaced in any case: some scopes may have no keys.
+    """
+    return (
+        before is None
+        or after["search_keys"] is not before["search_keys"]  # they are built again if a facet or the access changes
+        or after["archived"] != before["archived"]
+        or (after["status"] != before["status"] and not list_index.lists_all_scopes(after))
+    )
+
+
+def build_status_changes(job: Document) -> Document:
+    """Return the fields of a job's row to set after a change of its status."""
+    scopes = list_index.get_document_scopes(job)
+    keys = list_index.build_list_keys(scopes, [("status", job["status"])])
+    return {f"list_keys.{number}": key for number, key in enumerate(keys)}
+
+
+# Queries ------------------------------------------------------------------------------------------------------------
 
 
 class JobFilter(BaseModel):
@@ -64,37 +131,88 @@ class JobFilter(BaseModel):
     created_before: datetime | None = None
     q: str | None = None
 
-    def build_query(self, principal: Principal) -> Document:
-        """Return the database query for the matching jobs that a principal may see."""
+    def build_query(self, principal: Principal) -> ListQuery:
+        """Return the query for the matching jobs that a principal may see."""
+        facets = {
+            "status": self.status,
+            "batch": self.batch_id,
+            "error": self.error_code,
+            "event": self.event,
+            "track": self.track,
+            "day": self.day,
+            "user": self.user_id,
+            "language": self.language,
+            "type": self.job_type,
+        }
+        archived = {"archived": self.archived}
+        fields = {_FACET_FIELDS[facet]: value for facet, value in facets.items()} | archived
+        period = {"created_after": self.created_after, "created_before": self.created_before}
+        if words := list_index.split_words(self.q or ""):
+            return list_index.build_search(jobs.NAME, principal, words, conditions=fields, **period)
         return list_index.build_query(
+            NAME,
             principal,
-            [
-                ("batch", "batch_id", self.batch_id),
-                ("error", "error.code", self.error_code),
-                ("event", "parameters.event", self.event),
-                ("track", "parameters.track", self.track),
-                ("day", "parameters.day", self.day),
-                ("user", "user_id", self.user_id),
-                ("language", "parameters.target_language", self.language),
-                ("type", "job_type", self.job_type),
-            ],
-            equal={"status": self.status, "archived": self.archived},
-            search=self.q,
-            created_after=self.created_after,
-            created_before=self.created_before,
+            facets,
+            owner=self.user_id,
+            conditions=archived,
+            document_conditions=fields,
+            **period,
         )
 
 
 async def find_page(
-    views: Views, query: Document, request: PageRequest, *, include: Collection[str] = ()
+    views: Views, query: ListQuery, request: PageRequest, *, include: Collection[str] = ()
 ) -> tuple[list[Document], PageCursor | None]:
     """Return a page of jobs and the cursor of the next one; see `paging.find_page`.
 
     The fields of `OMITTABLE_FIELDS` that are in `include` are returned however large they are.
     """
     projection = _build_projection(include)
-    page, next_cursor = await paging.find_page(views, jobs.NAME, query, request, projection=projection)
+    if query.is_search:
+        page, next_cursor = await paging.find_page(views, query, request, projection=projection)
+    else:
+        page, next_cursor = await _find_page_by_rows(views, query, request, projection, has_large_fields=bool(include))
     return [_mark_omitted(job) for job in page], next_cursor
+
+
+async def _find_page_by_rows(
+    views: Views, query: ListQuery, request: PageRequest, projection: Document, *, has_large_fields: bool
+) -> tuple[list[Document], PageCursor | None]:
+    """Read the rows of a page, then their jobs, until the page has a job or the list ends."""
+    while True:
+        rows, next_cursor = await paging.find_page(views, query, request, projection={"created_at": 1})
+        page: list[Document] = []
+        used_bytes = 0
+        job_ids = [row["_id"] for row in rows]
+        async for job, size in _iter_jobs(views, query, job_ids, projection, has_large_fields=has_large_fields):
+            used_bytes += size
+            if page and used_bytes > request.max_bytes:
+                return page, PageCursor(page[-1]["created_at"], page[-1]["_id"])
+            page.append(job)
+        if page or next_cursor is None:
+            return page, next_cursor
+        request = replace(request, after=next_cursor, skip=0)
+
+
+async def _iter_jobs(
+    views: Views, query: ListQuery, job_ids: Sequence[str], projection: Mapping[str, Any], *, has_large_fields: bool
+) -> AsyncIterator[tuple[Document, int]]:
+    """Yield the documents of jobs and their sizes in bytes of BSON, in the order of the IDs.
+
+    A job may have changed after its row was read. It is left out if its status, access or another facet no longer
+    matches.
+    """
+    collection = views[jobs.NAME].with_options(codec_options=paging.RAW)
+    jobs_per_query = _LARGE_JOBS_PER_QUERY if has_large_fields else _JOBS_PER_QUERY
+    for begin in range(0, len(job_ids), jobs_per_query):
+        ids = job_ids[begin : begin + jobs_per_query]
+        with translate_errors("listing jobs"):
+            found = collection.find({"_id": {"$in": ids}, **query.document_filter}, projection)
+            encoded = {document["_id"]: document.raw async for document in found}
+        for raw in (encoded[job_id] for job_id in ids if job_id in encoded):
+            job = bson.decode(raw, codec_options=LENIENT_CODEC)
+            if not query.scopes.isdisjoint(list_index.get_document_scopes(job)):
+                yield job, len(raw)
 
 
 def _build_projection(included: Collection[str]) -> Document:
@@ -117,3 +235,47 @@ def _mark_omitted(job: Document) -> Document:
     if omitted:
         job["omitted"] = omitted
     return job
+
+
+# Running and pending jobs -------------------------------------------------------------------------------------------
+
+
+async def find_oldest_pending_created_at(views: Views) -> datetime | None:
+    """Return the submission time of the oldest pending job in the view, or None."""
+    oldest = PageRequest(limit=1, newest_first=False)
+    page, _ = await paging.find_page(views, _build_status_query("pending"), oldest, projection={"created_at": 1})
+    return page[0]["created_at"] if page else None
+
+
+async def find_jobs_of_worker(views: Views, worker_id: str) -> Sequence[Document]:
+    """Return `_id` and `attempt` of the jobs that a worker is running according to the views."""
+    with translate_errors("finding a worker's jobs"):
+        running = [job async for job in _iter_running(views, ("attempt", "worker_id"))]
+    return [job for job in running if job.pop("worker_id") == worker_id]
+
+
+async def find_oldest_running_started_at(views: Views) -> datetime | None:
+    """Return the earliest start time of the running jobs in the views, or None."""
+    with translate_errors("finding the oldest running job"):
+        started = [job["started_at"] async for job in _iter_running(views, ("started_at",))]
+    return min((time for time in started if time is not None), default=None)
+
+
+async def count_running_by_worker(views: Views) -> Counter[str]:
+    """Return the number of running jobs of each worker that runs any, according to the views."""
+    with translate_errors("counting the jobs of workers"):
+        return Counter([job["worker_id"] async for job in _iter_running(views, ("worker_id",))])
+
+
+def _build_status_query(status: JobStatus) -> ListQuery:
+    return JobFilter(status=status).build_query(_UNRESTRICTED)
+
+
+async def _iter_running(views: Views, fields: Sequence[str]) -> AsyncIterator[Document]:
+    """Yield `_id` and some fields of the running jobs. There are few: at most as many as slots."""
+    query = _build_status_query("processing")
+    rows = await views[NAME].find(query.filter, {"_id": 1}, hint=query.hint).to_list()
+    for begin in range(0, len(rows), _RUNNING_JOBS_PER_QUERY):
+        ids = [row["_id"] for row in rows[begin : begin + _RUNNING_JOBS_PER_QUERY]]
+        async for job in views[jobs.NAME].find({"_id": {"$in": ids}, "status": "processing"}, dict.fromkeys(fields, 1)):
+            yield job

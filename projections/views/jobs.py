@@ -15,7 +15,7 @@ Fields in addition to konzept.md:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from functools import partial
 from typing import Any, Final, assert_never
 
 from jobledger.ledger.domain import events
@@ -31,19 +31,20 @@ from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views
-from jobledger.projections.views import list_index, paging, projection_errors, step_files
+from jobledger.projections.views import list_index, projection_errors, step_files
 from jobledger.projections.views.documents import apply_changes, dump_truncated_error, load_or_fold, redact_webhook
 from jobledger.projections.views.job_budgets import BUDGETED_FIELDS, apply_budgets
 from jobledger.projections.views.job_log import append_log_entries
 from jobledger.projections.views.list_index import Facet
-from jobledger.projections.views.paging import PageRequest
 
 NAME: Final = "jobs"
-INDEXES: Final = list_index.INDEXES
+INDEXES: Final = [list_index.SEARCH_INDEX]
+"""No index has a field that changes while a job runs: the list keys are in the view `job_list`."""
 _SESSION_FACETS: Final = (("track", "track"), ("event", "event"), ("day", "day"), ("language", "target_language"))
 _SEARCHED_PARAMETERS: Final = ("session", "event", "track", "filename")
 _INDEXED_FIELDS: Final = frozenset({"error", "parameters", "access_control"})
-"""The list index is built from these fields and from fields that never change."""
+"""The search keys, and the list keys except those of the status, are built from these fields and from fields that never
+change."""
 
 
 # Fold ---------------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def fold(job: Document | None, event: RecordedEvent) -> Document | None:
     if not BUDGETED_FIELDS.isdisjoint(changes):
         apply_budgets(after, changes)
     if not _INDEXED_FIELDS.isdisjoint(changes) and any(after[name] is not job[name] for name in _INDEXED_FIELDS):
-        _set_list_index(after)
+        _set_search_keys(after)
     return after
 
 
@@ -113,7 +114,7 @@ def _build_document(submitted: events.JobSubmitted, event: RecordedEvent) -> Doc
         "position": event.position,
     }
     apply_budgets(job, {"parameters": submitted.parameters})
-    _set_list_index(job)
+    _set_search_keys(job)
     return job
 
 
@@ -234,19 +235,27 @@ def _summarize_step(step: events.StepCompleted, event: RecordedEvent) -> Documen
     }
 
 
-def _set_list_index(job: Document) -> None:
+def build_facets(job: Document) -> list[Facet]:
+    """Return the facets by which a job is listed, the status first."""
     parameters, error = job["parameters"], job["error"]
     values = [
+        ("status", job["status"]),
         ("batch", job["batch_id"]),
         ("user", job["user_id"]),
         ("type", job["job_type"]),
         ("error", error["code"] if error else None),
         *((facet, parameters.get(name)) for facet, name in _SESSION_FACETS),
     ]
-    facets: list[Facet] = [list_index.NO_FACET, *((name, value) for name, value in values if isinstance(value, str))]
+    return [*((name, value) for name, value in values if isinstance(value, str)), list_index.NO_FACET]
+
+
+def _set_search_keys(job: Document) -> None:
+    parameters = job["parameters"]
     speakers = parameters.get("speakers")
     texts = [job["job_id"], job["job_name"], *(parameters.get(name) for name in _SEARCHED_PARAMETERS)]
-    list_index.set_list_index(job, facets, texts + (speakers if isinstance(speakers, list) else []))
+    list_index.set_search_keys(
+        job, partial(build_facets, job), texts + (speakers if isinstance(speakers, list) else [])
+    )
 
 
 # Isolation of events and documents (projection_errors.py) -----------------------------------------------------------
@@ -300,7 +309,7 @@ def reduce_to_storable(job: Document) -> Document:
         **{name: job[name] for name in projection_errors.PRIVATE_ACCESS if fits_in_document(job[name], _ACCESS_BYTES)},
         "truncated": sorted(name for name in _EMPTY_VALUES if job[name]),
     }
-    _set_list_index(document)
+    _set_search_keys(document)
     return document
 
 
@@ -324,11 +333,6 @@ def _is_small(value: Any) -> bool:
 
 # Queries ------------------------------------------------------------------------------------------------------------
 
-# The few running jobs are searched for the jobs of a worker. An index by worker would add an eighth to the cost of each
-# write of a job (docs/decisions/0018).
-_ALL_JOBS: Final = list_index.build_unrestricted_list_key(list_index.NO_FACET)
-_RUNNING: Final[Document] = {"list_keys": _ALL_JOBS, "status": "processing"}
-
 
 async def get(views: Views, event_store: EventStore, job_id: str) -> Document | None:
     """Return a job's document, or None if the job does not exist."""
@@ -338,36 +342,5 @@ async def get(views: Views, event_store: EventStore, job_id: str) -> Document | 
 async def find_pending_jobs(views: Views, job_ids: Sequence[str]) -> list[Document]:
     """Return the pending jobs among these, without large fields that do not affect their rows in the queue."""
     with translate_errors("finding pending jobs"):
-        excluded = dict.fromkeys(("parameters", "logs", "steps", "error", "list_keys", "search_keys"), 0)
+        excluded = dict.fromkeys(("parameters", "logs", "steps", "error", "search_keys"), 0)
         return await views[NAME].find({"_id": {"$in": list(job_ids)}, "status": "pending"}, excluded).to_list()
-
-
-async def find_oldest_pending_created_at(views: Views) -> datetime | None:
-    """Return the submission time of the oldest pending job in the view, or None."""
-    query = {"list_keys": _ALL_JOBS, "status": "pending"}
-    oldest = PageRequest(limit=1, newest_first=False)
-    page, _ = await paging.find_page(views, NAME, query, oldest, projection={"created_at": 1})
-    return page[0]["created_at"] if page else None
-
-
-async def find_jobs_of_worker(views: Views, worker_id: str) -> Sequence[Document]:
-    """Return `_id` and `attempt` of the jobs that a worker is running according to the view."""
-    query = {**_RUNNING, "worker_id": worker_id}
-    with translate_errors("finding a worker's jobs"):
-        return await views[NAME].find(query, {"attempt": 1}, hint=list_index.select_index(query)).to_list()
-
-
-async def find_oldest_running_started_at(views: Views) -> datetime | None:
-    """Return the earliest start time of the running jobs in the view, or None."""
-    with translate_errors("finding the oldest running job"):
-        index = list_index.select_index(_RUNNING)
-        started = [job["started_at"] async for job in views[NAME].find(_RUNNING, {"started_at": 1}, hint=index)]
-    return min((time for time in started if time is not None), default=None)
-
-
-async def count_running_by_worker(views: Views) -> dict[str, int]:
-    """Return the number of running jobs of each worker that runs any, according to the view."""
-    pipeline: list[Document] = [{"$match": _RUNNING}, {"$group": {"_id": "$worker_id", "jobs": {"$sum": 1}}}]
-    with translate_errors("counting the jobs of workers"):
-        rows = await views[NAME].aggregate(pipeline, hint=dict(list_index.select_index(_RUNNING)))
-        return {row["_id"]: row["jobs"] async for row in rows}

@@ -4,16 +4,17 @@ A list key consists of a list scope and a facet. The scope says for whom the doc
 or principals without restrictions. The facet says by what it is listed: everything, a batch, a track and so on. A
 document carries all its list keys in `list_keys`, and a search key for each word and scope in `search_keys`.
 
-One index holds the list keys with the creation time, a second one also the status, a third one the search keys. A list
-reads only the index entries that it shows, however many documents other users have. If a query names several facets,
-the index looks up the most selective one, and the database filters by the others. The status is in no key because it
-changes often. Keys are built once, and again only when access or contents change.
+One index holds the list keys with the creation time, another one the search keys. A list reads only the index entries
+that it shows, however many documents other users have. If a query names several facets, the database tries each of them
+and continues with the one that finds the page first. The status is a facet, too. Because it changes often, the list
+keys of jobs are in separate rows (projections/views/job_list.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import blake2b
 from typing import Any, Final
@@ -35,16 +36,24 @@ _MAX_WORDS: Final = 40
 _MIN_WORDS: Final = 5
 _MAX_UNMEASURED_KEYS: Final = 200
 """This many keys always fit into the budget: names have at most 200 characters, values 80."""
-_USUAL_FACETS: Final = 8
-"""Facets of a session in a batch: all, batch, user, type, track, event, day, language. Only failed jobs have more."""
+_ALWAYS_LISTED_SCOPES: Final = _MAX_UNMEASURED_KEYS // 10
+"""No document has more than ten facets: status, batch, user, type, error, track, event, day, language and all."""
+_FIXED_SCOPES: Final = 3
+"""Unrestricted principals, the public and the owner."""
+_MIN_CHARGED_CHARACTERS: Final = 20
+"""At least this is charged for the text of a key, so that the budget does not depend on the status."""
+_USUAL_FACETS: Final = 9
+"""Facets of a session in a batch: all of these except the error."""
 _USUAL_KEY_CHARACTERS: Final = 16
+_KEY_OVERHEAD_BYTES: Final = 12
+"""What BSON adds to a key in a list."""
 _WORD: Final = re.compile(r"\w+")
 
 _NEWEST: Final = [("created_at", DESCENDING), ("_id", DESCENDING)]
 _BY_LIST_KEY: Final = [("list_keys", ASCENDING), *_NEWEST]
-_BY_LIST_KEY_AND_STATUS: Final = [("list_keys", ASCENDING), ("status", ASCENDING), *_NEWEST]
 _BY_SEARCH_KEY: Final = [("search_keys", ASCENDING), *_NEWEST]
-INDEXES: Final = [IndexModel(keys) for keys in (_BY_LIST_KEY, _BY_LIST_KEY_AND_STATUS, _BY_SEARCH_KEY)]
+LIST_INDEX: Final = IndexModel(_BY_LIST_KEY)
+SEARCH_INDEX: Final = IndexModel(_BY_SEARCH_KEY)
 
 
 # Keys of a document -------------------------------------------------------------------------------------------------
@@ -61,16 +70,30 @@ def get_document_scopes(document: Mapping[str, Any]) -> list[str]:
 
 
 def set_list_index(document: Document, facets: Sequence[Facet], texts: Iterable[object]) -> None:
-    """Set the list keys and search keys of a job or batch.
+    """Set the list keys and search keys of a document."""
+    set_search_keys(document, lambda: facets, texts)
+    document["list_keys"] = build_list_keys(get_document_scopes(document), facets)
 
-    If there are too many scopes for all keys, the document is flagged as truncated: the lists of some principals do not
-    show it.
+
+def set_search_keys(document: Document, build_facets: Callable[[], Sequence[Facet]], texts: Iterable[object]) -> None:
+    """Set the search keys of a document whose list keys are in another view.
+
+    If there are too many scopes for all list keys, the document is flagged as truncated: the lists of some principals
+    do not show it.
     """
     scopes = get_document_scopes(document)
-    document["list_keys"] = build_list_keys(scopes, facets)
     document["search_keys"] = build_search_keys(scopes, texts)
-    is_truncated = len(document["list_keys"]) < len(scopes) * len(facets)
+    is_truncated = len(scopes) > _ALWAYS_LISTED_SCOPES and (
+        _count_listed_scopes(scopes, [_build_facet_key(facet) for facet in build_facets()]) < len(scopes)
+    )
     set_name_in_list(document, "truncated", "list_keys", is_listed=is_truncated)
+
+
+def lists_all_scopes(document: Mapping[str, Any]) -> bool:
+    """Return whether a document has so few scopes that each of them certainly has all list keys."""
+    access = document["access_control"]
+    names = len(access["read_access"]) + len(access["write_access"]) + len(access["admin_access"])
+    return _FIXED_SCOPES + names + len(document["teams"]) <= _ALWAYS_LISTED_SCOPES
 
 
 def get_owner_scopes(user_id: str) -> list[str]:
@@ -79,7 +102,7 @@ def get_owner_scopes(user_id: str) -> list[str]:
 
 
 def build_list_keys(scopes: Sequence[str], facets: Sequence[Facet]) -> list[str]:
-    """Return one key for each facet in each scope. The last of very many scopes are left out."""
+    """Return one key for each facet in each scope, facet by facet. The last of very many scopes are left out."""
     return _build_keys(scopes, [_build_facet_key(facet) for facet in facets])
 
 
@@ -111,17 +134,22 @@ def _join_searched(texts: Iterable[object]) -> str:
 
 def _build_keys(scopes: Sequence[str], texts: Sequence[str]) -> list[str]:
     """Return each text in each scope, for as many scopes as fit into the budget of a document."""
-    max_scopes = min(len(scopes), MAX_LIST_INDEX_ROWS // max(1, len(texts)))
-    keys = [_build_list_key(scope, text) for scope in scopes[:max_scopes] for text in texts]
-    used = _count_bytes(keys) if len(keys) > _MAX_UNMEASURED_KEYS else 0
-    while used > MAX_LIST_INDEX_BYTES:
-        used -= _count_bytes(keys[-len(texts) :])
-        del keys[-len(texts) :]
-    return keys
+    listed = scopes[: _count_listed_scopes(scopes, texts)]
+    return [_build_list_key(scope, text) for text in texts for scope in listed]
 
 
-def _count_bytes(keys: Iterable[str]) -> int:
-    return sum(len(key.encode()) + 12 for key in keys)
+def _count_listed_scopes(scopes: Sequence[str], texts: Sequence[str]) -> int:
+    """Return for how many of the scopes all texts fit into the budget of a document."""
+    count = min(len(scopes), MAX_LIST_INDEX_ROWS // max(1, len(texts)))
+    if count * len(texts) <= _MAX_UNMEASURED_KEYS:
+        return count
+    text_bytes = sum(max(len(text.encode()), _MIN_CHARGED_CHARACTERS) for text in texts)
+    used = 0
+    for number, scope in enumerate(scopes[:count]):
+        used += len(texts) * (len(_build_list_key(scope, "").encode()) + _KEY_OVERHEAD_BYTES) + text_bytes
+        if used > MAX_LIST_INDEX_BYTES:
+            return number
+    return count
 
 
 def _build_facet_key(facet: Facet) -> str:
@@ -169,6 +197,30 @@ def estimate_list_index_bytes(document: Mapping[str, Any]) -> int:
 # Queries ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class ListQuery:
+    """A query for the documents of a list.
+
+    Attributes:
+        view: Name of the view that answers it.
+        filter: The database query.
+        scopes: The scopes that the principal may list. A document has at least one of them.
+        is_search: Whether the search keys answer it, or else the list keys.
+        document_filter: If the view has the rows of other documents: what these must still match when they are read.
+    """
+
+    view: str
+    filter: Document
+    scopes: frozenset[str]
+    is_search: bool = False
+    document_filter: Document = field(default_factory=dict)
+
+    @property
+    def hint(self) -> list[tuple[str, int]]:
+        """The index that answers the query in list order. Without it, the database may read and sort instead."""
+        return _BY_SEARCH_KEY if self.is_search else _BY_LIST_KEY
+
+
 def get_principal_scopes(principal: Principal) -> list[str]:
     """Return the scopes that a principal may list."""
     if principal.is_admin:
@@ -182,39 +234,66 @@ def build_unrestricted_list_key(facet: Facet) -> str:
 
 
 def build_query(
+    view: str,
     principal: Principal,
-    facets: Sequence[tuple[str, str, str | None]],
+    facets: Mapping[str, str | None],
     *,
-    equal: Mapping[str, Any],
-    search: str | None = None,
+    conditions: Mapping[str, Any],
     created_after: datetime | None = None,
     created_before: datetime | None = None,
-) -> Document:
-    """Return the database query for the documents that a principal may see and that match all filters.
+    owner: str | None = None,
+    document_conditions: Mapping[str, Any] | None = None,
+) -> ListQuery:
+    """Return the query for the documents that a principal may see and that match all filters.
 
     Args:
-        facets: Facet name, document field and value, the most selective facet first. The index looks up the first
-            facet that has a value, and the database filters by the fields of the others.
-        equal: Values of other document fields. None matches any value.
-        search: A text. All of its words must be in the document.
+        view: A view whose documents have list keys.
+        facets: Values by facet. None matches any value.
+        conditions: Values of, or database conditions on, other document fields. None matches any value.
+        owner: The value of the facet `user`, if there is one.
+        document_conditions: Like `conditions`, for `ListQuery.document_filter`.
     """
-    selected = [(name, field, value) for name, field, value in facets if value is not None]
-    facet: Facet = (selected[0][0], selected[0][2]) if selected else NO_FACET
+    selected: list[Facet] = [(name, value) for name, value in facets.items() if value is not None]
     scopes = get_principal_scopes(principal)
-    query: Document = {"list_keys": {"$in": build_list_keys(scopes, [facet])}}
-    if words := split_words(search or ""):
-        by_words = [{"search_keys": {"$in": [_build_list_key(scope, word) for scope in scopes]}} for word in words]
-        query = {"$and": [*by_words, query] if facet else by_words}
-    query |= {field: value for _, field, value in selected[1:]}
-    query |= {field: value for field, value in equal.items() if value is not None}
-    if created_after or created_before:
-        bounds = {"$gt": created_after, "$lt": created_before}
-        query["created_at"] = {operator: time for operator, time in bounds.items() if time is not None}
-    return query
+    # An owner's scope combines the other facets with the owner. So few documents of other users are examined.
+    has_scope = owner is not None and len(owner) <= MAX_PRINCIPAL_NAME_CHARACTERS
+    other_scopes = [f"={owner}"] if has_scope and principal.is_admin else scopes
+    by_facet = [
+        {"list_keys": {"$in": build_list_keys(scopes if facet == ("user", owner) else other_scopes, [facet])}}
+        for facet in selected or [NO_FACET]
+    ]
+    query_filter = {"$and": by_facet, **_build_conditions(conditions, created_after, created_before)}
+    document_filter = _build_conditions(document_conditions or {})
+    return ListQuery(view, query_filter, frozenset(scopes), document_filter=document_filter)
 
 
-def select_index(query: Document) -> list[tuple[str, int]]:
-    """Return the index that answers a query in list order. Without a hint, the database may read and sort instead."""
-    if "search_keys" in query or "$and" in query:
-        return _BY_SEARCH_KEY
-    return _BY_LIST_KEY_AND_STATUS if "status" in query else _BY_LIST_KEY
+def build_search(
+    view: str,
+    principal: Principal,
+    words: Sequence[str],
+    *,
+    conditions: Mapping[str, Any],
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
+) -> ListQuery:
+    """Return the query for the documents that a principal may see, that contain all words and match the conditions.
+
+    Args:
+        view: A view whose documents have search keys.
+        words: From `split_words`, at least one.
+        conditions: Values of, or database conditions on, document fields. None matches any value.
+    """
+    scopes = get_principal_scopes(principal)
+    by_word = [{"search_keys": {"$in": [_build_list_key(scope, word) for scope in scopes]}} for word in words]
+    query_filter = {"$and": by_word, **_build_conditions(conditions, created_after, created_before)}
+    return ListQuery(view, query_filter, frozenset(scopes), is_search=True)
+
+
+def _build_conditions(
+    conditions: Mapping[str, Any], created_after: datetime | None = None, created_before: datetime | None = None
+) -> Document:
+    built = {field: value for field, value in conditions.items() if value is not None}
+    bounds = {"$gt": created_after, "$lt": created_before}
+    if created := {operator: time for operator, time in bounds.items() if time is not None}:
+        built["created_at"] = created
+    return built

@@ -18,17 +18,19 @@ from pymongo import ASCENDING, DESCENDING
 
 from jobledger.ledger.mongo.connection import LENIENT_CODEC, Document, translate_errors
 from jobledger.projections.slots import Views
-from jobledger.projections.views.list_index import select_index
+from jobledger.projections.views.list_index import ListQuery
 
 MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
 MAX_COUNT: Final = 10_000
-"""The highest number that `count` returns. A count without a limit would read the whole index range."""
+"""The highest number that `count` returns for one facet. A count without a limit would read the whole index range."""
+MAX_COMBINED_COUNT: Final = 1000
+"""The same for several facets or words, of which the database can find only one by the index."""
 MAX_LISTED_FIELD_BYTES: Final = 16 * 1024
 """A list omits a field with more bytes of BSON."""
 OMITTED: Final = "omitted"
 """Placeholder in a page for a field that the database does not send because it is large."""
 _READ_BATCH_DOCUMENTS: Final = 101
-_RAW: Final = CodecOptions(document_class=RawBSONDocument)
+RAW: Final = CodecOptions(document_class=RawBSONDocument)
 
 
 class PageCursor(NamedTuple):
@@ -74,24 +76,24 @@ def build_page_query(
 
 
 async def find_page(
-    views: Views, view: str, query: Document, request: PageRequest, *, projection: Mapping[str, Any] | None = None
+    views: Views, query: ListQuery, request: PageRequest, *, projection: Mapping[str, Any] | None = None
 ) -> tuple[list[Document], PageCursor | None]:
     """Return one page of a view's documents in order of creation, and the cursor of the next page, if any.
 
-    `query` is from `list_index.build_query`. Memory holds the page and one batch of the server's (at most 16 MB).
+    Memory holds the page and one batch of the server's (at most 16 MB).
     """
-    page_query, order = build_page_query(query, request.after, newest_first=request.newest_first)
+    page_query, order = build_page_query(query.filter, request.after, newest_first=request.newest_first)
     page: list[Document] = []
     used_bytes = 0
-    collection = views[view].with_options(codec_options=_RAW)
-    with translate_errors(f"listing {view}"):
+    collection = views[query.view].with_options(codec_options=RAW)
+    with translate_errors(f"listing {query.view}"):
         async with collection.find(
             page_query,
             projection,
             sort=order,
             limit=request.limit + 1,
             skip=request.skip,
-            hint=select_index(query),
+            hint=query.hint,
             batch_size=_READ_BATCH_DOCUMENTS,
         ) as documents:
             async for document in documents:  # `to_list` would hold several of the server's batches
@@ -102,10 +104,12 @@ async def find_page(
     return page, None
 
 
-async def count(views: Views, view: str, query: Document) -> int:
-    """Count the documents that match a query, up to `MAX_COUNT`."""
-    with translate_errors(f"counting {view}"):
-        return await views[view].count_documents(query, limit=MAX_COUNT, hint=select_index(query))
+async def count(views: Views, query: ListQuery) -> tuple[int, bool]:
+    """Count the documents that match a query, up to a limit. Also return whether there may be more."""
+    limit = MAX_COUNT if len(query.filter["$and"]) == 1 else MAX_COMBINED_COUNT
+    with translate_errors(f"counting {query.view}"):
+        number = await views[query.view].count_documents(query.filter, limit=limit, hint=query.hint)
+    return number, number >= limit
 
 
 def omit_if_large(field: str, *, max_bytes: int, replacement: Any = OMITTED) -> Document:

@@ -42,13 +42,13 @@ from jobledger.ledger.mongo.connection import Database, Document
 from jobledger.ledger.store.command_handler import Command
 from jobledger.projections import slots
 from jobledger.projections.engine.checkpoint import load_checkpoint
-from jobledger.projections.views import batches, files, jobs, queue, statistics, steps
+from jobledger.projections.views import batches, files, job_list, jobs, queue, statistics, steps
 from tests.support.role_runner import RunningRoles
 from tests.support.worker_reports import report_log, report_progress, report_results, report_step
 
 Views = dict[str, list[str]]
 """The documents of each view in canonical form, sorted."""
-COMPARED_VIEWS = (jobs, batches, queue, files, statistics, steps)
+COMPARED_VIEWS = (jobs, job_list, batches, queue, files, statistics, steps)
 
 
 def fold_views(events: list[RecordedEvent]) -> Views:
@@ -82,6 +82,7 @@ def fold_views(events: list[RecordedEvent]) -> Views:
     return _to_canonical_json(
         {
             "jobs": job_documents,
+            "job_list": [job_list.build_row(document) for document in job_documents],
             "batches": [document for document in batch.values() if document],
             "queue": [
                 row for document in job_documents for row in queue.build_rows(document, batch.get(document["batch_id"]))

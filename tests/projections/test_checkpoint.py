@@ -11,6 +11,7 @@ import pytest
 
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
+from jobledger.projections.engine.view_registry import PROJECTION_VERSION
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import run_roles_in_process
 
@@ -70,3 +71,20 @@ async def test_checkpoint_set_back_lowers_the_position_until_views_are_rebuilt(
             await roles.db.queue.delete_many({})
             async with run_roles_in_process(connection, store, projector=True):
                 await observer.wait_for_views(1)
+
+
+async def test_wait_for_position_does_not_accept_views_of_another_version(connection: Connection, store: Path) -> None:
+    """They may lack the rows that the caller looks for, such as the running jobs of a dead worker."""
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        await roles.submit()
+        await roles.wait_for_views()
+    async with run_roles_in_process(connection, store) as roles:
+        outdated = {"$set": {"version": PROJECTION_VERSION - 1}}
+        await roles.db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, outdated)
+        await poll_until(lambda: roles.checkpoint.version == PROJECTION_VERSION - 1)
+        assert not roles.checkpoint.covers(1)
+        waiting = asyncio.create_task(roles.checkpoint.wait_for_position(1))
+        async with run_roles_in_process(connection, store, projector=True):
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                await waiting
+            assert roles.checkpoint.version == PROJECTION_VERSION

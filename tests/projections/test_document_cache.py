@@ -93,9 +93,8 @@ async def test_chunk_of_too_many_bytes_is_applied_in_parts(
 
     async def measure_and_write(self: writer.ProjectionWriter, changes: ViewChanges, **options: Any) -> None:
         large_jobs_per_part.append(sum("large_fields" in job for job in changes.loaded[jobs.NAME].values()))
-        list_index_bytes_per_part.append(
-            sum(list_index.estimate_list_index_memory(job) for job in changes.current[jobs.NAME].values() if job)
-        )
+        documents = [*changes.current[jobs.NAME].values(), *changes.list_rows.values()]
+        list_index_bytes_per_part.append(sum(list_index.estimate_list_index_memory(it) for it in documents if it))
         await write(self, changes, **options)
 
     monkeypatch.setattr(writer.ProjectionWriter, "write", measure_and_write)

@@ -22,8 +22,7 @@ from jobledger.ledger.domain.commands import (
 )
 from jobledger.ledger.domain.events import AccessControl, LogEntry, Webhook, truncate_to_milliseconds
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.projections.views import jobs
-from jobledger.projections.views.list_index import select_index
+from jobledger.projections.views import job_list, jobs
 from tests.projections.expected_views import make_failure, make_results
 from tests.support.role_runner import RunningRoles, run_roles_in_process
 from tests.support.worker_reports import report_log, report_progress, report_results, report_step
@@ -250,10 +249,10 @@ async def test_deleted_job_is_in_no_view(roles: RunningRoles) -> None:
     job_id = await submit_claimed_job(roles, parameters={"track": "A"})
     await roles.handle_commands(job_id, report_results(WORKER, 1, make_results(job_id)), Delete("user-1", "by mistake"))
     await roles.wait_for_views()
-    for view in ("jobs", "queue", "files"):
+    for view in ("jobs", "job_list", "queue", "files"):
         assert await roles.db[view].count_documents({}) == 0, view
     assert await jobs.get(roles.checkpoint.views, roles.event_store, job_id) is None
-    assert await jobs.find_jobs_of_worker(roles.checkpoint.views, WORKER) == []
+    assert await job_list.find_jobs_of_worker(roles.checkpoint.views, WORKER) == []
 
 
 async def test_running_jobs_of_a_worker_are_found_by_index(roles: RunningRoles) -> None:
@@ -265,17 +264,12 @@ async def test_running_jobs_of_a_worker_are_found_by_index(roles: RunningRoles) 
     await roles.handle_commands(completed_job, report_results(WORKER, 1, make_results(completed_job)))
     await roles.wait_for_views()
     views = roles.checkpoint.views
-    assert await jobs.count_running_by_worker(views) == {WORKER: 1, "worker-2": 1}
-    assert [(job["_id"], job["attempt"]) for job in await jobs.find_jobs_of_worker(views, WORKER)] == [(own_job, 1)]
-    documents_examined: list[int] = []
-    for query in (
-        {"find": "jobs", "filter": {**jobs._RUNNING, "worker_id": WORKER}},
-        {"aggregate": "jobs", "pipeline": [{"$match": jobs._RUNNING}], "cursor": {}},
-    ):
-        hint = dict(select_index(jobs._RUNNING))
-        plan = await roles.db.command({"explain": {**query, "hint": hint}, "verbosity": "executionStats"})
-        documents_examined.append(plan["executionStats"]["totalDocsExamined"])
-    assert documents_examined == [2, 2]
+    assert await job_list.count_running_by_worker(views) == {WORKER: 1, "worker-2": 1}
+    assert [(job["_id"], job["attempt"]) for job in await job_list.find_jobs_of_worker(views, WORKER)] == [(own_job, 1)]
+    query = job_list._build_status_query("processing")
+    command = {"find": "job_list", "filter": query.filter, "hint": dict(query.hint)}
+    plan = await roles.db.command({"explain": command, "verbosity": "executionStats"})
+    assert plan["executionStats"]["totalDocsExamined"] == 2
 
 
 async def test_job_missing_in_the_views_is_folded_from_the_log(connection: Connection, store: Path) -> None:

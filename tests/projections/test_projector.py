@@ -95,7 +95,7 @@ async def test_views_of_another_version_are_rebuilt(connection: Connection, stor
     expected = await _load_stored_views(connection)
     async with connection.create_client() as client:
         db = client[connection.db_name]
-        await db.jobs.update_many({}, {"$unset": {"list_keys": ""}})
+        await db.jobs.update_many({}, {"$unset": {"search_keys": ""}})
         await db.jobs.insert_one({"_id": "job-of-nobody"})
         await db.statistics.update_one({"_id": "jobs"}, {"$inc": {"total": 1000}})
         await db.checkpoints.update_one({"_id": "views"}, {"$set": {"version": PROJECTION_VERSION - 1}})

@@ -27,7 +27,7 @@ from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.views import jobs
+from jobledger.projections.views import job_list
 from jobledger.workers import lease_reaper
 from jobledger.workers.lease_reaper import LeaseReaper
 from tests.projections.expected_views import make_results
@@ -124,7 +124,7 @@ async def test_claim_of_unknown_worker_before_the_start_is_reaped(connection: Co
         async with run_roles_in_process(connection, store, worker=OPTIONS) as worker_roles:
             reaper = worker_roles.worker._lease_reaper if worker_roles.worker else None
             assert reaper is not None
-            assert await jobs.count_running_by_worker(roles.checkpoint.views) == {}
+            assert await job_list.count_running_by_worker(roles.checkpoint.views) == {}
             await poll_until(lambda: bool(reaper._live_workers), "the worker has started")
             async with run_roles_in_process(connection, store, projector=True):
                 await roles.wait_for_event(JobLeaseExpired, job_id)
@@ -192,7 +192,7 @@ async def test_claim_by_a_worker_that_is_being_reaped_is_reaped_too(
             reaper = worker_roles.worker._lease_reaper
             head_position, find_jobs, reap = (
                 worker_roles.event_store.read_head_position,
-                jobs.find_jobs_of_worker,
+                job_list.find_jobs_of_worker,
                 reaper._reap,
             )
 
@@ -214,7 +214,7 @@ async def test_claim_by_a_worker_that_is_being_reaped_is_reaped_too(
             if moment == "before the head is read":
                 monkeypatch.setattr(worker_roles.event_store, "read_head_position", read_head_slowly)
             elif moment == "after the head is read":
-                monkeypatch.setattr("jobledger.workers.lease_reaper.jobs.find_jobs_of_worker", find_slowly)
+                monkeypatch.setattr("jobledger.workers.lease_reaper.job_list.find_jobs_of_worker", find_slowly)
             else:
                 monkeypatch.setattr(reaper, "_reap", reap_slowly)
             async with asyncio.timeout(DEADLINE_SECONDS):
