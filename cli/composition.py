@@ -16,7 +16,11 @@ from jobledger.cli.hosting.background_tasks import create_failure_callback, run_
 from jobledger.cli.hosting.database import close_with_timeout, open_database, open_file_store
 from jobledger.cli.hosting.loop_watchdog import watch_event_loop
 from jobledger.cli.hosting.metrics_server import serve_metrics
-from jobledger.cli.hosting.process_tuning import raise_open_file_limit, tune_garbage_collector
+from jobledger.cli.hosting.process_tuning import (
+    collect_garbage_periodically,
+    raise_open_file_limit,
+    tune_garbage_collector,
+)
 from jobledger.cli.settings import Settings
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.change_stream import ChangeStream
@@ -74,6 +78,7 @@ async def start_roles(
             _log.error("job type unavailable", job_type=job_type, reason=reason)
     async with AsyncExitStack() as stack:
         stack.enter_context(watch_event_loop(settings.event_worker.lease_seconds))
+        await stack.enter_async_context(run_in_background(collect_garbage_periodically(), on_failure))
         listener = None
         if "api" in selected:
             raise_open_file_limit()
