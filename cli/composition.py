@@ -87,7 +87,13 @@ async def start_roles(
         store = await open_file_store(settings, db)
         event_store = EventStore(db)
         checkpoint = CheckpointFollower(db)
-        change_stream = ChangeStream(db, event_types=None if selected & _READS_ALL_EVENTS else SUBSCRIBED_EVENT_TYPES)
+        worker: Worker | None = None
+        deliverer: Deliverer | None = None
+        change_stream = ChangeStream(
+            db,
+            event_types=None if selected & _READS_ALL_EVENTS else SUBSCRIBED_EVENT_TYPES,
+            is_urgent=lambda: worker is not None and worker.has_free_slot,
+        )
         change_stream.add_listener(checkpoint)
         await event_store.prepare()
         stack.push_async_callback(lambda: close_with_timeout(event_store.aclose()))
@@ -107,7 +113,6 @@ async def start_roles(
             if context.is_webhook_echo_enabled:
                 await webhook_echo.create_indexes(db)
         shared = (db, event_store, checkpoint, change_stream, connection, store)
-        worker = deliverer = None
         if "worker" in selected:
             confinement.check_confinement(settings.event_worker.confinement)
             worker = Worker(*shared, settings=settings.event_worker, processor_settings=settings.processors)

@@ -72,6 +72,7 @@ class Worker:
     ) -> None:
         self._db = db
         self._event_store = event_store
+        self._change_stream = change_stream
         self._connection = connection
         self._file_store = file_store
         self._settings = settings
@@ -255,6 +256,11 @@ class Worker:
 
     # Waking up ----------------------------------------------------------------------------------------------------
 
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether it could start another job now, and therefore must hear of new jobs at once."""
+        return len(self._running) + len(self._claim_queue.pending_claims) < self._settings.max_concurrent
+
     def _count_free_slots(self, job_type: str) -> int:
         """Return how many more jobs of a type may be run now."""
         claiming = self._claim_queue.pending_claims
@@ -359,6 +365,7 @@ class Worker:
     def _on_job_done(self, executor: JobExecutor, task: asyncio.Task[None]) -> None:
         del self._running[executor]
         self._wake.set()
+        self._change_stream.hurry()
         if not task.cancelled() and (error := task.exception()) is not None:
             if isinstance(error, UnreadableEvent):
                 _log.error("job unreadable, stopping the worker", job_id=executor.job_id, error=repr(error))

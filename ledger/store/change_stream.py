@@ -21,20 +21,26 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import pymongo
 import structlog
-from bson import Timestamp
-from pymongo.asynchronous.change_stream import AsyncChangeStream
+from bson import Int64, Timestamp
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable, LedgerUnavailable
-from jobledger.ledger.mongo.connection import LENIENT_CODEC, Database, is_transient, summarize_error
+from jobledger.ledger.mongo.connection import LENIENT_CODEC, Database, Document, is_transient, summarize_error
+from jobledger.ledger.system.pacing import Pacer
 
 _log = structlog.get_logger()
 _MAX_PAUSE_SECONDS = 2.0
 _PAUSE_AFTER_REMOVAL_SECONDS = 0.5
 """Events are often deleted in bulk. The pause avoids reopening the stream for each."""
 _CHANGES_PER_TURN = 200  # then other tasks may run
+_BATCH_CHANGES = 1000
+_AWAIT_MILLISECONDS = 1000
+_CLOSE_SECONDS = 1.0
+_DATABASE_CURSOR = "$cmd.aggregate"
+"""The server's name for the collection of a cursor of a whole database."""
 
 
 class ChangeListener(Protocol):
@@ -62,16 +68,31 @@ class CallbackListener:
 class ChangeStream:
     """The change stream of this process, shared by all its listeners.
 
-    `event_types` filters the changes of the collection `events`: a worker, for example, does not need progress events.
+    Args:
+        event_types: Filters the changes of the collection `events`: a worker, for example, does not need progress
+            events.
+        is_urgent: Returns whether each change must be delivered at once. Otherwise, reads are paced (`Pacer`), because
+            a read of a hundred changes costs little more than that of one.
     """
 
-    def __init__(self, db: Database, *, event_types: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        db: Database,
+        *,
+        event_types: Collection[str] | None = None,
+        is_urgent: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._db = db
         self._event_types = event_types
+        self._pacer = Pacer(is_urgent)
         self._listeners: list[ChangeListener] = []
         self._open = asyncio.Event()
         self.restart_count = 0
         """How often the stream had to be opened again."""
+
+    def hurry(self) -> None:
+        """Deliver the next changes now, because `is_urgent` has become true."""
+        self._pacer.hurry()
 
     def add_listener(self, listener: ChangeListener) -> None:
         """Add a listener. Call this before `keep_open`."""
@@ -104,9 +125,9 @@ class ChangeStream:
         pause = 0.05
         while True:
             try:
-                async with self._open_stream() as (stream, opened_at):
+                async with self._open_cursor() as cursor:
                     pause = 0.05
-                    await self._deliver(stream, opened_at)
+                    await self._deliver(cursor)
                     pause = _PAUSE_AFTER_REMOVAL_SECONDS
             except PyMongoError as error:
                 if not is_transient(error):
@@ -120,19 +141,17 @@ class ChangeStream:
             pause = min(pause * 2, _MAX_PAUSE_SECONDS)
 
     @asynccontextmanager
-    async def _open_stream(self) -> AsyncIterator[tuple[AsyncChangeStream[dict[str, Any]], Timestamp]]:
-        """Open the stream and resync all listeners. Yields the stream and the cluster time at which it begins."""
+    async def _open_cursor(self) -> AsyncIterator[_ChangeCursor]:
+        """Open a cursor and resync all listeners."""
         async with self._db.client.start_session(causal_consistency=True) as session:
             await self._db.command("ping", session=session)
             opened_at = session.operation_time
             assert opened_at is not None  # noqa: S101 - every response of a replica set has it
-            async with await self._db.with_options(codec_options=LENIENT_CODEC).watch(
-                self._build_pipeline(), start_at_operation_time=opened_at, batch_size=1000
-            ) as stream:
+            async with _ChangeCursor.open(self._db, self._build_pipeline(), opened_at) as cursor:
                 for listener in self._listeners:
                     await listener.resync(session)
                 self._open.set()
-                yield stream, opened_at
+                yield cursor
 
     def _build_pipeline(self) -> Sequence[Mapping[str, Any]]:
         # The server compares complete namespaces with those of its oplog. It would turn bare names into patterns.
@@ -144,29 +163,92 @@ class ChangeStream:
         operations = ["insert", "update", "replace", "delete"]
         return [{"$match": {"operationType": {"$in": operations}, "$or": [events, others]}}]
 
-    async def _deliver(self, stream: AsyncChangeStream[dict[str, Any]], opened_at: Timestamp) -> None:
-        """Deliver changes until the stream ends, or an event is deleted."""
+    async def _deliver(self, cursor: _ChangeCursor) -> None:
+        """Deliver changes until an event is deleted, or the server closes the cursor."""
         by_collection: dict[str, list[ChangeListener]] = {}
         for listener in self._listeners:
             by_collection.setdefault(listener.collection, []).append(listener)
-        turn = 0
-        while stream.alive:
-            # Do not call this in wait_for: if it is cancelled, the driver closes the stream permanently.
-            change = await stream.try_next()
-            if change is None:
-                continue
-            for listener in by_collection.get(change["ns"]["coll"], ()):
-                try:
-                    listener.on_change(change)
-                except (AttributeError, LookupError, TypeError, ValueError) as error:
-                    # A damaged document, written by another program, must not end all processes.
-                    _log.error("unreadable change stream event", document_key=change["documentKey"], error=repr(error))
-            if change["operationType"] == "delete" and _is_event_deletion(change, opened_at):
-                _log.warning("event deleted from the log, reopening change stream", document_key=change["documentKey"])
-                return
-            turn += 1
-            if turn % _CHANGES_PER_TURN == 0:
-                await asyncio.sleep(0)
+        while (changes := await cursor.read()) is not None:
+            for number, change in enumerate(changes, 1):
+                for listener in by_collection.get(change["ns"]["coll"], ()):
+                    try:
+                        listener.on_change(change)
+                    except (AttributeError, LookupError, TypeError, ValueError) as error:
+                        # A damaged document, written by another program, must not end all processes.
+                        _log.error(
+                            "unreadable change stream event", document_key=change["documentKey"], error=repr(error)
+                        )
+                if change["operationType"] == "delete" and _is_event_deletion(change, cursor.opened_at):
+                    _log.warning(
+                        "event deleted from the log, reopening change stream", document_key=change["documentKey"]
+                    )
+                    return
+                if number % _CHANGES_PER_TURN == 0:
+                    await asyncio.sleep(0)
+            await self._pacer.wait()
+
+
+class _ChangeCursor:
+    """A cursor of the server for changes, read batch by batch.
+
+    The driver's change stream does not show where a batch ends, opens another cursor by itself after an error, and
+    takes more CPU time for each change.
+
+    Attributes:
+        opened_at: The cluster time of the first changes.
+    """
+
+    def __init__(self, db: Database, session: AsyncClientSession, opened_at: Timestamp, response: Document) -> None:
+        self.opened_at = opened_at
+        self._db = db
+        self._session = session
+        self._first_batch: Sequence[Document] = response["cursor"]["firstBatch"]
+        self._cursor_id = Int64(response["cursor"]["id"])
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, db: Database, pipeline: Sequence[Mapping[str, Any]], opened_at: Timestamp
+    ) -> AsyncIterator[_ChangeCursor]:
+        """Open a cursor for changes from a cluster time on, and close it after the block."""
+        stage = {"$changeStream": {"startAtOperationTime": opened_at}}
+        command = {"aggregate": 1, "pipeline": [stage, *pipeline], "cursor": {"batchSize": _BATCH_CHANGES}}
+        async with db.client.start_session(causal_consistency=False) as session:
+            cursor = cls(
+                db, session, opened_at, await db.command(command, codec_options=LENIENT_CODEC, session=session)
+            )
+            try:
+                yield cursor
+            finally:
+                await cursor._close()
+
+    async def read(self) -> Sequence[Document] | None:
+        """Return the next changes; none if there are none within a second. None: the server has closed the cursor."""
+        if self._first_batch:
+            first_batch, self._first_batch = self._first_batch, ()
+            return first_batch
+        if not self._cursor_id:  # the database was dropped
+            return None
+        command = {
+            "getMore": self._cursor_id,
+            "collection": _DATABASE_CURSOR,
+            "batchSize": _BATCH_CHANGES,
+            "maxTimeMS": _AWAIT_MILLISECONDS,
+        }
+        # 0: `timeoutMS` of the connection is for commands that do not wait.
+        with pymongo.timeout(0):
+            response = await self._db.command(command, codec_options=LENIENT_CODEC, session=self._session)
+        self._cursor_id = Int64(response["cursor"]["id"])
+        batch: Sequence[Document] = response["cursor"]["nextBatch"]
+        return batch
+
+    async def _close(self) -> None:
+        """Close the cursor, so that the server need not keep it for minutes."""
+        if not self._cursor_id:
+            return
+        with suppress(PyMongoError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._db.command({"killCursors": _DATABASE_CURSOR, "cursors": [self._cursor_id]})
 
 
 def _is_event_deletion(deletion: Mapping[str, Any], opened_at: Timestamp) -> bool:

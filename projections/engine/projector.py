@@ -31,6 +31,7 @@ from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.store.subscription import Subscription
+from jobledger.ledger.system.pacing import Pacer
 from jobledger.projections.engine import stalls
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, CheckpointFollower, load_checkpoint, take_over
 from jobledger.projections.engine.rebuild import Rebuild
@@ -122,6 +123,7 @@ class Projector:
         try:
             async with self._event_store.subscribe(after=writer.position) as events:
                 changed_batches: dict[str, Document] = {}
+                pacer = Pacer()
                 head = await self._event_store.read_head_position()
                 while writer.position < head:
                     await writer.apply(await self._read_chunk(events, writer))
@@ -133,6 +135,7 @@ class Projector:
                     if len(chunk) < CHUNK_EVENTS or await self._event_store.read_head_position() <= writer.position:
                         await self._append_follow_ups(changed_batches.values())
                         changed_batches.clear()
+                        await pacer.wait()
         finally:
             for task in (clearing, leader_task):
                 task.cancel()

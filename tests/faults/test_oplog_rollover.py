@@ -213,11 +213,9 @@ async def test_subscriber_restarted_after_the_rollover_continues_at_its_position
 async def test_change_stream_with_lost_history_is_reopened_for_all_subscribers(
     connection: Connection, writer: Ledger
 ) -> None:
-    commands = CommandCounter()
     with TcpProxy(connection.uri) as proxy, capture_logs() as warnings:
-        proxied = monitor_connection(Connection(proxy.uri, connection.db_name), commands)
         async with (
-            open_ledger(proxied, LIMITS) as reader,
+            open_ledger(Connection(proxy.uri, connection.db_name), LIMITS) as reader,
             collect_events(reader) as early,
         ):
             first = await append_events(writer)
@@ -229,13 +227,12 @@ async def test_change_stream_with_lost_history_is_reopened_for_all_subscribers(
             await asyncio.to_thread(roll_over, connection.uri)
             assert len(early) == first
             assert REOPENED_MESSAGE not in [warning["event"] for warning in warnings]
-            proxy.close_connections()  # the driver resumes with an old token
+            proxy.close_connections()  # a stream that continued where it was interrupted would find no history
             proxy.resume()
             await poll_until(lambda: len(early) >= last)
             async with collect_events(reader, after=first) as late:
                 last = await append_events(writer)
                 await poll_until(lambda: len(early) >= last and len(late) >= last - first)
-        assert commands.failed_by_code[286], "the oplog still contained the missed events"
         assert REOPENED_MESSAGE in [warning["event"] for warning in warnings]
     assert late == early[first:]
     await check_delivered(writer, [(event.position, event.event_id) for event in early])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from pymongo.errors import AutoReconnect
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import DURABLE, MAJORITY, Connection, Database
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
+from jobledger.ledger.system import pacing
+from tests.support.driver_hooks import CommandCounter, monitor_connection
 from tests.support.ledger_setup import Ledger, change_stream_operations, open_ledger
-from tests.support.polling import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.tcp_proxy import TcpProxy
 
 Change = Mapping[str, Any]
@@ -68,7 +72,7 @@ async def running_stream(db: Database, *listeners: RecordingListener) -> AsyncIt
 
 
 async def kill_stream(db: Database, listener: RecordingListener) -> None:
-    """Kill the server's cursor until the stream is reopened. The driver does not resume by itself after this."""
+    """Kill the server's cursor until the stream is reopened."""
     before = len(listener.snapshots)
     async with asyncio.timeout(DEADLINE_SECONDS):
         while len(listener.snapshots) == before:
@@ -260,3 +264,67 @@ async def test_event_types_filter_changes_of_events(unstreamed_ledger: Ledger) -
         await unstreamed_ledger.db.numbers.insert_one({"_id": 1})
         await numbers.wait_until(lambda: numbers.changed_keys == [1])
         assert listener.changed_keys == [7]
+
+
+# Pacing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_urgent", [False, True], ids=["paced", "urgent"])
+async def test_frequent_changes_are_read_together_unless_urgent(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, is_urgent: bool
+) -> None:
+    monkeypatch.setattr(pacing, "PACE_SECONDS", 0.5)
+    commands = CommandCounter()
+    async with monitor_connection(connection, commands).create_client() as client:
+        db = client.get_database(connection.db_name, write_concern=DURABLE)
+        listener = RecordingListener(db)
+        changes = ChangeStream(db, is_urgent=lambda: is_urgent)
+        changes.add_listener(listener)
+        async with changes.keep_open():
+            before, started = commands.started_by_name["getMore"], time.monotonic()
+            for number in range(100):
+                await db.numbers.insert_one({"_id": number})
+            await listener.wait_until_seen(*range(100))
+            reads = commands.started_by_name["getMore"] - before
+            most_paced_reads = pacing.BURST + 1 + (time.monotonic() - started) / 0.5
+    assert (reads > most_paced_reads) is is_urgent
+
+
+async def test_hurried_stream_delivers_without_the_rest_of_its_pause(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacing, "PACE_SECONDS", 3600.0)
+    listener, changes = RecordingListener(db), ChangeStream(db, is_urgent=lambda: False)
+    changes.add_listener(listener)
+
+    def hurry_until_seen(number: int) -> bool:
+        changes.hurry()
+        return number in listener.changed_keys
+
+    async with changes.keep_open():
+        for number in range(pacing.BURST + 2):
+            await db.numbers.insert_one({"_id": number})
+            await poll_until(partial(hurry_until_seen, number))
+
+
+async def test_timeout_of_commands_does_not_interrupt_an_idle_stream(connection: Connection) -> None:
+    """An idle read waits a second, and longer until its response arrives."""
+    short = Connection(f"{connection.uri}{'&' if '?' in connection.uri else '?'}timeoutMS=1000", connection.db_name)
+    async with short.create_client() as client:
+        listener = RecordingListener(client[connection.db_name])
+        changes = ChangeStream(client[connection.db_name])
+        changes.add_listener(listener)
+        async with changes.keep_open():
+            await asyncio.sleep(3.5)
+            assert changes.restart_count == 0
+
+
+async def test_stream_survives_a_dropped_database(db: Database) -> None:
+    listener = RecordingListener(db)
+    await db.numbers.insert_one({"_id": 1})
+    async with running_stream(db, listener) as task:
+        await db.client.drop_database(db.name)
+        await listener.wait_until(lambda: listener.snapshots[-1] == set())
+        await db.numbers.insert_one({"_id": 2})
+        await listener.wait_until_seen(2)
+        assert not task.done()

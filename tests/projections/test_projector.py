@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from jobledger.ledger.domain.events import BatchFinished, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.system import pacing
 from jobledger.projections.engine import projector, stalls, writer
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
 from jobledger.projections.engine.view_changes import ViewChanges
@@ -30,6 +32,7 @@ from tests.projections.expected_views import (
     load_views,
     run_random_history,
 )
+from tests.support.driver_hooks import CommandCounter, monitor_connection
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import RunningRoles, run_roles_in_process
 from tests.support.worker_reports import report_progress, report_step
@@ -296,3 +299,19 @@ async def test_projector_does_not_apply_events_removed_during_its_read(connectio
         await poll_until(lambda: roles.changes.restart_count > 0, "the change stream was reopened")
         await roles.submit()
         await assert_views_match_log(roles)
+
+
+async def test_frequent_events_are_applied_together(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacing, "PACE_SECONDS", 0.5)
+    commands = CommandCounter()
+    async with run_roles_in_process(monitor_connection(connection, commands), store, projector=True) as roles:
+        await roles.submit()
+        await roles.wait_for_views()
+        before, started = commands.started_by_name["commitTransaction"], time.monotonic()
+        for _ in range(100):
+            await roles.submit()
+        await roles.wait_for_views()
+        most_turns = pacing.BURST + 1 + (time.monotonic() - started) / 0.5
+        assert commands.started_by_name["commitTransaction"] - before <= most_turns
