@@ -28,7 +28,7 @@ bench: .venv/.ready ## run the benchmarks; ARGS='append --rounds 15'
 soak: .venv/.ready ## run fault and rare-event tests in random order; EXAMPLES=5000 for longer
 	@JOBLEDGER_SOAK=1 $(BIN)/pytest $$($(BIN)/python -m tests.support.soak) $(ARGS)
 	@JOBLEDGER_EXAMPLES=$(EXAMPLES) $(BIN)/pytest tests/ledger/test_event_store_machine.py --timeout 0 $(ARGS)
-	@$(BIN)/python -m benchmarks append subscribe jobs http --events 2000 --rounds 1
+	@$(BIN)/python -m benchmarks append subscribe pickup jobs submit http --events 2000 --rounds 1
 	@for round in 1 2 3 4 5 6 7 8 9 10; do JOBLEDGER_SOAK=1 $(BIN)/pytest tests/faults $(ARGS) || exit 1; done
 
 fuzz: .venv/.ready ## fuzz the HTTP API by its OpenAPI document; REQUESTS=10000 per route for longer

@@ -1,6 +1,6 @@
 """Measure each performance claim against the plain driver in the same run: `make bench`.
 
-    python -m benchmarks [append] [subscribe] [jobs] [http] [http-scale] [maintenance]
+    python -m benchmarks [append] [subscribe] [pickup] [jobs] [submit] [http] [http-scale] [maintenance]
                          [--events 20000] [--rounds 7] [--strict]
 
 The benchmarks start their own mongod. If JOBLEDGER_TEST_MONGODB_URI names a replica set, they use a database of it and
@@ -22,7 +22,7 @@ from pathlib import Path
 import structlog
 from pymongo import MongoClient
 
-from benchmarks import append_throughput, http_latency, job_throughput, log_maintenance, subscriptions
+from benchmarks import append_throughput, http_latency, job_throughput, log_maintenance, submission, subscriptions
 from benchmarks.measurement import Result, print_results
 from jobledger.cli.hosting.process_tuning import tune_garbage_collector
 from jobledger.ledger.mongo.connection import Connection
@@ -31,7 +31,9 @@ from jobledger.ledger.mongo.embedded import EmbeddedServer
 BENCHMARKS = {
     "append": append_throughput.run,
     "subscribe": subscriptions.run,
+    "pickup": job_throughput.run_pickup,
     "jobs": job_throughput.run,
+    "submit": submission.run,
     "http": http_latency.run,
     "http-scale": http_latency.run_at_scale,
     "maintenance": log_maintenance.run,

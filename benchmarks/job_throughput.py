@@ -1,15 +1,17 @@
-"""Measure the latency until an idle worker starts a job, and the number of jobs per second, views included."""
+"""Measure the latency until an idle worker starts a job, and the rate and CPU time of jobs, views included."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,11 +20,18 @@ from pydantic import BaseModel, ConfigDict
 from pymongo import MongoClient
 
 from benchmarks.measurement import Result, compare_latencies, compute_percentile, measure_rate, open_empty_database
-from benchmarks.processes import Child, Pipe, run_processes, run_role
+from benchmarks.processes import (
+    Child,
+    Pipe,
+    read_cpu_seconds,
+    read_server_cpu_seconds,
+    run_processes,
+    run_role,
+)
 from jobledger.cli.composition import Role
 from jobledger.ledger.domain.commands import SubmitJob
 from jobledger.ledger.domain.events import EventMetadata, JobCompleted, JobSubmitted
-from jobledger.ledger.mongo.connection import DURABLE, Connection, Document
+from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.command_handler import StreamState, create_job_id, create_streams, handle_command
 from jobledger.projections.engine.checkpoint import CheckpointFollower
@@ -35,6 +44,8 @@ FEW_WORKERS = 2
 MANY_WORKERS = 8
 TOTAL_SLOTS = 200
 """Slots of all workers together."""
+CPU_LIMITS = {"database": 130, "workers": 120, "projector": 85, "total": 330}
+"""CPU time in microseconds per job."""
 BASELINE_CONCURRENCY = 10
 """Concurrent jobs in each process of the baseline queue. With more, they conflict and become slower."""
 _PAUSE_SECONDS = 0.02
@@ -64,16 +75,33 @@ class StartTimeProcessor:
 
 
 async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
-    """Measure single jobs on idle workers, and a backlog of jobs with two and with many workers."""
+    """Measure a backlog of jobs with few workers, in several rounds, and once with files and with many workers.
+
+    The baseline of each is drained immediately before it.
+    """
     jobs = events // EVENTS_PER_JOB
     with tempfile.TemporaryDirectory() as store:
-        pickup = await _measure_pickup(connection, Path(store), rounds * 40)
-        backlog = [
-            await _measure_backlog(connection, Path(store), jobs, workers=FEW_WORKERS, files=False, min_rate=2000),
-            await _measure_backlog(connection, Path(store), jobs, workers=FEW_WORKERS, files=True),
-            await _measure_backlog(connection, Path(store), jobs, workers=MANY_WORKERS, files=False),
+        drain = partial(_drain, connection, Path(store), jobs)
+        baseline = partial(_drain_baseline, connection, jobs)
+        pairs = [(await baseline(FEW_WORKERS), await drain(FEW_WORKERS)) for _ in range(rounds)]
+        return [
+            _build_rate_result(f"{jobs:,} jobs without work, {FEW_WORKERS} workers", pairs, min_ratio=1.0),
+            *_build_cpu_results([drained for _, drained in pairs]),
+            _build_rate_result(
+                f"{jobs:,} jobs with one file each, {FEW_WORKERS} workers",
+                [(None, await drain(FEW_WORKERS, files=True))],
+            ),
+            _build_rate_result(
+                f"{jobs:,} jobs without work, {MANY_WORKERS} workers",
+                [(await baseline(MANY_WORKERS), await drain(MANY_WORKERS))],
+            ),
         ]
-    return [*pickup, *backlog]
+
+
+async def run_pickup(connection: Connection, *, events: int, rounds: int) -> list[Result]:
+    """Measure single jobs on idle workers, and the CPU use of idle processes."""
+    with tempfile.TemporaryDirectory() as store:
+        return await _measure_pickup(connection, Path(store), rounds * 40)
 
 
 def _run_role(connection: Connection, store: Path, role: Role, slots: int, pipe: Pipe) -> None:
@@ -162,15 +190,10 @@ def _claim_baseline(connection: Connection, pipe: Pipe) -> None:
 async def _measure_cpu_percent(processes: Sequence[BaseProcess], seconds: float) -> list[float]:
     """Return the CPU use of each process in percent of one core over a period without work."""
     await asyncio.sleep(1)
-    before = [_read_cpu_seconds(process) for process in processes]
+    before = [read_cpu_seconds(process) for process in processes]
     await asyncio.sleep(seconds)
-    used = [_read_cpu_seconds(process) - start for process, start in zip(processes, before, strict=True)]
+    used = [read_cpu_seconds(process) - start for process, start in zip(processes, before, strict=True)]
     return [100 * cpu / seconds for cpu in used]
-
-
-def _read_cpu_seconds(process: BaseProcess) -> float:
-    times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()  # man 5 proc
-    return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def _drain_baseline(
@@ -220,18 +243,29 @@ def _run_baseline_worker(connection: Connection, concurrency: int, pipe: Pipe) -
     asyncio.run(worker())
 
 
-async def _measure_backlog(
-    connection: Connection, store: Path, jobs: int, *, workers: int, files: bool, min_rate: float = 0
-) -> Result:
-    """Measure a backlog of jobs with the same start time, from this time until the views show all jobs as completed.
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    """One drain of a backlog.
 
-    Without files, the baseline is a queue with the plain driver.
+    Attributes:
+        rate: Jobs per second.
+        cpu: CPU time in microseconds per job, by kind of process.
+        claims: Claims per job.
+        voided: Voided positions, one for each lost claim, per job.
     """
-    baseline = None if files else await _drain_baseline(connection, jobs, workers)
+
+    rate: float
+    cpu: Mapping[str, float]
+    claims: float
+    voided: float
+
+
+async def _drain(connection: Connection, store: Path, jobs: int, workers: int, *, files: bool = False) -> _Drain:
+    """Drain jobs with the same start time, from this time until the views show all of them as completed."""
     async with open_empty_database(connection) as (db, event_store):
         changes, checkpoint = ChangeStream(db), CheckpointFollower(db)
         changes.add_listener(checkpoint)
-        async with changes.keep_open(), _run_roles(connection, store, workers=workers):
+        async with changes.keep_open(), _run_roles(connection, store, workers=workers) as [projector, *others]:
             due = datetime.now(UTC) + timedelta(seconds=6 + 2 * workers)  # when all jobs are submitted
             for begin in range(0, jobs, 1000):
                 commands = [SubmitJob(_build_job("echo", due, file=files)) for _ in range(min(1000, jobs - begin))]
@@ -239,20 +273,54 @@ async def _measure_backlog(
             head = await event_store.read_head_position()
             await checkpoint.wait_for_position(head)
             assert datetime.now(UTC) < due, "the machine is too slow for this benchmark"  # noqa: S101 - checks the benchmark itself
+            before = await _read_cpu_times(db, projector, others)
             await checkpoint.wait_for_position(head + 2 * jobs)
             position = head + 2 * jobs
             while await db.jobs.count_documents({"status": "completed"}) < jobs:  # voided positions count as well
                 position = max(position + 1, await event_store.read_head_position())
                 await checkpoint.wait_for_position(position)
             rate = jobs / (datetime.now(UTC) - due).total_seconds()
+            after = await _read_cpu_times(db, projector, others)
         claims = await db.events.count_documents({"type": "JobClaimed"})
         voided = await db.events.count_documents({"type": "PositionVoided"})
-    return Result(
-        f"backlog: {jobs:,} jobs {'with one file each' if files else 'without work'}, {workers} workers, one projector",
-        "" if baseline is None else f"{baseline:,.0f} jobs/s",
-        f"{rate:,.0f} jobs/s",
-        f"≥ {min_rate:,.0f}/s" if min_rate else "",
-        rate >= min_rate,
-        None if baseline is None else rate / baseline,
-        notes=(f"{claims / jobs:.2f} claims per job, and {voided / jobs:.2f} lost claims (voided positions)",),
+    cpu = {name: (after[name] - before[name]) * 1e6 / jobs for name in before}
+    return _Drain(rate, cpu | {"total": sum(cpu.values())}, claims / jobs, voided / jobs)
+
+
+async def _read_cpu_times(db: Database, projector: Child, workers: Sequence[Child]) -> dict[str, float]:
+    """Return the CPU time of each kind of process in seconds since it started."""
+    return {
+        "database": await read_server_cpu_seconds(db),
+        "workers": sum(read_cpu_seconds(worker.process) for worker in workers),
+        "projector": read_cpu_seconds(projector.process),
+    }
+
+
+def _build_rate_result(name: str, pairs: Sequence[tuple[float | None, _Drain]], *, min_ratio: float = 0) -> Result:
+    """Return the result of one or several drains and their baselines."""
+    ratios = sorted(drained.rate / baseline for baseline, drained in pairs if baseline is not None)
+    ratio = statistics.median(ratios) if ratios else None
+    claims, voided = (
+        statistics.median(values) for values in zip(*((it.claims, it.voided) for _, it in pairs), strict=True)
     )
+    return Result(
+        f"backlog: {name}, one projector",
+        f"{statistics.median(it for it, _ in pairs if it is not None):,.0f} jobs/s" if ratios else "",
+        f"{statistics.median(it.rate for _, it in pairs):,.0f} jobs/s",
+        f"≥ {min_ratio}" if min_ratio else "",
+        ratio is None or ratio >= min_ratio,
+        ratio,
+        (ratios[0], ratios[-1]) if ratios else None,
+        notes=(f"{claims:.2f} claims per job, and {voided:.2f} lost claims (voided positions)",),
+    )
+
+
+def _build_cpu_results(drains: Sequence[_Drain]) -> list[Result]:
+    """Return the median CPU time per job of each kind of process."""
+    results = []
+    for name, limit in CPU_LIMITS.items():
+        microseconds = statistics.median(drained.cpu[name] for drained in drains)
+        results.append(
+            Result(f"CPU per job: {name}", "", f"{microseconds:,.0f} µs", f"≤ {limit} µs", microseconds <= limit)
+        )
+    return results

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ import structlog
 
 from jobledger.cli.composition import Role, start_roles
 from jobledger.cli.settings_file import read_settings
-from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.connection import Connection, Database
 
 Pipe = multiprocessing.connection.Connection
 """One end of a pipe between two processes."""
@@ -92,3 +93,15 @@ def run_role(connection: Connection, store: Path, role: Role, slots: int, pipe: 
             await stop.wait()
 
     asyncio.run(run())
+
+
+def read_cpu_seconds(process: BaseProcess) -> float:
+    """Return the CPU time of a process since it started."""
+    times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()  # man 5 proc
+    return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def read_server_cpu_seconds(db: Database) -> float:
+    """Return the CPU time of the database server since it started."""
+    usage = (await db.command("serverStatus"))["extra_info"]
+    return float(usage["user_time_us"] + usage["system_time_us"]) / 1e6

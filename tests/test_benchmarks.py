@@ -31,11 +31,22 @@ def test_http_scale_benchmark_measures_each_ratio(mongodb_uri: str) -> None:
     outcome = run_benchmarks("http-scale", "--events", "40", "--rounds", "1", mongodb_uri=mongodb_uri)
     assert outcome.returncode == 0, outcome.stderr
     ratios = re.findall(r"│\s+(\d+\.\d\d)\s+│ \d+\.\d\d – \d+\.\d\d\s+│ [≥≤] \d\.\d", outcome.stdout)
-    assert len(ratios) == 9, outcome.stdout
+    assert len(ratios) == 10, outcome.stdout
     assert all(0 < float(ratio) < 100 for ratio in ratios)
+
+
+@pytest.mark.timeout(240)
+def test_jobs_benchmark_measures_the_cpu_time_of_each_process(mongodb_uri: str) -> None:
+    outcome = run_benchmarks("jobs", "--events", "80", "--rounds", "1", mongodb_uri=mongodb_uri)
+    assert outcome.returncode == 0, outcome.stderr
+    rows = re.findall(r"CPU per job: (\w+).*?│\s*│ ([\d,]+) µs", outcome.stdout)
+    assert [name for name, _ in rows] == ["database", "workers", "projector", "total"], outcome.stdout
+    database, workers, projector, total = (int(microseconds.replace(",", "")) for _, microseconds in rows)
+    assert min(database, workers, projector) > 0
+    assert abs(database + workers + projector - total) <= 2
 
 
 def test_unknown_benchmark_is_rejected(mongodb_uri: str) -> None:
     outcome = run_benchmarks("apend", mongodb_uri=mongodb_uri)
     assert outcome.returncode == 2
-    assert "choose from append, subscribe, jobs, http, http-scale, maintenance" in outcome.stderr
+    assert "choose from append, subscribe, pickup, jobs, submit, http, http-scale, maintenance" in outcome.stderr
