@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import resource
+import time
 from typing import Final
 
 _MAX_OPEN_FILES: Final = 65_536
 _THRESHOLDS: Final = (300_000, 20, 50)
-_COLLECT_SECONDS: Final = 1.0
-_FULL_COLLECTION_EVERY: Final = 60
+_CHECK_SECONDS: Final = 1.0
+_COLLECT_SECONDS: Final = 10.0
+_FULL_COLLECT_SECONDS: Final = 60.0
+_GROWTH_KB: Final = 32 * 1024
 
 
 def tune_garbage_collector() -> None:
@@ -25,15 +28,27 @@ def tune_garbage_collector() -> None:
 
 
 async def collect_garbage_periodically() -> None:
-    """Collect young objects every second, and all objects every minute, until cancelled.
+    """Collect young objects every 10 seconds, and all objects every minute, until cancelled.
 
-    Python counts allocations and not their bytes. A few thousand unreachable objects may hold gigabytes.
+    Young objects are collected within a second when the peak of the used memory has grown by 32 MB. Python counts
+    allocations and not their bytes: a few thousand unreachable objects may hold gigabytes.
     """
+    collected_at = fully_collected_at = time.monotonic()
+    collected_peak = _read_peak_memory_kb()
     while True:
-        for _ in range(_FULL_COLLECTION_EVERY):
-            await asyncio.sleep(_COLLECT_SECONDS)
-            gc.collect(1)
-        gc.collect()
+        await asyncio.sleep(_CHECK_SECONDS)
+        now, peak = time.monotonic(), _read_peak_memory_kb()
+        if now - collected_at < _COLLECT_SECONDS and peak - collected_peak < _GROWTH_KB:
+            continue
+        is_full = now - fully_collected_at >= _FULL_COLLECT_SECONDS
+        gc.collect(2 if is_full else 1)
+        collected_at, collected_peak = now, peak
+        if is_full:
+            fully_collected_at = now
+
+
+def _read_peak_memory_kb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def raise_open_file_limit() -> None:
