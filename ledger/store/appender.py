@@ -12,7 +12,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,9 @@ _BSON_FACTOR = 9
 """BSON takes up to this many times the bytes of canonical JSON: 17 bytes for `0,` in a long list."""
 
 
+OnDone = Callable[[Exception | None], None]
+
+
 @dataclass(frozen=True, slots=True)
 class EventStoreLimits:
     """Timeouts and limits of an event store. A write is one insert command or transaction. Sizes are in bytes."""
@@ -60,18 +63,50 @@ class EventStoreLimits:
 
 @dataclass(slots=True, eq=False)
 class PendingAppend:
-    """The documents of one append and the future its caller waits for. `size` is in bytes of JSON."""
+    """The documents of one append. `size` is in bytes of JSON.
+
+    `on_done` is called when the documents are durable, or with the error. It may be called again, without effect.
+    """
 
     documents: list[Document]
     size: int
     based_on_position: int
     """The largest position that the decision was based on. The new positions must be larger."""
     deadline: float
-    done: asyncio.Future[None]
+    on_done: OnDone
+
+
+class AppendOutcomes:
+    """The outcomes of appends that one caller waits for.
+
+    Cancelling the caller does not cancel the write that its events are part of.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._errors: list[Exception | None] = [None] * count
+        self._is_set = bytearray(count)
+        self._missing = count
+        self._done = asyncio.get_running_loop().create_future()
+
+    def set(self, index: int, error: Exception | None) -> None:
+        """Set the outcome of one append, unless it is set. None: it succeeded."""
+        if self._is_set[index]:
+            return
+        self._is_set[index] = True
+        self._errors[index] = error
+        self._missing -= 1
+        if not self._missing and not self._done.done():
+            self._done.set_result(None)
+
+    async def wait(self) -> list[Exception | None]:
+        """Wait for all outcomes and return the error of each append, None if it succeeded."""
+        if self._missing:
+            await self._done
+        return self._errors
 
 
 class Appender:
-    """Writes documents at new positions, many appends per write. When `write` returns, the documents are durable."""
+    """Writes documents at new positions, many appends per write."""
 
     def __init__(self, db: Database, events: AsyncCollection[Document], limits: EventStoreLimits) -> None:
         self._db = db
@@ -89,12 +124,14 @@ class Appender:
         while self._writes:
             await asyncio.wait(self._writes)
 
-    def write(self, documents: list[Document], size: int, based_on_position: int) -> asyncio.Future[None]:
+    def write(self, documents: list[Document], size: int, based_on_position: int, on_done: OnDone) -> None:
         """Write documents at positions larger than `based_on_position`, all or none. Sets their `_id`s.
 
-        Cancelling a caller cancels only its future, not the write that its events are part of.
+        Args:
+            on_done: Called when the documents are durable, or with an error as in `EventStore.append`.
 
-        Raises: as `EventStore.append`, immediately or by the future.
+        Raises:
+            LedgerBusy, InvalidEvent: As `EventStore.append`. Nothing is written, and `on_done` is not called.
         """
         if (
             self._queued_events >= self._limits.max_pending_events
@@ -109,13 +146,11 @@ class Appender:
                 f"{self._limits.max_append_bytes} bytes"
             )
         deadline = time.monotonic() + self._limits.append_timeout_seconds
-        done = asyncio.get_running_loop().create_future()
-        self._queue.append(PendingAppend(documents, size, based_on_position, deadline, done))
+        self._queue.append(PendingAppend(documents, size, based_on_position, deadline, on_done))
         self._queued_events += len(documents)
         self._queued_bytes += size
         if not self._is_write_scheduled:
             self._schedule_write()
-        return done
 
     def _schedule_write(self) -> None:
         """Start the next write, unless enough writes are in progress. Then appends queue up until one has ended.
@@ -415,9 +450,4 @@ def _find_encoding_error(append: PendingAppend) -> InvalidEvent | None:
 
 def _resolve_appends(appends: Iterable[PendingAppend], error: Exception | None = None) -> None:
     for append in appends:
-        if append.done.done():
-            continue
-        if error is None:
-            append.done.set_result(None)
-        else:
-            append.done.set_exception(error)
+        append.on_done(error)

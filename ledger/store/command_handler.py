@@ -22,6 +22,8 @@ from jobledger.ledger.domain.commands import BatchCommand, DeliveryCommand, JobC
 from jobledger.ledger.domain.delivery import Delivery
 from jobledger.ledger.domain.errors import (
     CommandRejected,
+    InvalidEvent,
+    JobledgerError,
     LedgerBusy,
     LedgerUnavailable,
     StreamBusy,
@@ -168,6 +170,47 @@ async def handle_command(
             return CommandResult(recorded, stream_state.apply(recorded))
 
 
+class CommandRequest(NamedTuple):
+    """A command for a stream whose state the caller has. The state may be stale."""
+
+    stream: str
+    command: Command
+    stream_state: StreamState
+
+
+async def handle_commands(
+    event_store: EventStore, requests: Sequence[CommandRequest], *, meta: EventMetadata
+) -> list[CommandResult | JobledgerError | None]:
+    """Try once to handle commands for different streams, each independently of the others, and write them together.
+
+    It is for many commands that nearly always succeed. The caller handles the others one by one
+    (`handle_command_with_retries`).
+
+    Returns:
+        For each command its result, or the error of its append (see `EventStore.append_each`). None: nothing was tried,
+        because the given state does not allow the command, or it requires several streams.
+    """
+    now = event_store.clock.estimate()
+    results: list[CommandResult | JobledgerError | None] = [None] * len(requests)
+    appends: list[StreamAppend] = []
+    indexes: list[int] = []
+    for index, (stream, command, stream_state) in enumerate(requests):
+        try:
+            events = decider_for(stream).decide(command, stream_state.aggregate)
+        except (CommandRejected, InvalidEvent):
+            continue
+        if events and not any(_derive_deliveries(stream, stream_state, events, now)):
+            correlated = _add_correlation_id(meta, stream_state.aggregate)
+            appends.append(StreamAppend(stream, stream_state.head, events, correlated, now))
+            indexes.append(index)
+    for index, outcome in zip(indexes, await event_store.append_each(appends), strict=True):
+        if isinstance(outcome, list):
+            results[index] = CommandResult(outcome, requests[index].stream_state.apply(outcome))
+        else:
+            results[index] = outcome
+    return results
+
+
 def _derive_deliveries(
     stream: str, stream_state: StreamState, events: Sequence[Event], now: datetime
 ) -> Iterable[StreamAppend]:
@@ -230,6 +273,7 @@ async def handle_command_with_retries(
     stream_state: StreamState,
     retry_seconds: float,
     on_retry: Callable[[LedgerUnavailable | LedgerBusy], None],
+    previous_error: JobledgerError | None = None,
 ) -> CommandResult:
     """Handle a command, and retry it while the database is unavailable or busy. The command takes effect once.
 
@@ -243,6 +287,7 @@ async def handle_command_with_retries(
         stream_state: The state to decide on, as for `handle_command`.
         retry_seconds: The pause before each retry.
         on_retry: Called before each pause. Raises to give up.
+        previous_error: The error with which `handle_commands` has tried the same command on the same state.
 
     Raises:
         CommandRejected: The stream's state does not allow the command.
@@ -250,9 +295,14 @@ async def handle_command_with_retries(
         UnreadableEvent: As `handle_command`.
         InvalidEvent: As `EventStore.append`.
     """
+    error = previous_error if isinstance(previous_error, LedgerUnavailable | LedgerBusy) else None
     may_have_effect = False
     latest_state = stream_state
     while True:
+        if error is not None:
+            on_retry(error)
+            may_have_effect |= isinstance(error, LedgerUnavailable)
+            await asyncio.sleep(retry_seconds)
         try:
             if not may_have_effect:
                 return await handle_command(event_store, stream, command, meta=meta, stream_state=stream_state)
@@ -265,11 +315,9 @@ async def handle_command_with_retries(
             check = partial(_check_unchanged, latest_state)
             return await handle_command(event_store, stream, command, meta=meta, stream_state=latest_state, check=check)
         except _StateChanged as changed:
-            latest_state = changed.stream_state
-        except (LedgerUnavailable, LedgerBusy) as error:
-            on_retry(error)
-            may_have_effect |= isinstance(error, LedgerUnavailable)
-            await asyncio.sleep(retry_seconds)
+            latest_state, error = changed.stream_state, None
+        except (LedgerUnavailable, LedgerBusy) as failure:
+            error = failure
 
 
 class _StateChanged(Exception):

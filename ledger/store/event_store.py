@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import bson
@@ -19,7 +20,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from jobledger.ledger.domain.canonical_json import TextTooLong
-from jobledger.ledger.domain.errors import DatabaseUnsuitable, LogTruncated
+from jobledger.ledger.domain.errors import DatabaseUnsuitable, JobledgerError, LogTruncated
 from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.mongo.connection import (
     DURABLE,
@@ -34,7 +35,7 @@ from jobledger.ledger.mongo.connection import (
     translate_errors,
 )
 from jobledger.ledger.mongo.server_clock import get_server_clock
-from jobledger.ledger.store.appender import Appender, EventStoreLimits
+from jobledger.ledger.store.appender import Appender, AppendOutcomes, EventStoreLimits
 from jobledger.ledger.store.envelope import StreamAppend, build_documents
 from jobledger.ledger.store.gap_filler import GapFiller
 from jobledger.ledger.store.live_tail import LiveTail
@@ -157,19 +158,59 @@ class EventStore:
             if size > pause_at:  # other requests are served meanwhile; nothing is reserved yet
                 pause_at = size + _ENCODE_CHUNK_BYTES
                 await asyncio.sleep(0)
-            try:
-                size += build_documents(append, documents, _ENCODE_CHUNK_BYTES)
-            except TextTooLong:
-                size += await asyncio.to_thread(build_documents, append, documents)
+            size += await _build_documents(append, documents)
             events += append.events
             if append.head.position > based_on_position:
                 based_on_position = append.head.position
         if not documents:
             return []
         begun = time.monotonic()
-        await self._appender.write(documents, size, based_on_position)
+        outcomes = AppendOutcomes(1)
+        self._appender.write(documents, size, based_on_position, partial(outcomes.set, 0))
+        [error] = await outcomes.wait()
+        if error is not None:
+            raise error
         self.append_durations.observe(time.monotonic() - begun)
         return list(map(RecordedEvent, documents, events))
+
+    async def append_each(self, appends: Sequence[StreamAppend]) -> list[list[RecordedEvent] | JobledgerError]:
+        """Append events to their streams, each append independently of the others.
+
+        They are written together, so many of them cost less than many calls of `append`.
+
+        Args:
+            appends: The events of different streams. None may be without events.
+
+        Returns:
+            For each append its events, which are durable, or its error: VersionConflict, InvalidEvent, LedgerBusy or
+            LedgerUnavailable as in `append`.
+        """
+        begun = time.monotonic()
+        outcomes = AppendOutcomes(len(appends))
+        written: list[list[Document]] = []
+        bytes_since_pause = 0
+        for index, append in enumerate(appends):
+            if bytes_since_pause > _ENCODE_CHUNK_BYTES:
+                bytes_since_pause = 0
+                await asyncio.sleep(0)
+            documents: list[Document] = []
+            written.append(documents)
+            try:
+                size = await _build_documents(append, documents)
+                bytes_since_pause += size
+                self._appender.write(documents, size, append.head.position, partial(outcomes.set, index))
+            except JobledgerError as error:
+                outcomes.set(index, error)
+        results: list[list[RecordedEvent] | JobledgerError] = []
+        for append, documents, failure in zip(appends, written, await outcomes.wait(), strict=True):
+            if failure is None:
+                results.append(list(map(RecordedEvent, documents, append.events)))
+            elif isinstance(failure, JobledgerError):
+                results.append(failure)
+            else:
+                raise failure
+        self.append_durations.observe(time.monotonic() - begun)
+        return results
 
     # Read ---------------------------------------------------------------------------------------------------------
 
@@ -233,6 +274,33 @@ class EventStore:
                 part: Any  # the driver yields bytes, unlike its type hints
                 async for part in found:
                     yield list(map(RecordedEvent, bson.decode_all(part, LENIENT_CODEC)))
+
+    async def find_last_versions(self, streams: Collection[str], event_type: type[Event]) -> dict[str, int]:
+        """Return the version of the last event of a type in each of these streams that has one.
+
+        Raises:
+            LedgerUnavailable: The database failed.
+        """
+        query: Document = {"stream": {"$in": list(streams)}, "type": event_type.__name__}
+        with translate_errors(f"reading {len(streams)} streams"):
+            found = self.events.find(query, {"stream": 1, "version": 1}, sort=_VERSIONS)
+            return {document["stream"]: document["version"] async for document in found}
+
+    async def find_events(self, query: Document, *, after: int, fields: Collection[str]) -> tuple[list[Document], int]:
+        """Return some fields of the matching events after a position, in order, and the current head of the log.
+
+        Unlike `read`, it does not wait for slow appenders: the result may lack events that are inserted later at
+        earlier positions.
+
+        Raises:
+            LedgerUnavailable: The database failed.
+        """
+        head = await self.read_head_position()
+        with translate_errors("reading the log"):
+            found = self.events.find(
+                {**query, "$and": [{"_id": {"$gt": after, "$lte": head}}]}, dict.fromkeys(fields, 1), sort=_POSITIONS
+            )
+            return await found.to_list(), max(after, head)
 
     async def read_head_position(self, session: AsyncClientSession | None = None) -> int:
         """Return the largest position in the log, 0 if it is empty. With `session`, as of the session's time."""
@@ -364,6 +432,14 @@ class EventStore:
         elif change["operationType"] == "delete":  # `resync` follows
             self.may_have_lost_events = True
             self._tail.clear()
+
+
+async def _build_documents(append: StreamAppend, documents: list[Document]) -> int:
+    """Append the documents of an append to a list, and return their size. Large ones are built in a thread."""
+    try:
+        return build_documents(append, documents, _ENCODE_CHUNK_BYTES)
+    except TextTooLong:
+        return await asyncio.to_thread(build_documents, append, documents)
 
 
 def override_payload_fields(fields: Document) -> Document:

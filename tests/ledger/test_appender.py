@@ -8,12 +8,13 @@ from collections.abc import Iterable
 import pytest
 
 from jobledger.ledger.domain.commands import ChangeAccess, ClaimJob, SubmitBatch, SubmitJob
-from jobledger.ledger.domain.errors import VersionConflict
+from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy, VersionConflict
 from jobledger.ledger.domain.events import BatchSubmitted
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.appender import Appender
+from jobledger.ledger.store.appender import Appender, EventStoreLimits
 from jobledger.ledger.store.command_handler import create_batch_id, create_job_id, create_streams, handle_command
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamHead
+from tests.support.driver_hooks import CommandCounter, monitor_connection
 from tests.support.event_examples import ACCESS, NOON, make_job_submitted
 from tests.support.event_stores import FAST_GAP_LIMITS, create_append, create_progress, head_after, open_pausable_store
 from tests.support.ledger_setup import (
@@ -209,3 +210,53 @@ async def test_queued_single_events_get_consecutive_positions(connection: Connec
         event_store.may_insert.set()
         recorded = await asyncio.gather(first_append, *queued_appends)
         assert [event.position for events in recorded for event in events] == list(range(1, 52))
+
+
+# Independent appends --------------------------------------------------------------------------------------------------
+
+
+async def test_append_each_returns_events_or_error_of_each_append(unstreamed_ledger: Ledger) -> None:
+    [existing] = await unstreamed_ledger.event_store.append(create_append(make_job_submitted(), stream="job-1"))
+    results = await unstreamed_ledger.event_store.append_each(
+        [
+            create_append(make_job_submitted(), stream="job-2"),
+            create_append(create_progress(), stream="job-1", head=StreamHead()),
+            create_append(make_job_submitted(parameters={"number": float("nan")}), stream="job-3"),
+            create_append(make_job_submitted(), create_progress(), stream="job-4"),
+            create_append(create_progress(), stream="job-5"),
+        ]
+    )
+    stored, conflict, invalid, several, last = results
+    assert isinstance(conflict, VersionConflict)
+    assert (conflict.stream, conflict.found) == ("job-1", 1)
+    assert isinstance(invalid, InvalidEvent)
+    for name, result in (("job-1", [existing]), ("job-2", stored), ("job-3", []), ("job-4", several), ("job-5", last)):
+        assert await unstreamed_ledger.event_store.read_stream(name) == result
+    check_log(await load_event_documents(unstreamed_ledger.db))
+
+
+async def test_append_each_writes_appends_with_one_insert(connection: Connection) -> None:
+    commands = CommandCounter()
+    async with open_ledger(monitor_connection(connection, commands)) as ledger:
+        commands.started_by_name.clear()
+        results = await ledger.event_store.append_each([create_append(make_job_submitted()) for _ in range(50)])
+        assert all(isinstance(result, list) for result in results)
+        assert commands.started_by_name["insert"] == 1
+
+
+async def test_append_each_reports_full_queue_for_each_append(connection: Connection) -> None:
+    limits = EventStoreLimits(max_pending_events=2)
+    async with open_ledger(connection, limits=limits) as ledger:
+        results = await ledger.event_store.append_each([create_append(make_job_submitted()) for _ in range(4)])
+        assert [type(result) for result in results] == [list, list, LedgerBusy, LedgerBusy]
+
+
+async def test_cancelled_append_each_is_written(unstreamed_ledger: Ledger) -> None:
+    appending = asyncio.create_task(
+        unstreamed_ledger.event_store.append_each([create_append(make_job_submitted(), stream="job-1")])
+    )
+    await asyncio.sleep(0)
+    appending.cancel()
+    await asyncio.wait({appending})
+    await unstreamed_ledger.event_store.aclose()
+    assert len(await unstreamed_ledger.event_store.read_stream("job-1")) == 1

@@ -190,10 +190,10 @@ async def test_encoding_of_many_small_events_yields_to_other_tasks(
     rounds_before_write = 0
     real_write = unstreamed_ledger.event_store._appender.write
 
-    async def write(*arguments: Any) -> None:
+    def write(*arguments: Any) -> None:
         nonlocal rounds_before_write
         rounds_before_write = rounds
-        await real_write(*arguments)
+        real_write(*arguments)
 
     monkeypatch.setattr(unstreamed_ledger.event_store._appender, "write", write)
     await unstreamed_ledger.event_store.append(*jobs)

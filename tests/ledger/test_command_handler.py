@@ -38,11 +38,13 @@ from jobledger.ledger.domain.events import (
     JobCancelRequested,
     JobClaimed,
     RecordedEvent,
+    Webhook,
     WorkerFenced,
 )
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import (
     Command,
+    CommandRequest,
     CommandResult,
     StreamState,
     create_batch_id,
@@ -51,6 +53,7 @@ from jobledger.ledger.store.command_handler import (
     decider_for,
     handle_command,
     handle_command_with_retries,
+    handle_commands,
     load_stream_state,
 )
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
@@ -495,3 +498,62 @@ async def test_command_with_lost_response_waits_until_its_outcome_can_be_read(
     assert [event.type for event in stored] == ["JobSubmitted", "JobClaimed", "JobCompleted"]
     assert result.events == stored[-1:]
     assert len(retries) == 2
+
+
+# Many commands --------------------------------------------------------------------------------------------------------
+
+
+async def test_handle_commands_handles_each_command_independently(unstreamed_ledger: Ledger) -> None:
+    store = unstreamed_ledger.event_store
+    jobs = [await submit_job(store) for _ in range(4)]
+    claimed = await handle_command(store, jobs[1][0], ClaimJob("w2", NOON), meta=EVENT_METADATA)
+    await handle_command(store, jobs[2][0], ClaimJob("w2", NOON), meta=EVENT_METADATA)
+    requests = [
+        CommandRequest(jobs[0][0], ClaimJob("w1", NOON), jobs[0][1]),
+        CommandRequest(jobs[1][0], ClaimJob("w1", NOON), claimed.stream_state),
+        CommandRequest(jobs[2][0], ClaimJob("w1", NOON), jobs[2][1]),
+        CommandRequest(jobs[3][0], ClaimJob("w1", NOON), jobs[3][1]),
+    ]
+    first, rejected, conflict, last = await handle_commands(store, requests, meta=EVENT_METADATA)
+    assert rejected is None
+    assert isinstance(conflict, VersionConflict)
+    for result, (job_id, _) in ((first, jobs[0]), (last, jobs[3])):
+        assert isinstance(result, CommandResult)
+        assert [event.event for event in result.events] == [JobClaimed(worker_id="w1", attempt=1)]
+        assert result.stream_state == await load_stream_state(store, job_id)
+    check_log(await load_event_documents(unstreamed_ledger.db))
+
+
+async def test_handle_commands_leaves_commands_with_deliveries_to_the_caller(unstreamed_ledger: Ledger) -> None:
+    store = unstreamed_ledger.event_store
+    job = make_job_submitted(webhook=Webhook(url="https://example.org/hook"))
+    job_id = (await unstreamed_ledger.submit_job(job)).events[0].stream
+    claimed = await handle_command(store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA)
+    request = CommandRequest(job_id, report_results("w1", 1, make_results()), claimed.stream_state)
+    assert await handle_commands(store, [request], meta=EVENT_METADATA) == [None]
+    assert len(await store.read_stream(job_id)) == 2
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+async def test_retry_after_unknown_outcome_of_handle_commands_takes_effect_once(
+    unstreamed_ledger: Ledger, is_written: bool
+) -> None:
+    store = unstreamed_ledger.event_store
+    job_id, stream_state = await submit_job(store)
+    command = ClaimJob("w1", NOON)
+    if is_written:
+        await handle_commands(store, [CommandRequest(job_id, command, stream_state)], meta=EVENT_METADATA)
+    errors: list[Exception] = []
+    result = await handle_command_with_retries(
+        store,
+        job_id,
+        command,
+        meta=EVENT_METADATA,
+        stream_state=stream_state,
+        retry_seconds=0,
+        on_retry=errors.append,
+        previous_error=LedgerUnavailable("no response"),
+    )
+    assert [str(error) for error in errors] == ["no response"]
+    assert [event.event for event in result.events] == [JobClaimed(worker_id="w1", attempt=1)]
+    assert result.events == (await store.read_stream(job_id))[1:]
