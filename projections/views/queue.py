@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from datetime import datetime
 from typing import Final, NamedTuple
+from zlib import crc32
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
@@ -25,7 +26,12 @@ def build_rows(job: Document, batch: Document | None) -> list[Document]:
     """Return the row of a job if it is pending and its batch, if any, is not paused."""
     if job["status"] != "pending" or (batch is not None and batch["paused"]):
         return []
-    return [{"_id": job["job_id"], **{name: job[name] for name in _ROW_FIELDS}}]
+    return [{"_id": job["job_id"], **{name: job[name] for name in _ROW_FIELDS}, "hash": compute_hash(job["job_id"])}]
+
+
+def compute_hash(job_id: str) -> int:
+    """Return the number by which workers share jobs among themselves (workers/claims/claim_ranking.py)."""
+    return crc32(job_id.encode())
 
 
 class QueueRow(NamedTuple):
@@ -35,21 +41,46 @@ class QueueRow(NamedTuple):
     job_type: str
     batch_id: str | None
     priority: int
+    queued_position: int
+
+
+class Share(NamedTuple):
+    """The jobs whose hash leaves `remainder` when it is divided by `divisor`."""
+
+    divisor: int
+    remainder: int
 
 
 async def find_rows(
-    views: Views, *, job_types: Collection[str], excluded_job_ids: Collection[str], now: datetime, limit: int
+    views: Views,
+    *,
+    job_types: Collection[str],
+    excluded_job_ids: Collection[str],
+    now: datetime,
+    limit: int,
+    share: Share | None = None,
 ) -> list[QueueRow]:
     """Return at most `limit` jobs that may be claimed now, by priority, then by age.
 
-    Among the jobs that had a start time, only the `limit` jobs with the earliest start times are considered.
+    Among the jobs that had a start time, only the `limit` jobs with the earliest start times are considered. With
+    `share`, only its jobs are.
     """
-    query = {"job_type": {"$in": sorted(job_types)}, "_id": {"$nin": sorted(excluded_job_ids)}}
+    query: Document = {"job_type": {"$in": sorted(job_types)}, "_id": {"$nin": sorted(excluded_job_ids)}}
+    if share is not None:
+        query["hash"] = {"$mod": [share.divisor, share.remainder]}
     with translate_errors("finding pending jobs"):
         unscheduled = await _find(views, {"due_at": None, **query}, limit)
         due = await _find(views, {"due_at": {"$lte": now}, **query}, limit)  # in BSON, null is not less than a date
-    rows = sorted(unscheduled + due, key=lambda row: (-row["priority"], row["queued_position"]))
-    return [QueueRow(row["_id"], row["job_type"], row["batch_id"], row["priority"]) for row in rows[:limit]]
+    rows = [
+        QueueRow(row["_id"], row["job_type"], row["batch_id"], row["priority"], row["queued_position"])
+        for row in unscheduled + due
+    ]
+    return sorted(rows, key=get_urgency)[:limit]
+
+
+def get_urgency(row: QueueRow) -> tuple[int, int]:
+    """Return the sort key of rows: by priority, then by age."""
+    return -row.priority, row.queued_position
 
 
 async def _find(views: Views, query: Document, limit: int) -> list[Document]:

@@ -72,3 +72,23 @@ async def test_released_job_keeps_its_place_in_the_queue(roles: RunningRoles) ->
     await roles.claim(older)
     await roles.handle_commands(older, ReleaseJob("worker-1", 1, "shutdown"))
     assert await find_rows(roles) == [older, newer]
+
+
+async def test_shares_of_the_rows_are_disjoint_and_complete(roles: RunningRoles) -> None:
+    _, job_ids = await roles.submit_batch(*({} for _ in range(40)))
+    await roles.wait_for_views()
+    shares = [
+        await queue.find_rows(
+            roles.checkpoint.views,
+            job_types={"echo"},
+            excluded_job_ids=(),
+            now=NOW,
+            limit=100,
+            share=queue.Share(3, remainder),
+        )
+        for remainder in range(3)
+    ]
+    assert all(shares)
+    assert sorted(row.job_id for rows in shares for row in rows) == sorted(job_ids)
+    for remainder, rows in enumerate(shares):
+        assert {queue.compute_hash(row.job_id) % 3 for row in rows} == {remainder}

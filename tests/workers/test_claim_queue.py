@@ -36,26 +36,26 @@ names = st.text("abcdefgh0123456789-", min_size=1, max_size=12)
 # Ranks ----------------------------------------------------------------------------------------------------------------
 
 
-@given(job_id=names, workers=st.sets(names, min_size=1, max_size=8))
-def test_rank_of_each_worker_is_unique_per_job(job_id: str, workers: set[str]) -> None:
+@given(job_id=names, workers=st.sets(names, min_size=1, max_size=8).map(sorted))
+def test_rank_of_each_worker_is_unique_per_job(job_id: str, workers: list[str]) -> None:
     ranks = {worker: len(list_higher_ranked(worker, workers, job_id)) for worker in workers}
     assert sorted(ranks.values()) == list(range(len(workers)))
     for worker in workers:
-        higher_ranked = {name for name in workers if ranks[name] < ranks[worker]}
-        assert higher_ranked == set(list_higher_ranked(worker, workers, job_id))
+        higher_ranked = sorted((name for name in workers if ranks[name] < ranks[worker]), key=ranks.__getitem__)
+        assert higher_ranked == list(list_higher_ranked(worker, workers, job_id))
 
 
-def test_first_rank_is_spread_evenly_over_workers() -> None:
-    workers = [f"host-{number}-abc" for number in range(8)]
-    firsts = Counter(
-        worker
-        for n in range(8000)
-        for worker in workers
-        if not list_higher_ranked(worker, workers, f"job-6741{n:020x}")
-    )
-    assert sum(firsts.values()) == 8000
-    assert min(firsts.values()) > 800
-    assert max(firsts.values()) < 1200
+@pytest.mark.parametrize("names", ["host-{:d}-abc", "host-4711-{:06x}", "worker{:03d}"])
+def test_ranks_are_spread_evenly_over_workers(names: str) -> None:
+    workers = sorted(names.format(number * 7919) for number in range(8))
+    firsts, seconds = Counter[str](), Counter[str]()
+    for number in range(8000):
+        ranks = {worker: list_higher_ranked(worker, workers, f"job-6741{number:020x}") for worker in workers}
+        firsts.update(worker for worker in workers if not ranks[worker])
+        seconds.update(worker for worker in workers if len(ranks[worker]) == 1)
+    for counter in (firsts, seconds):
+        assert sum(counter.values()) == 8000
+        assert 800 < min(counter.values()) <= max(counter.values()) < 1200
 
 
 # Own rows, and rows left to other workers during the claim delay ---------------------------------------------------
@@ -83,7 +83,7 @@ JOBS_OF_OTHERS = [job_id for n in range(60) if list_higher_ranked("w1", WORKERS,
 
 
 def make_rows(*jobs: tuple[str, int]) -> list[QueueRow]:
-    return [QueueRow(job_id, "echo", None, priority) for job_id, priority in jobs]
+    return [QueueRow(job_id, "echo", None, priority, number) for number, (job_id, priority) in enumerate(jobs)]
 
 
 def select_jobs(claims: ClaimQueue, rows: list[QueueRow]) -> list[str]:
@@ -177,9 +177,9 @@ async def count_voided_appends(roles: RunningRoles) -> int:
 async def test_idle_workers_do_not_compete_for_a_new_job(connection: Connection, store: Path) -> None:
     async with (
         run_roles_in_process(connection, store, projector=True) as roles,
-        run_roles_in_process(connection, store, worker=WorkerOptions(), worker_events_only=True) as first,
-        run_roles_in_process(connection, store, worker=WorkerOptions(), worker_events_only=True) as second,
-        run_roles_in_process(connection, store, worker=WorkerOptions(), worker_events_only=True) as third,
+        run_roles_in_process(connection, store, worker=WorkerOptions(), is_worker_process=True) as first,
+        run_roles_in_process(connection, store, worker=WorkerOptions(), is_worker_process=True) as second,
+        run_roles_in_process(connection, store, worker=WorkerOptions(), is_worker_process=True) as third,
     ):
         workers = (first, second, third)
         for worker_roles in workers:
@@ -205,8 +205,8 @@ async def test_job_whose_first_worker_is_busy_runs_on_another_worker(
     options = WorkerOptions(max_concurrent=1)
     async with (
         run_roles_in_process(connection, store, projector=True) as roles,
-        run_roles_in_process(connection, store, worker=options, worker_events_only=True),
-        run_roles_in_process(connection, store, worker=options, worker_events_only=True),
+        run_roles_in_process(connection, store, worker=options, is_worker_process=True),
+        run_roles_in_process(connection, store, worker=options, is_worker_process=True),
     ):
         blocking = await roles.submit(job_type="test")
         await roles.wait_for_event(JobClaimed, blocking)

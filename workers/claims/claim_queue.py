@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -48,13 +49,15 @@ It may be about to claim this job, too. On a busy machine, a third of a second p
 and each job taken from it costs a version conflict.
 """
 _CLOCK_RETRY_SECONDS: Final = 0.1
-_ROWS_PER_WORKER: Final = 500
-_MAX_ROWS: Final = 2000
-"""Number of rows per query and worker. Streams are loaded when rows are taken.
+_MAX_ROWS: Final = 500
+_MAX_SHARED_ROWS: Final = 100
+"""Number of rows per query, and of those that are read regardless of ranks. Streams are loaded when rows are taken.
 
 Few large queries are better: each one scans the index entries of recently deleted rows, which the database keeps for
 a while.
 """
+_MIN_ROWS_AHEAD: Final = 100
+"""Number of rows whose streams are loaded together, even if the worker has fewer slots."""
 _ROWS_TTL_SECONDS: Final = 2.0
 _CHANGED_ROWS_TTL_SECONDS: Final = 0.1
 """How long the rows of a query are used, without and with a change since.
@@ -147,6 +150,11 @@ class ClaimQueue:
         """Fires shortly after a claim that came too early. See `handle_not_due`."""
         checkpoint.add_listener(self._on_views_advanced)
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether it knows no jobs to try, and only an event can make one known."""
+        return not self._rows and not self._may_have_more
+
     def close(self) -> None:
         """Cancel all timers."""
         for timer in (self._timer, self._clock_retry_timer, *self._delayed.values()):
@@ -190,9 +198,12 @@ class ClaimQueue:
 
     async def handle_rejection(self, job_id: str) -> None:
         """Exclude a job whose claim was rejected, until the views show why. If they are up to date, skip the job."""
-        head = await self._event_store.read_head_position()
-        if head > self._checkpoint.position:
-            self.mark_claimed(job_id, head)
+        self._exclude_until(job_id, await self._event_store.read_head_position())
+
+    def _exclude_until(self, job_id: str, position: int) -> None:
+        """Exclude a job until the views have reached a position. If they have, skip the job: its row is wrong."""
+        if position > self._checkpoint.position:
+            self.mark_claimed(job_id, position)
         else:
             self.skip(job_id)
 
@@ -222,12 +233,11 @@ class ClaimQueue:
             candidate = ClaimCandidate(job_id, state, job_type, document["data"].get("batch_id"))
         except UnreadableEvent:  # workers of the version that wrote it will claim it
             return False
-        higher_ranked = list_higher_ranked(self.worker_id, self._eligible_workers(), job_id)
+        higher_ranked = list_higher_ranked(self.worker_id, sorted(self._eligible_workers()), job_id)
         if not higher_ranked:
             self._add_new_job(candidate, document["_id"])
         else:
-            first = next(one for one in higher_ranked if not list_higher_ranked(one, higher_ranked, job_id))
-            self._claim_delay.start_timing(job_id, first)
+            self._claim_delay.start_timing(job_id, higher_ranked[0])
             loop, delay = asyncio.get_running_loop(), min(len(higher_ranked), _MAX_RANKS) * self._claim_delay.seconds
             self._delayed[job_id] = loop.call_later(delay, self._add_new_job, candidate, document["_id"])
         return True
@@ -311,7 +321,8 @@ class ClaimQueue:
         """Load the streams of these rows. Leave out jobs that were claimed since the query."""
         missing = [row.job_id for row in rows if row.job_id not in self._loaded_states]
         if missing:  # also load some of the next rows
-            missing += [row.job_id for row in islice(self._rows, self._slots) if row.job_id not in self._loaded_states]
+            ahead = islice(self._rows, max(self._slots, _MIN_ROWS_AHEAD))
+            missing += [row.job_id for row in ahead if row.job_id not in self._loaded_states]
             try:
                 self._loaded_states |= await load_stream_states(self._event_store, missing)
             except LedgerUnavailable:
@@ -322,6 +333,8 @@ class ClaimQueue:
             state = self._loaded_states.pop(row.job_id)
             if not isinstance(state, StreamState) or not isinstance(state.aggregate, Job):
                 self.skip(row.job_id)
+            elif state.aggregate.status != "pending":
+                self._exclude_until(row.job_id, state.head.position)
             elif not self._is_excluded(row):
                 candidates.append(ClaimCandidate(row.job_id, state, row.job_type, row.batch_id))
         return candidates
@@ -332,23 +345,40 @@ class ClaimQueue:
         self._loaded_states.clear()
         position, change_count = self._checkpoint.position, self._change_count
         workers = self._rows_workers = frozenset(self._eligible_workers())
-        limit = min(_ROWS_PER_WORKER * max(1, len(workers)), _MAX_ROWS)
         now = await self._event_store.read_server_time()
-        # Rows that would take the place of others. The views may still show running jobs as pending.
-        excluded = [*self._claimed_positions, *self._skipped, *self.pending_claims]
-        views = self._checkpoint.views
-        rows = await queue.find_rows(
-            views, job_types=free_slots.keys(), excluded_job_ids=excluded, now=now, limit=limit
-        )
+        rows = await self._find_rows(free_slots.keys(), sorted(workers), now)
         self._queried_position = max(self._queried_position, position)
         self._rows.extend(self._filter_by_rank(rows, workers))
         if not rows:
-            self._wake_at(await queue.get_next_due_at(views, now=now))
+            self._wake_at(await queue.get_next_due_at(self._checkpoint.views, now=now))
             # There may be more jobs of types without free slots, or jobs that came during the query.
             self._may_have_more = len(free_slots) < len(self._job_types) or self._change_count != change_count
         elif not self._rows:
             self._set_timer(_DEFER_SECONDS, self._request_query)
         self._rows_expire_at = time.monotonic() + _ROWS_TTL_SECONDS
+
+    async def _find_rows(
+        self, job_types: Collection[str], workers: Sequence[str], now: datetime
+    ) -> Sequence[queue.QueueRow]:
+        """Return the most urgent rows, and of the next ones those for which this worker ranks first.
+
+        If all workers read the rows of all, each row would be read once by each worker.
+        """
+        find_rows = partial(
+            queue.find_rows,
+            self._checkpoint.views,
+            job_types=job_types,
+            # Rows that would take the place of others. The views may still show running jobs as pending.
+            excluded_job_ids=[*self._claimed_positions, *self._skipped, *self.pending_claims],
+            now=now,
+        )
+        if len(workers) < 2 or self.worker_id not in workers:
+            return await find_rows(limit=_MAX_ROWS)
+        rows = await find_rows(limit=_MAX_SHARED_ROWS)
+        if len(rows) == _MAX_SHARED_ROWS:
+            share = queue.Share(len(workers), workers.index(self.worker_id))
+            rows = sorted({*rows, *await find_rows(limit=_MAX_ROWS, share=share)}, key=queue.get_urgency)
+        return rows
 
     def _filter_by_rank(self, rows: Sequence[queue.QueueRow], workers: Collection[str]) -> list[queue.QueueRow]:
         """Defer rows to higher-ranked workers that are claiming, and with them all less urgent rows."""
@@ -356,12 +386,13 @@ class ClaimQueue:
         self._deferred_since = {}
         self._claimed_at = {worker: at for worker, at in self._claimed_at.items() if worker in workers}
         claiming_workers = [worker for worker, at in self._claimed_at.items() if now - at < _CLAIMING_SECONDS]
+        ranked_workers = sorted(workers)
         eligible: list[queue.QueueRow] = []
         deferred_priority: int | None = None
         for row in rows:
             if deferred_priority is not None and row.priority < deferred_priority:
                 break
-            higher_ranked = list_higher_ranked(self.worker_id, workers, row.job_id)
+            higher_ranked = list_higher_ranked(self.worker_id, ranked_workers, row.job_id)
             since = deferred_since.get(row.job_id, now)
             if not higher_ranked or (
                 now - since >= _DEFER_SECONDS and not any(worker in claiming_workers for worker in higher_ranked)

@@ -6,9 +6,10 @@ Every worker computes the same ranks from a hash of the names of the worker and 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Final
-from zlib import crc32
+
+from jobledger.projections.views import queue
 
 _RANK_SECONDS: Final = 0.01
 _MAX_RANK_SECONDS: Final = 0.25
@@ -16,11 +17,24 @@ _MAX_RANK_SECONDS: Final = 0.25
 _MAX_TIMINGS: Final = 500
 
 
-def list_higher_ranked(worker_id: str, workers: Collection[str], job_id: str) -> list[str]:
-    """Return the workers that rank before this one for a job, unordered. All workers compute the same ranks."""
-    seed = crc32(job_id.encode())
-    own_hash = crc32(worker_id.encode(), seed)
-    return [other for other in workers if crc32(other.encode(), seed) > own_hash]
+def list_higher_ranked(worker_id: str, workers: Sequence[str], job_id: str) -> Sequence[str]:
+    """Return the workers that rank before this one for a job, the first one first.
+
+    All workers compute the same ranks, and each ranks first for the same share of the jobs. The hash of the job selects
+    the first worker, its quotient the second one from the rest, and so on.
+
+    Args:
+        workers: All workers, sorted.
+    """
+    number = queue.compute_hash(job_id)
+    number, index = divmod(number, len(workers) or 1)
+    if not workers or workers[index] == worker_id:
+        return ()
+    remaining, higher_ranked = list(workers), []
+    while remaining and (worker := remaining.pop(index)) != worker_id:
+        higher_ranked.append(worker)
+        number, index = divmod(number, len(remaining) or 1)
+    return higher_ranked
 
 
 class ClaimDelay:
