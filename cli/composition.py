@@ -25,6 +25,7 @@ from jobledger.cli.settings import Settings
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.system.pacing import PACE_SECONDS
 from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.engine.projector import Projector
 from jobledger.workers.cleanup import Cleanup
@@ -88,18 +89,32 @@ async def start_roles(
         event_store = EventStore(db)
         checkpoint = CheckpointFollower(db)
         worker: Worker | None = None
+
+        def get_max_delay() -> float:
+            """Return by how many seconds changes may be delayed for the roles of this process."""
+            delay = PACE_SECONDS if worker is None else worker.get_max_delay()
+            return min(delay, PACE_SECONDS) if selected & _READS_ALL_EVENTS else delay
+
         deliverer: Deliverer | None = None
         change_stream = ChangeStream(
             db,
             event_types=None if selected & _READS_ALL_EVENTS else SUBSCRIBED_EVENT_TYPES,
-            is_urgent=lambda: worker is not None and worker.has_free_slot,
+            get_max_delay=get_max_delay,
         )
         change_stream.add_listener(checkpoint)
         await event_store.prepare()
         stack.push_async_callback(lambda: close_with_timeout(event_store.aclose()))
         holder = f"{socket.gethostname()}-{os.getpid()}"
         cleanup = Cleanup(db, event_store, store, checkpoint, holder=holder)
-        projector = Projector(db, event_store, connection, checkpoint, holder=holder, leader_task=cleanup.run)
+        projector = Projector(
+            db,
+            event_store,
+            connection,
+            checkpoint,
+            holder=holder,
+            leader_task=cleanup.run,
+            pause_stream=change_stream.pause if selected == {"projector"} else None,
+        )
         await projector.prepare()
         if selected & _READS_ALL_EVENTS:
             change_stream.add_listener(event_store)
@@ -115,7 +130,12 @@ async def start_roles(
         shared = (db, event_store, checkpoint, change_stream, connection, store)
         if "worker" in selected:
             confinement.check_confinement(settings.event_worker.confinement)
-            worker = Worker(*shared, settings=settings.event_worker, processor_settings=settings.processors)
+            worker = Worker(
+                *shared,
+                settings=settings.event_worker,
+                processor_settings=settings.processors,
+                may_pause_stream=selected == {"worker"},
+            )
         if "webhook-sender" in selected:
             deliverer = Deliverer(*shared, settings=settings.webhooks, base_url=settings.api.base_url, holder=holder)
         if settings.metrics.port is not None and "api" not in selected:

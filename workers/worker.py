@@ -11,7 +11,7 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -21,21 +21,22 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.domain.job import Job
+from jobledger.ledger.domain.events import JobCancelRequested
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
 from jobledger.ledger.mongo.lease import Lease
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
-from jobledger.ledger.store.command_handler import StreamState, load_stream_state
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.workers import lease_reaper
 from jobledger.workers.attempts.dependencies import AttemptDependencies
 from jobledger.workers.attempts.executor import JobExecutor
+from jobledger.workers.attempts.inline_batch import InlineBatch
 from jobledger.workers.attempts.shared_step_finder import SharedStepFinder
 from jobledger.workers.claims.claim_queue import CLAIMER_EVENT_TYPES, ClaimQueue
-from jobledger.workers.claims.claimer import Claimer
+from jobledger.workers.claims.claimer import ClaimedJob, Claimer
+from jobledger.workers.event_feed import EventFeed
 from jobledger.workers.lease_reaper import LeaseReaper
 from jobledger.workers.machine.directory_removal import removal_executor
 from jobledger.workers.machine.health import CHECKS, WorkerHealth, check_descriptors
@@ -48,6 +49,8 @@ _log = structlog.get_logger()
 _T = TypeVar("_T")
 SUBSCRIBED_EVENT_TYPES: Final = CLAIMER_EVENT_TYPES | {"JobCancelRequested"}
 """Types of events that a worker observes."""
+_MAX_DELAY_SECONDS: Final = 0.1
+"""How long a busy worker may not hear of changes, the request to cancel a running job among them."""
 _MAX_CANCEL_VERSIONS: Final = 1000
 _ORPHANS_INTERVAL_SECONDS: Final = 6 * 3600.0
 _STALE_SCRATCH_INTERVAL_SECONDS: Final = 60.0
@@ -69,7 +72,13 @@ class Worker:
         *,
         settings: WorkerSettings,
         processor_settings: Mapping[str, Mapping[str, Any]],
+        may_pause_stream: bool = False,
     ) -> None:
+        """Create a worker.
+
+        Args:
+            may_pause_stream: Whether no other role of this process needs the change stream.
+        """
         self._db = db
         self._event_store = event_store
         self._change_stream = change_stream
@@ -79,6 +88,8 @@ class Worker:
         self._job_types = frozenset(load_processors())
         self._running: dict[JobExecutor, asyncio.Task[None]] = {}
         """Two may have the same job: while the files of an ended attempt are removed, the next attempt may run."""
+        self._recording: set[JobExecutor] = set()
+        """Those whose work is done. They need no slot."""
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._cancel_versions: dict[str, int] = {}
@@ -114,9 +125,17 @@ class Worker:
             wake=self._wake.set,
         )
         self._claimer = Claimer(
-            event_store, self._claim_queue, start_job=self._start_job, on_unreadable=self._stop_with_error
+            event_store, self._claim_queue, start_jobs=self._start_jobs, on_unreadable=self._stop_with_error
         )
-        change_stream.add_listener(CallbackListener("events", self._on_event, self._resync))
+        self._event_feed = EventFeed(
+            event_store,
+            checkpoint,
+            event_types=SUBSCRIBED_EVENT_TYPES,
+            pause_stream=change_stream.pause if may_pause_stream else None,
+            needs_jobs=self._needs_jobs,
+            handle=self._handle_event,
+        )
+        change_stream.add_listener(CallbackListener("events", self._event_feed.on_change, self._resync))
 
     def stop(self) -> None:
         """Claim no more jobs, let running jobs end within the grace period, release the rest, and let `run` return."""
@@ -128,6 +147,7 @@ class Worker:
         await self._run_startup_checks()
         reaping = asyncio.create_task(self._lease_reaper.run(), name="lease-reaper")
         health_checks = asyncio.create_task(self.health.run(), name="health")
+        event_feed = asyncio.create_task(self._event_feed.run(), name="event-feed")
         removals = [
             asyncio.create_task(self._remove_orphans(), name="remove-orphans"),
             asyncio.create_task(self._remove_stale_scratch(), name="remove-stale-scratch"),
@@ -137,7 +157,7 @@ class Worker:
                 await self._run_with_lease(reaping)
         finally:
             self._claim_queue.close()
-            tasks = (reaping, health_checks, *removals, self._health_publisher)
+            tasks = (reaping, health_checks, event_feed, *removals, self._health_publisher)
             background = [task for task in tasks if task is not None]
             for task in background:
                 task.cancel()
@@ -256,18 +276,34 @@ class Worker:
 
     # Waking up ----------------------------------------------------------------------------------------------------
 
-    @property
-    def has_free_slot(self) -> bool:
-        """Whether it could start another job now, and therefore must hear of new jobs at once."""
-        return len(self._running) + len(self._claim_queue.pending_claims) < self._settings.max_concurrent
+    def get_max_delay(self) -> float:
+        """Return after how many seconds it must hear of changes: at once if it has a free slot and knows no jobs."""
+        return 0.0 if self._needs_jobs() else _MAX_DELAY_SECONDS
+
+    def _hurry_if_needed(self) -> None:
+        if self._needs_jobs():
+            self._change_stream.hurry()
+            self._event_feed.hurry()
+
+    def _needs_jobs(self) -> bool:
+        return self._count_all_free_slots() > 0 and self._claim_queue.is_exhausted
+
+    def _count_all_free_slots(self) -> int:
+        """Return how many more jobs may be run now.
+
+        Jobs whose outcome is being recorded need no slot, but they must not pile up when the database is slow.
+        """
+        slots = self._settings.max_concurrent
+        used = len(self._running) + len(self._claim_queue.pending_claims)
+        return min(slots + len(self._recording), 2 * slots) - used
 
     def _count_free_slots(self, job_type: str) -> int:
         """Return how many more jobs of a type may be run now."""
         claiming = self._claim_queue.pending_claims
-        free = self._settings.max_concurrent - len(self._running) - len(claiming)
+        free = self._count_all_free_slots()
         if (max_slots := self._settings.max_concurrent_per_type.get(job_type)) is None:
             return free
-        used = [executor.job_type for executor in self._running] + [*claiming.values()]
+        used = [executor.job_type for executor in self._running.keys() - self._recording] + [*claiming.values()]
         return min(free, max_slots - used.count(job_type))
 
     async def _resync(self, session: AsyncClientSession) -> None:
@@ -275,15 +311,12 @@ class Worker:
         self._may_have_missed_cancels = True
         self._claim_queue.resync(await self._event_store.read_head_position(session))
 
-    def _on_event(self, change: Mapping[str, Any]) -> None:
-        if change["operationType"] != "insert":
-            return
-        document = change["fullDocument"]
+    def _handle_event(self, document: Mapping[str, Any]) -> None:
         if document["type"] != "JobCancelRequested":
             self._claim_queue.handle_event(document)
             return
         for executor in list(self._running):
-            if executor.job_id == document["stream"]:
+            if executor.job_id == document["stream"] and executor.claimed_version < document["version"]:
                 executor.cancel()
         # This worker's claim of the job may be written already, although the append has not returned.
         self._cancel_versions[document["stream"]] = document["version"]
@@ -338,34 +371,58 @@ class Worker:
         while not self._stopping.is_set():
             await self.health.run_quick_checks()
             if not self.health.can_claim() or not await self._claimer.start_claims():
+                self._hurry_if_needed()
                 return
 
     async def _load_missed_cancels(self) -> None:
         self._may_have_missed_cancels = False
+        if not self._running:
+            return
         try:
-            for executor in list(self._running):
-                try:
-                    stream_state = await load_stream_state(self._event_store, executor.job_id)
-                except UnreadableEvent:  # its next append raises the error, and stops this process
-                    continue
-                if isinstance(stream_state.aggregate, Job) and stream_state.aggregate.cancel_request is not None:
-                    executor.cancel()
+            job_ids = [executor.job_id for executor in self._running]
+            versions = await self._event_store.find_last_versions(job_ids, JobCancelRequested)
         except LedgerUnavailable:
             self._may_have_missed_cancels = True
             raise
+        for executor in list(self._running):
+            if versions.get(executor.job_id, 0) > executor.claimed_version:
+                executor.cancel()
 
-    def _start_job(self, job_id: str, stream_state: StreamState) -> None:
-        executor = JobExecutor(self._dependencies, stream_state, job_id)
-        task = asyncio.create_task(executor.run(), name=f"job-{job_id}")
-        self._running[executor] = task
-        if self._cancel_versions.pop(job_id, 0) > stream_state.head.version:
-            executor.cancel()
-        task.add_done_callback(partial(self._on_job_done, executor))
+    def _start_jobs(self, claimed: Sequence[ClaimedJob]) -> None:
+        inline: list[JobExecutor] = []
+        for job_id, stream_state in claimed:
+            executor = JobExecutor(self._dependencies, stream_state, job_id)
+            if self._cancel_versions.pop(job_id, 0) > stream_state.head.version:
+                executor.cancel()
+            if executor.is_inline:
+                inline.append(executor)
+            else:
+                self._run_jobs([executor], executor.run())
+        if inline:
+            self._run_jobs(inline, InlineBatch(self._event_store, inline, self._run_jobs, self._free_slots).run())
+
+    def _run_jobs(self, executors: Sequence[JobExecutor], coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine in a task. Jobs that no other task has taken over by then are done when it is done."""
+        task = asyncio.create_task(coroutine, name=f"run-{executors[0].job_id}")
+        for executor in executors:
+            self._running[executor] = task
+        task.add_done_callback(partial(self._on_jobs_done, executors))
+
+    def _free_slots(self, executors: Sequence[JobExecutor]) -> None:
+        """Let other jobs run while the outcomes of these are recorded."""
+        self._recording.update(executors)
+        self._wake.set()
+
+    def _on_jobs_done(self, executors: Sequence[JobExecutor], task: asyncio.Task[None]) -> None:
+        for executor in executors:
+            if self._running.get(executor) is task:
+                self._on_job_done(executor, task)
 
     def _on_job_done(self, executor: JobExecutor, task: asyncio.Task[None]) -> None:
         del self._running[executor]
+        self._recording.discard(executor)
         self._wake.set()
-        self._change_stream.hurry()
+        self._hurry_if_needed()
         if not task.cancelled() and (error := task.exception()) is not None:
             if isinstance(error, UnreadableEvent):
                 _log.error("job unreadable, stopping the worker", job_id=executor.job_id, error=repr(error))

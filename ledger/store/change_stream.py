@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,8 +71,8 @@ class ChangeStream:
     Args:
         event_types: Filters the changes of the collection `events`: a worker, for example, does not need progress
             events.
-        is_urgent: Returns whether each change must be delivered at once. Otherwise, reads are paced (`Pacer`), because
-            a read of a hundred changes costs little more than that of one.
+        get_max_delay: Returns by how many seconds frequent changes may be delayed. Reads are paced (`Pacer`), because a
+            read of a hundred changes costs little more than that of one.
     """
 
     def __init__(
@@ -80,18 +80,20 @@ class ChangeStream:
         db: Database,
         *,
         event_types: Collection[str] | None = None,
-        is_urgent: Callable[[], bool] = lambda: True,
+        get_max_delay: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._db = db
         self._event_types = event_types
-        self._pacer = Pacer(is_urgent)
+        self._pacer = Pacer(get_max_delay)
         self._listeners: list[ChangeListener] = []
         self._open = asyncio.Event()
+        self._not_paused = asyncio.Event()
+        self._not_paused.set()
         self.restart_count = 0
         """How often the stream had to be opened again."""
 
     def hurry(self) -> None:
-        """Deliver the next changes now, because `is_urgent` has become true."""
+        """Deliver the next changes now, because `get_max_delay` has decreased."""
         self._pacer.hurry()
 
     def add_listener(self, listener: ChangeListener) -> None:
@@ -121,13 +123,28 @@ class ChangeStream:
             with suppress(asyncio.CancelledError):
                 await task
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Deliver no changes within the block. Afterwards, the stream is opened again with a resync.
+
+        For a flood of changes: each of them costs the server and this process more than reading its document later.
+        """
+        self._not_paused.clear()
+        try:
+            yield
+        finally:
+            self._not_paused.set()
+
     async def _run(self) -> None:
         pause = 0.05
         while True:
+            await self._not_paused.wait()
             try:
                 async with self._open_cursor() as cursor:
                     pause = 0.05
                     await self._deliver(cursor)
+                    if not self._not_paused.is_set():
+                        continue
                     pause = _PAUSE_AFTER_REMOVAL_SECONDS
             except PyMongoError as error:
                 if not is_transient(error):
@@ -164,7 +181,7 @@ class ChangeStream:
         return [{"$match": {"operationType": {"$in": operations}, "$or": [events, others]}}]
 
     async def _deliver(self, cursor: _ChangeCursor) -> None:
-        """Deliver changes until an event is deleted, or the server closes the cursor."""
+        """Deliver changes until the stream is paused, an event is deleted, or the server closes the cursor."""
         by_collection: dict[str, list[ChangeListener]] = {}
         for listener in self._listeners:
             by_collection.setdefault(listener.collection, []).append(listener)
@@ -186,6 +203,8 @@ class ChangeStream:
                 if number % _CHANGES_PER_TURN == 0:
                     await asyncio.sleep(0)
             await self._pacer.wait()
+            if not self._not_paused.is_set():
+                return
 
 
 class _ChangeCursor:

@@ -14,29 +14,26 @@ BURST: Final = 5
 class Pacer:
     """Lets up to `BURST` turns start at once, and then one every `PACE_SECONDS` (a token bucket).
 
-    Rare work is not delayed. Frequent work is done in larger portions, each delayed by at most `PACE_SECONDS`. `hurry`
-    ends a delay.
+    Rare work is not delayed. Frequent work is done in larger portions. `hurry` ends a delay.
 
     Args:
-        is_urgent: Returns whether the next turn may start at once in any case.
+        get_max_delay: Returns by how many seconds the next turn may be delayed. 0: it starts at once.
     """
 
-    def __init__(self, is_urgent: Callable[[], bool] = lambda: False) -> None:
-        self._is_urgent = is_urgent
+    def __init__(self, get_max_delay: Callable[[], float] = lambda: PACE_SECONDS) -> None:
+        self._get_max_delay = get_max_delay
         self._hurry = asyncio.Event()
-        self._next_at = 0.0
-        """When the next turn may start, on the event loop's clock. The earlier it is, the more turns are saved up."""
+        self._last_at = 0.0
+        """When the last turn started, on the event loop's clock. The earlier it is, the more turns are saved up."""
 
     async def wait(self) -> None:
         """Wait until the next turn may start."""
-        now = asyncio.get_running_loop().time()
-        start_at = max(self._next_at, now - (BURST - 1) * PACE_SECONDS)
-        if start_at > now:
-            if self._is_urgent():
-                start_at = now
-            else:
-                await self._sleep(start_at - now)
-        self._next_at = start_at + PACE_SECONDS
+        loop, delay = asyncio.get_running_loop(), self._get_max_delay()
+        earliest_at = loop.time() - (BURST - 1) * PACE_SECONDS
+        start_at = max(self._last_at + delay, earliest_at)
+        if delay > 0 and start_at > loop.time():
+            await self._sleep(start_at - loop.time())
+        self._last_at = min(start_at, loop.time())
 
     async def _sleep(self, seconds: float) -> None:
         self._hurry.clear()

@@ -90,6 +90,16 @@ class CheckpointFollower:
         document = await self._checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID}, session=session)
         self._update({"position": 0, "version": 0, **(document or {})})
 
+    async def refresh(self) -> None:
+        """Read the checkpoint while the change stream is paused.
+
+        Raises:
+            LedgerUnavailable: The database failed.
+        """
+        with translate_errors("reading the checkpoint of the views"):
+            document = await self._checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID})
+        self._update(document or {})
+
     def on_change(self, change: Mapping[str, Any]) -> None:
         """Process a change of the collection."""
         if change["documentKey"]["_id"] != VIEWS_CHECKPOINT_ID:

@@ -9,8 +9,8 @@ contains the position where to continue.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Final
 
 import structlog
@@ -43,6 +43,12 @@ from jobledger.projections.views import batches
 
 _log = structlog.get_logger()
 CHUNK_EVENTS: Final = 1000
+_FLOOD_EVENTS: Final = 300
+"""A chunk of so many new events is a flood."""
+_FLOOD_CHUNK_EVENTS: Final = 5000
+_FLOOD_READ_SECONDS: Final = 0.15
+"""Time between two reads of the log in a flood."""
+_MAX_FOLLOW_UP_DELAY_SECONDS: Final = 0.25
 STALL_RETRY_SECONDS: Final = 10.0
 """After an event that it cannot read, a projector gives up the lead for this time before it tries again."""
 SHADOW_RETENTION_SECONDS: Final = 60.0
@@ -59,6 +65,7 @@ class Projector:
     Args:
         holder: Name of this process in the lease.
         leader_task: Runs while this process leads, for work that only one process should do. Default: nothing.
+        pause_stream: `ChangeStream.pause` of this process. None: other roles of this process need the stream.
     """
 
     def __init__(
@@ -71,8 +78,10 @@ class Projector:
         holder: str,
         lease_seconds: float = 10.0,
         leader_task: Callable[[], Coroutine[Any, Any, None]] = lambda: asyncio.sleep(0),
+        pause_stream: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self._leader_task = leader_task
+        self._pause_stream = pause_stream
         self._db = db
         self._event_store = event_store
         self._checkpoint = checkpoint
@@ -122,20 +131,23 @@ class Projector:
         leader_task = asyncio.create_task(self._leader_task(), name="projector-leader-task")
         try:
             async with self._event_store.subscribe(after=writer.position) as events:
-                changed_batches: dict[str, Document] = {}
                 pacer = Pacer()
                 head = await self._event_store.read_head_position()
                 while writer.position < head:
                     await writer.apply(await self._read_chunk(events, writer))
+                follow_ups = _FollowUps(self._append_follow_ups)
                 await self._append_follow_ups(await batches.find_batches_to_check(writer.views))
                 while True:
                     chunk = await self._read_chunk(events, writer)
-                    changed_batches |= {batch["_id"]: batch for batch in await writer.apply(chunk)}
-                    # If the log contains more events, the documents are already outdated.
-                    if len(chunk) < CHUNK_EVENTS or await self._event_store.read_head_position() <= writer.position:
-                        await self._append_follow_ups(changed_batches.values())
-                        changed_batches.clear()
-                        await pacer.wait()
+                    changed = await writer.apply(chunk)
+                    is_full = len(chunk) == CHUNK_EVENTS
+                    is_behind = is_full and await self._event_store.read_head_position() > writer.position
+                    await follow_ups.add(changed, may_be_outdated=is_behind)
+                    if len(chunk) >= _FLOOD_EVENTS and self._pause_stream is not None:
+                        with self._pause_stream():
+                            await self._follow_flood(writer, follow_ups)
+                        events.rewind(writer.position)
+                    await pacer.wait()
         finally:
             for task in (clearing, leader_task):
                 task.cancel()
@@ -175,6 +187,23 @@ class Projector:
             self._event_store.may_have_lost_events = False
             await self._event_store.check_not_truncated(writer.last_applied, "the views")
             events.rewind(writer.position)  # the chunk may have been read before its events were removed
+
+    async def _follow_flood(self, writer: ProjectionWriter, follow_ups: _FollowUps) -> None:
+        """Read the log several times a second, until there are few new events.
+
+        During a flood there are always new events, so nothing needs to signal them. Reading many from the log takes
+        less than half of the time that reading each of them from the change stream takes.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            read_at = loop.time()
+            await self._event_store.check_not_truncated(writer.last_applied, "the views")
+            chunk = await self._event_store.read(after=writer.position, limit=_FLOOD_CHUNK_EVENTS)
+            is_flood = len(chunk) >= _FLOOD_EVENTS
+            await follow_ups.add(await writer.apply(chunk), may_be_outdated=is_flood)
+            if not is_flood:
+                return
+            await asyncio.sleep(max(0.0, read_at + _FLOOD_READ_SECONDS - loop.time()))
 
     async def _append_follow_ups(self, changed_batches: Iterable[Document]) -> None:
         """Append the events that the counts of batches require: a batch is finished, or is reopened."""
@@ -221,3 +250,30 @@ class Projector:
                 await asyncio.sleep(SHADOW_RETENTION_SECONDS)
                 continue
             await self._checkpoint.wait_for_slot_change(slots)
+
+
+class _FollowUps:
+    """Batches that may require an event. Their events are appended at once, or a fraction of a second later.
+
+    Args:
+        append: Appends the events that the documents of batches require.
+    """
+
+    def __init__(self, append: Callable[[Iterable[Document]], Awaitable[None]]) -> None:
+        self._append = append
+        self._changed_batches: dict[str, Document] = {}
+        self._appended_at = 0.0
+
+    async def add(self, changed_batches: Iterable[Document], *, may_be_outdated: bool) -> None:
+        """Append the events that batches require.
+
+        Args:
+            changed_batches: The documents of batches that have changed.
+            may_be_outdated: Whether the log contains later events. The next ones are likely to change them again.
+        """
+        self._changed_batches |= {batch["_id"]: batch for batch in changed_batches}
+        now = asyncio.get_running_loop().time()
+        if self._changed_batches and (not may_be_outdated or now - self._appended_at > _MAX_FOLLOW_UP_DELAY_SECONDS):
+            self._appended_at = now
+            changed, self._changed_batches = self._changed_batches, {}
+            await self._append(changed.values())

@@ -278,7 +278,7 @@ async def test_frequent_changes_are_read_together_unless_urgent(
     async with monitor_connection(connection, commands).create_client() as client:
         db = client.get_database(connection.db_name, write_concern=DURABLE)
         listener = RecordingListener(db)
-        changes = ChangeStream(db, is_urgent=lambda: is_urgent)
+        changes = ChangeStream(db, get_max_delay=lambda: 0.0 if is_urgent else pacing.PACE_SECONDS)
         changes.add_listener(listener)
         async with changes.keep_open():
             before, started = commands.started_by_name["getMore"], time.monotonic()
@@ -290,11 +290,8 @@ async def test_frequent_changes_are_read_together_unless_urgent(
     assert (reads > most_paced_reads) is is_urgent
 
 
-async def test_hurried_stream_delivers_without_the_rest_of_its_pause(
-    db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pacing, "PACE_SECONDS", 3600.0)
-    listener, changes = RecordingListener(db), ChangeStream(db, is_urgent=lambda: False)
+async def test_hurried_stream_delivers_without_the_rest_of_its_pause(db: Database) -> None:
+    listener, changes = RecordingListener(db), ChangeStream(db, get_max_delay=lambda: 3600.0)
     changes.add_listener(listener)
 
     def hurry_until_seen(number: int) -> bool:
@@ -328,3 +325,25 @@ async def test_stream_survives_a_dropped_database(db: Database) -> None:
         await db.numbers.insert_one({"_id": 2})
         await listener.wait_until_seen(2)
         assert not task.done()
+
+
+# Pauses ---------------------------------------------------------------------------------------------------------
+
+
+async def test_paused_stream_delivers_nothing_and_resyncs_afterwards(db: Database) -> None:
+    listener, changes = RecordingListener(db), ChangeStream(db)
+    changes.add_listener(listener)
+    async with changes.keep_open():
+        await db.numbers.insert_one({"_id": 1})
+        await listener.wait_until_seen(1)
+        resyncs = len(listener.snapshots)
+        with changes.pause():
+            await db.numbers.insert_one({"_id": 2})  # may be in the last batch
+            await asyncio.sleep(0.1)
+            await db.numbers.insert_one({"_id": 3})
+            await asyncio.sleep(0.1)
+            assert 3 not in listener.changed_keys
+        await poll_until(lambda: len(listener.snapshots) == resyncs + 1)
+        await db.numbers.insert_one({"_id": 4})
+        await listener.wait_until_seen(4)
+        assert changes.restart_count == 0

@@ -56,7 +56,7 @@ async def test_burst_is_saved_up_again_in_a_pause(pauses: list[float]) -> None:
 
 async def test_urgent_turns_start_at_once_and_delay_none_afterwards(pauses: list[float]) -> None:
     is_urgent = True
-    pacer = Pacer(lambda: is_urgent)
+    pacer = Pacer(lambda: 0.0 if is_urgent else PACE_SECONDS)
     for _ in range(1000):
         await pacer.wait()
     assert pauses == []

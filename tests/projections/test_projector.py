@@ -40,17 +40,27 @@ from tests.support.worker_reports import report_progress, report_step
 # Exactly once ---------------------------------------------------------------------------------------------------------
 
 
+def make_every_chunk_a_flood(monkeypatch: pytest.MonkeyPatch, events: int) -> None:
+    monkeypatch.setattr(projector, "_FLOOD_EVENTS", events)
+    monkeypatch.setattr(projector, "_FLOOD_CHUNK_EVENTS", 7)
+    monkeypatch.setattr(projector, "_FLOOD_READ_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("is_flood", [False, True], ids=["change stream", "flood"])
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_views_match_the_log_after_leaders_were_stopped_repeatedly(
-    connection: Connection, store: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    connection: Connection, store: Path, seed: int, is_flood: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(projector, "CHUNK_EVENTS", 7)
+    make_every_chunk_a_flood(monkeypatch, events=2)
     dice = random.Random(seed)
     kills = 0
     async with run_roles_in_process(connection, store) as roles:
         writing = asyncio.create_task(run_random_history(roles, dice, steps=100))
         while not writing.done() or kills < 5:
-            async with run_roles_in_process(connection, store, projector=True) as leader:
+            async with run_roles_in_process(
+                connection, store, projector=True, projector_pauses_stream=is_flood
+            ) as leader:
                 assert leader.projector_task is not None
                 target = roles.checkpoint.position + dice.randrange(1, 40)
                 reached = asyncio.create_task(roles.checkpoint.wait_for_position(target))
@@ -315,3 +325,62 @@ async def test_frequent_events_are_applied_together(
         await roles.wait_for_views()
         most_turns = pacing.BURST + 1 + (time.monotonic() - started) / 0.5
         assert commands.started_by_name["commitTransaction"] - before <= most_turns
+
+
+# Floods ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_flood_is_read_from_the_log_and_delays_no_batch(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_every_chunk_a_flood(monkeypatch, events=3)
+    commands = CommandCounter()
+    async with (
+        run_roles_in_process(connection, store) as roles,
+        run_roles_in_process(
+            monitor_connection(connection, commands), store, projector=True, projector_pauses_stream=True
+        ),
+    ):
+        await roles.wait_for_views()
+        opened = commands.started_by_name["aggregate"]
+        batch_id, job_ids = await roles.submit_batch(*({} for _ in range(30)))
+        for job_id in job_ids:
+            await roles.handle_commands(job_id, CancelJob("user-1"))
+        await roles.wait_for_event(BatchFinished, batch_id)
+        await assert_views_match_log(roles)
+        assert commands.started_by_name["aggregate"] > opened
+        await roles.submit()
+        await roles.wait_for_views()
+
+
+async def test_endless_flood_delays_the_end_of_a_batch_only_for_a_moment(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_every_chunk_a_flood(monkeypatch, events=0)
+    async with (
+        run_roles_in_process(connection, store) as roles,
+        run_roles_in_process(connection, store, projector=True, projector_pauses_stream=True),
+    ):
+        batch_id, [job_id] = await roles.submit_batch({})
+        await roles.handle_commands(job_id, CancelJob("user-1"))
+        await roles.wait_for_event(BatchFinished, batch_id)
+
+
+async def test_flood_ends_when_events_were_removed_from_the_log(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_every_chunk_a_flood(monkeypatch, events=0)
+    monkeypatch.setattr(projector, "STALL_RETRY_SECONDS", 0.1)
+    async with (
+        run_roles_in_process(connection, store) as roles,
+        run_roles_in_process(connection, store, projector=True, projector_pauses_stream=True),
+    ):
+        await roles.submit()
+        last = await roles.submit()
+        await roles.wait_for_views()
+        await roles.db.events.delete_one({"stream": last})
+        for _ in range(3):
+            await roles.submit()
+        await poll_until(
+            lambda: roles.db.checkpoints.find_one({"_id": "projector_stall"}), "the projector reports the removed event"
+        )

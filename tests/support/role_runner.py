@@ -212,31 +212,39 @@ async def run_roles_in_process(
     worker: WorkerOptions | None = None,
     webhooks: WebhookSettings | None = None,
     projector_lease_seconds: float = 10.0,
-    worker_events_only: bool = False,
+    is_worker_process: bool = False,
     store_class: type[EventStore] = EventStore,
     projector_class: type[Projector] = Projector,
+    projector_pauses_stream: bool = False,
 ) -> AsyncIterator[RunningRoles]:
     """Run roles inside the block and stop them after it. A failing role fails the test.
 
-    With `worker_events_only`, the process subscribes only to the events of a worker process.
+    With `is_worker_process`, the roles read the change stream as in a process that is only a worker. With
+    `projector_pauses_stream`, the projector pauses the change stream in a flood, as in a process of its own.
     """
     async with AsyncExitStack() as stack:
         client = connection.create_client()
         stack.push_async_callback(client.close)
         db = client[connection.db_name]
         log, checkpoint = store_class(db), CheckpointFollower(db)
-        changes = ChangeStream(db, event_types=SUBSCRIBED_EVENT_TYPES if worker_events_only else None)
+        changes = ChangeStream(db, event_types=SUBSCRIBED_EVENT_TYPES if is_worker_process else None)
         results = DirectoryStore(store, marker=StoreMarker(STORE_ID, is_new=True))
         roles = RunningRoles(connection, db, log, checkpoint, changes, results)
         roles.store.prepare()
         await log.prepare()
         stack.push_async_callback(log.aclose)
         leader = projector_class(
-            db, log, connection, checkpoint, holder=f"test-{os.getpid()}", lease_seconds=projector_lease_seconds
+            db,
+            log,
+            connection,
+            checkpoint,
+            holder=f"test-{os.getpid()}",
+            lease_seconds=projector_lease_seconds,
+            pause_stream=changes.pause if projector_pauses_stream else None,
         )
         await leader.prepare()
         changes.add_listener(checkpoint)
-        if not worker_events_only:
+        if not is_worker_process:
             changes.add_listener(log)
         if projector:
             roles.projector = leader
@@ -244,7 +252,7 @@ async def run_roles_in_process(
         if worker is not None:
             if worker.gridfs:
                 await GridFSStore(db).prepare()
-            roles.worker = _create_worker(roles, worker)
+            roles.worker = _create_worker(roles, worker, may_pause_stream=is_worker_process)
         deliverer = None
         if webhooks is not None:
             deliverer = Deliverer(
@@ -271,7 +279,7 @@ async def run_roles_in_process(
         yield roles
 
 
-def _create_worker(roles: RunningRoles, options: WorkerOptions) -> Worker:
+def _create_worker(roles: RunningRoles, options: WorkerOptions, *, may_pause_stream: bool) -> Worker:
     return Worker(
         roles.db,
         roles.event_store,
@@ -281,6 +289,7 @@ def _create_worker(roles: RunningRoles, options: WorkerOptions) -> Worker:
         GridFSStore(roles.db) if options.gridfs else roles.store,
         settings=options,
         processor_settings=options.processors,
+        may_pause_stream=may_pause_stream,
     )
 
 
@@ -408,7 +417,7 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *arguments: str)
         worker=worker if "worker" in roles else None,
         webhooks=webhooks if "webhooks" in roles else None,
         projector_lease_seconds=options.get("lease_seconds", 10.0),
-        worker_events_only=not {"projector"} & set(roles.split(",")),
+        is_worker_process=not {"projector"} & set(roles.split(",")),
     ) as running:
         print("running", flush=True)
         stopping = asyncio.create_task(stop.wait())

@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from jobledger.workers.child.containment import Containment, new_event_loop
+from jobledger.workers.child.containment import ContainedWork, Containment, new_event_loop, run_until_waiting
 
 HARM: dict[str, Callable[[asyncio.AbstractEventLoop], Any]] = {
     "SystemExit": lambda loop: raise_error(SystemExit(3)),
@@ -87,10 +89,51 @@ ROUTES: dict[str, Route] = {
 }
 
 
+class Sequence:
+    """Runs coroutines by `run_until_waiting`, and keeps how each of them ended."""
+
+    def __init__(self) -> None:
+        self.ended: dict[str, Any] = {}
+        self.waiting: dict[str, asyncio.Task[Any]] = {}
+        self.containments: list[Containment] = []
+
+    def build_work(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> ContainedWork:
+        self.containments.append(containment := Containment())
+
+        def on_end(result: Any, error: BaseException | None) -> None:
+            self.ended[name] = error or result
+
+        return ContainedWork(coroutine, containment, on_end, partial(self.waiting.__setitem__, name))
+
+    async def run(self, **coroutines: Coroutine[Any, Any, Any]) -> dict[str, Any]:
+        """Run coroutines to their ends, and return their results and exceptions."""
+        await run_until_waiting(self.build_work(*item) for item in coroutines.items())
+        if self.waiting:
+            await asyncio.wait(self.waiting.values())
+        results = {
+            name: "cancelled" if task.cancelled() else task.exception() or task.result()
+            for name, task in self.waiting.items()
+        }
+        return self.ended | results
+
+
+async def start_in_task(job: Coroutine[Any, Any, None]) -> Containment:
+    containment = Containment()
+    await asyncio.wait({containment.start(job, "job")})
+    return containment
+
+
+async def start_in_sequence(job: Coroutine[Any, Any, None]) -> Containment:
+    sequence = Sequence()
+    await sequence.run(before=asyncio.sleep(0), job=job, after=asyncio.sleep(0))
+    return sequence.containments[1]
+
+
+@pytest.mark.parametrize("start", [start_in_task, start_in_sequence])
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_event_loop_survives_harmful_code_of_a_processor(route: str, harm: str) -> None:
+def test_event_loop_survives_harmful_code_of_a_processor(route: str, harm: str, start: Any) -> None:
     reached = []
 
     async def job() -> None:
@@ -104,8 +147,7 @@ def test_event_loop_survives_harmful_code_of_a_processor(route: str, harm: str) 
         await asyncio.sleep(0.01)
 
     async def main() -> str:
-        containment = Containment()
-        await asyncio.wait({containment.start(job(), "job")})
+        containment = await start(job())
         gc.collect()
         await asyncio.sleep(0.01)
         await containment.stop(1)
@@ -170,7 +212,7 @@ async def ignore_everything():
 ABANDON = """
 import asyncio, ctypes
 from jobledger.workers.child import containment as own
-from jobledger.workers.child.containment import Containment, new_event_loop
+from jobledger.workers.child.containment import ContainedWork, Containment, new_event_loop, run_until_waiting
 import unclosable
 
 for module in (own, unclosable):  # as if an extension module kept them until the end of the interpreter
@@ -206,3 +248,166 @@ async def test_inline_job_is_contained_in_third_party_event_loop() -> None:
         await asyncio.sleep(0)
 
     await Containment().start(job(), "job")
+
+
+# Sequences ------------------------------------------------------------------------------------------------------------
+
+
+async def get_task() -> asyncio.Task[Any] | None:
+    return asyncio.current_task()
+
+
+async def wait_and_get_task() -> asyncio.Task[Any] | None:
+    before = asyncio.current_task()
+    await asyncio.sleep(0)
+    assert asyncio.current_task() is before
+    return before
+
+
+async def test_coroutines_that_do_not_wait_share_a_task_and_others_have_their_own() -> None:
+    tasks = await Sequence().run(
+        first=get_task(), second=get_task(), waiting=wait_and_get_task(), third=get_task(), other=wait_and_get_task()
+    )
+    assert tasks["first"] is tasks["second"] is tasks["waiting"]
+    assert tasks["third"] is tasks["other"] is not tasks["first"]
+
+
+async def test_waiting_coroutine_delays_no_other() -> None:
+    released = asyncio.Event()
+    sequence = Sequence()
+    works = [sequence.build_work("waiting", released.wait()), sequence.build_work("next", get_task())]
+    await run_until_waiting(works)
+    assert list(sequence.ended) == ["next"]
+    released.set()
+    await asyncio.wait({sequence.waiting["waiting"]})
+
+
+async def test_context_variables_of_a_coroutine_are_its_own() -> None:
+    variable = contextvars.ContextVar("variable", default="unset")
+    variable.set("caller")
+
+    async def set_variable(value: str, *, wait: bool) -> tuple[str, str]:
+        before = variable.get()
+        variable.set(value)
+        if wait:
+            await asyncio.sleep(0)
+        return before, variable.get()
+
+    values = await Sequence().run(
+        a=set_variable("a", wait=False), b=set_variable("b", wait=True), c=set_variable("c", wait=False)
+    )
+    assert values == {name: ("caller", name) for name in "abc"}
+    assert variable.get() == "caller"
+
+
+async def test_timeout_and_task_group_belong_to_their_coroutine() -> None:
+    async def wait_too_long() -> str:
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(60)
+        except TimeoutError:
+            return "timeout"
+        return "no timeout"
+
+    async def fail_in_group() -> str:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(raise_later())
+                await asyncio.sleep(60)
+        except ExceptionGroup:
+            return "group failed"
+        return "group did not fail"
+
+    async def raise_later() -> NoReturn:
+        await asyncio.sleep(0)
+        raise ValueError
+
+    results = await Sequence().run(timeout=wait_too_long(), plain=get_task(), group=fail_in_group())
+    assert (results["timeout"], results["group"]) == ("timeout", "group failed")
+
+
+async def cancel_own_task(*, wait: bool) -> str:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    if wait:
+        await asyncio.sleep(0)
+    return "not cancelled"
+
+
+async def test_coroutine_that_cancels_its_own_task_cancels_no_other() -> None:
+    sequence = Sequence()
+    results = await sequence.run(
+        before=get_task(),
+        now=cancel_own_task(wait=False),
+        middle=wait_and_get_task(),
+        later=cancel_own_task(wait=True),
+        after=wait_and_get_task(),
+    )
+    assert (results["now"], results["later"]) == (None, "cancelled")
+    assert all(isinstance(results[name], asyncio.Task) for name in ("before", "middle", "after"))
+
+
+def test_coroutine_that_cancels_all_tasks_stops_no_sequence() -> None:
+    async def cancel_all() -> None:
+        time.sleep(0.01)  # noqa: ASYNC251 - the sequence lets other tasks run after this
+        asyncio.get_running_loop().call_soon(lambda: [task.cancel() for task in asyncio.all_tasks()])
+
+    async def main() -> dict[str, Any]:
+        return await Sequence().run(harmful=cancel_all(), after=get_task(), last=wait_and_get_task())
+
+    assert set(run(main)) == {"harmful", "after", "last"}
+
+
+@pytest.mark.parametrize("error", [ValueError(), SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()])
+async def test_exception_of_a_coroutine_is_its_outcome(error: BaseException) -> None:
+    async def fail() -> None:
+        raise_error(error)
+
+    results = await Sequence().run(before=get_task(), failing=fail(), after=get_task())
+    assert results["failing"] is error
+    assert isinstance(results["after"], asyncio.Task)
+
+
+async def test_long_sequence_lets_other_tasks_run() -> None:
+    async def block() -> None:
+        time.sleep(0.01)  # noqa: ASYNC251 - a processor that blocks
+
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count_turns())
+    await Sequence().run(**{f"job{number}": block() for number in range(10)})
+    counting.cancel()
+    assert turns >= 10
+
+
+async def test_error_of_the_program_itself_reaches_the_caller() -> None:
+    def iterate_works() -> Iterator[ContainedWork]:
+        yield Sequence().build_work("first", get_task())
+        raise LookupError("a bug")
+
+    with pytest.raises(LookupError, match="a bug"):
+        await run_until_waiting(iterate_works())
+
+
+async def test_cancelled_caller_starts_no_more_coroutines() -> None:
+    started = []
+
+    async def block(number: int) -> None:
+        started.append(number)
+        time.sleep(0.01)  # noqa: ASYNC251 - so that the caller can be cancelled between two of them
+
+    sequence = Sequence()
+    running = asyncio.create_task(run_until_waiting(sequence.build_work(str(n), block(n)) for n in range(100)))
+    await asyncio.sleep(0.02)
+    running.cancel()
+    await asyncio.wait({running})
+    count = len(started)
+    await asyncio.sleep(0.03)
+    assert 0 < len(started) == count < 100

@@ -247,7 +247,7 @@ async def test_unresponsive_job_process_ends_on_cancel_timeout_and_shutdown(
     actions = ["sleep", "block with gil", "flood the worker", "stop mid message"]
     options = WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=6, shutdown_grace_seconds=0.2)
     async with run_roles_in_process(connection, store, projector=True) as roles:
-        async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
+        async with run_roles_in_process(connection, store, worker=options, is_worker_process=True):
             limit = 8 if end == "timeout" else 60
             job_ids = {action: await submit(roles, tmp_path / action, action, timeout_s=limit) for action in actions}
             pids = {action: await wait_for_start(tmp_path / action) for action in actions}
@@ -290,7 +290,7 @@ async def test_hanging_fork_server_is_replaced(
 async def test_hanging_process_start_does_not_delay_shutdown(connection: Connection, store: Path, file: Path) -> None:
     options = WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=2, shutdown_grace_seconds=0.2)
     async with run_roles_in_process(connection, store, projector=True) as roles:
-        async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
+        async with run_roles_in_process(connection, store, worker=options, is_worker_process=True):
             await assert_other_jobs_complete(roles)
             server = next(pid for pid in list_descendants(os.getpid()) if is_fork_server(pid))
             suspend(server)

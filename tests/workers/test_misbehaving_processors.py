@@ -119,7 +119,7 @@ async def test_job_that_ignores_cancellation_ends_when_stopped(
             await roles.wait_for_event(JobLogged, job_id)
             return job_id
 
-        async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
+        async with run_roles_in_process(connection, store, worker=options, is_worker_process=True):
             slow, cancelled = await submit_and_wait_for_start(2.5), await submit_and_wait_for_start()
             await roles.handle_commands(cancelled, CancelJob("user-1"))
             assert (await roles.wait_until_finished(cancelled))["status"] == "cancelled"

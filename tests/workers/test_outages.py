@@ -193,7 +193,7 @@ async def test_job_waiting_for_the_store_can_be_cancelled_and_released(
     monkeypatch.setattr(DirectoryStore, "_write", fail)
     options = WorkerOptions(confinement=NO_CONFINEMENT, shutdown_grace_seconds=0.1)
     async with run_roles_in_process(connection, store, projector=True) as roles:
-        async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
+        async with run_roles_in_process(connection, store, worker=options, is_worker_process=True):
             job_ids = [await submit_save(roles, job_type, max_attempts=1) for job_type in TYPES * 2]
             for job_id in job_ids:
                 await wait_for_store_message(roles, job_id)

@@ -71,7 +71,7 @@ async def test_worker_skips_an_unreadable_job_and_runs_others(connection: Connec
         await roles.wait_for_views()
     async with run_roles_in_process(connection, tmp_path) as roles:
         await append_blindly(roles.event_store, unreadable, RED)
-    async with run_roles_in_process(connection, tmp_path, worker=WorkerOptions(), worker_events_only=True) as roles:
+    async with run_roles_in_process(connection, tmp_path, worker=WorkerOptions(), is_worker_process=True) as roles:
         await _wait_for_completion(connection, tmp_path, readable)
         assert await roles.read_event_types(unreadable) == ["JobSubmitted", "JobRepainted"]
         assert roles.worker_task is not None
@@ -79,7 +79,7 @@ async def test_worker_skips_an_unreadable_job_and_runs_others(connection: Connec
 
 
 async def test_worker_skips_an_unreadable_submission_and_runs_others(connection: Connection, tmp_path: Path) -> None:
-    async with run_roles_in_process(connection, tmp_path, worker=WorkerOptions(), worker_events_only=True) as roles:
+    async with run_roles_in_process(connection, tmp_path, worker=WorkerOptions(), is_worker_process=True) as roles:
         await _wait_until_worker_completes_a_job(roles)
         await append_blindly(roles.event_store, create_job_id(), NEWER.model_validate(make_echo_job().to_payload()))
         await _wait_until_worker_completes_a_job(roles)

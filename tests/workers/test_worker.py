@@ -240,7 +240,7 @@ async def test_jobs_submitted_before_worker_start_run_by_priority(connection: Co
         job_ids = [await roles.submit(priority=priority) for priority in (1, 3, 2, 3)]
         await roles.wait_for_views()
         async with run_roles_in_process(
-            connection, store, worker=WorkerOptions(max_concurrent=1), worker_events_only=True
+            connection, store, worker=WorkerOptions(max_concurrent=1), is_worker_process=True
         ):
             await roles.wait_until_finished(*job_ids)
         low, high, middle, second_high = job_ids
@@ -271,8 +271,8 @@ async def test_two_workers_share_jobs_and_run_each_once(connection: Connection, 
     options = WorkerOptions(max_concurrent=2)
     async with (
         run_roles_in_process(connection, store, projector=True) as roles,
-        run_roles_in_process(connection, store, worker=options, worker_events_only=True),
-        run_roles_in_process(connection, store, worker=options, worker_events_only=True),
+        run_roles_in_process(connection, store, worker=options, is_worker_process=True),
+        run_roles_in_process(connection, store, worker=options, is_worker_process=True),
     ):
         _, job_ids = await roles.submit_batch(*({"seconds": 0.1} for _ in range(30)))
         job_ids += [await roles.submit({"seconds": 0.1}) for _ in range(10)]

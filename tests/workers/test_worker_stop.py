@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, ReleaseJob
-from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.domain.errors import JobledgerError, LedgerUnavailable
 from jobledger.ledger.domain.events import (
     JobCancelRequested,
     JobClaimed,
@@ -23,7 +23,7 @@ from jobledger.ledger.domain.events import (
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE
 from jobledger.ledger.store.appender import Appender, EventStoreLimits, PendingAppend
-from jobledger.ledger.store.command_handler import CommandResult, handle_command_with_retries
+from jobledger.ledger.store.command_handler import CommandResult, handle_commands
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.processor import JobContext, Results
@@ -50,14 +50,13 @@ async def test_cancellation_before_claim_result_arrives_cancels_job(
     """A user sees the claim in the log and cancels before the claiming worker gets the result of its append."""
     claimed, release = asyncio.Event(), asyncio.Event()
 
-    async def respond_late(*arguments: Any, **options: Any) -> CommandResult:
-        result = await handle_command_with_retries(*arguments, **options)
-        if result.events and isinstance(result.events[0].event, JobClaimed):
-            claimed.set()
-            await release.wait()
-        return result
+    async def respond_late(*arguments: Any, **options: Any) -> list[CommandResult | JobledgerError | None]:
+        results = await handle_commands(*arguments, **options)
+        claimed.set()
+        await release.wait()
+        return results
 
-    monkeypatch.setattr("jobledger.workers.claims.claimer.handle_command_with_retries", respond_late)
+    monkeypatch.setattr("jobledger.workers.claims.claimer.handle_commands", respond_late)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
         job_id = await roles.submit({"seconds": 60})
         await claimed.wait()
@@ -72,7 +71,7 @@ async def test_cancellation_missed_by_change_stream_is_found_by_resync(
 ) -> None:
     async with (
         run_roles_in_process(connection, store, projector=True) as roles,
-        run_roles_in_process(connection, store, worker=WorkerOptions(), worker_events_only=True) as worker_roles,
+        run_roles_in_process(connection, store, worker=WorkerOptions(), is_worker_process=True) as worker_roles,
     ):
         job_id = await roles.submit({"seconds": 60})
         await roles.wait_for_event(JobProgressed, job_id)
@@ -222,7 +221,16 @@ class LostResponse:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type[JobClaimed | JobCompleted]) -> None:
         self.is_lost = False
-        append = EventStore.append
+        append, append_each = EventStore.append, EventStore.append_each
+
+        async def append_each_without_response(
+            event_store: EventStore, appends: Sequence[StreamAppend]
+        ) -> list[list[RecordedEvent] | JobledgerError]:
+            results = await append_each(event_store, appends)
+            if self.is_lost or not any(isinstance(append.events[0], kind) for append in appends):
+                return results
+            self.is_lost = True
+            return [LedgerUnavailable("no response") for _ in results]
 
         async def append_without_response(event_store: EventStore, *appends: StreamAppend) -> list[RecordedEvent]:
             recorded = await append(event_store, *appends)
@@ -232,15 +240,21 @@ class LostResponse:
             return recorded
 
         monkeypatch.setattr(EventStore, "append", append_without_response)
+        monkeypatch.setattr(EventStore, "append_each", append_each_without_response)
 
 
+@pytest.mark.parametrize("has_file", [True, False], ids=["completed alone", "completed together"])
 @pytest.mark.parametrize("kind", [JobClaimed, JobCompleted])
 async def test_append_without_response_counts_and_is_not_repeated(
-    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, kind: type[JobClaimed | JobCompleted]
+    connection: Connection,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[JobClaimed | JobCompleted],
+    has_file: bool,
 ) -> None:
     lost_response = LostResponse(monkeypatch, kind)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
-        job_id = await roles.submit()
+        job_id = await roles.submit({"file": has_file})
         job = await roles.wait_until_finished(job_id)
         assert lost_response.is_lost
         assert (job["status"], job["retries"]) == ("completed", 0)

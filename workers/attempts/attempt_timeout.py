@@ -25,7 +25,7 @@ class AttemptTimeout:
     def __init__(self, seconds: float, on_expired: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._remaining = seconds
-        self._on_expired = on_expired
+        self.on_expired = on_expired
         self._pauses = 1
         self._resumed_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -67,4 +67,4 @@ class AttemptTimeout:
         self._pauses -= 1
         if self._pauses == 0:
             self._resumed_at = self._loop.time()
-            self._timer = self._loop.call_later(max(0.0, self._remaining), self._on_expired)
+            self._timer = self._loop.call_later(max(0.0, self._remaining), self.on_expired)

@@ -59,15 +59,20 @@ class AttemptWriter:
         self.is_fenced = False
         """Whether another worker may have the job. If so, commands are not retried."""
         self._event_store = event_store
-        self._stream_state = stream_state
+        self.stream_state = stream_state
         self._metadata = EventMetadata(f"worker:{self.worker_id}")
-        self._on_fenced = on_fenced
+        self.on_fenced = on_fenced
         self._write_lock = asyncio.Lock()
         self._flush_lock = asyncio.Lock()
         self._progress: JobProgressed | None = None
         self._log_buffer = LogBuffer(job.log_bytes)
         self._flusher: asyncio.Task[None] | None = None
         self._flushes: set[asyncio.Task[None]] = set()
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether log entries or progress are collected or being written."""
+        return not self._log_buffer.is_empty or self._progress is not None or bool(self._flushes)
 
     # Collecting ---------------------------------------------------------------------------------------------------
 
@@ -93,7 +98,7 @@ class AttemptWriter:
             try:
                 await self.flush()
             except AttemptFenced:
-                self._on_fenced()
+                self.on_fenced()
                 return
             if self._progress is None and self._log_buffer.is_empty:
                 return
@@ -134,8 +139,11 @@ class AttemptWriter:
 
     # Writing ------------------------------------------------------------------------------------------------------
 
-    async def append(self, command: WorkerCommand) -> None:
+    async def append(self, command: WorkerCommand, previous_error: JobledgerError | None = None) -> None:
         """Append the events of a command. Retry while the database is unavailable or busy, until the lease is lost.
+
+        Args:
+            previous_error: As in `handle_command_with_retries`.
 
         Raises:
             AttemptFenced: Another worker has the job, which a `WorkerFenced` event records, or the job was deleted.
@@ -148,27 +156,31 @@ class AttemptWriter:
                     self.job_id,
                     command,
                     meta=self._metadata,
-                    stream_state=self._stream_state,
+                    stream_state=self.stream_state,
                     retry_seconds=_RETRY_SECONDS,
                     on_retry=self._on_retry,
+                    previous_error=previous_error,
                 )
             except NotFound as error:
                 raise AttemptFenced from error
             except InvalidEvent as error:
                 raise EventNotStorable(str(error)) from error
-            self._stream_state = result.stream_state
+            self.stream_state = result.stream_state
         if any(isinstance(event.event, WorkerFenced) for event in result.events):
             raise AttemptFenced
 
-    async def append_last(self, command: WorkerCommand) -> None:
+    async def append_last(self, command: WorkerCommand, previous_error: JobledgerError | None = None) -> None:
         """Flush, then append the last event of the attempt. If it cannot be stored, fail the job instead.
+
+        Args:
+            previous_error: As in `append`.
 
         Raises:
             AttemptFenced: See `append`.
         """
         await self.flush(is_last=True)
         try:
-            await self.append(command)
+            await self.append(command, previous_error)
         except EventNotStorable as error:
             failure = ErrorInfo(code="INVALID_RESULT", message=f"The result cannot be stored: {error}.")
             if isinstance(command, FailAttempt):  # keep the original error

@@ -6,11 +6,14 @@ An attempt has three phases:
 2. Work. The processor runs in a job process or inline, and the worker handles its messages. Cancellation, the timeout,
    shutdown or a lost lease can stop the work at any time.
 3. Record. A task that the processor cannot disturb records the outcome in the event store.
+
+`workers/attempts/inline_batch.py` does these for inline jobs that end without waiting, many at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import Any, Final
 
 import structlog
 
+from jobledger.ledger.domain.commands import ReportEvent
+from jobledger.ledger.domain.errors import JobledgerError
 from jobledger.ledger.store.command_handler import StreamState
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.workers.attempts import process_runner
@@ -28,7 +33,7 @@ from jobledger.workers.attempts.message_handler import MessageHandler
 from jobledger.workers.attempts.outcome_recorder import Outcome, OutcomeRecorder, StopReason, convert_worker_fault
 from jobledger.workers.attempts.process_runner import ProcessRunner, run_blocking
 from jobledger.workers.child.attempt import Assignment, run_attempt
-from jobledger.workers.child.containment import Containment, outside_containment
+from jobledger.workers.child.containment import ContainedWork, Containment, outside_containment
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message
 from jobledger.workers.machine.directory_removal import removal_executor, remove_tree
 from jobledger.workers.machine.health import CHECKS, MachineFailure, find_machine_failure, run_checks_until_failure
@@ -46,6 +51,8 @@ class JobExecutor:
     def __init__(self, dependencies: AttemptDependencies, stream_state: StreamState, job_id: str) -> None:
         self._writer = AttemptWriter(dependencies.event_store, stream_state, job_id, on_fenced=self.stop_fenced)
         self.job_id = job_id
+        self.claimed_version = stream_state.head.version
+        self.worker_id = self._writer.worker_id
         self.attempt = self._writer.attempt
         self._job = self._writer.job
         self.job_type = self._job.spec.job_type
@@ -57,7 +64,7 @@ class JobExecutor:
         self._timeout = AttemptTimeout(self._job.spec.timeout_s, partial(self._stop, "timeout"))
         self._message_handler = MessageHandler(dependencies, self._writer, self._timeout)
         self._outcome_recorder = OutcomeRecorder(dependencies, self._writer, self._message_handler)
-        self._work: asyncio.Task[Outcome] | None = None
+        self._work: asyncio.Future[Outcome] | None = None
         self._recording: asyncio.Task[Any] | None = None
         """The task of `run()` while it records the outcome. `stop_fenced()` cancels it."""
         self._stop_reason: StopReason | None = None
@@ -86,7 +93,7 @@ class JobExecutor:
             if self._work is not None:
                 self._interrupt(self._work)
 
-    def _interrupt(self, work: asyncio.Task[Any]) -> None:
+    def _interrupt(self, work: asyncio.Future[Any]) -> None:
         """Cancel the work. Abandon inline work that ignores the cancellation, because it must not keep its slot.
 
         A job process always ends, and `ProcessRunner.run` waits for that.
@@ -95,10 +102,69 @@ class JobExecutor:
         if self._containment is not None:
             asyncio.get_running_loop().call_later(STOP_SECONDS, self._containment.abandon)
 
+    # Inline jobs --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether the processor runs in the worker's process."""
+        return get_processor(self.job_type).isolation == "inline"
+
+    def start_inline(
+        self,
+        on_end: Callable[[AttemptCompleted | AttemptFailed | None, BaseException | None], None],
+        on_wait: Callable[[asyncio.Task[Any]], None],
+    ) -> ContainedWork | None:
+        """Return the work of an inline job, to be run by `run_until_waiting`. None: `run` can be called at once."""
+        if self._stop_reason is not None:
+            self.end_inline(None, None)
+            return None
+        try:
+            # The processor need not poll for a stop: cancelling its task stops it.
+            attempt = run_attempt(
+                self._assign(), get_processor(self.job_type), self._handle_inline_message, lambda: False
+            )
+        except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
+            self.end_inline(self._convert_fault(error), None)
+            return None
+        self._containment = Containment()
+        return ContainedWork(attempt, self._containment, on_end, on_wait)
+
+    def continue_inline(self, work: asyncio.Task[Any]) -> None:
+        """Accept the task of an inline job that waits. Call `run` next."""
+        self._timeout.start()
+        self._set_work(work)
+
+    def end_inline(self, outcome: Outcome | None, error: BaseException | None) -> None:
+        """Accept the outcome of an inline job that did not wait. Call `run` next."""
+        self._work = asyncio.get_running_loop().create_future()
+        if error is not None:
+            self._work.set_result(convert_worker_fault(error, self.job_id))
+        elif outcome is not None:
+            self._work.set_result(outcome)
+        else:
+            self._work.cancel()
+
+    def build_completion(self, outcome: AttemptCompleted | AttemptFailed | None) -> ReportEvent | None:
+        """Return the command that completes an inline job. None: `run` must record its outcome."""
+        if (
+            not isinstance(outcome, AttemptCompleted)
+            or self._stop_reason is not None
+            or (self._containment is not None and self._containment.is_used)
+            or self._assign().has_files
+            or self._writer.has_entries
+        ):
+            return None
+        return self._outcome_recorder.build_completion(outcome)
+
+    def begin_recording(self) -> StreamState:
+        """Note that the calling task records the outcome, and return the state of the job. `stop_fenced` cancels it."""
+        self._recording = asyncio.current_task()
+        return self._writer.stream_state
+
     # Running ------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run the job to its end, record the outcome, and remove its directory.
+        """Run the job to its end, record the outcome, and remove its directory. An inline job has been started before.
 
         The outcome is recorded first, so that it is not lost while millions of files are removed. The job keeps its
         slot until the files are removed, so that files do not accumulate.
@@ -107,7 +173,7 @@ class JobExecutor:
             UnreadableEvent: An event of the job's stream is damaged, or a newer version of Jobledger wrote it.
         """
         try:
-            await self._run_and_record()
+            await self._record(self._run_and_record())
         finally:
             if (assignment := self._message_handler.assignment) is not None and assignment.has_files:
                 # The removal continues if this task is cancelled or another worker owns the job.
@@ -116,14 +182,32 @@ class JobExecutor:
                 removal.add_done_callback(_removals.discard)
                 if self._stop_reason != "fence":
                     await asyncio.shield(removal)
+            self.close()
+
+    async def complete(self, command: ReportEvent, previous_error: JobledgerError | None) -> None:
+        """Record the completion of an inline job after `handle_commands` could not.
+
+        Raises:
+            UnreadableEvent: As `run`.
+        """
+        self.begin_recording()
+        await self._record(self._writer.append_last(command, previous_error))
+        self.close()
+
+    def close(self) -> None:
+        """Let reference counting free the attempt. Garbage collection would interrupt a busy worker for long."""
+        self._writer.on_fenced = self._timeout.on_expired = _do_nothing
+        self._work = self._containment = None
 
     async def _run_and_record(self) -> None:
-        try:
-            outcome = await self._run_attempt()
-            if self._stop_reason == "fence":
-                return
-            self._recording = asyncio.current_task()
+        outcome = await self._run_attempt()
+        if self._stop_reason != "fence":
+            self.begin_recording()
             await self._outcome_recorder.record(outcome, self._stop_reason)
+
+    async def _record(self, recording: Coroutine[Any, Any, None]) -> None:
+        try:
+            await recording
         except AttemptFenced:
             _log.warning(
                 "attempt fenced: another worker has the job, or it was deleted",
@@ -140,41 +224,39 @@ class JobExecutor:
     async def _run_attempt(self) -> Outcome | None:
         """Run the processor and return the outcome; None if it was stopped. Never raises: the job would hang."""
         try:
-            attempt_dir = self._scratch.new_attempt_path(self.job_id, self.attempt)
-            self._scratch_repairs = self._scratch.repair_count
-            outcome = await self._run_processor(attempt_dir)
+            if self._work is None:
+                self._start_process()
+            outcome = await self._finish_work()
             if isinstance(outcome, AttemptFailed) and outcome.errno is not None:
                 with suppress(TimeoutError):  # free the disk first, in case the job itself filled it
                     async with asyncio.timeout(process_runner.DISK_TIMEOUT_SECONDS):
-                        await _remove_directory(attempt_dir)
+                        await _remove_directory(self._assign().attempt_dir)
                 outcome = await self._recheck_machine(outcome) or outcome
         except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
-            return find_machine_failure(error, scratch_dir=self._scratch.path) or convert_worker_fault(
-                error, self.job_id
-            )
+            return self._convert_fault(error)
         return outcome
 
-    async def _run_processor(self, attempt_dir: Path) -> Outcome | None:
-        processor = get_processor(self.job_type)
-        self._message_handler.assignment = assignment = self._build_assignment(attempt_dir)
-        if processor.isolation == "inline":
-            self._containment = Containment()
-            # The processor need not poll for a stop: cancelling its task stops it.
-            attempt = run_attempt(assignment, processor, self._handle_inline_message, lambda: False)
-            self._timeout.start()
-            self._work = self._containment.start(attempt, f"run-{self.job_id}")
-        else:
-            runner = ProcessRunner(
-                assignment,
-                self._message_handler,
-                self._timeout,
-                memory_limit_mb=self._settings.memory_limit_mb,
-                environment_variables=self._settings.pass_environment,
-                create_directories=partial(self._create_directories, assignment),
-            )
-            self._work = asyncio.create_task(runner.run(), name=f"run-{self.job_id}")
+    def _convert_fault(self, error: Exception) -> Outcome:
+        return find_machine_failure(error, scratch_dir=self._scratch.path) or convert_worker_fault(error, self.job_id)
+
+    def _start_process(self) -> None:
+        runner = ProcessRunner(
+            assignment := self._assign(),
+            self._message_handler,
+            self._timeout,
+            memory_limit_mb=self._settings.memory_limit_mb,
+            environment_variables=self._settings.pass_environment,
+            create_directories=partial(self._create_directories, assignment),
+        )
+        self._set_work(asyncio.create_task(runner.run(), name=f"run-{self.job_id}"))
+
+    def _set_work(self, work: asyncio.Task[Outcome]) -> None:
+        self._work = work
         if self._stop_reason is not None:
-            self._interrupt(self._work)
+            self._interrupt(work)
+
+    async def _finish_work(self) -> Outcome | None:
+        assert self._work is not None  # noqa: S101 - it was started
         try:
             await _wait_for(self._work)
             return self._get_outcome(self._work)
@@ -195,7 +277,7 @@ class JobExecutor:
                 self.stop_fenced()  # even if the processor catches everything
                 raise
 
-    def _get_outcome(self, work: asyncio.Task[Outcome]) -> Outcome | None:
+    def _get_outcome(self, work: asyncio.Future[Outcome]) -> Outcome | None:
         if work.cancelled():
             return None
         try:
@@ -206,18 +288,27 @@ class JobExecutor:
         # Stopped work often ends with an error caused by the stop, so only results count.
         return outcome if self._stop_reason is None or isinstance(outcome, AttemptCompleted) else None
 
-    def _build_assignment(self, attempt_dir: Path) -> Assignment:
-        return Assignment(
-            job_id=self.job_id,
-            attempt=self.attempt,
-            job_type=self.job_type,
-            parameters=self._job.spec.parameters,
-            settings=dict(self._processor_settings.get(self.job_type, {})),
-            completed_steps=dict(self._job.steps),
-            can_use_shared_steps=not self._job.is_full_restart,
-            attempt_dir=attempt_dir,
-            confinement=self._settings,
-        )
+    def _assign(self) -> Assignment:
+        """Return the assignment of the attempt.
+
+        Raises:
+            MachineFailure: There is no scratch directory.
+        """
+        if (assignment := self._message_handler.assignment) is None:
+            attempt_dir = self._scratch.new_attempt_path(self.job_id, self.attempt)
+            self._scratch_repairs = self._scratch.repair_count
+            assignment = self._message_handler.assignment = Assignment(
+                job_id=self.job_id,
+                attempt=self.attempt,
+                job_type=self.job_type,
+                parameters=self._job.spec.parameters,
+                settings=dict(self._processor_settings.get(self.job_type, {})),
+                completed_steps=dict(self._job.steps),
+                can_use_shared_steps=not self._job.is_full_restart,
+                attempt_dir=attempt_dir,
+                confinement=self._settings,
+            )
+        return assignment
 
     async def _recheck_machine(self, failed: AttemptFailed) -> MachineFailure | None:
         """Return the machine failure that caused a processor's system error, if the machine still has it.
@@ -236,6 +327,10 @@ class JobExecutor:
         return failure
 
 
+def _do_nothing() -> None:
+    """Replace callbacks of an attempt that has ended."""
+
+
 async def _remove_directory(path: Path) -> None:
     try:
         await run_cooperatively(remove_tree(path), removal_executor)
@@ -243,7 +338,7 @@ async def _remove_directory(path: Path) -> None:
         _log.warning("cannot remove a job's directory", path=str(path), error=repr(error))
 
 
-async def _wait_for(task: asyncio.Task[Any]) -> None:
+async def _wait_for(task: asyncio.Future[Any]) -> None:
     """Wait for a task without raising its error. Like `asyncio.wait` for one task, at a fraction of the cost."""
     done = asyncio.get_running_loop().create_future()
     task.add_done_callback(lambda _: None if done.done() else done.set_result(None))

@@ -87,6 +87,19 @@ class OutcomeRecorder:
             case None:
                 raise AttemptFenced
 
+    def build_completion(self, completed: AttemptCompleted) -> ReportEvent | None:
+        """Return the command that completes the job. None: its results are invalid, or have files to check."""
+        try:
+            results = Results.model_validate(completed.results)
+            if results.markdown is not None or results.assets:
+                return None
+            return self._build_completion(_build_job_results(results, completed.warnings, completed.duration_s))
+        except ValidationError:
+            return None
+
+    def _build_completion(self, results: JobResults) -> ReportEvent:
+        return ReportEvent(self._writer.worker_id, JobCompleted(attempt=self._writer.attempt, results=results))
+
     async def _complete(self, completed: AttemptCompleted) -> None:
         try:
             results = await self._message_handler.check_results(Results.model_validate(completed.results))
@@ -98,8 +111,7 @@ class OutcomeRecorder:
         except ProcessorError as error:
             await self._fail(AttemptFailed(error.code, error.message, details=error.details))
             return
-        event = JobCompleted(attempt=self._writer.attempt, results=job_results)
-        await self._writer.append_last(ReportEvent(self._writer.worker_id, event))
+        await self._writer.append_last(self._build_completion(job_results))
 
     async def _fail(self, failed: AttemptFailed) -> None:
         retry_at = None

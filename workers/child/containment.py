@@ -14,10 +14,12 @@ import asyncio.tasks
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -34,6 +36,8 @@ _unclosed_coroutines: deque[Coroutine[Any, Any, Any]] = deque(maxlen=100)
 # The deque outlives the interpreter. At exit, the modules' globals are gone before its coroutines are closed: one that
 # suppresses every error would then loop forever, and the process would not exit.
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(_unclosed_coroutines))
+_MAX_TURN_SECONDS: Final = 0.005
+"""Time after which coroutines that do not wait let other tasks run."""
 _END_ITERATIONS: Final = 3
 """Number of iterations of the event loop in which an abandoned task ends."""
 _MAX_THREADS: Final = min(32, (os.cpu_count() or 1) + 4)
@@ -56,6 +60,11 @@ class Containment:
             return asyncio.create_task(coroutine, name=name)
         finally:
             _current.reset(token)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether its tasks are not done, or it has threads. If so, it must be stopped."""
+        return bool(self._tasks) or self._threads is not None
 
     async def stop(self, seconds: float) -> None:
         """Cancel what still runs. What has not ended after `seconds` is never resumed."""
@@ -94,23 +103,153 @@ class Containment:
         return self._threads.submit(function, *args, **kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class ContainedWork:
+    """A coroutine to run in a containment by `run_until_waiting`.
+
+    Attributes:
+        on_end: Called with the result or the exception if the coroutine has ended without waiting. Both are None if it
+            has cancelled its own task.
+        on_wait: Called when it waits, with the task that continues it.
+    """
+
+    coroutine: Coroutine[Any, Any, Any]
+    containment: Containment
+    on_end: Callable[[Any, BaseException | None], None]
+    on_wait: Callable[[asyncio.Task[Any]], None]
+
+
+async def run_until_waiting(works: Iterable[ContainedWork]) -> None:
+    """Run each coroutine until it ends or waits for the first time, one after the other.
+
+    This takes a fraction of the time of a task for each coroutine if most of them end without waiting.
+    """
+    loop = asyncio.get_running_loop()
+    install_containment(loop)
+    all_started = loop.create_future()
+    _Sequence(iter(works), copy_context(), all_started).start()
+    await all_started
+
+
+class _Sequence(Coroutine[Any, Any, None]):
+    """Runs coroutines in one task. When one of them waits, the task becomes its own, and another one runs the rest.
+
+    So a coroutine has one task from its beginning on, as `asyncio.timeout` and `asyncio.current_task` require.
+
+    Args:
+        context: The context of the caller. The coroutines run in copies of it.
+        all_started: Done when all coroutines have ended or wait. If it is cancelled, no more are started.
+    """
+
+    def __init__(self, works: Iterator[ContainedWork], context: Context, all_started: asyncio.Future[None]) -> None:
+        self._works = works
+        self._context = context
+        self._all_started = all_started
+        self._loop = asyncio.get_running_loop()
+        self._owner: _Contained | None = None
+        """The coroutine to which the task belongs."""
+
+    def start(self) -> None:
+        # An empty context marks the task as one of third-party code.
+        Context().run(partial(asyncio.Task, self, loop=self._loop))
+
+    def send(self, value: Any) -> Any:
+        if self._owner is not None:
+            return self._owner.send(value)
+        try:
+            return self._run_works()
+        except StopIteration:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the caller waits for it, and gets the error
+            if not self._all_started.done():
+                self._all_started.set_exception(error)
+            raise StopIteration from None
+
+    def throw(self, *error: Any) -> Any:
+        if self._owner is not None:
+            return self._owner.throw(*error)
+        return self.send(None)  # a coroutine has cancelled all tasks that it could find
+
+    def close(self) -> None:
+        if self._owner is not None:
+            self._owner.close()
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        raise NotImplementedError("a task runs it")
+
+    def _run_works(self) -> Any:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a task runs this
+        pause_at = self._loop.time() + _MAX_TURN_SECONDS
+        while (
+            not self._all_started.done()
+            and (
+                work := self._context.run(
+                    self._get_next,
+                )
+            )
+            is not None
+        ):
+            cancellations = task.cancelling()
+            coroutine = _Contained(work.coroutine, work.containment, self._context.copy())
+            result = error = None
+            try:
+                awaited = coroutine.send(None)
+            except StopIteration as end:
+                result = end.value
+            except BaseException as raised:  # noqa: BLE001 - third-party code may raise anything
+                error = raised
+            else:
+                self._owner = coroutine
+                work.containment.add(task)
+                self._start_rest()
+                self._context.run(work.on_wait, task)
+                return awaited
+            if task.cancelling() > cancellations or task._must_cancel:  # type: ignore[attr-defined]  # private
+                # As in every task, a coroutine that has cancelled its own task has no result. This task ends, too.
+                self._start_rest()
+                self._context.run(work.on_end, None, None)
+                raise StopIteration
+            self._context.run(work.on_end, result, error)
+            if self._loop.time() > pause_at:
+                return None  # other tasks run, and then this one continues
+        if not self._all_started.done():
+            self._all_started.set_result(None)
+        raise StopIteration
+
+    def _get_next(self) -> ContainedWork | None:
+        return next(self._works, None)
+
+    def _start_rest(self) -> None:
+        _Sequence(self._works, self._context, self._all_started).start()
+
+
 class _Contained(Coroutine[Any, Any, Any]):
     """Wraps a coroutine, and closes it when its containment is abandoned.
 
     Otherwise, the task of a coroutine that suppresses `CancelledError` could not be ended.
+
+    Args:
+        context: The context in which the coroutine runs. None: that of its task, which has the containment already.
     """
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], containment: Containment) -> None:
+    def __init__(
+        self, coroutine: Coroutine[Any, Any, Any], containment: Containment, context: Context | None = None
+    ) -> None:
         self._coroutine = coroutine
         self._containment = containment
+        self._context = context
+        if context is not None:
+            context.run(_current.set, containment)
 
     def send(self, value: Any) -> Any:
         self._raise_if_abandoned()
-        return self._coroutine.send(value)
+        return self._coroutine.send(value) if self._context is None else self._context.run(self._coroutine.send, value)
 
     def throw(self, *error: Any) -> Any:
         self._raise_if_abandoned()
-        return self._coroutine.throw(*error)
+        throw: Callable[..., Any] = self._coroutine.throw
+        return throw(*error) if self._context is None else self._context.run(throw, *error)
 
     def close(self) -> None:
         _close(self._coroutine)

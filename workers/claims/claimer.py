@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
 from jobledger.ledger.domain.commands import ClaimJob
-from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, NotDue, UnreadableEvent
+from jobledger.ledger.domain.errors import (
+    CommandRejected,
+    JobledgerError,
+    LedgerBusy,
+    LedgerUnavailable,
+    NotDue,
+    UnreadableEvent,
+)
 from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.domain.job import Job
-from jobledger.ledger.store.command_handler import StreamState, handle_command_with_retries
+from jobledger.ledger.store.command_handler import (
+    CommandRequest,
+    CommandResult,
+    StreamState,
+    handle_command_with_retries,
+    handle_commands,
+)
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers.claims.claim_queue import ClaimQueue
+from jobledger.workers.claims.claim_queue import ClaimCandidate, ClaimQueue
 
 _log = structlog.get_logger()
 _RETRY_SECONDS: Final = 1.0
+
+
+class ClaimedJob(NamedTuple):
+    """A job that this worker has claimed, with the state of its stream after the claim."""
+
+    job_id: str
+    stream_state: StreamState
 
 
 class Claimer:
     """Claims jobs for one worker.
 
     Args:
-        start_job: Called with the ID of a claimed job and the state of its stream.
+        start_jobs: Called with claimed jobs.
         on_unreadable: Called when a job that this worker may have claimed has an unreadable event.
     """
 
@@ -35,12 +55,12 @@ class Claimer:
         event_store: EventStore,
         queue: ClaimQueue,
         *,
-        start_job: Callable[[str, StreamState], None],
+        start_jobs: Callable[[Sequence[ClaimedJob]], None],
         on_unreadable: Callable[[UnreadableEvent], None],
     ) -> None:
         self._event_store = event_store
         self._queue = queue
-        self._start_job = start_job
+        self._start_jobs = start_jobs
         self._on_unreadable = on_unreadable
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -50,13 +70,14 @@ class Claimer:
         Raises:
             LedgerUnavailable: The database failed.
         """
-        candidates = await self._queue.take_candidates()
-        for job_id, stream_state, job_type, _ in candidates:
-            self._queue.pending_claims[job_id] = job_type
-            task = asyncio.create_task(self._claim(job_id, stream_state), name=f"claim-{job_id}")
-            self._tasks.add(task)
-            task.add_done_callback(partial(self._on_claim_done, job_id))
-        return bool(candidates)
+        if not (candidates := await self._queue.take_candidates()):
+            return False
+        for candidate in candidates:
+            self._queue.pending_claims[candidate.job_id] = candidate.job_type
+        task = asyncio.create_task(self._claim_together(candidates), name=f"claim-{candidates[0].job_id}")
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._on_task_done, candidates))
+        return True
 
     async def wait_pending(self) -> None:
         """Wait until all pending claims are done."""
@@ -69,16 +90,57 @@ class Claimer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _on_claim_done(self, job_id: str, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, candidates: Sequence[ClaimCandidate], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._queue.pending_claims.pop(job_id, None)
+        for candidate in candidates:
+            self._queue.pending_claims.pop(candidate.job_id, None)
         self._queue.wake()
         if not task.cancelled() and (error := task.exception()) is not None:
+            job_ids = [candidate.job_id for candidate in candidates]
+            _log.error("unexpected error while claiming jobs", job_ids=job_ids, error=repr(error))
+
+    async def _claim_together(self, candidates: Sequence[ClaimCandidate]) -> None:
+        """Claim jobs with one write. Claims that do not succeed at once continue one by one."""
+        worker_id, now = self._queue.worker_id, self._event_store.clock.estimate()
+        requests = [
+            CommandRequest(candidate.job_id, ClaimJob(worker_id, now), candidate.stream_state)
+            for candidate in candidates
+        ]
+        results = await handle_commands(self._event_store, requests, meta=EventMetadata(f"worker:{worker_id}"))
+        outcomes = list(zip(candidates, results, strict=True))
+        self._start_jobs(
+            [
+                self._take_claimed(candidate.job_id, result.stream_state)
+                for candidate, result in outcomes
+                if isinstance(result, CommandResult)
+            ]
+        )
+        await asyncio.gather(
+            *(
+                self._claim_separately(candidate, error)
+                for candidate, error in outcomes
+                if not isinstance(error, CommandResult)
+            )
+        )
+
+    async def _claim_separately(self, candidate: ClaimCandidate, previous_error: JobledgerError | None) -> None:
+        job_id = candidate.job_id
+        try:
+            await self._claim(job_id, candidate.stream_state, previous_error)
+        except Exception as error:  # noqa: BLE001 - it must not end the other claims
             _log.error("unexpected error while claiming a job", job_id=job_id, error=repr(error))
             if isinstance(error, UnreadableEvent):
                 self._on_unreadable(error)
+        finally:
+            self._queue.pending_claims.pop(job_id, None)
+            self._queue.wake()
 
-    async def _claim(self, job_id: str, stream_state: StreamState) -> None:
+    def _take_claimed(self, job_id: str, stream_state: StreamState) -> ClaimedJob:
+        self._queue.pending_claims.pop(job_id, None)
+        self._queue.mark_claimed(job_id, stream_state.head.position)
+        return ClaimedJob(job_id, stream_state)
+
+    async def _claim(self, job_id: str, stream_state: StreamState, previous_error: JobledgerError | None) -> None:
         """Claim a job by appending an event. Start the job if the append succeeds.
 
         It ends only when it is certain whether the claim was written: a claimed job must not hang.
@@ -100,6 +162,7 @@ class Claimer:
                 stream_state=stream_state,
                 retry_seconds=_RETRY_SECONDS,
                 on_retry=on_retry,
+                previous_error=previous_error,
             )
         except NotDue:
             self._queue.handle_not_due()
@@ -117,8 +180,7 @@ class Claimer:
         if not isinstance(job, Job) or job.worker_id != worker_id:  # the claim was written, and it has ended by now
             await self._handle_rejection(job_id)
             return
-        self._queue.mark_claimed(job_id, result.stream_state.head.position)
-        self._start_job(job_id, result.stream_state)
+        self._start_jobs([self._take_claimed(job_id, result.stream_state)])
 
     async def _handle_rejection(self, job_id: str) -> None:
         with suppress(LedgerUnavailable):  # in this case, the claim is retried once more
