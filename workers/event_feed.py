@@ -23,13 +23,13 @@ from jobledger.projections.engine.checkpoint import CheckpointFollower
 
 _log = structlog.get_logger()
 _FLOOD_EVENTS_PER_SECOND: Final = 300
-_MEASURE_SECONDS: Final = 0.5
+_MEASURE_SECONDS: Final = 0.25
 _READ_SECONDS: Final = 0.2
 """Time between two reads of the log in a flood."""
 _MAX_FLOOD_SECONDS: Final = 4.0
 """Time after which the change stream is opened again, and with it the load is measured again."""
 _OTHER_THAN_CLAIM: Final[Document] = {"type": {"$ne": "JobClaimed"}}
-_SAMPLED_CLAIM: Final[Document] = {"_id": {"$mod": [16, 0]}}
+_SAMPLED_CLAIM: Final[Document] = {"_id": {"$mod": [4, 0]}}
 
 
 class EventFeed:
@@ -112,4 +112,11 @@ class EventFeed:
                 _log.warning("reading the log interrupted", error=str(error))
                 return
             for document in documents:
-                self._handle(document)
+                self._handle_safely(document)
+
+    def _handle_safely(self, document: Mapping[str, Any]) -> None:
+        try:
+            self._handle(document)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            # A damaged document, written by another program, must not end the feed.
+            _log.error("unreadable event", position=document["_id"], error=repr(error))

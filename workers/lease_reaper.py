@@ -106,10 +106,10 @@ class LeaseReaper:
 
     async def _resync(self, session: AsyncClientSession) -> None:
         """Load all lease documents with their remaining times, and look for running jobs of unknown workers."""
-        workers = self._db[COLLECTION].find({}, {**_FIELDS, "problem": 1}, session=session)
+        workers = await self._db[COLLECTION].find({}, {**_FIELDS, "problem": 1}, session=session).to_list()
         self._live_workers.clear()
         self._unhealthy.clear()
-        async for worker in workers:
+        for worker in workers:
             self._live_workers[worker["_id"]] = worker["seconds"]
             self._update_health(worker["_id"], worker)
             self._schedule_check(worker["_id"], 0.0 if worker["released"] else self._observe_remaining_seconds(worker))

@@ -254,8 +254,8 @@ class Worker:
         """Fence all running jobs. Cancel their last calls to a database that does not respond."""
         for executor in list(self._running):
             executor.stop_fenced()
-        if self._running:
-            _, pending = await asyncio.wait(self._running.values(), timeout=_STOP_SECONDS)
+        await self._wait_for_jobs(_STOP_SECONDS)
+        while pending := set(self._running.values()):
             for task in pending:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
@@ -265,14 +265,21 @@ class Worker:
         if not self._running:
             return
         _log.info("waiting for running jobs", jobs=len(self._running), seconds=self._settings.shutdown_grace_seconds)
-        ended = asyncio.gather(*self._running.values(), return_exceptions=True)
-        either: set[asyncio.Future[Any]] = {ended, lost}
-        await asyncio.wait(either, timeout=self._settings.shutdown_grace_seconds, return_when=asyncio.FIRST_COMPLETED)
+        await self._wait_for_jobs(self._settings.shutdown_grace_seconds, lost)
         if not lost.done():
             for executor in list(self._running):
                 executor.release()
             # If the database does not respond, other workers get the jobs when our lease has expired.
-            await asyncio.wait(either, timeout=_STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await self._wait_for_jobs(_STOP_SECONDS, lost)
+
+    async def _wait_for_jobs(self, seconds: float, *stops: asyncio.Task[None]) -> None:
+        """Wait for the running jobs, which may move to other tasks. Return early if one of `stops` is done."""
+        loop = asyncio.get_running_loop()
+        end_at = loop.time() + seconds
+        while self._running and not any(stop.done() for stop in stops) and (left := end_at - loop.time()) > 0:
+            tasks = {*self._running.values(), *stops}
+            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(0)  # the callbacks of the tasks update the running jobs
 
     # Waking up ----------------------------------------------------------------------------------------------------
 
@@ -282,8 +289,8 @@ class Worker:
 
     def _hurry_if_needed(self) -> None:
         if self._needs_jobs():
+            self._event_feed.hurry()  # first, so that a pause that is not noticed yet leaves the stream open
             self._change_stream.hurry()
-            self._event_feed.hurry()
 
     def _needs_jobs(self) -> bool:
         return self._count_all_free_slots() > 0 and self._claim_queue.is_exhausted
@@ -376,10 +383,10 @@ class Worker:
 
     async def _load_missed_cancels(self) -> None:
         self._may_have_missed_cancels = False
-        if not self._running:
+        job_ids = [*self._claim_queue.pending_claims, *(executor.job_id for executor in self._running)]
+        if not job_ids:
             return
         try:
-            job_ids = [executor.job_id for executor in self._running]
             versions = await self._event_store.find_last_versions(job_ids, JobCancelRequested)
         except LedgerUnavailable:
             self._may_have_missed_cancels = True
@@ -387,17 +394,25 @@ class Worker:
         for executor in list(self._running):
             if versions.get(executor.job_id, 0) > executor.claimed_version:
                 executor.cancel()
+        self._cancel_versions |= {
+            job_id: versions[job_id] for job_id in self._claim_queue.pending_claims & versions.keys()
+        }
 
     def _start_jobs(self, claimed: Sequence[ClaimedJob]) -> None:
         inline: list[JobExecutor] = []
         for job_id, stream_state in claimed:
-            executor = JobExecutor(self._dependencies, stream_state, job_id)
-            if self._cancel_versions.pop(job_id, 0) > stream_state.head.version:
-                executor.cancel()
-            if executor.is_inline:
-                inline.append(executor)
-            else:
-                self._run_jobs([executor], executor.run())
+            try:
+                executor = JobExecutor(self._dependencies, stream_state, job_id)
+                if self._cancel_versions.pop(job_id, 0) > stream_state.head.version:
+                    executor.cancel()
+                if executor.is_inline:
+                    inline.append(executor)
+                else:
+                    self._run_jobs([executor], executor.run())
+            except Exception as error:  # noqa: BLE001 - it must not keep the other jobs of the claim from starting
+                _log.error(
+                    "claimed job not started: restart the worker to release the job", job_id=job_id, error=repr(error)
+                )
         if inline:
             self._run_jobs(inline, InlineBatch(self._event_store, inline, self._run_jobs, self._free_slots).run())
 

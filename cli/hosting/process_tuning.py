@@ -6,6 +6,7 @@ import asyncio
 import gc
 import resource
 import time
+from pathlib import Path
 from typing import Final
 
 _MAX_OPEN_FILES: Final = 65_536
@@ -13,7 +14,7 @@ _THRESHOLDS: Final = (300_000, 20, 50)
 _CHECK_SECONDS: Final = 1.0
 _COLLECT_SECONDS: Final = 10.0
 _FULL_COLLECT_SECONDS: Final = 60.0
-_GROWTH_KB: Final = 32 * 1024
+_GROWTH_BYTES: Final = 32 * 1024 * 1024
 
 
 def tune_garbage_collector() -> None:
@@ -30,25 +31,27 @@ def tune_garbage_collector() -> None:
 async def collect_garbage_periodically() -> None:
     """Collect young objects every 10 seconds, and all objects every minute, until cancelled.
 
-    Young objects are collected within a second when the peak of the used memory has grown by 32 MB. Python counts
-    allocations and not their bytes: a few thousand unreachable objects may hold gigabytes.
+    Young objects are collected within a second when the used memory has grown by 32 MB. Python counts allocations and
+    not their bytes: a few thousand unreachable objects may hold gigabytes.
     """
     collected_at = fully_collected_at = time.monotonic()
-    collected_peak = _read_peak_memory_kb()
+    collected_bytes = _read_used_bytes()
     while True:
         await asyncio.sleep(_CHECK_SECONDS)
-        now, peak = time.monotonic(), _read_peak_memory_kb()
-        if now - collected_at < _COLLECT_SECONDS and peak - collected_peak < _GROWTH_KB:
+        now, used_bytes = time.monotonic(), _read_used_bytes()
+        if now - collected_at < _COLLECT_SECONDS and used_bytes - collected_bytes < _GROWTH_BYTES:
             continue
         is_full = now - fully_collected_at >= _FULL_COLLECT_SECONDS
         gc.collect(2 if is_full else 1)
-        collected_at, collected_peak = now, peak
+        collected_at, collected_bytes = now, _read_used_bytes()
         if is_full:
             fully_collected_at = now
 
 
-def _read_peak_memory_kb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _read_used_bytes() -> int:
+    """Return the resident memory of this process."""
+    pages = Path("/proc/self/statm").read_text().split()[1]  # man 5 proc
+    return int(pages) * resource.getpagesize()
 
 
 def raise_open_file_limit() -> None:

@@ -83,26 +83,24 @@ class AppendOutcomes:
     """
 
     def __init__(self, count: int) -> None:
-        self._errors: list[Exception | None] = [None] * count
-        self._is_set = bytearray(count)
-        self._missing = count
-        self._done = asyncio.get_running_loop().create_future()
+        self._missing = set(range(count))
+        self._new: list[tuple[int, Exception | None]] = []
+        self._changed = asyncio.Event()
 
     def set(self, index: int, error: Exception | None) -> None:
         """Set the outcome of one append, unless it is set. None: it succeeded."""
-        if self._is_set[index]:
-            return
-        self._is_set[index] = True
-        self._errors[index] = error
-        self._missing -= 1
-        if not self._missing and not self._done.done():
-            self._done.set_result(None)
+        if index in self._missing:
+            self._missing.discard(index)
+            self._new.append((index, error))
+            self._changed.set()
 
-    async def wait(self) -> list[Exception | None]:
-        """Wait for all outcomes and return the error of each append, None if it succeeded."""
-        if self._missing:
-            await self._done
-        return self._errors
+    async def wait(self) -> list[tuple[int, Exception | None]]:
+        """Wait for outcomes and return the new ones by index, all that one write has. Empty if there are no more."""
+        if not self._new and self._missing:
+            self._changed.clear()
+            await self._changed.wait()
+        new, self._new = self._new, []
+        return new
 
 
 class Appender:

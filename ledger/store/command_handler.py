@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import structlog
 from bson import ObjectId
 
 from jobledger.ledger.domain import batch, delivery, job
@@ -22,8 +23,6 @@ from jobledger.ledger.domain.commands import BatchCommand, DeliveryCommand, JobC
 from jobledger.ledger.domain.delivery import Delivery
 from jobledger.ledger.domain.errors import (
     CommandRejected,
-    InvalidEvent,
-    JobledgerError,
     LedgerBusy,
     LedgerUnavailable,
     StreamBusy,
@@ -37,6 +36,7 @@ from jobledger.ledger.store.event_store import EventStore
 
 Command = JobCommand | BatchCommand | DeliveryCommand
 Aggregate = Job | Batch | Delivery
+_log = structlog.get_logger()
 _MAX_TRIES = 20  # few processes append to one stream, so more conflicts in a row are rare
 
 
@@ -180,35 +180,43 @@ class CommandRequest(NamedTuple):
 
 async def handle_commands(
     event_store: EventStore, requests: Sequence[CommandRequest], *, meta: EventMetadata
-) -> list[CommandResult | JobledgerError | None]:
+) -> AsyncGenerator[Sequence[tuple[int, CommandResult | Exception | None]]]:
     """Try once to handle commands for different streams, each independently of the others, and write them together.
 
     It is for many commands that nearly always succeed. The caller handles the others one by one
-    (`handle_command_with_retries`).
+    (`handle_command_with_retries`). If the caller stops early, their events may be written nevertheless.
 
-    Returns:
-        For each command its result, or the error of its append (see `EventStore.append_each`). None: nothing was tried,
-        because the given state does not allow the command, or it requires several streams.
+    Yields:
+        The outcomes by index in `requests`, as soon as they are known: a result, or the error of the append (see
+        `EventStore.append`). None: nothing was tried, because the given state does not allow the command, or it
+        requires several streams. Each command has one outcome.
     """
     now = event_store.clock.estimate()
-    results: list[CommandResult | JobledgerError | None] = [None] * len(requests)
     appends: list[StreamAppend] = []
     indexes: list[int] = []
     for index, (stream, command, stream_state) in enumerate(requests):
         try:
             events = decider_for(stream).decide(command, stream_state.aggregate)
-        except (CommandRejected, InvalidEvent):
-            continue
-        if events and not any(_derive_deliveries(stream, stream_state, events, now)):
-            correlated = _add_correlation_id(meta, stream_state.aggregate)
-            appends.append(StreamAppend(stream, stream_state.head, events, correlated, now))
-            indexes.append(index)
-    for index, outcome in zip(indexes, await event_store.append_each(appends), strict=True):
-        if isinstance(outcome, list):
-            results[index] = CommandResult(outcome, requests[index].stream_state.apply(outcome))
-        else:
-            results[index] = outcome
-    return results
+            if events and not any(_derive_deliveries(stream, stream_state, events, now)):
+                correlated = _add_correlation_id(meta, stream_state.aggregate)
+                appends.append(StreamAppend(stream, stream_state.head, events, correlated, now))
+                indexes.append(index)
+        except Exception as error:  # noqa: BLE001 - it concerns only this command, and is raised when it is tried alone
+            _log.debug("command not tried together with others", stream=stream, error=repr(error))
+    tried = set(indexes)
+    if untried := [(index, None) for index in range(len(requests)) if index not in tried]:
+        yield untried
+    async with aclosing(event_store.append_each(appends)) as written:
+        async for outcomes in written:
+            results: list[tuple[int, CommandResult | Exception | None]] = []
+            for number, outcome in outcomes:
+                index = indexes[number]
+                if isinstance(outcome, list):
+                    stream_state = requests[index].stream_state.apply(outcome)
+                    results.append((index, CommandResult(outcome, stream_state)))
+                else:
+                    results.append((index, outcome))
+            yield results
 
 
 def _derive_deliveries(
@@ -273,7 +281,7 @@ async def handle_command_with_retries(
     stream_state: StreamState,
     retry_seconds: float,
     on_retry: Callable[[LedgerUnavailable | LedgerBusy], None],
-    previous_error: JobledgerError | None = None,
+    previous_error: Exception | None = None,
 ) -> CommandResult:
     """Handle a command, and retry it while the database is unavailable or busy. The command takes effect once.
 

@@ -20,7 +20,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from jobledger.ledger.domain.canonical_json import TextTooLong
-from jobledger.ledger.domain.errors import DatabaseUnsuitable, JobledgerError, LogTruncated
+from jobledger.ledger.domain.errors import DatabaseUnsuitable, LogTruncated
 from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.mongo.connection import (
     DURABLE,
@@ -167,23 +167,26 @@ class EventStore:
         begun = time.monotonic()
         outcomes = AppendOutcomes(1)
         self._appender.write(documents, size, based_on_position, partial(outcomes.set, 0))
-        [error] = await outcomes.wait()
+        [(_, error)] = await outcomes.wait()
         if error is not None:
             raise error
         self.append_durations.observe(time.monotonic() - begun)
         return list(map(RecordedEvent, documents, events))
 
-    async def append_each(self, appends: Sequence[StreamAppend]) -> list[list[RecordedEvent] | JobledgerError]:
+    async def append_each(
+        self, appends: Sequence[StreamAppend]
+    ) -> AsyncGenerator[Sequence[tuple[int, list[RecordedEvent] | Exception]]]:
         """Append events to their streams, each append independently of the others.
 
-        They are written together, so many of them cost less than many calls of `append`.
+        They are written together, so many of them cost less than many calls of `append`. If the caller stops early,
+        they may be written nevertheless.
 
         Args:
             appends: The events of different streams. None may be without events.
 
-        Returns:
-            For each append its events, which are durable, or its error: VersionConflict, InvalidEvent, LedgerBusy or
-            LedgerUnavailable as in `append`.
+        Yields:
+            The outcomes of each write, by index in `appends`: the events, which are durable, or an error as `append`
+            raises it. Each append has one outcome.
         """
         begun = time.monotonic()
         outcomes = AppendOutcomes(len(appends))
@@ -199,18 +202,15 @@ class EventStore:
                 size = await _build_documents(append, documents)
                 bytes_since_pause += size
                 self._appender.write(documents, size, append.head.position, partial(outcomes.set, index))
-            except JobledgerError as error:
+            except Exception as error:  # noqa: BLE001 - it concerns only this append
                 outcomes.set(index, error)
-        results: list[list[RecordedEvent] | JobledgerError] = []
-        for append, documents, failure in zip(appends, written, await outcomes.wait(), strict=True):
-            if failure is None:
-                results.append(list(map(RecordedEvent, documents, append.events)))
-            elif isinstance(failure, JobledgerError):
-                results.append(failure)
-            else:
-                raise failure
-        self.append_durations.observe(time.monotonic() - begun)
-        return results
+        while new := await outcomes.wait():
+            if any(error is None for _, error in new):
+                self.append_durations.observe(time.monotonic() - begun)
+            yield [
+                (index, list(map(RecordedEvent, written[index], appends[index].events)) if error is None else error)
+                for index, error in new
+            ]
 
     # Read ---------------------------------------------------------------------------------------------------------
 

@@ -46,8 +46,10 @@ CHUNK_EVENTS: Final = 1000
 _FLOOD_EVENTS: Final = 300
 """A chunk of so many new events is a flood."""
 _FLOOD_CHUNK_EVENTS: Final = 5000
-_FLOOD_READ_SECONDS: Final = 0.15
+_FLOOD_READ_SECONDS: Final = 0.1
 """Time between two reads of the log in a flood."""
+_MAX_FLOOD_SECONDS: Final = 5.0
+"""Time after which the change stream is opened again in any case, so that its other listeners resync."""
 _MAX_FOLLOW_UP_DELAY_SECONDS: Final = 0.25
 STALL_RETRY_SECONDS: Final = 10.0
 """After an event that it cannot read, a projector gives up the lead for this time before it tries again."""
@@ -189,21 +191,23 @@ class Projector:
             events.rewind(writer.position)  # the chunk may have been read before its events were removed
 
     async def _follow_flood(self, writer: ProjectionWriter, follow_ups: _FollowUps) -> None:
-        """Read the log several times a second, until there are few new events.
+        """Read the log several times a second, until there are few new events, for a few seconds at most.
 
         During a flood there are always new events, so nothing needs to signal them. Reading many from the log takes
         less than half of the time that reading each of them from the change stream takes.
         """
         loop = asyncio.get_running_loop()
-        while True:
+        end_at = loop.time() + _MAX_FLOOD_SECONDS
+        read_at = loop.time()
+        while loop.time() < end_at:
+            await asyncio.sleep(max(0.0, read_at + _FLOOD_READ_SECONDS - loop.time()))
             read_at = loop.time()
             await self._event_store.check_not_truncated(writer.last_applied, "the views")
             chunk = await self._event_store.read(after=writer.position, limit=_FLOOD_CHUNK_EVENTS)
-            is_flood = len(chunk) >= _FLOOD_EVENTS
+            is_flood = len(chunk) >= _FLOOD_EVENTS // 3
             await follow_ups.add(await writer.apply(chunk), may_be_outdated=is_flood)
             if not is_flood:
                 return
-            await asyncio.sleep(max(0.0, read_at + _FLOOD_READ_SECONDS - loop.time()))
 
     async def _append_follow_ups(self, changed_batches: Iterable[Document]) -> None:
         """Append the events that the counts of batches require: a batch is finished, or is reopened."""

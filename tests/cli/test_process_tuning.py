@@ -33,15 +33,13 @@ def without_automatic_collection() -> Iterator[None]:
 async def test_unreachable_objects_are_freed_although_few_were_allocated(
     monkeypatch: pytest.MonkeyPatch, cause: str
 ) -> None:
-    peak = 100_000
-    monkeypatch.setattr(process_tuning, "_read_peak_memory_kb", lambda: peak)
     monkeypatch.setattr(process_tuning, "_CHECK_SECONDS", 0.01)
     monkeypatch.setattr(process_tuning, "_COLLECT_SECONDS", 0.2 if cause == "time" else 3600.0)
     collecting = asyncio.create_task(collect_garbage_periodically())
     node = weakref.ref(Node())
     await asyncio.sleep(0.05)
     assert node() is not None
-    if cause == "memory":
-        peak += 32 * 1024
+    ballast = bytearray(b"x") * (64 * 1024 * 1024 if cause == "memory" else 1)
     await poll_until(lambda: node() is None)
+    assert ballast
     collecting.cancel()

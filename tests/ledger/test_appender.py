@@ -21,6 +21,7 @@ from tests.support.ledger_setup import (
     EVENT_METADATA,
     Ledger,
     check_log,
+    collect_outcomes,
     load_event_documents,
     open_ledger,
     read_all_events,
@@ -217,7 +218,7 @@ async def test_queued_single_events_get_consecutive_positions(connection: Connec
 
 async def test_append_each_returns_events_or_error_of_each_append(unstreamed_ledger: Ledger) -> None:
     [existing] = await unstreamed_ledger.event_store.append(create_append(make_job_submitted(), stream="job-1"))
-    results = await unstreamed_ledger.event_store.append_each(
+    outcomes = unstreamed_ledger.event_store.append_each(
         [
             create_append(make_job_submitted(), stream="job-2"),
             create_append(create_progress(), stream="job-1", head=StreamHead()),
@@ -226,6 +227,7 @@ async def test_append_each_returns_events_or_error_of_each_append(unstreamed_led
             create_append(create_progress(), stream="job-5"),
         ]
     )
+    results = await collect_outcomes(outcomes)
     stored, conflict, invalid, several, last = results
     assert isinstance(conflict, VersionConflict)
     assert (conflict.stream, conflict.found) == ("job-1", 1)
@@ -239,7 +241,8 @@ async def test_append_each_writes_appends_with_one_insert(connection: Connection
     commands = CommandCounter()
     async with open_ledger(monitor_connection(connection, commands)) as ledger:
         commands.started_by_name.clear()
-        results = await ledger.event_store.append_each([create_append(make_job_submitted()) for _ in range(50)])
+        appends = [create_append(make_job_submitted()) for _ in range(50)]
+        results = await collect_outcomes(ledger.event_store.append_each(appends))
         assert all(isinstance(result, list) for result in results)
         assert commands.started_by_name["insert"] == 1
 
@@ -247,16 +250,27 @@ async def test_append_each_writes_appends_with_one_insert(connection: Connection
 async def test_append_each_reports_full_queue_for_each_append(connection: Connection) -> None:
     limits = EventStoreLimits(max_pending_events=2)
     async with open_ledger(connection, limits=limits) as ledger:
-        results = await ledger.event_store.append_each([create_append(make_job_submitted()) for _ in range(4)])
+        appends = [create_append(make_job_submitted()) for _ in range(4)]
+        results = await collect_outcomes(ledger.event_store.append_each(appends))
         assert [type(result) for result in results] == [list, list, LedgerBusy, LedgerBusy]
 
 
 async def test_cancelled_append_each_is_written(unstreamed_ledger: Ledger) -> None:
-    appending = asyncio.create_task(
-        unstreamed_ledger.event_store.append_each([create_append(make_job_submitted(), stream="job-1")])
-    )
+    outcomes = unstreamed_ledger.event_store.append_each([create_append(make_job_submitted(), stream="job-1")])
+    appending = asyncio.create_task(collect_outcomes(outcomes))
     await asyncio.sleep(0)
     appending.cancel()
     await asyncio.wait({appending})
     await unstreamed_ledger.event_store.aclose()
     assert len(await unstreamed_ledger.event_store.read_stream("job-1")) == 1
+
+
+async def test_append_each_returns_events_before_slower_appends_are_done(connection: Connection) -> None:
+    """One append of several events is a transaction, and a write of its own."""
+    async with open_ledger(connection) as ledger:
+        appends = [
+            create_append(make_job_submitted(), stream="job-1"),
+            create_append(make_job_submitted(), create_progress(), stream="job-2"),
+        ]
+        parts = [[index for index, _ in part] async for part in ledger.event_store.append_each(appends)]
+    assert sorted(parts) == [[0], [1]]

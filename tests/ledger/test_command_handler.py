@@ -59,7 +59,7 @@ from jobledger.ledger.store.command_handler import (
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import ACCESS, NOON, make_job_submitted, make_results
-from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_log, load_event_documents
+from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_log, collect_outcomes, load_event_documents
 from tests.support.worker_reports import report_progress, report_results
 
 CLOCK_ERROR = timedelta(seconds=1)
@@ -514,7 +514,7 @@ async def test_handle_commands_handles_each_command_independently(unstreamed_led
         CommandRequest(jobs[2][0], ClaimJob("w1", NOON), jobs[2][1]),
         CommandRequest(jobs[3][0], ClaimJob("w1", NOON), jobs[3][1]),
     ]
-    first, rejected, conflict, last = await handle_commands(store, requests, meta=EVENT_METADATA)
+    first, rejected, conflict, last = await collect_outcomes(handle_commands(store, requests, meta=EVENT_METADATA))
     assert rejected is None
     assert isinstance(conflict, VersionConflict)
     for result, (job_id, _) in ((first, jobs[0]), (last, jobs[3])):
@@ -530,7 +530,7 @@ async def test_handle_commands_leaves_commands_with_deliveries_to_the_caller(uns
     job_id = (await unstreamed_ledger.submit_job(job)).events[0].stream
     claimed = await handle_command(store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA)
     request = CommandRequest(job_id, report_results("w1", 1, make_results()), claimed.stream_state)
-    assert await handle_commands(store, [request], meta=EVENT_METADATA) == [None]
+    assert await collect_outcomes(handle_commands(store, [request], meta=EVENT_METADATA)) == [None]
     assert len(await store.read_stream(job_id)) == 2
 
 
@@ -542,7 +542,8 @@ async def test_retry_after_unknown_outcome_of_handle_commands_takes_effect_once(
     job_id, stream_state = await submit_job(store)
     command = ClaimJob("w1", NOON)
     if is_written:
-        await handle_commands(store, [CommandRequest(job_id, command, stream_state)], meta=EVENT_METADATA)
+        request = CommandRequest(job_id, command, stream_state)
+        await collect_outcomes(handle_commands(store, [request], meta=EVENT_METADATA))
     errors: list[Exception] = []
     result = await handle_command_with_retries(
         store,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from jobledger.ledger.domain.commands import SubmitJob
 from jobledger.ledger.domain.events import EventMetadata, JobSubmitted, RecordedEvent
@@ -24,6 +25,7 @@ from tests.support.event_examples import make_job_submitted
 from tests.support.polling import DEADLINE_SECONDS
 
 EVENT_METADATA = EventMetadata("user:alice")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ async def open_ledger(
         else:
             yield Ledger(db, log, changes)
         await log.aclose()
+
+
+async def collect_outcomes(outcomes: AsyncIterator[Sequence[tuple[int, T]]]) -> list[T]:
+    """Return the outcomes of `append_each` or `handle_commands` in the order of the requests."""
+    collected = [item async for part in outcomes for item in part]
+    assert sorted(index for index, _ in collected) == list(range(len(collected)))
+    return [outcome for _, outcome in sorted(collected, key=itemgetter(0))]
 
 
 async def take_events(subscription: Subscription, count: int, seconds: float = DEADLINE_SECONDS) -> list[RecordedEvent]:

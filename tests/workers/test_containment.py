@@ -411,3 +411,57 @@ async def test_cancelled_caller_starts_no_more_coroutines() -> None:
     count = len(started)
     await asyncio.sleep(0.03)
     assert 0 < len(started) == count < 100
+
+
+async def test_task_that_a_coroutine_has_kept_cancels_no_later_coroutine() -> None:
+    async def cancel_later() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_later(0.01, task.cancel)
+
+    async def wait() -> str:
+        await asyncio.sleep(0.05)
+        return "not cancelled"
+
+    results = await Sequence().run(first=cancel_later(), waiting=wait())
+    assert results["waiting"] == "not cancelled"
+
+
+def test_thread_of_a_coroutine_cancels_no_later_coroutine() -> None:
+    async def cancel_in_thread() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        run_in_thread(loop.call_soon_threadsafe, task.cancel)
+
+    async def main() -> dict[str, Any]:
+        return await Sequence().run(first=cancel_in_thread(), waiting=wait_and_get_task())
+
+    assert run(main)["waiting"] != "cancelled"
+
+
+async def test_done_callback_is_called_at_the_end_of_its_coroutine() -> None:
+    called: list[str] = []
+
+    async def add_callback(name: str, *, wait: bool) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: called.append(name))
+        if wait:
+            await asyncio.sleep(0.02)
+
+    running = asyncio.create_task(
+        Sequence().run(first=add_callback("first", wait=False), second=add_callback("second", wait=True))
+    )
+    await asyncio.sleep(0.01)
+    assert called == ["first"]
+    await running
+    await asyncio.sleep(0)
+    assert called == ["first", "second"]
+
+
+async def test_waiting_coroutine_can_be_cancelled_from_outside() -> None:
+    sequence = Sequence()
+    await run_until_waiting([sequence.build_work("a", get_task()), sequence.build_work("b", asyncio.sleep(60))])
+    sequence.waiting["b"].cancel()
+    await asyncio.wait(sequence.waiting.values())
+    assert sequence.waiting["b"].cancelled()

@@ -76,7 +76,7 @@ async def test_flood_is_read_from_the_log_without_most_claims(subject: tuple[Run
     await roles.handle_commands(batch_id, PauseBatch("user-1"))
     await poll_until(lambda: (batch_id, "BatchPaused") in feed.handled)
     assert (job_ids[0], "JobCancelRequested") in feed.handled
-    assert 2 <= [event_type for _, event_type in feed.handled].count("JobClaimed") <= 3  # 1 of 16
+    assert 9 <= [event_type for _, event_type in feed.handled].count("JobClaimed") <= 11  # every fourth
     count = len(feed.handled)
     await asyncio.sleep(0.5)
     assert len(feed.handled) == count
@@ -133,6 +133,15 @@ async def test_jobs_run_once_and_are_cancelled_during_floods(
         await poll_until(lambda: all(paused), "both workers have paused their change streams")
         for job_id in long_ids:
             await roles.handle_commands(job_id, CancelJob("user-1"))
+        await roles.wait_until_finished(*job_ids, *long_ids)
+        counts = [len(counted) for counted in paused]
+        job_ids += [await roles.submit({"file": False}) for _ in range(5)]
+        _, more_ids = await roles.submit_batch(*({"seconds": 0.02, "file": False} for _ in range(300)))
+        job_ids += more_ids
+        await poll_until(
+            lambda: any(len(counted) > count for counted, count in zip(paused, counts, strict=True)),
+            "a later flood is recognized, too",
+        )
         await roles.wait_until_finished(*job_ids, *long_ids)
         for job_id in job_ids:
             types = [name for name in await roles.read_event_types(job_id) if name != "JobProgressed"]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobledger.ledger.domain.commands import CancelJob, ExpireLease
-from jobledger.ledger.domain.errors import JobledgerError, LedgerUnavailable
+from jobledger.ledger.domain.errors import JobledgerError, LedgerBusy, LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.command_handler import CommandRequest, CommandResult, handle_commands
+from jobledger.ledger.store.command_handler import CommandRequest, handle_commands
 from jobledger.workers.attempts.executor import JobExecutor
 from jobledger.workers.processor import JobContext, ProcessorError, Results
 from tests.support.driver_hooks import CommandCounter, monitor_connection
@@ -102,11 +102,12 @@ class Interference:
 
         async def handle(
             event_store: Any, requests: Sequence[CommandRequest], **options: Any
-        ) -> list[CommandResult | JobledgerError | None]:
+        ) -> AsyncGenerator[Any, None]:
             if not self.job_id:
                 self.job_id = requests[0].stream
                 await interfere(self.job_id)
-            return await handle_commands(event_store, requests, **options)
+            async for outcomes in handle_commands(event_store, requests, **options):
+                yield outcomes
 
         monkeypatch.setattr(HANDLE_COMMANDS, handle)
 
@@ -145,9 +146,10 @@ async def test_slots_of_completed_jobs_are_limited_while_the_database_is_slow(
 ) -> None:
     released = asyncio.Event()
 
-    async def handle_slowly(*arguments: Any, **options: Any) -> list[CommandResult | JobledgerError | None]:
+    async def handle_slowly(*arguments: Any, **options: Any) -> AsyncGenerator[Any, None]:
         await released.wait()
-        return await handle_commands(*arguments, **options)
+        async for outcomes in handle_commands(*arguments, **options):
+            yield outcomes
 
     monkeypatch.setattr(HANDLE_COMMANDS, handle_slowly)
     worker = WorkerOptions(max_concurrent=3)
@@ -177,8 +179,8 @@ async def test_ended_attempt_is_freed_without_garbage_collection(
     install_processor(monkeypatch, run_in_some_way)
     if error is not None:
 
-        async def fail(_store: Any, requests: Sequence[CommandRequest], **_: Any) -> list[JobledgerError]:
-            return [error for _ in requests]
+        async def fail(_store: Any, requests: Sequence[CommandRequest], **_: Any) -> AsyncGenerator[Any, None]:
+            yield [(index, error) for index in range(len(requests))]
 
         monkeypatch.setattr(HANDLE_COMMANDS, fail)
     ways = [way for way in OUTCOMES if way not in {"fail", "exit", "invalid"}]  # their exceptions have cycles
@@ -192,3 +194,104 @@ async def test_ended_attempt_is_freed_without_garbage_collection(
     finally:
         gc.enable()
     assert len(executors) == len(ways)
+
+
+@pytest.mark.parametrize("error", [LedgerUnavailable("no response"), LedgerBusy("full"), LookupError("a bug"), None])
+async def test_jobs_are_completed_although_completing_them_together_fails(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """None: an unexpected exception after the events were written."""
+
+    async def fail(*arguments: Any, **options: Any) -> AsyncGenerator[Any, None]:
+        if isinstance(error, JobledgerError):
+            yield [(index, error) for index in range(len(arguments[1]))]
+        elif error is None:
+            async for _ in handle_commands(*arguments, **options):
+                raise LookupError("a bug")
+        else:
+            raise error
+
+    monkeypatch.setattr(HANDLE_COMMANDS, fail)
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
+        _, job_ids = await roles.submit_batch(*({"file": False} for _ in range(5)))
+        await roles.wait_until_finished(*job_ids)
+        for job_id in job_ids:
+            assert await roles.read_event_types(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
+
+
+async def test_job_that_cannot_be_started_does_not_keep_others_from_starting(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created = 0
+    create = JobExecutor.__init__
+
+    def fail_once(executor: JobExecutor, *arguments: Any) -> None:
+        nonlocal created
+        created += 1
+        if created == 2:
+            raise LookupError("a bug")
+        create(executor, *arguments)
+
+    monkeypatch.setattr(JobExecutor, "__init__", fail_once)
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        _, job_ids = await roles.submit_batch(*({"file": False} for _ in range(5)))
+        await roles.wait_for_views()
+        async with run_roles_in_process(connection, store, worker=WorkerOptions()):
+            await poll_until(lambda: created == 5)
+            running = job_ids[1]
+            await roles.wait_until_finished(*(job_id for job_id in job_ids if job_id != running))
+        assert (await roles.load_job(running))["status"] == "processing"
+
+
+# Stopping -------------------------------------------------------------------------------------------------------------
+
+
+async def test_jobs_that_wait_end_within_the_grace_period(connection: Connection, store: Path) -> None:
+    """The worker is stopped while a claim of many jobs is being written."""
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        _, job_ids = await roles.submit_batch(*({"seconds": 0.02 * number, "file": False} for number in range(30)))
+        await roles.wait_for_views()
+        async with run_roles_in_process(connection, store, worker=WorkerOptions(max_concurrent=30)) as worker_roles:
+            assert worker_roles.worker is not None
+            worker = worker_roles.worker
+            await poll_until(lambda: bool(worker._claim_queue.pending_claims) or bool(worker._running))
+            worker.stop()
+            assert worker_roles.worker_task is not None
+            await worker_roles.worker_task
+        await roles.wait_for_views()
+        assert [(await roles.load_job(job_id))["status"] for job_id in job_ids] == ["completed"] * 30
+
+
+async def test_completion_that_is_retried_is_recorded_within_the_grace_period(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = asyncio.Event()
+
+    async def fail(_store: Any, requests: Sequence[CommandRequest], **_: Any) -> AsyncGenerator[Any, None]:
+        reached.set()
+        await asyncio.sleep(0.1)
+        yield [(index, LedgerUnavailable("no response")) for index in range(len(requests))]
+
+    monkeypatch.setattr(HANDLE_COMMANDS, fail)
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        async with run_roles_in_process(connection, store, worker=WorkerOptions()) as worker_roles:
+            job_id = await roles.submit({"file": False})
+            await reached.wait()
+            assert worker_roles.worker is not None
+            assert worker_roles.worker_task is not None
+            worker_roles.worker.stop()
+            await worker_roles.worker_task
+        assert await roles.read_event_types(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
+
+
+async def test_jobs_that_outlast_the_grace_period_are_released(connection: Connection, store: Path) -> None:
+    options = WorkerOptions(max_concurrent=10, shutdown_grace_seconds=0.2)
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        _, job_ids = await roles.submit_batch(*({"seconds": 600} for _ in range(10)))
+        await roles.wait_for_views()
+        async with run_roles_in_process(connection, store, worker=options) as worker_roles:
+            assert worker_roles.worker is not None
+            worker = worker_roles.worker
+            await poll_until(lambda: len(worker._running) == 10)
+        for job_id in job_ids:
+            assert (await roles.read_event_types(job_id))[-1] == "JobReleased"

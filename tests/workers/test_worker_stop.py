@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, ReleaseJob
-from jobledger.ledger.domain.errors import JobledgerError, LedgerUnavailable
+from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.domain.events import (
     JobCancelRequested,
     JobClaimed,
@@ -23,7 +23,7 @@ from jobledger.ledger.domain.events import (
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE
 from jobledger.ledger.store.appender import Appender, EventStoreLimits, PendingAppend
-from jobledger.ledger.store.command_handler import CommandResult, handle_commands
+from jobledger.ledger.store.command_handler import handle_commands
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.processor import JobContext, Results
@@ -50,11 +50,11 @@ async def test_cancellation_before_claim_result_arrives_cancels_job(
     """A user sees the claim in the log and cancels before the claiming worker gets the result of its append."""
     claimed, release = asyncio.Event(), asyncio.Event()
 
-    async def respond_late(*arguments: Any, **options: Any) -> list[CommandResult | JobledgerError | None]:
-        results = await handle_commands(*arguments, **options)
-        claimed.set()
-        await release.wait()
-        return results
+    async def respond_late(*arguments: Any, **options: Any) -> AsyncGenerator[Any, None]:
+        async for outcomes in handle_commands(*arguments, **options):
+            claimed.set()
+            await release.wait()
+            yield outcomes
 
     monkeypatch.setattr("jobledger.workers.claims.claimer.handle_commands", respond_late)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
@@ -225,12 +225,13 @@ class LostResponse:
 
         async def append_each_without_response(
             event_store: EventStore, appends: Sequence[StreamAppend]
-        ) -> list[list[RecordedEvent] | JobledgerError]:
-            results = await append_each(event_store, appends)
-            if self.is_lost or not any(isinstance(append.events[0], kind) for append in appends):
-                return results
-            self.is_lost = True
-            return [LedgerUnavailable("no response") for _ in results]
+        ) -> AsyncGenerator[Any, None]:
+            async for outcomes in append_each(event_store, appends):
+                if self.is_lost or not any(isinstance(append.events[0], kind) for append in appends):
+                    yield outcomes
+                else:
+                    self.is_lost = True
+                    yield [(index, LedgerUnavailable("no response")) for index, _ in outcomes]
 
         async def append_without_response(event_store: EventStore, *appends: StreamAppend) -> list[RecordedEvent]:
             recorded = await append(event_store, *appends)

@@ -139,7 +139,7 @@ class AttemptWriter:
 
     # Writing ------------------------------------------------------------------------------------------------------
 
-    async def append(self, command: WorkerCommand, previous_error: JobledgerError | None = None) -> None:
+    async def append(self, command: WorkerCommand, previous_error: Exception | None = None) -> None:
         """Append the events of a command. Retry while the database is unavailable or busy, until the lease is lost.
 
         Args:
@@ -169,7 +169,7 @@ class AttemptWriter:
         if any(isinstance(event.event, WorkerFenced) for event in result.events):
             raise AttemptFenced
 
-    async def append_last(self, command: WorkerCommand, previous_error: JobledgerError | None = None) -> None:
+    async def append_last(self, command: WorkerCommand, previous_error: Exception | None = None) -> None:
         """Flush, then append the last event of the attempt. If it cannot be stored, fail the job instead.
 
         Args:

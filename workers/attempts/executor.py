@@ -22,7 +22,6 @@ from typing import Any, Final
 import structlog
 
 from jobledger.ledger.domain.commands import ReportEvent
-from jobledger.ledger.domain.errors import JobledgerError
 from jobledger.ledger.store.command_handler import StreamState
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.workers.attempts import process_runner
@@ -144,17 +143,29 @@ class JobExecutor:
         else:
             self._work.cancel()
 
-    def build_completion(self, outcome: AttemptCompleted | AttemptFailed | None) -> ReportEvent | None:
-        """Return the command that completes an inline job. None: `run` must record its outcome."""
-        if (
-            not isinstance(outcome, AttemptCompleted)
-            or self._stop_reason is not None
-            or (self._containment is not None and self._containment.is_used)
+    @property
+    def is_fenced(self) -> bool:
+        """Whether nothing more may be recorded."""
+        return self._stop_reason == "fence"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether an inline job that has ended left no tasks, threads, files and log entries behind."""
+        return not (
+            (self._containment is not None and self._containment.is_used)
             or self._assign().has_files
             or self._writer.has_entries
-        ):
+        )
+
+    def build_completion(self, outcome: AttemptCompleted) -> ReportEvent | None:
+        """Return the command that completes an inline job. None: `run` must record its outcome."""
+        if self._stop_reason is not None or self._job.spec.webhook is not None or not self.is_idle:
             return None
-        return self._outcome_recorder.build_completion(outcome)
+        try:
+            return self._outcome_recorder.build_completion(outcome)
+        except Exception as error:  # noqa: BLE001 - `run` records it as the failure of this attempt
+            _log.debug("completion not built", job_id=self.job_id, error=repr(error))
+            return None
 
     def begin_recording(self) -> StreamState:
         """Note that the calling task records the outcome, and return the state of the job. `stop_fenced` cancels it."""
@@ -184,14 +195,14 @@ class JobExecutor:
                     await asyncio.shield(removal)
             self.close()
 
-    async def complete(self, command: ReportEvent, previous_error: JobledgerError | None) -> None:
+    async def complete(self, command: ReportEvent, previous_error: Exception | None) -> None:
         """Record the completion of an inline job after `handle_commands` could not.
 
         Raises:
             UnreadableEvent: As `run`.
         """
         self.begin_recording()
-        await self._record(self._writer.append_last(command, previous_error))
+        await self._record(self._outcome_recorder.complete(command, previous_error))
         self.close()
 
     def close(self) -> None:

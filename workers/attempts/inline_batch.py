@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+import structlog
 
 from jobledger.ledger.domain.commands import ReportEvent
+from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.store.command_handler import CommandRequest, CommandResult, handle_commands
 from jobledger.ledger.store.event_store import EventStore
@@ -19,12 +23,19 @@ from jobledger.workers.attempts.executor import JobExecutor
 from jobledger.workers.child.containment import ContainedWork, run_until_waiting
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed
 
+_log = structlog.get_logger()
 _MAX_DELAY_SECONDS: Final = 0.02
 """How long the completion of a job may wait for that of others."""
 _CLAIM_ITERATIONS: Final = 2
 """Iterations of the event loop in which the worker claims the next jobs, so that one append writes both."""
 RunJobs = Callable[[Sequence[JobExecutor], Coroutine[Any, Any, None]], None]
 """Runs a coroutine in a task. Until it is done, the jobs are running."""
+
+
+class _Completed(NamedTuple):
+    executor: JobExecutor
+    outcome: AttemptCompleted
+    command: ReportEvent
 
 
 class InlineBatch:
@@ -47,7 +58,7 @@ class InlineBatch:
         self._run_jobs = run_jobs
         self._free_slots = free_slots
         self._metadata = EventMetadata(f"worker:{executors[0].worker_id}")
-        self._completed: list[tuple[JobExecutor, ReportEvent]] = []
+        self._completed: list[_Completed] = []
         """Jobs whose completion has not been recorded."""
         self._completed_at = 0.0
         """When the first of them was completed, on the event loop's clock."""
@@ -68,34 +79,57 @@ class InlineBatch:
     def _on_wait(self, executor: JobExecutor, work: asyncio.Task[Any]) -> None:
         executor.continue_inline(work)
         self._run_jobs([executor], executor.run())
+        self._complete_overdue()
 
     def _on_end(
         self, executor: JobExecutor, outcome: AttemptCompleted | AttemptFailed | None, error: BaseException | None
     ) -> None:
-        if (command := executor.build_completion(outcome)) is None:
+        if isinstance(outcome, AttemptCompleted) and (command := executor.build_completion(outcome)) is not None:
+            if not self._completed:
+                self._completed_at = asyncio.get_running_loop().time()
+            self._completed.append(_Completed(executor, outcome, command))
+        else:
             executor.end_inline(outcome, error)
             self._run_jobs([executor], executor.run())
-            return
-        now = asyncio.get_running_loop().time()
-        if not self._completed:
-            self._completed_at = now
-        self._completed.append((executor, command))
-        if now - self._completed_at > _MAX_DELAY_SECONDS:
-            completed, self._completed = self._completed, []
-            self._run_jobs([executor for executor, _ in completed], self._complete_together(completed))
+        self._complete_overdue()
 
-    async def _complete_together(self, completed: Sequence[tuple[JobExecutor, ReportEvent]]) -> None:
+    def _complete_overdue(self) -> None:
+        """Complete jobs that have waited for others of the batch for too long."""
+        if self._completed and asyncio.get_running_loop().time() - self._completed_at > _MAX_DELAY_SECONDS:
+            completed, self._completed = self._completed, []
+            self._run_jobs([job.executor for job in completed], self._complete_together(completed))
+
+    async def _complete_together(self, completed: Sequence[_Completed]) -> None:
         if not completed:
             return
-        self._free_slots([executor for executor, _ in completed])
+        self._free_slots([job.executor for job in completed])
         for _ in range(_CLAIM_ITERATIONS):
             await asyncio.sleep(0)
-        requests = [
-            CommandRequest(executor.job_id, command, executor.begin_recording()) for executor, command in completed
-        ]
-        results = await handle_commands(self._event_store, requests, meta=self._metadata)
-        for (executor, command), result in zip(completed, results, strict=True):
-            if isinstance(result, CommandResult):
-                executor.close()
-            else:
-                self._run_jobs([executor], executor.complete(command, result))
+        jobs = [job for job in completed if self._can_complete(job)]
+        requests = [CommandRequest(job.executor.job_id, job.command, job.executor.begin_recording()) for job in jobs]
+        open_jobs = dict(enumerate(jobs))
+        try:
+            async with aclosing(handle_commands(self._event_store, requests, meta=self._metadata)) as handled:
+                async for outcomes in handled:
+                    for index, outcome in outcomes:
+                        self._finish(open_jobs.pop(index), outcome)
+        except Exception as error:  # noqa: BLE001 - the jobs would hang as long as the worker keeps its lease
+            _log.error("unexpected error while completing jobs", error=repr(error))
+            for job in open_jobs.values():  # their events may have been written
+                self._finish(job, LedgerUnavailable(f"The outcome of an append is unknown: {error!r}"))
+
+    def _can_complete(self, job: _Completed) -> bool:
+        """Return whether to complete a job with others. Otherwise, its rest is started."""
+        if job.executor.is_fenced:
+            return False
+        if job.executor.is_idle:
+            return True
+        job.executor.end_inline(job.outcome, None)
+        self._run_jobs([job.executor], job.executor.run())
+        return False
+
+    def _finish(self, job: _Completed, outcome: CommandResult | Exception | None) -> None:
+        if isinstance(outcome, CommandResult):
+            job.executor.close()
+        else:
+            self._run_jobs([job.executor], job.executor.complete(job.command, outcome))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import Final, Literal
+from typing import Any, Final, Literal
 from urllib.parse import quote
 
 import structlog
@@ -60,8 +61,15 @@ class OutcomeRecorder:
             AttemptFenced: Another worker has the job.
             UnreadableEvent: An event of the job's stream is damaged, or a newer version of Jobledger wrote it.
         """
+        await self._fail_if_impossible(self._record(outcome, stop_reason))
+
+    async def complete(self, command: ReportEvent, previous_error: Exception | None) -> None:
+        """Append a command of `build_completion` after it was tried with an error. Otherwise as `record`."""
+        await self._fail_if_impossible(self._writer.append_last(command, previous_error))
+
+    async def _fail_if_impossible(self, recording: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._record(outcome, stop_reason)
+            await recording
         except UnreadableEvent:
             raise
         except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease

@@ -19,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -150,8 +149,9 @@ class _Sequence(Coroutine[Any, Any, None]):
         """The coroutine to which the task belongs."""
 
     def start(self) -> None:
-        # An empty context marks the task as one of third-party code.
-        Context().run(partial(asyncio.Task, self, loop=self._loop))
+        context = Context()
+        context.run(_current.set, Containment())  # marks the task as one of third-party code
+        context.run(_SequenceTask, self, loop=self._loop)
 
     def send(self, value: Any) -> Any:
         if self._owner is not None:
@@ -179,7 +179,7 @@ class _Sequence(Coroutine[Any, Any, None]):
 
     def _run_works(self) -> Any:
         task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a task runs this
+        assert isinstance(task, _SequenceTask)  # noqa: S101 - see `start`
         pause_at = self._loop.time() + _MAX_TURN_SECONDS
         while (
             not self._all_started.done()
@@ -193,6 +193,7 @@ class _Sequence(Coroutine[Any, Any, None]):
             cancellations = task.cancelling()
             coroutine = _Contained(work.coroutine, work.containment, self._context.copy())
             result = error = None
+            task.begin(work.containment)
             try:
                 awaited = coroutine.send(None)
             except StopIteration as end:
@@ -201,10 +202,12 @@ class _Sequence(Coroutine[Any, Any, None]):
                 error = raised
             else:
                 self._owner = coroutine
+                task.keep()
                 work.containment.add(task)
                 self._start_rest()
                 self._context.run(work.on_wait, task)
                 return awaited
+            task.end()
             if task.cancelling() > cancellations or task._must_cancel:  # type: ignore[attr-defined]  # private
                 # As in every task, a coroutine that has cancelled its own task has no result. This task ends, too.
                 self._start_rest()
@@ -222,6 +225,52 @@ class _Sequence(Coroutine[Any, Any, None]):
 
     def _start_rest(self) -> None:
         _Sequence(self._works, self._context, self._all_started).start()
+
+
+class _SequenceTask(asyncio.Task[Any]):
+    """The task of a sequence. To each coroutine of the sequence, it appears as a task of its own.
+
+    A coroutine may keep the task and use it later, when it belongs to another coroutine.
+    """
+
+    _owner: Containment | None = None
+    """The containment of the coroutine that runs or to which the task belongs."""
+    _owner_count = 0
+    _own_callbacks: list[tuple[Callable[[Any], object], Context]] | None = None
+    """What the coroutine that runs wants to be called at its end. None: the task belongs to one coroutine."""
+
+    def begin(self, owner: Containment) -> None:
+        """Run the next coroutine."""
+        self._owner, self._own_callbacks = owner, []
+        self._owner_count += 1
+
+    def keep(self) -> None:
+        """Belong to the coroutine that runs."""
+        callbacks, self._own_callbacks = self._own_callbacks or [], None
+        for callback, context in callbacks:
+            super().add_done_callback(callback, context=context)
+
+    def end(self) -> None:
+        """End the coroutine that runs."""
+        callbacks, self._own_callbacks, self._owner = self._own_callbacks or [], None, None
+        for callback, context in callbacks:
+            self.get_loop().call_soon(callback, self, context=context)
+
+    def add_done_callback(self, callback: Callable[[Any], object], /, *, context: Context | None = None) -> None:
+        """Call a function at the end of the coroutine that runs."""
+        if self._own_callbacks is None:
+            super().add_done_callback(callback, context=context)
+        else:
+            self._own_callbacks.append((callback, copy_context() if context is None else context))
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Cancel the task, unless the caller is another coroutine of the sequence."""
+        caller = _current.get()
+        if caller is not None:
+            is_allowed = caller is self._owner
+        else:  # Jobledger, or a thread of a coroutine
+            is_allowed = self._owner_count < 2 or not _is_third_party(self.get_loop())
+        return super().cancel(msg) if is_allowed else False
 
 
 class _Contained(Coroutine[Any, Any, Any]):

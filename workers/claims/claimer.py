@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -13,7 +13,6 @@ import structlog
 from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.domain.errors import (
     CommandRejected,
-    JobledgerError,
     LedgerBusy,
     LedgerUnavailable,
     NotDue,
@@ -72,11 +71,11 @@ class Claimer:
         """
         if not (candidates := await self._queue.take_candidates()):
             return False
-        for candidate in candidates:
-            self._queue.pending_claims[candidate.job_id] = candidate.job_type
-        task = asyncio.create_task(self._claim_together(candidates), name=f"claim-{candidates[0].job_id}")
+        self._queue.pending_claims.update((candidate.job_id, candidate.job_type) for candidate in candidates)
+        group = {candidate.job_id: candidate for candidate in candidates}
+        task = asyncio.create_task(self._claim_together(group), name=f"claim-{candidates[0].job_id}")
         self._tasks.add(task)
-        task.add_done_callback(partial(self._on_task_done, candidates))
+        task.add_done_callback(partial(self._on_task_done, group))
         return True
 
     async def wait_pending(self) -> None:
@@ -90,57 +89,61 @@ class Claimer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _on_task_done(self, candidates: Sequence[ClaimCandidate], task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, group: dict[str, ClaimCandidate], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        for candidate in candidates:
-            self._queue.pending_claims.pop(candidate.job_id, None)
-        self._queue.wake()
         if not task.cancelled() and (error := task.exception()) is not None:
-            job_ids = [candidate.job_id for candidate in candidates]
-            _log.error("unexpected error while claiming jobs", job_ids=job_ids, error=repr(error))
+            _log.error("unexpected error while claiming jobs", job_ids=list(group), error=repr(error))
+        for job_id in list(group):
+            self._settle(group, job_id)
+        self._queue.wake()
 
-    async def _claim_together(self, candidates: Sequence[ClaimCandidate]) -> None:
-        """Claim jobs with one write. Claims that do not succeed at once continue one by one."""
+    def _settle(self, group: dict[str, ClaimCandidate], job_id: str) -> None:
+        """Note that the claim of a job is no longer pending. Later, the job may have another pending claim."""
+        if group.pop(job_id, None) is not None:
+            self._queue.pending_claims.pop(job_id, None)
+
+    async def _claim_together(self, group: dict[str, ClaimCandidate]) -> None:
+        """Claim jobs with one write. Claims that do not succeed at once continue one by one.
+
+        Args:
+            group: The jobs by ID. A job is removed when its claim is no longer pending.
+        """
         worker_id, now = self._queue.worker_id, self._event_store.clock.estimate()
         requests = [
-            CommandRequest(candidate.job_id, ClaimJob(worker_id, now), candidate.stream_state)
-            for candidate in candidates
+            CommandRequest(job_id, ClaimJob(worker_id, now), candidate.stream_state)
+            for job_id, candidate in group.items()
         ]
-        results = await handle_commands(self._event_store, requests, meta=EventMetadata(f"worker:{worker_id}"))
-        outcomes = list(zip(candidates, results, strict=True))
-        self._start_jobs(
-            [
-                self._take_claimed(candidate.job_id, result.stream_state)
-                for candidate, result in outcomes
-                if isinstance(result, CommandResult)
-            ]
-        )
-        await asyncio.gather(
-            *(
-                self._claim_separately(candidate, error)
-                for candidate, error in outcomes
-                if not isinstance(error, CommandResult)
-            )
-        )
+        metadata = EventMetadata(f"worker:{worker_id}")
+        async with (
+            asyncio.TaskGroup() as separate,
+            aclosing(handle_commands(self._event_store, requests, meta=metadata)) as handled,
+        ):
+            async for outcomes in handled:
+                claimed: list[ClaimedJob] = []
+                for index, outcome in outcomes:
+                    job_id = requests[index].stream
+                    if isinstance(outcome, CommandResult):
+                        self._settle(group, job_id)
+                        self._queue.mark_claimed(job_id, outcome.stream_state.head.position)
+                        claimed.append(ClaimedJob(job_id, outcome.stream_state))
+                    else:
+                        separate.create_task(self._claim_separately(group, job_id, outcome), name=f"claim-{job_id}")
+                self._start_jobs(claimed)
 
-    async def _claim_separately(self, candidate: ClaimCandidate, previous_error: JobledgerError | None) -> None:
-        job_id = candidate.job_id
+    async def _claim_separately(
+        self, group: dict[str, ClaimCandidate], job_id: str, previous_error: Exception | None
+    ) -> None:
         try:
-            await self._claim(job_id, candidate.stream_state, previous_error)
+            await self._claim(job_id, group[job_id].stream_state, previous_error)
         except Exception as error:  # noqa: BLE001 - it must not end the other claims
             _log.error("unexpected error while claiming a job", job_id=job_id, error=repr(error))
             if isinstance(error, UnreadableEvent):
                 self._on_unreadable(error)
         finally:
-            self._queue.pending_claims.pop(job_id, None)
+            self._settle(group, job_id)
             self._queue.wake()
 
-    def _take_claimed(self, job_id: str, stream_state: StreamState) -> ClaimedJob:
-        self._queue.pending_claims.pop(job_id, None)
-        self._queue.mark_claimed(job_id, stream_state.head.position)
-        return ClaimedJob(job_id, stream_state)
-
-    async def _claim(self, job_id: str, stream_state: StreamState, previous_error: JobledgerError | None) -> None:
+    async def _claim(self, job_id: str, stream_state: StreamState, previous_error: Exception | None) -> None:
         """Claim a job by appending an event. Start the job if the append succeeds.
 
         It ends only when it is certain whether the claim was written: a claimed job must not hang.
@@ -180,7 +183,8 @@ class Claimer:
         if not isinstance(job, Job) or job.worker_id != worker_id:  # the claim was written, and it has ended by now
             await self._handle_rejection(job_id)
             return
-        self._start_jobs([self._take_claimed(job_id, result.stream_state)])
+        self._queue.mark_claimed(job_id, result.stream_state.head.position)
+        self._start_jobs([ClaimedJob(job_id, result.stream_state)])
 
     async def _handle_rejection(self, job_id: str) -> None:
         with suppress(LedgerUnavailable):  # in this case, the claim is retried once more
