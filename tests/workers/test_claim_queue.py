@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Collection, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,199 @@ async def test_job_is_left_to_higher_ranked_workers_while_they_claim(
         assert select_jobs(claims, rows) == []
     now += 0.2
     assert select_jobs(claims, rows) == [JOBS_OF_OTHERS[0]]
+
+
+# Queries --------------------------------------------------------------------------------------------------------------
+
+
+class Backlog:
+    """A claim queue that reads given rows instead of the view, and jobs whose streams exist."""
+
+    def __init__(self, roles: RunningRoles, monkeypatch: pytest.MonkeyPatch, workers: Sequence[str] = ("w1",)) -> None:
+        self.roles = roles
+        self.rows: list[QueueRow] = []
+        self.free_slots = {"echo": 1000, "other": 1000}
+        self.wakes = 0
+        self.limits: list[int] = []
+        self.claims = ClaimQueue(
+            roles.event_store,
+            roles.checkpoint,
+            job_types={"echo", "other"},
+            slots=1000,
+            eligible_workers=lambda: workers,
+            free_slots=lambda job_type: self.free_slots.get(job_type, 0),
+            wake=self._count_wake,
+        )
+        self.claims.worker_id = "w1"
+        monkeypatch.setattr(queue, "find_rows", self._find_rows)
+
+    def _count_wake(self) -> None:
+        self.wakes += 1
+
+    async def _find_rows(
+        self,
+        _views: Any,
+        *,
+        job_types: Collection[str],
+        excluded_job_ids: Collection[str],
+        limit: int,
+        share: queue.Share | None = None,
+        **_: Any,
+    ) -> list[QueueRow]:
+        self.limits.append(limit)
+        rows = [row for row in self.rows if row.job_type in job_types and row.job_id not in excluded_job_ids]
+        if share is not None:
+            rows = [row for row in rows if queue.compute_hash(row.job_id) % share.divisor == share.remainder]
+        return sorted(rows, key=queue.get_urgency)[:limit]
+
+    async def submit(self, count: int, priority: int = 1) -> list[str]:
+        """Submit jobs, and add their rows."""
+        job_ids = [await self.roles.submit() for _ in range(count)]
+        self.rows += [QueueRow(job_id, "echo", None, priority, len(self.rows) + n) for n, job_id in enumerate(job_ids)]
+        return job_ids
+
+    async def take(self) -> list[str]:
+        return [candidate.job_id for candidate in await self.claims.take_candidates()]
+
+
+@pytest.fixture
+async def backlog(connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Backlog]:
+    async with run_roles_in_process(connection, store) as roles:
+        backlog = Backlog(roles, monkeypatch)
+        yield backlog
+        backlog.claims.close()
+
+
+async def test_queue_is_read_again_when_others_have_claimed_all_rows(backlog: Backlog) -> None:
+    for job_id in await backlog.submit(3):
+        await backlog.roles.claim(job_id)
+    assert await backlog.take() == []
+    assert backlog.wakes == 1
+    [job_id] = await backlog.submit(1)
+    assert await backlog.take() == [job_id]
+
+
+async def test_job_whose_stream_was_loaded_too_early_is_tried(backlog: Backlog) -> None:
+    """Another worker ran it then, and has released it since."""
+    [job_id] = await backlog.submit(1)
+    await backlog.roles.claim(job_id)
+    backlog.claims._rows.extend(backlog.rows)
+    backlog.claims._rows_expire_at = math.inf
+    backlog.claims._rows_workers = frozenset({"w1"})
+    backlog.claims._loaded_states = dict(await load_stream_states(backlog.roles.event_store, [job_id]))
+    backlog.roles.checkpoint.position = 1000
+    assert await backlog.take() == [job_id]
+
+
+async def test_job_that_changes_between_two_queries_is_taken_once(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_MAX_SHARED_ROWS", 3)
+    job_ids = await backlog.submit(20)
+    backlog.claims._eligible_workers = lambda: ("w1", "w2")
+    find_rows, calls = queue.find_rows, 0
+
+    async def find_changed_rows(*arguments: Any, **options: Any) -> Sequence[QueueRow]:
+        nonlocal calls
+        calls += 1
+        rows = await find_rows(*arguments, **options)
+        return [row._replace(priority=5) for row in rows] if calls > 1 else rows
+
+    monkeypatch.setattr(queue, "find_rows", find_changed_rows)
+    taken = await backlog.take()
+    assert 0 < len(taken) == len(set(taken)) < len(job_ids)
+
+
+async def test_less_urgent_jobs_of_the_share_wait_for_urgent_jobs_that_were_not_read(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_MAX_SHARED_ROWS", 3)
+    backlog.claims._eligible_workers = lambda: ("w1", "w2")
+    urgent = await backlog.submit(20, priority=9)
+    await backlog.submit(20)
+    assert set(await backlog.take()) <= set(urgent)
+
+
+async def test_worker_without_share_reads_as_many_rows_of_others(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_MAX_SHARED_ROWS", 3)
+    backlog.claims._eligible_workers = lambda: ("w1", "w2")
+    await backlog.submit(30)
+    backlog.rows = [row for row in backlog.rows if queue.compute_hash(row.job_id) % 2 == 1]
+    assert len(backlog.rows) > 3
+    await backlog.take()
+    assert backlog.limits[-1] == claiming._MAX_ROWS
+
+
+async def test_jobs_of_a_full_type_do_not_make_others_less_urgent(backlog: Backlog) -> None:
+    await backlog.submit(5)
+    backlog.free_slots = {"echo": 0, "other": 1}
+    assert await backlog.take() == []
+    assert await backlog.take() == []
+    backlog.rows.clear()
+    assert await backlog.take() == []
+    assert backlog.claims.is_exhausted
+    backlog.free_slots["echo"] = 1
+    backlog.claims._rows.extend([QueueRow("job-1", "echo", None, 1, 1)])
+    assert not backlog.claims.is_exhausted
+
+
+# Jobs that are due later ----------------------------------------------------------------------------------------------
+
+
+def make_due_event(position: int, seconds: float) -> dict[str, Any]:
+    not_before = datetime.now(UTC) + timedelta(seconds=seconds)
+    data = {"job_type": "echo", "not_before": not_before}
+    return {"_id": position, "stream": f"job-{position}", "type": "JobSubmitted", "data": data}
+
+
+async def test_job_that_is_due_later_causes_a_query_only_when_it_is_due(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_MIN_DUE_LATER_SECONDS", 0.05)
+    await backlog.take()  # finds nothing
+    queries = len(backlog.limits)
+    backlog.claims.handle_event(make_due_event(1, 600))
+    backlog.claims.handle_event(make_due_event(2, 0.4))
+    backlog.claims.handle_event(make_due_event(3, 60))
+    backlog.roles.checkpoint.position = 3
+    backlog.claims._on_views_advanced()
+    assert backlog.claims.is_exhausted
+    assert await backlog.take() == []
+    assert len(backlog.limits) == queries
+    wakes = backlog.wakes
+    await poll_until(lambda: backlog.wakes > wakes, "the timer of the second job fires")
+    await backlog.take()
+    assert len(backlog.limits) == queries + 1
+    assert list(backlog.claims._due_later) == [1, 3]
+
+
+async def test_due_job_is_found_although_the_views_were_behind(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_MIN_DUE_LATER_SECONDS", 0.01)
+    await backlog.take()
+    backlog.claims.handle_event(make_due_event(7, 0.1))
+    await poll_until(lambda: not backlog.claims._due_later)
+    await backlog.take()  # the views do not have the job yet
+    assert backlog.claims.is_exhausted
+    [job_id] = await backlog.submit(1)
+    backlog.roles.checkpoint.position = 7
+    backlog.claims._on_views_advanced()
+    assert await backlog.take() == [job_id]
+
+
+async def test_many_jobs_that_are_due_later_are_left_to_the_queue(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_MAX_DUE_LATER", 2)
+    await backlog.take()
+    for position in (1, 2, 3):
+        backlog.claims.handle_event(make_due_event(position, 600))
+    backlog.roles.checkpoint.position = 3
+    backlog.claims._on_views_advanced()
+    assert not backlog.claims.is_exhausted
 
 
 # Claim delay ----------------------------------------------------------------------------------------------------------

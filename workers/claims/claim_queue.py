@@ -49,6 +49,11 @@ It may be about to claim this job, too. On a busy machine, a third of a second p
 and each job taken from it costs a version conflict.
 """
 _CLOCK_RETRY_SECONDS: Final = 0.1
+_DUE_FIELDS: Final = {"JobSubmitted": "not_before", "JobAttemptFailed": "retry_at"}
+"""The fields of events that say when a job is due."""
+_MIN_DUE_LATER_SECONDS: Final = 1.0
+_MAX_DUE_LATER: Final = 1000
+"""For more jobs that are due later, the queue is queried, which sets one timer for all."""
 _MAX_ROWS: Final = 500
 _MAX_SHARED_ROWS: Final = 100
 """Number of rows per query, and of those that are read regardless of ranks. Streams are loaded when rows are taken.
@@ -126,6 +131,8 @@ class ClaimQueue:
         # When to query again
         self._may_have_more = True
         """Whether the queue may contain jobs that the last query did not return."""
+        self._is_rest_of_full_types = False
+        """Whether jobs that the last query did not return can only be of types for which no slot was free."""
         self._change_count = 0
         """Number of requests for a query. If it changes during a query, another one follows."""
         self._last_change_position = 0
@@ -146,18 +153,25 @@ class ClaimQueue:
         """Times, on the monotonic clock, of the last claim of each worker, by worker ID."""
         self._timer: asyncio.TimerHandle | None = None
         """Fires when the next job is due, or when deferred jobs may be tried."""
+        self._due_later: dict[int, datetime] = {}
+        """Times at which jobs are due, by the position of the event, for which a timer is set."""
+        self._due_later_timer: asyncio.TimerHandle | None = None
+        self._due_later_at: datetime | None = None
+        """When the timer fires, on the server's clock."""
         self._clock_retry_timer: asyncio.TimerHandle | None = None
         """Fires shortly after a claim that came too early. See `handle_not_due`."""
         checkpoint.add_listener(self._on_views_advanced)
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether it knows no jobs to try, and only an event can make one known."""
-        return not self._rows and not self._may_have_more
+        """Whether it knows no job for which a slot is free, and only an event can make one known."""
+        if self._may_have_more and not self._is_rest_of_full_types:
+            return False
+        return not any(self._free_slots(row.job_type) > 0 for row in self._rows)
 
     def close(self) -> None:
         """Cancel all timers."""
-        for timer in (self._timer, self._clock_retry_timer, *self._delayed.values()):
+        for timer in (self._timer, self._clock_retry_timer, self._due_later_timer, *self._delayed.values()):
             if timer is not None:
                 timer.cancel()
 
@@ -184,7 +198,8 @@ class ClaimQueue:
             self._skipped.discard(stream)
             self._claimed_positions.pop(stream, None)
             self._paused.pop(stream, None)
-            if event_type != "JobSubmitted" or not self._try_new_job(document):
+            is_done = self._wait_until_due(document) or (event_type == "JobSubmitted" and self._try_new_job(document))
+            if not is_done:
                 self._last_change_position = max(self._last_change_position, document["_id"])
 
     def mark_claimed(self, job_id: str, position: int) -> None:
@@ -198,12 +213,9 @@ class ClaimQueue:
 
     async def handle_rejection(self, job_id: str) -> None:
         """Exclude a job whose claim was rejected, until the views show why. If they are up to date, skip the job."""
-        self._exclude_until(job_id, await self._event_store.read_head_position())
-
-    def _exclude_until(self, job_id: str, position: int) -> None:
-        """Exclude a job until the views have reached a position. If they have, skip the job: its row is wrong."""
-        if position > self._checkpoint.position:
-            self.mark_claimed(job_id, position)
+        head = await self._event_store.read_head_position()
+        if head > self._checkpoint.position:
+            self.mark_claimed(job_id, head)
         else:
             self.skip(job_id)
 
@@ -220,9 +232,44 @@ class ClaimQueue:
         """Do not try to claim a job until an event makes it claimable again."""
         self._skipped.add(job_id)
 
+    def _wait_until_due(self, document: Mapping[str, Any]) -> bool:
+        """Set a timer if a job is due later. No query is needed before, when the views have reached the event."""
+        due_at = document["data"].get(_DUE_FIELDS.get(document["type"]))
+        if (
+            not isinstance(due_at, datetime)
+            or len(self._due_later) >= _MAX_DUE_LATER
+            or self._event_store.clock.compute_seconds_until(due_at) < _MIN_DUE_LATER_SECONDS
+        ):
+            return False
+        self._due_later[document["_id"]] = due_at
+        if self._due_later_timer is None or self._due_later_at is None or due_at < self._due_later_at:
+            self._set_due_later_timer(due_at)
+        return True
+
+    def _set_due_later_timer(self, due_at: datetime) -> None:
+        if self._due_later_timer is not None:
+            self._due_later_timer.cancel()
+        self._due_later_at = due_at
+        seconds = self._event_store.clock.compute_sleep_seconds(due_at)
+        self._due_later_timer = asyncio.get_running_loop().call_later(seconds, self._query_due_later)
+
+    def _query_due_later(self) -> None:
+        """Query for the jobs that are due now, also when the views have reached their events."""
+        self._due_later_timer = None
+        clock = self._event_store.clock
+        for position, due_at in list(self._due_later.items()):
+            if clock.is_uncertain or clock.compute_seconds_until(due_at) == 0:
+                del self._due_later[position]
+                self._last_change_position = max(self._last_change_position, position)
+                self._request_query()
+        if self._due_later:
+            self._set_due_later_timer(min(self._due_later.values()))
+
     def _try_new_job(self, document: Mapping[str, Any]) -> bool:
         """Keep a new job if a slot is free and no others wait. Otherwise, its row in `queue` represents it."""
-        job_id, job_type = document["stream"], document["data"]["job_type"]
+        job_id, job_type = document["stream"], document["data"].get("job_type")
+        if job_type is None:  # read without its payload, in a flood
+            return False
         if job_type not in self._job_types:
             return True  # this worker never runs it
         new_count = len(self._new_jobs) + len(self._delayed)
@@ -286,9 +333,14 @@ class ClaimQueue:
             if not self._may_have_more:
                 return []
             await self._query_queue(free_slots)
+        had_rows = bool(self._rows)
         while rows := self._take_fitting(dict(free_slots), self._rows):
             if candidates := await self._load(rows):
                 return candidates
+        if (
+            had_rows and not self._rows and self._may_have_more
+        ):  # others have claimed the rows; the next query excludes these jobs
+            self.wake()
         return []
 
     def _take_fitting(self, free_slots: dict[str, int], candidates: deque[_CandidateOrRow]) -> list[_CandidateOrRow]:
@@ -333,8 +385,8 @@ class ClaimQueue:
             state = self._loaded_states.pop(row.job_id)
             if not isinstance(state, StreamState) or not isinstance(state.aggregate, Job):
                 self.skip(row.job_id)
-            elif state.aggregate.status != "pending":
-                self._exclude_until(row.job_id, state.head.position)
+            elif state.aggregate.status != "pending" and state.head.position > self._checkpoint.position:
+                self.mark_claimed(row.job_id, state.head.position)
             elif not self._is_excluded(row):
                 candidates.append(ClaimCandidate(row.job_id, state, row.job_type, row.batch_id))
         return candidates
@@ -352,6 +404,7 @@ class ClaimQueue:
         if not rows:
             self._wake_at(await queue.get_next_due_at(self._checkpoint.views, now=now))
             # There may be more jobs of types without free slots, or jobs that came during the query.
+            self._is_rest_of_full_types = self._change_count == change_count
             self._may_have_more = len(free_slots) < len(self._job_types) or self._change_count != change_count
         elif not self._rows:
             self._set_timer(_DEFER_SECONDS, self._request_query)
@@ -375,10 +428,15 @@ class ClaimQueue:
         if len(workers) < 2 or self.worker_id not in workers:
             return await find_rows(limit=_MAX_ROWS)
         rows = await find_rows(limit=_MAX_SHARED_ROWS)
-        if len(rows) == _MAX_SHARED_ROWS:
-            share = queue.Share(len(workers), workers.index(self.worker_id))
-            rows = sorted({*rows, *await find_rows(limit=_MAX_ROWS, share=share)}, key=queue.get_urgency)
-        return rows
+        if len(rows) < _MAX_SHARED_ROWS:
+            return rows
+        share = queue.Share(len(workers), workers.index(self.worker_id))
+        # Before a less urgent row, there may be more urgent ones of other workers that were not read.
+        own = [row for row in await find_rows(limit=_MAX_ROWS, share=share) if row.priority >= rows[-1].priority]
+        if len(own) < _MAX_SHARED_ROWS:
+            return await find_rows(limit=_MAX_ROWS)
+        by_id = {row.job_id: row for row in (*rows, *own)}  # a job may have changed between the two queries
+        return sorted(by_id.values(), key=queue.get_urgency)
 
     def _filter_by_rank(self, rows: Sequence[queue.QueueRow], workers: Collection[str]) -> list[queue.QueueRow]:
         """Defer rows to higher-ranked workers that are claiming, and with them all less urgent rows."""
@@ -406,6 +464,7 @@ class ClaimQueue:
     def _request_query(self) -> None:
         self._change_count += 1
         self._may_have_more = True
+        self._is_rest_of_full_types = False
         self.wake()
 
     def _wake_at(self, due: datetime | None) -> None:
