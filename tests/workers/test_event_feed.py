@@ -82,6 +82,26 @@ async def test_flood_is_read_from_the_log_without_most_claims(subject: tuple[Run
     assert len(feed.handled) == count
 
 
+async def test_damaged_event_in_a_flood_is_skipped(
+    subject: tuple[RunningRoles, Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles, feed = subject
+    handle = feed.handle
+
+    def fail_for_submissions(document: Mapping[str, Any]) -> None:
+        if document["type"] == "JobSubmitted":
+            raise KeyError("job_type")
+        handle(document)
+
+    monkeypatch.setattr(feed.feed, "_handle", fail_for_submissions)
+    batch_id, _ = await roles.submit_batch({})
+    feed.begin_flood(await roles.event_store.read_head_position())
+    await poll_until(lambda: feed.is_paused)
+    await roles.submit()
+    await roles.handle_commands(batch_id, PauseBatch("user-1"))
+    await poll_until(lambda: (batch_id, "BatchPaused") in feed.handled)
+
+
 async def test_flood_ends_at_once_when_the_worker_needs_jobs(
     subject: tuple[RunningRoles, Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
