@@ -432,12 +432,12 @@ class Worker:
         for executor in executors:
             if self._running.get(executor) is task:
                 self._on_job_done(executor, task)
+        self._wake.set()
+        self._hurry_if_needed()
 
     def _on_job_done(self, executor: JobExecutor, task: asyncio.Task[None]) -> None:
         del self._running[executor]
         self._recording.discard(executor)
-        self._wake.set()
-        self._hurry_if_needed()
         if not task.cancelled() and (error := task.exception()) is not None:
             if isinstance(error, UnreadableEvent):
                 _log.error("job unreadable, stopping the worker", job_id=executor.job_id, error=repr(error))

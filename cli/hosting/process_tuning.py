@@ -39,6 +39,7 @@ async def collect_garbage_periodically() -> None:
     while True:
         await asyncio.sleep(_CHECK_SECONDS)
         now, used_bytes = time.monotonic(), _read_used_bytes()
+        collected_bytes = min(collected_bytes, used_bytes)
         if now - collected_at < _COLLECT_SECONDS and used_bytes - collected_bytes < _GROWTH_BYTES:
             continue
         is_full = now - fully_collected_at >= _FULL_COLLECT_SECONDS
@@ -49,8 +50,11 @@ async def collect_garbage_periodically() -> None:
 
 
 def _read_used_bytes() -> int:
-    """Return the resident memory of this process."""
-    pages = Path("/proc/self/statm").read_text().split()[1]  # man 5 proc
+    """Return the resident memory of this process; 0 if it cannot be read, for example without a free descriptor."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]  # man 5 proc
+    except OSError:
+        return 0
     return int(pages) * resource.getpagesize()
 
 

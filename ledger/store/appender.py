@@ -77,10 +77,7 @@ class PendingAppend:
 
 
 class AppendOutcomes:
-    """The outcomes of appends that one caller waits for.
-
-    Cancelling the caller does not cancel the write that its events are part of.
-    """
+    """The outcomes of appends that one caller waits for. Cancelling the caller does not cancel their writes."""
 
     def __init__(self, count: int) -> None:
         self._missing = set(range(count))

@@ -208,6 +208,7 @@ class Projector:
             await follow_ups.add(await writer.apply(chunk), may_be_outdated=is_flood)
             if not is_flood:
                 return
+        await follow_ups.add((), may_be_outdated=False)
 
     async def _append_follow_ups(self, changed_batches: Iterable[Document]) -> None:
         """Append the events that the counts of batches require: a batch is finished, or is reopened."""

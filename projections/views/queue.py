@@ -56,6 +56,7 @@ async def find_rows(
     *,
     job_types: Collection[str],
     excluded_job_ids: Collection[str],
+    excluded_batch_ids: Collection[str] = (),
     now: datetime,
     limit: int,
     share: Share | None = None,
@@ -66,6 +67,8 @@ async def find_rows(
     `share`, only its jobs are.
     """
     query: Document = {"job_type": {"$in": sorted(job_types)}, "_id": {"$nin": sorted(excluded_job_ids)}}
+    if excluded_batch_ids:
+        query["batch_id"] = {"$nin": sorted(excluded_batch_ids)}
     if share is not None:
         query["hash"] = {"$mod": [share.divisor, share.remainder]}
     with translate_errors("finding pending jobs"):

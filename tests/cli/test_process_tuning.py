@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -42,4 +44,18 @@ async def test_unreachable_objects_are_freed_although_few_were_allocated(
     ballast = bytearray(b"x") * (64 * 1024 * 1024 if cause == "memory" else 1)
     await poll_until(lambda: node() is None)
     assert ballast
+    collecting.cancel()
+
+
+async def test_collection_goes_on_without_a_free_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_path: Path) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(process_tuning, "_CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(process_tuning, "_COLLECT_SECONDS", 0.05)
+    collecting = asyncio.create_task(collect_garbage_periodically())
+    node = weakref.ref(Node())
+    await poll_until(lambda: node() is None)
+    assert not collecting.done()
     collecting.cancel()

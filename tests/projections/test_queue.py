@@ -92,3 +92,18 @@ async def test_shares_of_the_rows_are_disjoint_and_complete(roles: RunningRoles)
     assert sorted(row.job_id for rows in shares for row in rows) == sorted(job_ids)
     for remainder, rows in enumerate(shares):
         assert {queue.compute_hash(row.job_id) % 3 for row in rows} == {remainder}
+
+
+async def test_rows_of_excluded_batches_are_left_out(roles: RunningRoles) -> None:
+    batch_id, _ = await roles.submit_batch({}, {})
+    single = await roles.submit()
+    await roles.wait_for_views()
+    rows = await queue.find_rows(
+        roles.checkpoint.views,
+        job_types={"echo"},
+        excluded_job_ids=(),
+        excluded_batch_ids=[batch_id],
+        now=NOW,
+        limit=10,
+    )
+    assert [row.job_id for row in rows] == [single]

@@ -169,12 +169,19 @@ class Backlog:
         *,
         job_types: Collection[str],
         excluded_job_ids: Collection[str],
+        excluded_batch_ids: Collection[str],
         limit: int,
         share: queue.Share | None = None,
         **_: Any,
     ) -> list[QueueRow]:
         self.limits.append(limit)
-        rows = [row for row in self.rows if row.job_type in job_types and row.job_id not in excluded_job_ids]
+        rows = [
+            row
+            for row in self.rows
+            if row.job_type in job_types
+            and row.job_id not in excluded_job_ids
+            and row.batch_id not in excluded_batch_ids
+        ]
         if share is not None:
             rows = [row for row in rows if queue.compute_hash(row.job_id) % share.divisor == share.remainder]
         return sorted(rows, key=queue.get_urgency)[:limit]
@@ -270,6 +277,28 @@ async def test_jobs_of_a_full_type_do_not_make_others_less_urgent(backlog: Backl
     backlog.free_slots["echo"] = 1
     backlog.claims._rows.extend([QueueRow("job-1", "echo", None, 1, 1)])
     assert not backlog.claims.is_exhausted
+
+
+async def test_paused_batch_causes_no_queries_and_hides_no_other_jobs(backlog: Backlog) -> None:
+    await backlog.submit(3)
+    backlog.rows = [row._replace(batch_id="batch-1") for row in backlog.rows]
+    backlog.claims.handle_event({"_id": 1000, "stream": "batch-1", "type": "BatchPaused", "data": {}})
+    assert await backlog.take() == []
+    assert backlog.wakes == 0
+    [job_id] = await backlog.submit(1)
+    backlog.claims._request_query()
+    assert await backlog.take() == [job_id]
+
+
+async def test_rows_of_a_full_type_hide_no_jobs_of_others(backlog: Backlog) -> None:
+    first, *_ = await backlog.submit(5)
+    [other] = await backlog.submit(1)
+    backlog.rows[-1] = backlog.rows[-1]._replace(job_type="other")
+    backlog.free_slots = {"echo": 1, "other": 0}
+    assert await backlog.take() == [first]
+    backlog.claims.pending_claims[first] = "echo"
+    backlog.free_slots = {"echo": 0, "other": 1}
+    assert await backlog.take() == [other]
 
 
 # Jobs that are due later ----------------------------------------------------------------------------------------------

@@ -465,3 +465,50 @@ async def test_waiting_coroutine_can_be_cancelled_from_outside() -> None:
     sequence.waiting["b"].cancel()
     await asyncio.wait(sequence.waiting.values())
     assert sequence.waiting["b"].cancelled()
+
+
+@pytest.mark.parametrize("way", ["await", "gather", "wait_for"])
+async def test_stop_of_a_containment_whose_tasks_wait_for_a_shared_task_cancels_no_later_coroutine(way: str) -> None:
+    async def leave_child() -> None:
+        parent = asyncio.current_task()
+        assert parent is not None
+
+        async def wait_for_parent() -> None:
+            if way == "await":
+                await parent
+            elif way == "gather":
+                await asyncio.gather(parent)
+            else:
+                await asyncio.wait_for(parent, 60)
+
+        asyncio.get_running_loop().create_task(wait_for_parent())
+
+    async def wait() -> str:
+        await asyncio.sleep(0.1)
+        return "not cancelled"
+
+    sequence = Sequence()
+    running = asyncio.create_task(sequence.run(first=leave_child(), waiting=wait()))
+    await asyncio.sleep(0.02)
+    await sequence.containments[0].stop(0.01)
+    assert (await running)["waiting"] == "not cancelled"
+
+
+def test_executor_thread_of_a_coroutine_cancels_its_own_coroutine_only() -> None:
+    async def cancel_in_executor(task: asyncio.Task[Any] | None) -> str:
+        loop, own = asyncio.get_running_loop(), asyncio.current_task()
+        target = task or own
+        assert target is not None
+        await loop.run_in_executor(None, partial(loop.call_soon_threadsafe, target.cancel))
+        await asyncio.sleep(0.05)
+        return "not cancelled"
+
+    async def main() -> dict[str, Any]:
+        sequence = Sequence()
+        own = sequence.build_work("own", cancel_in_executor(None))
+        await run_until_waiting([sequence.build_work("first", get_task()), own])
+        await run_until_waiting([sequence.build_work("other", cancel_in_executor(sequence.waiting["own"]))])
+        await asyncio.wait(sequence.waiting.values())
+        return {name: task.cancelled() for name, task in sequence.waiting.items()}
+
+    assert run(main) == {"own": True, "other": False}

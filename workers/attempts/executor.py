@@ -97,8 +97,10 @@ class JobExecutor:
 
         A job process always ends, and `ProcessRunner.run` waits for that.
         """
-        work.cancel()
-        if self._containment is not None:
+        if self._containment is None:
+            work.cancel()
+        else:
+            self._containment.cancel(work)
             asyncio.get_running_loop().call_later(STOP_SECONDS, self._containment.abandon)
 
     # Inline jobs --------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from jobledger.workers.results.conversion import get_type_name, to_text
 T = TypeVar("T")
 _log = structlog.get_logger()
 _current: ContextVar[Containment | None] = ContextVar("containment", default=None)
+_canceller: ContextVar[Containment | None] = ContextVar("canceller", default=None)
+"""The containment for which Jobledger cancels tasks."""
 _is_own: ContextVar[bool] = ContextVar("own", default=False)
 """Whether code outside of containments is known to be Jobledger's own. See `_is_third_party`."""
 _unclosed_coroutines: deque[Coroutine[Any, Any, Any]] = deque(maxlen=100)
@@ -71,8 +73,7 @@ class Containment:
             self._threads.shutdown(wait=False, cancel_futures=True)
         if not self._tasks:
             return
-        for task in set(self._tasks):
-            task.cancel()
+        self._cancel_all()
         await asyncio.wait(set(self._tasks), timeout=seconds)
         self.abandon()
         for _ in range(_END_ITERATIONS):
@@ -82,8 +83,19 @@ class Containment:
     def abandon(self) -> None:
         """Never resume what has not ended yet. Its tasks end in the next iterations of the event loop."""
         self.is_abandoned = True
-        for task in set(self._tasks):
+        self._cancel_all()
+
+    def cancel(self, task: asyncio.Future[Any]) -> None:
+        """Cancel a task of this containment. What it waits for may be the task of another one, which continues."""
+        token = _canceller.set(self)
+        try:
             task.cancel()
+        finally:
+            _canceller.reset(token)
+
+    def _cancel_all(self) -> None:
+        for task in set(self._tasks):
+            self.cancel(task)
 
     def add(self, task: asyncio.Task[Any]) -> None:
         """Track a task until it is done."""
@@ -98,7 +110,9 @@ class Containment:
     def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
         """Call a function in a thread of this containment. It may block the thread for any time."""
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="job")
+            self._threads = ThreadPoolExecutor(
+                _MAX_THREADS, thread_name_prefix="job", initializer=_current.set, initargs=(self,)
+            )
         return self._threads.submit(function, *args, **kwargs)
 
 
@@ -263,12 +277,23 @@ class _SequenceTask(asyncio.Task[Any]):
         else:
             self._own_callbacks.append((callback, copy_context() if context is None else context))
 
+    def remove_done_callback(self, callback: Callable[[Any], object], /) -> int:
+        """Remove a callback, and return how often it was added."""
+        own = self._own_callbacks or []
+        kept = [item for item in own if item[0] != callback]
+        if self._own_callbacks is not None:
+            self._own_callbacks = kept
+        return super().remove_done_callback(callback) + len(own) - len(kept)
+
     def cancel(self, msg: Any | None = None) -> bool:
-        """Cancel the task, unless the caller is another coroutine of the sequence."""
-        caller = _current.get()
+        """Cancel the task, unless the caller is another coroutine of the sequence.
+
+        A thread that a coroutine has started itself can be any coroutine's, so it can only cancel the first one.
+        """
+        caller = _current.get() or _canceller.get()
         if caller is not None:
             is_allowed = caller is self._owner
-        else:  # Jobledger, or a thread of a coroutine
+        else:
             is_allowed = self._owner_count < 2 or not _is_third_party(self.get_loop())
         return super().cancel(msg) if is_allowed else False
 

@@ -167,7 +167,9 @@ class ClaimQueue:
         """Whether it knows no job for which a slot is free, and only an event can make one known."""
         if self._may_have_more and not self._is_rest_of_full_types:
             return False
-        return not any(self._free_slots(row.job_type) > 0 for row in self._rows)
+        if self._rows and self._free_slots(self._rows[0].job_type) > 0:  # nearly always
+            return False
+        return not any(self._free_slots(job_type) > 0 for job_type in {row.job_type for row in self._rows})
 
     def close(self) -> None:
         """Cancel all timers."""
@@ -234,9 +236,11 @@ class ClaimQueue:
 
     def _wait_until_due(self, document: Mapping[str, Any]) -> bool:
         """Set a timer if a job is due later. No query is needed before, when the views have reached the event."""
-        due_at = document["data"].get(_DUE_FIELDS.get(document["type"]))
+        data = document["data"]
+        due_at = data.get(_DUE_FIELDS.get(document["type"]))
         if (
             not isinstance(due_at, datetime)
+            or data.get("job_type", next(iter(self._job_types), "")) not in self._job_types
             or len(self._due_later) >= _MAX_DUE_LATER
             or self._event_store.clock.compute_seconds_until(due_at) < _MIN_DUE_LATER_SECONDS
         ):
@@ -334,13 +338,18 @@ class ClaimQueue:
                 return []
             await self._query_queue(free_slots)
         had_rows = bool(self._rows)
+        candidates = await self._take_rows(free_slots)
+        if not candidates and self._rows:  # all of them are of types without free slots, and hide rows of others
+            await self._query_queue(free_slots)
+            candidates = await self._take_rows(free_slots)
+        if not candidates and had_rows and not self._rows and self._may_have_more:
+            self.wake()  # others have claimed the rows, and the next query excludes these jobs
+        return candidates
+
+    async def _take_rows(self, free_slots: Mapping[str, int]) -> list[ClaimCandidate]:
         while rows := self._take_fitting(dict(free_slots), self._rows):
             if candidates := await self._load(rows):
                 return candidates
-        if (
-            had_rows and not self._rows and self._may_have_more
-        ):  # others have claimed the rows; the next query excludes these jobs
-            self.wake()
         return []
 
     def _take_fitting(self, free_slots: dict[str, int], candidates: deque[_CandidateOrRow]) -> list[_CandidateOrRow]:
@@ -406,8 +415,10 @@ class ClaimQueue:
             # There may be more jobs of types without free slots, or jobs that came during the query.
             self._is_rest_of_full_types = self._change_count == change_count
             self._may_have_more = len(free_slots) < len(self._job_types) or self._change_count != change_count
-        elif not self._rows:
-            self._set_timer(_DEFER_SECONDS, self._request_query)
+        else:
+            self._is_rest_of_full_types = False
+            if not self._rows:
+                self._set_timer(_DEFER_SECONDS, self._request_query)
         self._rows_expire_at = time.monotonic() + _ROWS_TTL_SECONDS
 
     async def _find_rows(
@@ -423,6 +434,7 @@ class ClaimQueue:
             job_types=job_types,
             # Rows that would take the place of others. The views may still show running jobs as pending.
             excluded_job_ids=[*self._claimed_positions, *self._skipped, *self.pending_claims],
+            excluded_batch_ids=list(self._paused),
             now=now,
         )
         if len(workers) < 2 or self.worker_id not in workers:

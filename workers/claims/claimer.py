@@ -114,21 +114,30 @@ class Claimer:
             for job_id, candidate in group.items()
         ]
         metadata = EventMetadata(f"worker:{worker_id}")
-        async with (
-            asyncio.TaskGroup() as separate,
-            aclosing(handle_commands(self._event_store, requests, meta=metadata)) as handled,
-        ):
-            async for outcomes in handled:
-                claimed: list[ClaimedJob] = []
-                for index, outcome in outcomes:
-                    job_id = requests[index].stream
-                    if isinstance(outcome, CommandResult):
-                        self._settle(group, job_id)
-                        self._queue.mark_claimed(job_id, outcome.stream_state.head.position)
-                        claimed.append(ClaimedJob(job_id, outcome.stream_state))
-                    else:
-                        separate.create_task(self._claim_separately(group, job_id, outcome), name=f"claim-{job_id}")
-                self._start_jobs(claimed)
+        open_job_ids = set(group)
+        async with asyncio.TaskGroup() as separate:
+
+            def continue_separately(job_id: str, previous_error: Exception | None) -> None:
+                separate.create_task(self._claim_separately(group, job_id, previous_error), name=f"claim-{job_id}")
+
+            try:
+                async with aclosing(handle_commands(self._event_store, requests, meta=metadata)) as handled:
+                    async for outcomes in handled:
+                        claimed: list[ClaimedJob] = []
+                        for index, outcome in outcomes:
+                            job_id = requests[index].stream
+                            open_job_ids.discard(job_id)
+                            if isinstance(outcome, CommandResult):
+                                self._settle(group, job_id)
+                                self._queue.mark_claimed(job_id, outcome.stream_state.head.position)
+                                claimed.append(ClaimedJob(job_id, outcome.stream_state))
+                            else:
+                                continue_separately(job_id, outcome)
+                        self._start_jobs(claimed)
+            except Exception as error:  # noqa: BLE001 - claimed jobs would hang as long as the worker keeps its lease
+                _log.error("unexpected error while claiming jobs", job_ids=sorted(open_job_ids), error=repr(error))
+                for job_id in open_job_ids:  # their events may have been written
+                    continue_separately(job_id, LedgerUnavailable(f"The outcome of an append is unknown: {error!r}"))
 
     async def _claim_separately(
         self, group: dict[str, ClaimCandidate], job_id: str, previous_error: Exception | None
