@@ -313,7 +313,9 @@ async def handle_command_with_retries(
             await asyncio.sleep(retry_seconds)
         try:
             if not may_have_effect:
-                return await handle_command(event_store, stream, command, meta=meta, stream_state=stream_state)
+                # After a version conflict, the state is stale. Then the stream is read.
+                state = None if isinstance(previous_error, VersionConflict) else stream_state
+                return await handle_command(event_store, stream, command, meta=meta, stream_state=state)
             # A command that is decided on the state after its own events would take effect twice. So the outcome is
             # read before each decision on a newer state. An earlier append that the server still executes is either
             # found then, or can no longer be written: its version is taken.

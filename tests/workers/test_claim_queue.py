@@ -492,9 +492,10 @@ async def test_job_claimed_by_another_worker_during_the_load_is_not_tried(
                 ClaimJob("another", datetime.now(UTC)),
                 meta=EventMetadata("worker:another"),
             )
-            async with asyncio.timeout(DEADLINE_SECONDS), worker_roles.event_store.subscribe(after=0) as events:
-                while events.position < claimed.events[0].position:
-                    await events.read_chunk()
+            assert worker_roles.worker is not None
+            queue_of_worker = worker_roles.worker._claim_queue
+            await poll_until(lambda: claimed_elsewhere in (queue_of_worker._claimed_during_load or ()))
+            await roles.wait_for_views(claimed.events[0].position)
             release.set()
             await roles.wait_until_finished(free)
         assert await count_voided_appends(roles) == 0, "a claim was tried that could not succeed"

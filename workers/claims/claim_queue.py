@@ -125,6 +125,8 @@ class ClaimQueue:
         self._rows: deque[queue.QueueRow] = deque()
         self._loaded_states: dict[str, StreamState | UnreadableEvent] = {}
         """Streams that were loaded ahead, by job ID."""
+        self._claimed_during_load: set[str] | None = None
+        """IDs of jobs whose claims were observed while streams are being loaded."""
         self._rows_expire_at = 0.0
         self._rows_workers: frozenset[str] = frozenset()
         """The workers that were eligible at the query. If others are, the ranks have changed."""
@@ -193,6 +195,8 @@ class ClaimQueue:
             self._claimed_at[document["data"]["worker_id"]] = time.monotonic()
             self._claim_delay.record_claim(stream, document["data"]["worker_id"])
             self.mark_claimed(stream, document["_id"])
+            if self._claimed_during_load is not None:
+                self._claimed_during_load.add(stream)
         elif event_type == "BatchPaused":  # its rows may be loaded, and stay in the view until it reaches this event
             self._paused[stream] = document["_id"]
             self._last_change_position = max(self._last_change_position, document["_id"])
@@ -384,11 +388,15 @@ class ClaimQueue:
         if missing:  # also load some of the next rows
             ahead = islice(self._rows, max(self._slots, _MIN_ROWS_AHEAD))
             missing += [row.job_id for row in ahead if row.job_id not in self._loaded_states]
+            claimed = self._claimed_during_load = set()
             try:
                 self._loaded_states |= await load_stream_states(self._event_store, missing)
             except LedgerUnavailable:
                 self._rows.extendleft(reversed(rows))
                 raise
+            finally:
+                self._claimed_during_load = None
+            rows = [row for row in rows if row.job_id not in claimed]
         candidates: list[ClaimCandidate] = []
         for row in rows:
             state = self._loaded_states.pop(row.job_id)
