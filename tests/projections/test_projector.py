@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 from pymongo import InsertOne, ReplaceOne
@@ -366,21 +368,19 @@ async def test_endless_flood_delays_the_end_of_a_batch_only_for_a_moment(
         await roles.wait_for_event(BatchFinished, batch_id)
 
 
-async def test_flood_that_ends_by_time_forgets_no_batch(
-    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_flood_that_ends_by_time_forgets_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     make_every_chunk_a_flood(monkeypatch, events=0)
-    monkeypatch.setattr(projector, "_MAX_FLOOD_SECONDS", 0.0)
-    monkeypatch.setattr(projector, "_MAX_FOLLOW_UP_DELAY_SECONDS", 3600.0)
-    monkeypatch.setattr(projector, "CHUNK_EVENTS", 1)
-    async with (
-        run_roles_in_process(connection, store) as roles,
-        run_roles_in_process(connection, store, projector=True, projector_pauses_stream=True),
-    ):
-        for _ in range(5):
-            batch_id, [job_id] = await roles.submit_batch({})
-            await roles.handle_commands(job_id, CancelJob("user-1"))
-            await roles.wait_for_event(BatchFinished, batch_id)
+    monkeypatch.setattr(projector, "_MAX_FLOOD_SECONDS", 0.1)
+    monkeypatch.setattr(projector, "_MAX_FOLLOW_UP_DELAY_SECONDS", math.inf)
+    event_store, writer, append = AsyncMock(), AsyncMock(), AsyncMock()
+    event_store.read.return_value = [object()]
+    writer.apply.return_value = [batch := {"_id": "batch-1"}]
+    leader = projector.Projector.__new__(projector.Projector)
+    leader._event_store = event_store
+    await leader._follow_flood(writer, projector._FollowUps(append))
+    assert writer.apply.await_count > 1
+    [call] = append.await_args_list
+    assert list(call.args[0]) == [batch]
 
 
 async def test_flood_ends_when_events_were_removed_from_the_log(
