@@ -358,6 +358,7 @@ async def test_flood_is_read_from_the_log_and_delays_no_batch(
 async def test_endless_flood_delays_the_end_of_a_batch_only_for_a_moment(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(projector, "_MAX_FLOOD_SECONDS", 3600.0)
     make_every_chunk_a_flood(monkeypatch, events=0)
     async with (
         run_roles_in_process(connection, store) as roles,
