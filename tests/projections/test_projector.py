@@ -364,6 +364,8 @@ async def test_endless_flood_delays_the_end_of_a_batch_only_for_a_moment(
         run_roles_in_process(connection, store) as roles,
         run_roles_in_process(connection, store, projector=True, projector_pauses_stream=True),
     ):
+        await roles.submit()  # begins the flood
+        await roles.wait_for_views()
         batch_id, [job_id] = await roles.submit_batch({})
         await roles.handle_commands(job_id, CancelJob("user-1"))
         await roles.wait_for_event(BatchFinished, batch_id)
