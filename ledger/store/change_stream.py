@@ -163,7 +163,8 @@ class ChangeStream:
         async with self._db.client.start_session(causal_consistency=True) as session:
             await self._db.command("ping", session=session)
             opened_at = session.operation_time
-            assert opened_at is not None  # noqa: S101 - every response of a replica set has it
+            if opened_at is None:  # as of a member that has just started and does not know its replica set yet
+                raise LedgerUnavailable("The database is starting: its response has no operation time.")
             async with _ChangeCursor.open(self._db, self._build_pipeline(), opened_at) as cursor:
                 for listener in self._listeners:
                     await listener.resync(session)

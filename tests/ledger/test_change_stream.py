@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -175,6 +176,23 @@ async def test_resync_is_retried_after_transient_error(db: Database, error: Exce
         assert not failures
         await db.numbers.insert_one({"_id": 1})
         await listener.wait_until(lambda: listener.changed_keys == [1])
+
+
+async def test_stream_waits_for_a_server_that_is_starting(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A member that does not know its replica set yet answers without an operation time. A client meets it if the
+    # member restarts while the client opens a connection to it.
+    operation_times = [None, None]
+    original: property = inspect.getattr_static(AsyncClientSession, "operation_time")
+
+    def read_operation_time(session: AsyncClientSession) -> Any:
+        return operation_times.pop() if operation_times else original.__get__(session)
+
+    monkeypatch.setattr(AsyncClientSession, "operation_time", property(read_operation_time))
+    listener = RecordingListener(db)
+    async with running_stream(db, listener):
+        assert not operation_times
+        await db.numbers.insert_one({"_id": 1})
+        await listener.wait_until_seen(1)
 
 
 async def test_deleted_event_resyncs_all_listeners_once(
