@@ -26,6 +26,7 @@ from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.disk_space import DiskSpaceMonitor
 from jobledger.projections.engine.checkpoint import CheckpointFollower
+from jobledger.projections.engine.dispatcher import Dispatcher
 from jobledger.projections.engine.stalls import StallDetector
 from jobledger.projections.slots import Views
 
@@ -66,6 +67,7 @@ class ApiContext:
     has_access_log: bool
     stream_access: StreamAccessCache
     stall_detector: StallDetector
+    dispatcher: Dispatcher
     live_streams: LiveStreams
     signed_links: SignedLinks
     allowed_webhook_hosts: AllowedHosts

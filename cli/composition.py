@@ -123,6 +123,7 @@ async def start_roles(
         context = None
         if "api" in selected:
             context = build_context(settings, db, event_store, checkpoint, change_stream, store)
+            stack.callback(context.dispatcher.close)
             if context.browser_sessions is not None:
                 await browser_sessions.create_indexes(db)
             if context.is_webhook_echo_enabled:

@@ -26,6 +26,7 @@ from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
 from jobledger.ledger.mongo.lease import Lease
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
+from jobledger.ledger.store.command_handler import DISPATCHER
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.projections.engine.checkpoint import CheckpointFollower
@@ -36,6 +37,7 @@ from jobledger.workers.attempts.inline_batch import InlineBatch
 from jobledger.workers.attempts.shared_step_finder import SharedStepFinder
 from jobledger.workers.claims.claim_queue import CLAIMER_EVENT_TYPES, ClaimQueue
 from jobledger.workers.claims.claimer import ClaimedJob, Claimer
+from jobledger.workers.claims.dispatched_claims import DispatchedClaims
 from jobledger.workers.event_feed import EventFeed
 from jobledger.workers.lease_reaper import LeaseReaper
 from jobledger.workers.machine.directory_removal import removal_executor
@@ -54,6 +56,11 @@ _MAX_DELAY_SECONDS: Final = 0.1
 _MAX_CANCEL_VERSIONS: Final = 1000
 _ORPHANS_INTERVAL_SECONDS: Final = 6 * 3600.0
 _STALE_SCRATCH_INTERVAL_SECONDS: Final = 60.0
+_ACCEPT_SECONDS: Final = 0.5
+_REFUSE_SECONDS: Final = 0.05
+"""After how long the worker says that it has emptied the queue, and that it has not, if it is still so then."""
+_LAST_DISPATCH_SECONDS: Final = 0.1
+"""How long submitters may not have heard that a worker is stopping."""
 _STOP_SECONDS: Final = 2.0
 """Timeout of each operation at shutdown. Jobs that cannot be released by then are freed when the lease expires."""
 
@@ -104,7 +111,12 @@ class Worker:
             quick_checks=[check_descriptors, self._scratch.check_quickly],
             on_change=self._on_health_changed,
         )
-        self._health_publisher: asyncio.Task[None] | None = None
+        self._unrecorded_job_ids: set[str] = set()
+        """Jobs of this lease whose outcomes could not be recorded."""
+        self._accepts_dispatch = False
+        """Whether submitters may claim jobs for this worker, because it has emptied the queue."""
+        self._acceptance_timer: asyncio.TimerHandle | None = None
+        self._lease_publisher: asyncio.Task[None] | None = None
         self._dependencies = AttemptDependencies(
             event_store,
             file_store,
@@ -126,6 +138,15 @@ class Worker:
         )
         self._claimer = Claimer(
             event_store, self._claim_queue, start_jobs=self._start_jobs, on_unreadable=self._stop_with_error
+        )
+        self._dispatched_claims = DispatchedClaims(
+            event_store,
+            checkpoint,
+            self._claim_queue,
+            can_start=self._can_start,
+            is_running=self._has_job,
+            start_jobs=self._start_jobs,
+            on_unreadable=self._stop_with_error,
         )
         self._event_feed = EventFeed(
             event_store,
@@ -157,7 +178,9 @@ class Worker:
                 await self._run_with_lease(reaping)
         finally:
             self._claim_queue.close()
-            tasks = (reaping, health_checks, event_feed, *removals, self._health_publisher)
+            if self._acceptance_timer is not None:
+                self._acceptance_timer.cancel()
+            tasks = (reaping, health_checks, event_feed, *removals, self._lease_publisher)
             background = [task for task in tasks if task is not None]
             for task in background:
                 task.cancel()
@@ -199,7 +222,7 @@ class Worker:
             "slots": self._settings.max_concurrent,
             "job_types": sorted(self._job_types),
             "started_at": datetime.now(UTC),
-            **self.health.get_document_fields(),
+            **self._get_lease_fields(),
         }
         try:
             if not await self._run_unless_stopped(lease.acquire(fields)):
@@ -226,18 +249,30 @@ class Worker:
             claiming.cancel()
             await asyncio.gather(claiming, return_exceptions=True)
             if lease.is_held:
+                await self._refuse_dispatch()
                 await self._finish_within_grace(lost)
+                await self._dispatched_claims.wait_for_checks(_STOP_SECONDS)
             if not lease.is_held:
                 _log.error("lease lost: stopping all running jobs", worker_id=self.worker_id, jobs=len(self._running))
         finally:
             for task in (claiming, lost, stopping):
                 task.cancel()
             await self._claimer.cancel_pending()
+            await self._dispatched_claims.cancel()
             await asyncio.gather(claiming, return_exceptions=True)
             await self._stop_fenced_jobs()
             await lease.release()
             self._lease_reaper.worker_id, self._lease_reaper.lease = "", None
             self.worker_id = _new_worker_id()
+            self._accepts_dispatch = False
+            self._unrecorded_job_ids.clear()
+
+    async def _refuse_dispatch(self) -> None:
+        """Tell submitters to claim no more jobs for this worker, and hear of the last ones, to release them."""
+        if self._accepts_dispatch:
+            self._accepts_dispatch = False
+            self._publish()
+            await asyncio.sleep(_LAST_DISPATCH_SECONDS)
 
     async def _run_unless_stopped(self, work: Coroutine[Any, Any, _T]) -> _T | None:
         """Return the result of `work`. If the worker is stopped first, cancel `work` and return None."""
@@ -316,11 +351,17 @@ class Worker:
     async def _resync(self, session: AsyncClientSession) -> None:
         """Changes may have been missed: query the queue, and check whether running jobs were cancelled."""
         self._may_have_missed_cancels = True
-        self._claim_queue.resync(await self._event_store.read_head_position(session))
+        head = await self._event_store.read_head_position(session)
+        self._claim_queue.resync(head)
+        self._dispatched_claims.resync(head)
 
     def _handle_event(self, document: Mapping[str, Any]) -> None:
         if document["type"] != "JobCancelRequested":
+            is_dispatched = self._is_dispatched_claim(document)
+            new_job = self._claim_queue.get_new_job(document["stream"]) if is_dispatched else None
             self._claim_queue.handle_event(document)
+            if is_dispatched:
+                self._dispatched_claims.handle_claim(document, new_job)
             return
         for executor in list(self._running):
             if executor.job_id == document["stream"] and executor.claimed_version < document["version"]:
@@ -330,22 +371,68 @@ class Worker:
         if len(self._cancel_versions) > _MAX_CANCEL_VERSIONS:
             del self._cancel_versions[next(iter(self._cancel_versions))]
 
+    def _is_dispatched_claim(self, document: Mapping[str, Any]) -> bool:
+        """Return whether another process has claimed a job for this worker. In a flood, events have no metadata."""
+        is_own = document["type"] == "JobClaimed" and document["data"]["worker_id"] == self.worker_id
+        return is_own and bool(document.get("meta", {}).get("actor") == DISPATCHER)
+
+    def _has_job(self, job_id: str) -> bool:
+        return (
+            job_id in self._claim_queue.pending_claims
+            or job_id in self._unrecorded_job_ids
+            or any(executor.job_id == job_id for executor in self._running)
+        )
+
+    def _can_start(self, job_type: str) -> bool:
+        """Return whether a job may be started now. A process that was suspended may have lost its lease by now."""
+        lease = self._lease_reaper.lease
+        return (
+            not self._stopping.is_set()
+            and lease is not None
+            and lease.uninterrupted_seconds > 0
+            and job_type in self._job_types
+            and self.health.can_claim()
+            and self._count_free_slots(job_type) > 0
+        )
+
     # Health -------------------------------------------------------------------------------------------------------
 
     def _on_health_changed(self) -> None:
         """Wake the claim loop, and inform the other workers, so that none defers a job to an unhealthy worker."""
         self._wake.set()
-        if self._health_publisher is None or self._health_publisher.done():
-            self._health_publisher = asyncio.create_task(self._publish_health(), name="publish-health")
+        self._publish()
 
-    async def _publish_health(self) -> None:
-        """Write the health to the lease document until it is up to date.
+    def _reconsider_acceptance(self) -> None:
+        """Check soon whether submitters may claim jobs for this worker. It is called often, and must cost nothing."""
+        if self._acceptance_timer is None:
+            seconds = _REFUSE_SECONDS if self._accepts_dispatch else _ACCEPT_SECONDS
+            self._acceptance_timer = asyncio.get_running_loop().call_later(seconds, self._update_acceptance)
+
+    def _update_acceptance(self) -> None:
+        self._acceptance_timer = None
+        accepts = self._claim_queue.is_exhausted and not self._stopping.is_set()
+        if accepts != self._accepts_dispatch:
+            self._accepts_dispatch = accepts
+            self._publish()
+
+    def _get_lease_fields(self) -> Document:
+        """Return the fields of the lease document that change."""
+        accepts = self._accepts_dispatch and self.health.can_claim()
+        accepted = self._job_types - self._settings.max_concurrent_per_type.keys() if accepts else ()
+        return {**self.health.get_document_fields(), "accepted_job_types": sorted(accepted)}
+
+    def _publish(self) -> None:
+        if self._lease_publisher is None or self._lease_publisher.done():
+            self._lease_publisher = asyncio.create_task(self._publish_lease_fields(), name="publish-lease-fields")
+
+    async def _publish_lease_fields(self) -> None:
+        """Write the fields that have changed to the lease document until it is up to date.
 
         Before the lease is acquired, there is no document. It may then be created with outdated fields.
         """
         published: Document | None = None
-        while published != (fields := self.health.get_document_fields()):
-            with suppress(LedgerUnavailable), translate_errors("recording a worker's health"):
+        while published != (fields := self._get_lease_fields()):
+            with suppress(LedgerUnavailable), translate_errors("updating a lease document"):
                 update = await self._db[lease_reaper.COLLECTION].update_one({"_id": self.worker_id}, {"$set": fields})
                 if update.matched_count:
                     published = fields
@@ -377,6 +464,7 @@ class Worker:
     async def _claim_available(self) -> None:
         while not self._stopping.is_set():
             await self.health.run_quick_checks()
+            self._reconsider_acceptance()
             if not self.health.can_claim() or not await self._claimer.start_claims():
                 self._hurry_if_needed()
                 return
@@ -443,6 +531,7 @@ class Worker:
                 _log.error("job unreadable, stopping the worker", job_id=executor.job_id, error=repr(error))
                 self._stop_with_error(error)
             else:
+                self._unrecorded_job_ids.add(executor.job_id)
                 _log.error(
                     "outcome of an attempt not recorded: restart the worker to release the job",
                     job_id=executor.job_id,

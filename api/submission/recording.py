@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from bson import ObjectId
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.context import get_api_context
+from jobledger.api.context import ApiContext, get_api_context
 from jobledger.api.http.errors import ApiError, build_json_response
 from jobledger.api.http.preferences import prefers_wait
 from jobledger.api.idempotency import RequestFingerprint, build_metadata
@@ -18,7 +18,7 @@ from jobledger.api.resources import BATCH, ResourceKind, wait_until_finished
 from jobledger.api.submission.builder import WebhookSecrets
 from jobledger.ledger.domain.commands import SubmitBatch, SubmitJob
 from jobledger.ledger.domain.errors import VersionConflict
-from jobledger.ledger.domain.events import BatchSubmitted, JobSubmitted, RecordedEvent
+from jobledger.ledger.domain.events import BatchSubmitted, EventMetadata, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.command_handler import create_streams
 from jobledger.ledger.webhooks.endpoint_secrets import Endpoint, RevealedSecret, ensure_secrets, reveal_new_secrets
@@ -95,12 +95,24 @@ async def record_submission(
     ]
     meta = build_metadata(request, fingerprint, resource_id if kind is BATCH else None)
     try:
-        [recorded, *_] = await create_streams(ctx.event_store, commands, meta=meta)
+        recorded = await _append_first_events(ctx, commands, meta)
     except VersionConflict:  # a concurrent request with the same key was faster
         if (earlier := await find_earlier_submission(request, kind, resource_id, fingerprint)) is None:
             raise
         return earlier
     return _build_submission(request, kind, recorded, await reveal_new_secrets(ctx.db, endpoints))
+
+
+async def _append_first_events(
+    ctx: ApiContext, commands: Sequence[tuple[str, SubmitBatch | SubmitJob]], meta: EventMetadata
+) -> RecordedEvent:
+    """Append the first events of new streams, and return the first one."""
+    stream_id, command = commands[0]
+    if isinstance(command, SubmitJob):
+        return await ctx.dispatcher.submit_job(stream_id, command, meta=meta)
+    jobs = {job_id: command.job for job_id, command in commands if isinstance(command, SubmitJob)}
+    ctx.dispatcher.expect_jobs(jobs)
+    return (await create_streams(ctx.event_store, commands, meta=meta))[0]
 
 
 def _build_submission(

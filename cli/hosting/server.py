@@ -40,6 +40,7 @@ from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.disk_space import MIB, DiskSpaceMonitor
 from jobledger.projections.engine.checkpoint import CheckpointFollower
+from jobledger.projections.engine.dispatcher import Dispatcher
 from jobledger.projections.engine.stalls import StallDetector
 from jobledger.workers.registry import get_unusable_job_types, load_processors
 
@@ -111,6 +112,7 @@ def build_context(
         finish_notifier=finish_notifier,
         stream_access=StreamAccessCache(event_store, checkpoint),
         stall_detector=stall_detector,
+        dispatcher=Dispatcher(db, event_store, checkpoint, change_stream),
         live_streams=LiveStreams(),
         signed_links=SignedLinks(db, settings.api.public_url),
         allowed_webhook_hosts=AllowedHosts(settings.webhooks.allowed_private_hosts),

@@ -12,7 +12,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,15 @@ from pymongo.errors import OperationFailure, PyMongoError, WriteConcernError
 
 from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
 from jobledger.ledger.mongo.connection import DURABLE, Database, Document, is_transient, summarize_error
-from jobledger.ledger.store.envelope import build_void_document, encode_bson
+from jobledger.ledger.store.envelope import build_void_document
+from jobledger.ledger.store.pending_appends import (
+    MAX_JSON_BYTES_PER_WRITE,
+    OnDone,
+    PendingAppend,
+    find_encoding_error,
+    resolve_appends,
+    split_into_messages,
+)
 
 _log = structlog.get_logger()
 
@@ -36,13 +44,6 @@ _LARGE_WRITE_EVENTS = 100
 write create their next events. Concurrent large writes would end together: the server would then be idle until all
 callers have created their next events."""
 _VERSIONS_PER_QUERY = 200
-_MESSAGE_BYTES = 15 * 1024 * 1024
-"""BSON bytes in one insert command. The driver limits a command that it gets as a document to 16 MB."""
-_BSON_FACTOR = 9
-"""BSON takes up to this many times the bytes of canonical JSON: 17 bytes for `0,` in a long list."""
-
-
-OnDone = Callable[[Exception | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +60,6 @@ class EventStoreLimits:
     max_tail_events: int = 10_000
     max_tail_bytes: int = 64 * 1024 * 1024
     page_events: int = 1000
-
-
-@dataclass(slots=True, eq=False)
-class PendingAppend:
-    """The documents of one append. `size` is in bytes of JSON.
-
-    `on_done` is called when the documents are durable, or with the error. It may be called again, without effect.
-    """
-
-    documents: list[Document]
-    size: int
-    based_on_position: int
-    """The largest position that the decision was based on. The new positions must be larger."""
-    deadline: float
-    on_done: OnDone
-
-
-class AppendOutcomes:
-    """The outcomes of appends that one caller waits for. Cancelling the caller does not cancel their writes."""
-
-    def __init__(self, count: int) -> None:
-        self._missing = set(range(count))
-        self._new: list[tuple[int, Exception | None]] = []
-        self._changed = asyncio.Event()
-
-    def set(self, index: int, error: Exception | None) -> None:
-        """Set the outcome of one append, unless it is set. None: it succeeded."""
-        if index in self._missing:
-            self._missing.discard(index)
-            self._new.append((index, error))
-            self._changed.set()
-
-    async def wait(self) -> list[tuple[int, Exception | None]]:
-        """Wait for outcomes and return the new ones by index, all that one write has. Empty if there are no more."""
-        if not self._new and self._missing:
-            self._changed.clear()
-            await self._changed.wait()
-        new, self._new = self._new, []
-        return new
 
 
 class Appender:
@@ -119,11 +81,19 @@ class Appender:
         while self._writes:
             await asyncio.wait(self._writes)
 
-    def write(self, documents: list[Document], size: int, based_on_position: int, on_done: OnDone) -> None:
+    def write(
+        self,
+        documents: list[Document],
+        size: int,
+        based_on_position: int,
+        on_done: OnDone,
+        next_document: Document | None = None,
+    ) -> None:
         """Write documents at positions larger than `based_on_position`, all or none. Sets their `_id`s.
 
         Args:
             on_done: Called when the documents are durable, or with an error as in `EventStore.append`.
+            next_document: Continues the stream of the only document (`EventStore.append_with_next`).
 
         Raises:
             LedgerBusy, InvalidEvent: As `EventStore.append`. Nothing is written, and `on_done` is not called.
@@ -141,7 +111,7 @@ class Appender:
                 f"{self._limits.max_append_bytes} bytes"
             )
         deadline = time.monotonic() + self._limits.append_timeout_seconds
-        self._queue.append(PendingAppend(documents, size, based_on_position, deadline, on_done))
+        self._queue.append(PendingAppend(documents, size, based_on_position, deadline, on_done, next_document))
         self._queued_events += len(documents)
         self._queued_bytes += size
         if not self._is_write_scheduled:
@@ -172,10 +142,10 @@ class Appender:
         try:
             await self._write_appends(appends)
         except LedgerUnavailable as error:
-            _resolve_appends(appends, error)
+            resolve_appends(appends, error)
         except BaseException:
             # Fail the queued appends, too. Nothing would write them before the next append, which may never come.
-            _resolve_appends(
+            resolve_appends(
                 [*appends, *self._queue], LedgerUnavailable("The event store was stopped before it wrote the events.")
             )
             self._queue.clear()
@@ -187,7 +157,7 @@ class Appender:
         late = LedgerUnavailable("The database did not write the events in time: other events were queued before them.")
         now = time.monotonic()
         while self._queue and self._queue[0].deadline < now:
-            _resolve_appends([self._dequeue()], late)
+            resolve_appends([self._dequeue()], late)
 
     def _dequeue(self) -> PendingAppend:
         append = self._queue.popleft()
@@ -206,7 +176,7 @@ class Appender:
                 self._queue
                 and len(self._queue[0].documents) == 1
                 and len(appends) < self._limits.max_events_per_write
-                and size + self._queue[0].size <= _MESSAGE_BYTES // _BSON_FACTOR
+                and size + self._queue[0].size <= MAX_JSON_BYTES_PER_WRITE
             ):
                 appends.append(self._dequeue())
                 size += appends[-1].size
@@ -250,18 +220,18 @@ class Appender:
                 failed = {0} if await self._insert_in_transaction(appends[0]) else set()
             else:
                 async with self._large_write_lock if len(appends) > _LARGE_WRITE_EVENTS else nullcontext():
-                    failed = await self._insert_documents([append.documents[0] for append in appends])
+                    failed = await self._insert_separately(appends)
         except (BSONError, ValueError, OverflowError):  # the driver cannot encode one of them in BSON
             return await self._insert_encodable(appends)
         if not failed:
-            _resolve_appends(appends)
+            resolve_appends(appends)
             return []
-        _resolve_appends(append for index, append in enumerate(appends) if index not in failed)
+        resolve_appends(append for index, append in enumerate(appends) if index not in failed)
         return [append for index, append in enumerate(appends) if index in failed]
 
     async def _insert_encodable(self, appends: Sequence[PendingAppend]) -> list[PendingAppend]:
         """Fail appends that JSON can express, but BSON cannot (a UUID), and insert the rest."""
-        errors = [_find_encoding_error(append) for append in appends]
+        errors = [find_encoding_error(append) for append in appends]
         encodable = [append for append, error in zip(appends, errors, strict=True) if error is None]
         if len(encodable) == len(appends):
             raise LedgerUnavailable(
@@ -272,22 +242,63 @@ class Appender:
         for append, error in zip(appends, errors, strict=True):
             if error is not None:
                 await self.void_positions([document["_id"] for document in append.documents])
-                _resolve_appends([append], error)
+                resolve_appends([append], error)
         return await self._insert(encodable) if encodable else []
+
+    async def _insert_separately(self, appends: Sequence[PendingAppend]) -> set[int]:
+        """Insert appends of one document, and directly after each its next document, if it has one.
+
+        The server stops at the first document that it cannot insert. The next document of an append is never stored
+        without the first one: they are in this order in one command and in the oplog, and a failover may undo only the
+        last operations of an oplog. No next document is tried again, so what is stored at its version is never changed.
+
+        Returns:
+            The indexes of appends whose document failed with a duplicate key.
+        """
+        if all(append.next_document is None for append in appends):
+            return await self._insert_documents([append.documents[0] for append in appends])
+        documents: list[Document] = []
+        indexes: list[tuple[int, bool]] = []
+        for index, append in enumerate(appends):
+            documents.append(append.documents[0])
+            indexes.append((index, True))
+            if append.next_document is not None:
+                documents.append(append.next_document)
+                indexes.append((index, False))
+                append.next_document = None
+        failed: set[int] = set()
+        unused: list[int] = []
+        begin = 0
+        while begin < len(documents) and (stops := await self._insert_documents(documents[begin:], is_ordered=True)):
+            begin += min(stops)
+            index, is_first = indexes[begin]
+            if is_first:
+                failed.add(index)
+                begin += 1
+            if begin < len(documents) and indexes[begin] == (index, False):
+                unused.append(documents[begin]["_id"])
+                begin += 1
+        if unused:
+            await self.void_positions(unused)
+        return failed
 
     async def _insert_in_transaction(self, append: PendingAppend) -> bool:
         """Insert all or none. Return whether a key was a duplicate."""
         async with self._db.client.start_session() as session:
             await session.start_transaction(write_concern=DURABLE)
-            for documents in _split_into_messages(append):
+            for documents in split_into_messages(append):
                 if await self._insert_documents(documents, session):
                     await session.abort_transaction()
                     return True
             await session.commit_transaction()
         return False
 
-    async def _insert_documents(self, documents: list[Document], session: AsyncClientSession | None = None) -> set[int]:
-        """Insert in no particular order. Return the indexes of documents that failed with a duplicate key.
+    async def _insert_documents(
+        self, documents: list[Document], session: AsyncClientSession | None = None, *, is_ordered: bool = False
+    ) -> set[int]:
+        """Insert documents. Return the indexes of those that failed with a duplicate key.
+
+        With `is_ordered`, the server stops at the first of these.
 
         Sends the command as a document. The driver's insert methods would add retries, and the server would record
         them. Neither is needed, because every insert may be repeated.
@@ -295,7 +306,7 @@ class Appender:
         Raises:
             PyMongoError: It is unknown which documents are durable.
         """
-        command: dict[str, Any] = {"insert": "events", "documents": documents, "ordered": False}
+        command: dict[str, Any] = {"insert": "events", "documents": documents, "ordered": is_ordered}
         if session is None:
             command["writeConcern"] = DURABLE.document
         response = await self._db.command(command, session=session)
@@ -313,7 +324,11 @@ class Appender:
         A position must be larger than every position the decision was based on. The counter can fall behind only in a
         failover, because its increment need not have reached a majority. Then it is raised to the head of the log.
         """
-        documents = [document for append in appends for document in append.documents]
+        documents: list[Document] = []
+        for append in appends:
+            documents += append.documents
+            if append.next_document is not None:
+                documents.append(append.next_document)
         based_on_position = max(append.based_on_position for append in appends)
         while (first := await self.reserve_positions(len(documents))) <= based_on_position:
             await self.void_positions(range(first, first + len(documents)))
@@ -379,13 +394,13 @@ class Appender:
             unused += positions
         if unused:
             await self.void_positions(unused)
-        _resolve_appends(succeeded)
+        resolve_appends(succeeded)
         if conflicts:
             versions = await self._load_versions({first["stream"] for _, first in conflicts})
             for append, first in conflicts:
                 stream = first["stream"]
                 expected = min(it["version"] for it in append.documents if it["stream"] == stream) - 1
-                _resolve_appends([append], VersionConflict(stream, expected, versions.get(stream, 0)))
+                resolve_appends([append], VersionConflict(stream, expected, versions.get(stream, 0)))
         if without_position:
             await self._raise_counter()
         return without_position
@@ -415,34 +430,3 @@ class Appender:
         documents = [build_void_document(position) for position in positions]
         for begin in range(0, len(documents), self._limits.max_events_per_write):
             await self._insert_documents(documents[begin : begin + self._limits.max_events_per_write])
-
-
-def _split_into_messages(append: PendingAppend) -> Iterator[list[Document]]:
-    """Split documents into commands that the server accepts. Only a very large append needs more than one."""
-    if append.size <= _MESSAGE_BYTES // _BSON_FACTOR:
-        yield append.documents
-        return
-    part: list[Document] = []
-    size = 0
-    for document in append.documents:
-        length = len(encode_bson(document))
-        if part and size + length > _MESSAGE_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(document)
-        size += length
-    yield part
-
-
-def _find_encoding_error(append: PendingAppend) -> InvalidEvent | None:
-    try:
-        for document in append.documents:
-            encode_bson(document)
-    except InvalidEvent as error:
-        return error
-    return None
-
-
-def _resolve_appends(appends: Iterable[PendingAppend], error: Exception | None = None) -> None:
-    for append in appends:
-        append.on_done(error)

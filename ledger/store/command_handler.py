@@ -12,14 +12,14 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 from bson import ObjectId
 
 from jobledger.ledger.domain import batch, delivery, job
 from jobledger.ledger.domain.batch import Batch
-from jobledger.ledger.domain.commands import BatchCommand, DeliveryCommand, JobCommand
+from jobledger.ledger.domain.commands import BatchCommand, ClaimJob, DeliveryCommand, JobCommand, SubmitJob
 from jobledger.ledger.domain.delivery import Delivery
 from jobledger.ledger.domain.errors import (
     CommandRejected,
@@ -37,6 +37,8 @@ from jobledger.ledger.store.event_store import EventStore
 Command = JobCommand | BatchCommand | DeliveryCommand
 Aggregate = Job | Batch | Delivery
 _log = structlog.get_logger()
+DISPATCHER: Final = "system"
+"""The actor of claims that are made for a worker when the job is submitted. A worker is the actor of its own claims."""
 _MAX_TRIES = 20  # few processes append to one stream, so more conflicts in a row are rare
 
 
@@ -361,6 +363,25 @@ async def create_streams(
         for stream, command in commands
     ]
     return await event_store.append(*appends)
+
+
+async def create_claimed_job(
+    event_store: EventStore, job_id: str, command: SubmitJob, worker_id: str, *, meta: EventMetadata
+) -> RecordedEvent:
+    """Begin the stream of a job, and claim the job for a worker directly after. Return the first event.
+
+    The claim may be missing. Then the job is pending, as any other.
+
+    Raises:
+        CommandRejected: The job is not valid, or may not be claimed yet. Nothing was written.
+        VersionConflict: The stream already exists.
+        InvalidEvent, LedgerBusy, LedgerUnavailable: As `EventStore.append`.
+    """
+    now = event_store.clock.estimate()
+    [submitted] = job.decide(command, None)
+    [claimed] = job.decide(ClaimJob(worker_id, now), job.evolve(None, submitted))
+    append = StreamAppend(job_id, StreamHead(), [submitted], meta, now)
+    return await event_store.append_with_next(append, claimed, EventMetadata(DISPATCHER))
 
 
 async def load_stream_state(event_store: EventStore, stream: str) -> StreamState:

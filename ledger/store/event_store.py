@@ -21,7 +21,7 @@ from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from jobledger.ledger.domain.canonical_json import TextTooLong
 from jobledger.ledger.domain.errors import DatabaseUnsuitable, LogTruncated
-from jobledger.ledger.domain.events import Event, RecordedEvent
+from jobledger.ledger.domain.events import Event, EventMetadata, RecordedEvent
 from jobledger.ledger.mongo.connection import (
     DURABLE,
     INDEX_CONFLICTS,
@@ -35,10 +35,11 @@ from jobledger.ledger.mongo.connection import (
     translate_errors,
 )
 from jobledger.ledger.mongo.server_clock import get_server_clock
-from jobledger.ledger.store.appender import Appender, AppendOutcomes, EventStoreLimits
-from jobledger.ledger.store.envelope import StreamAppend, build_documents
+from jobledger.ledger.store.appender import Appender, EventStoreLimits
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_documents
 from jobledger.ledger.store.gap_filler import GapFiller
 from jobledger.ledger.store.live_tail import LiveTail
+from jobledger.ledger.store.pending_appends import AppendOutcomes
 from jobledger.ledger.store.subscription import Subscription
 from jobledger.ledger.system.histogram import DurationHistogram
 
@@ -164,14 +165,39 @@ class EventStore:
                 based_on_position = append.head.position
         if not documents:
             return []
+        await self._write(documents, size, based_on_position)
+        return list(map(RecordedEvent, documents, events))
+
+    async def append_with_next(
+        self, append: StreamAppend, next_event: Event, next_meta: EventMetadata
+    ) -> RecordedEvent:
+        """Append one event and, directly after it, another one to the same stream. Return the first.
+
+        One command writes both. The second event is never written without the first one, but perhaps not at all: it is
+        tried once. Only the log shows whether it was written.
+
+        Raises:
+            VersionConflict, InvalidEvent, LedgerBusy, LedgerUnavailable: As `append`, for the first event.
+        """
+        documents: list[Document] = []
+        size = await _build_documents(append, documents)
+        [document] = documents
+        head = StreamHead(document["version"], append.head.position, document["hash"])
+        next_documents: list[Document] = []
+        size += await _build_documents(
+            StreamAppend(append.stream, head, [next_event], next_meta, append.time), next_documents
+        )
+        await self._write(documents, size, append.head.position, *next_documents)
+        return RecordedEvent(document, *append.events)
+
+    async def _write(self, documents: list[Document], size: int, based_on_position: int, *next_: Document) -> None:
         begun = time.monotonic()
         outcomes = AppendOutcomes(1)
-        self._appender.write(documents, size, based_on_position, partial(outcomes.set, 0))
+        self._appender.write(documents, size, based_on_position, partial(outcomes.set, 0), *next_)
         [(_, error)] = await outcomes.wait()
         if error is not None:
             raise error
         self.append_durations.observe(time.monotonic() - begun)
-        return list(map(RecordedEvent, documents, events))
 
     async def append_each(
         self, appends: Sequence[StreamAppend]

@@ -254,6 +254,12 @@ async def find_jobs_of_worker(views: Views, worker_id: str) -> Sequence[Document
     return [job for job in running if job.pop("worker_id") == worker_id]
 
 
+async def find_running_jobs(views: Views) -> Sequence[Document]:
+    """Return `_id` and `worker_id` of the running jobs according to the views."""
+    with translate_errors("finding running jobs"):
+        return [job async for job in _iter_running(views, ("worker_id",))]
+
+
 async def find_oldest_running_started_at(views: Views) -> datetime | None:
     """Return the earliest start time of the running jobs in the views, or None."""
     with translate_errors("finding the oldest running job"):

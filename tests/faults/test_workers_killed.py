@@ -22,6 +22,7 @@ from jobledger.ledger.domain.errors import CommandRejected, LedgerUnavailable
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.embedded import EmbeddedServer
+from jobledger.ledger.store.command_handler import DISPATCHER
 from tests.projections.expected_views import assert_views_match_log
 from tests.support.history_check import check_history
 from tests.support.installation import list_descendants
@@ -51,6 +52,7 @@ FAULTS = [WORKER] * 4 + [JOB] * 4 + [HELPER] * 2 + [PROJECTOR] * 2 + [MONGOD] * 
 FAULTS *= 2 if IS_SOAK_RUN else 1
 MAX_CLAIMS_BETWEEN_FAULTS = 8
 FINISH_SECONDS = 90.0
+SUBMIT_SECONDS = 15.0
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Cluster:
                     await asyncio.sleep(0.05)
                     continue
                 self.events += chunk
+                self.submitted |= {event.stream for event in chunk if event.type == "JobSubmitted"}
                 self.claims += sum(event.type == "JobClaimed" for event in chunk)
                 self.finished |= {event.stream for event in chunk if event.type in TERMINAL_EVENT_TYPES}
 
@@ -139,7 +142,7 @@ def kill_random(pids: Iterable[int]) -> None:
 @asynccontextmanager
 async def run_cluster(server: EmbeddedServer, store: Path) -> AsyncIterator[Cluster]:
     with ExitStack() as stack:
-        async with run_roles_in_process(Connection(server.uri, "test"), store) as observer:
+        async with run_roles_in_process(Connection(server.uri, "test"), store, dispatches=True) as observer:
             cluster = Cluster(server, observer, stack)
             following = asyncio.create_task(cluster.follow())
             try:
@@ -152,8 +155,8 @@ async def run_cluster(server: EmbeddedServer, store: Path) -> AsyncIterator[Clus
                     await following
 
 
-async def submit_jobs(observer: RunningRoles, site: SlowSite) -> set[str]:
-    """Submit inline jobs and jobs in processes in random order, some in batches. Return their IDs."""
+async def submit_jobs(observer: RunningRoles, site: SlowSite) -> None:
+    """Submit inline jobs and jobs in processes in random order, some in batches, and some only later."""
 
     def echo_parameters() -> dict[str, float]:
         return {"seconds": random.uniform(0, 1.5)}
@@ -161,7 +164,12 @@ async def submit_jobs(observer: RunningRoles, site: SlowSite) -> set[str]:
     def choose_max_attempts() -> int:
         return random.choices([MANY_ATTEMPTS, FEW_ATTEMPTS], [9, 1])[0]
 
-    jobs = [observer.submit(echo_parameters(), max_attempts=choose_max_attempts()) for _ in range(INLINE // 2)]
+    async def submit_later() -> str:
+        """Submit a job when free workers may wait for jobs, so that it is claimed for one of them."""
+        await asyncio.sleep(random.uniform(0, SUBMIT_SECONDS))
+        return await observer.submit(echo_parameters(), max_attempts=choose_max_attempts())
+
+    jobs = [submit_later() for _ in range(INLINE // 2)]
     jobs += [
         observer.submit(site.job_parameters(f"/talk-{number}"), job_type="session", max_attempts=choose_max_attempts())
         for number in range(IN_JOB_PROCESSES)
@@ -171,11 +179,7 @@ async def submit_jobs(observer: RunningRoles, site: SlowSite) -> set[str]:
         observer.submit_batch(*(echo_parameters() for _ in range(BATCH)), max_attempts=MANY_ATTEMPTS)
         for _ in range(INLINE // 2 // BATCH)
     ]
-    submitted = set(await asyncio.gather(*jobs))
-    for _, job_ids in await asyncio.gather(*batches):
-        submitted.update(job_ids)
-    assert len(submitted) == INLINE + IN_JOB_PROCESSES
-    return submitted
+    await asyncio.gather(*jobs, *batches)
 
 
 async def test_killed_processes_let_each_job_finish_without_overlapping_attempts(tmp_path: Path) -> None:
@@ -184,11 +188,14 @@ async def test_killed_processes_let_each_job_finish_without_overlapping_attempts
 
     with EmbeddedServer.start(tmp_path / "data", oplog_mb=256) as server:
         async with serve_site(SlowSite(pause)) as site, run_cluster(server, tmp_path / "results") as cluster:
-            cluster.submitted = await submit_jobs(cluster.observer, site)
+            submitting = asyncio.create_task(submit_jobs(cluster.observer, site))
+            await poll_until(lambda: cluster.waiting, "the first jobs are submitted")
             for fault in random.sample(FAULTS, len(FAULTS)):
                 await cluster.wait_for_claims(random.randint(1, MAX_CLAIMS_BETWEEN_FAULTS))
                 if cluster.waiting:
                     await cluster.cause(fault)
+            await submitting
+            await poll_until(lambda: len(cluster.submitted) == INLINE + IN_JOB_PROCESSES, "all jobs are submitted")
             await poll_until(lambda: not cluster.waiting, "each job finished", seconds=FINISH_SECONDS)
 
             documents = await load_event_documents(cluster.observer.db)
@@ -208,6 +215,9 @@ async def test_killed_processes_let_each_job_finish_without_overlapping_attempts
             )
             assert sum(event.type == "JobLeaseExpired" for event in cluster.events) > WORKERS, (
                 "no worker was killed while it ran jobs"
+            )
+            assert any(event.type == "JobClaimed" and event.meta.actor == DISPATCHER for event in cluster.events), (
+                "no job was claimed for a worker when it was submitted"
             )
             assert cluster.errors("JobAttemptFailed")["PROCESS_KILLED"] > 0, (
                 "no job process was killed while it ran a job"

@@ -6,13 +6,15 @@ gaps (`store.gap_filler`). Methods for steps name the functions of the code.
 
 A command is written as the streams to which it appends: `s` appends one event to the stream s, `st` one event to each
 of s and t in one transaction. `+` after it means that its caller decides again after a version conflict, and looks for
-the outcome after an unknown one, as `handle_command_with_retries`; without it, the command ends. A writer executes
-writes one after the other. A write is a group of commands with one event each, which go into one insert, or one
+the outcome after an unknown one, as `handle_command_with_retries`; without it, the command ends. `>` after it means
+that another event of its stream follows it in the same insert, as in `append_with_next`. A writer executes writes one
+after the other. A write is a group of commands with one event each, which go into one insert, or one
 command.
 
 Checked in every state:
     - The versions of a stream are 1, 2, 3 … in the order of the positions.
     - A command is in the log at most once, and completely.
+    - The next event of a command (`>`) is in the log at most once, and only with the command's event.
     - The events of a successful command stay. A rejected command is not in the log, and another event has its version.
     - What readers have read stays, and no event appears before it.
 From every state, steps without further faults lead to a state in which all live writers have finished and the reader
@@ -28,6 +30,8 @@ Where several commands to the server are one step here, what may happen between 
     - The reader voids one position at a time. A void never replaces an event.
     - An append that was already resolved may be inserted again with its group. Its version is taken, as for a late
       request.
+    - An insert with next events stops at the first duplicate key, and the rest is sent again. Its appends are
+      independent, so it makes no difference when.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from enum import Enum
 from typing import NamedTuple
 
 VOID_STREAM = "void"
+_NEXT_EVENT_ID_LENGTH = 5
 
 
 class Violation(Exception):
@@ -61,6 +66,7 @@ class Defect(Enum):
     RETRY_WITHOUT_LOOK = (
         "after a duplicate key, the events are written at new positions without a look at stored events"
     )
+    NEXT_WITHOUT_FIRST = "the server inserts the next event although it could not insert the one before"
     SKIP_GAPS = "readers continue after a gap without voiding it"
     READ_LOCALLY = "readers read events that a majority may not have"
     DECIDE_AGAIN_BLINDLY = "after an unknown outcome, the command is decided again without a look"
@@ -68,12 +74,16 @@ class Defect(Enum):
 
 
 class Document(NamedTuple):
-    """An event. `event_id` is (writer, write, command, try), empty for a void."""
+    """An event. `event_id` is (writer, write, command, try), empty for a void, and one longer for a next event."""
 
     position: int
     stream: str
     version: int
     event_id: tuple[int, ...]
+
+    @property
+    def is_next(self) -> bool:
+        return len(self.event_id) == _NEXT_EVENT_ID_LENGTH
 
 
 Operation = int | tuple[Document, ...]
@@ -85,7 +95,7 @@ class Command(NamedTuple):
 
     `status` is `deciding`, `writing`, or final: `succeeded`, `rejected`, `unknown`. `base` has the version of each of
     its streams when it was decided, and `based_on` is the largest position that was read. `may_have_effect`: an earlier
-    try ended with an unknown outcome.
+    try ended with an unknown outcome. `has_next`: its next event was not tried yet.
     """
 
     status: str = "deciding"
@@ -94,6 +104,7 @@ class Command(NamedTuple):
     tries: int = 0
     may_have_effect: bool = False
     positions: tuple[int, ...] = ()
+    has_next: bool = False
 
 
 class Writer(NamedTuple):
@@ -254,6 +265,7 @@ class AppendModel:
                     if write > writer.write or writer.commands[number].status in ("deciding", "writing"):
                         reservations = 2 if self._is_retried(index, write, number) else 1
                         needed += reservations * len(self._list_streams(index, write, number))
+                        needed += self._has_next(index, write, number)
         return needed
 
     def _describe(self, number: int, parents: list[tuple[int, str]]) -> None:
@@ -270,10 +282,13 @@ class AppendModel:
         return tuple(Command() for _ in self.programs[writer][write].split())
 
     def _list_streams(self, writer: int, write: int, command: int) -> str:
-        return self.programs[writer][write].split()[command].rstrip("+")
+        return self.programs[writer][write].split()[command].rstrip("+>")
 
     def _is_retried(self, writer: int, write: int, command: int) -> bool:
         return self.programs[writer][write].split()[command].endswith("+")
+
+    def _has_next(self, writer: int, write: int, command: int) -> bool:
+        return self.programs[writer][write].split()[command].endswith(">")
 
     # Guarantees -----------------------------------------------------------------------------------------------------
 
@@ -294,7 +309,10 @@ class AppendModel:
 
     def _check_command(self, key: tuple[int, int, int], command: Command, stored: list[Document]) -> None:
         streams = self._list_streams(*key)
-        found = [document for document in stored if document.event_id[:3] == key]
+        found = [document for document in stored if document.event_id[:3] == key and not document.is_next]
+        followers = [document for document in stored if document.event_id[:3] == key and document.is_next]
+        if followers and (len(followers) > 1 or [it.event_id for it in found] != [followers[0].event_id[:-1]]):
+            raise Violation(f"command {key} has the next events {followers} and the events {found}")
         if found and sorted(document.stream for document in found) != sorted(streams):
             raise Violation(f"command {key} has the events {found}")
         if command.status == "succeeded" and not found:
@@ -324,7 +342,7 @@ class AppendModel:
     # The server -----------------------------------------------------------------------------------------------------
 
     def _execute_insert(self, state: State, inserts: Sequence[tuple[Document, ...]]) -> tuple[State, tuple[int, ...]]:
-        """Execute an unordered insert. Each item is a document, or those of a transaction.
+        """Execute an insert. Each item is a document, or those of a transaction. Next events are items of their own.
 
         Returns the state and the indexes of the items with a duplicate key.
         """
@@ -336,8 +354,10 @@ class AppendModel:
         stored = state.stored
         positions = {document.position for document in stored}
         versions = {(document.stream, document.version) for document in stored}
-        pending, indexes = state.pending, []
+        pending, indexes = state.pending, list[int]()
         for index, documents in enumerate(inserts):
+            if documents[0].is_next and index - 1 in indexes and self.defect is not Defect.NEXT_WITHOUT_FIRST:
+                continue
             has_duplicate_version = any((document.stream, document.version) in versions for document in documents)
             if any(document.position in positions for document in documents) or (
                 has_duplicate_version and self.defect is not Defect.NO_UNIQUE_VERSION
@@ -466,13 +486,14 @@ class AppendModel:
         events = [[document for document in visible if document.stream == stream] for stream in streams]
         base = tuple(max((document.version for document in its), default=0) for its in events)
         based_on = max((document.position for its in events for document in its), default=0)
-        decided = Command("writing", base, based_on, command.tries + 1, command.may_have_effect)
+        has_next = self._has_next(index, writer.write, number)
+        decided = Command("writing", base, based_on, command.tries + 1, command.may_have_effect, has_next=has_next)
         yield f"{index} decides", self._set(state, index, writer, number, decided), False
 
     def _reserve(self, state: State, index: int, writer: Writer) -> Iterator[Step]:
         """`_assign_positions`"""
         commands = [command for command in writer.commands if command.status == "writing"]
-        counts = [len(command.base) for command in commands]
+        counts = [len(command.base) + command.has_next for command in commands]
         first = state.current_counter + 1
         last = state.current_counter + sum(counts)
         if last > self.max_position:
@@ -489,8 +510,9 @@ class AppendModel:
         assigned = []
         for command in writer.commands:
             if command.status == "writing":
-                assigned.append(command._replace(positions=tuple(range(first, first + len(command.base)))))
-                first += len(command.base)
+                count = len(command.base) + command.has_next
+                assigned.append(command._replace(positions=tuple(range(first, first + count))))
+                first += count
             else:
                 assigned.append(command)
         yield (
@@ -500,25 +522,31 @@ class AppendModel:
         )
 
     def _build_inserts(self, index: int, writer: Writer) -> tuple[list[int], tuple[tuple[Document, ...], ...]]:
-        numbers = [number for number, command in enumerate(writer.commands) if command.status == "writing"]
+        numbers: list[int] = []
         inserts = []
-        for number in numbers:
-            command = writer.commands[number]
+        for number, command in enumerate(writer.commands):
+            if command.status != "writing":
+                continue
+            numbers.append(number)
             streams = self._list_streams(index, writer.write, number)
             event_id = (index, writer.write, number, command.tries)
             inserts.append(
                 tuple(
                     Document(position, stream, version + 1, event_id)
-                    for position, stream, version in zip(command.positions, streams, command.base, strict=True)
+                    for position, stream, version in zip(command.positions, streams, command.base, strict=False)
                 )
             )
+            if command.has_next:
+                numbers.append(number)
+                inserts.append((Document(command.positions[-1], streams, command.base[0] + 2, (*event_id, 1)),))
         return numbers, tuple(inserts)
 
     def _execute_own_insert(self, state: State, index: int, writer: Writer) -> State:
         numbers, inserts = self._build_inserts(index, writer)
-        executed, failed = self._execute_insert(state, inserts)
-        needed = len(executed.pending) if len(failed) < len(inserts) else 0
-        waiting = writer._replace(phase="wait", failed=tuple(numbers[it] for it in failed), needed=needed)
+        executed, all_failed = self._execute_insert(state, inserts)
+        failed = tuple(numbers[it] for it in all_failed if not inserts[it][0].is_next)
+        needed = len(executed.pending) if len(failed) < len(set(numbers)) else 0
+        waiting = _drop_next(writer)._replace(phase="wait", failed=failed, needed=needed)
         return _put(executed, index, waiting)
 
     def _insert(self, state: State, index: int, writer: Writer) -> Iterator[Step]:
@@ -528,12 +556,13 @@ class AppendModel:
         if faults.lost_responses:
             fewer = faults._replace(lost_responses=faults.lost_responses - 1)
             inserted = self._execute_own_insert(state, index, writer)._replace(faults=fewer)
-            yield f"{index} inserts, response lost", _put(inserted, index, writer), True
+            yield f"{index} inserts, response lost", _put(inserted, index, _drop_next(writer)), True
         if faults.late_requests:
             _, inserts = self._build_inserts(index, writer)
             fewer = faults._replace(late_requests=faults.late_requests - 1)
             late = tuple(sorted((*state.late, inserts)))
-            yield f"{index} sends a request that is late", state._replace(late=late, faults=fewer), True
+            sent = _put(state._replace(late=late, faults=fewer), index, _drop_next(writer))
+            yield f"{index} sends a request that is late", sent, True
 
     def _wait(self, state: State, index: int, writer: Writer) -> Iterator[Step]:
         if self._is_acknowledged(writer):
@@ -609,6 +638,15 @@ class AppendModel:
         if any(command.status == "deciding" for command in commands):
             return _put(state, index, writer)
         return self._continue(state, index, writer)
+
+
+def _drop_next(writer: Writer) -> Writer:
+    """Next events are tried once. Readers void a position that stays empty."""
+    commands = tuple(
+        command._replace(has_next=False, positions=command.positions[:-1]) if command.has_next else command
+        for command in writer.commands
+    )
+    return writer._replace(commands=commands)
 
 
 def _put(state: State, index: int, writer: Writer) -> State:

@@ -15,6 +15,8 @@ ONE_COMMAND: Programs = (("s",),)
 TWO_STREAMS: Programs = (("s",), ("t",))
 GROUP: Programs = (("s t",), ("s",))
 TRANSACTIONS: Programs = (("st",), ("ts",))
+NEXT: Programs = (("s>",), ("s",))
+NEXT_IN_GROUP: Programs = (("s> t",), ("s",))
 TWO_WRITES: Programs = (("s", "s"), ("s",))
 
 
@@ -34,6 +36,9 @@ def find_violation(programs: Programs, faults: Faults, defect: Defect) -> tuple[
         (GROUP, Faults(failovers=1), 5),
         (TRANSACTIONS, Faults(lost_responses=1, late_requests=1), 6),
         (TWO_WRITES, Faults(late_requests=1), 5),
+        (NEXT, Faults(failovers=1), 4),
+        (NEXT, Faults(crashes=1, lost_responses=1), 5),
+        (NEXT_IN_GROUP, Faults(late_requests=1), 5),
     ],
 )
 def test_append_protocol_keeps_guarantees_in_every_order_of_steps(
@@ -61,6 +66,10 @@ def test_append_protocol_keeps_guarantees_in_every_order_of_steps(
         (TRANSACTIONS, Faults(failovers=1, late_requests=1), 6),
         (TWO_WRITES, Faults(failovers=1), 5),
         ((("s",), ("s",), ("t",)), Faults(crashes=1), 5),
+        (NEXT, Faults(failovers=1, lost_responses=1), 5),
+        (NEXT, Faults(lost_responses=2, late_requests=1), 6),
+        (NEXT_IN_GROUP, Faults(failovers=1), 5),
+        ((("s>",), ("s>",)), Faults(failovers=1), 5),
     ],
 )
 def test_append_protocol_keeps_guarantees_with_more_faults(
@@ -82,6 +91,7 @@ def test_append_protocol_keeps_guarantees_with_more_faults(
         (Defect.GROUP_FAILS_TOGETHER, GROUP, Faults(), "was rejected, and has an event"),
         (Defect.TRANSACTION_NOT_ATOMIC, (("st",), ("t",)), Faults(), "has the events"),
         (Defect.RETRY_WITHOUT_LOOK, ONE_COMMAND, Faults(lost_responses=1), "no step leads to the end"),
+        (Defect.NEXT_WITHOUT_FIRST, (("s>",), ("t",)), Faults(), "not the version that follows"),
         (Defect.SKIP_GAPS, ONE_STREAM, Faults(), "which is not the log"),
         (Defect.READ_LOCALLY, ONE_COMMAND, Faults(failovers=1), "which is not the log"),
         (Defect.DECIDE_AGAIN_BLINDLY, (("s+",),), Faults(lost_responses=1), "has the events"),

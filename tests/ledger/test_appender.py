@@ -14,6 +14,7 @@ from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.appender import Appender, EventStoreLimits
 from jobledger.ledger.store.command_handler import create_batch_id, create_job_id, create_streams, handle_command
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamHead
+from jobledger.ledger.store.pending_appends import PendingAppend
 from tests.support.driver_hooks import CommandCounter, monitor_connection
 from tests.support.event_examples import ACCESS, NOON, make_job_submitted
 from tests.support.event_stores import FAST_GAP_LIMITS, create_append, create_progress, head_after, open_pausable_store
@@ -265,12 +266,24 @@ async def test_cancelled_append_each_is_written(unstreamed_ledger: Ledger) -> No
     assert len(await unstreamed_ledger.event_store.read_stream("job-1")) == 1
 
 
-async def test_append_each_returns_events_before_slower_appends_are_done(connection: Connection) -> None:
+async def test_append_each_returns_events_before_slower_appends_are_done(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One append of several events is a transaction, and a write of its own."""
-    async with open_ledger(connection) as ledger:
+    may_insert, insert_in_transaction = asyncio.Event(), Appender._insert_in_transaction
+
+    async def insert_later(appender: Appender, append: PendingAppend) -> bool:
+        await may_insert.wait()
+        return await insert_in_transaction(appender, append)
+
+    monkeypatch.setattr(Appender, "_insert_in_transaction", insert_later)
+    async with asyncio.timeout(DEADLINE_SECONDS), open_ledger(connection) as ledger:
         appends = [
-            create_append(make_job_submitted(), stream="job-1"),
-            create_append(make_job_submitted(), create_progress(), stream="job-2"),
+            create_append(make_job_submitted(), create_progress(), stream="job-1"),
+            create_append(make_job_submitted(), stream="job-2"),
         ]
-        parts = [[index for index, _ in part] async for part in ledger.event_store.append_each(appends)]
-    assert sorted(parts) == [[0], [1]]
+        parts = []
+        async for part in ledger.event_store.append_each(appends):
+            parts.append([index for index, _ in part])
+            may_insert.set()
+    assert parts == [[1], [0]]

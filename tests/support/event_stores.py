@@ -12,10 +12,11 @@ from pymongo.errors import AutoReconnect
 
 from jobledger.ledger.domain.events import Event, JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.ledger.store.appender import Appender, EventStoreLimits, PendingAppend
+from jobledger.ledger.store.appender import Appender, EventStoreLimits
 from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.store.pending_appends import PendingAppend
 from tests.support.event_examples import NOON
 from tests.support.ledger_setup import EVENT_METADATA, change_stream_operations, open_ledger
 from tests.support.polling import DEADLINE_SECONDS

@@ -41,6 +41,7 @@ from jobledger.ledger.store.command_handler import (
 )
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import CheckpointFollower
+from jobledger.projections.engine.dispatcher import Dispatcher
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import batches, jobs
 from jobledger.workers.child.containment import new_event_loop
@@ -81,6 +82,7 @@ class RunningRoles:
     checkpoint: CheckpointFollower
     changes: ChangeStream
     store: DirectoryStore
+    dispatcher: Dispatcher | None = None
     projector: Projector | None = None
     worker: Worker | None = None
     projector_task: asyncio.Task[None] | None = None
@@ -98,8 +100,11 @@ class RunningRoles:
 
     async def submit(self, parameters: Mapping[str, Any] | None = None, **fields: Any) -> str:
         """Submit an `echo` job, with `fields` as overrides, and return its ID."""
-        job_id = create_job_id()
-        await self.handle_commands(job_id, SubmitJob(make_echo_job(parameters, **fields)))
+        job_id, command = create_job_id(), SubmitJob(make_echo_job(parameters, **fields))
+        if self.dispatcher is not None:
+            await self.dispatcher.submit_job(job_id, command, meta=EventMetadata("test"))
+        else:
+            await self.handle_commands(job_id, command)
         return job_id
 
     async def submit_batch(self, *parameters: Mapping[str, Any], **fields: Any) -> tuple[str, list[str]]:
@@ -216,11 +221,13 @@ async def run_roles_in_process(
     store_class: type[EventStore] = EventStore,
     projector_class: type[Projector] = Projector,
     projector_pauses_stream: bool = False,
+    dispatches: bool = False,
 ) -> AsyncIterator[RunningRoles]:
     """Run roles inside the block and stop them after it. A failing role fails the test.
 
     With `is_worker_process`, the roles read the change stream as in a process that is only a worker. With
-    `projector_pauses_stream`, the projector pauses the change stream in a flood, as in a process of its own.
+    `projector_pauses_stream`, the projector pauses the change stream in a flood, as in a process of its own. With
+    `dispatches`, `submit` claims jobs for workers, as the API does.
     """
     async with AsyncExitStack() as stack:
         client = connection.create_client()
@@ -246,6 +253,9 @@ async def run_roles_in_process(
         changes.add_listener(checkpoint)
         if not is_worker_process:
             changes.add_listener(log)
+        if dispatches:
+            roles.dispatcher = Dispatcher(db, log, checkpoint, changes)
+            stack.callback(roles.dispatcher.close)
         if projector:
             roles.projector = leader
             leader.register_listeners(changes)

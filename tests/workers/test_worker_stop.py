@@ -22,10 +22,11 @@ from jobledger.ledger.domain.events import (
 )
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE
-from jobledger.ledger.store.appender import Appender, EventStoreLimits, PendingAppend
+from jobledger.ledger.store.appender import Appender, EventStoreLimits
 from jobledger.ledger.store.command_handler import handle_commands
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.store.pending_appends import PendingAppend
 from jobledger.workers.processor import JobContext, Results
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import WorkerOptions, run_roles_in_process

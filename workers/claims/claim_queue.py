@@ -80,6 +80,11 @@ class ClaimCandidate(NamedTuple):
     batch_id: str | None
 
 
+class _DelayedJob(NamedTuple):
+    candidate: ClaimCandidate
+    timer: asyncio.TimerHandle
+
+
 _CandidateOrRow = TypeVar("_CandidateOrRow", ClaimCandidate, queue.QueueRow)
 
 
@@ -118,7 +123,7 @@ class ClaimQueue:
         """Job types of the jobs that the worker is claiming, by job ID."""
         # New jobs, taken from their `JobSubmitted` events, by job ID
         self._new_jobs: dict[str, ClaimCandidate] = {}
-        self._delayed: dict[str, asyncio.TimerHandle] = {}
+        self._delayed: dict[str, _DelayedJob] = {}
         """Timers of new jobs that a higher-ranked worker may claim first."""
         self._claim_delay = ClaimDelay()
         # Queued jobs, from the last query
@@ -175,7 +180,12 @@ class ClaimQueue:
 
     def close(self) -> None:
         """Cancel all timers."""
-        for timer in (self._timer, self._clock_retry_timer, self._due_later_timer, *self._delayed.values()):
+        for timer in (
+            self._timer,
+            self._clock_retry_timer,
+            self._due_later_timer,
+            *(it.timer for it in self._delayed.values()),
+        ):
             if timer is not None:
                 timer.cancel()
 
@@ -211,11 +221,17 @@ class ClaimQueue:
     def mark_claimed(self, job_id: str, position: int) -> None:
         """Exclude a job that was claimed at `position`, until the views have reached the position."""
         self._new_jobs.pop(job_id, None)
-        if (timer := self._delayed.pop(job_id, None)) is not None:
-            timer.cancel()
+        if (delayed := self._delayed.pop(job_id, None)) is not None:
+            delayed.timer.cancel()
         self._claimed_positions.pop(job_id, None)  # keeps the dictionary ordered by position
         if position > self._checkpoint.position:
             self._claimed_positions[job_id] = position
+
+    def get_new_job(self, job_id: str) -> StreamState | None:
+        """Return a job after its submission if it is one of the new jobs."""
+        if (candidate := self._new_jobs.get(job_id)) is not None:
+            return candidate.stream_state
+        return self._delayed[job_id].candidate.stream_state if job_id in self._delayed else None
 
     async def handle_rejection(self, job_id: str) -> None:
         """Exclude a job whose claim was rejected, until the views show why. If they are up to date, skip the job."""
@@ -294,7 +310,8 @@ class ClaimQueue:
         else:
             self._claim_delay.start_timing(job_id, higher_ranked[0])
             loop, delay = asyncio.get_running_loop(), min(len(higher_ranked), _MAX_RANKS) * self._claim_delay.seconds
-            self._delayed[job_id] = loop.call_later(delay, self._add_new_job, candidate, document["_id"])
+            timer = loop.call_later(delay, self._add_new_job, candidate, document["_id"])
+            self._delayed[job_id] = _DelayedJob(candidate, timer)
         return True
 
     def _add_new_job(self, candidate: ClaimCandidate, position: int) -> None:

@@ -1,0 +1,248 @@
+"""Choose a worker for a new job, so that the commit that submits the job can claim it for this worker.
+
+The worker starts such a job as soon as it hears of it. Otherwise, it would hear of the job, claim it, and wait for the
+commit of the claim. A choice is only a hint, and may be outdated: the worker releases a job for which it has no free
+slot, and the lease reaper frees the jobs of a worker that has died.
+
+A job is left to the queue, as if there were no dispatcher, if
+
+* any other job may be waiting: then the workers decide, by priority and age;
+* it belongs to a batch, because batches can be paused, or it is due later;
+* it has only one attempt, which it would lose if the worker has just died;
+* no worker with a free slot accepts jobs of its type. A worker says so in its lease document: it accepts no types that
+  it limits, and none at all while it is unhealthy, stopping, or has not emptied the queue.
+
+The running jobs of each worker are counted from the events, and from the views when the change stream is opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+from pymongo.asynchronous.client_session import AsyncClientSession
+
+from jobledger.ledger.domain.commands import SubmitJob
+from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.domain.events import EventMetadata, JobSubmitted, RecordedEvent
+from jobledger.ledger.mongo.connection import Database, Document, translate_errors
+from jobledger.ledger.mongo.lease import MISSED_HEARTBEAT_SHARE
+from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
+from jobledger.ledger.store.command_handler import create_claimed_job, create_streams
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.projections.engine.checkpoint import CheckpointFollower
+from jobledger.projections.views import job_list, queue
+
+_log = structlog.get_logger()
+WORKERS_COLLECTION: Final = "workers"
+"""The lease documents of the workers."""
+_LEASE_FIELDS: Final = ("slots", "accepted_job_types", "seconds", "released")
+_ENDS_OF_ATTEMPTS: Final = frozenset(
+    {"JobCompleted", "JobFailed", "JobCancelled", "JobAttemptFailed", "JobLeaseExpired", "JobReleased"}
+)
+_CLAIMABLE_AGAIN: Final = frozenset(
+    {"JobAttemptFailed", "JobLeaseExpired", "JobReleased", "JobRestarted", "JobUpdated"}
+)
+_NO_LONGER_CLAIMABLE: Final = frozenset({"JobClaimed", "JobCompleted", "JobFailed", "JobCancelled", "JobDeleted"})
+_WAITING_SECONDS: Final = 1.0
+"""How long a job that nobody claims keeps others from being dispatched. Workers with a backlog refuse jobs by then."""
+_MAX_WAITING: Final = 1000
+_DISPATCH_SECONDS: Final = 2.0
+"""How long a dispatched job takes a slot if its claim is not observed: it was not written."""
+_RETRY_SECONDS: Final = 1.0
+
+
+@dataclass(slots=True)
+class _WorkerLease:
+    slots: int = 0
+    accepted_job_types: Collection[str] = ()
+    seconds: float = 0.0
+    released: bool = False
+    extended_at: float = -math.inf
+    """When this process observed its last extension, on the monotonic clock."""
+
+    def update(self, fields: Mapping[str, Any]) -> None:
+        for name in _LEASE_FIELDS:
+            if name in fields:
+                setattr(self, name, fields[name])
+
+    def accepts(self, job_type: str) -> bool:
+        is_alive = time.monotonic() - self.extended_at < MISSED_HEARTBEAT_SHARE * self.seconds
+        return is_alive and not self.released and job_type in self.accepted_job_types
+
+
+class Dispatcher:
+    """Chooses workers for new jobs. Needs a change stream that delivers all events."""
+
+    def __init__(
+        self, db: Database, event_store: EventStore, checkpoint: CheckpointFollower, change_stream: ChangeStream
+    ) -> None:
+        self._db = db
+        self._event_store = event_store
+        self._checkpoint = checkpoint
+        self._leases: dict[str, _WorkerLease] = {}
+        self._running: dict[str, str] = {}
+        """The worker of each running job."""
+        self._running_counts: Counter[str] = Counter()
+        self._ended: set[str] | None = set()
+        """Jobs whose attempts have ended since the change stream was opened; None when the running jobs are known."""
+        self._dispatched: dict[str, tuple[str, float]] = {}
+        """Worker and time of the jobs that were dispatched here and whose claims have not been observed."""
+        self._waiting: dict[str, float] = {}
+        """The times at which jobs became claimable, on the monotonic clock, oldest first."""
+        self._wait_until = 0.0
+        """Until when nothing is dispatched, on the monotonic clock."""
+        self._loading: asyncio.Task[None] | None = None
+        change_stream.add_listener(CallbackListener(WORKERS_COLLECTION, self._on_lease_change, self._resync))
+        change_stream.add_listener(CallbackListener("events", self._on_event, _ignore_resync))
+
+    async def submit_job(self, job_id: str, command: SubmitJob, *, meta: EventMetadata) -> RecordedEvent:
+        """Begin the stream of a job, and claim it for a free worker if possible. Return the first event.
+
+        Raises:
+            VersionConflict: The stream already exists.
+            CommandRejected, InvalidEvent, LedgerBusy, LedgerUnavailable: As `create_streams`.
+        """
+        if (worker_id := self.choose_worker(job_id, command.job)) is not None:
+            return await create_claimed_job(self._event_store, job_id, command, worker_id, meta=meta)
+        self.expect_jobs({job_id: command.job})
+        return (await create_streams(self._event_store, [(job_id, command)], meta=meta))[0]
+
+    def choose_worker(self, job_id: str, job: JobSubmitted) -> str | None:
+        """Return the worker to claim a new job for, and count the job as one of its jobs. None: no worker.
+
+        Call it directly before the job is submitted.
+        """
+        now = time.monotonic()
+        self._forget_overdue(now)
+        if self._ended is not None or self._waiting or now < self._wait_until or not _may_dispatch(job):
+            return None
+        used = self._running_counts + Counter(worker for worker, _ in self._dispatched.values())
+        free = {
+            worker_id: lease.slots - used[worker_id]
+            for worker_id, lease in self._leases.items()
+            if lease.slots > used[worker_id] and lease.accepts(job.job_type)
+        }
+        if not free:
+            return None
+        most = max(free.values())
+        best = sorted(worker_id for worker_id, slots in free.items() if slots == most)
+        worker_id = best[queue.compute_hash(job_id) % len(best)]
+        self._dispatched[job_id] = worker_id, now
+        return worker_id
+
+    def expect_jobs(self, jobs: Mapping[str, JobSubmitted]) -> None:
+        """Dispatch nothing before these jobs, which are about to be submitted without a claim, by ID."""
+        for job_id, job in jobs.items():
+            if job.not_before is None:
+                self._add_waiting(job_id)
+
+    def close(self) -> None:
+        """Stop loading the running jobs."""
+        if self._loading is not None:
+            self._loading.cancel()
+
+    def _forget_overdue(self, now: float) -> None:
+        while self._waiting and now - next(iter(self._waiting.values())) > _WAITING_SECONDS:
+            del self._waiting[next(iter(self._waiting))]
+        while self._dispatched and now - next(iter(self._dispatched.values()))[1] > _DISPATCH_SECONDS:
+            del self._dispatched[next(iter(self._dispatched))]
+
+    # Leases -------------------------------------------------------------------------------------------------------
+
+    async def _resync(self, session: AsyncClientSession) -> None:
+        self.close()
+        self._ended = set()
+        self._running.clear()
+        self._running_counts.clear()
+        with translate_errors("reading the leases of workers"):
+            leases = await self._db[WORKERS_COLLECTION].find({}, session=session).to_list()
+        self._leases = {lease["_id"]: _WorkerLease() for lease in leases}
+        for lease in leases:
+            self._leases[lease["_id"]].update(lease)
+        head = await self._event_store.read_head_position(session)
+        self._loading = asyncio.create_task(self._load_running(head), name="load-running-jobs")
+
+    def _on_lease_change(self, change: Mapping[str, Any]) -> None:
+        worker_id = change["documentKey"]["_id"]
+        if change["operationType"] == "delete":
+            self._leases.pop(worker_id, None)
+            return
+        fields = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
+        lease = self._leases.setdefault(worker_id, _WorkerLease())
+        lease.update(fields)
+        if "heartbeat" in fields:
+            lease.extended_at = time.monotonic()
+
+    # Running and waiting jobs -------------------------------------------------------------------------------------
+
+    async def _load_running(self, head: int) -> None:
+        """Load the running jobs when the views have reached the head of the log at the time of the resync."""
+        await self._checkpoint.wait_for_position(head)
+        jobs = await self._find_running()
+        ended, self._ended = self._ended or set(), None
+        for job in jobs:
+            if job["_id"] not in ended and job["_id"] not in self._running:
+                self._add_running(job["_id"], job["worker_id"])
+
+    async def _find_running(self) -> Sequence[Document]:
+        while True:
+            try:
+                return await job_list.find_running_jobs(self._checkpoint.views)
+            except LedgerUnavailable as error:
+                _log.warning("cannot count the jobs of workers yet", error=str(error))
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    def _on_event(self, change: Mapping[str, Any]) -> None:
+        if change["operationType"] != "insert":
+            return
+        document: Document = change["fullDocument"]
+        stream, event_type = document["stream"], document["type"]
+        if event_type == "JobClaimed":
+            self._dispatched.pop(stream, None)
+            self._add_running(stream, document["data"]["worker_id"])
+            if self._ended is not None:
+                self._ended.discard(stream)
+        elif event_type in _ENDS_OF_ATTEMPTS:
+            self._remove_running(stream)
+            if self._ended is not None:
+                self._ended.add(stream)
+        if event_type in _NO_LONGER_CLAIMABLE:
+            self._waiting.pop(stream, None)
+        elif event_type in _CLAIMABLE_AGAIN or (event_type == "JobSubmitted" and "not_before" not in document["data"]):
+            self._add_waiting(stream)
+        elif event_type == "BatchResumed":
+            self._wait_until = time.monotonic() + _WAITING_SECONDS
+
+    def _add_waiting(self, job_id: str) -> None:
+        now = time.monotonic()
+        self._waiting.pop(job_id, None)  # keeps the dictionary ordered by time
+        self._waiting[job_id] = now
+        if len(self._waiting) > _MAX_WAITING:
+            self._waiting.clear()
+            self._wait_until = now + _WAITING_SECONDS
+
+    def _add_running(self, job_id: str, worker_id: str) -> None:
+        self._remove_running(job_id)
+        self._running[job_id] = worker_id
+        self._running_counts[worker_id] += 1
+
+    def _remove_running(self, job_id: str) -> None:
+        if (worker_id := self._running.pop(job_id, None)) is not None:
+            self._running_counts[worker_id] -= 1
+            if not self._running_counts[worker_id]:
+                del self._running_counts[worker_id]
+
+
+def _may_dispatch(job: JobSubmitted) -> bool:
+    return job.batch_id is None and job.not_before is None and job.max_attempts > 1
+
+
+async def _ignore_resync(_session: AsyncClientSession) -> None:
+    """The listener of the lease documents resyncs both."""

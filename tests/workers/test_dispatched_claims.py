@@ -1,0 +1,305 @@
+"""Jobs that are claimed for a worker when they are submitted: each claim is started once, or released.
+
+The simulation runs `DispatchedClaims` against a log, views and change streams in memory, with their steps in any order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, ExpireLease, JobCommand, ReportEvent
+from jobledger.ledger.domain.errors import VersionConflict
+from jobledger.ledger.domain.events import Event, EventMetadata, JobCompleted, RecordedEvent
+from jobledger.ledger.domain.job import Job, decide
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.command_handler import DISPATCHER, StreamState
+from jobledger.ledger.store.envelope import StreamAppend, build_documents
+from jobledger.projections.views import job_list
+from jobledger.workers.claims.claimer import ClaimedJob
+from jobledger.workers.claims.dispatched_claims import DispatchedClaims
+from tests.support.event_examples import NOON, make_results
+from tests.support.role_runner import make_echo_job
+from tests.support.soak_only import IS_SOAK_RUN
+
+WORKER, OTHER_WORKER = "worker-1", "worker-2"
+
+
+class Log:
+    """The log. Reads take their result when the server executes them, and arrive later."""
+
+    def __init__(self) -> None:
+        self.documents: list[Document] = []
+        self.clock = self
+        self.requests: list[tuple[str, asyncio.Future[list[RecordedEvent]]]] = []
+        self.responses: list[tuple[list[RecordedEvent], asyncio.Future[list[RecordedEvent]]]] = []
+
+    def estimate(self) -> datetime:
+        return NOON
+
+    def write(self, stream: str, events: Sequence[Event], actor: str) -> None:
+        state = self.fold(stream)
+        documents: list[Document] = []
+        build_documents(StreamAppend(stream, state.head, events, EventMetadata(actor), NOON), documents)
+        for document in documents:
+            document["_id"] = len(self.documents) + 1
+            self.documents.append(document)
+
+    def handle(self, stream: str, command: JobCommand, actor: str) -> None:
+        aggregate = self.fold(stream).aggregate
+        assert isinstance(aggregate, Job)
+        self.write(stream, decide(command, aggregate), actor)
+
+    def select(self, stream: str) -> list[RecordedEvent]:
+        return [RecordedEvent(document) for document in self.documents if document["stream"] == stream]
+
+    def fold(self, stream: str, position: int = 1_000_000) -> StreamState:
+        return StreamState().apply(event for event in self.select(stream) if event.position <= position)
+
+    # The methods of the event store -------------------------------------------------------------------------------
+
+    async def append(self, append: StreamAppend) -> list[RecordedEvent]:
+        if append.head.version != self.fold(append.stream).head.version:
+            raise VersionConflict(append.stream, append.head.version, self.fold(append.stream).head.version)
+        self.write(append.stream, append.events, append.meta.actor)
+        return self.select(append.stream)[-len(append.events) :]
+
+    async def iterate_stream(self, stream: str, *, after_version: int = 0) -> AsyncIterator[RecordedEvent]:
+        response: asyncio.Future[list[RecordedEvent]] = asyncio.get_running_loop().create_future()
+        self.requests.append((stream, response))
+        for event in (await response)[after_version:]:
+            yield event
+
+
+class Simulation:
+    """One worker, its change stream and its views."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, max_jobs: int, slots: int, reopenings: int, max_events: int
+    ) -> None:
+        self.log = Log()
+        self.max_jobs = max_jobs
+        self.reopenings_left = reopenings
+        self.max_events = max_events
+        """Number of events after which only the worker itself writes more."""
+        self.jobs: list[str] = []
+        self.running: list[str] = []
+        self.started: list[tuple[str, int]] = []
+        """Jobs and attempts that the worker has started."""
+        self.undelivered: list[Document] = []
+        self.new_jobs: dict[str, StreamState] = {}
+        self.views = None
+        self.views_position = 0
+        self.views_changed = asyncio.Event()
+        self.worker_id = WORKER
+        monkeypatch.setattr(job_list, "find_jobs_of_worker", self.find_jobs_of_worker)
+        self.claims = DispatchedClaims(
+            cast("Any", self.log),
+            cast("Any", self),
+            cast("Any", self),
+            can_start=lambda _type: len(self.running) < slots,
+            is_running=self.running.__contains__,
+            start_jobs=self.start_jobs,
+            on_unreadable=self.fail,
+        )
+        self.claims.resync(0)
+
+    def start_jobs(self, claimed: Sequence[ClaimedJob]) -> None:
+        for job_id, stream_state in claimed:
+            job = stream_state.aggregate
+            assert isinstance(job, Job)
+            assert job.worker_id == WORKER
+            assert job.cancel_request is None, "a cancelled job was started"
+            self.start(job_id, job.attempt)
+
+    def start(self, job_id: str, attempt: int) -> None:
+        assert (job_id, attempt) not in self.started, "an attempt was started twice"
+        self.started.append((job_id, attempt))
+        self.running.append(job_id)
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+    async def wait_for_position(self, position: int) -> None:
+        while self.views_position < position:
+            self.views_changed.clear()
+            await self.views_changed.wait()
+
+    async def find_jobs_of_worker(self, _views: object, worker_id: str) -> list[Document]:
+        return [{"_id": job_id} for job_id in self.jobs if self.has(worker_id, self.fold(job_id, self.views_position))]
+
+    def has(self, worker_id: str, job: Job | None) -> bool:
+        return job is not None and job.status == "processing" and job.worker_id == worker_id
+
+    def fold(self, job_id: str, position: int = 1_000_000) -> Job | None:
+        job = self.log.fold(job_id, position).aggregate
+        assert job is None or isinstance(job, Job)
+        return job
+
+    # Steps --------------------------------------------------------------------------------------------------------
+
+    def list_steps(self) -> list[Callable[[], None]]:
+        steps: list[Callable[[], None]] = []
+        if self.reopenings_left:
+            steps += [partial(self.reopen, count) for count in range(3)]
+        if len(self.jobs) < self.max_jobs:
+            steps += [partial(self.submit, is_dispatched=True), partial(self.submit, is_dispatched=False)]
+        for job_id in self.jobs if len(self.log.documents) < self.max_events else ():
+            job = self.fold(job_id)
+            assert job is not None
+            if job.status == "pending":
+                steps += [partial(self.claim, job_id, worker_id) for worker_id in (WORKER, OTHER_WORKER)]
+            elif self.has(WORKER, job) and job.cancel_request is None:
+                steps.append(partial(self.log.handle, job_id, CancelJob("user"), "user"))
+            if self.has(OTHER_WORKER, job):
+                steps.append(partial(self.log.handle, job_id, ExpireLease(OTHER_WORKER, job.attempt), "worker:x"))
+        for job_id in self.running:
+            job = self.fold(job_id)
+            assert job is not None
+            steps.append(partial(self.complete, job_id, job.attempt))
+        return steps + self.list_steps_to_rest()
+
+    def list_steps_to_rest(self) -> list[Callable[[], None]]:
+        """Return the steps that are left if nothing new happens."""
+        steps: list[Callable[[], None]] = [
+            *(partial(self.execute_read, index) for index in range(len(self.log.requests))),
+            *(partial(self.respond, index) for index in range(len(self.log.responses))),
+        ]
+        if self.undelivered:
+            steps.append(self.deliver)
+        if self.views_position < len(self.log.documents):
+            steps.append(self.advance_views)
+        return steps
+
+    def submit(self, *, is_dispatched: bool) -> None:
+        job_id = f"job-{len(self.jobs)}"
+        self.jobs.append(job_id)
+        before = len(self.log.documents)
+        self.log.write(job_id, [make_echo_job(max_attempts=9)], "user")
+        if is_dispatched:
+            self.log.handle(job_id, ClaimJob(WORKER, NOON), DISPATCHER)
+        self.undelivered += self.log.documents[before:]
+
+    def claim(self, job_id: str, worker_id: str) -> None:
+        self.log.handle(job_id, ClaimJob(worker_id, NOON), f"worker:{worker_id}")
+        if worker_id == WORKER:  # `Claimer` starts it
+            job = self.fold(job_id)
+            assert job is not None
+            self.start(job_id, job.attempt)
+
+    def complete(self, job_id: str, attempt: int) -> None:
+        result = JobCompleted(attempt=attempt, results=make_results())
+        self.log.handle(job_id, ReportEvent(WORKER, result), f"worker:{WORKER}")
+        self.running.remove(job_id)
+
+    def deliver(self) -> None:
+        document = self.undelivered.pop(0)
+        if document["type"] == "JobSubmitted":
+            self.new_jobs[document["stream"]] = StreamState().apply([RecordedEvent(document)])
+        else:
+            self.claims.handle_claim(document, self.new_jobs.pop(document["stream"], None))
+
+    def reopen(self, count: int) -> None:
+        """Lose the events that were not delivered. Up to `count` of the last ones will arrive, perhaps again."""
+        self.reopenings_left -= 1
+        last = self.log.documents[len(self.log.documents) - count :]
+        self.undelivered = [it for it in last if it["type"] == "JobSubmitted" or it["meta"]["actor"] == DISPATCHER]
+        self.new_jobs.clear()
+        self.claims.resync(len(self.log.documents))
+
+    def advance_views(self) -> None:
+        self.views_position = len(self.log.documents)
+        self.views_changed.set()
+
+    def execute_read(self, index: int) -> None:
+        stream, response = self.log.requests.pop(index)
+        self.log.responses.append((self.log.select(stream), response))
+
+    def respond(self, index: int) -> None:
+        events, response = self.log.responses.pop(index)
+        if not response.done():
+            response.set_result(events)
+
+    def describe(self) -> object:
+        """Return a key that is equal for equal states."""
+        return (
+            tuple((document["stream"], document["type"], document["meta"]["actor"]) for document in self.log.documents),
+            tuple(document["_id"] for document in self.undelivered),
+            tuple(self.new_jobs),
+            tuple((stream, response.done()) for stream, response in self.log.requests),
+            tuple((len(events), response.done()) for events, response in self.log.responses),
+            tuple(self.running),
+            tuple(self.started),
+            self.views_position,
+            self.reopenings_left,
+            (self.claims._head, *self.claims._checks, *self.claims._found_job_ids),
+            self.claims._search is not None and self.claims._search.done(),
+        )
+
+    async def take_steps(self, choices: Sequence[int]) -> None:
+        for choice in choices:
+            steps = self.list_steps()
+            steps[choice % len(steps)]()
+            await run_tasks()
+
+    async def come_to_rest(self) -> None:
+        while steps := self.list_steps_to_rest():
+            steps[0]()
+            await run_tasks()
+        for job_id in self.jobs:
+            assert self.has(WORKER, self.fold(job_id)) == (job_id in self.running), f"{job_id} hangs"
+
+
+async def run_tasks() -> None:
+    for _ in range(6):
+        await asyncio.sleep(0)
+
+
+def explore(slots: int, *, reopenings: int, max_events: int) -> int:
+    """Run every order of steps of one job, and return the number of states that were reached."""
+    seen: set[object] = set()
+    waiting: deque[tuple[int, ...]] = deque([()])
+    with pytest.MonkeyPatch.context() as monkeypatch, asyncio.Runner() as runner:
+
+        async def visit(path: tuple[int, ...]) -> None:
+            simulation = Simulation(monkeypatch, max_jobs=1, slots=slots, reopenings=reopenings, max_events=max_events)
+            await simulation.take_steps(path)
+            if (state := simulation.describe()) not in seen:
+                seen.add(state)
+                waiting.extend((*path, index) for index in range(len(simulation.list_steps())))
+                await simulation.come_to_rest()
+            await simulation.claims.cancel()
+
+        while waiting:
+            runner.run(visit(waiting.popleft()))
+    return len(seen)
+
+
+@pytest.mark.parametrize("slots", [0, 1])
+def test_each_claim_of_one_job_is_started_once_or_released_in_every_order(slots: int) -> None:
+    assert explore(slots, reopenings=2, max_events=5 if IS_SOAK_RUN else 4) > 1000
+
+
+@given(
+    max_jobs=st.integers(1, 3),
+    slots=st.integers(0, 2),
+    choices=st.lists(st.integers(0, 10_000), min_size=5, max_size=60),
+)
+@settings(max_examples=20_000 if IS_SOAK_RUN else 1000, deadline=None)
+def test_each_claim_is_started_once_or_released_in_every_order(max_jobs: int, slots: int, choices: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+
+        async def simulate() -> None:
+            simulation = Simulation(monkeypatch, max_jobs=max_jobs, slots=slots, reopenings=10, max_events=100)
+            await simulation.take_steps(choices)
+            await simulation.come_to_rest()
+
+        asyncio.run(simulate())
