@@ -14,7 +14,7 @@ A database outage expires no leases of healthy workers. Only a reaper that has e
 without a gap expires the leases of others. When it could not write heartbeats, the others could not either.
 
 All jobs of a crashed worker become pending again. A claim is an event. Once the views contain every event up to the
-head of the log, they name all jobs of that worker. If a claim of a zombie comes even later, reapers observe a
+head of the log, they name all jobs of that worker. If a job is claimed for it even later, reapers observe a
 `JobClaimed` of a worker without a lease, and expire its lease as well. A reaper that starts later finds such jobs among
 those of unknown workers.
 
@@ -36,7 +36,7 @@ from jobledger.ledger.domain.commands import ExpireLease
 from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, StreamBusy, UnreadableEvent
 from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.mongo.connection import Database, translate_errors
-from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, Lease, LeaseObservation
+from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, WORKERS_COLLECTION, Lease, LeaseObservation
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStore
@@ -44,7 +44,6 @@ from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.views import job_list
 
 _log = structlog.get_logger()
-COLLECTION: Final = "workers"
 _JITTER_SECONDS: Final = 0.3
 """Random delay, so that not all reapers act at the same time."""
 _RECHECK_SECONDS: Final = 1.0
@@ -79,7 +78,7 @@ class LeaseReaper:
         self._unhealthy: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._check_queue: asyncio.Queue[str] = asyncio.Queue()
-        change_stream.add_listener(CallbackListener(COLLECTION, self._on_lease_change, self._resync))
+        change_stream.add_listener(CallbackListener(WORKERS_COLLECTION, self._on_lease_change, self._resync))
         change_stream.add_listener(CallbackListener("events", self._on_event, _ignore_resync))
 
     @property
@@ -106,7 +105,7 @@ class LeaseReaper:
 
     async def _resync(self, session: AsyncClientSession) -> None:
         """Load all lease documents with their remaining times, and look for running jobs of unknown workers."""
-        workers = await self._db[COLLECTION].find({}, {**_FIELDS, "problem": 1}, session=session).to_list()
+        workers = await self._db[WORKERS_COLLECTION].find({}, {**_FIELDS, "problem": 1}, session=session).to_list()
         self._live_workers.clear()
         self._unhealthy.clear()
         for worker in workers:
@@ -176,7 +175,7 @@ class LeaseReaper:
                 self._check_if_unknown(unknown_worker)
             return
         with translate_errors("checking a lease"):
-            worker = await self._db[COLLECTION].find_one({"_id": worker_id}, _FIELDS)
+            worker = await self._db[WORKERS_COLLECTION].find_one({"_id": worker_id}, _FIELDS)
         if worker is not None and not worker["released"]:
             if (remaining := self._observe_remaining_seconds(worker)) > 0:
                 self._schedule_check(worker_id, remaining)
@@ -188,7 +187,7 @@ class LeaseReaper:
             with translate_errors("expiring a lease"):
                 # Match the last observed heartbeat, so that a worker that has extended its lease since keeps it.
                 unchanged = {"_id": worker_id, "heartbeat": worker.get("heartbeat")}
-                expired = await self._db[COLLECTION].update_one(unchanged, EXPIRE_LEASE_UPDATE)
+                expired = await self._db[WORKERS_COLLECTION].update_one(unchanged, EXPIRE_LEASE_UPDATE)
             if not expired.matched_count:  # it was extended, or another reaper has expired it
                 self._schedule_check(worker_id, _RECHECK_SECONDS)
                 return
@@ -218,7 +217,7 @@ class LeaseReaper:
         if has_busy or has_unreadable or worker is None:
             return  # keep the lease document, so that other reapers find the job, for example those of a newer version
         with translate_errors("removing an expired lease"):
-            await self._db[COLLECTION].delete_one({"_id": worker_id, "heartbeat": worker.get("heartbeat")})
+            await self._db[WORKERS_COLLECTION].delete_one({"_id": worker_id, "heartbeat": worker.get("heartbeat")})
 
 
 async def _ignore_resync(_session: AsyncClientSession) -> None:

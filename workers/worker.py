@@ -7,6 +7,7 @@ claim.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import secrets
@@ -24,13 +25,13 @@ from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent
 from jobledger.ledger.domain.events import JobCancelRequested
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
-from jobledger.ledger.mongo.lease import Lease
+from jobledger.ledger.mongo.lease import WORKERS_COLLECTION, Lease
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
-from jobledger.ledger.store.command_handler import DISPATCHER
+from jobledger.ledger.store.command_handler import DISPATCH_ACTOR
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.projections.engine.checkpoint import CheckpointFollower
-from jobledger.workers import lease_reaper
+from jobledger.projections.engine.dispatcher import DISPATCH_VERSION
 from jobledger.workers.attempts.dependencies import AttemptDependencies
 from jobledger.workers.attempts.executor import JobExecutor
 from jobledger.workers.attempts.inline_batch import InlineBatch
@@ -58,9 +59,9 @@ _ORPHANS_INTERVAL_SECONDS: Final = 6 * 3600.0
 _STALE_SCRATCH_INTERVAL_SECONDS: Final = 60.0
 _ACCEPT_SECONDS: Final = 0.5
 _REFUSE_SECONDS: Final = 0.05
-"""After how long the worker says that it has emptied the queue, and that it has not, if it is still so then."""
+"""Delay from a claim round to the check whether the worker now accepts, or no longer accepts, dispatched jobs."""
 _LAST_DISPATCH_SECONDS: Final = 0.1
-"""How long submitters may not have heard that a worker is stopping."""
+"""How long a stopping worker waits for claims by API processes that do not know yet that it stops."""
 _STOP_SECONDS: Final = 2.0
 """Timeout of each operation at shutdown. Jobs that cannot be released by then are freed when the lease expires."""
 
@@ -114,7 +115,9 @@ class Worker:
         self._unrecorded_job_ids: set[str] = set()
         """Jobs of this lease whose outcomes could not be recorded."""
         self._accepts_dispatch = False
-        """Whether submitters may claim jobs for this worker, because it has emptied the queue."""
+        """Whether the API may claim jobs for this worker, because it has emptied the queue."""
+        self._refused_at = -math.inf
+        """When it last became False, on the event loop's clock."""
         self._acceptance_timer: asyncio.TimerHandle | None = None
         self._lease_publisher: asyncio.Task[None] | None = None
         self._dependencies = AttemptDependencies(
@@ -144,7 +147,8 @@ class Worker:
             checkpoint,
             self._claim_queue,
             can_start=self._can_start,
-            is_running=self._has_job,
+            is_running=self._is_running,
+            wait_until_settled=self._claimer.wait_until_settled,
             start_jobs=self._start_jobs,
             on_unreadable=self._stop_with_error,
         )
@@ -184,7 +188,7 @@ class Worker:
             background = [task for task in tasks if task is not None]
             for task in background:
                 task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            await asyncio.gather(*background, self._dispatched_claims.cancel(), return_exceptions=True)
             await asyncio.to_thread(self._scratch.close)
 
     async def _remove_orphans(self) -> None:
@@ -215,7 +219,7 @@ class Worker:
             self.health.report(failure)
 
     async def _run_with_lease(self, reaping: asyncio.Task[None]) -> None:
-        lease = Lease(self._connection, lease_reaper.COLLECTION, self.worker_id, seconds=self._settings.lease_seconds)
+        lease = Lease(self._connection, WORKERS_COLLECTION, self.worker_id, seconds=self._settings.lease_seconds)
         fields = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -268,11 +272,10 @@ class Worker:
             self._unrecorded_job_ids.clear()
 
     async def _refuse_dispatch(self) -> None:
-        """Tell submitters to claim no more jobs for this worker, and hear of the last ones, to release them."""
+        """Tell the API to claim no more jobs for this worker, and wait for the last ones, to release them."""
         if self._accepts_dispatch:
-            self._accepts_dispatch = False
-            self._publish()
-            await asyncio.sleep(_LAST_DISPATCH_SECONDS)
+            self._set_acceptance(accepts=False)
+        await asyncio.sleep(self._refused_at + _LAST_DISPATCH_SECONDS - asyncio.get_running_loop().time())
 
     async def _run_unless_stopped(self, work: Coroutine[Any, Any, _T]) -> _T | None:
         """Return the result of `work`. If the worker is stopped first, cancel `work` and return None."""
@@ -372,16 +375,15 @@ class Worker:
             del self._cancel_versions[next(iter(self._cancel_versions))]
 
     def _is_dispatched_claim(self, document: Mapping[str, Any]) -> bool:
-        """Return whether another process has claimed a job for this worker. In a flood, events have no metadata."""
-        is_own = document["type"] == "JobClaimed" and document["data"]["worker_id"] == self.worker_id
-        return is_own and bool(document.get("meta", {}).get("actor") == DISPATCHER)
+        """Return whether a job was claimed for this worker when it was submitted.
 
-    def _has_job(self, job_id: str) -> bool:
-        return (
-            job_id in self._claim_queue.pending_claims
-            or job_id in self._unrecorded_job_ids
-            or any(executor.job_id == job_id for executor in self._running)
-        )
+        In a flood, events have no metadata; the search after the next resync finds the claim.
+        """
+        is_own = document["type"] == "JobClaimed" and document["data"]["worker_id"] == self.worker_id
+        return is_own and bool(document.get("meta", {}).get("actor") == DISPATCH_ACTOR)
+
+    def _is_running(self, job_id: str) -> bool:
+        return job_id in self._unrecorded_job_ids or any(executor.job_id == job_id for executor in self._running)
 
     def _can_start(self, job_type: str) -> bool:
         """Return whether a job may be started now. A process that was suspended may have lost its lease by now."""
@@ -403,7 +405,7 @@ class Worker:
         self._publish()
 
     def _reconsider_acceptance(self) -> None:
-        """Check soon whether submitters may claim jobs for this worker. It is called often, and must cost nothing."""
+        """Check soon whether the API may claim jobs for this worker. It is called often, and must cost nothing."""
         if self._acceptance_timer is None:
             seconds = _REFUSE_SECONDS if self._accepts_dispatch else _ACCEPT_SECONDS
             self._acceptance_timer = asyncio.get_running_loop().call_later(seconds, self._update_acceptance)
@@ -412,14 +414,23 @@ class Worker:
         self._acceptance_timer = None
         accepts = self._claim_queue.is_exhausted and not self._stopping.is_set()
         if accepts != self._accepts_dispatch:
-            self._accepts_dispatch = accepts
-            self._publish()
+            self._set_acceptance(accepts=accepts)
+
+    def _set_acceptance(self, *, accepts: bool) -> None:
+        self._accepts_dispatch = accepts
+        if not accepts:
+            self._refused_at = asyncio.get_running_loop().time()
+        self._publish()
 
     def _get_lease_fields(self) -> Document:
         """Return the fields of the lease document that change."""
         accepts = self._accepts_dispatch and self.health.can_claim()
         accepted = self._job_types - self._settings.max_concurrent_per_type.keys() if accepts else ()
-        return {**self.health.get_document_fields(), "accepted_job_types": sorted(accepted)}
+        return {
+            **self.health.get_document_fields(),
+            "accepted_job_types": sorted(accepted),
+            "dispatch_version": DISPATCH_VERSION,
+        }
 
     def _publish(self) -> None:
         if self._lease_publisher is None or self._lease_publisher.done():
@@ -433,7 +444,7 @@ class Worker:
         published: Document | None = None
         while published != (fields := self._get_lease_fields()):
             with suppress(LedgerUnavailable), translate_errors("updating a lease document"):
-                update = await self._db[lease_reaper.COLLECTION].update_one({"_id": self.worker_id}, {"$set": fields})
+                update = await self._db[WORKERS_COLLECTION].update_one({"_id": self.worker_id}, {"$set": fields})
                 if update.matched_count:
                     published = fields
                     continue
@@ -471,7 +482,8 @@ class Worker:
 
     async def _load_missed_cancels(self) -> None:
         self._may_have_missed_cancels = False
-        job_ids = [*self._claim_queue.pending_claims, *(executor.job_id for executor in self._running)]
+        may_become_ours = self._claim_queue.pending_claims.keys() | self._dispatched_claims.checked_job_ids
+        job_ids = [*may_become_ours, *(executor.job_id for executor in self._running)]
         if not job_ids:
             return
         try:
@@ -482,9 +494,7 @@ class Worker:
         for executor in list(self._running):
             if versions.get(executor.job_id, 0) > executor.claimed_version:
                 executor.cancel()
-        self._cancel_versions |= {
-            job_id: versions[job_id] for job_id in self._claim_queue.pending_claims & versions.keys()
-        }
+        self._cancel_versions |= {job_id: versions[job_id] for job_id in may_become_ours & versions.keys()}
 
     def _start_jobs(self, claimed: Sequence[ClaimedJob]) -> None:
         inline: list[JobExecutor] = []

@@ -198,7 +198,10 @@ class JobSubmitted(Event):
 
 
 class JobClaimed(_WorkerEvent):
-    """A worker claimed the job: attempt `attempt` has begun, and only this attempt may report on the job."""
+    """The job was claimed for a worker, by the worker or at the submission.
+
+    Attempt `attempt` has begun, and only this attempt may report on the job.
+    """
 
 
 class JobProgressed(_AttemptEvent):

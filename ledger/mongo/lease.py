@@ -47,6 +47,8 @@ EXPIRE_LEASE_UPDATE: Document = {"$inc": {"fencing_token": 1}}
 """Expires a lease. Combine it with a filter on the observed `heartbeat`. The holder's next extension then fails: it
 finds another fencing token."""
 _NEXT_HEARTBEAT: Document = {"$add": [{"$ifNull": ["$heartbeat", 0]}, 1]}
+WORKERS_COLLECTION = "workers"
+"""The leases of the workers."""
 _RETRY_SECONDS = 0.5
 _RELEASE_SECONDS = 1.0
 """How long releasing may take. A lease that could not be released in this time expires."""

@@ -183,7 +183,7 @@ class Appender:
         return appends
 
     async def _write_appends(self, appends: Sequence[PendingAppend]) -> None:
-        """Write appends of one event in one unordered insert, or one append of several events in one transaction.
+        """Write appends of one event in one insert, or one append of several events in one transaction.
 
         After any response of the database, the same documents may be inserted again: documents that are already
         stored are recognized by their event IDs. So every transient failure is retried until the deadline.
@@ -246,40 +246,50 @@ class Appender:
         return await self._insert(encodable) if encodable else []
 
     async def _insert_separately(self, appends: Sequence[PendingAppend]) -> set[int]:
-        """Insert appends of one document, and directly after each its next document, if it has one.
+        """Insert appends of one document, with their next documents. Return the indexes of those with a duplicate key.
 
-        The server stops at the first document that it cannot insert. The next document of an append is never stored
-        without the first one: they are in this order in one command and in the oplog, and a failover may undo only the
-        last operations of an oplog. No next document is tried again, so what is stored at its version is never changed.
-
-        Returns:
-            The indexes of appends whose document failed with a duplicate key.
+        No next document is sent twice. If the response is lost, the next try voids its position, unless it is used.
         """
-        if all(append.next_document is None for append in appends):
-            return await self._insert_documents([append.documents[0] for append in appends])
+        unused = [append.next_position for append in appends if append.next_position is not None]
+        if any(append.next_document is not None for append in appends):
+            failed = await self._insert_with_next(appends, unused)
+        else:
+            failed = await self._insert_documents([append.documents[0] for append in appends])
+        if unused:
+            await self.void_positions(unused)
+        for append in appends:
+            append.next_position = None
+        return failed
+
+    async def _insert_with_next(self, appends: Sequence[PendingAppend], unused: list[int]) -> set[int]:
+        """Insert documents, and directly after each its next document, if it has one.
+
+        The server stops at the first document that it cannot insert. A next document is never stored without the first
+        one: they are in this order in one command and in the oplog, and a failover may only undo the end of an oplog.
+        The server may commit them separately, so others may see the first one alone for a moment.
+
+        Args:
+            unused: The positions of next documents that were not inserted are added to it.
+        """
         documents: list[Document] = []
-        indexes: list[tuple[int, bool]] = []
+        owners: list[int | None] = []
         for index, append in enumerate(appends):
             documents.append(append.documents[0])
-            indexes.append((index, True))
+            owners.append(index)
             if append.next_document is not None:
                 documents.append(append.next_document)
-                indexes.append((index, False))
-                append.next_document = None
+                owners.append(None)
+                append.next_position, append.next_document = append.next_document["_id"], None
         failed: set[int] = set()
-        unused: list[int] = []
         begin = 0
         while begin < len(documents) and (stops := await self._insert_documents(documents[begin:], is_ordered=True)):
             begin += min(stops)
-            index, is_first = indexes[begin]
-            if is_first:
-                failed.add(index)
+            if (owner := owners[begin]) is not None:
+                failed.add(owner)
                 begin += 1
-            if begin < len(documents) and indexes[begin] == (index, False):
+            if begin < len(documents) and owners[begin] is None:  # the next document of the one that failed, or itself
                 unused.append(documents[begin]["_id"])
                 begin += 1
-        if unused:
-            await self.void_positions(unused)
         return failed
 
     async def _insert_in_transaction(self, append: PendingAppend) -> bool:
@@ -301,7 +311,7 @@ class Appender:
         With `is_ordered`, the server stops at the first of these.
 
         Sends the command as a document. The driver's insert methods would add retries, and the server would record
-        them. Neither is needed, because every insert may be repeated.
+        them. Neither is needed, because every insert may be repeated, without next documents.
 
         Raises:
             PyMongoError: It is unknown which documents are durable.

@@ -1,6 +1,7 @@
 """Load a stream, decide on a command, and append the resulting events.
 
 Every change of an existing stream uses `handle_command`. `create_streams` appends the first events of new streams.
+`create_claimed_job` also claims a new job.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from jobledger.ledger.store.event_store import EventStore
 Command = JobCommand | BatchCommand | DeliveryCommand
 Aggregate = Job | Batch | Delivery
 _log = structlog.get_logger()
-DISPATCHER: Final = "system"
+DISPATCH_ACTOR: Final = "system"
 """The actor of claims that are made for a worker when the job is submitted. A worker is the actor of its own claims."""
 _MAX_TRIES = 20  # few processes append to one stream, so more conflicts in a row are rare
 
@@ -381,7 +382,7 @@ async def create_claimed_job(
     [submitted] = job.decide(command, None)
     [claimed] = job.decide(ClaimJob(worker_id, now), job.evolve(None, submitted))
     append = StreamAppend(job_id, StreamHead(), [submitted], meta, now)
-    return await event_store.append_with_next(append, claimed, EventMetadata(DISPATCHER))
+    return await event_store.append_with_next(append, claimed, EventMetadata(DISPATCH_ACTOR))
 
 
 async def load_stream_state(event_store: EventStore, stream: str) -> StreamState:

@@ -173,7 +173,7 @@ class EventStore:
     ) -> RecordedEvent:
         """Append one event and, directly after it, another one to the same stream. Return the first.
 
-        One command writes both. The second event is never written without the first one, but perhaps not at all: it is
+        One insert writes both. The second event is never written without the first one, but perhaps not at all: it is
         tried once. Only the log shows whether it was written.
 
         Raises:
@@ -187,13 +187,15 @@ class EventStore:
         size += await _build_documents(
             StreamAppend(append.stream, head, [next_event], next_meta, append.time), next_documents
         )
-        await self._write(documents, size, append.head.position, *next_documents)
+        await self._write(documents, size, append.head.position, next_documents[0])
         return RecordedEvent(document, *append.events)
 
-    async def _write(self, documents: list[Document], size: int, based_on_position: int, *next_: Document) -> None:
+    async def _write(
+        self, documents: list[Document], size: int, based_on_position: int, next_document: Document | None = None
+    ) -> None:
         begun = time.monotonic()
         outcomes = AppendOutcomes(1)
-        self._appender.write(documents, size, based_on_position, partial(outcomes.set, 0), *next_)
+        self._appender.write(documents, size, based_on_position, partial(outcomes.set, 0), next_document)
         [(_, error)] = await outcomes.wait()
         if error is not None:
             raise error

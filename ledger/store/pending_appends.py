@@ -36,6 +36,8 @@ class PendingAppend:
     deadline: float
     on_done: OnDone
     next_document: Document | None = None
+    next_position: int | None = None
+    """Its position after it was sent, until it is known whether the position is used."""
 
 
 class AppendOutcomes:

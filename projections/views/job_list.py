@@ -269,8 +269,7 @@ async def find_oldest_running_started_at(views: Views) -> datetime | None:
 
 async def count_running_by_worker(views: Views) -> Counter[str]:
     """Return the number of running jobs of each worker that runs any, according to the views."""
-    with translate_errors("counting the jobs of workers"):
-        return Counter([job["worker_id"] async for job in _iter_running(views, ("worker_id",))])
+    return Counter(job["worker_id"] for job in await find_running_jobs(views))
 
 
 def _build_status_query(status: JobStatus) -> ListQuery:

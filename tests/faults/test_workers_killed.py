@@ -22,7 +22,7 @@ from jobledger.ledger.domain.errors import CommandRejected, LedgerUnavailable
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from jobledger.ledger.store.command_handler import DISPATCHER
+from jobledger.ledger.store.command_handler import DISPATCH_ACTOR
 from tests.projections.expected_views import assert_views_match_log
 from tests.support.history_check import check_history
 from tests.support.installation import list_descendants
@@ -216,7 +216,7 @@ async def test_killed_processes_let_each_job_finish_without_overlapping_attempts
             assert sum(event.type == "JobLeaseExpired" for event in cluster.events) > WORKERS, (
                 "no worker was killed while it ran jobs"
             )
-            assert any(event.type == "JobClaimed" and event.meta.actor == DISPATCHER for event in cluster.events), (
+            assert any(event.type == "JobClaimed" and event.meta.actor == DISPATCH_ACTOR for event in cluster.events), (
                 "no job was claimed for a worker when it was submitted"
             )
             assert cluster.errors("JobAttemptFailed")["PROCESS_KILLED"] > 0, (

@@ -68,7 +68,7 @@ def test_append_protocol_keeps_guarantees_in_every_order_of_steps(
         ((("s",), ("s",), ("t",)), Faults(crashes=1), 5),
         (NEXT, Faults(failovers=1, lost_responses=1), 5),
         (NEXT, Faults(lost_responses=2, late_requests=1), 6),
-        (NEXT_IN_GROUP, Faults(failovers=1), 5),
+        (NEXT_IN_GROUP, Faults(failovers=1), 7),
         ((("s>",), ("s>",)), Faults(failovers=1), 5),
     ],
 )

@@ -18,6 +18,15 @@ from jobledger.projections.engine.dispatcher import Dispatcher
 from tests.support.polling import poll_until
 from tests.support.role_runner import RunningRoles, make_echo_job, run_roles_in_process
 
+LEASE = {
+    "slots": 2,
+    "accepted_job_types": ["echo"],
+    "dispatch_version": dispatcher.DISPATCH_VERSION,
+    "seconds": 10.0,
+    "released": False,
+    "heartbeat": 1,
+}
+
 
 class Subject:
     """A dispatcher, and the lease documents and jobs that it observes."""
@@ -29,8 +38,7 @@ class Subject:
 
     async def add_worker(self, worker_id: str = "w1", **fields: Any) -> None:
         """Insert a lease document, and wait until the dispatcher knows it."""
-        lease = {"slots": 2, "accepted_job_types": ["echo"], "seconds": 10.0, "released": False, "heartbeat": 1}
-        await self.roles.db.workers.insert_one({"_id": worker_id, **lease, **fields})
+        await self.roles.db.workers.insert_one({"_id": worker_id, **LEASE, **fields})
         await poll_until(lambda: worker_id in self.dispatcher._leases, "the worker is known")
 
     async def update_worker(self, worker_id: str, **fields: Any) -> None:
@@ -41,10 +49,10 @@ class Subject:
 
     async def choose_soon(self) -> str:
         """Wait until a worker is chosen."""
-        await poll_until(lambda: self._try(), "a worker is chosen")
+        await poll_until(self._is_chosen, "a worker is chosen")
         return str(self._chosen)
 
-    def _try(self) -> bool:
+    def _is_chosen(self) -> bool:
         self._chosen = self.choose()
         return self._chosen is not None
 
@@ -71,6 +79,7 @@ async def test_worker_with_most_free_slots_is_chosen_until_all_are_used(subject:
         {"accepted_job_types": []},
         {"accepted_job_types": ["session"]},
         {"released": True},
+        {"dispatch_version": "0.0.0"},
         {"seconds": 0.0},  # the last heartbeat is too long ago
         {"slots": 0},
     ],
@@ -86,11 +95,10 @@ async def test_worker_that_does_not_accept_the_job_is_not_chosen(subject: Subjec
 async def test_worker_is_chosen_after_its_next_heartbeat_only(connection: Connection, store: Path) -> None:
     """Whether an earlier heartbeat is recent is unknown when the change stream is opened."""
     async with run_roles_in_process(connection, store, projector=True) as roles:
-        lease = {"slots": 2, "accepted_job_types": ["echo"], "seconds": 10.0, "released": False, "heartbeat": 1}
-        await roles.db.workers.insert_one({"_id": "w1", **lease})
+        await roles.db.workers.insert_one({"_id": "w1", **LEASE})
         async with run_roles_in_process(connection, store, dispatches=True) as submitter:
             subject = Subject(submitter)
-            await poll_until(lambda: subject.dispatcher._ended is None, "the running jobs are known")
+            await poll_until(lambda: subject.dispatcher._ended_while_loading is None, "the running jobs are known")
             await subject.update_worker("w1", accepted_job_types=["echo", "session"])
             await poll_until(lambda: len(subject.dispatcher._leases["w1"].accepted_job_types) == 2)
             assert subject.choose() is None
@@ -115,13 +123,11 @@ async def test_job_with_other_rules_is_left_to_the_queue(subject: Subject, field
     assert subject.choose() == "w1"
 
 
-async def test_waiting_job_keeps_others_from_overtaking_it(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_job_prevents_dispatch(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     await subject.add_worker(slots=100)
     await subject.choose_soon()
-    job_id = create_job_id()
-    await subject.roles.submit(max_attempts=1)
+    job_id = await subject.roles.submit(max_attempts=1)
     await poll_until(lambda: subject.choose() is None, "the waiting job is known")
-    [job_id] = subject.dispatcher._waiting
     await subject.roles.claim(job_id)
     assert await subject.choose_soon() == "w1"
     await subject.roles.handle_commands(job_id, ReleaseJob("worker-1", 1, reason="test"))
@@ -130,7 +136,7 @@ async def test_waiting_job_keeps_others_from_overtaking_it(subject: Subject, mon
     assert subject.choose() == "w1"
 
 
-async def test_batch_of_the_same_process_is_not_overtaken(subject: Subject) -> None:
+async def test_expected_job_prevents_dispatch(subject: Subject) -> None:
     await subject.add_worker(slots=100)
     await subject.choose_soon()
     job_id, due_later = create_job_id(), make_echo_job(not_before=datetime.now(UTC) + timedelta(seconds=60))
@@ -143,8 +149,7 @@ async def test_batch_of_the_same_process_is_not_overtaken(subject: Subject) -> N
     assert await subject.choose_soon() == "w1"
 
 
-async def test_jobs_that_come_faster_than_their_events_are_dispatched_again(subject: Subject) -> None:
-    """A job that was not dispatched keeps others from it only until it is claimed."""
+async def test_claimed_job_no_longer_prevents_dispatch(subject: Subject) -> None:
     await subject.add_worker(slots=100)
     await subject.choose_soon()
     for _ in range(5):
@@ -204,11 +209,31 @@ async def test_attempt_that_ends_before_running_jobs_are_loaded_uses_no_slot(
             subject = Subject(submitter)
             await subject.add_worker("w1", slots=1)
             await roles.handle_commands(job_id, ReleaseJob("w1", 1, reason="test"))
-            await poll_until(lambda: subject.dispatcher._ended == {job_id}, "the release is known")
+            await poll_until(lambda: subject.dispatcher._ended_while_loading == {job_id}, "the release is known")
             assert subject.choose() is None  # the running jobs are unknown: the views have not reached the log
             async with run_roles_in_process(connection, store, projector=True):
-                await poll_until(lambda: subject.dispatcher._ended is None, "running jobs are loaded")
+                await poll_until(lambda: subject.dispatcher._ended_while_loading is None, "running jobs are loaded")
             assert subject.dispatcher._running_counts["w1"] == 0
+
+
+async def test_running_jobs_are_loaded_again_if_too_many_attempts_end_meanwhile(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "_MAX_ENDED_WHILE_LOADING", 3)
+    async with run_roles_in_process(connection, store) as roles:
+        job_ids = [await roles.submit() for _ in range(10)]
+        for job_id in job_ids:
+            await roles.claim(job_id, "w1")
+        async with run_roles_in_process(connection, store, dispatches=True) as submitter:
+            subject = Subject(submitter)
+            for job_id in job_ids[1:]:
+                await roles.handle_commands(job_id, ReleaseJob("w1", 1, reason="test"))
+            head = await roles.event_store.read_head_position()
+            await poll_until(lambda: subject.dispatcher._last_position == head, "all events are observed")
+            assert len(subject.dispatcher._ended_while_loading or ()) <= 3
+            async with run_roles_in_process(connection, store, projector=True):
+                await poll_until(lambda: subject.dispatcher._ended_while_loading is None, "running jobs are loaded")
+            assert subject.dispatcher._running == {job_ids[0]: "w1"}
 
 
 async def test_interrupted_change_stream_reloads_leases_and_running_jobs(subject: Subject) -> None:
@@ -221,5 +246,5 @@ async def test_interrupted_change_stream_reloads_leases_and_running_jobs(subject
         await subject.roles.handle_commands(job_id, ReleaseJob("w1", 1, reason="test"))
         await subject.roles.db.workers.delete_one({"_id": "w1"})
     await poll_until(lambda: not subject.dispatcher._leases, "the leases are loaded again")
-    await poll_until(lambda: subject.dispatcher._ended is None, "the running jobs are loaded again")
+    await poll_until(lambda: subject.dispatcher._ended_while_loading is None, "the running jobs are loaded again")
     assert subject.dispatcher._running == {}

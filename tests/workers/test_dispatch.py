@@ -1,16 +1,24 @@
-"""Jobs that are claimed for a worker when they are submitted, with real workers: each is run once, whoever stops."""
+"""Jobs that are claimed for a worker when they are submitted: each runs once, also if a real worker stops."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.commands import CancelJob, SubmitJob
 from jobledger.ledger.domain.events import EventMetadata, JobClaimed, JobReleased
-from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.command_handler import create_claimed_job, create_job_id
+from jobledger.ledger.mongo.connection import Connection, Database, Document
+from jobledger.ledger.store.appender import Appender
+from jobledger.ledger.store.command_handler import StreamState, create_claimed_job, create_job_id, load_stream_state
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.projections.views import queue
 from jobledger.workers.processor import JobContext, Results
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, make_echo_job, run_roles_in_process
@@ -122,7 +130,7 @@ async def test_job_for_a_worker_without_free_slot_is_released_and_runs_elsewhere
         await poll_until(lambda: runs.job_ids == [first], "the first job runs")
         second = await dispatch(roles, await wait_for_worker(full))
         released = await roles.wait_for_event(JobReleased, second)
-        assert "no free slot" in released.data["reason"]
+        assert "cannot start it now" in released.data["reason"]
         async with run_roles_in_process(connection, store, worker=WorkerOptions()) as other:
             claimed = await roles.wait_for_event(JobClaimed, second, after=released.position)
             assert claimed.data == {"worker_id": await wait_for_worker(other), "attempt": 2}
@@ -140,13 +148,10 @@ async def test_claims_missed_by_the_change_stream_are_started_once(
     ):
         running = await dispatch(roles, await wait_for_worker(worker))
         await poll_until(lambda: runs.job_ids == [running], "the first job runs")
-        with worker.changes.pause():
-            await roles.submit()  # the stream notices its pause
-            await asyncio.sleep(0.3)
+        async with missed_by(worker):
             missed = [await dispatch(roles, await wait_for_worker(worker)) for _ in range(3)]
             cancelled = await dispatch(roles, await wait_for_worker(worker))
             await roles.handle_commands(cancelled, CancelJob("user-1"))
-            await asyncio.sleep(0.3)
             assert runs.job_ids == [running]
         await roles.wait_until_finished(cancelled)
         await poll_until(lambda: len(runs.job_ids) == 4, "the missed jobs run")
@@ -174,7 +179,7 @@ async def test_job_dispatched_to_a_stopping_worker_loses_no_attempt(
         assert runs.job_ids == [running]
 
 
-async def test_idle_worker_hears_of_the_last_dispatched_jobs_before_it_stops(
+async def test_stopping_worker_releases_a_job_that_is_dispatched_too_late(
     connection: Connection, store: Path, runs: Runs
 ) -> None:
     async with run_roles_in_process(connection, store, projector=True, dispatches=True) as roles:
@@ -206,3 +211,126 @@ async def test_job_dispatched_to_a_worker_that_has_gone_is_freed_by_the_lease_ru
         assert await roles.read_event_types(later) == [
             "JobSubmitted", "JobClaimed", "JobLeaseExpired", "JobClaimed", "JobCompleted",
         ]  # fmt: skip
+
+
+class SplittingAppender(Appender):
+    """An appender for a server that commits the events of one insert separately, as for large ones."""
+
+    async def _insert_documents(
+        self, documents: list[Document], session: AsyncClientSession | None = None, *, is_ordered: bool = False
+    ) -> set[int]:
+        if not is_ordered:
+            return await super()._insert_documents(documents, session)
+        for index, document in enumerate(documents):
+            if await super()._insert_documents([document]):
+                return {index}
+            await asyncio.sleep(0.001)
+        return set()
+
+
+class SplittingEventStore(EventStore):
+    def __init__(self, db: Database) -> None:
+        super().__init__(db)
+        self._appender = SplittingAppender(db, self.events, self.limits)
+
+
+async def test_job_whose_submission_arrives_before_its_claim_runs_once(
+    connection: Connection, store: Path, runs: Runs
+) -> None:
+    """The worker begins a claim of its own, which conflicts with the dispatched one."""
+    runs.may_end.set()
+    async with (
+        run_roles_in_process(connection, store, projector=True, store_class=SplittingEventStore) as roles,
+        run_roles_in_process(connection, store, worker=WorkerOptions()) as worker,
+    ):
+        worker_id = await wait_for_worker(worker)
+        await wait_until_idle(worker)
+        job_ids = []
+        for _ in range(30):
+            job_ids.append(await dispatch(roles, worker_id))
+            await asyncio.sleep(0.02)
+        await roles.wait_until_finished(*job_ids)
+        assert sorted(runs.job_ids) == sorted(job_ids)
+        for job_id in job_ids:
+            assert (await roles.read_event_types(job_id)).count("JobClaimed") == 1
+
+
+async def test_job_dispatched_during_a_query_of_the_queue_takes_its_slot(
+    connection: Connection, store: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_found, may_return = asyncio.Event(), asyncio.Event()
+    find_rows = queue.find_rows
+
+    async def find_slowly(*arguments: Any, **options: Any) -> list[queue.QueueRow]:
+        if rows := await find_rows(*arguments, **options):
+            has_found.set()
+            await may_return.wait()
+        return rows
+
+    monkeypatch.setattr(queue, "find_rows", find_slowly)
+    async with (
+        run_roles_in_process(connection, store, projector=True) as roles,
+        run_roles_in_process(connection, store, worker=WorkerOptions(max_concurrent=1)) as worker,
+    ):
+        worker_id = await wait_for_worker(worker)
+        await wait_until_idle(worker)
+        _, [queued] = await roles.submit_batch(
+            {}, job_type="test", not_before=datetime.now(UTC) + timedelta(seconds=0.1)
+        )
+        await has_found.wait()
+        dispatched = await dispatch(roles, worker_id)
+        await poll_until(lambda: runs.job_ids == [dispatched], "the dispatched job runs")
+        may_return.set()
+        await asyncio.sleep(0.5)
+        assert runs.job_ids == [dispatched]
+        runs.may_end.set()
+        await roles.wait_until_finished(queued, dispatched)
+
+
+async def test_cancellation_that_is_missed_while_a_claim_is_checked_is_found(
+    connection: Connection, store: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_read, may_return = asyncio.Event(), asyncio.Event()
+
+    async def load_slowly(*arguments: Any) -> StreamState:
+        state = await load_stream_state(*arguments)
+        has_read.set()
+        await may_return.wait()
+        return state
+
+    monkeypatch.setattr("jobledger.workers.claims.dispatched_claims.load_stream_state", load_slowly)
+    async with (
+        run_roles_in_process(connection, store, projector=True) as roles,
+        run_roles_in_process(connection, store, worker=WorkerOptions()) as worker,
+    ):
+        worker_id = await wait_for_worker(worker)
+        async with missed_by(worker):
+            job_id = await dispatch(roles, worker_id)
+        await has_read.wait()
+        async with missed_by(worker):
+            await roles.handle_commands(job_id, CancelJob("user-1"))
+        await poll_until(
+            lambda: worker.worker and job_id in worker.worker._cancel_versions, "the cancellation is found"
+        )
+        may_return.set()
+        await roles.wait_until_finished(job_id)
+        assert (await roles.load_job(job_id))["status"] == "cancelled"
+
+
+@asynccontextmanager
+async def missed_by(roles: RunningRoles) -> AsyncIterator[None]:
+    """Interrupt the change stream for events that are appended in the block."""
+    restarts = roles.changes.restart_count
+    with roles.changes.pause():
+        await roles.submit(job_type="session", max_attempts=1)  # the stream notices its pause
+        await asyncio.sleep(0.3)
+        yield
+        await asyncio.sleep(0.2)
+    assert roles.changes.restart_count == restarts, "the stream was opened again during the pause"
+
+
+async def wait_until_idle(roles: RunningRoles) -> None:
+    """Wait until the worker waits for events."""
+    worker = roles.worker
+    assert worker is not None
+    await poll_until(worker._needs_jobs, "the worker waits for jobs")

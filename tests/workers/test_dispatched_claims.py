@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, cast
@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobledger.ledger.domain.commands import CancelJob, ClaimJob, ExpireLease, JobCommand, ReportEvent
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, ExpireLease, JobCommand, ReleaseJob, ReportEvent
 from jobledger.ledger.domain.errors import VersionConflict
 from jobledger.ledger.domain.events import Event, EventMetadata, JobCompleted, RecordedEvent
 from jobledger.ledger.domain.job import Job, decide
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import DISPATCHER, StreamState
+from jobledger.ledger.store.command_handler import DISPATCH_ACTOR, StreamState
 from jobledger.ledger.store.envelope import StreamAppend, build_documents
 from jobledger.projections.views import job_list
 from jobledger.workers.claims.claimer import ClaimedJob
@@ -92,6 +92,10 @@ class Simulation:
         """Number of events after which only the worker itself writes more."""
         self.jobs: list[str] = []
         self.running: list[str] = []
+        self.pending_claims: dict[str, int] = {}
+        """Jobs that the worker is claiming itself, and the attempts."""
+        self.settled = asyncio.Event()
+        self.excluded_job_ids: Collection[str] = ()
         self.started: list[tuple[str, int]] = []
         """Jobs and attempts that the worker has started."""
         self.undelivered: list[Document] = []
@@ -107,6 +111,7 @@ class Simulation:
             cast("Any", self),
             can_start=lambda _type: len(self.running) < slots,
             is_running=self.running.__contains__,
+            wait_until_settled=self.wait_until_settled,
             start_jobs=self.start_jobs,
             on_unreadable=self.fail,
         )
@@ -127,6 +132,11 @@ class Simulation:
 
     def fail(self, error: Exception) -> None:
         raise error
+
+    async def wait_until_settled(self, job_id: str) -> None:
+        while job_id in self.pending_claims:
+            self.settled.clear()
+            await self.settled.wait()
 
     async def wait_for_position(self, position: int) -> None:
         while self.views_position < position:
@@ -156,11 +166,17 @@ class Simulation:
             job = self.fold(job_id)
             assert job is not None
             if job.status == "pending":
-                steps += [partial(self.claim, job_id, worker_id) for worker_id in (WORKER, OTHER_WORKER)]
+                steps.append(partial(self.log.handle, job_id, ClaimJob(OTHER_WORKER, NOON), "worker:x"))
             elif self.has(WORKER, job) and job.cancel_request is None:
                 steps.append(partial(self.log.handle, job_id, CancelJob("user"), "user"))
             if self.has(OTHER_WORKER, job):
                 steps.append(partial(self.log.handle, job_id, ExpireLease(OTHER_WORKER, job.attempt), "worker:x"))
+        for job_id in self.jobs:
+            job = self.fold(job_id)
+            assert job is not None
+            is_busy = job_id in self.running or job_id in self.pending_claims or job_id in self.excluded_job_ids
+            if not is_busy and (job_id in self.new_jobs or job.status == "pending"):
+                steps += [partial(self.begin_claim, job_id, is_row=is_row) for is_row in (True, False)]
         for job_id in self.running:
             job = self.fold(job_id)
             assert job is not None
@@ -172,11 +188,12 @@ class Simulation:
         steps: list[Callable[[], None]] = [
             *(partial(self.execute_read, index) for index in range(len(self.log.requests))),
             *(partial(self.respond, index) for index in range(len(self.log.responses))),
+            *(partial(self.end_claim, it, is_first_try=first) for it in self.pending_claims for first in (True, False)),
         ]
         if self.undelivered:
             steps.append(self.deliver)
         if self.views_position < len(self.log.documents):
-            steps.append(self.advance_views)
+            steps += [partial(self.advance_views, it) for it in {self.views_position + 1, len(self.log.documents)}]
         return steps
 
     def submit(self, *, is_dispatched: bool) -> None:
@@ -185,15 +202,40 @@ class Simulation:
         before = len(self.log.documents)
         self.log.write(job_id, [make_echo_job(max_attempts=9)], "user")
         if is_dispatched:
-            self.log.handle(job_id, ClaimJob(WORKER, NOON), DISPATCHER)
+            self.log.handle(job_id, ClaimJob(WORKER, NOON), DISPATCH_ACTOR)
         self.undelivered += self.log.documents[before:]
 
-    def claim(self, job_id: str, worker_id: str) -> None:
-        self.log.handle(job_id, ClaimJob(worker_id, NOON), f"worker:{worker_id}")
-        if worker_id == WORKER:  # `Claimer` starts it
+    def begin_claim(self, job_id: str, *, is_row: bool) -> None:
+        """Begin a claim of the worker itself, as `Claimer` does. If `is_row`, the job may stay one of the new ones."""
+        stream_state = self.new_jobs.get(job_id)
+        job = stream_state.aggregate if stream_state is not None else self.fold(job_id)
+        if not is_row:
+            self.new_jobs.pop(job_id, None)
+        assert isinstance(job, Job)
+        self.pending_claims[job_id] = job.attempt + 1
+
+    def end_claim(self, job_id: str, *, is_first_try: bool) -> None:
+        """End it with success or a rejection.
+
+        If the outcome of the first try was unknown, `handle_command_with_retries` accepts an equal claim as its own.
+        """
+        job = self.fold(job_id)
+        assert job is not None
+        is_own = job.status == "pending"
+        if is_own:
+            self.log.handle(job_id, ClaimJob(WORKER, NOON), f"worker:{WORKER}")
             job = self.fold(job_id)
             assert job is not None
+        elif not is_first_try:
+            is_own = self.has(WORKER, job) and job.attempt == self.pending_claims[job_id]
+        del self.pending_claims[job_id]
+        self.settled.set()
+        if is_own:  # `ClaimQueue.mark_claimed`
+            self.new_jobs.pop(job_id, None)
+        if is_own and job.cancel_request is None:
             self.start(job_id, job.attempt)
+        elif is_own:  # `Worker._cancel_versions` cancels it at once
+            self.log.handle(job_id, ReleaseJob(WORKER, job.attempt, reason="cancelled"), f"worker:{WORKER}")
 
     def complete(self, job_id: str, attempt: int) -> None:
         result = JobCompleted(attempt=attempt, results=make_results())
@@ -211,12 +253,12 @@ class Simulation:
         """Lose the events that were not delivered. Up to `count` of the last ones will arrive, perhaps again."""
         self.reopenings_left -= 1
         last = self.log.documents[len(self.log.documents) - count :]
-        self.undelivered = [it for it in last if it["type"] == "JobSubmitted" or it["meta"]["actor"] == DISPATCHER]
+        self.undelivered = [it for it in last if it["type"] == "JobSubmitted" or it["meta"]["actor"] == DISPATCH_ACTOR]
         self.new_jobs.clear()
         self.claims.resync(len(self.log.documents))
 
-    def advance_views(self) -> None:
-        self.views_position = len(self.log.documents)
+    def advance_views(self, position: int) -> None:
+        self.views_position = position
         self.views_changed.set()
 
     def execute_read(self, index: int) -> None:
@@ -238,6 +280,7 @@ class Simulation:
             tuple((len(events), response.done()) for events, response in self.log.responses),
             tuple(self.running),
             tuple(self.started),
+            tuple(self.pending_claims),
             self.views_position,
             self.reopenings_left,
             (self.claims._head, *self.claims._checks, *self.claims._found_job_ids),
@@ -246,7 +289,8 @@ class Simulation:
 
     async def take_steps(self, choices: Sequence[int]) -> None:
         for choice in choices:
-            steps = self.list_steps()
+            if not (steps := self.list_steps()):
+                return
             steps[choice % len(steps)]()
             await run_tasks()
 
@@ -285,7 +329,24 @@ def explore(slots: int, *, reopenings: int, max_events: int) -> int:
 
 @pytest.mark.parametrize("slots", [0, 1])
 def test_each_claim_of_one_job_is_started_once_or_released_in_every_order(slots: int) -> None:
-    assert explore(slots, reopenings=2, max_events=5 if IS_SOAK_RUN else 4) > 1000
+    assert explore(slots, reopenings=2 if IS_SOAK_RUN else 1, max_events=4) > 1000
+
+
+async def test_event_of_a_claim_that_the_search_has_found_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = Simulation(monkeypatch, max_jobs=2, slots=2, reopenings=1, max_events=100)
+    simulation.submit(is_dispatched=False)
+    simulation.reopen(0)
+    await run_tasks()
+    simulation.submit(is_dispatched=True)
+    simulation.advance_views(3)
+    await run_tasks()
+    simulation.execute_read(0)
+    simulation.respond(0)
+    await run_tasks()
+    assert simulation.running == ["job-1"]
+    simulation.complete("job-1", 1)
+    await simulation.come_to_rest()
+    assert simulation.started == [("job-1", 1)]
 
 
 @given(
@@ -293,7 +354,7 @@ def test_each_claim_of_one_job_is_started_once_or_released_in_every_order(slots:
     slots=st.integers(0, 2),
     choices=st.lists(st.integers(0, 10_000), min_size=5, max_size=60),
 )
-@settings(max_examples=20_000 if IS_SOAK_RUN else 1000, deadline=None)
+@settings(max_examples=20_000 if IS_SOAK_RUN else 500, deadline=None)
 def test_each_claim_is_started_once_or_released_in_every_order(max_jobs: int, slots: int, choices: list[int]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
 

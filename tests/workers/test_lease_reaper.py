@@ -24,7 +24,7 @@ from jobledger.ledger.domain.events import (
     WorkerFenced,
 )
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE
+from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, WORKERS_COLLECTION
 from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import job_list
@@ -232,7 +232,7 @@ async def test_claim_by_a_worker_that_is_being_reaped_is_reaped_too(
 
 async def wait_for_worker_count(roles: RunningRoles, count: int) -> None:
     async def has_count() -> bool:
-        return await roles.db[lease_reaper.COLLECTION].count_documents({}) == count
+        return await roles.db[WORKERS_COLLECTION].count_documents({}) == count
 
     await poll_until(has_count, f"{count} workers")
 

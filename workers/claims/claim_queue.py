@@ -121,6 +121,8 @@ class ClaimQueue:
         """The ID of the worker. Each of its leases has its own ID."""
         self.pending_claims: dict[str, str] = {}
         """Job types of the jobs that the worker is claiming, by job ID."""
+        self.excluded_job_ids: Collection[str] = ()
+        """Jobs that the worker must not claim now."""
         # New jobs, taken from their `JobSubmitted` events, by job ID
         self._new_jobs: dict[str, ClaimCandidate] = {}
         self._delayed: dict[str, _DelayedJob] = {}
@@ -370,8 +372,17 @@ class ClaimQueue:
     async def _take_rows(self, free_slots: Mapping[str, int]) -> list[ClaimCandidate]:
         while rows := self._take_fitting(dict(free_slots), self._rows):
             if candidates := await self._load(rows):
-                return candidates
+                return self._drop_surplus(candidates)
         return []
+
+    def _drop_surplus(self, candidates: list[ClaimCandidate]) -> list[ClaimCandidate]:
+        """Leave out jobs whose slots were taken while their streams were loaded. Their rows are read again."""
+        surplus = deque(candidates)
+        fitting = self._take_fitting({name: self._free_slots(name) for name in self._job_types}, surplus)
+        if surplus:
+            self._rows.clear()
+            self._request_query()
+        return fitting
 
     def _take_fitting(self, free_slots: dict[str, int], candidates: deque[_CandidateOrRow]) -> list[_CandidateOrRow]:
         """Take jobs from the deque for which slots are free. The others stay."""
@@ -396,6 +407,7 @@ class ClaimQueue:
             job_id in self._claimed_positions
             or job_id in self._skipped
             or job_id in self.pending_claims
+            or job_id in self.excluded_job_ids
             or job.batch_id in self._paused
         )
 

@@ -62,6 +62,13 @@ class Claimer:
         self._start_jobs = start_jobs
         self._on_unreadable = on_unreadable
         self._tasks: set[asyncio.Task[None]] = set()
+        self._settled = asyncio.Event()
+
+    async def wait_until_settled(self, job_id: str) -> None:
+        """Wait until the worker is not claiming a job."""
+        while job_id in self._queue.pending_claims:
+            self._settled.clear()
+            await self._settled.wait()
 
     async def start_claims(self) -> bool:
         """Start claims for as many jobs as slots are free. Return whether there were any candidates.
@@ -101,6 +108,7 @@ class Claimer:
         """Note that the claim of a job is no longer pending. Later, the job may have another pending claim."""
         if group.pop(job_id, None) is not None:
             self._queue.pending_claims.pop(job_id, None)
+            self._settled.set()
 
     async def _claim_together(self, group: dict[str, ClaimCandidate]) -> None:
         """Claim jobs with one write. Claims that do not succeed at once continue one by one.
