@@ -255,10 +255,16 @@ class Worker:
             if lease.is_held:
                 await self._refuse_dispatch()
                 await self._finish_within_grace(lost)
-                await self._dispatched_claims.wait_for_checks(_STOP_SECONDS)
+                await self._finish_checks(lost)
             if not lease.is_held:
                 _log.error("lease lost: stopping all running jobs", worker_id=self.worker_id, jobs=len(self._running))
         finally:
+            self._lease_reaper.lease = None  # dispatched jobs no longer start
+            if self._accepts_dispatch:
+                self._set_acceptance(accepts=False)
+            if self._acceptance_timer is not None:
+                self._acceptance_timer.cancel()
+                self._acceptance_timer = None
             for task in (claiming, lost, stopping):
                 task.cancel()
             await self._claimer.cancel_pending()
@@ -266,9 +272,8 @@ class Worker:
             await asyncio.gather(claiming, return_exceptions=True)
             await self._stop_fenced_jobs()
             await lease.release()
-            self._lease_reaper.worker_id, self._lease_reaper.lease = "", None
+            self._lease_reaper.worker_id = ""
             self.worker_id = _new_worker_id()
-            self._accepts_dispatch = False
             self._unrecorded_job_ids.clear()
 
     async def _refuse_dispatch(self) -> None:
@@ -276,6 +281,12 @@ class Worker:
         if self._accepts_dispatch:
             self._set_acceptance(accepts=False)
         await asyncio.sleep(self._refused_at + _LAST_DISPATCH_SECONDS - asyncio.get_running_loop().time())
+
+    async def _finish_checks(self, lost: asyncio.Task[None]) -> None:
+        """Wait until dispatched claims that are being checked are released. Return early if the lease is lost."""
+        checks = asyncio.create_task(self._dispatched_claims.wait_for_checks())
+        await asyncio.wait({checks, lost}, timeout=_STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        checks.cancel()
 
     async def _run_unless_stopped(self, work: Coroutine[Any, Any, _T]) -> _T | None:
         """Return the result of `work`. If the worker is stopped first, cancel `work` and return None."""
@@ -477,6 +488,7 @@ class Worker:
             await self.health.run_quick_checks()
             self._reconsider_acceptance()
             if not self.health.can_claim() or not await self._claimer.start_claims():
+                self._reconsider_acceptance()  # the last query may have changed it
                 self._hurry_if_needed()
                 return
 

@@ -111,8 +111,8 @@ async def _append_first_events(
     if isinstance(command, SubmitJob):
         return await ctx.dispatcher.submit_job(stream_id, command, meta=meta)
     jobs = {job_id: command.job for job_id, command in commands if isinstance(command, SubmitJob)}
-    ctx.dispatcher.expect_jobs(jobs)
-    return (await create_streams(ctx.event_store, commands, meta=meta))[0]
+    with ctx.dispatcher.expect_jobs(jobs):
+        return (await create_streams(ctx.event_store, commands, meta=meta))[0]
 
 
 def _build_submission(

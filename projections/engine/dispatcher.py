@@ -22,7 +22,8 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.commands import SubmitJob
+from jobledger.ledger.domain.errors import CommandRejected, InvalidEvent, LedgerBusy, VersionConflict
 from jobledger.ledger.domain.events import EventMetadata, JobClaimed, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 from jobledger.ledger.mongo.lease import MISSED_HEARTBEAT_SHARE, WORKERS_COLLECTION
@@ -56,6 +58,8 @@ _MAX_ENDED_WHILE_LOADING: Final = 10_000
 _DISPATCH_SECONDS: Final = 2.0
 """How long a dispatched job takes a slot if its claim is not observed: it was not written."""
 _RETRY_SECONDS: Final = 1.0
+_NOT_WRITTEN: Final = (CommandRejected, InvalidEvent, LedgerBusy, VersionConflict)
+"""After these errors, nothing of a submission was written."""
 
 
 @dataclass(slots=True)
@@ -113,10 +117,14 @@ class Dispatcher:
             VersionConflict: The stream already exists.
             CommandRejected, InvalidEvent, LedgerBusy, LedgerUnavailable: As `create_streams`.
         """
-        if (worker_id := self.choose_worker(job_id, command.job)) is not None:
+        if (worker_id := self.choose_worker(job_id, command.job)) is None:
+            with self.expect_jobs({job_id: command.job}):
+                return (await create_streams(self._event_store, [(job_id, command)], meta=meta))[0]
+        try:
             return await create_claimed_job(self._event_store, job_id, command, worker_id, meta=meta)
-        self.expect_jobs({job_id: command.job})
-        return (await create_streams(self._event_store, [(job_id, command)], meta=meta))[0]
+        except _NOT_WRITTEN:
+            self._dispatched.pop(job_id, None)
+            raise
 
     def choose_worker(self, job_id: str, job: JobSubmitted) -> str | None:
         """Return the worker to claim a new job for, and count the job as one of its jobs. None: no worker.
@@ -127,6 +135,7 @@ class Dispatcher:
         self._remove_old_entries(now)
         if (
             self._ended_while_loading is not None
+            or self._checkpoint.version != PROJECTION_VERSION
             or self._waiting
             or now < self._no_dispatch_until
             or not _may_dispatch(job)
@@ -146,11 +155,18 @@ class Dispatcher:
         self._dispatched[job_id] = worker_id, now
         return worker_id
 
-    def expect_jobs(self, jobs: Mapping[str, JobSubmitted]) -> None:
-        """Dispatch nothing before these jobs, which are about to be submitted without a claim, by ID."""
-        for job_id, job in jobs.items():
-            if job.not_before is None:
-                self._add_waiting(job_id)
+    @contextmanager
+    def expect_jobs(self, jobs: Mapping[str, JobSubmitted]) -> Iterator[None]:
+        """Dispatch nothing before these jobs, by ID, which are submitted without a claim in the block."""
+        due = [job_id for job_id, job in jobs.items() if job.not_before is None]
+        for job_id in due:
+            self._add_waiting(job_id)
+        try:
+            yield
+        except _NOT_WRITTEN:
+            for job_id in due:
+                self._waiting.pop(job_id, None)
+            raise
 
     def close(self) -> None:
         """Stop loading the running jobs."""

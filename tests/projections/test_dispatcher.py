@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain.commands import ReleaseJob, SubmitJob
+from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.command_handler import create_job_id
 from jobledger.projections.engine import dispatcher
 from jobledger.projections.engine.dispatcher import Dispatcher
+from jobledger.projections.engine.view_registry import PROJECTION_VERSION
 from tests.support.polling import poll_until
 from tests.support.role_runner import RunningRoles, make_echo_job, run_roles_in_process
 
@@ -140,11 +142,11 @@ async def test_expected_job_prevents_dispatch(subject: Subject) -> None:
     await subject.add_worker(slots=100)
     await subject.choose_soon()
     job_id, due_later = create_job_id(), make_echo_job(not_before=datetime.now(UTC) + timedelta(seconds=60))
-    subject.dispatcher.expect_jobs({create_job_id(): due_later})
-    assert subject.choose() == "w1"
-    subject.dispatcher.expect_jobs({job_id: make_echo_job()})
+    with subject.dispatcher.expect_jobs({create_job_id(): due_later}):
+        assert subject.choose() == "w1"
+    with subject.dispatcher.expect_jobs({job_id: make_echo_job()}):
+        await subject.roles.handle_commands(job_id, SubmitJob(make_echo_job()))
     assert subject.choose() is None
-    await subject.roles.handle_commands(job_id, SubmitJob(make_echo_job()))
     await subject.roles.claim(job_id)
     assert await subject.choose_soon() == "w1"
 
@@ -214,6 +216,25 @@ async def test_attempt_that_ends_before_running_jobs_are_loaded_uses_no_slot(
             async with run_roles_in_process(connection, store, projector=True):
                 await poll_until(lambda: subject.dispatcher._ended_while_loading is None, "running jobs are loaded")
             assert subject.dispatcher._running_counts["w1"] == 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_attempts": 1}], ids=["dispatched", "queued"])
+async def test_rejected_submission_takes_no_slot_and_prevents_no_dispatch(
+    subject: Subject, fields: dict[str, Any]
+) -> None:
+    await subject.add_worker(slots=2)
+    await subject.choose_soon()
+    with pytest.raises(InvalidEvent):
+        await subject.roles.submit({"object": object()}, **fields)
+    assert subject.choose() == "w1"
+
+
+async def test_nothing_is_dispatched_while_the_views_have_another_version(subject: Subject) -> None:
+    await subject.add_worker(slots=100)
+    await subject.choose_soon()
+    await subject.roles.db.checkpoints.update_one({"_id": "views"}, {"$set": {"version": PROJECTION_VERSION + 1}})
+    await poll_until(lambda: subject.roles.checkpoint.version != PROJECTION_VERSION, "the version is known")
+    assert subject.choose() is None
 
 
 async def test_running_jobs_are_loaded_again_if_too_many_attempts_end_meanwhile(

@@ -196,6 +196,29 @@ class Backlog:
         return [candidate.job_id for candidate in await self.claims.take_candidates()]
 
 
+async def test_excluded_jobs_are_not_claimed_and_cause_no_further_queries(backlog: Backlog) -> None:
+    [excluded, other] = await backlog.submit(2)
+    backlog.claims.excluded_job_ids = [excluded]
+    assert await backlog.take() == [other]
+    backlog.claims.pending_claims[other] = "echo"
+    backlog.wakes = 0
+    for _ in range(5):
+        assert await backlog.take() == []
+    assert (backlog.wakes, len(backlog.limits)) == (0, 2)
+    backlog.claims.excluded_job_ids = []
+    backlog.claims.request_query()
+    assert await backlog.take() == [excluded]
+
+
+async def test_row_that_was_read_before_its_job_is_excluded_is_not_claimed(backlog: Backlog) -> None:
+    first, second, third = await backlog.submit(3)
+    backlog.free_slots = {"echo": 1}
+    assert await backlog.take() == [first]
+    backlog.claims.pending_claims[first] = "echo"
+    backlog.claims.excluded_job_ids = [second]
+    assert await backlog.take() == [third]
+
+
 @pytest.fixture
 async def backlog(connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Backlog]:
     async with run_roles_in_process(connection, store) as roles:
@@ -286,7 +309,7 @@ async def test_paused_batch_causes_no_queries_and_hides_no_other_jobs(backlog: B
     assert await backlog.take() == []
     assert backlog.wakes == 0
     [job_id] = await backlog.submit(1)
-    backlog.claims._request_query()
+    backlog.claims.request_query()
     assert await backlog.take() == [job_id]
 
 

@@ -13,6 +13,7 @@ import pytest
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.commands import CancelJob, SubmitJob
+from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import EventMetadata, JobClaimed, JobReleased
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store.appender import Appender
@@ -38,11 +39,16 @@ class Runs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.job_ids: list[str] = []
         self.may_end = asyncio.Event()
+        self.seconds_to_stop = 0.0
         install_processor(monkeypatch, self.run)
 
     async def run(self, job: JobContext) -> Results:
         self.job_ids.append(job.job_id)
-        await self.may_end.wait()
+        try:
+            await self.may_end.wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(self.seconds_to_stop)
+            raise
         return Results()
 
 
@@ -211,6 +217,60 @@ async def test_job_dispatched_to_a_worker_that_has_gone_is_freed_by_the_lease_ru
         assert await roles.read_event_types(later) == [
             "JobSubmitted", "JobClaimed", "JobLeaseExpired", "JobClaimed", "JobCompleted",
         ]  # fmt: skip
+
+
+async def test_worker_that_has_just_refused_jobs_hears_of_the_last_ones_before_it_stops(
+    connection: Connection, store: Path, runs: Runs
+) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        async with run_roles_in_process(connection, store, worker=WorkerOptions()) as worker:
+            worker_id = await wait_for_worker(worker)
+            assert worker.worker is not None
+            worker.worker._set_acceptance(accepts=False)
+            worker.worker.stop()
+            await asyncio.sleep(0.05)
+            late = await dispatch(roles, worker_id)
+        await roles.wait_for_event(JobReleased, late)
+        assert runs.job_ids == []
+
+
+async def test_worker_that_fails_starts_no_dispatched_jobs(connection: Connection, store: Path, runs: Runs) -> None:
+    """While its running job ends, another one is dispatched to it."""
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        job_ids: list[str] = []
+
+        async def fail_worker() -> None:
+            async with run_roles_in_process(connection, store, worker=WorkerOptions()) as worker:
+                worker_id = await wait_for_worker(worker)
+                job_ids.append(await dispatch(roles, worker_id))
+                await poll_until(lambda: runs.job_ids == job_ids, "the job runs")
+                assert worker.worker is not None
+                assert worker.worker_task is not None
+                runs.seconds_to_stop = 0.8
+                worker.worker._stop_with_error(UnreadableEvent("damaged"))
+                await asyncio.sleep(0.2)
+                job_ids.append(await dispatch(roles, worker_id))
+                await worker.worker_task
+
+        with pytest.raises(UnreadableEvent):
+            await fail_worker()
+        running, late = job_ids
+        assert runs.job_ids == [running]
+        assert await roles.read_event_types(late) == ["JobSubmitted", "JobClaimed", "JobReleased"]
+
+
+async def test_worker_that_stops_before_it_has_a_lease_leaves_no_search(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobledger.ledger.mongo.lease.Lease.acquire", lambda *_: asyncio.sleep(60))
+    async with run_roles_in_process(connection, store) as roles:
+        await roles.submit()  # without a projector, the views never reach it
+        async with run_roles_in_process(connection, store, worker=WorkerOptions()) as worker:
+            assert worker.worker is not None
+            search = worker.worker._dispatched_claims._search
+            assert search is not None
+            assert not search.done()
+        assert search.done()
 
 
 class SplittingAppender(Appender):

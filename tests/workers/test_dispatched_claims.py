@@ -96,6 +96,7 @@ class Simulation:
         """Jobs that the worker is claiming itself, and the attempts."""
         self.settled = asyncio.Event()
         self.excluded_job_ids: Collection[str] = ()
+        self.request_query = lambda: None
         self.started: list[tuple[str, int]] = []
         """Jobs and attempts that the worker has started."""
         self.undelivered: list[Document] = []
@@ -330,6 +331,27 @@ def explore(slots: int, *, reopenings: int, max_events: int) -> int:
 @pytest.mark.parametrize("slots", [0, 1])
 def test_each_claim_of_one_job_is_started_once_or_released_in_every_order(slots: int) -> None:
     assert explore(slots, reopenings=2 if IS_SOAK_RUN else 1, max_events=4) > 1000
+
+
+async def test_search_ends_although_the_stream_is_opened_again_before_the_views_catch_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulation = Simulation(monkeypatch, max_jobs=4, slots=2, reopenings=10, max_events=100)
+    simulation.submit(is_dispatched=False)
+    simulation.submit(is_dispatched=True)
+    for _ in range(2):  # the views always lack the last event
+        simulation.reopen(0)
+        await run_tasks()
+        position = len(simulation.log.documents)
+        simulation.submit(is_dispatched=False)
+        simulation.reopen(0)
+        await run_tasks()
+        simulation.advance_views(position)
+        await run_tasks()
+    simulation.execute_read(0)
+    simulation.respond(0)
+    await run_tasks()
+    assert simulation.started == [("job-1", 1)]
 
 
 async def test_event_of_a_claim_that_the_search_has_found_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ class ClaimQueue:
         self._skipped.clear()
         self._rows.clear()
         self._last_change_position = max(self._last_change_position, head)
-        self._request_query()
+        self.request_query()
 
     def handle_event(self, document: Mapping[str, Any]) -> None:
         """Handle a new event."""
@@ -250,7 +250,7 @@ class ClaimQueue:
         """
         if self._clock_retry_timer is not None:
             self._clock_retry_timer.cancel()
-        self._clock_retry_timer = asyncio.get_running_loop().call_later(_CLOCK_RETRY_SECONDS, self._request_query)
+        self._clock_retry_timer = asyncio.get_running_loop().call_later(_CLOCK_RETRY_SECONDS, self.request_query)
 
     def skip(self, job_id: str) -> None:
         """Do not try to claim a job until an event makes it claimable again."""
@@ -287,7 +287,7 @@ class ClaimQueue:
             if clock.is_uncertain or clock.compute_seconds_until(due_at) == 0:
                 del self._due_later[position]
                 self._last_change_position = max(self._last_change_position, position)
-                self._request_query()
+                self.request_query()
         if self._due_later:
             self._set_due_later_timer(min(self._due_later.values()))
 
@@ -331,7 +331,7 @@ class ClaimQueue:
         self._paused = {batch_id: at for batch_id, at in self._paused.items() if at > position}
         if self._last_change_position > self._queried_position:
             self._rows_expire_at = min(self._rows_expire_at, time.monotonic() + _CHANGED_ROWS_TTL_SECONDS)
-            self._request_query()
+            self.request_query()
 
     # Candidates ---------------------------------------------------------------------------------------------------
 
@@ -350,7 +350,7 @@ class ClaimQueue:
             taken = self._take_fitting(free_slots, new_jobs)
             for candidate in new_jobs:  # their rows represent them, now or when the views have reached them
                 self._last_change_position = max(self._last_change_position, candidate.stream_state.head.position)
-                self._request_query()
+                self.request_query()
             return taken
         if (
             not self._rows
@@ -381,7 +381,7 @@ class ClaimQueue:
         fitting = self._take_fitting({name: self._free_slots(name) for name in self._job_types}, surplus)
         if surplus:
             self._rows.clear()
-            self._request_query()
+            self.request_query()
         return fitting
 
     def _take_fitting(self, free_slots: dict[str, int], candidates: deque[_CandidateOrRow]) -> list[_CandidateOrRow]:
@@ -455,7 +455,7 @@ class ClaimQueue:
         else:
             self._is_rest_of_full_types = False
             if not self._rows:
-                self._set_timer(_DEFER_SECONDS, self._request_query)
+                self._set_timer(_DEFER_SECONDS, self.request_query)
         self._rows_expire_at = time.monotonic() + _ROWS_TTL_SECONDS
 
     async def _find_rows(
@@ -470,7 +470,12 @@ class ClaimQueue:
             self._checkpoint.views,
             job_types=job_types,
             # Rows that would take the place of others. The views may still show running jobs as pending.
-            excluded_job_ids=[*self._claimed_positions, *self._skipped, *self.pending_claims],
+            excluded_job_ids=[
+                *self._claimed_positions,
+                *self._skipped,
+                *self.pending_claims,
+                *self.excluded_job_ids,
+            ],
             excluded_batch_ids=list(self._paused),
             now=now,
         )
@@ -510,7 +515,8 @@ class ClaimQueue:
                 deferred_priority = row.priority
         return eligible
 
-    def _request_query(self) -> None:
+    def request_query(self) -> None:
+        """Query the queue again: there may be more jobs."""
         self._change_count += 1
         self._may_have_more = True
         self._is_rest_of_full_types = False
@@ -526,7 +532,7 @@ class ClaimQueue:
 
     def _when_due(self, due: datetime) -> None:
         if self._event_store.clock.is_uncertain or self._event_store.clock.compute_seconds_until(due) == 0:
-            self._request_query()
+            self.request_query()
         else:
             self._wake_at(due)
 

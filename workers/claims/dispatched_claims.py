@@ -120,10 +120,10 @@ class DispatchedClaims:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def wait_for_checks(self, seconds: float) -> None:
+    async def wait_for_checks(self) -> None:
         """Wait until all claims that are known have been started or released."""
-        if self._checks:
-            await asyncio.wait(self._checks.values(), timeout=seconds)
+        while self._checks:
+            await asyncio.wait(self._checks.values())
 
     async def _find_missed(self) -> None:
         """Search for missed claims, again if the change stream was opened again meanwhile.
@@ -135,7 +135,7 @@ class DispatchedClaims:
             await self._checkpoint.wait_for_position(self._head)
             for job in await self._find_jobs(self._queue.worker_id):
                 self._found_job_ids.add(job["_id"])
-                if job["_id"] not in self._checks:
+                if job["_id"] not in self._checks and not self._is_running(job["_id"]):
                     self._check(job["_id"])
 
     async def _find_jobs(self, worker_id: str) -> Sequence[Document]:
@@ -153,6 +153,7 @@ class DispatchedClaims:
 
     def _on_check_done(self, job_id: str, task: asyncio.Task[None]) -> None:
         self._checks.pop(job_id, None)
+        self._queue.request_query()  # its row may have been left out
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("unexpected error while checking a claim", job_id=job_id, error=repr(error))
 
