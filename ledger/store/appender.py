@@ -241,7 +241,10 @@ class Appender:
             )
         for append, error in zip(appends, errors, strict=True):
             if error is not None:
-                await self.void_positions([document["_id"] for document in append.documents])
+                unused = [document["_id"] for document in append.documents]
+                if append.next_position is not None:
+                    unused.append(append.next_position)
+                await self.void_positions(unused)
                 resolve_appends([append], error)
         return await self._insert(encodable) if encodable else []
 

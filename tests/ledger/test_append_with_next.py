@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 from typing import Any
+from uuid import UUID
 
 import pytest
 from pymongo.errors import AutoReconnect
 
 from jobledger.ledger.domain.commands import SubmitJob
-from jobledger.ledger.domain.errors import NotDue, VersionConflict
+from jobledger.ledger.domain.errors import InvalidEvent, NotDue, VersionConflict
 from jobledger.ledger.domain.events import JobClaimed
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.ledger.store.appender import Appender, EventStoreLimits
 from jobledger.ledger.store.command_handler import create_claimed_job, create_job_id, load_stream_state
+from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.event_examples import NOON, make_job_submitted
 from tests.support.event_stores import FAST_GAP_LIMITS, PausableEventStore, create_append, open_pausable_store
@@ -64,6 +66,20 @@ async def test_job_that_is_not_due_is_not_written(ledger: Ledger) -> None:
     with pytest.raises(NotDue):
         await create_claimed_job(ledger.event_store, "job-1", later, "worker-1", meta=EVENT_METADATA)
     assert await load_event_documents(ledger.db) == []
+
+
+async def test_event_that_bson_cannot_express_leaves_no_gap(connection: Connection) -> None:
+    async with open_ledger(connection, EventStoreLimits(gap_timeout_seconds=60)) as ledger:
+        rejected = SubmitJob(make_job_submitted(parameters={"id": UUID(int=1)}))
+        [error, *_] = await asyncio.gather(
+            create_claimed_job(ledger.event_store, "job-1", rejected, "worker-1", meta=EVENT_METADATA),
+            *(create(ledger.event_store, f"job-{number}") for number in range(2, 5)),
+            return_exceptions=True,
+        )
+        assert isinstance(error, InvalidEvent)
+        documents = await load_event_documents(ledger.db)
+        check_log(documents)
+        assert {document["stream"] for document in documents} == {"job-2", "job-3", "job-4", VOID_STREAM}
 
 
 async def pause_create(store: PausableEventStore, stack: AsyncExitStack) -> asyncio.Task[int]:

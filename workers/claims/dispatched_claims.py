@@ -12,8 +12,7 @@ makes no other one until the check has ended. If a claim is checked before its e
 
 Why each claim is started or released: an own claim of the same job fails, and then the job is checked. If the change
 stream was interrupted or paused, the views name the jobs of this worker as soon as they have reached the head of the
-log, and each of them that is not running is checked. If the worker
-has ended, the lease reaper frees the job.
+log, and each of them that is not running is checked. If the worker has ended, the lease reaper frees the job.
 """
 
 from __future__ import annotations
