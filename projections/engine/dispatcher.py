@@ -31,7 +31,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.commands import SubmitJob
-from jobledger.ledger.domain.errors import CommandRejected, InvalidEvent, LedgerBusy, VersionConflict
+from jobledger.ledger.domain.errors import CommandRejected, InvalidEvent, LedgerBusy
 from jobledger.ledger.domain.events import EventMetadata, JobClaimed, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 from jobledger.ledger.mongo.lease import MISSED_HEARTBEAT_SHARE, WORKERS_COLLECTION
@@ -58,8 +58,8 @@ _MAX_ENDED_WHILE_LOADING: Final = 10_000
 _DISPATCH_SECONDS: Final = 2.0
 """How long a dispatched job takes a slot if its claim is not observed: it was not written."""
 _RETRY_SECONDS: Final = 1.0
-_NOT_WRITTEN: Final = (CommandRejected, InvalidEvent, LedgerBusy, VersionConflict)
-"""After these errors, nothing of a submission was written."""
+_NOT_WRITTEN: Final = (CommandRejected, InvalidEvent, LedgerBusy)
+"""After these errors, nothing of a submission was written, by this request or another one."""
 
 
 @dataclass(slots=True)

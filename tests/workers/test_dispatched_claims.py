@@ -354,6 +354,20 @@ async def test_search_ends_although_the_stream_is_opened_again_before_the_views_
     assert simulation.started == [("job-1", 1)]
 
 
+async def test_claim_is_not_started_with_the_next_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = Simulation(monkeypatch, max_jobs=1, slots=1, reopenings=0, max_events=100)
+    simulation.submit(is_dispatched=True)
+    simulation.undelivered.pop(0)
+    simulation.deliver()
+    await run_tasks()
+    simulation.execute_read(0)
+    simulation.worker_id = "worker-3"
+    simulation.respond(0)
+    await run_tasks()
+    assert not simulation.started
+    assert not simulation.excluded_job_ids
+
+
 async def test_event_of_a_claim_that_the_search_has_found_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     simulation = Simulation(monkeypatch, max_jobs=2, slots=2, reopenings=1, max_events=100)
     simulation.submit(is_dispatched=False)

@@ -152,7 +152,8 @@ class DispatchedClaims:
 
     def _on_check_done(self, job_id: str, task: asyncio.Task[None]) -> None:
         self._checks.pop(job_id, None)
-        self._queue.request_query()  # its row may have been left out
+        if not self._is_running(job_id):
+            self._queue.request_query()  # its row may have been left out
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("unexpected error while checking a claim", job_id=job_id, error=repr(error))
 
@@ -173,6 +174,8 @@ class DispatchedClaims:
         worker_id = self._queue.worker_id
         stream_state = await load_stream_state(self._event_store, job_id)
         job = stream_state.aggregate
+        if worker_id != self._queue.worker_id:  # the lease has ended
+            return
         if not isinstance(job, Job) or (job.status, job.worker_id) != ("processing", worker_id):
             return
         if job.cancel_request is None and self._can_start(job.spec.job_type):
