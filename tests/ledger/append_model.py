@@ -342,7 +342,7 @@ class AppendModel:
     # The server -----------------------------------------------------------------------------------------------------
 
     def _execute_insert(self, state: State, inserts: Sequence[tuple[Document, ...]]) -> tuple[State, tuple[int, ...]]:
-        """Execute an insert. Each item is a document, or those of a transaction. Next events are items of their own.
+        """Execute an insert. Each item is a document, or those of a transaction. Next events are separate items.
 
         Returns the state and the indexes of the items with a duplicate key.
         """

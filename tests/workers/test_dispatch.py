@@ -297,7 +297,7 @@ class SplittingEventStore(EventStore):
 async def test_job_whose_submission_arrives_before_its_claim_runs_once(
     connection: Connection, store: Path, runs: Runs
 ) -> None:
-    """The worker begins a claim of its own, which conflicts with the dispatched one."""
+    """The worker also claims the job itself, which conflicts with the dispatched claim."""
     runs.may_end.set()
     async with (
         run_roles_in_process(connection, store, projector=True, store_class=SplittingEventStore) as roles,

@@ -7,12 +7,14 @@ Why a claim is started at most once: one open change stream delivers each event 
 was not in the log when the stream was opened cannot have been delivered by an earlier stream. Only such events start
 jobs without a query, and only if the worker is not claiming the job itself. All other claims are checked, one check at
 a time for each job: the job must not be running here, and its stream, read after that, must show that the worker has
-the job. Nobody else can have started this attempt: an own claim of the job ends before the check begins, and the worker
-makes no other one until the check has ended. If a claim is checked before its event arrives, the event starts nothing.
+the job. Nobody else can have started this attempt: if the worker is claiming the job itself, the check waits until that
+has ended, and the worker does not claim the job again before the check has ended. If a claim is checked before its
+event arrives, the event starts nothing.
 
-Why each claim is started or released: an own claim of the same job fails, and then the job is checked. If the change
-stream was interrupted or paused, the views name the jobs of this worker as soon as they have reached the head of the
-log, and each of them that is not running is checked. If the worker has ended, the lease reaper frees the job.
+Why each claim is started or released: if the worker also claims the job itself, this fails, and the job is checked. If
+the change stream was interrupted or paused, the views name the jobs of this worker as soon as they have reached the
+head of the log, and each of them that is not running is checked. If the worker has ended, the lease reaper frees the
+job.
 """
 
 from __future__ import annotations
