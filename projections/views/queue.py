@@ -17,7 +17,8 @@ from jobledger.projections.slots import Views
 
 NAME: Final = "queue"
 _ORDER: Final = [("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)]
-INDEXES: Final = [IndexModel(_ORDER)]
+INDEXES: Final = [IndexModel([*_ORDER, ("hash", ASCENDING)])]
+"""With the hash, the server needs to read only the rows of a share."""
 _ROW_FIELDS: Final = ("job_type", "batch_id", "priority", "due_at", "queued_position", "position")
 _QUEUE_ROW_FIELDS: Final = {"job_type": 1, "batch_id": 1, "priority": 1, "queued_position": 1}
 

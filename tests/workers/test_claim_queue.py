@@ -88,8 +88,8 @@ def make_rows(*jobs: tuple[str, int]) -> list[QueueRow]:
     return [QueueRow(job_id, "echo", None, priority, number) for number, (job_id, priority) in enumerate(jobs)]
 
 
-def select_jobs(claims: ClaimQueue, rows: list[QueueRow]) -> list[str]:
-    return [row.job_id for row in claims._filter_by_rank(rows, WORKERS)]
+def select_jobs(claims: ClaimQueue, rows: list[QueueRow], views_position: int = 1000) -> list[str]:
+    return [row.job_id for row in claims._filter_by_rank(rows, WORKERS, views_position)]
 
 
 async def test_claim_queue_tries_jobs_of_own_first_rank_at_once(claims: ClaimQueue) -> None:
@@ -134,6 +134,38 @@ async def test_job_is_left_to_higher_ranked_workers_while_they_claim(
         assert select_jobs(claims, rows) == []
     now += 0.2
     assert select_jobs(claims, rows) == [JOBS_OF_OTHERS[0]]
+
+
+@pytest.mark.parametrize("is_own_event", [True, False])
+async def test_job_is_left_to_others_while_the_views_may_lack_its_claim(
+    claims: ClaimQueue, is_own_event: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("jobledger.workers.claims.claim_queue.time.monotonic", lambda: now)
+    rows = make_rows((JOBS_OF_OTHERS[0], 1))
+    if is_own_event:
+        claims.mark_claimed(OWN_JOBS[0], 50)
+    else:
+        claims.handle_event({"_id": 50, "stream": "batch-1", "type": "BatchPaused", "data": {}})
+    assert select_jobs(claims, rows, views_position=10) == []
+    claims.mark_claimed(OWN_JOBS[1], 90)  # later claims do not matter
+    now += 1
+    assert select_jobs(claims, rows, views_position=49) == []
+    assert select_jobs(claims, rows, views_position=50) == [JOBS_OF_OTHERS[0]]
+
+
+async def test_job_is_not_left_to_others_forever_because_the_views_are_behind(
+    claims: ClaimQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("jobledger.workers.claims.claim_queue.time.monotonic", lambda: now)
+    rows = make_rows((JOBS_OF_OTHERS[0], 1))
+    claims.mark_claimed(OWN_JOBS[0], 50)
+    assert select_jobs(claims, rows, views_position=10) == []
+    now += 4.9
+    assert select_jobs(claims, rows, views_position=10) == []
+    now += 0.2
+    assert select_jobs(claims, rows, views_position=10) == [JOBS_OF_OTHERS[0]]
 
 
 # Queries --------------------------------------------------------------------------------------------------------------
@@ -287,6 +319,101 @@ async def test_worker_without_share_reads_as_many_rows_of_others(
     assert len(backlog.rows) > 3
     await backlog.take()
     assert backlog.limits[-1] == claiming._MAX_ROWS
+
+
+async def test_rest_of_the_share_is_found_behind_many_rows_of_others(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_MAX_SHARED_ROWS", 3)
+    monkeypatch.setattr(claiming, "_MAX_ROWS", 20)
+    backlog.claims._eligible_workers = lambda: ("w1", "w2")
+    own = [job_id for job_id in await backlog.submit(8) if queue.compute_hash(job_id) % 2 == 0][:2]
+    others = [row for row in make_rows(*((f"job-{n}", 1) for n in range(100))) if queue.compute_hash(row.job_id) % 2]
+    backlog.rows = others + [QueueRow(job_id, "echo", None, 1, 1000) for job_id in own]
+    assert len(others) > 20
+    assert await backlog.take() == own
+
+
+async def test_deferred_jobs_cause_no_queries_until_the_views_may_show_their_claims(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_MAX_OUTDATED_SECONDS", 1000.0)
+    backlog.claims._eligible_workers = lambda: WORKERS
+    await backlog.submit(1)
+    backlog.rows = make_rows((JOBS_OF_OTHERS[0], 1))
+    backlog.claims.mark_claimed("job-own", 50)
+    assert await backlog.take() == []
+    backlog.wakes = 0
+    await asyncio.sleep(3 * claiming._DEFER_SECONDS)
+    assert backlog.wakes == 0
+    backlog.roles.checkpoint.position = 50
+    await poll_until(lambda: backlog.wakes == 1, "the timer fires")
+    queries = len(backlog.limits)
+    await backlog.take()
+    assert len(backlog.limits) == queries + 1
+
+
+async def test_deferred_jobs_cause_a_query_although_the_views_stay_behind(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_MAX_OUTDATED_SECONDS", 0.3)
+    backlog.claims._eligible_workers = lambda: WORKERS
+    await backlog.submit(1)
+    backlog.rows = make_rows((JOBS_OF_OTHERS[0], 1))
+    backlog.claims.mark_claimed("job-own", 50)
+    assert await backlog.take() == []
+    backlog.wakes = 0
+    await poll_until(lambda: backlog.wakes == 1, "the timer fires")
+
+
+async def test_known_rows_are_used_until_the_views_show_the_first_change(backlog: Backlog) -> None:
+    first, second, *_ = await backlog.submit(5)
+    backlog.free_slots = {"echo": 1}
+    assert await backlog.take() == [first]
+    backlog.claims.pending_claims[first] = "echo"
+    for position in (200, 100, 300):
+        backlog.claims.handle_event({"_id": position, "stream": "job-new", "type": "JobRestarted", "data": {}})
+    changes, queries = backlog.claims._change_count, len(backlog.limits)
+    for position in (98, 99):
+        backlog.roles.checkpoint.position = position
+        backlog.claims._on_views_advanced()
+    assert backlog.claims._change_count == changes
+    assert await backlog.take() == [second]
+    assert len(backlog.limits) == queries
+    backlog.roles.checkpoint.position = 100
+    backlog.claims._on_views_advanced()
+    assert backlog.claims._change_count == changes + 1
+
+
+async def test_changes_between_the_first_and_the_last_one_are_queried(backlog: Backlog) -> None:
+    await backlog.submit(3)
+    backlog.free_slots = {"echo": 1}
+    for position in (100, 200, 300):
+        backlog.claims.handle_event({"_id": position, "stream": "job-new", "type": "JobRestarted", "data": {}})
+    backlog.roles.checkpoint.position = 150
+    backlog.claims._on_views_advanced()
+    await backlog.take()
+    changes = backlog.claims._change_count
+    for position in (200, 300):
+        backlog.roles.checkpoint.position = position
+        backlog.claims._on_views_advanced()
+        backlog.claims._rows.clear()
+        await backlog.take()
+    assert backlog.claims._change_count == changes + 2
+    backlog.roles.checkpoint.position = 301
+    backlog.claims._on_views_advanced()
+    assert backlog.claims._change_count == changes + 2
+
+
+async def test_worker_without_jobs_queries_whenever_the_views_advance_after_a_resync(backlog: Backlog) -> None:
+    """Events up to the head of the log may have been missed, at any position."""
+    backlog.claims.resync(1000)
+    assert await backlog.take() == []
+    [job_id] = await backlog.submit(1)
+    assert await backlog.take() == []
+    backlog.roles.checkpoint.position = 10
+    backlog.claims._on_views_advanced()
+    assert await backlog.take() == [job_id]
 
 
 async def test_jobs_of_a_full_type_do_not_make_others_less_urgent(backlog: Backlog) -> None:

@@ -42,6 +42,8 @@ _MAX_RANKS: Final = 5
 """Workers of later ranks do not wait longer."""
 _DEFER_SECONDS: Final = 0.25
 """A queued job is deferred to higher-ranked workers for this time, and longer while any of them is claiming."""
+_MAX_OUTDATED_SECONDS: Final = 5.0
+"""A job is deferred for this time at most because the views are behind, and may not show its claim."""
 _CLAIMING_SECONDS: Final = 1.0
 """A worker that has claimed within this time counts as claiming.
 
@@ -63,7 +65,7 @@ a while.
 """
 _MIN_ROWS_AHEAD: Final = 100
 """Number of rows whose streams are loaded together, even if the worker has fewer slots."""
-_ROWS_TTL_SECONDS: Final = 2.0
+_ROWS_TTL_SECONDS: Final = 5.0
 _CHANGED_ROWS_TTL_SECONDS: Final = 0.1
 """How long the rows of a query are used, without and with a change since.
 
@@ -78,6 +80,13 @@ class ClaimCandidate(NamedTuple):
     stream_state: StreamState
     job_type: str
     batch_id: str | None
+
+
+class _Deferral(NamedTuple):
+    """When a row was first deferred: the time on the monotonic clock, and the known end of the log."""
+
+    at: float
+    log_position: int
 
 
 class _DelayedJob(NamedTuple):
@@ -144,8 +153,13 @@ class ClaimQueue:
         """Whether jobs that the last query did not return can only be of types for which no slot was free."""
         self._change_count = 0
         """Number of requests for a query. If it changes during a query, another one follows."""
+        self._first_change_position = 0
         self._last_change_position = 0
-        """Position of the last event that may have added jobs. When the views reach it, a query follows."""
+        """Positions of the first and the last event that may have added jobs, and that no query has seen.
+
+        When the views reach the first one, a query follows. There may be others in between, and after a resync before
+        it. So a worker that knows no jobs queries each time the views advance.
+        """
         self._queried_position = 0
         """Position of the views at the last query."""
         # Jobs that the views may show as pending and that the worker must not try
@@ -156,8 +170,10 @@ class ClaimQueue:
         self._paused: dict[str, int] = {}
         """Positions of `BatchPaused` events that the views have not reached, by batch ID."""
         # Ranks of queued jobs
-        self._deferred_since: dict[str, float] = {}
-        """Times, on the monotonic clock, since which jobs are deferred to higher-ranked workers, by job ID."""
+        self._deferrals: dict[str, _Deferral] = {}
+        """Jobs that are deferred to higher-ranked workers, by job ID."""
+        self._log_position = 0
+        """The largest position of an event that the worker has observed or written."""
         self._claimed_at: dict[str, float] = {}
         """Times, on the monotonic clock, of the last claim of each worker, by worker ID."""
         self._timer: asyncio.TimerHandle | None = None
@@ -197,12 +213,13 @@ class ClaimQueue:
         """Query the queue now, and again when the views reach `head`: events up to there may have been missed."""
         self._skipped.clear()
         self._rows.clear()
-        self._last_change_position = max(self._last_change_position, head)
+        self._query_when_views_reach(head)
         self.request_query()
 
     def handle_event(self, document: Mapping[str, Any]) -> None:
         """Handle a new event."""
         stream, event_type = document["stream"], document["type"]
+        self._log_position = max(self._log_position, document["_id"])
         if event_type == "JobClaimed":
             self._claimed_at[document["data"]["worker_id"]] = time.monotonic()
             self._claim_delay.record_claim(stream, document["data"]["worker_id"])
@@ -211,20 +228,21 @@ class ClaimQueue:
                 self._claimed_during_load.add(stream)
         elif event_type == "BatchPaused":  # its rows may be loaded, and stay in the view until it reaches this event
             self._paused[stream] = document["_id"]
-            self._last_change_position = max(self._last_change_position, document["_id"])
+            self._query_when_views_reach(document["_id"])
         elif event_type in CLAIMABLE_EVENT_TYPES:
             self._skipped.discard(stream)
             self._claimed_positions.pop(stream, None)
             self._paused.pop(stream, None)
             is_done = self._wait_until_due(document) or (event_type == "JobSubmitted" and self._try_new_job(document))
             if not is_done:
-                self._last_change_position = max(self._last_change_position, document["_id"])
+                self._query_when_views_reach(document["_id"])
 
     def mark_claimed(self, job_id: str, position: int) -> None:
         """Exclude a job that was claimed at `position`, until the views have reached the position."""
         self._new_jobs.pop(job_id, None)
         if (delayed := self._delayed.pop(job_id, None)) is not None:
             delayed.timer.cancel()
+        self._log_position = max(self._log_position, position)
         self._claimed_positions.pop(job_id, None)  # keeps the dictionary ordered by position
         if position > self._checkpoint.position:
             self._claimed_positions[job_id] = position
@@ -286,7 +304,7 @@ class ClaimQueue:
         for position, due_at in list(self._due_later.items()):
             if clock.is_uncertain or clock.compute_seconds_until(due_at) == 0:
                 del self._due_later[position]
-                self._last_change_position = max(self._last_change_position, position)
+                self._query_when_views_reach(position)
                 self.request_query()
         if self._due_later:
             self._set_due_later_timer(min(self._due_later.values()))
@@ -319,17 +337,24 @@ class ClaimQueue:
     def _add_new_job(self, candidate: ClaimCandidate, position: int) -> None:
         self._delayed.pop(candidate.job_id, None)
         if self._may_have_more:  # others wait before it now, and its row represents it
-            self._last_change_position = max(self._last_change_position, position)
+            self._query_when_views_reach(position)
         else:
             self._new_jobs[candidate.job_id] = candidate
         self.wake()
+
+    def _query_when_views_reach(self, position: int) -> None:
+        """Query again when the views show an event that may have added jobs."""
+        has_others = self._last_change_position > self._queried_position
+        self._first_change_position = min(self._first_change_position, position) if has_others else position
+        self._last_change_position = max(self._last_change_position, position)
 
     def _on_views_advanced(self) -> None:
         position = self._checkpoint.position
         while self._claimed_positions and (oldest := next(iter(self._claimed_positions.items())))[1] <= position:
             del self._claimed_positions[oldest[0]]
         self._paused = {batch_id: at for batch_id, at in self._paused.items() if at > position}
-        if self._last_change_position > self._queried_position:
+        has_changes = self._last_change_position > self._queried_position
+        if has_changes and (position >= self._first_change_position or not self._may_have_more):
             self._rows_expire_at = min(self._rows_expire_at, time.monotonic() + _CHANGED_ROWS_TTL_SECONDS)
             self.request_query()
 
@@ -349,7 +374,7 @@ class ClaimQueue:
             self._new_jobs.clear()
             taken = self._take_fitting(free_slots, new_jobs)
             for candidate in new_jobs:  # their rows represent them, now or when the views have reached them
-                self._last_change_position = max(self._last_change_position, candidate.stream_state.head.position)
+                self._query_when_views_reach(candidate.stream_state.head.position)
                 self.request_query()
             return taken
         if (
@@ -446,7 +471,8 @@ class ClaimQueue:
         now = await self._event_store.read_server_time()
         rows = await self._find_rows(free_slots.keys(), sorted(workers), now)
         self._queried_position = max(self._queried_position, position)
-        self._rows.extend(self._filter_by_rank(rows, workers))
+        self._first_change_position = max(self._first_change_position, position + 1)
+        self._rows.extend(self._filter_by_rank(rows, workers, position))
         if not rows:
             self._wake_at(await queue.get_next_due_at(self._checkpoint.views, now=now))
             # There may be more jobs of types without free slots, or jobs that came during the query.
@@ -455,7 +481,8 @@ class ClaimQueue:
         else:
             self._is_rest_of_full_types = False
             if not self._rows:
-                self._set_timer(_DEFER_SECONDS, self.request_query)
+                end_at = time.monotonic() + _MAX_OUTDATED_SECONDS
+                self._set_timer(_DEFER_SECONDS, self._query_deferred_rows, self._log_position, end_at)
         self._rows_expire_at = time.monotonic() + _ROWS_TTL_SECONDS
 
     async def _find_rows(
@@ -484,18 +511,24 @@ class ClaimQueue:
         rows = await find_rows(limit=_MAX_SHARED_ROWS)
         if len(rows) < _MAX_SHARED_ROWS:
             return rows
-        share = queue.Share(len(workers), workers.index(self.worker_id))
-        # Before a less urgent row, there may be more urgent ones of other workers that were not read.
-        own = [row for row in await find_rows(limit=_MAX_ROWS, share=share) if row.priority >= rows[-1].priority]
+        own = await find_rows(limit=_MAX_ROWS, share=queue.Share(len(workers), workers.index(self.worker_id)))
         if len(own) < _MAX_SHARED_ROWS:
-            return await find_rows(limit=_MAX_ROWS)
+            rows = await find_rows(limit=_MAX_ROWS)
+        # Before a less urgent row, there may be more urgent ones of other workers that were not read.
+        own = [row for row in own if not rows or row.priority >= rows[-1].priority]
         by_id = {row.job_id: row for row in (*rows, *own)}  # a job may have changed between the two queries
         return sorted(by_id.values(), key=queue.get_urgency)
 
-    def _filter_by_rank(self, rows: Sequence[queue.QueueRow], workers: Collection[str]) -> list[queue.QueueRow]:
-        """Defer rows to higher-ranked workers that are claiming, and with them all less urgent rows."""
-        now, deferred_since = time.monotonic(), self._deferred_since
-        self._deferred_since = {}
+    def _filter_by_rank(
+        self, rows: Sequence[queue.QueueRow], workers: Collection[str], views_position: int
+    ) -> list[queue.QueueRow]:
+        """Defer rows to higher-ranked workers that are claiming, and with them all less urgent rows.
+
+        While the views are behind, most jobs of others that they show as pending are claimed. So a row is also deferred
+        until the views show what was in the log when it was first deferred.
+        """
+        now, deferrals = time.monotonic(), self._deferrals
+        self._deferrals = {}
         self._claimed_at = {worker: at for worker, at in self._claimed_at.items() if worker in workers}
         claiming_workers = [worker for worker, at in self._claimed_at.items() if now - at < _CLAIMING_SECONDS]
         ranked_workers = sorted(workers)
@@ -505,15 +538,25 @@ class ClaimQueue:
             if deferred_priority is not None and row.priority < deferred_priority:
                 break
             higher_ranked = list_higher_ranked(self.worker_id, ranked_workers, row.job_id)
-            since = deferred_since.get(row.job_id, now)
+            deferral = deferrals.get(row.job_id) or _Deferral(now, self._log_position)
+            waited = now - deferral.at
             if not higher_ranked or (
-                now - since >= _DEFER_SECONDS and not any(worker in claiming_workers for worker in higher_ranked)
+                waited >= _DEFER_SECONDS
+                and (views_position >= deferral.log_position or waited >= _MAX_OUTDATED_SECONDS)
+                and not any(worker in claiming_workers for worker in higher_ranked)
             ):
                 eligible.append(row)
             else:
-                self._deferred_since[row.job_id] = since
+                self._deferrals[row.job_id] = deferral
                 deferred_priority = row.priority
         return eligible
+
+    def _query_deferred_rows(self, log_position: int, end_at: float) -> None:
+        """Query when deferred rows may be tried. Until the views reach `log_position`, it would find the same."""
+        if self._checkpoint.position >= log_position or time.monotonic() >= end_at:
+            self.request_query()
+        else:
+            self._set_timer(_DEFER_SECONDS, self._query_deferred_rows, log_position, end_at)
 
     def request_query(self) -> None:
         """Query the queue again: there may be more jobs."""
