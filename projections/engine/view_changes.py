@@ -197,7 +197,8 @@ class ViewChanges:
         self.current["jobs"][event.stream] = after
         self._add_difference(counters_before, counters_after)
         if completion is not None:
-            self.counter_increments.update(completion)
+            for key, amount in completion.items():
+                self.counter_increments[key] += amount
             self.current[statistics.NAME][statistics.FINISHED_BY_MINUTE] = finished_by_minute
         if batch is not None:
             self._set_batch(batch["batch_id"], batch, batch_after)

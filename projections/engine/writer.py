@@ -20,7 +20,7 @@ from bson.errors import BSONError
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
-from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.domain.errors import LedgerUnavailable, UnsupportedEvent
 from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Database, Document, is_transient, translate_errors
 from jobledger.ledger.mongo.leader_election import LeadershipLost
@@ -35,8 +35,9 @@ _log = structlog.get_logger()
 MAX_CHUNK_LIST_INDEX_BYTES: Final = 64 * 1024 * 1024
 """Maximum memory of the list index that a chunk writes."""
 _SLOW_SECONDS: Final = 5.0
-"""After a slower chunk, the next ones are smaller. The server aborts a transaction after 10 to 60 seconds."""
-_MAX_CHUNK_EVENTS: Final = 8192
+"""After a slower part, the next ones are smaller. The server aborts a transaction after 10 to 60 seconds."""
+_MAX_PART_EVENTS: Final = 1280
+"""Number of events in one transaction. While one part of a chunk is written, the next one is applied in memory."""
 _MAX_REJECTED_WRITES: Final = 1000
 """Number of rejected writes in one chunk after which the writer assumes a server failure."""
 _EVENTS_PER_YIELD: Final = 4
@@ -73,7 +74,7 @@ class ProjectionWriter:
         self._loader = DocumentLoader(db, views)
         self._unwritten: ViewChanges | None = None
         self._written = asyncio.Event()
-        self._max_chunk_events = _MAX_CHUNK_EVENTS
+        self._max_part_events = _MAX_PART_EVENTS
         self.position, self._hash = last_applied
 
     @property
@@ -86,7 +87,7 @@ class ProjectionWriter:
     ) -> list[Document]:
         """Apply the events after `position` to the views.
 
-        If the events exceed the limits of a transaction, they are written in several, each with its checkpoint.
+        Many events are written in several transactions, each with its checkpoint.
 
         Args:
             before_write: Called at the start of the transaction that writes the last of the events. It is called again
@@ -96,34 +97,72 @@ class ProjectionWriter:
             The documents of the changed batches, which may now be finished.
 
         Raises:
-            LeadershipLost: Another process has taken over. Nothing was written.
+            LeadershipLost: Another process has taken over. Nothing more was written.
             LedgerUnavailable: The database failed.
-            UnsupportedEvent: A later version of the program wrote one of the events.
+            UnsupportedEvent: A later version of the program wrote one of the events. Those before it may be written.
         """
         changed_batches: dict[str, Document | None] = {}
         begin = 0
-        while begin < len(events):
-            chunk = events[begin : begin + self._max_chunk_events]
-            is_last = begin + len(chunk) == len(events)
-            started = time.monotonic()
-            try:
-                changes = await self.prepare(chunk)
-                await self.write(changes, before_write=before_write if is_last else None)
-            except ChunkTooLarge as error:
-                self.discard_unwritten()
-                if len(chunk) == 1:
-                    raise LedgerUnavailable(
-                        f"The event at position {chunk[0].position} cannot be written to the views: {error}"
-                    ) from error
-                self._max_chunk_events = len(chunk) // 2
-                continue
-            begin += len(chunk)
-            if time.monotonic() - started > _SLOW_SECONDS:
-                self._max_chunk_events = max(1, len(chunk) // 2)
-            elif self._max_chunk_events < _MAX_CHUNK_EVENTS:
-                self._max_chunk_events *= 2
-            changed_batches |= changes.current["batches"]
+        being_written: Sequence[RecordedEvent] = ()
+        writing: asyncio.Task[None] | None = None
+        try:
+            while begin < len(events) or writing is not None:
+                part = events[begin : begin + self._max_part_events]
+                started = time.monotonic()
+                try:
+                    changes = await self._prepare_while(part, writing)
+                except ChunkTooLarge as error:
+                    if writing is not None and self.position < being_written[-1].position:
+                        begin, part = begin - len(being_written), being_written
+                    self._shrink_parts(part, error)
+                    writing = None
+                    continue
+                self._adapt_parts(len(part), time.monotonic() - started)
+                writing = None
+                if changes is not None:
+                    begin, being_written = begin + len(part), part
+                    write = self.write(changes, before_write=before_write if begin == len(events) else None)
+                    writing = asyncio.create_task(write, name="write-views")
+                    await asyncio.sleep(0)  # the write begins
+                    changed_batches |= changes.current["batches"]
+        finally:
+            if writing is not None:
+                writing.cancel()
+                await asyncio.gather(writing, return_exceptions=True)
         return [batch for batch in changed_batches.values() if batch is not None]
+
+    async def _prepare_while(
+        self, part: Sequence[RecordedEvent], writing: asyncio.Task[None] | None
+    ) -> ViewChanges | None:
+        """Return a prepared part, None without events, when the write of the previous part is done.
+
+        Raises:
+            ChunkTooLarge: The previous part, or this one if `position` is that of the previous part.
+            LeadershipLost, LedgerUnavailable, UnsupportedEvent: As `apply`.
+        """
+        try:
+            changes = await self.prepare(part) if part else None
+        except (ChunkTooLarge, UnsupportedEvent):
+            if writing is not None:
+                await writing
+            raise
+        if writing is not None:
+            await writing
+        return changes
+
+    def _shrink_parts(self, part: Sequence[RecordedEvent], error: ChunkTooLarge) -> None:
+        self.discard_unwritten()
+        if len(part) == 1:
+            raise LedgerUnavailable(
+                f"The event at position {part[0].position} cannot be written to the views: {error}"
+            ) from error
+        self._max_part_events = len(part) // 2
+
+    def _adapt_parts(self, events: int, seconds: float) -> None:
+        if seconds > _SLOW_SECONDS:
+            self._max_part_events = max(1, (events or self._max_part_events) // 2)
+        elif self._max_part_events < _MAX_PART_EVENTS:
+            self._max_part_events = min(2 * self._max_part_events, _MAX_PART_EVENTS)
 
     async def prepare(self, events: Sequence[RecordedEvent]) -> ViewChanges:
         """Apply the next chunk in memory. Meanwhile, `write` may write the previous one.

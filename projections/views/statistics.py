@@ -8,7 +8,7 @@ happened, and never decrease. All counters follow from the log alone. Times are 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from hashlib import blake2b
@@ -92,20 +92,25 @@ def _is_finished(job: Document | None) -> bool:
     return job is not None and job["status"] in TERMINAL_STATUSES
 
 
-def build_completion_increments(job: Document) -> Counter[tuple[str, str]]:
-    """Return the increments of the histogram for a job that has just finished; empty unless it is completed.
+def build_completion_increments(job: Document) -> dict[tuple[str, str], int]:
+    """Return the increments of the histogram for a job that has just finished; empty unless it is completed."""
+    if (duration_ms := _compute_duration_ms(job)) is None:
+        return {}
+    index = bisect_left(_BOUNDS_MS, duration_ms)
+    bucket = _get_bucket_name(_BOUNDS_MS[index] if index < len(_BOUNDS_MS) else None)
+    return {(_DURATIONS, "count"): 1, (_DURATIONS, "total_ms"): duration_ms, (_DURATIONS, bucket): 1}
+
+
+def _compute_duration_ms(job: Document) -> int | None:
+    """Return the run time of a job that has just finished; None unless it is completed.
 
     The run time is that from the first claim since the last restart to the end, in whole milliseconds. Sums of
     fractions would depend on the order of addition.
     """
     if job["status"] != "completed" or job["started_at"] is None:
-        return Counter()
-    duration_ms = round((job["completed_at"] - job["started_at"]) / timedelta(milliseconds=1))
-    duration_ms = max(0, min(duration_ms, _MAX_DURATION_MS))  # the clocks may have been wrong
-    bound_ms = next((bound_ms for bound_ms in _BOUNDS_MS if duration_ms <= bound_ms), None)
-    return Counter(
-        {(_DURATIONS, "count"): 1, (_DURATIONS, "total_ms"): duration_ms, (_DURATIONS, _get_bucket_name(bound_ms)): 1}
-    )
+        return None
+    duration_ms: int = round((job["completed_at"] - job["started_at"]) / timedelta(milliseconds=1))
+    return max(0, min(duration_ms, _MAX_DURATION_MS))  # the clocks may have been wrong
 
 
 def _get_bucket_name(bound_ms: int | None) -> str:
@@ -122,7 +127,7 @@ def count_finished_job(document: Document | None, job: Document) -> Document:
     minute = str(int(job["updated_at"].timestamp() // 60))
     minutes[minute] = {**_NO_FINISHED_JOBS, **minutes.get(minute, {})}
     minutes[minute][job["status"]] += 1
-    minutes[minute]["duration_ms"] += build_completion_increments(job)[_DURATIONS, "total_ms"]
+    minutes[minute]["duration_ms"] += _compute_duration_ms(job) or 0
     if len(minutes) > MAX_MINUTES_STORED:
         del minutes[min(minutes, key=int)]
     return {"_id": FINISHED_BY_MINUTE, "minutes": minutes}
