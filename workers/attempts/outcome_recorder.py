@@ -22,6 +22,7 @@ from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed
 from jobledger.workers.machine.health import MachineFailure
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
 from jobledger.workers.results.conversion import format_validation_error, to_text
+from jobledger.workers.results.hidden_secrets import HiddenSecrets
 
 _log = structlog.get_logger()
 _FILES_URL: Final = "/api/events/files/"
@@ -101,17 +102,18 @@ class OutcomeRecorder:
             results = Results.model_validate(completed.results)
             if results.markdown is not None or results.assets:
                 return None
-            return self._build_completion(_build_job_results(results, completed.warnings, completed.duration_s))
+            return self._build_completion(results, completed)
         except ValidationError:
             return None
 
-    def _build_completion(self, results: JobResults) -> ReportEvent:
-        return ReportEvent(self._writer.worker_id, JobCompleted(attempt=self._writer.attempt, results=results))
+    def _build_completion(self, results: Results, completed: AttemptCompleted) -> ReportEvent:
+        job_results = _build_job_results(results, completed, self._writer.secrets)
+        return ReportEvent(self._writer.worker_id, JobCompleted(attempt=self._writer.attempt, results=job_results))
 
     async def _complete(self, completed: AttemptCompleted) -> None:
         try:
             results = await self._message_handler.check_results(Results.model_validate(completed.results))
-            job_results = _build_job_results(results, completed.warnings, completed.duration_s)
+            completion = self._build_completion(results, completed)
         except ValidationError as error:
             message = f"The results are invalid: {format_validation_error(error, 'results')}"
             await self._fail(AttemptFailed("INVALID_RESULT", message))
@@ -119,14 +121,17 @@ class OutcomeRecorder:
         except ProcessorError as error:
             await self._fail(AttemptFailed(error.code, error.message, details=error.details))
             return
-        await self._writer.append_last(self._build_completion(job_results))
+        await self._writer.append_last(completion)
 
     async def _fail(self, failed: AttemptFailed) -> None:
         retry_at = None
         if failed.transient:
             retry_at = await self._dependencies.event_store.read_server_time() + self._choose_retry_delay()
-        details = {**failed.details, "retryable": failed.transient}
-        failure = ErrorInfo(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
+        secrets = self._writer.secrets
+        details = {**secrets.hide_in_json(failed.details), "retryable": failed.transient}
+        failure = ErrorInfo(
+            code=to_text(secrets.hide(failed.code), 100), message=to_text(secrets.hide(failed.message)), details=details
+        )
         await self._writer.append_last(FailAttempt(*self._attempt_key, failure, retry_at))
 
     async def _release_for_machine_failure(self, failure: MachineFailure) -> None:
@@ -150,7 +155,7 @@ class OutcomeRecorder:
         return timedelta(seconds=random.uniform(0.1, max_delay))  # noqa: S311 - spreads load, guards no secret
 
 
-def _build_job_results(results: Results, warnings: list[str], duration_s: float) -> JobResults:
+def _build_job_results(results: Results, completed: AttemptCompleted, secrets: HiddenSecrets) -> JobResults:
     """Convert a processor's results to the stored format, with the paths and URLs under which the API serves files."""
     files = [results.markdown, *results.assets] if results.markdown else list(results.assets)
     return JobResults(
@@ -163,11 +168,11 @@ def _build_job_results(results: Results, warnings: list[str], duration_s: float)
         files=[ResultFile(**file.model_dump()) for file in files],
         metadata=ResultMetadata(
             **{
-                **results.metadata,
+                **secrets.hide_in_json(results.metadata),
                 "processed_at": datetime.now(UTC),
-                "duration": duration_s,
+                "duration": completed.duration_s,
                 "tokens_used": results.tokens_used,
-                "warnings": warnings,
+                "warnings": secrets.hide_in_json(completed.warnings),
             }
         ),
     )
