@@ -112,17 +112,15 @@ async def test_rows_of_excluded_batches_are_left_out(roles: RunningRoles) -> Non
 async def test_server_reads_only_the_rows_of_a_share(roles: RunningRoles) -> None:
     await roles.submit_batch(*({} for _ in range(80)))
     await roles.wait_for_views()
+    share = queue.Share(4, 1)
+    views = roles.checkpoint.views
     await roles.db.create_collection("system.profile", capped=True, size=2**20)
     await roles.db.command({"profile": 2})
-    rows = await queue.find_rows(
-        roles.checkpoint.views,
-        job_types={"echo"},
-        excluded_job_ids=(),
-        now=NOW,
-        limit=100,
-        share=queue.Share(4, 1),
-    )
-    await roles.db.command({"profile": 0})
-    profiled = await roles.db["system.profile"].find({"op": "query"}).to_list()
+    try:
+        rows = await queue.find_rows(views, job_types={"echo"}, excluded_job_ids=(), now=NOW, limit=100, share=share)
+    finally:
+        await roles.db.command({"profile": 0})
+    query = {"op": "query", "ns": f"{roles.db.name}.{views[queue.NAME].name}"}
+    profiled = await roles.db["system.profile"].find(query).to_list()
     assert 0 < len(rows) < 40
     assert sum(entry["docsExamined"] for entry in profiled) == len(rows)

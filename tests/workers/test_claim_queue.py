@@ -162,10 +162,37 @@ async def test_job_is_not_left_to_others_forever_because_the_views_are_behind(
     rows = make_rows((JOBS_OF_OTHERS[0], 1))
     claims.mark_claimed(OWN_JOBS[0], 50)
     assert select_jobs(claims, rows, views_position=10) == []
-    now += 4.9
+    now += 1.9
     assert select_jobs(claims, rows, views_position=10) == []
     now += 0.2
     assert select_jobs(claims, rows, views_position=10) == [JOBS_OF_OTHERS[0]]
+
+
+async def test_times_of_deferred_jobs_of_different_priorities_run_at_once(
+    claims: ClaimQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("jobledger.workers.claims.claim_queue.time.monotonic", lambda: now)
+    first, second = JOBS_OF_OTHERS[:2]
+    rows = make_rows((first, 9), (OWN_JOBS[0], 5), (second, 1))
+    assert select_jobs(claims, rows) == []
+    now += 0.3
+    assert select_jobs(claims, rows) == [first, OWN_JOBS[0], second]
+    [urgent, *_] = JOBS_OF_OTHERS[2:]
+    assert select_jobs(claims, make_rows((urgent, 9), (second, 1))) == []
+    now += 0.3
+    assert select_jobs(claims, make_rows((urgent, 9), (second, 1))) == [urgent, second]
+
+
+async def test_end_of_the_log_is_known_after_a_resync(claims: ClaimQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("jobledger.workers.claims.claim_queue.time.monotonic", lambda: now)
+    rows = make_rows((JOBS_OF_OTHERS[0], 1))
+    claims.resync(50)
+    assert select_jobs(claims, rows, views_position=10) == []
+    now += 0.3
+    assert select_jobs(claims, rows, views_position=49) == []
+    assert select_jobs(claims, rows, views_position=50) == [JOBS_OF_OTHERS[0]]
 
 
 # Queries --------------------------------------------------------------------------------------------------------------
@@ -327,7 +354,7 @@ async def test_rest_of_the_share_is_found_behind_many_rows_of_others(
     monkeypatch.setattr(claiming, "_MAX_SHARED_ROWS", 3)
     monkeypatch.setattr(claiming, "_MAX_ROWS", 20)
     backlog.claims._eligible_workers = lambda: ("w1", "w2")
-    own = [job_id for job_id in await backlog.submit(8) if queue.compute_hash(job_id) % 2 == 0][:2]
+    own = [job_id for job_id in await backlog.submit(40) if queue.compute_hash(job_id) % 2 == 0][:2]
     others = [row for row in make_rows(*((f"job-{n}", 1) for n in range(100))) if queue.compute_hash(row.job_id) % 2]
     backlog.rows = others + [QueueRow(job_id, "echo", None, 1, 1000) for job_id in own]
     assert len(others) > 20
@@ -358,12 +385,102 @@ async def test_deferred_jobs_cause_a_query_although_the_views_stay_behind(
 ) -> None:
     monkeypatch.setattr(claiming, "_MAX_OUTDATED_SECONDS", 0.3)
     backlog.claims._eligible_workers = lambda: WORKERS
-    await backlog.submit(1)
-    backlog.rows = make_rows((JOBS_OF_OTHERS[0], 1))
+    job_id = await submit_job_of_others(backlog)
     backlog.claims.mark_claimed("job-own", 50)
     assert await backlog.take() == []
     backlog.wakes = 0
     await poll_until(lambda: backlog.wakes == 1, "the timer fires")
+    assert await backlog.take() == [job_id]
+
+
+async def submit_job_of_others(backlog: Backlog) -> str:
+    """Submit jobs, and keep the row of one for which another worker ranks first."""
+    job_ids = await backlog.submit(30)
+    [job_id, *_] = [job_id for job_id in job_ids if list_higher_ranked("w1", WORKERS, job_id)]
+    backlog.rows = [row for row in backlog.rows if row.job_id == job_id]
+    return job_id
+
+
+async def test_later_query_does_not_defer_a_job_for_longer(backlog: Backlog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claiming, "_MAX_OUTDATED_SECONDS", 1000.0)
+    backlog.claims._eligible_workers = lambda: WORKERS
+    job_id = await submit_job_of_others(backlog)
+    backlog.claims.mark_claimed("job-own", 50)
+    assert await backlog.take() == []
+    backlog.claims.mark_claimed("job-later", 90)
+    backlog.rows += make_rows((JOBS_OF_OTHERS[0], 0))
+    assert await backlog.take() == []
+    backlog.wakes = 0
+    backlog.roles.checkpoint.position = 50
+    await poll_until(lambda: backlog.wakes == 1, "the timer fires")
+    assert await backlog.take() == [job_id]
+
+
+async def test_deferred_jobs_are_tried_when_their_worker_is_gone(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_MAX_OUTDATED_SECONDS", 1000.0)
+    backlog.claims._eligible_workers = lambda: WORKERS
+    job_id = await submit_job_of_others(backlog)
+    backlog.claims.mark_claimed("job-own", 50)
+    assert await backlog.take() == []
+    backlog.wakes = 0
+    backlog.claims._eligible_workers = lambda: ("w1",)
+    await poll_until(lambda: backlog.wakes == 1, "the timer fires")
+    assert await backlog.take() == [job_id]
+
+
+async def test_views_that_advance_during_a_query_cause_another_one(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a resync, any job may have been missed."""
+    backlog.claims.resync(1000)
+    find_rows = queue.find_rows
+
+    async def find_rows_while_views_advance(*arguments: Any, **options: Any) -> Sequence[QueueRow]:
+        rows = await find_rows(*arguments, **options)
+        backlog.roles.checkpoint.position = 10
+        backlog.claims._on_views_advanced()
+        return rows
+
+    monkeypatch.setattr(queue, "find_rows", find_rows_while_views_advance)
+    backlog.wakes = 0
+    assert await backlog.take() == []
+    assert backlog.wakes == 1
+    [job_id] = await backlog.submit(1)
+    assert await backlog.take() == [job_id]
+
+
+async def test_rows_of_a_query_are_used_only_briefly_if_a_change_came_meanwhile(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_CHANGED_ROWS_TTL_SECONDS", 0.0)
+    first, _ = await backlog.submit(2)
+    backlog.free_slots = {"echo": 1}
+    find_rows = queue.find_rows
+
+    async def find_rows_during_change(*arguments: Any, **options: Any) -> Sequence[QueueRow]:
+        backlog.claims.request_query()
+        return await find_rows(*arguments, **options)
+
+    monkeypatch.setattr(queue, "find_rows", find_rows_during_change)
+    assert await backlog.take() == [first]
+    backlog.claims.pending_claims[first] = "echo"
+    [urgent] = await backlog.submit(1, priority=9)
+    assert await backlog.take() == [urgent]
+
+
+async def test_worker_with_a_full_type_queries_whenever_the_views_advance_after_a_resync(backlog: Backlog) -> None:
+    backlog.free_slots = {"echo": 0, "other": 1}
+    backlog.claims.resync(1000)
+    assert await backlog.take() == []
+    [job_id] = await backlog.submit(1)
+    backlog.rows = [row._replace(job_type="other") for row in backlog.rows]
+    backlog.wakes = 0
+    backlog.roles.checkpoint.position = 10
+    backlog.claims._on_views_advanced()
+    assert backlog.wakes == 1
+    assert await backlog.take() == [job_id]
 
 
 async def test_known_rows_are_used_until_the_views_show_the_first_change(backlog: Backlog) -> None:

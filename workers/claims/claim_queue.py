@@ -42,7 +42,7 @@ _MAX_RANKS: Final = 5
 """Workers of later ranks do not wait longer."""
 _DEFER_SECONDS: Final = 0.25
 """A queued job is deferred to higher-ranked workers for this time, and longer while any of them is claiming."""
-_MAX_OUTDATED_SECONDS: Final = 5.0
+_MAX_OUTDATED_SECONDS: Final = 2.0
 """A job is deferred for this time at most because the views are behind, and may not show its claim."""
 _CLAIMING_SECONDS: Final = 1.0
 """A worker that has claimed within this time counts as claiming.
@@ -158,7 +158,7 @@ class ClaimQueue:
         """Positions of the first and the last event that may have added jobs, and that no query has seen.
 
         When the views reach the first one, a query follows. There may be others in between, and after a resync before
-        it. So a worker that knows no jobs queries each time the views advance.
+        it. So a worker that knows no jobs queries each time the views advance, until they reach the last one.
         """
         self._queried_position = 0
         """Position of the views at the last query."""
@@ -211,6 +211,7 @@ class ClaimQueue:
 
     def resync(self, head: int) -> None:
         """Query the queue now, and again when the views reach `head`: events up to there may have been missed."""
+        self._log_position = max(self._log_position, head)
         self._skipped.clear()
         self._rows.clear()
         self._query_when_views_reach(head)
@@ -353,8 +354,12 @@ class ClaimQueue:
         while self._claimed_positions and (oldest := next(iter(self._claimed_positions.items())))[1] <= position:
             del self._claimed_positions[oldest[0]]
         self._paused = {batch_id: at for batch_id, at in self._paused.items() if at > position}
+        self._query_visible_changes()
+
+    def _query_visible_changes(self) -> None:
+        """Query again if the views may show changes that the last query has not seen."""
         has_changes = self._last_change_position > self._queried_position
-        if has_changes and (position >= self._first_change_position or not self._may_have_more):
+        if has_changes and (self._checkpoint.position >= self._first_change_position or self.is_exhausted):
             self._rows_expire_at = min(self._rows_expire_at, time.monotonic() + _CHANGED_ROWS_TTL_SECONDS)
             self.request_query()
 
@@ -478,12 +483,14 @@ class ClaimQueue:
             # There may be more jobs of types without free slots, or jobs that came during the query.
             self._is_rest_of_full_types = self._change_count == change_count
             self._may_have_more = len(free_slots) < len(self._job_types) or self._change_count != change_count
+            if self._checkpoint.position > position:  # the views advanced when the result was not known yet
+                self._query_visible_changes()
         else:
             self._is_rest_of_full_types = False
             if not self._rows:
-                end_at = time.monotonic() + _MAX_OUTDATED_SECONDS
-                self._set_timer(_DEFER_SECONDS, self._query_deferred_rows, self._log_position, end_at)
-        self._rows_expire_at = time.monotonic() + _ROWS_TTL_SECONDS
+                self._set_timer(_DEFER_SECONDS, self._query_deferred_rows, min(self._deferrals.values()))
+        is_changed = self._change_count != change_count
+        self._rows_expire_at = time.monotonic() + (_CHANGED_ROWS_TTL_SECONDS if is_changed else _ROWS_TTL_SECONDS)
 
     async def _find_rows(
         self, job_types: Collection[str], workers: Sequence[str], now: datetime
@@ -525,7 +532,7 @@ class ClaimQueue:
         """Defer rows to higher-ranked workers that are claiming, and with them all less urgent rows.
 
         While the views are behind, most jobs of others that they show as pending are claimed. So a row is also deferred
-        until the views show what was in the log when it was first deferred.
+        until the views show what was in the log when it was first deferred. The times of all rows run at once.
         """
         now, deferrals = time.monotonic(), self._deferrals
         self._deferrals = {}
@@ -535,28 +542,32 @@ class ClaimQueue:
         eligible: list[queue.QueueRow] = []
         deferred_priority: int | None = None
         for row in rows:
-            if deferred_priority is not None and row.priority < deferred_priority:
-                break
+            is_too_early = deferred_priority is not None and row.priority < deferred_priority
             higher_ranked = list_higher_ranked(self.worker_id, ranked_workers, row.job_id)
-            deferral = deferrals.get(row.job_id) or _Deferral(now, self._log_position)
-            waited = now - deferral.at
-            if not higher_ranked or (
-                waited >= _DEFER_SECONDS
-                and (views_position >= deferral.log_position or waited >= _MAX_OUTDATED_SECONDS)
-                and not any(worker in claiming_workers for worker in higher_ranked)
-            ):
+            if higher_ranked:
+                deferral = self._deferrals[row.job_id] = deferrals.get(row.job_id) or _Deferral(now, self._log_position)
+                waited = now - deferral.at
+                if (
+                    waited < _DEFER_SECONDS
+                    or (views_position < deferral.log_position and waited < _MAX_OUTDATED_SECONDS)
+                    or any(worker in claiming_workers for worker in higher_ranked)
+                ):
+                    deferred_priority = row.priority if deferred_priority is None else deferred_priority
+                    continue
+            if not is_too_early:
                 eligible.append(row)
-            else:
-                self._deferrals[row.job_id] = deferral
-                deferred_priority = row.priority
         return eligible
 
-    def _query_deferred_rows(self, log_position: int, end_at: float) -> None:
-        """Query when deferred rows may be tried. Until the views reach `log_position`, it would find the same."""
-        if self._checkpoint.position >= log_position or time.monotonic() >= end_at:
+    def _query_deferred_rows(self, first: _Deferral) -> None:
+        """Query when the first of the deferred rows may be tried. An earlier query would find the same."""
+        if (
+            self._checkpoint.position >= first.log_position
+            or time.monotonic() - first.at >= _MAX_OUTDATED_SECONDS
+            or self._rows_workers != frozenset(self._eligible_workers())
+        ):
             self.request_query()
         else:
-            self._set_timer(_DEFER_SECONDS, self._query_deferred_rows, log_position, end_at)
+            self._set_timer(_DEFER_SECONDS, self._query_deferred_rows, first)
 
     def request_query(self) -> None:
         """Query the queue again: there may be more jobs."""
