@@ -42,10 +42,9 @@ from jobledger.projections.slots import Views
 from jobledger.projections.views import batches
 
 _log = structlog.get_logger()
-CHUNK_EVENTS: Final = 1000
+CHUNK_EVENTS: Final = 5000
 _FLOOD_EVENTS: Final = 300
 """A chunk of so many new events is a flood."""
-_FLOOD_CHUNK_EVENTS: Final = 5000
 _FLOOD_READ_SECONDS: Final = 0.1
 """Time between two reads of the log in a flood."""
 _MAX_FLOOD_SECONDS: Final = 5.0
@@ -203,7 +202,7 @@ class Projector:
             await asyncio.sleep(max(0.0, read_at + _FLOOD_READ_SECONDS - loop.time()))
             read_at = loop.time()
             await self._event_store.check_not_truncated(writer.last_applied, "the views")
-            chunk = await self._event_store.read(after=writer.position, limit=_FLOOD_CHUNK_EVENTS)
+            chunk = await self._event_store.read(after=writer.position, limit=CHUNK_EVENTS)
             is_flood = len(chunk) >= _FLOOD_EVENTS // 3
             await follow_ups.add(await writer.apply(chunk), may_be_outdated=is_flood)
             if not is_flood:

@@ -202,7 +202,7 @@ class Rebuild:
             await asyncio.gather(*filter(None, (reading, writing)), return_exceptions=True)
 
     async def _apply_rest(self, writer: ProjectionWriter, writing: asyncio.Task[None] | None, end: int) -> None:
-        """Apply the remaining events up to a position in smaller parts, without concurrency.
+        """Apply the remaining events up to a position in smaller parts.
 
         Events are read with their metadata, so the checkpoint contains the hash of the last one.
 

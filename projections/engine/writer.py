@@ -1,10 +1,10 @@
 """Write chunks of events to the views, each event exactly once.
 
-The writes of a chunk and the update of the checkpoint are one transaction. The filter of that update contains the
-position where the chunk begins, and the fencing token or slots of this writer. A process that was replaced finds no
-such checkpoint, and its transaction is aborted.
+A large chunk is divided into parts. The writes of a part and the update of the checkpoint are one transaction. The
+filter of that update contains the position where the part begins, and the fencing token or slots of this writer. A
+process that was replaced finds no such checkpoint, and its transaction is aborted.
 
-If a chunk exceeds the limits of a transaction, it is split. If an event cannot be applied, or a document cannot be
+If a part exceeds the limits of a transaction, it is divided. If an event cannot be applied, or a document cannot be
 stored, only its stream is isolated (projections/views/projection_errors.py).
 """
 
@@ -104,24 +104,24 @@ class ProjectionWriter:
         changed_batches: dict[str, Document | None] = {}
         begin = 0
         being_written: Sequence[RecordedEvent] = ()
-        writing: asyncio.Task[None] | None = None
+        writing: asyncio.Task[float] | None = None
         try:
             while begin < len(events) or writing is not None:
                 part = events[begin : begin + self._max_part_events]
-                started = time.monotonic()
                 try:
                     changes = await self._prepare_while(part, writing)
                 except ChunkTooLarge as error:
                     if writing is not None and self.position < being_written[-1].position:
                         begin, part = begin - len(being_written), being_written
-                    self._shrink_parts(part, error)
+                    self._divide_parts(part, error)
                     writing = None
                     continue
-                self._adapt_parts(len(part), time.monotonic() - started)
-                writing = None
+                if writing is not None:
+                    self._adapt_parts(len(being_written), writing.result())
+                    writing = None
                 if changes is not None:
                     begin, being_written = begin + len(part), part
-                    write = self.write(changes, before_write=before_write if begin == len(events) else None)
+                    write = self._write_part(changes, before_write if begin == len(events) else None)
                     writing = asyncio.create_task(write, name="write-views")
                     await asyncio.sleep(0)  # the write begins
                     changed_batches |= changes.current["batches"]
@@ -132,12 +132,12 @@ class ProjectionWriter:
         return [batch for batch in changed_batches.values() if batch is not None]
 
     async def _prepare_while(
-        self, part: Sequence[RecordedEvent], writing: asyncio.Task[None] | None
+        self, part: Sequence[RecordedEvent], writing: asyncio.Task[float] | None
     ) -> ViewChanges | None:
-        """Return a prepared part, None without events, when the write of the previous part is done.
+        """Prepare a part, None if it has no events, and wait until the previous one is written.
 
         Raises:
-            ChunkTooLarge: The previous part, or this one if `position` is that of the previous part.
+            ChunkTooLarge: One of the two parts is too large. `position` tells which.
             LeadershipLost, LedgerUnavailable, UnsupportedEvent: As `apply`.
         """
         try:
@@ -150,7 +150,14 @@ class ProjectionWriter:
             await writing
         return changes
 
-    def _shrink_parts(self, part: Sequence[RecordedEvent], error: ChunkTooLarge) -> None:
+    async def _write_part(self, changes: ViewChanges, before_write: BeforeWrite | None) -> float:
+        """Write a prepared part, and return how many seconds it took."""
+        started = time.monotonic()
+        await self.write(changes, before_write=before_write)
+        return time.monotonic() - started
+
+    def _divide_parts(self, part: Sequence[RecordedEvent], error: ChunkTooLarge) -> None:
+        """Discard what is not written, and make the next parts smaller than one that was too large."""
         self.discard_unwritten()
         if len(part) == 1:
             raise LedgerUnavailable(
@@ -159,8 +166,9 @@ class ProjectionWriter:
         self._max_part_events = len(part) // 2
 
     def _adapt_parts(self, events: int, seconds: float) -> None:
+        """Choose the size of the next parts after one was written."""
         if seconds > _SLOW_SECONDS:
-            self._max_part_events = max(1, (events or self._max_part_events) // 2)
+            self._max_part_events = max(1, events // 2)
         elif self._max_part_events < _MAX_PART_EVENTS:
             self._max_part_events = min(2 * self._max_part_events, _MAX_PART_EVENTS)
 

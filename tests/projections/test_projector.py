@@ -44,7 +44,7 @@ from tests.support.worker_reports import report_progress, report_step
 
 def make_every_chunk_a_flood(monkeypatch: pytest.MonkeyPatch, events: int) -> None:
     monkeypatch.setattr(projector, "_FLOOD_EVENTS", events)
-    monkeypatch.setattr(projector, "_FLOOD_CHUNK_EVENTS", 7)
+    monkeypatch.setattr(projector, "CHUNK_EVENTS", 7)
     monkeypatch.setattr(writer, "_MAX_PART_EVENTS", 3)
     monkeypatch.setattr(projector, "_FLOOD_READ_SECONDS", 0.01)
 
