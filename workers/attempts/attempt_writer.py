@@ -20,7 +20,6 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.attempts.log_buffer import LogBuffer
 from jobledger.workers.child.messages import RawLogEntry
 from jobledger.workers.results.conversion import to_text
-from jobledger.workers.results.hidden_secrets import HiddenSecrets
 
 _log = structlog.get_logger()
 FLUSH_INTERVAL_SECONDS: Final = 0.5
@@ -65,8 +64,6 @@ class AttemptWriter:
         self.on_fenced = on_fenced
         self._write_lock = asyncio.Lock()
         self._flush_lock = asyncio.Lock()
-        self.secrets = HiddenSecrets()
-        """The secrets to hide in what the processor reports."""
         self._progress: JobProgressed | None = None
         self._log_buffer = LogBuffer(job.log_bytes)
         self._flusher: asyncio.Task[None] | None = None
@@ -81,13 +78,13 @@ class AttemptWriter:
 
     def add_log_entries(self, entries: list[RawLogEntry]) -> None:
         """Add entries to the job's log."""
-        for at, level, text in entries:
-            self._log_buffer.add((at, level, self.secrets.hide(text)))
+        for entry in entries:
+            self._log_buffer.add(entry)
         self._flush_soon()
 
     def set_progress(self, step: str, percent: float, message: str) -> None:
         """Report the progress of the job. Of several reports within a flush interval, only the last one is stored."""
-        step, message = to_text(self.secrets.hide(step), 200), to_text(self.secrets.hide(message), 1000)
+        step, message = to_text(step, 200), to_text(message, 1000)
         self._progress = JobProgressed(attempt=self.attempt, step=step, percent=percent, message=message)
         self._flush_soon()
 

@@ -28,7 +28,6 @@ from jobledger.workers.machine.health import find_machine_failure
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
 from jobledger.workers.registry import get_processor_version
 from jobledger.workers.results.conversion import to_text
-from jobledger.workers.results.hidden_secrets import MAX_SECRETS
 
 _log = structlog.get_logger()
 _MAX_CONCURRENT_INGESTS: Final = 2
@@ -68,8 +67,6 @@ class MessageHandler:
                 self._writer.add_log_entries([(at, level, to_text(text)) for at, level, text in message.entries])
             case messages.Progress():
                 self._writer.set_progress(message.step, message.percent, message.message)
-            case messages.Secrets():
-                self._writer.secrets.add(message.texts[:MAX_SECRETS])
             case messages.FindSharedStep():
                 return await self._find_shared_step(message)
             case messages.FileSaved():
@@ -138,15 +135,7 @@ class MessageHandler:
                 text = f"{subject} the file '{to_text(file.path, 200)}' with the size {file.size}. It has {size} bytes."
                 raise ProcessorError("INVALID_RESULT", text)
         cache_version = get_processor_version(self._job.spec.job_type) if is_shared else None
-        event = completed.model_copy(
-            update={
-                "attempt": self._writer.attempt,
-                "cache_version": cache_version,
-                "step": self._writer.secrets.hide(completed.step),
-                "output": self._writer.secrets.hide_in_json(completed.output),
-                "warnings": self._writer.secrets.hide_in_json(completed.warnings),
-            }
-        )
+        event = completed.model_copy(update={"attempt": self._writer.attempt, "cache_version": cache_version})
         async with self._timeout.pause_while_waiting():
             await self._writer.flush()
             try:

@@ -22,7 +22,6 @@ from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed
 from jobledger.workers.machine.health import MachineFailure
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
 from jobledger.workers.results.conversion import format_validation_error, to_text
-from jobledger.workers.results.hidden_secrets import HiddenSecrets
 
 _log = structlog.get_logger()
 _FILES_URL: Final = "/api/events/files/"
@@ -102,18 +101,17 @@ class OutcomeRecorder:
             results = Results.model_validate(completed.results)
             if results.markdown is not None or results.assets:
                 return None
-            return self._build_completion(results, completed)
+            return self._build_completion(_build_job_results(results, completed.warnings, completed.duration_s))
         except ValidationError:
             return None
 
-    def _build_completion(self, results: Results, completed: AttemptCompleted) -> ReportEvent:
-        job_results = _build_job_results(results, completed, self._writer.secrets)
-        return ReportEvent(self._writer.worker_id, JobCompleted(attempt=self._writer.attempt, results=job_results))
+    def _build_completion(self, results: JobResults) -> ReportEvent:
+        return ReportEvent(self._writer.worker_id, JobCompleted(attempt=self._writer.attempt, results=results))
 
     async def _complete(self, completed: AttemptCompleted) -> None:
         try:
             results = await self._message_handler.check_results(Results.model_validate(completed.results))
-            completion = self._build_completion(results, completed)
+            job_results = _build_job_results(results, completed.warnings, completed.duration_s)
         except ValidationError as error:
             message = f"The results are invalid: {format_validation_error(error, 'results')}"
             await self._fail(AttemptFailed("INVALID_RESULT", message))
@@ -121,17 +119,14 @@ class OutcomeRecorder:
         except ProcessorError as error:
             await self._fail(AttemptFailed(error.code, error.message, details=error.details))
             return
-        await self._writer.append_last(completion)
+        await self._writer.append_last(self._build_completion(job_results))
 
     async def _fail(self, failed: AttemptFailed) -> None:
         retry_at = None
         if failed.transient:
             retry_at = await self._dependencies.event_store.read_server_time() + self._choose_retry_delay()
-        secrets = self._writer.secrets
-        details = {**secrets.hide_in_json(failed.details), "retryable": failed.transient}
-        failure = ErrorInfo(
-            code=to_text(secrets.hide(failed.code), 100), message=to_text(secrets.hide(failed.message)), details=details
-        )
+        details = {**failed.details, "retryable": failed.transient}
+        failure = ErrorInfo(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
         await self._writer.append_last(FailAttempt(*self._attempt_key, failure, retry_at))
 
     async def _release_for_machine_failure(self, failure: MachineFailure) -> None:
@@ -155,7 +150,7 @@ class OutcomeRecorder:
         return timedelta(seconds=random.uniform(0.1, max_delay))  # noqa: S311 - spreads load, guards no secret
 
 
-def _build_job_results(results: Results, completed: AttemptCompleted, secrets: HiddenSecrets) -> JobResults:
+def _build_job_results(results: Results, warnings: list[str], duration_s: float) -> JobResults:
     """Convert a processor's results to the stored format, with the paths and URLs under which the API serves files."""
     files = [results.markdown, *results.assets] if results.markdown else list(results.assets)
     return JobResults(
@@ -168,11 +163,11 @@ def _build_job_results(results: Results, completed: AttemptCompleted, secrets: H
         files=[ResultFile(**file.model_dump()) for file in files],
         metadata=ResultMetadata(
             **{
-                **secrets.hide_in_json(results.metadata),
+                **results.metadata,
                 "processed_at": datetime.now(UTC),
-                "duration": completed.duration_s,
+                "duration": duration_s,
                 "tokens_used": results.tokens_used,
-                "warnings": secrets.hide_in_json(completed.warnings),
+                "warnings": warnings,
             }
         ),
     )

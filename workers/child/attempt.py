@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import operator
-import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -33,7 +32,6 @@ from jobledger.workers.child import messages
 from jobledger.workers.child.failures import convert_exception_to_failure
 from jobledger.workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
 from jobledger.workers.results.conversion import InvalidResult, get_type_name, to_json, to_safe_str, to_text
-from jobledger.workers.results.hidden_secrets import find_secrets
 from jobledger.workers.results.paths import normalize_path
 from jobledger.workers.sandbox.confinement import ConfinementSettings
 
@@ -96,21 +94,13 @@ async def run_attempt(
     job: _JobContext | None = None
     try:
         job = _JobContext(assignment, processor.Parameters.model_validate(assignment.parameters), send, is_stopping)
-        settings = processor.Settings.model_validate(assignment.settings)
-        if secrets := _find_secrets(settings, assignment):
-            await send(messages.Secrets(secrets))
-        results: object = await processor(settings).run(job)
+        results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
         return job.build_completed(results, time.monotonic() - started_at)
     except BaseException as error:  # noqa: BLE001 - a processor may raise anything; it fails only its job
         return convert_exception_to_failure(error, scratch_dir=assignment.attempt_dir.parent)
     finally:
         if job is not None:
             job.close()
-
-
-def _find_secrets(settings: BaseModel, assignment: Assignment) -> list[str]:
-    names = assignment.confinement.pass_environment
-    return find_secrets(settings, {name: os.environ[name] for name in names if name in os.environ})
 
 
 # The job ----------------------------------------------------------------------------------------------------------

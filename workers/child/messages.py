@@ -54,14 +54,6 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Secrets:
-    """Texts that the worker must hide in everything that it records of the attempt. Sent before other messages."""
-
-    texts: list[str] = field(repr=False)
-    kind: Literal["secrets"] = "secrets"
-
-
-@dataclass(frozen=True, slots=True)
 class FindSharedStep:
     """Requests a step that another job shares. Response: `{job_id, output}` or None. `max_age_s` is in seconds."""
 
@@ -116,7 +108,7 @@ class AttemptFailed:
     kind: Literal["failed"] = "failed"
 
 
-Message = LogEntries | Progress | Secrets | FindSharedStep | FileSaved | StepResult | AttemptCompleted | AttemptFailed
+Message = LogEntries | Progress | FindSharedStep | FileSaved | StepResult | AttemptCompleted | AttemptFailed
 
 
 @dataclass(frozen=True, slots=True)

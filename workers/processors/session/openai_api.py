@@ -1,4 +1,4 @@
-"""Call an OpenAI-compatible API, hosted or local. The API key is hidden in responses: they may be published."""
+"""Call an OpenAI-compatible API, hosted or local. Error messages never contain the API key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import httpx
 import orjson
 
 from jobledger.workers.processors.session.settings import OpenAiSettings
-from jobledger.workers.results.hidden_secrets import HiddenSecrets
 from jobledger.workers.safe_http import get_ssl_context, parse_retry_after
 
 _RETRY_DELAYS_SECONDS: Final = (1.0, 4.0, 16.0, None)
@@ -43,7 +42,6 @@ class OpenAiClient:
         """
         key = _read_api_key(settings.api_key_file)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._secrets = HiddenSecrets([key] if key else [])
         self._url = settings.url
         self._timeout = settings.timeout_seconds
         self._client = httpx.AsyncClient(
@@ -97,7 +95,7 @@ class OpenAiClient:
                 body += chunk
                 if len(body) > _MAX_RESPONSE_BYTES:
                     raise OpenAiError(f"its response is larger than {_MAX_RESPONSE_BYTES} bytes", response.status_code)
-            return response.status_code, response.headers, self._secrets.hide_in_bytes(bytes(body))
+            return response.status_code, response.headers, bytes(body)
 
 
 def _read_api_key(file: Path | None) -> str | None:
