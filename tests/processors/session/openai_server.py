@@ -29,6 +29,8 @@ class FakeOpenAiServer:
     answer_chat: Callable[[dict[str, Any]], Any] = lambda body: {}
     answer_speech: Callable[[float], Any] = lambda seconds: {"text": ""}
     supports_schemas: bool = True
+    rejection: str = "Incorrect API key provided"
+    """Begin of the error message for a wrong key. The key follows."""
     scripted_failures: list[tuple[int, dict[str, str]] | str] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     peak_concurrency: int = 0
@@ -82,7 +84,7 @@ def run_fake_openai() -> Iterator[FakeOpenAiServer]:
 
         def _handle(self, body: bytes) -> None:
             if self.headers.get("Authorization") != f"Bearer {KEY}":
-                return self._respond(401, _make_error("Incorrect API key provided"))
+                return self._respond(401, _make_error(f"{fake.rejection}: {self.headers.get('Authorization')}"))
             if fake.scripted_failures:
                 failure = fake.scripted_failures.pop(0)
                 if isinstance(failure, str):

@@ -223,6 +223,41 @@ async def test_busy_api_is_retried_and_failing_api_is_a_warning(
         assert not openai_server.scripted_failures
 
 
+def replace_text(file: Path, text: str) -> None:
+    file.write_text(text)
+
+
+def read_everything(job: RecordingJob, results: Results) -> str:
+    files = [content.decode(errors="replace") for content in job.files.values()]
+    outputs = [json.dumps(output) for output, _ in job.steps.values()]
+    return "\n".join([*files, *outputs, *job.warnings, *job.log_messages, results.model_dump_json()])
+
+
+@pytest.mark.parametrize("rejection", ["Incorrect API key provided", "x" * 180, "x" * 150])
+async def test_key_that_an_api_echoes_in_its_error_is_not_published(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path, rejection: str
+) -> None:
+    openai_server.rejection = rejection
+    wrong_key = "sk-wrong-0123456789abcdefghijklmnopqrstuvwxyz"
+    replace_text(key, wrong_key)
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+    published = read_everything(job, await run(job, openai_server, key))
+    assert "status 401" in published
+    assert wrong_key[:8] not in published
+
+
+async def test_key_that_an_api_echoes_in_its_answer_is_not_published(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+) -> None:
+    openai_server.answer_chat = lambda request: json.loads(
+        json.dumps(answer_correctly(request)).replace("Logbuch", f"Logbuch {KEY}")
+    )
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+    published = read_everything(job, await run(job, openai_server, key))
+    assert "API key" in published
+    assert KEY not in published
+
+
 async def test_invalid_api_key_is_a_warning_without_the_key(
     openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
@@ -233,7 +268,7 @@ async def test_invalid_api_key_is_a_warning_without_the_key(
         (key, "", "contains no valid key"),
     ):
         if key_file is not None:
-            key_file.write_text(text)
+            replace_text(key_file, text)
         job = RecordingJob(make_parameters(url=url, target_language="de"), tmp_path)
         split_front_matter(read_document(job, await run(job, openai_server, key_file)))
         [warning] = [warning for warning in job.warnings if "language model" in warning]

@@ -118,12 +118,27 @@ async def test_recording_is_sent_in_chunks_and_text_is_in_order(
     assert not [warning for warning in job.warnings if "transcript" in warning]
 
 
+@pytest.mark.parametrize("segments", [{}, {"segments": None}, {"segments": []}])
 async def test_response_without_segments_is_used(
-    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path, segments: dict[str, Any]
 ) -> None:
-    openai_server.answer_speech = lambda seconds: {"text": "only words"}
+    openai_server.answer_speech = lambda seconds: {"text": "only words", **segments}
     job = RecordingJob(make_parameters(**urls), tmp_path)
     assert "**0:00** only words" in read_document(job, await run(job, openai_server))
+
+
+async def test_times_outside_the_recording_are_moved_into_it(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
+) -> None:
+    segments = [{"start": -5.0, "text": "early"}, {"start": 9999.0, "text": "late"}]
+    openai_server.answer_speech = lambda seconds: {"text": None, "segments": segments}
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    document = read_document(job, await run(job, openai_server))
+    starts = [60 * int(m) + int(s) for m, s in re.findall(r"^\*\*(\d+):(\d\d)\*\*", document, re.MULTILINE)]
+    assert starts[0] == 0
+    assert starts[-1] < 600
+    assert "early" in document
+    assert "late" in document
 
 
 async def test_failed_chunk_is_named_in_warning(

@@ -1,4 +1,4 @@
-"""Call an OpenAI-compatible API, hosted or local. Error messages never contain the API key."""
+"""Call an OpenAI-compatible API, hosted or local. Neither errors nor answers contain the API key."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 import httpx
 import orjson
 
+from jobledger.workers.processors.session.hidden_key import HiddenKey
 from jobledger.workers.processors.session.settings import OpenAiSettings
 from jobledger.workers.safe_http import get_ssl_context, parse_retry_after
 
@@ -42,6 +43,7 @@ class OpenAiClient:
         """
         key = _read_api_key(settings.api_key_file)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = HiddenKey(key)
         self._url = settings.url
         self._timeout = settings.timeout_seconds
         self._client = httpx.AsyncClient(
@@ -73,8 +75,8 @@ class OpenAiClient:
                 async with asyncio.timeout(self._timeout):
                     status, headers, body = await self._send(path, content)
                 if 200 <= status < 300:
-                    return _parse_json(body)
-                failure = OpenAiError(f"it returned status {status}{_format_reason(body)}", status)
+                    return self._key.hide_in_json(_parse_json(body))
+                failure = OpenAiError(f"it returned status {status}{_format_reason(body, self._key)}", status)
                 if status not in _TRANSIENT_STATUS_CODES:
                     raise failure
                 retry_after = parse_retry_after(headers)
@@ -117,12 +119,12 @@ def _parse_json(body: bytes) -> Any:
         raise OpenAiError("its response is not JSON") from error
 
 
-def _format_reason(body: bytes) -> str:
+def _format_reason(body: bytes, key: HiddenKey) -> str:
     """Return the error message of the response, shortened, or an empty string."""
     try:
         error = orjson.loads(body)["error"]
         text = error["message"] if isinstance(error, dict) else error
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return ""
-    words = " ".join(str(text).split())
+    words = key.hide(" ".join(str(text).split()))
     return f": {words[:200]}" if words.isprintable() and words else ""

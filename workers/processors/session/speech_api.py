@@ -46,8 +46,8 @@ class _ResponseSegment(BaseModel):
 
 
 class _TranscriptionResponse(BaseModel):
-    text: str = ""
-    segments: list[_ResponseSegment] = []
+    text: str | None = None
+    segments: list[_ResponseSegment] | None = None
 
 
 def split_at_silence(audio: Path, chunk_seconds: float) -> Iterator[tuple[int, int]]:
@@ -137,9 +137,12 @@ async def _transcribe_chunk(
     except ValidationError as error:
         raise OpenAiError("its response does not match the protocol") from error
     offset = begin / SAMPLE_RATE
-    segments = transcription.segments or [_ResponseSegment(start=0.0, text=transcription.text)]
+    segments = transcription.segments or [_ResponseSegment(start=0.0, text=transcription.text or "")]
+    seconds = (end - begin) / SAMPLE_RATE
     return [
-        Segment(start_seconds=round(offset + max(0.0, segment.start), 2), text=" ".join(segment.text.split()))
+        Segment(
+            start_seconds=round(offset + min(max(0.0, segment.start), seconds), 2), text=" ".join(segment.text.split())
+        )
         for segment in segments
         if segment.text.strip()
     ]
