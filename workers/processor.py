@@ -139,7 +139,7 @@ class JobContext(Protocol):
         """Report the progress of the whole job.
 
         Args:
-            percent: Progress from 0 to 100.
+            percent: Progress from 0 to 100. A value below an earlier one of the attempt counts as the earlier one.
             message: Short description of the current activity, for people.
         """
 

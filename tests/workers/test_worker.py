@@ -131,6 +131,32 @@ async def test_running_job_reports_progress(
         assert (await roles.wait_until_finished(job_id))["status"] == "completed"
 
 
+async def test_progress_never_falls_within_an_attempt(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobledger.workers.attempts.attempt_writer.FLUSH_INTERVAL_SECONDS", 0.02)
+
+    async def report(job: JobContext) -> Results:
+        for percent in (10, 90, 82, float("nan"), 95):
+            await job.report_progress(percent, f"reported {percent}")
+            await asyncio.sleep(0.1)
+        return Results()
+
+    install_processor(monkeypatch, report)
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
+        job_id = await roles.submit(job_type="test")
+        await roles.wait_until_finished(job_id)
+        events = [event.event for event in await roles.event_store.read_stream(job_id)]
+        reported = [(event.percent, event.message) for event in events if isinstance(event, JobProgressed)]
+        assert reported == [
+            (10.0, "reported 10"),
+            (90.0, "reported 90"),
+            (90.0, "reported 82"),
+            (90.0, "reported nan"),
+            (95.0, "reported 95"),
+        ]
+
+
 async def test_end_of_attempt_is_its_last_event(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,7 +231,7 @@ class _JobContext:
             clipped = min(max(float(percent), 0.0), 100.0)
         except (TypeError, ValueError, OverflowError):
             return self._percent
-        if clipped == clipped:  # not NaN
+        if clipped > self._percent:  # False for NaN
             self._percent = round(clipped, 1)
         return self._percent
 
