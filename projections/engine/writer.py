@@ -134,7 +134,7 @@ class ProjectionWriter:
     async def _prepare_while(
         self, part: Sequence[RecordedEvent], writing: asyncio.Task[float] | None
     ) -> ViewChanges | None:
-        """Prepare a part, None if it has no events, and wait until the previous one is written.
+        """Return the prepared part, or None without events, when the previous one is written.
 
         Raises:
             ChunkTooLarge: One of the two parts is too large. `position` tells which.

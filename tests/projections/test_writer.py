@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,7 +171,7 @@ async def test_parts_shrink_while_transactions_are_slow(
         await write(self, changes, *arguments)
 
     monkeypatch.setattr(ProjectionWriter, "_write", write_slowly)
-    monkeypatch.setattr("jobledger.projections.engine.writer.time.monotonic", lambda: now)
+    monkeypatch.setattr(writing, "time", SimpleNamespace(monotonic=lambda: now))
     events = await submit_jobs(roles, 24)
     projection = await create_writer(roles)
     for begin in range(0, 24, chunk_events):

@@ -532,7 +532,8 @@ class ClaimQueue:
         """Defer rows to higher-ranked workers that are claiming, and with them all less urgent rows.
 
         While the views are behind, most jobs of others that they show as pending are claimed. So a row is also deferred
-        until the views show what was in the log when it was first deferred. The times of all rows run at once.
+        until the views show what was in the log when it was first deferred. The time of each row starts with its first
+        query, whatever waits before it.
         """
         now, deferrals = time.monotonic(), self._deferrals
         self._deferrals = {}
