@@ -134,7 +134,7 @@ class ProjectionWriter:
     async def _prepare_while(
         self, part: Sequence[RecordedEvent], writing: asyncio.Task[float] | None
     ) -> ViewChanges | None:
-        """Return the prepared part, or None without events, when the previous one is written.
+        """Wait until the previous part is written, and return the prepared part (None if it has no events).
 
         Raises:
             ChunkTooLarge: One of the two parts is too large. `position` tells which.

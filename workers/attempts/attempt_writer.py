@@ -65,6 +65,7 @@ class AttemptWriter:
         self._write_lock = asyncio.Lock()
         self._flush_lock = asyncio.Lock()
         self._progress: JobProgressed | None = None
+        self._percent = 0.0
         self._log_buffer = LogBuffer(job.log_bytes)
         self._flusher: asyncio.Task[None] | None = None
         self._flushes: set[asyncio.Task[None]] = set()
@@ -83,7 +84,8 @@ class AttemptWriter:
         self._flush_soon()
 
     def set_progress(self, step: str, percent: float, message: str) -> None:
-        """Report the progress of the job. Of several reports within a flush interval, only the last one is stored."""
+        """Report the progress of the job. It never falls. Only the last report of a flush interval is stored."""
+        percent = self._percent = max(self._percent, percent)
         step, message = to_text(step, 200), to_text(message, 1000)
         self._progress = JobProgressed(attempt=self.attempt, step=step, percent=percent, message=message)
         self._flush_soon()

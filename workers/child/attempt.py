@@ -231,7 +231,7 @@ class _JobContext:
             clipped = min(max(float(percent), 0.0), 100.0)
         except (TypeError, ValueError, OverflowError):
             return self._percent
-        if clipped > self._percent:  # False for NaN
+        if clipped == clipped:  # not NaN
             self._percent = round(clipped, 1)
         return self._percent
 

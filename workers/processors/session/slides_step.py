@@ -64,7 +64,7 @@ async def run(ctx: StepContext) -> SlidesResult:
             await ctx.warn(f"The slides are only linked. The PDF {error}.")
         except UnusablePresentation as error:
             await _warn_about_fallback(ctx, result, f"It {str(error).rstrip('.')}.")
-    await ctx.job.report_progress(90, "Slides processed")
+    await ctx.job.report_progress(80, "Slides processed")
     if result.slides:
         result.texts = []
     return result
@@ -96,7 +96,7 @@ async def _fetch_and_render(ctx: StepContext, url: str, result: SlidesResult) ->
         max_bytes=ctx.settings.slides_max_bytes,
         timeout_seconds=ctx.settings.slides_timeout_seconds * FETCH_TIMEOUT_FRACTION,
         target=attachment,
-        on_progress=partial(ctx.report_download, "Fetching the slides", 60, 70),
+        on_progress=partial(ctx.report_download, "Fetching the slides", 60, 66),
     )
     await ctx.log_fetch(response)
     if await asyncio.to_thread(pdf_rendering.is_pdf, attachment):
@@ -127,7 +127,7 @@ async def _warn_about_fallback(ctx: StepContext, result: SlidesResult, reason: s
 
 
 async def _convert(ctx: StepContext, attachment: Path, suffix: str) -> Path:
-    await ctx.job.report_progress(70, "Converting the slides to PDF")
+    await ctx.job.report_progress(66, "Converting the slides to PDF")
     scratch = ctx.job.scratch_dir / "office"
     await asyncio.to_thread(scratch.mkdir)
     conversion = asyncio.create_task(
@@ -155,7 +155,7 @@ async def _render(ctx: StepContext, pdf: Path, result: SlidesResult) -> None:
                 result.slides.append(await _save(ctx, page, remaining_text_characters))
                 remaining_text_characters -= len(result.slides[-1].text)
             message = f"Rendering slide {page.page_number} of {page_count}"
-            await ctx.report_part(message, 70, 90, page.page_number, min(page_count, max_pages))
+            await ctx.report_part(message, 66, 80, page.page_number, min(page_count, max_pages))
     if page_count > max_pages:
         await ctx.warn(f"Only the first {max_pages} of {page_count} slides are shown.")
     await ctx.job.log("info", f"Rendered {len(result.slides)} of {page_count} pages")
