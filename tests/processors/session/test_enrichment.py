@@ -24,8 +24,10 @@ from jobledger.workers.processors.session.enrichment import (
 from tests.processors.session.fixtures import (
     RecordingJob,
     Site,
+    SiteResponse,
     html,
     make_parameters,
+    make_pdf,
     make_settings,
     read_document,
     split_front_matter,
@@ -256,6 +258,28 @@ async def test_key_that_an_api_echoes_in_its_answer_is_not_published(
     published = read_everything(job, await run(job, openai_server, key))
     assert "API key" in published
     assert KEY not in published
+
+
+async def test_progress_does_not_fall_after_the_slides(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+) -> None:
+    openai_server.answer_chat = answer_correctly
+    slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(3), headers={"Content-Type": "application/pdf"}))
+    url = site.put("/t", html(PAGE))
+    job = RecordingJob(make_parameters(url=url, attachments_url=slides_url, target_language="de"), tmp_path)
+    await run(job, openai_server, key)
+    percents = [percent for percent, _ in job.progress]
+    assert percents == sorted(percents)
+    assert any("Translat" in message for _, message in job.progress)
+
+
+async def test_deeply_nested_answer_is_a_warning(
+    openai_server: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+) -> None:
+    openai_server.answer_chat = lambda request: b'{"x":' + b"[" * 900 + b"]" * 900 + b"}"
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+    await run(job, openai_server, key)
+    assert any("nested too deeply" in warning for warning in job.warnings)
 
 
 async def test_invalid_api_key_is_a_warning_without_the_key(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import re
 import time
@@ -133,12 +134,21 @@ async def test_times_outside_the_recording_are_moved_into_it(
     segments = [{"start": -5.0, "text": "early"}, {"start": 9999.0, "text": "late"}]
     openai_server.answer_speech = lambda seconds: {"text": None, "segments": segments}
     job = RecordingJob(make_parameters(**urls), tmp_path)
-    document = read_document(job, await run(job, openai_server))
-    starts = [60 * int(m) + int(s) for m, s in re.findall(r"^\*\*(\d+):(\d\d)\*\*", document, re.MULTILINE)]
+    await run(job, openai_server)
+    outputs = json.dumps([output for output, _ in job.steps.values()])
+    starts = [float(start) for start in re.findall(r'"start_seconds": ([\d.]+)', outputs)]
+    assert starts == sorted(starts)
     assert starts[0] == 0
-    assert starts[-1] < 600
-    assert "early" in document
-    assert "late" in document
+    assert 0 < starts[-1] < 600
+    assert starts.count(starts[-1]) == 1
+
+
+async def test_text_is_used_if_all_segments_are_empty(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
+) -> None:
+    openai_server.answer_speech = lambda seconds: {"text": "only words", "segments": [{"start": 0, "text": " "}]}
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    assert "**0:00** only words" in read_document(job, await run(job, openai_server))
 
 
 async def test_failed_chunk_is_named_in_warning(

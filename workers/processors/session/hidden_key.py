@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-import html
 import re
 from typing import Any, Final
-from urllib.parse import quote
 
 PLACEHOLDER: Final = "[API key]"
-MIN_CHARACTERS: Final = 8
-"""Shorter keys are not hidden. Services without access control get any word as a key, such as `none`."""
 _MIN_CUT_CHARACTERS: Final = 24
 """A key of this length is also hidden if it was cut in its second half."""
+_ENTITIES: Final = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "apos"}
 
 
 class HiddenKey:
-    """The key of one service, also in the forms that URLs and HTML give it."""
+    """The key of one service, also if some of its characters are escaped as in JSON, URLs or HTML.
 
-    def __init__(self, key: str | None) -> None:
-        self._forms = _list_forms(key) if key is not None and len(key) >= MIN_CHARACTERS else []
-        heads = {form if len(form) < _MIN_CUT_CHARACTERS else form[: len(form) // 2] for form in self._forms}
-        self._head = re.compile("|".join(map(re.escape, sorted(heads)))) if heads else None
+    Args:
+        key: The key. Its characters are printable and ASCII.
+        min_characters: Shorter keys are not hidden. They may be words.
+        may_be_cut: Whether a long key is also hidden if its end is missing.
+    """
+
+    def __init__(self, key: str | None, *, min_characters: int, may_be_cut: bool) -> None:
+        usable = key if key is not None and len(key) >= min_characters else ""
+        patterns = list(map(_build_pattern, usable))
+        head = len(usable) // 2 if may_be_cut and len(usable) >= _MIN_CUT_CHARACTERS else len(usable)
+        self._head = re.compile("".join(patterns[:head])) if usable else None
+        self._rest = list(map(re.compile, patterns[head:]))
 
     def hide(self, text: str) -> str:
         """Return the text with a placeholder instead of the key."""
         parts: list[str] = []
         end = 0
         while self._head is not None and (match := self._head.search(text, end)) is not None:
-            start = match.start()
-            parts += text[end:start], PLACEHOLDER
-            end = start + max(_count_equal(text, start, form) for form in self._forms)
+            parts += text[end : match.start()], PLACEHOLDER
+            end = match.end()
+            for pattern in self._rest:
+                if (following := pattern.match(text, end)) is None:
+                    break
+                end = following.end()
         return "".join([*parts, text[end:]])
 
     def hide_in_json(self, value: Any) -> Any:
-        """Return a JSON value with a placeholder instead of the key in its texts."""
+        """Return a JSON value with a placeholder instead of the key in its texts.
+
+        Raises:
+            RecursionError: The value is nested hundreds of levels deep.
+        """
+        if self._head is None:
+            return value
         if isinstance(value, str):
             return self.hide(value)
         if isinstance(value, dict):
@@ -43,12 +57,9 @@ class HiddenKey:
         return value
 
 
-def _list_forms(key: str) -> list[str]:
-    encoded = [quote(key, safe=""), quote(key)]
-    lower = [re.sub("%[0-9A-F]{2}", lambda code: code[0].lower(), form) for form in encoded]
-    return [key, *encoded, *lower, html.escape(key)]
-
-
-def _count_equal(text: str, start: int, form: str) -> int:
-    """Return how many characters of the text from `start` on are those of `form`."""
-    return next((n for n, char in enumerate(form) if text[start + n : start + n + 1] != char), len(form))
+def _build_pattern(character: str) -> str:
+    """Return a regular expression for a character and its escaped forms."""
+    code = ord(character)
+    escaped = f"%{code:02x}|&#0*{code};|&#x0*{code:x};|u00{code:02x}"
+    entity = f"&{_ENTITIES[character]};|" if character in _ENTITIES else ""
+    return rf"\\*(?:{entity}(?i:{escaped})|{re.escape(character)})"  # `&` itself last: it begins the escaped forms

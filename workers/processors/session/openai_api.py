@@ -21,6 +21,9 @@ _RETRY_DELAYS_SECONDS: Final = (1.0, 4.0, 16.0, None)
 _MAX_RETRY_AFTER_SECONDS: Final = 60.0
 """If the API requests a longer pause, the request is not repeated."""
 _MAX_RESPONSE_BYTES: Final = 16 * 1024 * 1024
+_MIN_KEY_IN_ERRORS: Final = 4
+_MIN_KEY_IN_ANSWERS: Final = 16
+"""Shorter keys are not hidden. A service without access control gets any word as a key, which an answer may contain."""
 _TRANSIENT_STATUS_CODES: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
 
@@ -43,7 +46,8 @@ class OpenAiClient:
         """
         key = _read_api_key(settings.api_key_file)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._key = HiddenKey(key)
+        self._key_in_errors = HiddenKey(key, min_characters=_MIN_KEY_IN_ERRORS, may_be_cut=True)
+        self._key_in_answers = HiddenKey(key, min_characters=_MIN_KEY_IN_ANSWERS, may_be_cut=False)
         self._url = settings.url
         self._timeout = settings.timeout_seconds
         self._client = httpx.AsyncClient(
@@ -75,20 +79,26 @@ class OpenAiClient:
                 async with asyncio.timeout(self._timeout):
                     status, headers, body = await self._send(path, content)
                 if 200 <= status < 300:
-                    return self._key.hide_in_json(_parse_json(body))
-                failure = OpenAiError(f"it returned status {status}{_format_reason(body, self._key)}", status)
+                    return self._read_answer(body)
+                failure = OpenAiError(f"it returned status {status}{_format_reason(body, self._key_in_errors)}", status)
                 if status not in _TRANSIENT_STATUS_CODES:
                     raise failure
                 retry_after = parse_retry_after(headers)
             except TimeoutError:
                 failure = OpenAiError(f"it did not respond within {self._timeout:g} seconds")
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, httpx.InvalidURL) as error:  # the latter from a redirect
                 failure = OpenAiError(f"it cannot be reached ({type(error).__name__})")
             if delay is None or (retry_after is not None and retry_after > _MAX_RETRY_AFTER_SECONDS):
                 raise failure
             jittered = delay * random.uniform(0.5, 1)  # noqa: S311 - spreads load
             await asyncio.sleep(jittered if retry_after is None else retry_after)
         raise AssertionError("the last attempt returns or raises")
+
+    def _read_answer(self, body: bytes) -> Any:
+        try:
+            return self._key_in_answers.hide_in_json(_parse_json(body))
+        except RecursionError as error:
+            raise OpenAiError("its response is nested too deeply") from error
 
     async def _send(self, path: str, content: Mapping[str, Any]) -> tuple[int, httpx.Headers, bytes]:
         async with self._client.stream("POST", f"{self._url}/{path}", **content) as response:
@@ -124,7 +134,7 @@ def _format_reason(body: bytes, key: HiddenKey) -> str:
     try:
         error = orjson.loads(body)["error"]
         text = error["message"] if isinstance(error, dict) else error
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+        words = key.hide(" ".join(str(text).split()))
+    except (orjson.JSONDecodeError, KeyError, TypeError, RecursionError):
         return ""
-    words = key.hide(" ".join(str(text).split()))
     return f": {words[:200]}" if words.isprintable() and words else ""

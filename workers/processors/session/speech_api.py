@@ -137,12 +137,14 @@ async def _transcribe_chunk(
     except ValidationError as error:
         raise OpenAiError("its response does not match the protocol") from error
     offset = begin / SAMPLE_RATE
-    segments = transcription.segments or [_ResponseSegment(start=0.0, text=transcription.text or "")]
+    segments = [segment for segment in transcription.segments or () if segment.text.strip()]
+    if not segments and transcription.text:
+        segments = [_ResponseSegment(start=0.0, text=transcription.text)]
     seconds = (end - begin) / SAMPLE_RATE
     return [
         Segment(
             start_seconds=round(offset + min(max(0.0, segment.start), seconds), 2), text=" ".join(segment.text.split())
         )
-        for segment in segments
+        for segment in sorted(segments, key=lambda segment: segment.start)
         if segment.text.strip()
     ]
