@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -23,7 +24,7 @@ class Pacer:
     def __init__(self, get_max_delay: Callable[[], float] = lambda: PACE_SECONDS) -> None:
         self._get_max_delay = get_max_delay
         self._hurry = asyncio.Event()
-        self._last_at = 0.0
+        self._last_at = -math.inf
         """When the last turn started, on the event loop's clock. The earlier it is, the more turns are saved up."""
 
     async def wait(self) -> None:
