@@ -384,29 +384,26 @@ async def test_deferred_jobs_cause_a_query_although_the_views_stay_behind(
     backlog: Backlog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claiming, "_MAX_OUTDATED_SECONDS", 0.3)
-    backlog.claims._eligible_workers = lambda: WORKERS
-    job_id = await submit_job_of_others(backlog)
-    backlog.claims.mark_claimed("job-own", 50)
-    assert await backlog.take() == []
+    job_id = await defer_job(backlog)
     backlog.wakes = 0
     await poll_until(lambda: backlog.wakes == 1, "the timer fires")
     assert await backlog.take() == [job_id]
 
 
-async def submit_job_of_others(backlog: Backlog) -> str:
-    """Submit jobs, and keep the row of one for which another worker ranks first."""
+async def defer_job(backlog: Backlog) -> str:
+    """Let the only job be deferred until the views reach position 50, because another worker ranks first."""
+    backlog.claims._eligible_workers = lambda: WORKERS
     job_ids = await backlog.submit(30)
     [job_id, *_] = [job_id for job_id in job_ids if list_higher_ranked("w1", WORKERS, job_id)]
     backlog.rows = [row for row in backlog.rows if row.job_id == job_id]
+    backlog.claims.mark_claimed("job-own", 50)
+    assert await backlog.take() == []
     return job_id
 
 
 async def test_later_query_does_not_defer_a_job_for_longer(backlog: Backlog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claiming, "_MAX_OUTDATED_SECONDS", 1000.0)
-    backlog.claims._eligible_workers = lambda: WORKERS
-    job_id = await submit_job_of_others(backlog)
-    backlog.claims.mark_claimed("job-own", 50)
-    assert await backlog.take() == []
+    job_id = await defer_job(backlog)
     backlog.claims.mark_claimed("job-later", 90)
     backlog.rows += make_rows((JOBS_OF_OTHERS[0], 0))
     assert await backlog.take() == []
@@ -420,10 +417,7 @@ async def test_deferred_jobs_are_tried_when_their_worker_is_gone(
     backlog: Backlog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claiming, "_MAX_OUTDATED_SECONDS", 1000.0)
-    backlog.claims._eligible_workers = lambda: WORKERS
-    job_id = await submit_job_of_others(backlog)
-    backlog.claims.mark_claimed("job-own", 50)
-    assert await backlog.take() == []
+    job_id = await defer_job(backlog)
     backlog.wakes = 0
     backlog.claims._eligible_workers = lambda: ("w1",)
     await poll_until(lambda: backlog.wakes == 1, "the timer fires")

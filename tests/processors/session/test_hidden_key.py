@@ -62,3 +62,8 @@ def test_key_is_hidden_at_any_depth_of_json() -> None:
     hidden = HiddenKey(KEY, min_characters=4, may_be_cut=True)
     value = {"a": [1, None, {"b": [f"x{KEY}"]}], "c": True}
     assert hidden.hide_in_json(value) == {"a": [1, None, {"b": [f"x{PLACEHOLDER}"]}], "c": True}
+
+
+def test_text_of_backslashes_takes_linear_time() -> None:
+    text = "\\" * 1_000_000
+    assert hide_in_error(text) == text

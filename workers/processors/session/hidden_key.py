@@ -58,8 +58,10 @@ class HiddenKey:
 
 
 def _build_pattern(character: str) -> str:
-    """Return a regular expression for a character and its escaped forms."""
+    """Return a regular expression for a character and its escaped forms. The time to search grows linearly."""
     code = ord(character)
-    escaped = f"%{code:02x}|&#0*{code};|&#x0*{code:x};|u00{code:02x}"
+    escaped = f"%{code:02x}|&#0{{0,4}}{code};|&#x0{{0,4}}{code:x};|u00{code:02x}"
     entity = f"&{_ENTITIES[character]};|" if character in _ENTITIES else ""
-    return rf"\\*(?:{entity}(?i:{escaped})|{re.escape(character)})"  # `&` itself last: it begins the escaped forms
+    return (
+        rf"\\{{0,8}}(?:{entity}(?i:{escaped})|{re.escape(character)})"  # `&` itself last: it begins the escaped forms
+    )

@@ -138,7 +138,7 @@ async def _transcribe_chunk(
         raise OpenAiError("its response does not match the protocol") from error
     offset = begin / SAMPLE_RATE
     segments = [segment for segment in transcription.segments or () if segment.text.strip()]
-    if not segments and transcription.text:
+    if not segments and transcription.text and transcription.text.strip():
         segments = [_ResponseSegment(start=0.0, text=transcription.text)]
     seconds = (end - begin) / SAMPLE_RATE
     return [
@@ -146,5 +146,4 @@ async def _transcribe_chunk(
             start_seconds=round(offset + min(max(0.0, segment.start), seconds), 2), text=" ".join(segment.text.split())
         )
         for segment in sorted(segments, key=lambda segment: segment.start)
-        if segment.text.strip()
     ]
