@@ -10,7 +10,7 @@ PIP_QUIET := -qq --disable-pip-version-check --no-input --root-user-action=ignor
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench soak fuzz screenshots reference lint types imports check lock clean
+.PHONY: help demo test bench evaluate soak fuzz screenshots reference lint types imports check lock clean
 
 help: ## list targets
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12]"; echo
@@ -25,6 +25,9 @@ test: .venv/.ready ## run the tests, two per core because most of them wait; ARG
 bench: .venv/.ready ## run the benchmarks; ARGS='append --rounds 15'
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+evaluate: .venv/.ready ## evaluate the extraction of text from real conference pages; ARGS='--trafilatura'
+	@$(BIN)/python -m benchmarks.extraction $(ARGS)
+
 soak: .venv/.ready ## run fault and rare-event tests in random order; EXAMPLES=5000 for longer
 	@JOBLEDGER_SOAK=1 $(BIN)/pytest $$($(BIN)/python -m tests.support.soak) $(ARGS)
 	@JOBLEDGER_EXAMPLES=$(EXAMPLES) $(BIN)/pytest tests/ledger/test_event_store_machine.py --timeout 0 $(ARGS)
@@ -37,8 +40,9 @@ fuzz: .venv/.ready ## fuzz the HTTP API by its OpenAPI document; REQUESTS=10000 
 screenshots: .venv/.ready ## write screenshots of the dashboard to docs/images
 	JOBLEDGER_SCREENSHOTS=1 $(BIN)/pytest -q tests/api/dashboard/test_screenshots.py
 
-reference: .venv/.ready ## generate docs/reference/commands.md and docs/reference/events.md
+reference: .venv/.ready ## generate client/synchronous, docs/reference/commands.md and events.md
 	@$(BIN)/python -m tests.support.generated_docs
+	@$(BIN)/python -m tests.support.generated_client
 
 lint: .venv/.ready ## check style and formatting (ruff)
 	@$(BIN)/ruff check .

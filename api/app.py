@@ -23,6 +23,7 @@ from jobledger.api.openapi.operation import OPERATIONS, DocumentedRoute
 from jobledger.api.routes import (
     actions,
     batches,
+    bulk_actions,
     docs,
     files,
     history,
@@ -35,7 +36,20 @@ from jobledger.api.routes import (
 )
 from jobledger.ledger.domain.errors import JobledgerError
 
-_ROUTE_MODULES = (docs, jobs, actions, batches, history, zip_archives, files, log, monitoring, webhooks, webhook_echo)
+_ROUTE_MODULES = (
+    docs,
+    jobs,
+    bulk_actions,
+    actions,
+    batches,
+    history,
+    zip_archives,
+    files,
+    log,
+    monitoring,
+    webhooks,
+    webhook_echo,
+)
 ROUTES = [
     DocumentedRoute(handler)
     for module in _ROUTE_MODULES

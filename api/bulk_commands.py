@@ -1,4 +1,4 @@
-"""Apply one command to many jobs of a batch concurrently. Each job is decided independently of the others."""
+"""Apply one command to many jobs concurrently. Each job is decided independently of the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jobledger.api.idempotency import RequestFingerprint
 from jobledger.ledger.domain import job as decider
 from jobledger.ledger.domain.commands import JobCommand
 from jobledger.ledger.domain.errors import CommandRejected, NotFound, StreamBusy, UnreadableEvent
-from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
+from jobledger.ledger.domain.events import Event, EventMetadata, RecordedEvent
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.domain.statuses import JobStatus
 from jobledger.ledger.mongo.connection import Document
@@ -23,6 +23,7 @@ from jobledger.ledger.store.event_store import EventStore
 
 JOBS_PER_CHUNK: Final = 200
 MAX_REJECTIONS_LISTED: Final = 100
+MAX_JOBS_LISTED: Final = 100
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class BulkResult:
     Attributes:
         total: How many jobs there are. Deleted and invisible jobs do not count.
         changed: How many jobs have new events.
+        changed_ids: The first of them.
         event_counts: The new events by type.
         rejections: The jobs that rejected the command, with the error codes and messages.
         position: The highest position of an event of any of the jobs.
@@ -39,6 +41,7 @@ class BulkResult:
 
     total: int = 0
     changed: int = 0
+    changed_ids: list[str] = field(default_factory=list)
     event_counts: Counter[str] = field(default_factory=Counter)
     rejections: list[Document] = field(default_factory=list)
     position: int = 0
@@ -56,8 +59,8 @@ class BulkResult:
             "rejections": self.rejections[:MAX_REJECTIONS_LISTED],
         }
 
-    def add(self, job_id: str, outcome: CommandResult | BaseException) -> None:
-        """Count the outcome of the command for a job.
+    def add(self, job_id: str, outcome: CommandResult | Sequence[Event] | BaseException) -> None:
+        """Count the outcome of the command for a job. In a dry run, it is the events that the command would cause.
 
         Raises:
             BaseException: `outcome`, if it is an error that does not concern this job only.
@@ -73,10 +76,17 @@ class BulkResult:
             case BaseException():
                 raise outcome
             case CommandResult():
-                self.changed += bool(outcome.events)
-                self.event_counts.update(event.type for event in outcome.events)
+                self._count_events(job_id, [event.type for event in outcome.events])
                 self.position = max(self.position, outcome.stream_state.head.position)
+            case _:
+                self._count_events(job_id, [type(event).__name__ for event in outcome])
         self.total += 1
+
+    def _count_events(self, job_id: str, types: Sequence[str]) -> None:
+        self.changed += bool(types)
+        self.event_counts.update(types)
+        if types and len(self.changed_ids) < MAX_JOBS_LISTED:
+            self.changed_ids.append(job_id)
 
 
 async def apply_to_jobs(
@@ -88,6 +98,9 @@ async def apply_to_jobs(
     statuses: Collection[JobStatus],
     check: Callable[[StreamState], None] = lambda stream_state: None,
     fingerprint: RequestFingerprint | None = None,
+    submitted_until: int | None = None,
+    dry_run: bool = False,
+    result: BulkResult | None = None,
 ) -> BulkResult:
     """Apply a command to the jobs that have one of the statuses.
 
@@ -98,21 +111,31 @@ async def apply_to_jobs(
         meta: Metadata of the new events.
         check: Raises an error if the command is not allowed for a job.
         fingerprint: If the same request has changed a job before, the job is not changed again.
+        submitted_until: Jobs that were submitted after this position are skipped.
+        dry_run: Decide, but append nothing.
+        result: The result to add to. Default: a new one.
 
     Raises:
         InvalidEvent, LedgerBusy, LedgerUnavailable: As `handle_command`. Some jobs may be changed already.
     """
-    result = BulkResult()
+    result = result or BulkResult()
 
-    async def apply(job: _LoadedJob, is_done: bool) -> CommandResult:
+    async def apply(job: _LoadedJob, is_done: bool) -> CommandResult | Sequence[Event]:
         if job.unreadable is not None:
             raise job.unreadable
         current = job.stream_state
-        assert isinstance(current.aggregate, Job)  # noqa: S101 - narrows the type; one commit wrote the batch and its jobs
+        assert isinstance(current.aggregate, Job)  # noqa: S101 - narrows the type; the views and batches name only jobs
         if current.aggregate.is_deleted:
             raise NotFound("the job was deleted")
+        if submitted_until is not None and job.first_position > submitted_until:
+            raise NotFound("the job was submitted later")
         check(current)
-        if is_done or current.aggregate.status not in statuses or not decider.decide(command, current.aggregate):
+        if is_done or current.aggregate.status not in statuses:
+            return CommandResult([], current)
+        expected = decider.decide(command, current.aggregate)
+        if dry_run:
+            return expected
+        if not expected:
             return CommandResult([], current)
         return await handle_command(event_store, job.job_id, command, meta=meta, stream_state=current, check=check)
 
@@ -132,6 +155,7 @@ class _LoadedJob:
     """A job, folded from its stream. `keyed_events` are the events of requests with an Idempotency-Key."""
 
     job_id: str
+    first_position: int
     stream_state: StreamState = field(default_factory=StreamState)
     keyed_events: list[RecordedEvent] = field(default_factory=list)
     unreadable: UnreadableEvent | None = None
@@ -156,7 +180,7 @@ async def _load_jobs(event_store: EventStore, job_ids: Collection[str]) -> Async
             for event in events:
                 if job is None or job.job_id != event.stream:
                     complete += [job] if job is not None else []
-                    job = _LoadedJob(event.stream)
+                    job = _LoadedJob(event.stream, event.position)
                 job.apply(event)
             yield complete
     if job is not None:

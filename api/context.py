@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -32,11 +32,27 @@ from jobledger.projections.slots import Views
 
 
 @dataclass(frozen=True, slots=True)
+class SubmissionDefaults:
+    """What applies to jobs of a type whose submission does not say it.
+
+    Attributes:
+        max_attempts: The number of attempts.
+        timeout_s: The timeout in seconds.
+        is_retried: Whether failed jobs of the type may be retried.
+    """
+
+    max_attempts: int = 3
+    timeout_s: float = 3600.0
+    is_retried: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ApiContext:
     """The dependencies of the routes. The composition root creates them.
 
     Attributes:
         job_types: Maps a job type to the model of its parameters.
+        submission_defaults: Maps a job type to its defaults. One that is missing has `SubmissionDefaults()`.
         unavailable_job_types: Maps a job type whose processor is installed but cannot be used to the reason.
         get_groups: Returns the groups of a user, as far as they are known.
         trusted_proxies: Networks of the proxies whose X-Forwarded-For header is used.
@@ -73,6 +89,7 @@ class ApiContext:
     allowed_webhook_hosts: AllowedHosts
     is_webhook_echo_enabled: bool
     disk_monitor: DiskSpaceMonitor
+    submission_defaults: Mapping[str, SubmissionDefaults] = field(default_factory=dict)
 
     @property
     def views(self) -> Views:

@@ -1,6 +1,6 @@
 """Measure each performance claim against the plain driver in the same run: `make bench`.
 
-    python -m benchmarks [append] [subscribe] [pickup] [jobs] [submit] [http] [http-scale] [maintenance]
+    python -m benchmarks [append] [subscribe] [pickup] [jobs] [submit] [client] [http] [http-scale] [maintenance]
                          [--events 20000] [--rounds 7] [--strict]
 
 The benchmarks start their own mongod. If JOBLEDGER_TEST_MONGODB_URI names a replica set, they use a database of it and
@@ -22,7 +22,15 @@ from pathlib import Path
 import structlog
 from pymongo import MongoClient
 
-from benchmarks import append_throughput, http_latency, job_throughput, log_maintenance, submission, subscriptions
+from benchmarks import (
+    append_throughput,
+    client_submission,
+    http_latency,
+    job_throughput,
+    log_maintenance,
+    submission,
+    subscriptions,
+)
 from benchmarks.measurement import Result, print_results
 from jobledger.cli.hosting.process_tuning import tune_garbage_collector
 from jobledger.ledger.mongo.connection import Connection
@@ -34,6 +42,7 @@ BENCHMARKS = {
     "pickup": job_throughput.run_pickup,
     "jobs": job_throughput.run,
     "submit": submission.run,
+    "client": client_submission.run,
     "http": http_latency.run,
     "http-scale": http_latency.run_at_scale,
     "maintenance": log_maintenance.run,

@@ -14,6 +14,7 @@ import structlog
 
 from jobledger.cli.hosting.background_tasks import create_failure_callback, run_in_background
 from jobledger.cli.hosting.database import close_with_timeout, open_database, open_file_store
+from jobledger.cli.hosting.logging_setup import set_secret_filter
 from jobledger.cli.hosting.loop_watchdog import watch_event_loop
 from jobledger.cli.hosting.metrics_server import serve_metrics
 from jobledger.cli.hosting.process_tuning import (
@@ -22,14 +23,16 @@ from jobledger.cli.hosting.process_tuning import (
     tune_garbage_collector,
 )
 from jobledger.cli.settings import Settings
+from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.mongo.connection import Connection, Database
+from jobledger.ledger.outbox.relay import OutboxRelay
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.pacing import PACE_SECONDS
 from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.engine.projector import Projector
 from jobledger.workers.cleanup import Cleanup
-from jobledger.workers.registry import check_plugins, get_unusable_job_types
+from jobledger.workers.registry import check_plugins, get_app_problem, get_unusable_job_types
 from jobledger.workers.sandbox import confinement
 from jobledger.workers.webhooks.deliverer import Deliverer
 from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
@@ -72,6 +75,8 @@ async def start_roles(
     from jobledger.cli.hosting.server import build_context, open_listener, serve_api
 
     tune_garbage_collector()
+    if selected & _USES_PROCESSORS and (problem := get_app_problem()) is not None:
+        raise ConfigurationError(f"jobs.app (--app): {problem}")
     if "worker" in selected:
         await asyncio.to_thread(check_plugins, settings.event_worker.pass_environment)
     if selected & _USES_PROCESSORS:
@@ -106,13 +111,18 @@ async def start_roles(
         stack.push_async_callback(lambda: close_with_timeout(event_store.aclose()))
         holder = f"{socket.gethostname()}-{os.getpid()}"
         cleanup = Cleanup(db, event_store, store, checkpoint, holder=holder)
+        outbox = OutboxRelay(db, event_store)
+
+        async def run_leader_tasks() -> None:
+            await asyncio.gather(cleanup.run(), outbox.run())
+
         projector = Projector(
             db,
             event_store,
             connection,
             checkpoint,
             holder=holder,
-            leader_task=cleanup.run,
+            leader_task=run_leader_tasks,
             pause_stream=change_stream.pause if selected == {"projector"} else None,
         )
         await projector.prepare()
@@ -120,6 +130,7 @@ async def start_roles(
             change_stream.add_listener(event_store)
         if "projector" in selected:
             projector.register_listeners(change_stream)
+            change_stream.add_listener(outbox)
         context = None
         if "api" in selected:
             context = build_context(settings, db, event_store, checkpoint, change_stream, store)
@@ -137,6 +148,8 @@ async def start_roles(
                 processor_settings=settings.processors,
                 may_pause_stream=selected == {"worker"},
             )
+            worker.secret_filter.add_settings(settings.model_dump(exclude={"processors"}))
+            set_secret_filter(worker.secret_filter.hide)
         if "webhook-sender" in selected:
             deliverer = Deliverer(*shared, settings=settings.webhooks, base_url=settings.api.base_url, holder=holder)
         if settings.metrics.port is not None and "api" not in selected:

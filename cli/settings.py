@@ -25,7 +25,14 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from jobledger.api.settings import ApiSettings, AuthSettings, is_loopback
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.system.settings_section import SettingsSection
-from jobledger.workers.registry import disable_job_type, get_unusable_job_types, is_built_in, load_processors
+from jobledger.workers.job_types.app import check_app_name
+from jobledger.workers.registry import (
+    disable_job_type,
+    get_app_problem,
+    get_unusable_job_types,
+    is_built_in,
+    load_processors,
+)
 from jobledger.workers.settings import WebhookSettings, WorkerSettings
 
 EMBEDDED: Final = "embedded"
@@ -79,10 +86,23 @@ class MetricsSettings(SettingsSection):
     port: int | None = Field(None, ge=0, le=65_535)
 
 
+class JobsSettings(SettingsSection):
+    """The application whose job types are used, in addition to those of installed packages."""
+
+    app: Annotated[str, AfterValidator(check_app_name)] | None = Field(
+        None, description="Module with the job types, or an App in it, such as shop.jobs:app."
+    )
+    app_dir: Path = Field(Path(), description="Directory from which `app` is imported.")
+
+
 def _check_sections(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Validate the sections of built-in processors. `disable_misconfigured_plugins` validates those of plug-ins."""
     for name, section in sections.items():
-        if name in get_unusable_job_types() or (name in load_processors() and not is_built_in(name)):
+        if (
+            get_app_problem() is not None
+            or name in get_unusable_job_types()
+            or (name in load_processors() and not is_built_in(name))
+        ):
             continue  # an invalid section of a plug-in must disable only its own job type
         if name not in load_processors():
             raise ValueError(
@@ -112,9 +132,10 @@ def disable_misconfigured_plugins(sections: Mapping[str, Mapping[str, Any]]) -> 
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in ("processors", name, *problem["loc"]))
-            disable_job_type(name, f"invalid settings in config.yaml: {key}: {problem['msg']}")
+            disable_job_type(name, f"invalid settings in config.yaml: {key}: {problem['msg']}", sections.get(name))
         except Exception as error:  # noqa: BLE001 - code of a plug-in
-            disable_job_type(name, f"its `Settings` failed to read processors.{name}: {error!r}")
+            reason = f"its `Settings` failed to read processors.{name}: {error!r}"
+            disable_job_type(name, reason, sections.get(name))
 
 
 def _normalize_sections(sections: Any) -> Any:
@@ -155,6 +176,7 @@ class Settings(BaseSettings):
     auth: AuthSettings = AuthSettings()
     results: ResultsSettings = ResultsSettings()
     webhooks: WebhookSettings = WebhookSettings()
+    jobs: JobsSettings = JobsSettings()
     processors: Annotated[
         dict[str, dict[str, Any]], BeforeValidator(_normalize_sections), AfterValidator(_check_sections)
     ] = {}

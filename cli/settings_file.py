@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,9 +13,9 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import SettingsError
 
 from jobledger.api.settings import validate_secret_length
-from jobledger.cli.settings import ENV_PREFIX, IGNORED_KEYS, Settings, disable_misconfigured_plugins
+from jobledger.cli.settings import ENV_PREFIX, IGNORED_KEYS, JobsSettings, Settings, disable_misconfigured_plugins
 from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
-from jobledger.workers.registry import load_processors
+from jobledger.workers.registry import load_processors, use_app
 
 _JSON_EXAMPLE: Final = '["alice", "bob"]'
 
@@ -43,6 +44,7 @@ def read_settings(
     for section, values in (overrides or {}).items():
         content[section] = {**(content.get(section) or {}), **values}
     content = {section: values for section, values in content.items() if values is not None}
+    _use_app(content.get("jobs"), file.absolute().parent)
     try:
         settings = Settings(**content)
     except SettingsError as error:
@@ -54,6 +56,18 @@ def read_settings(
         for (section, key), reason in IGNORED_KEYS.items()
         if key in (content.get(section) or {})
     ]
+
+
+def _use_app(section: Any, directory: Path) -> None:
+    """Load the job types of the application, which the other sections may name. `Settings` reports invalid values."""
+    values = dict(section) if isinstance(section, dict) else {}
+    prefix = f"{ENV_PREFIX}JOBS__"
+    for variable, value in os.environ.items():
+        if variable.upper().startswith(prefix):
+            values[variable.upper().removeprefix(prefix).lower()] = value
+    with suppress(ValidationError):
+        jobs = JobsSettings.model_validate(values)
+        use_app(jobs.app, directory / jobs.app_dir)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-PACKAGES = ("ledger", "projections", "workers", "api", "cli")
+PACKAGES = ("ledger", "projections", "workers", "api", "client", "cli", "testing")
 MODULES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
 
 USE_DRIVER_ERRORS = {

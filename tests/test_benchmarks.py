@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.soak_only import soak_only
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -25,6 +27,7 @@ def run_benchmarks(*arguments: str, mongodb_uri: str) -> subprocess.CompletedPro
     )
 
 
+@soak_only
 @pytest.mark.timeout(240)
 def test_http_scale_benchmark_measures_each_ratio(mongodb_uri: str) -> None:
     """The other parts take a minute each, even with little data."""
@@ -35,6 +38,7 @@ def test_http_scale_benchmark_measures_each_ratio(mongodb_uri: str) -> None:
     assert all(0 < float(ratio) < 100 for ratio in ratios)
 
 
+@soak_only
 @pytest.mark.timeout(240)
 def test_jobs_benchmark_measures_the_cpu_time_of_each_process(mongodb_uri: str) -> None:
     outcome = run_benchmarks("jobs", "--events", "80", "--rounds", "1", mongodb_uri=mongodb_uri)
@@ -49,4 +53,5 @@ def test_jobs_benchmark_measures_the_cpu_time_of_each_process(mongodb_uri: str) 
 def test_unknown_benchmark_is_rejected(mongodb_uri: str) -> None:
     outcome = run_benchmarks("apend", mongodb_uri=mongodb_uri)
     assert outcome.returncode == 2
-    assert "choose from append, subscribe, pickup, jobs, submit, http, http-scale, maintenance" in outcome.stderr
+    names = "append, subscribe, pickup, jobs, submit, client, http, http-scale, maintenance"
+    assert f"choose from {names}" in outcome.stderr

@@ -45,6 +45,7 @@ def test_compose_file_roles_and_settings_exist(
                 patched.setenv(name, value)
             settings = Settings()
         assert settings.auth.mode == "keys"
+        assert service["command"] != ["worker"] or "mem_limit" in service
         grace = int(service.get("stop_grace_period", "40s").removesuffix("s"))
         assert service["command"] != ["worker"] or grace > settings.event_worker.shutdown_grace_seconds
 
@@ -68,6 +69,7 @@ def test_systemd_unit_starts_role_and_allows_clean_stop(unit: Path) -> None:
     assert role in list_commands()
     assert service["Restart"] == "always"
     if role == "worker":
+        assert "MemoryMax" in service
         assert int(service["TimeoutStopSec"]) > Settings().event_worker.shutdown_grace_seconds
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.doc_examples import read_code_blocks
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -33,7 +35,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     base = tmp_path_factory.mktemp("package")
     source = base / "source"  # a build leaves files in its directory and would reuse those of an earlier build
-    for name in ("jobledger", "ledger", "projections", "workers", "api", "cli"):
+    for name in ("jobledger", "ledger", "projections", "workers", "api", "client", "cli", "testing"):
         shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
@@ -80,7 +82,7 @@ def test_installed_package_is_complete_and_typed(environment: Path) -> None:
     package = find_site_packages(environment) / "jobledger"
     sources = {
         path.relative_to(REPOSITORY).as_posix()
-        for folder in ("ledger", "projections", "workers", "api", "cli")
+        for folder in ("ledger", "projections", "workers", "api", "client", "cli", "testing")
         for path in (REPOSITORY / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
@@ -114,3 +116,39 @@ def test_public_names_are_importable(environment: Path, tmp_path: Path) -> None:
     outcome = run_outside_repository(environment / "bin" / "python", "-c", code, directory=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     assert {"Processor", "ProcessorError", "Results", "__version__"} <= json.loads(outcome.stdout).keys()
+
+
+def test_examples_of_the_test_kit_pass_in_a_project_of_a_user(
+    environment: Path, tmp_path: Path, mongodb_uri: str
+) -> None:
+    """The project has the directories `shop` and `tests`, and uses only the installed package."""
+    add_dependencies(environment)
+    page = REPOSITORY / "docs" / "how-to" / "test-your-jobs.md"
+    paths = ("shop/jobs.py", "tests/test_invoice.py", "tests/test_order.py", "tests/test_shop.py")
+    for path, code in zip(paths, read_code_blocks(page, "python"), strict=True):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(code, encoding="utf-8")
+    [settings] = read_code_blocks(page, "toml")
+    (tmp_path / "pyproject.toml").write_text(settings, encoding="utf-8")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("JOBLEDGER_", "PYTHON", "PYTEST"))}
+    outcome = subprocess.run(
+        [environment / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:schemathesis"],
+        cwd=tmp_path,
+        env={**env, "JOBLEDGER_TEST_MONGODB_URI": mongodb_uri, "JOBLEDGER_JOBS__APP": "from.the.environment"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "7 passed" in outcome.stdout
+
+
+def test_pytest_plugin_imports_only_pytest(environment: Path, tmp_path: Path) -> None:
+    add_dependencies(environment)
+    code = (
+        "import sys, pytest; before = set(sys.modules); import jobledger.testing.fixtures; "
+        "print(sorted(name for name in set(sys.modules) - before if not name.startswith('jobledger')))"
+    )
+    outcome = run_outside_repository(environment / "bin" / "python", "-c", code, directory=tmp_path)
+    assert (outcome.returncode, outcome.stdout) == (0, "[]\n"), outcome.stdout + outcome.stderr

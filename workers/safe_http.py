@@ -9,7 +9,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpcore
 import httpx
@@ -29,6 +29,14 @@ class AddressRejected(Exception):
         self.host, self.address, self.reason = host, address, reason
 
 
+class Endpoint(NamedTuple):
+    """A host and a port, and the address at which they were reached."""
+
+    host: str
+    port: int
+    address: str
+
+
 async def resolve_host(host: str, port: int) -> list[str]:
     """Return the distinct addresses of a host, in the order in which to try them.
 
@@ -40,11 +48,15 @@ async def resolve_host(host: str, port: int) -> list[str]:
 
 
 class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
-    """Connects to exactly the address that was checked. TLS still verifies the host name."""
+    """Connects to exactly the address that was checked. TLS still verifies the host name.
 
-    def __init__(self, allowed: AllowedHosts, resolver: Resolver) -> None:
+    `exempt` is permitted too, whatever its address.
+    """
+
+    def __init__(self, allowed: AllowedHosts, resolver: Resolver, exempt: Endpoint | None = None) -> None:
         self._allowed = allowed
         self._resolve = resolver
+        self._exempt = exempt
         self._network = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -63,16 +75,20 @@ class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
         except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name, such as an overlong label
             raise httpcore.ConnectError(str(error)) from error
         failure: Exception | None = None
-        for address in self._select_permitted(host, addresses):
+        for address in self._select_permitted(host, port, addresses):
             try:
                 return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure or httpcore.ConnectError("no address")
 
-    def _select_permitted(self, host: str, addresses: list[str]) -> list[str]:
-        rejections = {address: self._allowed.find_address_rejection(host, address) for address in addresses}
-        permitted = [address for address, rejection in rejections.items() if rejection is None]
+    def _select_permitted(self, host: str, port: int, addresses: list[str]) -> list[str]:
+        rejections = {
+            address: self._allowed.find_address_rejection(host, address)
+            for address in addresses
+            if Endpoint(host, port, address) != self._exempt
+        }
+        permitted = [address for address in addresses if rejections.get(address) is None]
         if rejections and not permitted:
             address, rejection = next(iter(rejections.items()))
             raise AddressRejected(host, address, rejection or "")
@@ -117,7 +133,10 @@ class CheckedTransport(httpx.AsyncBaseTransport):
                 extensions=request.extensions,
             )
         )
-        return httpx.Response(response.status, headers=response.headers, stream=_Stream(response))
+        extensions = {"network_stream": response.extensions["network_stream"]}
+        return httpx.Response(
+            response.status, headers=response.headers, stream=_Stream(response), extensions=extensions
+        )
 
     async def aclose(self) -> None:
         await self._pool.aclose()
@@ -132,6 +151,15 @@ class _Stream(httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._response.aclose()
+
+
+def get_endpoint(response: httpx.Response) -> Endpoint | None:
+    """Return from where a response of `CheckedTransport` comes, or None if its connection is closed already."""
+    url = response.request.url
+    peer = response.extensions["network_stream"].get_extra_info("server_addr")
+    if peer is None:
+        return None
+    return Endpoint(url.raw_host.decode(), url.port or (443 if url.scheme == "https" else 80), str(peer[0]))
 
 
 def parse_retry_after(headers: httpx.Headers) -> int | None:

@@ -35,7 +35,9 @@ from jobledger.projections.engine.dispatcher import DISPATCH_VERSION
 from jobledger.workers.attempts.dependencies import AttemptDependencies
 from jobledger.workers.attempts.executor import JobExecutor
 from jobledger.workers.attempts.inline_batch import InlineBatch
+from jobledger.workers.attempts.secret_filter import SecretFilter
 from jobledger.workers.attempts.shared_step_finder import SharedStepFinder
+from jobledger.workers.child import log_capture
 from jobledger.workers.claims.claim_queue import CLAIMER_EVENT_TYPES, ClaimQueue
 from jobledger.workers.claims.claimer import ClaimedJob, Claimer
 from jobledger.workers.claims.dispatched_claims import DispatchedClaims
@@ -120,11 +122,14 @@ class Worker:
         """When it last became False, on the event loop's clock."""
         self._acceptance_timer: asyncio.TimerHandle | None = None
         self._lease_publisher: asyncio.Task[None] | None = None
+        models = {job_type: processor.Settings for job_type, processor in load_processors().items()}
+        self.secret_filter = SecretFilter(processor_settings, models, os.environ)
         self._dependencies = AttemptDependencies(
             event_store,
             file_store,
             settings,
             processor_settings,
+            self.secret_filter,
             SharedStepFinder(checkpoint.views, event_store),
             PathReservations(db, event_store, checkpoint.views),
             self._scratch,
@@ -169,6 +174,7 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop` is called. If the lease is lost, fence all running jobs and continue with a new lease."""
+        log_capture.install()
         await self._run_startup_checks()
         reaping = asyncio.create_task(self._lease_reaper.run(), name="lease-reaper")
         health_checks = asyncio.create_task(self.health.run(), name="health")
@@ -214,6 +220,7 @@ class Worker:
 
     async def _run_startup_checks(self) -> None:
         """Run checks before the first claim. If they fail, the worker starts and claims nothing until they pass."""
+        await self.secret_filter.refresh()
         checks = [self._scratch.prepare, self._scratch.check, self._file_store.check_writable]
         if (failure := await self.health.run_checks(checks)) is not None:
             self.health.report(failure)

@@ -198,14 +198,14 @@ EVENT_FIELD_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     "JobLogged": _keep_all("attempt", "entries"),
     "StepCompleted": {
         **_keep_all("attempt", "step", "key", "output", "duration_s", "tokens_used", "warnings"),
-        **_keep_all("reused_from", "cache_version"),
+        **_keep_all("reused_from", "cache_version", "repeat_on_restart", "files"),
     },
     "JobCompleted": _keep_all("attempt", "results"),
     "JobAttemptFailed": {"error": _redact_error, **_keep_all("attempt", "retry_at")},
     "JobFailed": {"error": _redact_error, **_keep_all("attempt")},
     "JobReleased": {**_WORKER_RULES, "reason": _clear, **_keep_all("is_machine_failure")},
     "JobRestarted": {**_ACTION_RULES, **_keep_all("reuse_steps")},
-    "JobUpdated": {"by": _redact_actor, **_keep_all("parameters", "priority", "not_before")},
+    "JobUpdated": {"by": _redact_actor, **_keep_all("parameters", "priority", "not_before", "difference")},
     "WorkerFenced": {**_WORKER_RULES, **_keep_all("rejected_event")},
     "BatchSubmitted": {**_SUBMISSION_RULES, **_keep_all("batch_name", "total_jobs", "job_ids")},
     "BatchFinished": _keep_all("status", "counts", "summary"),
@@ -231,6 +231,7 @@ FILTER_FIELDS: Final[Mapping[str, str]] = {
     "after_sequence": "sequence",
     **dict.fromkeys(("created_after", "created_before", "cursor", "sort"), "created_at"),
     **dict.fromkeys(("track", "event", "day", "language"), "parameters"),
+    "waiting_for": "due_at",
 }
 """Maps a filter to the field that it compares, if the names differ."""
 

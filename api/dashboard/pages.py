@@ -41,7 +41,7 @@ _PAGE_SIZE: Final = 50
 _MAX_EVENTS: Final = 1000
 _MAX_LOG_EVENTS: Final = 200
 _BATCH_FILTERS: Final = ("status", "q", "user_id", "archived")
-_JOB_FILTERS: Final = (*_BATCH_FILTERS, "batch_id", "track", "event", "day", "language", "error_code")
+_JOB_FILTERS: Final = (*_BATCH_FILTERS, "waiting_for", "batch_id", "track", "event", "day", "language", "error_code")
 
 
 async def call_route(request: Request, handler: RouteHandler, query: Mapping[str, Any] | None = None) -> Any:
@@ -72,7 +72,7 @@ async def show_overview(request: Request) -> Response:
     stats = (await call_route(request, monitoring.get_statistics))["stats"]
     active = await call_route(request, batches.list_batches, {"status": "processing", "limit": 10})
     running = await call_route(request, jobs.list_jobs, {"status": "processing", "limit": 100})
-    oldest = await call_route(request, jobs.list_jobs, {"status": "pending", "limit": 1, "sort": "created_at"})
+    oldest = await call_route(request, jobs.list_jobs, {"waiting_for": "worker", "limit": 1, "sort": "created_at"})
     jobs_by_worker: dict[str, list[Any]] = {}
     for job in running["jobs"]:
         jobs_by_worker.setdefault(job["worker_id"], []).append(job)

@@ -102,6 +102,7 @@ def _create_environment() -> Environment:
     )
     filters: dict[str, Callable[..., Any]] = {
         "format_bytes": format_bytes,
+        "format_changed_names": format_changed_names,
         "format_duration": format_duration,
         "format_json": format_json,
         "format_rounded": format_rounded,
@@ -136,6 +137,13 @@ def format_job_label(job: Mapping[str, Any]) -> str:
     session = job["parameters"].get("session")
     name = job["job_name"] or (session if isinstance(session, str) else "") or job["job_id"]
     return str(name)[:_MAX_LABEL_CHARACTERS]
+
+
+def format_changed_names(difference: Any) -> str:
+    """Return the names of changed parameters, separated by commas. In a damaged event, `difference` may be anything."""
+    changes = difference if isinstance(difference, list) else []
+    names = (change.get("name") for change in changes if isinstance(change, dict))
+    return ", ".join(name for name in names if isinstance(name, str))
 
 
 @pass_context

@@ -167,10 +167,18 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     code, message = known.get(error.status_code, ("bad_request", error.detail))
     response = build_error_response(ApiError(error.status_code, code, message, headers=error.headers))
     if error.status_code == 405:
-        # Starlette lists only the methods of the first route with this path.
-        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-        response.headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
+        response.headers["Allow"] = ", ".join(sorted(_find_allowed_methods(request)))
     return response
+
+
+def _find_allowed_methods(request: Request) -> set[str]:
+    """Return the methods of all routes with the path. Starlette lists only those of the first one.
+
+    A route for exactly this path takes precedence: `…/jobs/bulk` is no job.
+    """
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    exact = [route for route in matching if route.path == request.scope["path"]]
+    return {method for route in exact or matching for method in route.methods}
 
 
 def _redirect_without_slash(request: Request) -> Response | None:

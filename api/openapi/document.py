@@ -7,22 +7,25 @@ from copy import deepcopy
 from importlib import resources
 from importlib.metadata import version
 from itertools import groupby
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import yaml
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 
 from jobledger.api.auth.permissions import PUBLIC_PATHS
 from jobledger.api.http.error_codes import ERROR_CODES
+from jobledger.api.openapi.component_schemas import Json, References, build_schemas, get_reference
 from jobledger.api.openapi.operation import DocumentedRoute, Operation
-from jobledger.api.schemas.response_models import ErrorResponse
 
-Json = dict[str, Any]
-_REFS: Final = "#/components/schemas/{model}"
 _STATIC: Final[Json] = yaml.safe_load(resources.files(__package__).joinpath("document.yaml").read_text("utf-8"))
 EXAMPLES: Final[Mapping[str, Json]] = _STATIC["examples"]
 """Example bodies by the name of their model. The server accepts them unchanged."""
+_TAG_WORDS: Final[Mapping[str, Sequence[str]]] = {
+    "jobs": ("job", "jobs"),
+    "batches": ("batch", "batches"),
+    "files": ("file", "files"),
+}
+"""The words of handler names that repeat the tag."""
 _ERROR_CODE_GROUPS: Final[Mapping[str, Any]] = _STATIC["error_code_groups"]
 
 
@@ -30,79 +33,34 @@ def build_document(
     routes: Sequence[DocumentedRoute], job_types: Mapping[str, type[BaseModel]], base_url: str = "/"
 ) -> Json:
     """Return the document. `job_types` maps job types to the models of their parameters."""
-    names, schemas = _build_schemas([route.operation for route in routes], job_types)
+    references, schemas, queries = build_schemas([route.operation for route in routes], job_types)
     paths: dict[str, Json] = {}
+    statuses: set[int] = set()
     for route in routes:
         path = route.path.replace(":path}", "}")
-        described = _describe_operation(route, path, names, schemas)
+        described = _describe_operation(route, path, references, queries)
         paths.setdefault(path, {})[route.operation.method.lower()] = described
+        statuses |= {ERROR_CODES[code][0] for code in _list_error_codes(route, path)}
     document: Json = deepcopy(_STATIC["document"])
     document["info"]["version"] = version("jobledger")
     document["components"]["schemas"] = schemas
+    document["components"]["responses"] = {f"Error{status}": _build_error(status) for status in sorted(statuses)}
     return {**document, "servers": [{"url": base_url}], "paths": paths}
-
-
-# Schemas ----------------------------------------------------------------------------------------------------------
-
-Mode = Literal["validation", "serialization"]
-Names = Mapping[tuple[Any, Mode], Json]
-
-
-def _build_schemas(operations: Sequence[Operation], job_types: Mapping[str, type[BaseModel]]) -> tuple[Names, Json]:
-    """Return the reference of each model, and the schemas by name."""
-    requested = [operation.query_model for operation in operations]
-    requested += [operation.body for operation in operations if operation.body is not None]
-    returned: list[type[BaseModel]] = [ErrorResponse]
-    returned += [operation.response for operation in operations if not isinstance(operation.response, str)]
-    modes: list[tuple[type[BaseModel], Mode]] = [(model, "validation") for model in (*requested, *job_types.values())]
-    modes += [(model, "serialization") for model in returned]
-    names, definitions = models_json_schema(list(dict.fromkeys(modes)), ref_template=_REFS)
-    schemas: Json = definitions["$defs"]
-    parameters = {name: names[model, "validation"] for name, model in job_types.items()}
-    return names, schemas | _build_job_schemas(schemas, parameters)
-
-
-def _build_job_schemas(schemas: Mapping[str, Json], parameters: Mapping[str, Json]) -> Json:
-    """Return the schemas of jobs and batches, with one variant of `JobBody` for each job type and its parameters."""
-    plain = {name: value for name, value in schemas["JobBody"].items() if name != "title"}
-    in_batch = {**plain, "description": "A job of a batch. The parameters of the batch are defaults for its own."}
-    variants = {
-        f"{name.capitalize()}JobBody": _build_variant(plain, name, schema) for name, schema in parameters.items()
-    }
-    choices = [{"$ref": _REFS.format(model=name)} for name in variants]
-    if "session" in parameters:
-        choices.append(parameters["session"])  # a bare session
-    batch = dict(schemas["BatchBody"])
-    jobs = {**batch["properties"]["jobs"], "items": {"$ref": _REFS.format(model="JobInBatch")}}
-    return {
-        **variants,
-        "JobBody": {"title": "JobBody", "description": plain["description"], "anyOf": choices},
-        "JobInBatch": {"title": "JobInBatch", **in_batch},
-        "BatchBody": {**batch, "properties": {**batch["properties"], "jobs": jobs}},
-    }
-
-
-def _build_variant(plain: Json, name: str, parameters: Json) -> Json:
-    fields = plain["properties"]
-    job_type = {"const": name, **({"default": name} if fields["job_type"]["default"] == name else {})}
-    required = plain["required"] if "default" in job_type else [*plain["required"], "job_type"]
-    changed = {**fields, "job_type": job_type, "parameters": parameters}
-    return {**plain, "description": f"A job of type `{name}`.", "properties": changed, "required": required}
 
 
 # Operations -------------------------------------------------------------------------------------------------------
 
 
-def _describe_operation(route: DocumentedRoute, path: str, names: Names, schemas: Json) -> Json:
+def _describe_operation(route: DocumentedRoute, path: str, references: References, queries: Json) -> Json:
     operation = route.operation
     described: Json = {
-        "operationId": route.name,
+        "operationId": _build_operation_id(route, path),
         "tags": [_select_tag(path)],
         "summary": route.summary,
-        "parameters": _describe_parameters(route, names, schemas),
+        "parameters": _describe_parameters(route, references, queries),
     }
     if operation.body is not None:
-        content: Json = {"schema": names[operation.body, "validation"]}
+        content: Json = {"schema": references[operation.body, "validation"]}
         if operation.body.__name__ in EXAMPLES:
             content["example"] = EXAMPLES[operation.body.__name__]
         described["requestBody"] = {
@@ -110,12 +68,19 @@ def _describe_operation(route: DocumentedRoute, path: str, names: Names, schemas
             "content": {"application/json": content},
         }
     described["responses"] = {
-        **_describe_successes(operation, names),
+        **_describe_successes(operation, references),
         **_describe_errors(_list_error_codes(route, path)),
     }
     if path in PUBLIC_PATHS:
         described["security"] = []
     return described
+
+
+def _build_operation_id(route: DocumentedRoute, path: str) -> str:
+    """Return the tag and what the handler does, such as `jobs.list` for `list_jobs`."""
+    tag = _select_tag(path)
+    verb, *words = [word for word in route.name.split("_") if word not in _TAG_WORDS.get(tag, ())]
+    return f"{tag}.{verb}{''.join(word.capitalize() for word in words)}"
 
 
 def _select_tag(path: str) -> str:
@@ -125,13 +90,13 @@ def _select_tag(path: str) -> str:
     return next((name for name in ("ledger", "monitoring") if path.startswith(f"/api/{name}/")), "service")
 
 
-def _describe_parameters(route: DocumentedRoute, names: Names, schemas: Json) -> list[Json]:
+def _describe_parameters(route: DocumentedRoute, references: References, queries: Json) -> list[Json]:
     operation, method = route.operation, route.operation.method
     parameters: list[Json] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in route.param_convertors
     ]
-    model = schemas[names[operation.query_model, "validation"]["$ref"].rpartition("/")[2]]
+    model = queries[references[operation.query_model, "validation"]["$ref"].rpartition("/")[2]]
     parameters += [_describe_query_parameter(name, schema, model) for name, schema in model["properties"].items()]
     headers = ["If-Match", "If-None-Match"] if operation.is_conditional else []
     headers += operation.request_headers
@@ -142,8 +107,12 @@ def _describe_parameters(route: DocumentedRoute, names: Names, schemas: Json) ->
 
 
 def _describe_query_parameter(name: str, schema: Json, model: Json) -> Json:
-    """Return a query parameter. A query string cannot express null, so null is left out."""
-    schema = {key: value for key, value in schema.items() if key != "title" and (key, value) != ("default", None)}
+    """Return a query parameter without null, which a query string cannot express.
+
+    Empty defaults are left out: generated clients send defaults, and an empty `signature` is an invalid one.
+    """
+    without = ("title", *(("default",) if schema.get("default") in (None, "") else ()))
+    schema = {keyword: value for keyword, value in schema.items() if keyword not in without}
     variants = [variant for variant in schema.get("anyOf", ()) if variant != {"type": "null"}]
     if len(variants) == 1:
         schema = {**{key: value for key, value in schema.items() if key != "anyOf"}, **variants[0]}
@@ -157,7 +126,7 @@ def _has_version(route: DocumentedRoute) -> bool:
     return not {"job_id", "batch_id"}.isdisjoint(route.param_convertors)
 
 
-def _describe_successes(operation: Operation, names: Names) -> dict[str, Json]:
+def _describe_successes(operation: Operation, references: References) -> dict[str, Json]:
     headers = [*operation.response_headers]
     if operation.is_conditional:
         headers.append("ETag")
@@ -166,20 +135,28 @@ def _describe_successes(operation: Operation, names: Names) -> dict[str, Json]:
     if "Prefer" in operation.request_headers:
         headers.append("Preference-Applied")
     if isinstance(operation.response, str):
-        description = "The content."
-        schema = {"type": "object"} if operation.response == "application/json" else {}
-        content: Json = {operation.response: {"schema": schema}}
+        description, content = "The content.", _describe_content(operation.response)
     else:
         description = (operation.response.__doc__ or "").partition("\n\n")[0]
-        content = {"application/json": {"schema": names[operation.response, "serialization"]}}
+        content = {"application/json": {"schema": references[operation.response, "serialization"]}}
     described_headers = _select_headers(*headers)
     complete: Json = {"description": description, "headers": described_headers, "content": content}
     responses: dict[str, Json] = {str(operation.status): complete}
     if "Range" in operation.request_headers:
-        responses["206"] = {**complete, "description": "The requested parts."}
+        partial_headers = {**described_headers, **_select_headers("Content-Range")}
+        responses["206"] = {**complete, "description": "The requested parts.", "headers": partial_headers}
     if operation.is_conditional:
         responses["304"] = {"description": "Your copy is current.", "headers": described_headers}
     return responses
+
+
+def _describe_content(media_type: str) -> Json:
+    """Return the content of a response that is not a model. Generators do not know the media type `*/*`."""
+    if media_type == "application/json":
+        return {media_type: {"schema": {"type": "object"}}}
+    schema: Json = {"type": "string"} if media_type.startswith("text/") else {"type": "string", "format": "binary"}
+    media_types = ("application/octet-stream", media_type) if media_type == "*/*" else (media_type,)
+    return {name: {"schema": schema} for name in media_types}
 
 
 def _list_error_codes(route: DocumentedRoute, path: str) -> list[str]:
@@ -208,15 +185,20 @@ def _list_error_codes(route: DocumentedRoute, path: str) -> list[str]:
 
 def _describe_errors(codes: Sequence[str]) -> dict[str, Json]:
     return {
-        str(status): _describe_error(status, list(group))
+        str(status): {
+            "$ref": f"#/components/responses/Error{status}",
+            "description": "\n".join(f"- `{code}`: {ERROR_CODES[code][1]}" for code in group),
+        }
         for status, group in groupby(codes, key=lambda code: ERROR_CODES[code][0])
     }
 
 
-def _describe_error(status: int, codes: Sequence[str]) -> Json:
+def _build_error(status: int) -> Json:
+    """Return the response that all operations share for a status. Each operation describes its own codes."""
+    codes = sorted(code for code, (code_status, _) in ERROR_CODES.items() if code_status == status)
     retry = ["Retry-After"] if status in (429, 503, 507) else []
     authenticate = ["WWW-Authenticate"] if status == 401 else []
-    schema = {"allOf": [{"$ref": _REFS.format(model="ErrorResponse")}, {"properties": {"code": {"enum": list(codes)}}}]}
+    schema = get_reference("ErrorResponse")
     example = {
         "status": "error",
         "code": codes[0],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from typing import Final, get_args
+from typing import Any, Final, get_args
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -64,17 +64,27 @@ _ALL_STATUSES: Final[frozenset[JobStatus]] = frozenset(get_args(JobStatus))
 async def update_job(request: Request) -> Response:
     """Change a pending job, or its access control."""
     body, content = await read_json_body(request, JobUpdateBody)
-    if body.parameters is not None:
-        job_type = (await load_or_404(request, JOB))["job_type"]
-        if (model := get_api_context(request).job_types.get(job_type)) is not None:
-            await check_parameters(request, [ParameterCheck(job_type, model, body.parameters, ("parameters",))])
-        else:
-            await run_off_loop(request, check_no_userinfo, body.parameters, ("parameters",))
+    await _check_new_parameters(request, body.parameters)
     access = AccessControl(**body.access_control.model_dump()) if body.access_control else None
     access_level = AccessLevel.WRITE if access is None else AccessLevel.ADMIN
     loaded = await load_for_change(request, JOB, access_level, content=content)
     command = commands.UpdateJob(get_actor(request), body.parameters, body.priority, body.not_before, access)
     return await _build_job_response(request, await handle_once(request, loaded, command))
+
+
+async def _check_new_parameters(request: Request, parameters: dict[str, Any] | None) -> None:
+    """Validate new parameters of the job in the path as at the submission, if its type is available.
+
+    Raises:
+        ApiError: As `check_parameters`; 404.
+    """
+    if parameters is None:
+        return
+    job_type = (await load_or_404(request, JOB))["job_type"]
+    if (model := get_api_context(request).job_types.get(job_type)) is not None:
+        await check_parameters(request, [ParameterCheck(job_type, model, parameters, ("parameters",))])
+    else:
+        await run_off_loop(request, check_no_userinfo, parameters, ("parameters",))
 
 
 @Operation("DELETE", "/api/events/jobs/{job_id}", response=JobActionResponse, error_codes=("still_running",))
@@ -172,10 +182,13 @@ def _add_action(
         response=response,
         body=body_type,
         is_body_optional=True,
+        error_codes=("validation_timeout",) if body_type is JobRestartBody else (),
         response_headers=("ETag",) if resource is JOB else (),
     )
     async def handle_action(request: Request) -> Response:
         body, content = await read_optional_json_body(request, body_type)
+        if isinstance(body, JobRestartBody):
+            await _check_new_parameters(request, body.parameters)
         loaded = await load_for_change(request, resource, content=content)
         command = command_type(get_actor(request), **body.model_dump(exclude={"only"}))
         if resource is JOB:

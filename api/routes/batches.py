@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import aclosing
 from datetime import datetime
 from operator import attrgetter
@@ -13,12 +14,12 @@ from starlette.responses import Response
 
 from jobledger.api import bulk_commands
 from jobledger.api.auth.permissions import check_filters, get_principal, get_viewer, resolve_owner, resolve_teams
-from jobledger.api.auth.redaction import BATCH_FIELD_RULES, redact_document
+from jobledger.api.auth.redaction import BATCH_FIELD_RULES, Viewer, redact_document
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.validation import parse_query
 from jobledger.api.idempotency import RequestFingerprint
-from jobledger.api.job_documents import build_job_list_response
+from jobledger.api.job_documents import build_job_list_response, get_now, load_time_as_of
 from jobledger.api.ledger_position import wait_for_requested_position
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.pagination import ListTotal, build_list_response, count_total
@@ -49,12 +50,14 @@ from jobledger.ledger.domain.events import (
     JobSubmitted,
     StepCompleted,
 )
+from jobledger.ledger.domain.statuses import WaitingFor
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.event_store import override_payload_fields
 from jobledger.projections.engine.as_of import build_as_of_filter
 from jobledger.projections.engine.view_changes import ViewChanges
 from jobledger.projections.views import batches as batches_view
 from jobledger.projections.views import statistics
+from jobledger.projections.views.waiting import count_jobs, count_jobs_of_batches
 
 _RUNNING_JOB_EVENTS: Final = frozenset(event_type.__name__ for event_type in (JobProgressed, JobLogged, StepCompleted))
 """Events of a running job that do not affect its batch."""
@@ -95,7 +98,8 @@ async def submit_batch(request: Request) -> Response:
     """Submit a batch of jobs atomically."""
     submission = await _submit(request)
     batch = await recording.load_submitted(request, BATCH, submission)
-    rendered = redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch))
+    waiting = count_jobs([], is_batch_paused=False, now=get_now(request)) | {"worker": batch["pending_jobs"]}
+    rendered = _render(batch, get_viewer(request, batch), waiting)
     content = {"job_ids": batch["job_ids"], "batch": rendered}
     return recording.build_accepted_response(request, BATCH, submission, batch["position"], content)
 
@@ -144,7 +148,8 @@ async def list_batches(request: Request) -> Response:
     check_filters(filters, BATCH_FIELD_RULES, has_full_access=principal.is_admin, required="the role `admin`")
     db_query = batches_view.build_query(principal, **filters)
     batches, next_page = await batches_view.find_page(ctx.views, db_query, query.page_request)
-    rendered = [redact_document(batch, BATCH_FIELD_RULES, get_viewer(request, batch)) for batch in batches]
+    waiting = await count_jobs_of_batches(ctx.views, batches, get_now(request))
+    rendered = [_render(batch, get_viewer(request, batch), waiting[batch["_id"]]) for batch in batches]
     if principal.is_admin and not filters:
         total = ListTotal(await statistics.count_batches(ctx.views))
     else:
@@ -165,12 +170,22 @@ async def get_batch(request: Request) -> Response:
     """Read a batch."""
     batch, viewer, as_of = await load_for_read(request, BATCH)
     if as_of is not None:
-        batch = await _load_as_of(request, batch["batch_id"], as_of)
-    return build_conditional_response(request, "batch", redact_document(batch, BATCH_FIELD_RULES, viewer))
+        batch, waiting = await _load_as_of(request, batch["batch_id"], as_of)
+    else:
+        waiting = (await count_jobs_of_batches(get_api_context(request).views, [batch], get_now(request)))[batch["_id"]]
+    return build_conditional_response(request, "batch", _render(batch, viewer, waiting))
 
 
-async def _load_as_of(request: Request, batch_id: str, as_of: int | datetime) -> Document:
-    """Return the batch at a position of the log or at a time, folded as the projector does it.
+def _render(batch: Document, viewer: Viewer, waiting: Mapping[WaitingFor, int]) -> Document:
+    """Return a batch as `viewer` may see it, with the number of its jobs by what they wait for."""
+    return {**redact_document(batch, BATCH_FIELD_RULES, viewer), "waiting_for": waiting}
+
+
+async def _load_as_of(
+    request: Request, batch_id: str, as_of: int | datetime
+) -> tuple[Document, Mapping[WaitingFor, int]]:
+    """Return the batch at a position of the log or at a time, folded as the projector does it, and what its jobs wait
+    for.
 
     Raises:
         ApiError: 404, it did not exist; 409, its events are damaged.
@@ -197,7 +212,9 @@ async def _load_as_of(request: Request, batch_id: str, as_of: int | datetime) ->
         batch = changes.get("batches", batch_id)
     if batch is None:
         raise BATCH.build_not_found_error(batch_id, "did not exist at that time")
-    return batch
+    jobs = filter(None, changes.current["jobs"].values())
+    now = await load_time_as_of(request, as_of)
+    return batch, count_jobs(jobs, is_batch_paused=batch["paused"], now=now)
 
 
 @Operation(

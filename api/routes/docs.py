@@ -120,11 +120,17 @@ def _render_page(document: Mapping[str, Any]) -> str:
 
 def _group_operations(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return the operations by tag, in the order of the document."""
+    shared = {f"#/components/responses/{name}": value for name, value in document["components"]["responses"].items()}
     groups: dict[str, list[dict[str, Any]]] = {tag["name"]: [] for tag in document["tags"]}
     for path, item in document["paths"].items():
         for method in _METHODS:
             if method in item:
-                groups[item[method]["tags"][0]].append({"method": method.upper(), "path": path, **item[method]})
+                operation = {"method": method.upper(), "path": path, **item[method]}
+                operation["responses"] = {
+                    status: {**shared.get(response.get("$ref"), {}), **response}
+                    for status, response in operation["responses"].items()
+                }
+                groups[operation["tags"][0]].append(operation)
     return groups
 
 

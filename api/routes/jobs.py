@@ -12,7 +12,14 @@ from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, run_off_loop
 from jobledger.api.http.validation import parse_query
 from jobledger.api.idempotency import RequestFingerprint
-from jobledger.api.job_documents import build_job_list_response, find_paused_batches, render_job, render_jobs
+from jobledger.api.job_documents import (
+    build_job_list_response,
+    find_paused_batches,
+    get_now,
+    load_time_as_of,
+    render_job,
+    render_jobs,
+)
 from jobledger.api.openapi.operation import Operation
 from jobledger.api.processes.parameter_validator import ParameterCheck
 from jobledger.api.resources import JOB, build_conditional_response, load_for_read, translate_damaged_events
@@ -84,11 +91,11 @@ async def get_job(request: Request) -> Response:
     """Read a job."""
     job, viewer, as_of = await load_for_read(request, JOB)
     if as_of is None:
-        paused = await find_paused_batches(request, [job])
+        paused, now = await find_paused_batches(request, [job]), get_now(request)
     else:
         job = await _load_as_of(request, job["job_id"], as_of)
-        paused = await _find_paused_batch_as_of(request, job, as_of)
-    return build_conditional_response(request, "job", render_job(request, job, viewer, paused))
+        paused, now = await _find_paused_batch_as_of(request, job, as_of), await load_time_as_of(request, as_of)
+    return build_conditional_response(request, "job", render_job(request, job, viewer, paused, now))
 
 
 async def _load_as_of(request: Request, job_id: str, as_of: int | datetime) -> Document:

@@ -28,10 +28,11 @@ from jobledger.api.schemas.response_models import SuccessResponse
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.mongo.lease import OVERDUE_LEASE_FILTER
+from jobledger.ledger.outbox import submission as outbox
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.stalls import find_stall_reason
-from jobledger.projections.views import job_list, projection_errors, queue, statistics
+from jobledger.projections.views import job_list, projection_errors, queue, statistics, waiting
 
 _EVENT_OF_OUTCOME: Final = {
     "completed": "JobCompleted",
@@ -53,7 +54,9 @@ async def get_statistics(request: Request) -> Response:
     require_monitor_role(request)
     await wait_for_requested_position(request)
     ctx = get_api_context(request)
-    stats = await statistics.load_statistics(ctx.views, ctx.event_store.clock.estimate())
+    now = ctx.event_store.clock.estimate()
+    stats = await statistics.load_statistics(ctx.views, now)
+    stats["waiting_for"] = await waiting.count_all_jobs(ctx.views, now)
     head, position = await ctx.event_store.read_head_position(), ctx.checkpoint.position
     stats["workers"] = await _list_active_workers(ctx)
     stats["log"] = {"head": head, "projection_position": position, "lag": max(0, head - position)}
@@ -167,6 +170,7 @@ async def _collect_ledger_metrics(ctx: ApiContext) -> list[Metric]:
         GaugeMetricFamily("jobledger_batches_active", "Batches with unfinished jobs.", stats["batches"]["active"]),
         *await _collect_queue_metrics(ctx, now),
         *await _collect_projection_metrics(ctx, now),
+        *await _collect_outbox_metrics(ctx),
         GaugeMetricFamily("jobledger_workers_active", "Workers that hold a lease.", len(workers)),
         GaugeMetricFamily(
             "jobledger_worker_slots",
@@ -190,14 +194,19 @@ def _build_gauge_by_status(name: str, documentation: str, counts: Mapping[str, A
 
 
 async def _collect_queue_metrics(ctx: ApiContext, now: datetime) -> list[Metric]:
-    oldest = await job_list.find_oldest_pending_created_at(ctx.views)
+    oldest = await queue.find_oldest_claimable_at(ctx.views, now=now)
+    counts = await waiting.count_all_jobs(ctx.views, now)
+    by_reason = GaugeMetricFamily(
+        "jobledger_jobs_waiting", "Pending jobs, by what they wait for.", labels=["waiting_for"]
+    )
+    for waiting_for, count in counts.items():
+        by_reason.add_metric([waiting_for], count)
     return [
-        GaugeMetricFamily(
-            "jobledger_queue_jobs", "Jobs that wait to be claimed, due or not.", await queue.estimate_depth(ctx.views)
-        ),
+        by_reason,
+        GaugeMetricFamily("jobledger_queue_jobs", "Jobs that a worker could run now.", counts["worker"]),
         GaugeMetricFamily(
             "jobledger_queue_oldest_job_age_seconds",
-            "Time since the submission of the oldest pending job.",
+            "How long the longest-waiting job that a worker could run now has waited for one.",
             max(0.0, (now - oldest).total_seconds()) if oldest else 0.0,
         ),
     ]
@@ -222,6 +231,16 @@ async def _collect_projection_metrics(ctx: ApiContext, now: datetime) -> list[Me
             "Documents of the views that differ from the log.",
             await projection_errors.count(ctx.views),
         ),
+    ]
+
+
+async def _collect_outbox_metrics(ctx: ApiContext) -> list[Metric]:
+    with translate_errors("counting the documents of the outbox"):
+        waiting = await ctx.db[outbox.COLLECTION].estimated_document_count()
+        rejected = await ctx.db[outbox.REJECTED_COLLECTION].estimated_document_count()
+    return [
+        GaugeMetricFamily("jobledger_outbox_jobs", "Jobs of committed transactions that are not in the log.", waiting),
+        GaugeMetricFamily("jobledger_outbox_rejected", "Documents of the outbox that cannot become jobs.", rejected),
     ]
 
 

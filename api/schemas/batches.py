@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
-from jobledger.api.schemas.jobs import JobRestartBody
-from jobledger.api.schemas.request_models import AccessBody, PageQuery, RequestModel, SearchText
+from jobledger.api.schemas.jobs import BulkJobCounts, RejectedJob, RestartBody
+from jobledger.api.schemas.request_models import AccessBody, BatchIdPrefix, PageQuery, RequestModel, SearchText
 from jobledger.api.schemas.response_models import ListResponse, PartialDocument, SuccessResponse
 from jobledger.api.schemas.webhooks import AcceptedResponse, WebhookBody, WebhookResource
 from jobledger.ledger.domain import limits
@@ -29,10 +29,17 @@ class BatchBody(RequestModel):
     access_control: AccessBody = AccessBody()
 
 
-class BatchRestartBody(JobRestartBody):
+class BatchRestartBody(RestartBody):
     """The jobs to restart: those with this status, or all finished jobs."""
 
     only: RestartScope = "failed"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_parameters(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "parameters" in content:
+            raise ValueError("`parameters` belong to one job: send them with the restart of that job")
+        return content
 
 
 class BatchUpdateBody(RequestModel):
@@ -42,12 +49,13 @@ class BatchUpdateBody(RequestModel):
 
 
 class BatchListQuery(PageQuery):
-    """Filters of batches. `q`: all words occur in the name or ID."""
+    """Filters of batches. `q`: all words occur in the name or ID. `id_prefix`: the beginning of the ID."""
 
     status: BatchStatus | None = None
     user_id: str | None = None
     archived: bool | None = None
     q: SearchText | None = None
+    id_prefix: BatchIdPrefix | None = None
 
 
 # Responses --------------------------------------------------------------------------------------------------------
@@ -58,6 +66,15 @@ class BatchSummaryResource(BaseModel):
 
     duration: float
     tokens_used: int
+
+
+class WaitingCounts(BaseModel):
+    """Pending jobs by what they wait for."""
+
+    worker: int
+    due_time: int
+    retry: int
+    batch_paused: int
 
 
 class BatchStateResource(BaseModel):
@@ -85,6 +102,9 @@ class BatchResource(BatchStateResource, PartialDocument):
     completed_jobs: int
     failed_jobs: int
     cancelled_jobs: int
+    waiting_for: WaitingCounts = Field(
+        description="Pending jobs by what they wait for. In the response to the submission, all wait for a worker."
+    )
     webhook: WebhookResource | None
     parameters: dict[str, Any]
     summary: BatchSummaryResource
@@ -111,23 +131,6 @@ class BatchAcceptedResponse(AcceptedResponse):
     batch_id: str
     job_ids: list[str]
     batch: BatchResource
-
-
-class BulkJobCounts(BaseModel):
-    """How many jobs of the batch the action changed, left unchanged, and rejected."""
-
-    total: int
-    changed: int
-    unchanged: int
-    rejected: int
-
-
-class RejectedJob(BaseModel):
-    """A job that the action did not change, and the reason."""
-
-    job_id: str
-    code: str
-    message: str
 
 
 class BatchActionResponse(SuccessResponse):

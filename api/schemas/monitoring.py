@@ -6,6 +6,7 @@ from datetime import datetime
 
 from pydantic import BaseModel, Field
 
+from jobledger.api.schemas.batches import WaitingCounts
 from jobledger.api.schemas.response_models import SuccessResponse
 
 
@@ -96,6 +97,7 @@ class StatisticsContent(BaseModel):
     """Statistics from the counters of the views."""
 
     jobs: JobCounts
+    waiting_for: WaitingCounts
     batches: BatchCounts
     webhooks: WebhookCounts
     tracks: list[TrackCounts] = Field(description="The first 1000 by name.")

@@ -51,6 +51,9 @@ IsoDatetime = Annotated[datetime, BeforeValidator(_read_datetime), AfterValidato
 PointInTime = Annotated[int | datetime, BeforeValidator(_read_point_in_time), WithJsonSchema({"type": "string"})]
 Cursor = Annotated[PageCursor, BeforeValidator(_read_cursor), WithJsonSchema({"type": "string"})]
 SearchText = Annotated[str, Field(min_length=1, max_length=200)]
+JobIdPrefix = Annotated[str, Field(pattern=r"^job-[0-9A-Za-z_-]{8,}$", max_length=200)]
+"""The first eight digits of an ID are a time in seconds, so few IDs begin with the same."""
+BatchIdPrefix = Annotated[str, Field(pattern=r"^batch-[0-9A-Za-z_-]{8,}$", max_length=200)]
 AccessNames = Annotated[
     list[Annotated[str, Field(max_length=limits.MAX_NAME_CHARACTERS)]], Field(max_length=limits.MAX_ACCESS_NAMES)
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Any, Final
@@ -12,7 +12,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 
 from jobledger.api.auth.permissions import resolve_owner, resolve_teams
-from jobledger.api.context import ApiContext, get_api_context
+from jobledger.api.context import ApiContext, SubmissionDefaults, get_api_context
 from jobledger.api.http.bodies import MAX_VALUES, estimate_value_count, mark_large_body, run_off_loop
 from jobledger.api.http.errors import ApiError, build_validation_error, format_location
 from jobledger.api.http.validation import validate_content
@@ -25,13 +25,13 @@ from jobledger.ledger.domain.canonical_json import encode_canonical_json
 from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import AccessControl, JobSubmitted, Webhook
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.net.url_policy import USERINFO_MESSAGE, find_rejection_reason, has_userinfo
+from jobledger.ledger.net.url_policy import USERINFO_MESSAGE, find_rejection_reason, find_userinfo
 from jobledger.projections.views import list_index
 
 Location = tuple[str | int, ...]
 """Where a value is in the request body, for error messages."""
-_CONTAINERS_AND_TEXT: Final = (str, dict, list)
 _MAX_ERRORS_LISTED: Final = 100
+_DEFAULTS: Final = SubmissionDefaults()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,10 @@ def build_job_submitted(
         message = f"unknown job type {body.job_type!r}, expected one of: {', '.join(sorted(ctx.job_types))}"
         details = {"errors": [{"path": path, "message": message}]}
         raise ApiError(422, "unknown_job_type", f"{path}: {message}", details=details)
+    defaults = ctx.submission_defaults.get(body.job_type, _DEFAULTS)
+    if not defaults.is_retried and (body.max_attempts or 1) > 1:
+        message = f"must be 1, because jobs of type {body.job_type!r} are never retried, got {body.max_attempts}"
+        raise build_validation_error([{"loc": ("max_attempts",), "msg": message}], within)
     webhook, secrets = extract_webhook_secrets(body.webhook, ctx, within)
     job = JobSubmitted(
         job_type=body.job_type,
@@ -89,8 +93,8 @@ def build_job_submitted(
         webhook=webhook,
         priority=body.priority,
         not_before=body.not_before,
-        max_attempts=body.max_attempts,
-        timeout_s=body.timeout_s,
+        max_attempts=defaults.max_attempts if body.max_attempts is None else body.max_attempts,
+        timeout_s=defaults.timeout_s if body.timeout_s is None else body.timeout_s,
     )
     return job, secrets
 
@@ -121,25 +125,9 @@ def check_no_userinfo(parameters: Mapping[str, Any], within: Location) -> None:
     Raises:
         ApiError: 422.
     """
-    locations = islice(_find_userinfo(parameters, within), _MAX_ERRORS_LISTED)
+    locations = islice(find_userinfo(parameters, within), _MAX_ERRORS_LISTED)
     if errors := [{"loc": location, "msg": USERINFO_MESSAGE} for location in locations]:
         raise build_validation_error(errors, may_be_incomplete=len(errors) == _MAX_ERRORS_LISTED)
-
-
-def _find_userinfo(root: Any, root_location: Location) -> Iterator[Location]:
-    pending: list[tuple[Any, Location]] = [(root, root_location)]
-    while pending:
-        value, location = pending.pop()
-        if isinstance(value, str):
-            if has_userinfo(value):
-                yield location
-            continue
-        entries: Iterator[tuple[str | int, Any]] = iter(())
-        if isinstance(value, Mapping):
-            entries = ((str(name), entry) for name, entry in value.items())
-        elif isinstance(value, list):
-            entries = enumerate(value)
-        pending += [(entry, (*location, key)) for key, entry in entries if isinstance(entry, _CONTAINERS_AND_TEXT)]
 
 
 def extract_webhook_secrets(

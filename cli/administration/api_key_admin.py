@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -14,28 +13,11 @@ from jobledger.cli.output.formatting import format_timestamp
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.events import truncate_to_milliseconds
 
-_UNITS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_MAX_LIFETIME: Final = timedelta(days=36_500)
 _OPTIONS: Final = {"user_id": "--user", "groups": "--group", "roles": "--role", "name": "--name"}
 
 
-def parse_lifetime(text: str) -> timedelta:
-    """Parse the lifetime of a key: `30m`, `12h`, `90d`, `8w`.
-
-    Raises:
-        ConfigurationError: `text` is not a lifetime, or longer than 36,500 days.
-    """
-    match = re.fullmatch(r"([1-9]\d{0,7})([mhdw])", text, re.ASCII)
-    lifetime = timedelta(**{_UNITS[match[2]]: int(match[1])}) if match else None
-    if lifetime is None or lifetime > _MAX_LIFETIME:
-        raise ConfigurationError(
-            f"--expires-in {text}: expected a number of minutes, hours, days or weeks, such as 30m, 12h, 90d or 8w."
-        )
-    return lifetime
-
-
 def generate_key(
-    *, user: str, groups: Iterable[str], roles: Iterable[str], name: str | None, expires_in: str | None
+    *, user: str, groups: Iterable[str], roles: Iterable[str], name: str | None, expires_in: timedelta | None
 ) -> tuple[ApiKey, ApiKeyToken]:
     """Return a new key, which is not stored yet, and the token that its holder sends.
 
@@ -53,7 +35,7 @@ def generate_key(
                 "groups": list(dict.fromkeys(groups)),
                 "roles": list(dict.fromkeys(roles)),
                 "created_at": now,
-                "expires_at": None if expires_in is None else now + parse_lifetime(expires_in),
+                "expires_at": None if expires_in is None else now + expires_in,
             }
         )
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 Users with the role `jobledger` can read and insert events, but the server rejects updates and deletions. Users with
 the role `jobledger-subscriber` can follow the log from another program and store the position of their subscription.
+Users with the role `jobledger-submitter` can only submit jobs, in transactions of their own programs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from jobledger.api.auth.browser_sessions import COLLECTION as SESSIONS
 from jobledger.api.routes.webhook_echo import COLLECTION as WEBHOOK_ECHO
 from jobledger.ledger.files.gridfs import COLLECTIONS as GRIDFS
 from jobledger.ledger.files.store_marker import COLLECTION as RESULT_STORE
+from jobledger.ledger.outbox.submission import COLLECTION as OUTBOX
+from jobledger.ledger.outbox.submission import REJECTED_COLLECTION as REJECTED_OUTBOX
 from jobledger.ledger.subscriber import SUBSCRIPTIONS
 from jobledger.ledger.webhooks.endpoint_secrets import COLLECTION as ENDPOINTS
 from jobledger.projections.engine.view_registry import VIEW_NAMES
@@ -28,6 +31,8 @@ _MUTABLE_COLLECTIONS: Final = (
     "counters",
     *GRIDFS,
     "leaders",
+    OUTBOX,
+    REJECTED_OUTBOX,
     RESULT_PATHS,
     RESULT_STORE,
     "secrets",
@@ -44,7 +49,7 @@ _WRITE_ACTIONS: Final = ["find", "insert", "update", "remove", "createCollection
 
 
 def create_role_commands(db_name: str) -> list[dict[str, Any]]:
-    """Return the commands that create both roles. An administrator runs them on the database `db_name`."""
+    """Return the commands that create the roles. An administrator runs them on the database `db_name`."""
     database = _build_privilege(db_name, "", ["find", "changeStream"])
     log = _build_privilege(db_name, "events", ["find", "insert", "listIndexes"])
     return [
@@ -60,6 +65,14 @@ def create_role_commands(db_name: str) -> list[dict[str, Any]]:
         {
             "createRole": "jobledger-subscriber",
             "privileges": [database, log, _build_privilege(db_name, SUBSCRIPTIONS, ["find", "insert", "update"])],
+            "roles": [],
+        },
+        {
+            "createRole": "jobledger-submitter",
+            "privileges": [
+                _build_privilege(db_name, OUTBOX, ["find", "insert"]),
+                _build_privilege(db_name, "checkpoints", ["find"]),
+            ],
             "roles": [],
         },
     ]

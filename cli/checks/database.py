@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,23 +14,27 @@ from jobledger.cli.hosting.database import find_store_marker, open_database, ope
 from jobledger.cli.output.formatting import format_count, format_timestamp
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import JobledgerError, LogTruncated, ResourceUnavailable
+from jobledger.ledger.domain.statuses import WaitingFor
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.gridfs import COLLECTIONS
 from jobledger.ledger.mongo.connection import (
     OPLOG_ADVICE,
     Connection,
     Database,
+    Document,
     read_oplog_window,
     read_transaction_limit_seconds,
     translate_errors,
 )
 from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS
+from jobledger.ledger.mongo.leader_election import LeaderElection
+from jobledger.ledger.outbox import submission as outbox
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.system.disk_space import find_existing_directory, find_write_problem
 from jobledger.projections.engine.checkpoint import load_checkpoint
 from jobledger.projections.engine.stalls import VIEWS_AHEAD_REASON, find_stall_reason
 from jobledger.projections.slots import Views
-from jobledger.projections.views import files, projection_errors, step_files
+from jobledger.projections.views import files, job_list, projection_errors, queue, step_files, waiting
 from jobledger.workers import cleanup
 
 _MAX_CLOCK_DIFFERENCE_SECONDS: Final = 2.0
@@ -39,12 +43,22 @@ _STALL_TIMEOUT_SECONDS: Final = 12.0
 _POLL_INTERVAL_SECONDS: Final = 0.5
 _MAX_SHOWN: Final = 5
 _MAX_LAG_EVENTS: Final = 10_000
+_MAX_WAIT: Final = timedelta(minutes=1)
+"""How long a job may wait although slots are free: longer than the start of a worker with its plug-ins."""
+_WAITING_TEXTS: Final[Mapping[WaitingFor, str]] = {
+    "worker": "for a worker",
+    "due_time": "for their start time",
+    "retry": "for a retry",
+    "batch_paused": "in paused batches",
+}
 _LOG_CHANGING_ACTIONS: Final = frozenset(
     {"update", "remove", "dropCollection", "dropDatabase", "renameCollectionSameDB", "anyAction"}
     | {"createIndex", "collMod", "convertToCapped"}  # TTL indexes and capped collections delete events
     | {"grantRole", "createRole", "updateRole", "grantPrivilege"}  # a user with these can grant itself the others
 )
 """MongoDB actions by which events can be changed or removed."""
+_ACTIVE_LEASE: Final = {"$expr": {"$gt": ["$lease_until", "$$NOW"]}}
+"""Matches leases that their holders extend."""
 
 
 async def check_database(settings: Settings, connection: Connection) -> AsyncIterator[CheckResult]:
@@ -217,9 +231,24 @@ async def _check_cleanup(db: Database) -> CheckResult:
     return CheckResult("Cleanup", is_ok=True, detail="files of deleted jobs are removed")
 
 
+async def _check_outbox(db: Database) -> CheckResult:
+    """Check whether all jobs that programs have submitted in their transactions could be appended."""
+    waiting = await db[outbox.COLLECTION].estimated_document_count()
+    rejected = await db[outbox.REJECTED_COLLECTION].estimated_document_count()
+    if not rejected:
+        return CheckResult("Outbox", is_ok=True, detail=f"{format_count(waiting, 'job')} waiting")
+    shown = await db[outbox.REJECTED_COLLECTION].find({}, {"reason": 1}, sort=[("_id", 1)], limit=_MAX_SHOWN).to_list()
+    reasons = "; ".join(f"{str(document['_id'])[:40]}: {str(document.get('reason'))[:200]}" for document in shown)
+    detail = f"{format_count(rejected, 'document')} rejected: {reasons}"
+    advice = (
+        f"Correct the program, submit these jobs again, and delete the documents from {outbox.REJECTED_COLLECTION}."
+    )
+    return CheckResult("Outbox", is_ok=False, detail=detail, advice=advice)
+
+
 async def _check_workers(db: Database) -> CheckResult:
     """Check whether all active workers claim jobs."""
-    workers = await db.workers.find({"$expr": {"$gt": ["$lease_until", "$$NOW"]}}).to_list()
+    workers = await db.workers.find(_ACTIVE_LEASE).to_list()
     unhealthy = [worker for worker in workers if worker.get("problem")]
     problems = "; ".join(
         f"{worker['_id']} since {format_timestamp(worker['unhealthy_since'], 'seconds')}: {worker['problem']}"
@@ -227,6 +256,50 @@ async def _check_workers(db: Database) -> CheckResult:
     )
     detail = f"{len(workers)} active" + (f", {len(unhealthy)} not claiming jobs" if unhealthy else "")
     return CheckResult("Workers", not unhealthy, detail, problems)
+
+
+async def _check_projector(db: Database) -> CheckResult:
+    """Check whether a projector is the leader, if there is anything to project."""
+    leader = await db[LeaderElection.collection].find_one({"_id": "projector", **_ACTIVE_LEASE})
+    if leader is not None:
+        return CheckResult("Projector", is_ok=True, detail=f"{leader['holder']} keeps the views up to date")
+    lag = await EventStore(db).read_head_position() - await _load_views_position(db)
+    is_needed = lag > 0 or await db[outbox.COLLECTION].estimated_document_count() > 0
+    advice = "Start `jobledger projector` or `jobledger up`."
+    return CheckResult("Projector", not is_needed, "none active", advice)
+
+
+async def _check_jobs(db: Database) -> CheckResult:
+    """Check whether jobs wait for a worker that does not exist, or run on workers that have no lease.
+
+    Jobs that wait for their start time, for a retry or for their paused batch are not stuck.
+    """
+    views, now = Views(db, (await load_checkpoint(db)).get("slots")), await EventStore(db).read_server_time()
+    active = await db.workers.find(_ACTIVE_LEASE, {"slots": 1}).to_list()
+    running = await job_list.find_running_jobs(views)
+    counts = await waiting.count_all_jobs(views, now)
+    kinds = ", ".join(f"{counts[kind]} {text}" for kind, text in _WAITING_TEXTS.items() if counts[kind])
+    detail = f"{len(running)} running" + (f"; waiting: {kinds}" if kinds else "")
+    worker_ids = {worker["_id"] for worker in active}
+    if stuck := [job["_id"] for job in running if job["worker_id"] not in worker_ids]:
+        examples = ", ".join(stuck[:_MAX_SHOWN]) + (" and more" if len(stuck) > _MAX_SHOWN else "")
+        detail = f"{detail}; {len(stuck)} stuck, because their workers are gone: {examples}"
+        advice = "An active worker continues them when their leases expire. Start `jobledger worker` if there is none."
+        return CheckResult("Jobs", is_ok=False, detail=detail, advice=advice)
+    has_free_slots = sum(worker.get("slots", 0) for worker in active) > len(running)
+    if has_free_slots and (types := await _find_types_without_worker(views, running, now)):
+        detail = f"{detail}; no worker takes those of type {', '.join(types[:_MAX_SHOWN])}, although slots are free"
+        advice = "Start a worker that has these job types, or read in the log of the workers why it cannot use them."
+        return CheckResult("Jobs", is_ok=False, detail=detail, advice=advice)
+    advice = "No worker is active, so no job starts. Start `jobledger worker` or `jobledger up`."
+    return CheckResult("Jobs", not counts["worker"] or bool(active), detail, advice)
+
+
+async def _find_types_without_worker(views: Views, running: Sequence[Document], now: datetime) -> list[str]:
+    """Return the types of jobs that have waited for a while, and of which no job runs."""
+    is_running = {job["job_type"] for job in running}
+    oldest = await queue.find_oldest_claimable_by_type(views, now=now)
+    return sorted(name for name, since in oldest.items() if now - since > _MAX_WAIT and name not in is_running)
 
 
 _CHECKS: Final = (
@@ -238,5 +311,8 @@ _CHECKS: Final = (
     _check_log,
     _check_projection_failures,
     _check_cleanup,
+    _check_outbox,
     _check_workers,
+    _check_projector,
+    _check_jobs,
 )

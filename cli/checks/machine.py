@@ -21,6 +21,7 @@ from jobledger.workers.registry import (
     check_plugins,
     check_preload,
     disable_job_type,
+    get_app_problem,
     get_unusable_job_types,
     is_built_in,
     load_processors,
@@ -47,7 +48,11 @@ def check_machine(settings: Settings) -> Iterator[CheckResult]:
         except ProcessorUnusable as error:
             disable_job_type(job_type, str(error))
     yield from check_confinement(settings)
-    yield _check("Job types", lambda: ", ".join(sorted(load_processors())))
+    for job_type in sorted(load_processors()):
+        source = "built in" if is_built_in(job_type) else "plug-in"
+        yield CheckResult(f"Job type {job_type}", is_ok=True, detail=f"{source}, usable")
+    if (problem := get_app_problem()) is not None:
+        yield CheckResult("Application", is_ok=False, detail="not usable (jobs.app)", advice=problem)
     for job_type, reason in get_unusable_job_types().items():
         yield CheckResult(f"Job type {job_type}", is_ok=False, detail="not usable", advice=reason)
     yield _check("Scratch space", lambda: _check_scratch_directory(settings))
@@ -76,7 +81,7 @@ def check_confinement(settings: Settings) -> Iterator[CheckResult]:
     detail = probes[-1].method
     if not probes[-1].is_working:
         reasons = "; ".join(f"{probe.method}: {probe.reason}" for probe in probes)
-        detail = f"none ({reasons}): LibreOffice and yt-dlp are not run. {runner.SANDBOX_ADVICE}"
+        detail = f"none ({reasons}): LibreOffice, yt-dlp, Chromium and Tesseract are not run. {runner.SANDBOX_ADVICE}"
     yield CheckResult("Sandbox for helper programs", is_ok=True, detail=detail)
 
 

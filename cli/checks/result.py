@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.text import Text
 
-from jobledger.cli.output.terminal_text import SafeTable
+from jobledger.cli.output.documents import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,14 @@ class CheckResult:
     advice: str = ""
 
 
-def build_results_table(results: Iterable[CheckResult]) -> SafeTable:
-    """Return the table of results."""
-    table = SafeTable("", "", "", show_header=False)
+def build_result_rows(results: Iterable[CheckResult]) -> Rows:
+    """Yield the header and one row for each result."""
+    yield ("CHECK", "STATUS", "DETAIL")
     for result in results:
         status = Text("ok", style="green") if result.is_ok else Text("problem", style="red")
-        table.add_row(status, result.name, result.detail if result.is_ok else f"{result.detail}. {result.advice}")
-    return table
+        yield (result.name, status, result.detail if result.is_ok else f"{result.detail}. {result.advice}")
+
+
+def build_results_json(results: Iterable[CheckResult]) -> list[dict[str, Any]]:
+    """Return the results for programs."""
+    return [{**asdict(result), "advice": result.advice if not result.is_ok else None} for result in results]

@@ -6,15 +6,36 @@ import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
+from uuid import uuid4
 
 import httpx
 import orjson
 
+from jobledger.cli.output.errors import with_hint
+from jobledger.client.urls import format_invalid_url, get_http_options, parse_api_url, remove_user_info
 from jobledger.ledger.domain.errors import ConfigurationError, JobledgerError, LedgerUnavailable
 from jobledger.workers.safe_http import parse_retry_after
 
 _TIMEOUT_SECONDS: Final = 60
 _MAX_RETRY_DELAY_SECONDS: Final = 60
+_TOO_MANY_REQUESTS: Final = 429
+_LOST_STATUSES: Final = (502, 504)
+"""Statuses of a proxy that does not know what the API did."""
+_UNAVAILABLE_STATUSES: Final = (502, 503, 504)
+_RETRY_DELAYS: Final = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between tries while the result of a request is unknown."""
+_START_HINT: Final = "Start it with `jobledger up`, or set --url (JOBLEDGER_URL)."
+_URL_HINT: Final = "Check --url (JOBLEDGER_URL)."
+_HINTS: Final = {
+    "job_not_found": "List jobs with `jobledger jobs ls`.",
+    "batch_not_found": "List batches with `jobledger batches ls`.",
+    "not_found": _URL_HINT,
+    "unknown_job_type": "List job types with `jobledger types ls`.",
+    "forbidden": "Use a key of a user with this access in JOBLEDGER_KEY.",
+    "precondition_failed": "Somebody else has changed it. Run the command again.",
+    "invalid_content": "`jobledger types get TYPE` shows the parameters of a job type.",
+}
+"""What users can do, by error code of the API."""
 
 
 class RequestRejected(JobledgerError):
@@ -44,11 +65,12 @@ async def open_async_client(url: str) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def _build_client_options(url: str) -> dict[str, Any]:
+    base_url = _parse_url(url)
     return {
-        "base_url": _parse_url(url),
+        "base_url": base_url,
         "headers": _build_auth_headers(os.environ),
         "timeout": _TIMEOUT_SECONDS,
-        "trust_env": False,
+        **get_http_options(base_url),
     }
 
 
@@ -57,15 +79,11 @@ def _translate_errors(base_url: httpx.URL) -> Iterator[None]:
     try:
         yield
     except httpx.ReadTimeout as error:
-        raise LedgerUnavailable(
-            f"{_remove_password(base_url)} did not respond within {_TIMEOUT_SECONDS} s. "
-            "The request may have been executed."
-        ) from error
+        message = f"{remove_user_info(base_url)} did not respond within {_TIMEOUT_SECONDS} s."
+        raise LedgerUnavailable(f"{message} The request may have been executed.") from error
     except httpx.HTTPError as error:
-        raise LedgerUnavailable(
-            f"Cannot connect to Jobledger at {_remove_password(base_url)}: {str(error) or type(error).__name__}. "
-            "Start it with `jobledger up`, or check --url."
-        ) from error
+        message = f"Cannot connect to Jobledger at {remove_user_info(base_url)}: {str(error) or type(error).__name__}."
+        raise with_hint(LedgerUnavailable(message), _START_HINT) from error
 
 
 def parse_response(response: httpx.Response, *required_fields: str) -> dict[str, Any]:
@@ -79,18 +97,49 @@ def parse_response(response: httpx.Response, *required_fields: str) -> dict[str,
     try:
         content = orjson.loads(response.content)
     except orjson.JSONDecodeError:
+        if response.status_code in _UNAVAILABLE_STATUSES:
+            found = f"{remove_user_info(response.url)} responded with {response.status_code}"
+            raise LedgerUnavailable(f"{found}: a proxy cannot reach the API.") from None
         raise build_unexpected_response_error(response) from None
     if not isinstance(content, dict) or content.get("status") != ("error" if response.is_error else "success"):
         raise build_unexpected_response_error(response)
     if response.status_code == 503:
-        raise LedgerUnavailable(content.get("message", f"{_remove_password(response.url)} is unavailable."))
+        raise LedgerUnavailable(content.get("message", f"{remove_user_info(response.url)} is unavailable."))
     if response.status_code == 401:
-        raise ConfigurationError(_explain_failed_authentication(response))
+        raise _build_authentication_error(response)
     if response.is_error:
-        raise RequestRejected(content.get("message", f"HTTP status {response.status_code}"))
+        raise _build_rejection(response, content)
     if any(name not in content for name in required_fields):
         raise build_unexpected_response_error(response)
     return content
+
+
+def _build_rejection(response: httpx.Response, content: Mapping[str, Any]) -> RequestRejected:
+    """Return the error for a response of the API, with what users can do about it."""
+    error = RequestRejected(content.get("message", f"HTTP status {response.status_code}"))
+    hint = _HINTS.get(str(content.get("code")))
+    return with_hint(error, *([] if hint is None else [hint]))
+
+
+class RetrySchedule:
+    """Decides about retries of one request. Its tries have the same Idempotency-Key, so it has one effect."""
+
+    def __init__(self, key: str | None = None, *, is_repeatable: bool = True) -> None:
+        self.headers: Final = {"Idempotency-Key": key or uuid4().hex}
+        self._delays = iter(_RETRY_DELAYS if is_repeatable else ())
+
+    def next_delay(self, outcome: httpx.Response | httpx.HTTPError) -> float | None:
+        """Return the seconds to wait before a retry, None to keep the outcome.
+
+        The rate limit is waited for, however often. Without any connection, the API probably does not run.
+        """
+        if isinstance(outcome, httpx.Response):
+            if outcome.status_code == _TOO_MANY_REQUESTS:
+                return compute_retry_delay(outcome)
+            is_lost = outcome.status_code in _LOST_STATUSES
+        else:
+            is_lost = isinstance(outcome, httpx.ReadError | httpx.WriteError | httpx.RemoteProtocolError)
+        return next(self._delays, None) if is_lost else None
 
 
 def compute_retry_delay(response: httpx.Response) -> float:
@@ -100,14 +149,9 @@ def compute_retry_delay(response: httpx.Response) -> float:
 
 def build_unexpected_response_error(response: httpx.Response) -> RequestRejected:
     """Return the error for a response that does not come from Jobledger."""
-    return RequestRejected(
-        f"{_remove_password(response.url)} responded with {response.status_code}, but it is not a Jobledger API. "
-        "Check --url (JOBLEDGER_URL)."
-    )
-
-
-def _remove_password(url: httpx.URL) -> httpx.URL:
-    return url.copy_with(userinfo=b"")
+    url = remove_user_info(response.url)
+    error = RequestRejected(f"{url} responded with {response.status_code}, but it is not a Jobledger API.")
+    return with_hint(error, _URL_HINT)
 
 
 def remove_none(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,12 +160,9 @@ def remove_none(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_url(text: str) -> httpx.URL:
-    try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL as error:
-        raise ConfigurationError(f"--url {text} is not a URL: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigurationError(f"--url {text} is not a URL: expected a URL such as http://127.0.0.1:5001.")
+    if (url := parse_api_url(text)) is None:
+        error = ConfigurationError("--url (JOBLEDGER_URL) is not a URL: expected a URL such as http://127.0.0.1:5001.")
+        raise with_hint(error, f"Got {format_invalid_url(text)}.")
     return url
 
 
@@ -131,14 +172,15 @@ def _build_auth_headers(environment: Mapping[str, str]) -> dict[str, str]:
     if not key:
         return {}
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigurationError(
-            "JOBLEDGER_KEY does not contain an API key: expected the output of `jobledger keys create`, or a token."
-        )
+        error = ConfigurationError("JOBLEDGER_KEY does not contain an API key.")
+        raise with_hint(error, "Expected the output of `jobledger keys create`, or a token.")
     return {"Authorization": f"Bearer {key}"}
 
 
-def _explain_failed_authentication(response: httpx.Response) -> str:
-    origin = _remove_password(response.url).copy_with(path="/", query=None)
+def _build_authentication_error(response: httpx.Response) -> ConfigurationError:
+    origin = remove_user_info(response.url).copy_with(path="/", query=None)
     if "Authorization" in response.request.headers:
-        return f"{origin} does not accept the key in JOBLEDGER_KEY: it is invalid, expired or revoked."
-    return f"{origin} requires authentication: set JOBLEDGER_KEY to a key from `jobledger keys create`."
+        problem = f"{origin} does not accept the key in JOBLEDGER_KEY: it is invalid, expired or revoked."
+    else:
+        problem = f"{origin} requires authentication."
+    return with_hint(ConfigurationError(problem), "Set JOBLEDGER_KEY to a key from `jobledger keys create`.")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from jobledger.cli.commands.options import ConfigOption, JsonOption
-from jobledger.cli.output.terminal_text import echo, print_json, print_result, print_table
+from jobledger.cli.command_classes import CommandApp, use_options
+from jobledger.cli.commands.options import ConfigOption, JsonOption, parse_duration
+from jobledger.cli.output.documents import build_output
+from jobledger.cli.output.terminal_text import echo, print_result
 from jobledger.cli.runtime import open_configured_connection
 from jobledger.ledger.domain.errors import ConfigurationError, NotFound
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from jobledger.cli.settings import Settings
     from jobledger.ledger.mongo.connection import Connection, Database
 
-app = typer.Typer(help="Manage API keys for auth.mode `keys` (needs access to the database)", no_args_is_help=True)
+app = CommandApp(help="Manage API keys for auth.mode `keys` (needs access to the database)")
 _T = TypeVar("_T")
 
 
@@ -37,12 +39,17 @@ def create(
     """Create an API key and print it once
 
     Only a digest of the key is stored.
+
+    Examples:
+        jobledger keys create --user alice
+        jobledger keys create --user prometheus --role monitor --expires-in 90d
     """
     from jobledger.api.auth import api_keys
     from jobledger.cli.administration import api_key_admin
 
+    lifetime = None if expires_in is None else parse_duration(expires_in, "--expires-in")
     key, token = api_key_admin.generate_key(
-        user=user, groups=group or (), roles=role or (), name=name, expires_in=expires_in
+        user=user, groups=group or (), roles=role or (), name=name, expires_in=lifetime
     )
     settings, _ = _run_with_database(config, lambda db: api_keys.store_key(db, key))
     if settings.auth.mode != "keys":
@@ -51,9 +58,15 @@ def create(
     echo(f"Store it: it is not shown again. `jobledger keys revoke {key.key_id}` revokes it.", err=True)
 
 
-@app.command("list")
-def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """List API keys with user, expiry and number of browser sessions"""
+@app.command("ls")
+@use_options(output=build_output)
+def list_keys(output: Any, config: ConfigOption = None) -> None:
+    """List API keys with user, expiry and number of browser sessions
+
+    Examples:
+        jobledger keys ls
+        jobledger keys ls --json key_id,user_id,expires_at
+    """
     from jobledger.api.auth import api_keys, browser_sessions
     from jobledger.cli.administration import api_key_admin
 
@@ -62,21 +75,22 @@ def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 
     _, (keys, counts) = _run_with_database(config, load)
     sessions = {key.key_id: counts.get(browser_sessions.build_holder(key_id=key.key_id), 0) for key in keys}
-    if as_json:
-        print_json([{**api_key_admin.build_key_json(key), "sessions": sessions[key.key_id]} for key in keys])
-    elif keys:
-        print_table(api_key_admin.build_key_rows(keys, sessions))
-    else:
-        echo("No API keys.")
+    documents = [{**api_key_admin.build_key_json(key), "sessions": sessions[key.key_id]} for key in keys]
+    rows = api_key_admin.build_key_rows(keys, sessions)
+    output.print_list(documents, lambda _documents: rows, id_field="key_id", empty_text="No API keys.")
 
 
 @app.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="Key ID (see `keys list`), or the whole key")],
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="Key ID (see `keys ls`), or the whole key")],
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Revoke an API key immediately"""
+    """Revoke an API key immediately
+
+    Examples:
+        jobledger keys revoke 0f6c1a2b3c4d5e6f
+    """
     from jobledger.api.auth import api_keys, browser_sessions
     from jobledger.cli.administration.api_key_admin import parse_key_id
 
@@ -89,13 +103,13 @@ def revoke(
 
     _, existed = _run_with_database(config, revoke_key)
     if not existed:  # the message does not repeat the argument, which may be most of a key
-        raise NotFound("No API key has this ID. See `jobledger keys list`.")
+        raise NotFound("No API key has this ID. See `jobledger keys ls`.")
     print_result({"revoked": key_id}, f"{key_id} is revoked.", as_json=as_json)
 
 
 @app.command("sign-out")
 def sign_out(
-    key_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Key ID, or the whole key")] = None,
+    key_id: Annotated[str | None, typer.Argument(metavar="ID", help="Key ID, or the whole key")] = None,
     user: Annotated[str | None, typer.Option(help="User, for auth.mode `jwt`")] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -103,6 +117,9 @@ def sign_out(
     """End the browser sessions of an API key or of a user
 
     The key itself stays valid. `keys revoke` also revokes the key.
+
+    Examples:
+        jobledger keys sign-out --user alice
     """
     from jobledger.api.auth.browser_sessions import build_holder, end_sessions
     from jobledger.cli.administration.api_key_admin import parse_key_id

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -11,9 +12,11 @@ import orjson
 import typer
 from rich.text import Text
 
+from jobledger.cli.command_classes import CommandApp
 from jobledger.cli.commands import log_state
 from jobledger.cli.commands.options import AS_OF_HELP, LARGEST_POSITION, ConfigOption, JsonOption, parse_as_of
 from jobledger.cli.exit_codes import EXIT_FAILED
+from jobledger.cli.output.errors import find_similar, with_hint
 from jobledger.cli.output.formatting import format_count
 from jobledger.cli.output.progress import show_progress_bar
 from jobledger.cli.output.terminal_text import SafeConsole, echo, echo_json, print_json, print_result
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from jobledger.ledger.mongo.connection import Connection
     from jobledger.ledger.store.export_file import ExportSummary
 
-app = typer.Typer(help="Verify, export, import and read the log (needs access to the database)", no_args_is_help=True)
+app = CommandApp(help="Read, verify, export and import the log (needs access to the database)")
 app.command("state")(log_state.show_state)
 _INTERNAL_FIELDS: Final = frozenset({"list_keys", "search_keys", "needs_reopen"})
 """Fields of views that serve queries only."""
@@ -65,6 +68,10 @@ def verify(
     """Verify the hash chain of the log, and compare the views with it
 
     Exits with 1 and names the first damaged event, or the documents and files that differ.
+
+    Examples:
+        jobledger log verify
+        jobledger log verify --files --json
     """
     from jobledger.cli.administration import view_maintenance
     from jobledger.ledger.store.event_store import EventStore
@@ -138,6 +145,10 @@ def export(
 
     Run an interrupted export again to continue it. The file contains no secrets and no result files:
     docs/how-to/backup.md.
+
+    Examples:
+        jobledger log export log.jsonl.zst
+        jobledger log export part.jsonl --from 1 --to 2
     """
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.store.export import export_log
@@ -162,6 +173,9 @@ def import_(
     """Import an exported log into an empty database, and build its views
 
     Each event is verified. The import is all or nothing. Run an interrupted import again to continue it.
+
+    Examples:
+        jobledger log import log.jsonl.zst --config restored.yaml
     """
     from jobledger.cli.administration.view_maintenance import rebuild_views
     from jobledger.ledger.store.import_ import import_log
@@ -184,52 +198,114 @@ def _print_summary(text: str, summary: ExportSummary, *, as_json: bool) -> None:
     print_result(content, *lines, as_json=as_json)
 
 
-@app.command()
-def tail(
+StreamOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Only events of this job, batch or delivery, and those it caused. Repeatable"),
+]
+EventTypeOption = Annotated[
+    list[str] | None, typer.Option("--type", help="Only events of this type, e.g. JobFailed. Repeatable")
+]
+LinesOption = Annotated[
+    int, typer.Option("--lines", "-n", min=0, max=100_000, help="Number of the newest matching events")
+]
+AfterOption = Annotated[
+    int | None, typer.Option(min=0, max=LARGEST_POSITION, help="All matching events after this position")
+]
+JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per event")]
+
+
+@app.command("ls")
+def list_events(
     config: ConfigOption = None,
-    stream: Annotated[
-        list[str] | None,
-        typer.Option(help="Only events of this job, batch or delivery, and those it caused. Repeatable"),
-    ] = None,
-    event_type: Annotated[
-        list[str] | None, typer.Option("--type", help="Only events of this type, e.g. JobFailed. Repeatable")
-    ] = None,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="Number of past events")] = 10,
-    after: Annotated[int | None, typer.Option(min=0, max=LARGEST_POSITION, help="Start after this position")] = None,
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Wait for new events until Ctrl-C")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per event")] = False,
+    stream: StreamOption = None,
+    event_type: EventTypeOption = None,
+    lines: LinesOption = 20,
+    after: AfterOption = None,
+    as_json: JsonLinesOption = False,
 ) -> None:
-    """Follow the log
+    """List the newest events, the oldest of them first
+
+    With filters, -n counts the events that match.
+
+    Examples:
+        jobledger log ls
+        jobledger log ls --type JobFailed --type JobLeaseExpired -n 5
+        jobledger log ls --stream batch-6b0c8f1ab6b8bd45b167cb41 --json
+    """
+    _print_events(config, EventFilter.from_options(event_type, stream), lines, after, follow=False, as_json=as_json)
+
+
+@app.command("follow")
+def follow_events(
+    config: ConfigOption = None,
+    stream: StreamOption = None,
+    event_type: EventTypeOption = None,
+    lines: LinesOption = 10,
+    after: AfterOption = None,
+    as_json: JsonLinesOption = False,
+) -> None:
+    """Print the newest events, and new ones until Ctrl-C
 
     Reconnects after a restart of the database or Jobledger.
+
+    Examples:
+        jobledger log follow
+        jobledger log follow --type JobFailed -n 0 --json
     """
-    _check_event_types(event_type or ())
+    _print_events(config, EventFilter.from_options(event_type, stream), lines, after, follow=True, as_json=as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class EventFilter:
+    """The events to print. Empty sets match all."""
+
+    types: frozenset[str]
+    streams: frozenset[str]
+
+    @classmethod
+    def from_options(cls, types: Sequence[str] | None, streams: Sequence[str] | None) -> EventFilter:
+        """Return the filter of command options.
+
+        Raises:
+            ConfigurationError: A type does not exist.
+        """
+        _check_event_types(types or ())
+        return cls(frozenset(types or ()), frozenset(streams or ()))
+
+    def matches(self, event: Any) -> bool:
+        """Return whether an event is to be printed."""
+        if self.streams and self.streams.isdisjoint((event.stream, event.meta.correlation_id)):
+            return False
+        return not self.types or event.type in self.types
+
+
+def _print_events(
+    config: Path | None, event_filter: EventFilter, lines: int, after: int | None, *, follow: bool, as_json: bool
+) -> None:
     with open_configured_connection(config) as (_, connection):
-        printer = _create_event_printer(set(stream or ()), set(event_type or ()), as_json=as_json)
-        asyncio.run(_tail(connection, printer, lines, after, follow=follow))
+        asyncio.run(_read_events(connection, event_filter, lines, after, follow=follow, as_json=as_json))
 
 
-def _check_event_types(names: Any) -> None:
+def _check_event_types(names: Sequence[str]) -> None:
     from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS
 
     event_types = sorted({event.__name__ for event in (*JOB_EVENTS, *BATCH_EVENTS, *DELIVERY_EVENTS)})
     for name in names:
         if name not in event_types:
-            raise ConfigurationError(f"--type {name}: unknown event type. Event types: {', '.join(event_types)}.")
+            error = ConfigurationError(f"--type {name}: unknown event type.")
+            similar = find_similar(name, event_types)
+            hints = [f"Did you mean {similar}?"] if similar else []
+            raise with_hint(error, *hints, f"Event types: {', '.join(event_types)}.")
 
 
-def _create_event_printer(streams: set[str], types: set[str], *, as_json: bool) -> Callable[[Any], None]:
-    """Return a function that prints an event if it matches the filters. An empty set matches all."""
+def _create_event_printer(*, as_json: bool) -> Callable[[Any], None]:
+    """Return a function that prints an event."""
     from jobledger.cli.output.formatting import format_event
     from jobledger.ledger.store.export_file import encode_event_or_stub
 
     console = SafeConsole(soft_wrap=True)
 
     def print_event(event: Any) -> None:
-        if streams and event.stream not in streams and event.meta.correlation_id not in streams:
-            return
-        if types and event.type not in types:
-            return
         if as_json:
             echo_json(encode_event_or_stub(event.document))
         else:
@@ -238,29 +314,40 @@ def _create_event_printer(streams: set[str], types: set[str], *, as_json: bool) 
     return print_event
 
 
-async def _tail(
-    connection: Connection, print_event: Callable[[Any], None], lines: int, after: int | None, *, follow: bool
+async def _read_events(
+    connection: Connection,
+    event_filter: EventFilter,
+    lines: int,
+    after: int | None,
+    *,
+    follow: bool,
+    as_json: bool,
 ) -> None:
+    """Print the newest events that match, or those after a position. Then perhaps follow the log."""
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.subscriber import LedgerClient
 
+    print_event = _create_event_printer(as_json=as_json)
     async with connection.create_client() as client:
         event_store = EventStore(client[connection.db_name])
         head = await event_store.read_head_position()
-        position = max(0, head - lines) if after is None else after
-        if not follow:
-            while position < head and (page := await event_store.read(after=position)):
-                for event in page:
-                    if event.position <= head:
-                        print_event(event)
-                position = page[-1].position
-            return
+        position = head if after is None else after
+        if after is None and lines:
+            types, streams = event_filter.types, event_filter.streams
+            for event in await event_store.read_newest(lines, up_to=head, types=types, streams=streams):
+                print_event(event)
+        while position < head and not follow and (page := await event_store.read(after=position)):
+            for event in page:
+                if event.position <= head and event_filter.matches(event):
+                    print_event(event)
+            position = page[-1].position
     subscriber = LedgerClient(connection)
-    while True:
+    while follow:
         try:
             async with subscriber.subscribe(after=position) as events:
                 async for event in events:
-                    print_event(event)
+                    if event_filter.matches(event):
+                        print_event(event)
                     position = event.position
         except LedgerUnavailable as error:
             echo(f"waiting for the database: {error}", err=True)
@@ -274,7 +361,12 @@ def show_history(
     as_of: Annotated[str | None, typer.Option(help=f"Stop at this point. {AS_OF_HELP}")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show all events of a job, batch or delivery, with actor and state changes"""
+    """Show all events of a job, batch or delivery, with actor and state changes
+
+    Examples:
+        jobledger log history job-6b0c8f1ab6b8bd45b167cb42
+        jobledger log history job-6b0c8f1ab6b8bd45b167cb42 --as-of 2026-02-01T09:30Z --json
+    """
     from jobledger.cli.output.formatting import format_changes, format_event
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.ledger.store.export_file import encode_event_or_stub

@@ -17,6 +17,12 @@ from jobledger.cli.runtime import open_configured_connection, run_with_database
 from jobledger.ledger.domain.errors import ConfigurationError
 
 _MAX_ROWS: Final = 50
+_WAITING_TEXTS: Final[Mapping[str, str]] = {
+    "worker": "waiting for a worker",
+    "due_time": "waiting for their start time",
+    "retry": "waiting for a retry",
+    "batch_paused": "in paused batches",
+}
 State = dict[str, Any]
 Changes = dict[str, list[str | None]]
 """Statuses of a job at both points, by job ID. None: the job did not exist."""
@@ -31,6 +37,10 @@ def show_state(
     """Show the state of jobs and batches at an earlier time
 
     Reads the log only; views are not used.
+
+    Examples:
+        jobledger log state --as-of 2026-02-01T09:30Z
+        jobledger log state --as-of 1 --until 2 --json
     """
     from jobledger.ledger.store.event_store import EventStore
     from jobledger.projections.engine.as_of import load_state_as_of
@@ -67,6 +77,8 @@ def print_state(state: State) -> None:
         return
     _print_point("Position", state)
     echo(_format_counts(state["jobs"]))
+    if waiting := {_WAITING_TEXTS[kind]: count for kind, count in state["waiting_for"].items() if count}:
+        echo(f"Pending jobs: {_format_counts(waiting)}")
     if (submitted_at := state["oldest_pending_submitted_at"]) is not None:
         echo(f"Oldest pending job submitted at {format_timestamp(submitted_at)}")
     if state["running"]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import httpx
 import orjson
@@ -18,59 +17,124 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from jobledger.cli.commands.api_client import (
+    RetrySchedule,
     build_unexpected_response_error,
-    compute_retry_delay,
     open_async_client,
     parse_response,
 )
-from jobledger.cli.commands.options import DEFAULT_URL, UrlOption
-from jobledger.cli.exit_codes import EXIT_FAILED
+from jobledger.cli.commands.live_stream import stream_events
+from jobledger.cli.commands.options import (
+    DEFAULT_URL,
+    JsonOption,
+    TimeoutOption,
+    UrlOption,
+    parse_assignments,
+    parse_duration,
+)
+from jobledger.cli.exit_codes import EXIT_FAILED, EXIT_UNAVAILABLE
+from jobledger.cli.output.documents import Output
+from jobledger.cli.output.errors import with_hint
 from jobledger.cli.output.formatting import format_count
 from jobledger.cli.output.terminal_text import SafeConsole, echo, escape_line
-from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable
+from jobledger.ledger.domain.errors import ConfigurationError
 
 _FINAL_STATUSES: Final = {"JobCompleted": "completed", "JobFailed": "failed", "JobCancelled": "cancelled"}
 _STYLES: Final = {"completed": "green", "failed": "red", "cancelled": "yellow"}
 _MAX_BARS: Final = 30
-_RECONNECT_TIMEOUT_SECONDS: Final = 60.0
-_STREAM_TIMEOUT: Final = httpx.Timeout(10, read=45)  # the server sends a heartbeat every 15 seconds
-_UNAVAILABLE_STATUSES: Final = (429, 502, 503, 504)
-"""HTTP statuses of the API, or of a proxy before it, while the stream cannot be served."""
+_MAX_PRINTED_JOBS: Final = 20
 
 
 def submit(
-    file: Annotated[
-        str,
+    files: Annotated[
+        list[Path] | None,
         typer.Argument(
-            metavar="FILE", help="JSON or YAML file: a job, a list of jobs, or a batch. Use - for standard input"
+            metavar="FILE",
+            help="JSON or YAML files: a job, a list of jobs, or a batch. Use - for standard input",
         ),
-    ],
+    ] = None,
+    job_type: Annotated[str | None, typer.Option("--type", help="Submit every job as this job type")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the batch, or of the only job")] = None,
+    params: Annotated[
+        list[str] | None,
+        typer.Option("--param", metavar="NAME=VALUE", help="Parameter of every job; VALUE is JSON or text. Repeatable"),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Idempotency key: repeating the command with it submits nothing again")
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait until the batch has finished. Exit with 1 if a job did not complete")
     ] = False,
-    job_type: Annotated[str | None, typer.Option("--type", help="Submit every job as this job type")] = None,
+    timeout: TimeoutOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the request as JSON, and submit nothing")] = False,
+    output: Annotated[
+        Literal["json", "yaml", "name"] | None, typer.Option("--output", "-o", help="json, yaml or name (IDs only)")
+    ] = None,
+    as_json: JsonOption = False,
     url: UrlOption = DEFAULT_URL,
 ) -> None:
     """Submit jobs in one atomic batch
 
-    Uses the API key in JOBLEDGER_KEY if set.
+    Jobs come from files, or from --type and --param. `jobledger types ls` lists job types and their parameters. Uses
+    the API key in JOBLEDGER_KEY if set.
+
+    Examples:
+        jobledger submit batch.yaml --wait
+        jobledger submit opening.yaml keynote.yaml --name "Day 1" -o name
+        jobledger submit --type echo --param text=hello --wait --timeout 5m
+        jobledger submit batch.yaml --key import-2026-02-01
+        jobledger submit batch.yaml --param source_language=fr --dry-run
+        cat batch.yaml | jobledger submit - --json
     """
-    batch = parse_batch(_read_file(file))
-    if job_type is not None:
-        batch["jobs"] = [_add_job_type(job, job_type) for job in batch["jobs"]]
-    raise typer.Exit(asyncio.run(_submit_and_follow(url, batch, wait=wait)))
+    chosen: Any = "json" if as_json else output
+    limit = None if timeout is None else parse_duration(timeout, "--timeout").total_seconds()
+    batch = build_batch(files or [], job_type, name, parse_assignments(params, "--param"))
+    if dry_run:
+        Output(chosen if chosen in ("json", "yaml") else "json").print_document(batch)
+        echo(f"Not submitted: {format_count(len(batch['jobs']), 'job')}. Jobledger has not checked them.", err=True)
+        return
+    wait = wait or limit is not None
+    raise typer.Exit(asyncio.run(_submit_and_follow(url, batch, key, chosen, wait=wait, limit=limit)))
 
 
-def _read_file(file: str) -> Any:
+def build_batch(
+    files: Sequence[Path], job_type: str | None, name: str | None, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the request body for files and options.
+
+    Raises:
+        ConfigurationError: There are no jobs, or a file is not valid.
+    """
+    if not files and job_type is None:
+        error = ConfigurationError("Nothing to submit: expected a file, or --type and --param.")
+        raise with_hint(error, "See `jobledger submit --help` for examples.")
+    parts = [parse_batch(_read_file(file)) for file in files] or [{"jobs": [{"parameters": {}}]}]
+    batch: dict[str, Any] = {"jobs": [job for part in parts for job in part["jobs"]]}
+    for part, file in zip(parts, files, strict=False):
+        settings = {field: value for field, value in part.items() if field != "jobs"}
+        if settings and len(parts) > 1:
+            raise ConfigurationError(f"{file}: only a single file can have {', '.join(map(str, settings))}.")
+        batch |= settings
+    batch["jobs"] = [_change_job(job, job_type, parameters) for job in batch["jobs"]]
+    if name is not None:
+        only_job = batch["jobs"][0] if len(batch["jobs"]) == 1 else None
+        if isinstance(only_job, dict) and "parameters" in only_job:
+            only_job["job_name"] = name
+        else:
+            batch["batch_name"] = name
+    return batch
+
+
+def _read_file(path: Path) -> Any:
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        return _parse(text)
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return _parse(data.decode("utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigurationError(f"{file}: file not found.") from None
+        error = ConfigurationError(f"{path}: file not found.")
+        raise with_hint(error, "Without a file, use --type TYPE --param NAME=VALUE.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{file} cannot be read: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigurationError(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigurationError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
 
 
 def _parse(text: str) -> Any:
@@ -97,47 +161,84 @@ def parse_batch(content: Any) -> dict[str, Any]:
     raise ConfigurationError(f"Expected a job, a list of jobs, or a batch, got {type(content).__name__}.")
 
 
-def _add_job_type(job: Any, job_type: str) -> Any:
-    if not isinstance(job, dict):
+def _change_job(job: Any, job_type: str | None, parameters: Mapping[str, Any]) -> Any:
+    """Return a job with another type and more parameters. A job that is not an object is left to the API to reject."""
+    if not isinstance(job, dict) or (job_type is None and not parameters):
         return job
-    return {**job, "job_type": job_type} if "parameters" in job else {"job_type": job_type, "parameters": job}
+    body = dict(job) if "parameters" in job else {"parameters": job}
+    if job_type is not None:
+        body["job_type"] = job_type
+    if isinstance(body["parameters"], dict):
+        body["parameters"] = {**body["parameters"], **parameters}
+    return body
 
 
 def _get_display_name(job: Any) -> str:
     parameters = job.get("parameters", job)
-    return str(job.get("job_name") or parameters.get("session") or "job")
+    return str(job.get("job_name") or parameters.get("session") or job.get("job_type") or "job")
 
 
-async def _submit_and_follow(url: str, batch: dict[str, Any], *, wait: bool) -> int:
-    """Return the exit code."""
-    console = SafeConsole()
+async def _submit_and_follow(
+    url: str, batch: dict[str, Any], key: str | None, output: Any, *, wait: bool, limit: float | None
+) -> int:
+    """Submit a batch, print it, and perhaps wait for it. Return the exit code."""
+    console = SafeConsole(stderr=output is not None)
+    statuses: dict[str, str] = {}
+    is_late = False
     async with open_async_client(url) as client:
-        submitted, position = await submit_batch(client, batch)
-
-        jobs = format_count(len(submitted["job_ids"]), "job")
-        console.print(f"{submitted['batch_id']}: {jobs} accepted", highlight=False)
+        submitted, position = await submit_batch(client, batch, key)
+        names = dict(zip(submitted["job_ids"], map(_get_display_name, batch["jobs"]), strict=True))
+        if output is None:
+            _print_submitted(submitted, names)
         for endpoint in submitted.get("webhook_secrets", ()):
             echo(f"Signing secret of {endpoint['url']}: {endpoint['secret']} (not shown again)", err=True)
-        if not wait:
-            return 0
-        names = dict(zip(submitted["job_ids"], map(_get_display_name, batch["jobs"]), strict=True))
-        statuses = await follow_batch(client, submitted, names, after=position, console=console)
+        if wait:
+            try:
+                async with asyncio.timeout(limit):
+                    statuses = await follow_batch(client, submitted, names, after=position, console=console)
+            except TimeoutError:
+                is_late = True
+    if output == "name":
+        echo(*submitted["job_ids"])
+    elif output is not None:
+        fields = {name: submitted[name] for name in ("batch_id", "job_ids")}
+        Output(output).print_document({**fields, **({"statuses": statuses} if wait else {})})
+    if is_late:
+        echo(f"error: {submitted['batch_id']} has not finished in time. It continues.", err=True)
+        echo(f"hint: Wait for it with `jobledger batches wait {submitted['batch_id']}`.", err=True)
+        return EXIT_UNAVAILABLE
     return 0 if all(status == "completed" for status in statuses.values()) else EXIT_FAILED
 
 
-async def submit_batch(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+def _print_submitted(submitted: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Print the ID of a batch, and the IDs of its first jobs."""
+    echo(f"{submitted['batch_id']}: {format_count(len(names), 'job')} accepted")
+    for job_id in list(names)[:_MAX_PRINTED_JOBS]:
+        echo(f"  {job_id}  {names[job_id]}")
+    if len(names) > _MAX_PRINTED_JOBS:
+        echo(f"  … and {len(names) - _MAX_PRINTED_JOBS} more (-o name prints all)")
+
+
+async def submit_batch(
+    client: httpx.AsyncClient, batch: Mapping[str, Any], key: str | None = None
+) -> tuple[dict[str, Any], int]:
     """Submit a batch. Return the response, and the position before the batch's first event.
 
     Raises:
         ConfigurationError: The batch cannot be written as JSON, or authentication failed.
         RequestRejected: The API rejected the batch.
         httpx.HTTPError: the API does not respond.
+
+    Args:
+        client: Client of the API.
+        batch: The request body.
+        key: The Idempotency-Key.
     """
     try:
         body = orjson.dumps(batch)
     except TypeError as error:  # YAML has types that JSON lacks: numbers as keys, bytes, sets, unbounded integers
         raise ConfigurationError(f"The batch cannot be written as JSON: {error}") from error
-    response = await client.post("/api/events/batches", content=body, headers={"Content-Type": "application/json"})
+    response = await _send(client, body, key)
     content = parse_response(response, "batch_id", "job_ids", "batch")
     if "Ledger-Position" not in response.headers:
         raise build_unexpected_response_error(response)
@@ -145,46 +246,19 @@ async def submit_batch(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> t
     return content, int(response.headers["Ledger-Position"]) - content["batch"]["total_jobs"] - 1
 
 
-async def stream_events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> AsyncIterator[dict[str, Any]]:
-    """Yield the events of a batch and its jobs as they happen. Reconnects after interruptions.
-
-    Raises:
-        LedgerUnavailable: The API did not respond for a minute.
-    """
-    lost_at: float | None = None
+async def _send(client: httpx.AsyncClient, body: bytes, key: str | None) -> httpx.Response:
+    schedule = RetrySchedule(key)
+    headers = {"Content-Type": "application/json", **schedule.headers}
     while True:
-        delay = 1.0
         try:
-            query = {"after": str(after), "batch_id": batch_id}
-            async with client.stream("GET", "/api/ledger/stream", params=query, timeout=_STREAM_TIMEOUT) as response:
-                if response.status_code in _UNAVAILABLE_STATUSES:
-                    delay = compute_retry_delay(response)
-                    raise httpx.HTTPStatusError(
-                        f"HTTP status {response.status_code}", request=response.request, response=response
-                    )
-                if response.is_error:
-                    await response.aread()
-                    parse_response(response)  # raises the error
-                async for line in _iterate_lines(response):
-                    lost_at = None
-                    if line.startswith(b"data:"):
-                        event: dict[str, Any] = orjson.loads(line.removeprefix(b"data:"))
-                        after = event["position"]
-                        yield event
+            response = await client.post("/api/events/batches", content=body, headers=headers)
         except httpx.HTTPError as error:
-            lost_at = lost_at or time.monotonic()
-            if time.monotonic() - lost_at > _RECONNECT_TIMEOUT_SECONDS:
-                raise LedgerUnavailable(f"Lost the connection to {client.base_url}: {error}") from error
+            if (delay := schedule.next_delay(error)) is None:
+                raise
+        else:
+            if (delay := schedule.next_delay(response)) is None:
+                return response
         await asyncio.sleep(delay)
-
-
-async def _iterate_lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Yield lines of Server-Sent Events. `aiter_lines` would also split at U+2028 and similar, inside the JSON."""
-    rest = b""
-    async for chunk in response.aiter_bytes():
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line.removesuffix(b"\r")
 
 
 async def follow_batch(
@@ -215,7 +289,7 @@ async def follow_batch(
         TextColumn("[dim]{task.fields[message]}"),
         TimeElapsedColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.has_terminal,
     ) as progress:
         batch_bar = progress.add_task(f"[bold]{format_count(total, 'job')}", total=total, message="")
         bars: dict[str, TaskID] = {}

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from jobledger.cli.command_classes import CommandApp
 from jobledger.cli.commands.options import ConfigOption, JsonOption
 from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.output.progress import show_progress_bar
 from jobledger.cli.output.terminal_text import print_result
 from jobledger.cli.runtime import open_configured_connection
 
-app = typer.Typer(help="Rebuild and check views (needs access to the database)", no_args_is_help=True)
+app = CommandApp(help="Rebuild and check views (needs access to the database)")
 ViewOption = Annotated[
     list[str] | None, typer.Option("--view", help="Only this view, e.g. jobs or statistics. Repeatable")
 ]
@@ -24,6 +25,10 @@ def rebuild(config: ConfigOption = None, view: ViewOption = None, as_json: JsonO
     """Rebuild all views from the log, then switch over atomically
 
     Jobs and readers continue meanwhile. Run an interrupted rebuild again to continue it.
+
+    Examples:
+        jobledger views rebuild
+        jobledger views rebuild --view statistics
     """
     from jobledger.cli.administration import view_maintenance
 
@@ -38,6 +43,10 @@ def check(config: ConfigOption = None, view: ViewOption = None, as_json: JsonOpt
     """Compare views with the log
 
     Exits with 1 if any document differs. Changes nothing that readers see.
+
+    Examples:
+        jobledger views check
+        jobledger views check --view jobs --json
     """
     from jobledger.cli.administration import view_maintenance
 

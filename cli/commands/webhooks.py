@@ -11,13 +11,15 @@ from urllib.parse import quote
 import orjson
 import typer
 
+from jobledger.cli.command_classes import CommandApp, use_options
 from jobledger.cli.commands import resources
 from jobledger.cli.commands.api_client import open_client, parse_response, remove_none
 from jobledger.cli.commands.options import DEFAULT_URL, ConfigOption, JsonOption, UrlOption
-from jobledger.cli.commands.resources import Document, format_iso_timestamp
+from jobledger.cli.commands.resources import format_iso_timestamp
 from jobledger.cli.exit_codes import EXIT_FAILED
+from jobledger.cli.output.documents import Document, Rows, build_output
 from jobledger.cli.output.formatting import format_count
-from jobledger.cli.output.terminal_text import echo, echo_text, print_json, print_result, print_table
+from jobledger.cli.output.terminal_text import echo, echo_text, print_json, print_result
 from jobledger.cli.runtime import load_settings
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.statuses import DeliveryStatus
@@ -25,7 +27,7 @@ from jobledger.ledger.domain.statuses import DeliveryStatus
 if TYPE_CHECKING:
     from jobledger.workers.webhooks.webhook_client import WebhookRequest, WebhookResponse
 
-app = typer.Typer(help="Inspect, test and redeliver webhooks, and manage signing secrets", no_args_is_help=True)
+app = CommandApp(help="Inspect, test and redeliver webhooks, and manage signing secrets")
 _DELIVERIES_PATH: Final = "/api/monitoring/events/webhooks"
 _REDELIVER_PATH: Final = "/api/monitoring/events/redeliver"
 _ENDPOINTS_PATH: Final = "/api/monitoring/events/webhook-endpoints"
@@ -36,28 +38,34 @@ HostOption = Annotated[str | None, typer.Option(help="Only deliveries to this ho
 EndpointArgument = Annotated[str, typer.Argument(metavar="ENDPOINT_ID", help="See `webhooks endpoints`")]
 
 
-@app.command("list")
+@app.command("ls")
+@use_options(output=build_output)
 def list_deliveries(
+    output: Any,
     status: Annotated[DeliveryStatus | None, typer.Option(help="Only deliveries with this status")] = None,
     job: JobOption = None,
     batch: BatchOption = None,
     host: HostOption = None,
     limit: resources.LimitOption = 50,
     url: UrlOption = DEFAULT_URL,
-    as_json: JsonOption = False,
 ) -> None:
     """List webhook deliveries with their last result, newest first
 
     Filters are combined.
+
+    Examples:
+        jobledger webhooks ls --status abandoned
+        jobledger webhooks ls --job job-6b0c8f1ab6b8bd45b167cb42 -o json
     """
     query = {"status": status, "job_id": job, "batch_id": batch, "host": host}
     deliveries, total = resources.fetch_list(url, _DELIVERIES_PATH, "deliveries", query, limit)
-    resources.print_list(deliveries, total, build_delivery_rows, plural="webhook deliveries", as_json=as_json)
+    plural = "webhook deliveries"
+    resources.print_list(deliveries, total, build_delivery_rows, output, plural=plural, id_field="delivery_id")
 
 
 @app.command()
 def redeliver(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Delivery IDs")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Delivery IDs")] = None,
     status: Annotated[
         DeliveryStatus | None, typer.Option(help="Without IDs: only deliveries with this status. Default: abandoned")
     ] = None,
@@ -71,6 +79,10 @@ def redeliver(
     """Redeliver webhooks
 
     Specify delivery IDs, or select deliveries with filters (default: abandoned).
+
+    Examples:
+        jobledger webhooks redeliver --status abandoned
+        jobledger webhooks redeliver --host cms.example.org:443 --reason "the server is back"
     """
     filters = remove_none({"status": status, "job_id": job, "batch_id": batch, "host": host})
     if ids and filters:
@@ -104,6 +116,9 @@ def send_test(
     """Send a test webhook from this machine and show the response
 
     The same rules as for real webhooks apply. Nothing is recorded.
+
+    Examples:
+        jobledger webhooks test https://cms.example.org/hooks --header 'X-Key: 1'
     """
     settings = load_settings(config).webhooks
     request = _build_test_request(endpoint_url, header or (), secret)
@@ -163,8 +178,13 @@ def _parse_header(text: str) -> tuple[str, str]:
 
 
 @app.command("endpoints")
-def list_endpoints(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
-    """List webhook endpoints"""
+@use_options(output=build_output)
+def list_endpoints(output: Any, url: UrlOption = DEFAULT_URL) -> None:
+    """List webhook endpoints
+
+    Examples:
+        jobledger webhooks endpoints
+    """
     endpoints: list[Document] = []
     page: list[Document] | None = None
     with open_client(url) as client:
@@ -173,12 +193,8 @@ def list_endpoints(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) ->
             query = remove_none({"limit": _ENDPOINTS_PAGE_SIZE, "after": after})
             page = parse_response(client.get(_ENDPOINTS_PATH, params=query), "endpoints")["endpoints"]
             endpoints += page
-    if as_json:
-        print_json(endpoints)
-    elif endpoints:
-        print_table(build_endpoint_rows(endpoints))
-    else:
-        echo("No webhook endpoints.")
+    rows = build_endpoint_rows
+    output.print_list(endpoints, rows, id_field="endpoint_id", empty_text="No webhook endpoints.")
 
 
 @app.command("rotate-secret")
@@ -188,7 +204,11 @@ def rotate_secret(
     url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace the signing secret of an endpoint and print the new one once"""
+    """Replace the signing secret of an endpoint and print the new one once
+
+    Examples:
+        jobledger webhooks rotate-secret 0f6c1a2b3c4d5e6f70818283
+    """
     path = f"{_ENDPOINTS_PATH}/{quote(endpoint_id, safe='')}/rotate-secret"
     with open_client(url) as client:
         rotated = parse_response(client.post(path, json={"grace_period_s": grace_seconds}), "secret")
@@ -200,25 +220,34 @@ def rotate_secret(
 
 
 @app.command("revoke-secret")
-def revoke_secret(endpoint_id: EndpointArgument, url: UrlOption = DEFAULT_URL) -> None:
+def revoke_secret(endpoint_id: EndpointArgument, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
     """Revoke the signing secrets of an endpoint immediately
 
     The endpoint receives no webhooks until its secret is rotated.
+
+    Examples:
+        jobledger webhooks revoke-secret 0f6c1a2b3c4d5e6f70818283
     """
     with open_client(url) as client:
         parse_response(client.delete(f"{_ENDPOINTS_PATH}/{quote(endpoint_id, safe='')}/secret"))
-    echo("Revoked. `jobledger webhooks rotate-secret` creates a new secret.")
+    text = "Revoked. `jobledger webhooks rotate-secret` creates a new secret."
+    print_result({"revoked": endpoint_id}, text, as_json=as_json)
 
 
 @app.command("generate-secret")
-def generate_secret() -> None:
-    """Generate a signing secret for `webhook.secrets` of a submission"""
+def generate_secret(as_json: JsonOption = False) -> None:
+    """Generate a signing secret for `webhook.secrets` of a submission
+
+    Examples:
+        jobledger webhooks generate-secret
+    """
     from jobledger.ledger.webhooks.signature import generate_secret as generate
 
-    echo(generate())
+    secret = generate()
+    print_result({"secret": secret}, secret, as_json=as_json)
 
 
-def build_delivery_rows(deliveries: Sequence[Document]) -> resources.Rows:
+def build_delivery_rows(deliveries: Sequence[Document]) -> Rows:
     """Yield the header and the rows of the table of deliveries."""
     yield ("DELIVERY", "EVENT", "STATUS", "ATTEMPTS", "HOST", "LAST RESULT")
     for delivery in deliveries:
@@ -240,7 +269,7 @@ def _format_last_result(delivery: Document) -> str:
     return result
 
 
-def build_endpoint_rows(endpoints: Sequence[Document]) -> resources.Rows:
+def build_endpoint_rows(endpoints: Sequence[Document]) -> Rows:
     """Yield the header and the rows of the table of endpoints."""
     yield ("ENDPOINT ID", "USER", "URL", "CREATED", "ROTATED", "OLD SECRET EXPIRES")
     for endpoint in endpoints:

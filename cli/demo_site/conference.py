@@ -52,9 +52,9 @@ class Slide(_Content):
 
 
 class Video(_Content):
-    """A short video with a moving picture, a caption and a melody of (note, length in beats).
+    """A short video with a moving picture, a caption, a melody of (note, length in beats), and subtitles.
 
-    Captions must be ASCII: the bundled font has few other characters.
+    Captions must be ASCII: the bundled font has few other characters. `subtitles` are shown one after the other.
     """
 
     container: Literal["webm", "mp4"]
@@ -62,6 +62,7 @@ class Video(_Content):
     caption: tuple[str, str]
     melody: tuple[tuple[Note, float], ...]
     seconds: int
+    subtitles: tuple[str, ...]
 
 
 class Talk(_Content):

@@ -46,7 +46,7 @@ def write_site(directory: Path) -> list[Path]:
 def list_sessions(base_url: str) -> list[dict[str, JSON]]:
     """Return the parameters of a session job for each talk of the site at `base_url`.
 
-    English talks have the target language German, and German talks English.
+    The target language is that of the talk, because a translation needs a language model.
     """
     conference = load_conference()
     root = base_url.rstrip("/")
@@ -64,7 +64,7 @@ def list_sessions(base_url: str) -> list[dict[str, JSON]]:
             "video_url": f"{root}/{quote(_make_video_path(talk))}" if talk.video else None,
             "attachments_url": f"{root}/{quote(_make_slides_path(talk))}" if talk.slides else None,
             "source_language": talk.language,
-            "target_language": "en" if talk.language == "de" else "de",
+            "target_language": talk.language,
         }
         for talk in conference.talks
     ]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 from av.container import OutputContainer
@@ -32,6 +32,9 @@ CODECS: dict[str, tuple[Literal["libvpx-vp9", "libx264"], dict[str, str], Litera
 }
 
 
+_SUBTITLE_CODECS: dict[str, str] = {"webm": "webvtt", "mp4": "mov_text"}
+
+
 def write_video(talk: Talk, video: Video, path: Path) -> None:
     """Encode `video` to `path`, as WebM (VP9, Opus) or MP4 (H.264, AAC)."""
     with av.open(str(path), "w", format=video.container, options={"fflags": "+bitexact"}) as output:
@@ -46,6 +49,8 @@ def _encode(output: OutputContainer, talk: Talk, video: Video) -> None:
     sound = output.add_stream(audio_codec, rate=SAMPLE_RATE)
     sound.bit_rate = 48_000
     sound.layout = "mono"
+    for packet in _make_subtitles(video, _add_subtitle_stream(output, talk, video)):
+        output.mux(packet)
     samples = _synthesize(video)
     for second in range(video.seconds):  # interleave per second so that the file can be streamed
         for number in range(second * FRAMES_PER_SECOND, (second + 1) * FRAMES_PER_SECOND):
@@ -54,6 +59,25 @@ def _encode(output: OutputContainer, talk: Talk, video: Video) -> None:
         output.mux(sound.encode(_make_audio_frame(samples, second * SAMPLE_RATE)))
     output.mux(picture.encode(None))
     output.mux(sound.encode(None))
+
+
+def _add_subtitle_stream(output: OutputContainer, talk: Talk, video: Video) -> Any:
+    stream: Any = output.add_stream(_SUBTITLE_CODECS[video.container])
+    stream.codec_context.subtitle_header = b"[Script Info]\nScriptType: v4.00+\n"
+    stream.metadata["language"] = {"en": "eng", "de": "deu"}[talk.language]
+    return stream
+
+
+def _make_subtitles(video: Video, stream: Any) -> Iterator[Any]:
+    """Yield a packet for each subtitle. They share the length of the video."""
+    milliseconds = video.seconds * 1000 // len(video.subtitles)
+    for number, text in enumerate(video.subtitles):
+        data = text.encode()
+        packet: Any = av.Packet(len(data).to_bytes(2, "big") + data if video.container == "mp4" else data)
+        packet.stream, packet.time_base = stream, Fraction(1, 1000)
+        packet.pts = packet.dts = number * milliseconds
+        packet.duration = milliseconds
+        yield packet
 
 
 def _make_video_frame(picture: Image.Image, number: int) -> av.VideoFrame:

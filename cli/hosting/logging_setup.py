@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TextIO, cast
+from collections.abc import Callable
+from typing import Any, TextIO, cast
 
 import structlog
 
 from jobledger.cli.output.terminal_text import SafeFormatter, SafeStream, escape_log_entry
 from jobledger.cli.settings import LoggingSettings
+
+_hide: Callable[[str], str] = str
+
+
+def set_secret_filter(hide: Callable[[str], str]) -> None:
+    """Hide secrets in all further log lines. Logging exists once in a process.
+
+    Args:
+        hide: Returns a line without secrets.
+    """
+    global _hide
+    _hide = hide
+
+
+def _hide_secrets(_logger: Any, _method: str, line: Any) -> str:
+    return _hide(line)
+
+
+class _SecretFormatter(SafeFormatter):
+    """Formats log records of other libraries without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _hide(super().format(record))
 
 
 def configure_logging(settings: LoggingSettings) -> None:
@@ -28,12 +52,13 @@ def configure_logging(settings: LoggingSettings) -> None:
             structlog.processors.format_exc_info,
             *escaping,
             renderer,
+            _hide_secrets,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(cast("TextIO", SafeStream(sys.stderr))),
     )
     handler = logging.StreamHandler(SafeStream(sys.stderr))
-    handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_SecretFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 

@@ -21,7 +21,7 @@ from jobledger.api.auth.jwks import JwksKeySource, KeySource, StaticKeySource, c
 from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier, SingleUserBackend
 from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.auth.stream_access import StreamAccessCache
-from jobledger.api.context import ApiContext
+from jobledger.api.context import ApiContext, SubmissionDefaults
 from jobledger.api.finish_notifier import FinishNotifier
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.http.sse import LiveStreams
@@ -42,7 +42,8 @@ from jobledger.ledger.system.disk_space import MIB, DiskSpaceMonitor
 from jobledger.projections.engine.checkpoint import CheckpointFollower
 from jobledger.projections.engine.dispatcher import Dispatcher
 from jobledger.projections.engine.stalls import StallDetector
-from jobledger.workers.registry import get_unusable_job_types, load_processors
+from jobledger.workers.processor import Processor
+from jobledger.workers.registry import get_default_timeout, get_retry, get_unusable_job_types, load_processors
 
 _KEEP_ALIVE_SECONDS: Final = 30
 _GRACEFUL_SHUTDOWN_SECONDS: Final = 3
@@ -121,6 +122,16 @@ def build_context(
         trusted_proxies=[ip_network(text) for text in (*settings.api.trusted_proxies, *settings.auth.proxy.trusted)],
         has_access_log=settings.logging.access_log,
         disk_monitor=_make_disk_monitor(settings),
+        submission_defaults={name: _get_defaults(processor) for name, processor in load_processors().items()},
+    )
+
+
+def _get_defaults(processor: type[Processor]) -> SubmissionDefaults:
+    retry = get_retry(processor)
+    return SubmissionDefaults(
+        max_attempts=retry.max_attempts if retry is not None else 1,
+        timeout_s=get_default_timeout(processor),
+        is_retried=retry is not None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
@@ -40,13 +41,25 @@ def format_timestamp(time: datetime, precision: str = "milliseconds") -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration: `0.8 s`, `42 s`, `7 min 5 s`, `2 h 3 min`."""
+    """Return a duration with its two largest units: `0.8s`, `42s`, `7m5s`, `2h3m`, `5d4h`. Options accept this form."""
     if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+        return f"{max(0.0, seconds):.1f}s"
+    rest = round(seconds)
+    units = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
+    for (unit, size), (smaller_unit, smaller_size) in pairwise(units):
+        if rest >= size:
+            smaller = rest % size // smaller_size
+            return f"{rest // size}{unit}" + (f"{smaller}{smaller_unit}" if smaller else "")
+    return f"{rest}s"
+
+
+def format_age(seconds: float) -> str:
+    """Return a duration with its largest unit: `42s`, `7m`, `2h`, `5d`."""
+    rest = max(0, int(seconds))
+    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if rest >= size:
+            return f"{rest // size}{unit}"
+    return f"{rest}s"
 
 
 def format_count(count: int, singular: str, plural: str | None = None) -> str:
@@ -105,10 +118,23 @@ def describe_event(event: RecordedEvent) -> str:
             retry_at = data.get("retry_at")
             retry = f"; retry at {format_timestamp(retry_at)}" if isinstance(retry_at, datetime) else ""
             return f"{data['error']['code']}: {data['error']['message']}{retry}"
+        case "JobUpdated" if data.get("difference"):
+            shown = {name: value for name, value in data.items() if name not in ("parameters", "difference")}
+            changes = ", ".join(_format_parameter_change(change) for change in data["difference"])
+            return ", ".join(part for part in (changes, _format_fields(shown)) if part)
         case _:
-            return ", ".join(
-                f"{name} {_format_value(value)}" for name, value in data.items() if name not in _OMITTED_DATA
-            )
+            return _format_fields(data)
+
+
+def _format_fields(data: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_format_value(value)}" for name, value in data.items() if name not in _OMITTED_DATA)
+
+
+def _format_parameter_change(change: Mapping[str, Any]) -> str:
+    if change["kind"] == "removed":
+        return f"{change['name']} removed"
+    before, after = (_format_value(change[name]) for name in ("before", "after"))
+    return f"{change['name']} {after}" if change["kind"] == "added" else f"{change['name']} {before} → {after}"
 
 
 def _format_value(value: Any) -> str:

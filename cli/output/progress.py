@@ -20,7 +20,7 @@ _LINE_INTERVAL_SECONDS: Final = 5.0
 def show_progress_bar(title: str) -> Iterator[ProgressCallback]:
     """Show a progress bar on a terminal, or a line every few seconds elsewhere. Yield the function that updates it."""
     console = SafeConsole(stderr=True)
-    if not console.is_terminal:
+    if not console.has_terminal:
         last = time.monotonic()
 
         def print_progress(done: int, total: int) -> None:

@@ -11,13 +11,11 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, MutableMapping, Sequence
-from itertools import chain
 from typing import IO, Any, Final
 
 import orjson
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 # Unicode categories Cc, Cf, Cs, Zl and Zp, and letters without a glyph.
@@ -28,6 +26,8 @@ _DANGEROUS: Final = (
 )
 _UNSAFE_IN_LINE: Final = re.compile(f"[{_DANGEROUS}]")
 _UNSAFE_IN_TEXT: Final = re.compile(f"(?!\n)[{_DANGEROUS}]")
+_NARROW_COLUMN: Final = 10
+"""Width of a column, such as the status, that is kept as long as other columns are wider."""
 _UNLIMITED_WIDTH: Final = 1_000_000
 """Columns of output that is no terminal."""
 _SHORT_ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -61,6 +61,11 @@ def echo_text(text: str, *, err: bool = False) -> None:
     typer.echo(escape_text(text).replace("\n", "\n  "), err=err)
 
 
+def echo_page(text: str) -> None:
+    """Print text of this program, such as a help page, as it is."""
+    typer.echo(text)
+
+
 def echo_json(content: bytes | str) -> None:
     """Print JSON with the same value, in which unsafe characters are written as `\\uXXXX`."""
     text = content.decode() if isinstance(content, bytes) else content
@@ -85,24 +90,56 @@ def print_result(content: Any, *lines: str, as_json: bool) -> None:
         echo(*lines)
 
 
-def print_table(rows: Iterable[Sequence[str | Text]], *, max_cell_length: int | None = None) -> None:
+def print_yaml(content: Any) -> None:
+    """Print a value as YAML, in which unsafe characters are escaped. The value must consist of JSON types."""
+    import yaml
+
+    class SafeYamlDumper(yaml.SafeDumper):
+        """A dumper that puts text with unsafe characters into quotation marks."""
+
+    def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        style = '"' if _UNSAFE_IN_LINE.search(text) else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    SafeYamlDumper.add_representer(str, represent_text)
+    text = yaml.dump(content, Dumper=SafeYamlDumper, sort_keys=False, allow_unicode=True, width=_UNLIMITED_WIDTH)
+    typer.echo(_UNSAFE_IN_TEXT.sub(_escape_character, text), nl=False)
+
+
+def print_table(rows: Iterable[Sequence[str | Text]], *, fits_terminal: bool = True) -> None:
     """Print a header and rows, each as one line.
 
     Args:
-        rows: The header and the rows.
-        max_cell_length: Truncate longer cells on a terminal. Output to a file or pipe is never truncated.
+        rows: The header and the rows. The first column has IDs or names, which are never truncated.
+        fits_terminal: Truncate cells if a terminal is too narrow. Output to a file or pipe is never truncated.
     """
     console = SafeConsole()
     cells = [[Text(escape_line(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
-    if max_cell_length is not None and console.is_terminal:
-        for cell in chain.from_iterable(cells):
-            cell.truncate(max_cell_length, overflow="ellipsis")
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
+    if fits_terminal and console.has_terminal:
+        _shrink(widths, [cell.cell_len for cell in cells[0]], console.width)
     cells[0] = [Text(cell.plain, style="bold") for cell in cells[0]]
     for row in cells:
+        for cell, width in zip(row, widths, strict=True):
+            cell.truncate(width, overflow="ellipsis")
         for cell, width in zip(row[:-1], widths, strict=False):
             cell.pad_right(width - cell.cell_len)
-        console.print(Text("  ").join(row), soft_wrap=True)
+        line = Text("  ").join(row)
+        line.rstrip()
+        console.print(line, soft_wrap=True)
+
+
+def _shrink(widths: list[int], min_widths: Sequence[int], terminal_width: int) -> None:
+    """Make columns after the first narrower until all fit, but none narrower than its header.
+
+    First the widest columns become narrower, until none is wide. Then the last ones do: the first ones matter most.
+    """
+    for _ in range(sum(widths) + 2 * (len(widths) - 1) - terminal_width):
+        shrinkable = [index for index in range(1, len(widths)) if widths[index] > min_widths[index]]
+        wide = [index for index in shrinkable if widths[index] > _NARROW_COLUMN]
+        if not shrinkable:
+            return
+        widths[max(wide, key=widths.__getitem__) if wide else shrinkable[-1]] -= 1
 
 
 class SafeConsole(Console):
@@ -113,23 +150,21 @@ class SafeConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
-        if not self.is_terminal and "width" not in options:
+        if not self.has_terminal and "width" not in options:
             self.width = _UNLIMITED_WIDTH
 
+    @property
+    def has_terminal(self) -> bool:
+        """Whether the output is a terminal. With FORCE_COLOR, `is_terminal` is true for a file or pipe, too."""
+        return self.is_terminal and self.file.isatty()
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error again, so that the command ends as after any other output to a closed pipe."""
+        raise
+
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print strings as one line each, and tables."""
+        """Print strings as one line each, or texts with styles."""
         super().print(*(_escape_cell(value) for value in objects), **options)
-
-
-class SafeTable(Table):
-    """A table without borders, whose cells are wrapped on a terminal. Each cell is escaped as one line."""
-
-    def __init__(self, *headers: str, **options: Any) -> None:
-        super().__init__(*headers, **{"box": None, **options})
-
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row of strings or `Text`."""
-        super().add_row(*(_escape_cell(cell) for cell in cells), **options)
 
 
 def _escape_cell(value: Any) -> Any:

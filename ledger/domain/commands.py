@@ -83,9 +83,10 @@ class CancelJob(_UserCommand):
 
 @dataclass(frozen=True, slots=True)
 class RestartJob(_UserCommand):
-    """Start a finished job again. `reuse_steps`: with the outputs of its completed steps."""
+    """Start a finished job again, with new parameters if any are given. `reuse_steps`: see `events.JobRestarted`."""
 
     reuse_steps: bool = True
+    parameters: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

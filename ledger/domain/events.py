@@ -51,7 +51,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class AccessControl(_Value):
@@ -92,11 +92,12 @@ class ErrorInfo(_Value):
 
 
 class LogEntry(_Value):
-    """One entry of a job's log."""
+    """One entry of a job's log. `logger` is the name of the logger that wrote it, if any."""
 
     timestamp: UtcDatetime
     level: LogLevel
     message: str
+    logger: OptionalText = None
 
 
 class ResultFile(_Value):
@@ -119,7 +120,7 @@ class Asset(_Value):
 class ResultMetadata(_Value):
     """How a job was processed: `duration` is in seconds. Processors may add fields."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
     processed_at: UtcDatetime
     duration: CompactFloat
@@ -128,8 +129,9 @@ class ResultMetadata(_Value):
 
 
 class JobResults(_Value):
-    """The results of a job."""
+    """The results of a job. `output` is the value that the job returned."""
 
+    output: Annotated[Any, Field(exclude_if=lambda value: value is None)] = None
     markdown_file: OptionalText = None
     markdown_url: OptionalText = None
     assets: list[Asset] = Field(default_factory=list)
@@ -137,10 +139,19 @@ class JobResults(_Value):
     metadata: ResultMetadata
 
 
+class ParameterChange(_Value):
+    """A changed parameter. A value is null if it is absent, or larger than 1024 bytes as JSON."""
+
+    name: str
+    kind: Literal["added", "changed", "removed"]
+    before: Any = None
+    after: Any = None
+
+
 class Event(BaseModel):
     """A fact about a job, batch or delivery. `schema_version` is the version of the payload, stored as `schema`."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
     schema_version: ClassVar[int] = 1
 
     def to_payload(self) -> dict[str, Any]:
@@ -223,6 +234,8 @@ class StepCompleted(_AttemptEvent):
 
     `reused_from` is the job whose output was reused, if any. `cache_version` is the version of the processor whose
     later jobs of the same owner and type may reuse the output. None means that no other job may.
+    `repeat_on_restart`: the cause of a warning may be gone later. Attempts reuse the step until the job is restarted.
+    `files` are the files that were saved in the step and that `output` does not name.
     """
 
     step: str
@@ -233,6 +246,8 @@ class StepCompleted(_AttemptEvent):
     warnings: list[str] = Field(default_factory=list)
     reused_from: str | None = None
     cache_version: str | None = None
+    repeat_on_restart: Annotated[bool, Field(exclude_if=operator.not_)] = False
+    files: Annotated[list[ResultFile], Field(exclude_if=operator.not_)] = Field(default_factory=list)
 
 
 class JobCompleted(_AttemptEvent):
@@ -277,18 +292,25 @@ class JobCancelled(_UserEvent):
 
 
 class JobRestarted(_UserEvent):
-    """A finished job was restarted, with or without the outputs of its completed steps."""
+    """A finished job was restarted.
+
+    `reuse_steps`: its completed steps are reused, except those with `repeat_on_restart`. Otherwise all are repeated.
+    """
 
     reuse_steps: bool = True
 
 
 class JobUpdated(Event):
-    """A pending job was changed. Fields without a value stay as they are."""
+    """A pending job was changed, perhaps by the request that restarted it. Fields without a value stay as they are.
+
+    `parameters` are all new parameters. `difference` says what changed in them: the first 100 names in order.
+    """
 
     by: str
     parameters: dict[str, Any] | None = None
     priority: int | None = None
     not_before: UtcDatetime | None = None
+    difference: Annotated[list[ParameterChange], Field(exclude_if=operator.not_)] = Field(default_factory=list)
 
 
 class JobAccessChanged(_AccessChanged):

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Final, assert_never
 
 from jobledger.ledger.domain import commands, events, limits
+from jobledger.ledger.domain.differences import find_differences
 from jobledger.ledger.domain.errors import AlreadyExists, InvalidState, NotDue, NotFound
 from jobledger.ledger.domain.statuses import TERMINAL_STATUSES, JobStatus
 
@@ -88,8 +89,7 @@ def decide(command: commands.JobCommand, job: Job | None) -> list[events.JobEven
         case commands.CancelJob():
             return _cancel(command, job)
         case commands.RestartJob():
-            _require(job.status in TERMINAL_STATUSES, job, "only finished jobs can be restarted")
-            return [events.JobRestarted(by=command.by, reason=command.reason, reuse_steps=command.reuse_steps)]
+            return _restart(command, job)
         case commands.UpdateJob():
             return _update(command, job)
         case commands.ChangeAccess():
@@ -187,19 +187,42 @@ def _cancel(command: commands.CancelJob, job: Job) -> list[events.JobEvent]:
     return [] if job.cancel_request else [events.JobCancelRequested(by=command.by, reason=command.reason)]
 
 
+def _restart(command: commands.RestartJob, job: Job) -> list[events.JobEvent]:
+    """Restart a job. New parameters are a change of the pending job in the same commit, if they differ."""
+    _require(job.status in TERMINAL_STATUSES, job, "only finished jobs can be restarted")
+    restarted = events.JobRestarted(by=command.by, reason=command.reason, reuse_steps=command.reuse_steps)
+    if command.parameters is None or not find_differences(job.spec.parameters, command.parameters):
+        return [restarted]
+    return [restarted, _change_fields(job, command.by, command.parameters)]
+
+
+def _change_fields(
+    job: Job,
+    by: str,
+    parameters: Mapping[str, Any] | None,
+    priority: int | None = None,
+    not_before: datetime | None = None,
+) -> events.JobUpdated:
+    """Return the event that changes the given fields of a job.
+
+    Raises:
+        InvalidEvent: All changes of its parameters together are too large.
+    """
+    limits.check_changed_parameters(_add_changed_bytes(job, parameters))
+    return events.JobUpdated(
+        by=by,
+        parameters=dict(parameters) if parameters is not None else None,
+        priority=priority,
+        not_before=not_before,
+        difference=find_differences(job.spec.parameters, parameters) if parameters is not None else [],
+    )
+
+
 def _update(command: commands.UpdateJob, job: Job) -> list[events.JobEvent]:
     caused: list[events.JobEvent] = []
     if (command.parameters, command.priority, command.not_before) != (None, None, None):
         _require(job.status == "pending", job, "only pending jobs can be changed")
-        limits.check_changed_parameters(_add_changed_bytes(job, command.parameters))
-        caused.append(
-            events.JobUpdated(
-                by=command.by,
-                parameters=dict(command.parameters) if command.parameters is not None else None,
-                priority=command.priority,
-                not_before=command.not_before,
-            )
-        )
+        caused.append(_change_fields(job, command.by, command.parameters, command.priority, command.not_before))
     if command.access_control is not None:
         caused.append(events.JobAccessChanged(by=command.by, access_control=command.access_control))
     return caused
@@ -249,14 +272,15 @@ def evolve(job: Job | None, event: events.JobEvent) -> Job:
         case events.JobCancelled():
             return _finish(job, "cancelled")
         case events.JobRestarted():
+            steps = _select_reusable_steps(job) if event.reuse_steps else {}
             return replace(
                 job,
                 status="pending",
                 counted_attempts=0,
                 due_at=None,
                 cancel_request=None,
-                steps=job.steps if event.reuse_steps else {},
-                step_output_bytes=job.step_output_bytes if event.reuse_steps else 0,
+                steps=steps,
+                step_output_bytes=_update_step_bytes(job, steps),
                 is_full_restart=not event.reuse_steps,
                 consecutive_machine_failures=0,
             )
@@ -288,6 +312,19 @@ def _apply_changes(job: Job, event: events.JobUpdated) -> Job:
         due_at=changes.get("not_before", job.due_at),
         changed_parameters_bytes=_add_changed_bytes(job, event.parameters),
     )
+
+
+def _select_reusable_steps(job: Job) -> Mapping[str, events.StepCompleted]:
+    """Return the steps that a restart does not repeat."""
+    return {key: step for key, step in job.steps.items() if not step.repeat_on_restart}
+
+
+def _update_step_bytes(job: Job, kept: Mapping[str, events.StepCompleted]) -> int:
+    """Return the total size of the outputs of a job's steps if only `kept` remain."""
+    if not kept:
+        return 0
+    removed = [step for key, step in job.steps.items() if key not in kept]
+    return job.step_output_bytes - sum(_measure_json(step.output) for step in removed)
 
 
 def _add_step_bytes(job: Job, step: events.StepCompleted) -> int:

@@ -38,6 +38,11 @@ MAX_ACCESS_NAMES: Final = 200
 MAX_TEAMS: Final = 200
 """Groups of the owner that are recorded with a job or batch."""
 MAX_NAME_CHARACTERS: Final = 200
+MAX_JOB_TYPE_CHARACTERS: Final = 100
+MAX_PRIORITY: Final = 1000
+"""Priorities are between this number and its negative."""
+MAX_ATTEMPTS: Final = 100
+MAX_TIMEOUT_SECONDS: Final = 7 * 86_400
 MAX_BATCH_JOBS: Final = 10_000
 MAX_WEBHOOK_HEADERS: Final = 50
 MAX_WEBHOOK_HEADER_BYTES: Final = 16_000
@@ -161,6 +166,7 @@ def _check_batch(submission: events.BatchSubmitted, text_bytes: int) -> None:
 def _check_step(event: events.StepCompleted, text_bytes: int) -> None:
     if text_bytes > MAX_STEP_NAME_CHARACTERS:
         _check_count("warnings", len(event.warnings), MAX_STEP_WARNINGS, "warnings")
+        _check_count("files", len(event.files), MAX_RESULT_FILES, "files")
         _check_bytes("warnings", event.warnings, MAX_STEP_WARNING_BYTES)
 
 

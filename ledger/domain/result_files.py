@@ -1,4 +1,4 @@
-"""Find the result files that the output of a step names. Pure."""
+"""Find the result files of a step. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from jobledger.ledger.domain.events import ResultFile
+from jobledger.ledger.domain.events import ResultFile, StepCompleted
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -17,6 +17,12 @@ _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 def is_sha256(text: str) -> bool:
     """Return whether a text is a SHA-256 digest in lower-case hex, as files are named."""
     return _DIGEST.fullmatch(text) is not None
+
+
+def find_step_files(step: StepCompleted) -> Iterator[ResultFile]:
+    """Yield the files that were saved in a step: those that its output names, and the others."""
+    yield from find_result_files(step.output)
+    yield from step.files
 
 
 def find_result_files(output: Any) -> Iterator[ResultFile]:

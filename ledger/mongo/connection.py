@@ -64,11 +64,15 @@ class Connection:
         Raises:
             ConfigurationError: The URI is not valid.
         """
-        clock = ServerClock()
+        clock = self._create_clock()
         with _translate_uri_errors(self.uri):
             client: AsyncMongoClient[Document] = AsyncMongoClient(self.uri, **self._build_options(clock))
         clock.attach_client(client)
         return client
+
+    def _create_clock(self) -> ServerClock:
+        """Return the clock of a client. `jobledger.testing` replaces it."""
+        return ServerClock()
 
     def create_blocking_client(self, *, response_timeout_seconds: float | None = None) -> MongoClient[Document]:
         """Return a client for a separate thread (heartbeats), which a busy event loop cannot delay.

@@ -7,11 +7,11 @@ next time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Final, Literal
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 Address = IPv4Address | IPv6Address
@@ -193,3 +193,25 @@ def _describe_non_public(address: Address) -> str | None:
         "a reserved address": address.is_reserved or not address.is_global,
     }
     return next((name for name, holds in checks.items() if holds), None)
+
+
+Location = tuple[str | int, ...]
+"""Where a value is in JSON."""
+_CONTAINERS_AND_TEXT: Final = (str, dict, list)
+
+
+def find_userinfo(root: Any, root_location: Location) -> Iterator[Location]:
+    """Yield the locations of texts in JSON that are URLs with a user name or password."""
+    pending: list[tuple[Any, Location]] = [(root, root_location)]
+    while pending:
+        value, location = pending.pop()
+        if isinstance(value, str):
+            if has_userinfo(value):
+                yield location
+            continue
+        entries: Iterator[tuple[str | int, Any]] = iter(())
+        if isinstance(value, Mapping):
+            entries = ((str(name), entry) for name, entry in value.items())
+        elif isinstance(value, list):
+            entries = enumerate(value)
+        pending += [(entry, (*location, key)) for key, entry in entries if isinstance(entry, _CONTAINERS_AND_TEXT)]

@@ -413,6 +413,27 @@ class EventStore:
                     return events
                 await self._gap_filler.wait_for_gaps(after, documents)
 
+    async def read_newest(
+        self, limit: int, *, up_to: int, types: Collection[str] = (), streams: Collection[str] = ()
+    ) -> list[RecordedEvent]:
+        """Return the newest events up to a position, in order. Positions that are not written yet are left out.
+
+        Args:
+            limit: Maximum number of events.
+            up_to: Last position.
+            types: Only events of these types. Empty: all. The database reads all events until it has found enough.
+            streams: Only events of these streams, and of those that these streams caused. Empty: all.
+        """
+        query: Document = {"_id": {"$gt": 0, "$lte": up_to}}
+        if types:
+            query["type"] = {"$in": sorted(types)}
+        if streams:
+            names = {"$in": sorted(streams)}
+            query["$or"] = [{"stream": names}, {"meta.correlation_id": names}]
+        with translate_errors("reading the log"):
+            newest = await self.events.find(query, sort=[("_id", DESCENDING)], limit=limit).to_list()
+        return [RecordedEvent(document) for document in reversed(newest)]
+
     async def read_documents(self, *, after: int, limit: int) -> list[StoredDocument]:
         """Return documents after a position as they are stored, even if damaged. May have gaps."""
         with translate_errors("reading the log"):

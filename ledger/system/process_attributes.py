@@ -62,6 +62,18 @@ def become_subreaper() -> None:
     check_system_call(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
 
 
+def limit_memory(limit: int) -> None:
+    """Limit the memory of this process in bytes.
+
+    The limit of the address space can be raised again, because some programs in the sandbox (Chromium) reserve far more
+    than they use. The limit of the writable private memory cannot.
+    """
+    highest = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = limit if highest == resource.RLIM_INFINITY else min(limit, highest)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, highest))
+    limit_resource(resource.RLIMIT_DATA, limit)
+
+
 def limit_resource(kind: int, limit: int) -> None:
     """Set a resource limit of this process (`resource.RLIMIT_…`), or keep the lower one that it already has."""
     highest = resource.getrlimit(kind)[1]

@@ -18,8 +18,10 @@ from jobledger.ledger.domain import job as job_decider
 from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.job import Job
-from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
+from jobledger.ledger.domain.statuses import TERMINAL_STATUSES, WaitingFor
 from jobledger.ledger.store.event_store import EventStore
+from jobledger.projections.views.waiting import KINDS as WAITING_KINDS
+from jobledger.projections.views.waiting import derive_waiting_for
 
 _IGNORED_EVENTS: Final = frozenset({"JobProgressed", "JobLogged", "StepCompleted", "JobArchived", "JobUnarchived"})
 _PAGE_EVENTS: Final = 5000
@@ -62,11 +64,18 @@ class UnfinishedJob:
         state: The decider's state.
         submitted_at: Time of its submission.
         status_since: Time of its last change of status, or of its last claim.
+        due_reason: As in the view `jobs`.
     """
 
     state: Job
     submitted_at: datetime
     status_since: datetime
+    due_reason: str = "due_time"
+
+    def derive_waiting_for(self, *, is_batch_paused: bool, now: datetime) -> WaitingFor | None:
+        """Return what the job waits for at a time, or None if it is not pending."""
+        job = {"status": self.state.status, "due_at": self.state.due_at, "due_reason": self.due_reason}
+        return derive_waiting_for(job, is_batch_paused=is_batch_paused, now=now)
 
 
 class HistoricalState:
@@ -122,6 +131,8 @@ class HistoricalState:
         if old_status == new_status and not isinstance(payload, events.JobClaimed):
             if unfinished is not None:
                 unfinished.state = after
+                if isinstance(payload, events.JobUpdated) and payload.not_before is not None:
+                    unfinished.due_reason = "due_time"
             return
         batch = self.batches.get(after.spec.batch_id or "")
         for counter in (self.job_counts, batch.job_counts if batch is not None else Counter[str]()):
@@ -131,7 +142,8 @@ class HistoricalState:
             self.unfinished_jobs.pop(event.stream, None)
         else:
             submitted_at = unfinished.submitted_at if unfinished is not None else event.time
-            self.unfinished_jobs[event.stream] = UnfinishedJob(after, submitted_at, event.time)
+            due_reason = "retry" if isinstance(payload, events.JobAttemptFailed) else "due_time"
+            self.unfinished_jobs[event.stream] = UnfinishedJob(after, submitted_at, event.time, due_reason)
         if self.status_changes is not None and old_status != new_status:
             self.status_changes.setdefault(event.stream, [old_status, None])[1] = new_status
 
@@ -145,8 +157,21 @@ class HistoricalState:
                 job = job_decider.evolve(job, earlier.event)  # type: ignore[arg-type]  # a stream holds events of one aggregate
         return job
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the state for JSON output."""
+    def _count_waiting(self, now: datetime) -> dict[WaitingFor, int]:
+        paused = {batch_id for batch_id, batch in self.batches.items() if batch.batch.is_paused}
+        counts = Counter(
+            job.derive_waiting_for(is_batch_paused=job.state.spec.batch_id in paused, now=now)
+            for job in self.unfinished_jobs.values()
+        )
+        return {kind: counts[kind] for kind in WAITING_KINDS}
+
+    def to_dict(self, now: datetime | None = None) -> dict[str, Any]:
+        """Return the state for JSON output.
+
+        Args:
+            now: The time for which it says what jobs wait for. Default: that of the last event.
+        """
+        at = now or self.time
         pending = [job for job in self.unfinished_jobs.values() if job.state.status == "pending"]
         running = [(job_id, job) for job_id, job in self.unfinished_jobs.items() if job.state.status == "processing"]
         return {
@@ -156,6 +181,7 @@ class HistoricalState:
                 status: self.job_counts[status]
                 for status in ("pending", "processing", "completed", "failed", "cancelled")
             },
+            "waiting_for": self._count_waiting(at) if at is not None else dict.fromkeys(WAITING_KINDS, 0),
             "oldest_pending_submitted_at": min((job.submitted_at for job in pending), default=None),
             "running": [
                 {
@@ -203,7 +229,7 @@ async def load_state_as_of(
             await state.apply(event)
             if event.position % _EVENTS_PER_REPORT == 0:
                 on_progress(event.position, head)
-        return state.to_dict()
+        return state.to_dict(min(end, event_store.clock.estimate()) if isinstance(end, datetime) else None)
 
     first = await apply_until(as_of)
     if until is None:

@@ -174,7 +174,7 @@ class ViewChanges:
             row = job_list.build_row(after)
             self.list_index_bytes += sum(map(list_index.estimate_list_index_memory, (after, row)))
             return row
-        is_outdated = job_id in self.list_rows and before is not None and after["status"] != before["status"]
+        is_outdated = job_id in self.list_rows and before is not None and job_list.has_new_status(before, after)
         return job_list.build_row(after) if is_outdated else None
 
     def _set_job(self, before: Document | None, after: Document | None, event: RecordedEvent) -> None:
@@ -344,7 +344,7 @@ class ViewChanges:
             return InsertOne(self.list_rows[job_id])
         if job_id in self.list_rows:
             return ReplaceOne({"_id": job_id}, self.list_rows[job_id])
-        if job["status"] != before["status"]:
+        if job_list.has_new_status(before, job):
             return UpdateOne({"_id": job_id}, {"$set": job_list.build_status_changes(job)})
         return None
 

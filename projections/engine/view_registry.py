@@ -19,7 +19,7 @@ from jobledger.projections.views import (
     steps,
 )
 
-PROJECTION_VERSION: Final = 16
+PROJECTION_VERSION: Final = 19
 """The version of all folds together. Increase it with each change of what a fold returns.
 
 The projector rebuilds views of an older version.

@@ -4,6 +4,7 @@ The counts follow the changes of the batch's job documents. The status follows t
 
 Fields in addition to konzept.md:
     paused: Whether the batch is paused.
+    resumed_at: When the batch was last resumed.
     needs_reopen: Whether a job became active after the batch was finished. The projector must then append
         BatchReopened, even if the job has finished again.
     version, position: Version of the last event of the batch's own stream; position of the last applied event.
@@ -38,6 +39,7 @@ INDEXES: Final = [
     list_index.LIST_INDEX,
     list_index.SEARCH_INDEX,
     IndexModel([("status", ASCENDING)], partialFilterExpression={"status": "processing"}),
+    IndexModel([("paused", ASCENDING)], partialFilterExpression={"paused": True}),
 ]
 
 
@@ -85,6 +87,7 @@ def _build_document(submitted: events.BatchSubmitted, event: RecordedEvent) -> D
         "access_control": submitted.access_control.model_dump(),
         "teams": submitted.teams,
         "paused": False,
+        "resumed_at": None,
         "archived": False,
         "needs_reopen": False,
         "version": event.version,
@@ -99,8 +102,10 @@ def _build_changes(payload: events.BatchEvent, event: RecordedEvent) -> Document
     match payload:
         case events.BatchSubmitted():
             return {}
-        case events.BatchPaused() | events.BatchResumed():
-            return {"paused": isinstance(payload, events.BatchPaused)}
+        case events.BatchPaused():
+            return {"paused": True}
+        case events.BatchResumed():
+            return {"paused": False, "resumed_at": event.time}
         case events.BatchFinished():
             return {"status": payload.status, "completed_at": event.time}
         case events.BatchReopened():
@@ -279,13 +284,15 @@ def build_query(
     user_id: str | None = None,
     archived: bool | None = None,
     q: str | None = None,
+    id_prefix: str | None = None,
 ) -> ListQuery:
     """Return the query for the matching batches that a principal may see; None matches any value."""
     if words := list_index.split_words(q or ""):
         conditions = {"status": status, "user_id": user_id, "archived": archived}
-        return list_index.build_search(NAME, principal, words, conditions=conditions)
+        return list_index.build_search(NAME, principal, words, conditions=conditions).with_id_prefix(id_prefix)
     facets = {"status": status, "user": user_id}
-    return list_index.build_query(NAME, principal, facets, conditions={"archived": archived})
+    query = list_index.build_query(NAME, principal, facets, conditions={"archived": archived})
+    return query.with_id_prefix(id_prefix)
 
 
 async def find_page(views: Views, query: ListQuery, request: PageRequest) -> tuple[list[Document], PageCursor | None]:
@@ -308,10 +315,10 @@ async def count_jobs(views: Views, batch_id: str, *, status: str | None) -> int:
     return int((batch or {}).get(field, 0))
 
 
-async def find_paused(views: Views, batch_ids: Collection[str]) -> set[str]:
-    """Return which of these batches are paused according to the view."""
+async def find_paused(views: Views, batch_ids: Collection[str] | None = None) -> set[str]:
+    """Return which of these batches, by default of all, are paused according to the view."""
     with translate_errors("finding paused batches"):
-        query = {"_id": {"$in": sorted(batch_ids)}, "paused": True}
+        query = {"paused": True} if batch_ids is None else {"_id": {"$in": sorted(batch_ids)}, "paused": True}
         return {batch["_id"] async for batch in views[NAME].find(query, {"_id": 1})}
 
 

@@ -50,8 +50,8 @@ def _keep_newest(items: list[Document], max_bytes: int) -> list[Document]:
 
 
 def _reduce_results(results: Document) -> Document:
-    """Return results without their files, assets and warnings."""
+    """Return results without their output, files, assets and warnings."""
     given = results["metadata"]
     metadata = {name: given[name] for name in ("processed_at", "duration", "tokens_used")} | {"warnings": []}
     urls = {name: results[name] and limits.truncate_text(results[name], 1000) for name in _URL_FIELDS}
-    return {**results, **urls, "assets": [], "files": [], "metadata": metadata}
+    return {**results, **urls, "output": None, "assets": [], "files": [], "metadata": metadata}

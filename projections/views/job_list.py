@@ -7,7 +7,7 @@ A list reads the rows of a page and then the documents of these jobs. A search r
 A list omits a field that is large unless the caller includes it. The field `omitted` of a job names these fields.
 
 Fields of a row:
-    created_at, archived: Those of the job.
+    created_at, archived, due_at: Those of the job.
     list_keys: First the keys of the status, then those of the other facets (projections/views/list_index.py).
 """
 
@@ -23,12 +23,13 @@ import bson
 from pydantic import BaseModel, ConfigDict
 
 from jobledger.ledger.domain.access import Principal
-from jobledger.ledger.domain.statuses import JobStatus
+from jobledger.ledger.domain.statuses import JobStatus, WaitingFor
 from jobledger.ledger.mongo.connection import LENIENT_CODEC, Document, translate_errors
 from jobledger.projections.slots import Views
 from jobledger.projections.views import jobs, list_index, paging, projection_errors
 from jobledger.projections.views.list_index import ListQuery
 from jobledger.projections.views.paging import MAX_LISTED_FIELD_BYTES, OMITTED, PageCursor, PageRequest
+from jobledger.projections.views.waiting import STATUS_FACETS, WaitingState
 
 NAME: Final = "job_list"
 INDEXES: Final = [list_index.LIST_INDEX]
@@ -37,10 +38,10 @@ OMITTABLE_FIELDS: Final = ("parameters", "results", "error", "logs", "steps")
 _FIELDS: Final = (
     *("_id", "job_id", "job_type", "job_name", "status", "created_at", "updated_at", "started_at", "completed_at"),
     *("parameters", "webhook", "batch_id", "progress", "results", "error", "logs", "worker_id", "attempt", "retries"),
-    *("max_attempts", "timeout_s", "priority", "due_at", "user_id", "access_control", "teams", "cancel_requested"),
-    *("archived", "steps", "version", "position", "truncated", projection_errors.ERROR_FIELD),
+    *("max_attempts", "timeout_s", "priority", "due_at", "due_reason", "user_id", "access_control", "teams"),
+    *("cancel_requested", "archived", "steps", "version", "position", "truncated", projection_errors.ERROR_FIELD),
 )
-"""The fields of a job in a list: all fields that the API shows of a single job."""
+"""The fields of a job in a list: all fields from which the API builds a single job."""
 _ESSENTIAL_RESULTS: Final = {
     "markdown_file": "$results.markdown_file",
     "markdown_url": "$results.markdown_url",
@@ -62,9 +63,8 @@ _FACET_FIELDS: Final = {
     "user": "user_id",
     "language": "parameters.target_language",
     "type": "job_type",
-    "status": "status",
 }
-"""The fields of a job's document that contain the values of its facets."""
+"""The fields of a job's document that contain the values of its facets, except that of the status."""
 _JOBS_PER_QUERY: Final = 100
 _LARGE_JOBS_PER_QUERY: Final = 4
 """If a list includes large fields, a job may have 12 MB."""
@@ -81,6 +81,7 @@ def build_row(job: Document) -> Document:
         "_id": job["job_id"],
         "created_at": job["created_at"],
         "archived": job["archived"],
+        "due_at": job["due_at"],
         "list_keys": list_index.build_list_keys(list_index.get_document_scopes(job), jobs.build_facets(job)),
     }
 
@@ -94,15 +95,20 @@ def needs_new_row(before: Document | None, after: Document) -> bool:
         before is None
         or after["search_keys"] is not before["search_keys"]  # they are built again if a facet or the access changes
         or after["archived"] != before["archived"]
-        or (after["status"] != before["status"] and not list_index.lists_all_scopes(after))
+        or (has_new_status(before, after) and not list_index.lists_all_scopes(after))
     )
+
+
+def has_new_status(before: Document, after: Document) -> bool:
+    """Return whether a change of a job's document changes what its row has of the status."""
+    return any(after[name] != before[name] for name in ("status", "due_at", "due_reason"))
 
 
 def build_status_changes(job: Document) -> Document:
     """Return the fields of a job's row to set after a change of its status."""
     scopes = list_index.get_document_scopes(job)
-    keys = list_index.build_list_keys(scopes, [("status", job["status"])])
-    return {f"list_keys.{number}": key for number, key in enumerate(keys)}
+    keys = list_index.build_list_keys(scopes, [("status", jobs.get_status_facet(job))])
+    return {"due_at": job["due_at"], **{f"list_keys.{number}": key for number, key in enumerate(keys)}}
 
 
 # Queries ------------------------------------------------------------------------------------------------------------
@@ -112,12 +118,15 @@ class JobFilter(BaseModel):
     """Filters of a list of jobs; None matches any value.
 
     Attributes:
+        waiting_for: What the pending job waits for.
         q: All words of this text must be in the name, ID, session, event, track, file name or speakers of the job.
+        id_prefix: The beginning of the ID. It must be long enough that few IDs begin with it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     status: JobStatus | None = None
+    waiting_for: WaitingFor | None = None
     batch_id: str | None = None
     user_id: str | None = None
     track: str | None = None
@@ -130,11 +139,16 @@ class JobFilter(BaseModel):
     created_after: datetime | None = None
     created_before: datetime | None = None
     q: str | None = None
+    id_prefix: str | None = None
 
-    def build_query(self, principal: Principal) -> ListQuery:
-        """Return the query for the matching jobs that a principal may see."""
-        facets = {
-            "status": self.status,
+    def build_query(self, principal: Principal, *, waiting: WaitingState | None = None) -> ListQuery:
+        """Return the query for the matching jobs that a principal may see.
+
+        Args:
+            principal: Who lists the jobs.
+            waiting: From `load_waiting_state`. The filter `waiting_for` requires it.
+        """
+        facets: dict[str, str | Sequence[str] | None] = {
             "batch": self.batch_id,
             "error": self.error_code,
             "event": self.event,
@@ -144,20 +158,32 @@ class JobFilter(BaseModel):
             "language": self.language,
             "type": self.job_type,
         }
-        archived = {"archived": self.archived}
-        fields = {_FACET_FIELDS[facet]: value for facet, value in facets.items()} | archived
+        conditions: Document = {"archived": self.archived}
+        fields: Document = {_FACET_FIELDS[facet]: value for facet, value in facets.items()}
+        fields |= {**conditions, "status": self.status}
+        facets["status"] = STATUS_FACETS["worker"] if self.status == "pending" else self.status
+        if self.waiting_for is not None:
+            if waiting is None:
+                raise ValueError("the filter `waiting_for` requires the state of `load_waiting_state`")
+            is_possible = self.status in (None, "pending")
+            facets["status"] = STATUS_FACETS[self.waiting_for] if is_possible else ()
+            conditions |= waiting.build_row_conditions(self.waiting_for)
+            fields |= waiting.build_job_conditions(self.waiting_for)
+            fields["status"] = "pending" if is_possible else {"$in": []}
         period = {"created_after": self.created_after, "created_before": self.created_before}
         if words := list_index.split_words(self.q or ""):
-            return list_index.build_search(jobs.NAME, principal, words, conditions=fields, **period)
-        return list_index.build_query(
-            NAME,
-            principal,
-            facets,
-            owner=self.user_id,
-            conditions=archived,
-            document_conditions=fields,
-            **period,
-        )
+            found = list_index.build_search(jobs.NAME, principal, words, conditions=fields, **period)
+        else:
+            found = list_index.build_query(
+                NAME,
+                principal,
+                facets,
+                owner=self.user_id,
+                conditions=conditions,
+                document_conditions=fields,
+                **period,
+            )
+        return found.with_id_prefix(self.id_prefix)
 
 
 async def find_page(
@@ -173,6 +199,12 @@ async def find_page(
     else:
         page, next_cursor = await _find_page_by_rows(views, query, request, projection, has_large_fields=bool(include))
     return [_mark_omitted(job) for job in page], next_cursor
+
+
+async def find_ids(views: Views, query: ListQuery, request: PageRequest) -> tuple[list[str], PageCursor | None]:
+    """Return the IDs of a page of jobs, and the cursor of the next one. The jobs may have changed since."""
+    page, next_cursor = await paging.find_page(views, query, request, projection={"created_at": 1})
+    return [row["_id"] for row in page], next_cursor
 
 
 async def _find_page_by_rows(
@@ -237,14 +269,7 @@ def _mark_omitted(job: Document) -> Document:
     return job
 
 
-# Running and pending jobs -------------------------------------------------------------------------------------------
-
-
-async def find_oldest_pending_created_at(views: Views) -> datetime | None:
-    """Return the submission time of the oldest pending job in the view, or None."""
-    oldest = PageRequest(limit=1, newest_first=False)
-    page, _ = await paging.find_page(views, _build_status_query("pending"), oldest, projection={"created_at": 1})
-    return page[0]["created_at"] if page else None
+# Running jobs -------------------------------------------------------------------------------------------------------
 
 
 async def find_jobs_of_worker(views: Views, worker_id: str) -> Sequence[Document]:
@@ -255,9 +280,9 @@ async def find_jobs_of_worker(views: Views, worker_id: str) -> Sequence[Document
 
 
 async def find_running_jobs(views: Views) -> Sequence[Document]:
-    """Return `_id` and `worker_id` of the running jobs according to the views."""
+    """Return `_id`, `worker_id` and `job_type` of the running jobs according to the views."""
     with translate_errors("finding running jobs"):
-        return [job async for job in _iter_running(views, ("worker_id",))]
+        return [job async for job in _iter_running(views, ("worker_id", "job_type"))]
 
 
 async def find_oldest_running_started_at(views: Views) -> datetime | None:

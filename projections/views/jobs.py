@@ -7,6 +7,9 @@ Fields in addition to konzept.md:
     steps: Summaries of completed steps, without their outputs.
     version, position: Version and position of the last applied event.
     due_at: Earliest start of a pending job.
+    due_reason: Why a job is due later: `due_time` (its `not_before`) or `retry`. Without `due_at`, it has no meaning.
+    pending_since: Time of the event that made the job pending the last time, or that changed its start time before it
+        was due: it did not wait for a worker before.
     queued_position: Position of the event that queued the job; its age in the queue.
     truncated: Names of fields that contain only a part, by the budgets of ledger/domain/limits.py.
     projection_error: Why the document differs from the log, see projections/views/projection_errors.py.
@@ -103,6 +106,8 @@ def _build_document(submitted: events.JobSubmitted, event: RecordedEvent) -> Doc
         "timeout_s": submitted.timeout_s,
         "priority": submitted.priority,
         "due_at": submitted.not_before,
+        "due_reason": "due_time",
+        "pending_since": event.time,
         "user_id": submitted.user_id,
         "access_control": submitted.access_control.model_dump(),
         "teams": submitted.teams,
@@ -149,15 +154,19 @@ def _build_changes(job: Document, payload: events.JobEvent, event: RecordedEvent
             return {
                 "status": "completed",
                 "completed_at": event.time,
-                "results": {"markdown_file": None, "markdown_url": None, **payload.results.model_dump()},
+                "results": {
+                    **dict.fromkeys(("output", "markdown_file", "markdown_url")),
+                    **payload.results.model_dump(),
+                },
                 "error": None,
                 "progress": {"step": "completed", "percent": 100.0, "message": "Done"},
             }
         case events.JobAttemptFailed():
             return {
-                **_build_pending("Waiting for the next attempt"),
+                **_build_pending("Waiting for the next attempt", event),
                 "retries": job["retries"] + 1,
                 "due_at": payload.retry_at,
+                "due_reason": "retry",
                 "error": dump_truncated_error(payload.error),
                 **append_log_entries(job, event),
             }
@@ -170,10 +179,10 @@ def _build_changes(job: Document, payload: events.JobEvent, event: RecordedEvent
                 **append_log_entries(job, event),
             }
         case events.JobLeaseExpired():
-            pending = _build_pending("Waiting for another worker")
+            pending = _build_pending("Waiting for another worker", event)
             return {**pending, "retries": job["retries"] + 1, **append_log_entries(job, event)}
         case events.JobReleased():
-            return {**_build_pending("Waiting for a worker"), **append_log_entries(job, event)}
+            return {**_build_pending("Waiting for a worker", event), **append_log_entries(job, event)}
         case events.JobCancelRequested():
             return {"cancel_requested": True}
         case events.JobCancelled():
@@ -186,7 +195,7 @@ def _build_changes(job: Document, payload: events.JobEvent, event: RecordedEvent
             }
         case events.JobRestarted():
             return {
-                **_build_pending("Restarted, waiting for a worker"),
+                **_build_pending("Restarted, waiting for a worker", event),
                 "completed_at": None,
                 "started_at": None,
                 "retries": 0,
@@ -195,11 +204,19 @@ def _build_changes(job: Document, payload: events.JobEvent, event: RecordedEvent
                 "error": None,
                 "cancel_requested": False,
                 "queued_position": event.position,
-                "steps": job.get("steps", []) if payload.reuse_steps else [],
+                "steps": _select_reusable_steps(job) if payload.reuse_steps else [],
                 "step_files": job.get("step_files", []) if payload.reuse_steps else [],
             }
         case events.JobUpdated():
-            updates = {"parameters": payload.parameters, "priority": payload.priority, "due_at": payload.not_before}
+            due_reason = "due_time" if payload.not_before is not None else None
+            is_due_later = job["due_at"] is not None and job["due_at"] > event.time
+            updates = {
+                "parameters": payload.parameters,
+                "priority": payload.priority,
+                "due_at": payload.not_before,
+                "due_reason": due_reason,
+                "pending_since": event.time if payload.not_before is not None and is_due_later else None,
+            }
             return {name: value for name, value in updates.items() if value is not None}
         case events.JobAccessChanged():
             return {"access_control": payload.access_control.model_dump()}
@@ -211,9 +228,10 @@ def _build_changes(job: Document, payload: events.JobEvent, event: RecordedEvent
             assert_never(payload)
 
 
-def _build_pending(message: str) -> Document:
+def _build_pending(message: str, event: RecordedEvent) -> Document:
     return {
         "status": "pending",
+        "pending_since": event.time,
         "worker_id": None,
         "progress": {"step": "waiting", "percent": 0.0, "message": message},
     }
@@ -231,15 +249,27 @@ def _summarize_step(step: events.StepCompleted, event: RecordedEvent) -> Documen
         "warnings": step.warnings,
         "reused_from": step.reused_from,
         "cache_version": step.cache_version,
+        "repeat_on_restart": step.repeat_on_restart,
         "version": event.version,
     }
+
+
+def _select_reusable_steps(job: Document) -> list[Document]:
+    """Return the steps that a restart does not repeat."""
+    return [step for step in job.get("steps", ()) if not step["repeat_on_restart"]]
+
+
+def get_status_facet(job: Document) -> str:
+    """Return the value of a job's facet `status`: that of a pending job with a start time says why it has one."""
+    status, due_reason = job["status"], job["due_reason"]
+    return str(due_reason if status == "pending" and job["due_at"] is not None else status)
 
 
 def build_facets(job: Document) -> list[Facet]:
     """Return the facets by which a job is listed, the status first."""
     parameters, error = job["parameters"], job["error"]
     values = [
-        ("status", job["status"]),
+        ("status", get_status_facet(job)),
         ("batch", job["batch_id"]),
         ("user", job["user_id"]),
         ("type", job["job_type"]),
@@ -282,6 +312,8 @@ def apply_to_isolated(job: Document, event: RecordedEvent) -> Document | None:
         changes["completed_at"] = event.time
     if status == "processing":
         changes |= {"started_at": job["started_at"] or event.time, "due_at": None}
+    elif status == "pending" and job["status"] != "pending":
+        changes |= {"worker_id": None, "pending_since": event.time}
     else:
         changes["worker_id"] = None
     return apply_changes(job, changes, event)
@@ -322,7 +354,7 @@ _EMPTY_VALUES: Final[Document] = {
     "logs": [],
     "steps": [],
 }
-_ALWAYS_SMALL: Final = frozenset({"_id", "job_id", "status", "version", "position"})
+_ALWAYS_SMALL: Final = frozenset({"_id", "job_id", "status", "due_reason", "version", "position"})
 _ACCESS_BYTES: Final = 512 * 1024
 _SMALL_BYTES: Final = 4096
 

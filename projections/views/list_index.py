@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import blake2b
 from typing import Any, Final
@@ -52,6 +52,9 @@ _WORD: Final = re.compile(r"\w+")
 _NEWEST: Final = [("created_at", DESCENDING), ("_id", DESCENDING)]
 _BY_LIST_KEY: Final = [("list_keys", ASCENDING), *_NEWEST]
 _BY_SEARCH_KEY: Final = [("search_keys", ASCENDING), *_NEWEST]
+_BY_ID: Final = [("_id", ASCENDING)]
+_LAST_CHARACTER: Final = "\U0010ffff"
+"""Greater than every character of an ID."""
 LIST_INDEX: Final = IndexModel(_BY_LIST_KEY)
 SEARCH_INDEX: Final = IndexModel(_BY_SEARCH_KEY)
 
@@ -207,6 +210,7 @@ class ListQuery:
         scopes: The scopes that the principal may list. A document has at least one of them.
         is_search: Whether the search keys answer it, or else the list keys.
         document_filter: If the view has the rows of other documents: what these must still match when they are read.
+        has_id_prefix: Whether the filter contains a range of IDs. There are few, so the index of IDs answers it.
     """
 
     view: str
@@ -214,11 +218,21 @@ class ListQuery:
     scopes: frozenset[str]
     is_search: bool = False
     document_filter: Document = field(default_factory=dict)
+    has_id_prefix: bool = False
 
     @property
     def hint(self) -> list[tuple[str, int]]:
         """The index that answers the query in list order. Without it, the database may read and sort instead."""
+        if self.has_id_prefix:
+            return _BY_ID
         return _BY_SEARCH_KEY if self.is_search else _BY_LIST_KEY
+
+    def with_id_prefix(self, prefix: str | None) -> ListQuery:
+        """Return the query for the documents of this one whose IDs begin with a prefix. None: for all of them."""
+        if prefix is None:
+            return self
+        id_range = {"_id": {"$gte": prefix, "$lt": prefix + _LAST_CHARACTER}}
+        return replace(self, filter=self.filter | id_range, has_id_prefix=True)
 
 
 def get_principal_scopes(principal: Principal) -> list[str]:
@@ -236,7 +250,7 @@ def build_unrestricted_list_key(facet: Facet) -> str:
 def build_query(
     view: str,
     principal: Principal,
-    facets: Mapping[str, str | None],
+    facets: Mapping[str, str | Sequence[str] | None],
     *,
     conditions: Mapping[str, Any],
     created_after: datetime | None = None,
@@ -248,19 +262,23 @@ def build_query(
 
     Args:
         view: A view whose documents have list keys.
-        facets: Values by facet. None matches any value.
+        facets: Values by facet, of which a document has one. None matches any value.
         conditions: Values of, or database conditions on, other document fields. None matches any value.
         owner: The value of the facet `user`, if there is one.
         document_conditions: Like `conditions`, for `ListQuery.document_filter`.
     """
-    selected: list[Facet] = [(name, value) for name, value in facets.items() if value is not None]
+    selected: list[list[Facet]] = [
+        [(name, value)] if isinstance(value, str) else [(name, one_value) for one_value in value]
+        for name, value in facets.items()
+        if value is not None
+    ]
     scopes = get_principal_scopes(principal)
     # An owner's scope combines the other facets with the owner. So few documents of other users are examined.
     has_scope = owner is not None and len(owner) <= MAX_PRINCIPAL_NAME_CHARACTERS
     other_scopes = [f"={owner}"] if has_scope and principal.is_admin else scopes
     by_facet = [
-        {"list_keys": {"$in": build_list_keys(scopes if facet == ("user", owner) else other_scopes, [facet])}}
-        for facet in selected or [NO_FACET]
+        {"list_keys": {"$in": build_list_keys(scopes if values == [("user", owner)] else other_scopes, values)}}
+        for values in selected or [[NO_FACET]]
     ]
     query_filter = {"$and": by_facet, **_build_conditions(conditions, created_after, created_before)}
     document_filter = _build_conditions(document_conditions or {})

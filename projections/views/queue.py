@@ -1,12 +1,17 @@
 """View `queue`: one row for each pending job whose batch is not paused.
 
 The view is only a hint. The append of JobClaimed decides whether a worker gets the job.
+
+Fields of a row in addition to those of the job:
+    claimable_at: Since or from when a worker may claim the job: it became pending, is due, or its batch was resumed.
+    hash: See `compute_hash`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final, NamedTuple
 from zlib import crc32
 
@@ -17,9 +22,14 @@ from jobledger.projections.slots import Views
 
 NAME: Final = "queue"
 _ORDER: Final = [("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)]
-INDEXES: Final = [IndexModel([*_ORDER, ("hash", ASCENDING)])]
-"""With the hash, the server needs to read only the rows of a share."""
-_ROW_FIELDS: Final = ("job_type", "batch_id", "priority", "due_at", "queued_position", "position")
+_BY_SCHEDULED_BATCH: Final = [("batch_id", ASCENDING), ("due_at", ASCENDING), ("due_reason", ASCENDING)]
+INDEXES: Final = [
+    IndexModel([*_ORDER, ("hash", ASCENDING)]),  # with the hash, the server needs to read only the rows of a share
+    IndexModel([("claimable_at", ASCENDING)]),
+    IndexModel(_BY_SCHEDULED_BATCH, partialFilterExpression={"due_at": {"$gt": datetime(1970, 1, 1, tzinfo=UTC)}}),
+]
+"""The last index has only the rows with a start time, which usually are few, and counts them."""
+_ROW_FIELDS: Final = ("job_type", "batch_id", "priority", "due_at", "due_reason", "queued_position", "position")
 _QUEUE_ROW_FIELDS: Final = {"job_type": 1, "batch_id": 1, "priority": 1, "queued_position": 1}
 
 
@@ -27,7 +37,9 @@ def build_rows(job: Document, batch: Document | None) -> list[Document]:
     """Return the row of a job if it is pending and its batch, if any, is not paused."""
     if job["status"] != "pending" or (batch is not None and batch["paused"]):
         return []
-    return [{"_id": job["job_id"], **{name: job[name] for name in _ROW_FIELDS}, "hash": compute_hash(job["job_id"])}]
+    times = (job["pending_since"], job["due_at"], batch["resumed_at"] if batch is not None else None)
+    row = {"_id": job["job_id"], **{name: job[name] for name in _ROW_FIELDS}, "hash": compute_hash(job["job_id"])}
+    return [{**row, "claimable_at": max((time for time in times if time is not None), default=None)}]
 
 
 def compute_hash(job_id: str) -> int:
@@ -96,6 +108,47 @@ async def get_next_due_at(views: Views, *, now: datetime) -> datetime | None:
     with translate_errors("finding the next due job"):
         row = await views[NAME].find_one({"due_at": {"$gt": now}}, {"due_at": 1}, sort=[("due_at", ASCENDING)])
     return row["due_at"] if row else None
+
+
+async def find_oldest_claimable_at(views: Views, *, now: datetime) -> datetime | None:
+    """Return since when the longest-waiting of the jobs that may be claimed now waits, or None if there is none."""
+    with translate_errors("finding the oldest claimable job"):
+        query = {"claimable_at": {"$lte": now}}
+        row = await views[NAME].find_one(query, {"claimable_at": 1}, sort=[("claimable_at", ASCENDING)])
+    return row["claimable_at"] if row else None
+
+
+async def find_oldest_claimable_by_type(views: Views, *, now: datetime) -> dict[str, datetime]:
+    """Return since when the longest-waiting job that may be claimed now waits, by job type."""
+    group = {"_id": "$job_type", "since": {"$min": "$claimable_at"}}
+    with translate_errors("finding the oldest claimable jobs"):
+        stages: list[Document] = [{"$match": {"claimable_at": {"$lte": now}}}, {"$group": group}]
+        async with await views[NAME].aggregate(stages) as groups:
+            return {row["_id"]: row["since"] async for row in groups}
+
+
+async def count_scheduled(views: Views, *, now: datetime) -> Counter[str]:
+    """Return how many jobs of batches that are not paused, and of no batch, are due later, by `due_reason`."""
+    counts: Counter[str] = Counter()
+    for (_, reason), count in (await _count_scheduled(views, {"due_at": {"$gt": now}}, batch_id=None)).items():
+        counts[reason] += count
+    return counts
+
+
+async def count_scheduled_by_batch(
+    views: Views, batch_ids: Collection[str], *, now: datetime
+) -> Counter[tuple[str | None, str]]:
+    """Return how many jobs of these batches are due later, by batch and `due_reason`."""
+    query = {"batch_id": {"$in": sorted(batch_ids)}, "due_at": {"$gt": now}}
+    return await _count_scheduled(views, query, batch_id="$batch_id")
+
+
+async def _count_scheduled(views: Views, query: Document, *, batch_id: str | None) -> Counter[tuple[str | None, str]]:
+    group = {"_id": {"batch_id": batch_id, "due_reason": "$due_reason"}, "count": {"$sum": 1}}
+    with translate_errors("counting jobs that are due later"):
+        stages = [{"$match": query}, {"$group": group}]
+        async with await views[NAME].aggregate(stages, hint=dict(_BY_SCHEDULED_BATCH)) as groups:
+            return Counter({(row["_id"]["batch_id"], row["_id"]["due_reason"]): row["count"] async for row in groups})
 
 
 async def estimate_depth(views: Views) -> int:

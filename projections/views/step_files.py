@@ -14,7 +14,7 @@ import orjson
 from pymongo import ASCENDING, IndexModel
 
 from jobledger.ledger.domain.events import StepCompleted
-from jobledger.ledger.domain.result_files import find_result_files, is_sha256
+from jobledger.ledger.domain.result_files import find_step_files, is_sha256
 from jobledger.ledger.mongo.connection import Document
 
 NAME: Final = "step_files"
@@ -27,9 +27,9 @@ MAX_STEP_FILES: Final = 10_000
 
 def add_step_digests(job: Document, step: StepCompleted) -> Document:
     """Return the field `step_files` of a job with the files of a completed step, or nothing if it names no new file."""
-    if b'"sha256"' not in orjson.dumps(step.output, default=str, option=orjson.OPT_NON_STR_KEYS):
+    if not step.files and b'"sha256"' not in orjson.dumps(step.output, default=str, option=orjson.OPT_NON_STR_KEYS):
         return {}
-    return add_digests(job, (file.sha256 for file in find_result_files(step.output)))
+    return add_digests(job, (file.sha256 for file in find_step_files(step)))
 
 
 def add_digests(job: Document, digests: Iterable[str]) -> Document:

@@ -70,6 +70,8 @@ async def test_batch_list_filters_by_status_and_owner_newest_first(api: Api) -> 
     assert await list_ids("?status=processing") == [running["batch_id"]]
     assert await list_ids("?user_id=ada") == [running["batch_id"]]
     assert await list_ids("?limit=1&skip=1") == [finished["batch_id"]]
+    assert await list_ids(f"?id_prefix={running['batch_id']}") == [running["batch_id"]]
+    assert await list_ids("?id_prefix=batch-00000000") == []
     assert await list_ids("?archived=true") == []
 
 

@@ -90,8 +90,8 @@ async def test_etag_changes_with_each_field_of_a_job_or_batch(api: Api, kind: st
         assert (await api.get(path, **{"If-Match": etag})).status_code == 412, field
     await rows.replace_one({"_id": key}, original)
     assert (await api.get(path, **{"If-None-Match": etag})).status_code == 304
-    # `paused` of a job comes from its batch. The next test covers it.
-    assert changed_fields | {"paused"} >= first.json()[kind].keys()
+    # `paused` of a job comes from its batch, and `waiting_for` is derived. The next test covers them.
+    assert changed_fields | {"paused", "waiting_for"} >= first.json()[kind].keys()
 
 
 async def test_etag_changes_with_the_batch_of_a_pending_job(shared_api: Api) -> None:
@@ -103,7 +103,8 @@ async def test_etag_changes_with_the_batch_of_a_pending_job(shared_api: Api) -> 
         response = await shared_api.post(f"/api/events/batches/{batch['batch_id']}/{action}")
         response = await shared_api.get(path, response.headers["ledger-position"], **{"If-None-Match": etag})
         assert response.status_code == 200
-        assert response.json()["job"]["paused"] is is_paused
+        job = response.json()["job"]
+        assert (job["paused"], job["waiting_for"]) == (is_paused, "batch_paused" if is_paused else "worker")
         etag = response.headers["etag"]
 
 

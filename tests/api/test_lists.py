@@ -84,6 +84,29 @@ async def test_job_list_filter_returns_matches_and_total(header_auth_api: Api) -
         assert (content["total"], len(content["jobs"])) == (number, number), query
 
 
+async def test_job_list_id_prefix_returns_matching_jobs_of_the_caller(header_auth_api: Api) -> None:
+    position = await create_jobs(header_auth_api)
+    jobs = (await list_jobs(header_auth_api, position))["jobs"]
+    job_id = jobs[4]["job_id"]
+    expected = [job["job_id"] for job in jobs if job["job_id"].startswith(job_id[:-1])]
+    for query, ids in [
+        ({"id_prefix": job_id}, [job_id]),
+        ({"id_prefix": job_id[:-1]}, expected),
+        ({"id_prefix": job_id[:-1], "sort": "created_at"}, expected[::-1]),
+        ({"id_prefix": job_id, "status": jobs[4]["status"], "q": "trees"}, [job_id]),
+        ({"id_prefix": job_id, "status": "completed"}, []),
+        ({"id_prefix": "job-zzzzzzzz"}, []),
+    ]:
+        content = await list_jobs(header_auth_api, position, **query)
+        assert ([job["job_id"] for job in content["jobs"]], content["total"]) == (ids, len(ids)), query
+    stranger = await header_auth_api.http.get(
+        "/api/events/jobs", params={"id_prefix": job_id}, headers=principal_header("zoe")
+    )
+    assert stranger.json()["jobs"] == []
+    short = await header_auth_api.http.get("/api/events/jobs", params={"id_prefix": "job-1234567"})
+    assert (short.status_code, "id_prefix" in short.text) == (422, True)
+
+
 async def test_job_list_filters_by_error_code(api: Api) -> None:
     job_id = await api.submit({"fail": "permanent"})
     failed = await api.wait_until_finished(job_id)
@@ -207,6 +230,8 @@ def make_job_document(number: int) -> Document:
             "target_language": f"l{number % 5}",
         },
         "archived": False,
+        "due_at": None,
+        "due_reason": "due_time",
         "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number),
     }
     jobs._set_search_keys(job)
@@ -285,3 +310,14 @@ async def test_list_by_two_facets_follows_the_rarer_one(api_without_worker: Api,
         await check_query_plan(api_without_worker, query, None, newest_first=newest_first)
     rows, _ = await paging.find_page(Views(api_without_worker.db), query, paging.PageRequest(limit=20))
     assert [row["_id"] for row in rows] == [f"job-{number:024x}" for number in range(5405, 0, -600)]
+
+
+@pytest.mark.parametrize("principal", [ADMIN, ALICE], ids=["admin", "alice"])
+async def test_list_by_id_prefix_examines_only_ids_with_prefix(api_without_worker: Api, principal: Principal) -> None:
+    documents = [make_job_document(number) for number in range(3000)]
+    await api_without_worker.db.jobs.insert_many(documents)
+    await api_without_worker.db.job_list.insert_many([job_list.build_row(job) for job in documents])
+    query = job_list.JobFilter(id_prefix=f"job-{7:024x}"[:-1]).build_query(principal)
+    command = {"find": query.view, "filter": query.filter, "hint": dict(query.hint)}
+    explanation = await api_without_worker.db.command({"explain": command, "verbosity": "executionStats"})
+    assert explanation["executionStats"]["totalKeysExamined"] <= 17

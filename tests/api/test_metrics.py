@@ -47,7 +47,8 @@ async def test_metrics_show_jobs_log_workers_and_http_responses(api: Api) -> Non
     assert jobs == {"pending": 1, "processing": 0, "completed": 2, "failed": 0, "cancelled": 0}
     assert samples["jobledger_batches", ""] == 1
     assert samples["jobledger_batches_active", ""] == 0
-    assert samples["jobledger_queue_jobs", ""] == 1
+    assert samples["jobledger_queue_jobs", ""] == 0, "no worker could run the delayed job"
+    assert samples["jobledger_jobs_waiting", "due_time"] == 1
     assert samples["jobledger_log_head_position", ""] == event["position"]
     assert samples["jobledger_projection_position", ""] == event["position"]
     assert samples["jobledger_projection_lag_events", ""] == 0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from jsonschema_rs import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 
 from jobledger.api.app import ROUTES
+from jobledger.api.auth.redaction import Viewer
+from jobledger.api.event_json import encode_event
 from jobledger.api.http.error_codes import ERROR_CODES
 from jobledger.api.http.errors import ERROR_RESPONSES
 from jobledger.api.http.preferences import MAX_WAIT_SECONDS
@@ -22,8 +25,11 @@ from jobledger.api.openapi.operation import OPERATIONS
 from jobledger.api.schemas.batches import BatchBody, BatchRestartBody, BatchUpdateBody
 from jobledger.api.schemas.jobs import JobBody, JobRestartBody, JobUpdateBody
 from jobledger.api.schemas.request_models import ReasonBody
+from jobledger.ledger.domain.access import AccessLevel, Principal
+from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.workers.registry import load_processors
 from tests.api.conftest import Api
+from tests.support.event_examples import EVENT_EXAMPLES, NOON
 
 API = Path(__file__).parents[2] / "api"
 DOCUMENT = openapi.build_document(ROUTES, {name: processor.Parameters for name, processor in load_processors().items()})
@@ -72,6 +78,124 @@ def test_error_codes_in_source_are_in_catalog_and_in_a_response() -> None:
     assert set(ERROR_CODES) - codes_outside_operations - {"not_found", "range_not_satisfiable", "batch_not_found"} <= {
         code for code, _ in raised
     }
+
+
+def test_operation_ids_are_unique_and_consist_of_tag_and_action() -> None:
+    ids = [operation["operationId"] for operation in OPERATIONS_BY_ROUTE.values()]
+    assert len(set(ids)) == len(ids)
+    assert OPERATIONS_BY_ROUTE["GET /api/events/jobs"]["operationId"] == "jobs.list"
+    assert OPERATIONS_BY_ROUTE["GET /api/events/jobs/{job_id}"]["operationId"] == "jobs.get"
+    assert OPERATIONS_BY_ROUTE["POST /api/events/batches/{batch_id}/pause"]["operationId"] == "batches.pause"
+    assert all(re.fullmatch(r"[a-z]+\.[a-zA-Z]+", operation_id) for operation_id in ids), ids
+
+
+def test_parameters_of_two_job_types_with_equal_class_names_have_own_schemas() -> None:
+    def create_models() -> type[BaseModel]:
+        item = create_model("Item", amount=(int, ...))
+        return create_model("Parameters", items=(list[item], ...))
+
+    job_types = {"invoice": create_models(), "credit-note": create_models(), "credit_note": create_models()}
+    schemas = openapi.build_document(ROUTES, job_types)["components"]["schemas"]
+    for prefix, number in (("Invoice", ""), ("CreditNote", ""), ("CreditNote", "2")):
+        assert schemas[f"{prefix}Parameters{number}"]["properties"]["items"]["items"] == {
+            "$ref": f"#/components/schemas/{prefix}Item{number}"
+        }
+    assert {"InvoiceJobBody", "CreditNoteJobBody", "CreditNoteJobBody2"} <= schemas.keys()
+    assert not [name for name in schemas if not re.fullmatch(r"[A-Za-z0-9]+", name)]
+
+
+def test_schemas_contain_readable_latin_names_and_no_models_of_queries() -> None:
+    schemas = openapi.build_document(ROUTES, {"Ämter-Größe": create_model("P")})["components"]["schemas"]
+    assert "AmterGroeParameters" in schemas
+    assert [name for name in schemas if name.endswith("Query")] == []
+
+
+@pytest.mark.parametrize(
+    "job_types",
+    [("ab", "aB", "a.b"), ("job",), ("error",), ("job-resource",), ("job-in-batch",), ("2fa",), ("Ämter", "書", "--")],
+    ids="/".join,
+)
+def test_schema_names_of_odd_job_types_are_identifiers_that_differ_without_case(job_types: Sequence[str]) -> None:
+    class WithStatus(BaseModel):
+        status: Literal["x"]
+
+    def create_parameters() -> type[BaseModel]:
+        models = [create_model(name, x=(int, ...)) for name in ("Body", "Resource", "Response")]
+        fields: dict[str, Any] = {model.__name__: (model, ...) for model in models}
+        parameters: type[BaseModel] = create_model("Any", __base__=WithStatus, **fields)
+        return parameters
+
+    document = openapi.build_document(ROUTES, {job_type: create_parameters() for job_type in job_types})
+    schemas = document["components"]["schemas"]
+    references = re.findall(r"'\$ref': '#/components/schemas/([^']+)'", str(document))
+    assert {*references} <= schemas.keys()
+    assert [name for name in schemas if not re.fullmatch(r"[A-Z][A-Za-z0-9]*", name)] == []
+    inline_types = [name + field.capitalize() for name in schemas for field in schemas[name].get("properties", ())]
+    names = {name.lower() for name in schemas}
+    assert len(names) == len(schemas)
+    assert names.isdisjoint(name.lower() for name in inline_types), "generators name inline types so"
+    variants = [schemas[choice["$ref"].rpartition("/")[2]] for choice in schemas["JobBody"]["anyOf"]]
+    assert [variant["properties"]["job_type"]["const"] for variant in variants] == [*job_types]
+
+
+def test_properties_with_defaults_are_optional_and_describe_their_default() -> None:
+    model = create_model("P", default=(int, 3), properties=(list[int], []), enum=(int | None, None), plain=(int, ...))
+    schemas = openapi.build_document(ROUTES, {"odd": model})["components"]["schemas"]
+    odd = schemas["OddParameters"]
+    assert odd["required"] == ["plain"]
+    assert odd["properties"]["default"]["description"] == "Default: `3`."
+    assert odd["properties"]["default"]["x-default"] == 3
+    assert odd["properties"].keys() == {"default", "properties", "enum", "plain"}
+    assert schemas["LinkBody"]["properties"]["expires_in_s"]["description"] == "Default: `3600`."
+    with_default = [
+        f"{name}.{field}"
+        for name, schema in schemas.items()
+        for field, property_schema in schema.get("properties", {}).items()
+        if "default" in property_schema
+    ]
+    assert with_default == [], "openapi-typescript requires these properties"
+
+
+def test_enum_of_several_types_becomes_one_enum_for_each_type() -> None:
+    class Model(BaseModel):
+        mixed: Literal["a", 1, True, None]
+        plain: Literal["a", None]
+
+    schemas = openapi.build_document(ROUTES, {"odd": Model})["components"]["schemas"]
+    fields = schemas["OddParameters"]["properties"]
+    assert fields["mixed"]["anyOf"] == [{"enum": ["a"]}, {"enum": [1]}, {"const": True}, {"type": "null"}]
+    assert fields["plain"]["enum"] == ["a", None]
+
+
+@pytest.mark.parametrize("event", EVENT_EXAMPLES, ids=lambda event: type(event).__name__)
+def test_event_schema_is_selected_by_type_and_describes_all_fields(event: Event) -> None:
+    union = DOCUMENT["components"]["schemas"]["EventResource"]
+    name = type(event).__name__
+    assert union["discriminator"]["mapping"][name] == f"#/components/schemas/{name}Event"
+    assert len(union["oneOf"]) == len(union["discriminator"]["mapping"])
+    validator = Draft202012Validator(
+        {"$ref": "#/components/schemas/EventResource", "components": DOCUMENT["components"]}
+    )
+    stored = {"_id": 1, "event_id": "e", "stream": "job-1", "version": 1, "type": name, "time": NOON, "schema": 1}
+    recorded = RecordedEvent({**stored, "data": event.to_payload(), "meta": {"actor": "user:alice"}, "hash": b""})
+    for viewer in (Viewer(Principal("alice"), AccessLevel.READ), Viewer(Principal("alice"), AccessLevel.ADMIN)):
+        content = json.loads(encode_event(recorded, viewer))
+        validator.validate(content)
+        validator.validate({**content, "data": {}})
+        assert not validator.is_valid({**content, "type": "Unknown"})
+        fields = DOCUMENT["components"]["schemas"][f"{name}Data"].get("properties", {})
+        assert content["data"].keys() <= fields.keys()
+
+
+def test_file_download_describes_bytes_and_parts() -> None:
+    operation = OPERATIONS_BY_ROUTE["GET /api/events/files/{path}"]
+    for status in ("200", "206"):
+        content = operation["responses"][status]["content"]
+        assert content["application/octet-stream"]["schema"] == {"type": "string", "format": "binary"}
+    assert "Content-Range" in operation["responses"]["206"]["headers"]
+    assert "206" not in OPERATIONS_BY_ROUTE["GET /api/events/jobs/{job_id}/download-archive"]["responses"]
+    queries = {parameter["name"]: parameter["schema"] for parameter in operation["parameters"]}
+    assert queries["signature"] == {"type": "string"}, "clients send defaults, and an empty signature is invalid"
 
 
 def test_document_is_valid_openapi_3_1() -> None:
@@ -137,7 +261,8 @@ def test_document_contains_common_responses_headers_and_parameters() -> None:
     assert f"at most {MAX_WAIT_SECONDS} seconds" in descriptions["Prefer"]
     assert submit["requestBody"]["required"]
     assert not OPERATIONS_BY_ROUTE["POST /api/events/jobs/{job_id}/cancel"]["requestBody"]["required"]
-    assert "Retry-After" in submit["responses"]["503"]["headers"]
+    assert submit["responses"]["503"]["$ref"] == "#/components/responses/Error503"
+    assert "Retry-After" in DOCUMENT["components"]["responses"]["Error503"]["headers"]
     changed = OPERATIONS_BY_ROUTE["PUT /api/events/jobs/{job_id}"]
     assert "If-Match" in {parameter["name"] for parameter in changed["parameters"]}
     assert "precondition_failed" in changed["responses"]["412"]["description"]

@@ -29,7 +29,16 @@ from jobledger.api.schemas.log import EventMetadataResource, HistoryResponse
 from jobledger.api.schemas.request_models import PageQuery
 from jobledger.api.schemas.webhooks import DeliveryAttempt, DeliveryFilter, DeliveryResource, DeliveryResponse
 from jobledger.ledger.domain.access import AccessLevel, Principal
-from jobledger.ledger.domain.events import EVENT_TYPES, EventMetadata, JobLeaseExpired, JobReleased, RecordedEvent
+from jobledger.ledger.domain.commands import ClaimJob, FailAttempt
+from jobledger.ledger.domain.events import (
+    EVENT_TYPES,
+    ErrorInfo,
+    EventMetadata,
+    JobLeaseExpired,
+    JobReleased,
+    RecordedEvent,
+)
+from jobledger.ledger.store.command_handler import handle_command
 from jobledger.projections.views.job_log import build_log_entries
 from tests.api.conftest import Api, run_api
 from tests.support.header_auth import principal_header
@@ -59,8 +68,8 @@ def test_every_event_field_has_a_redaction_rule() -> None:
 @pytest.mark.parametrize(
     ("rules", "model", "fields_without_rule"),
     [
-        (JOB_FIELD_RULES, JobResource, {"paused"}),
-        (BATCH_FIELD_RULES, BatchResource, set()),
+        (JOB_FIELD_RULES, JobResource, {"paused", "waiting_for"}),
+        (BATCH_FIELD_RULES, BatchResource, {"waiting_for"}),
         (DELIVERY_FIELD_RULES, DeliveryResource, set()),
         (DELIVERY_ATTEMPT_FIELD_RULES, DeliveryAttempt, set()),
         (METADATA_FIELD_RULES, EventMetadataResource, {"request_fingerprint", "traceparent"}),
@@ -204,6 +213,46 @@ async def test_owner_only_values_are_hidden_in_every_response(api: Api, endpoint
     assert leaks == []
 
 
+async def test_traceback_is_shown_to_the_owner_but_not_to_viewers_or_webhooks(
+    api: Api, endpoint: WebhookEndpoint
+) -> None:
+    secret = "hidden-traceback"
+    body = {
+        "job_type": "echo",
+        "parameters": {},
+        "not_before": "2099-01-01T00:00:00Z",  # no real worker takes it
+        "access_control": ACCESS,
+        "webhook": {"url": endpoint.url("/failed")},
+    }
+    job_id = (await api.post("/api/events/jobs", body, **OWNER)).json()["job_id"]
+    error = ErrorInfo(
+        code="PROCESSOR_FAULT", message="it broke", details={"traceback": f"{secret}.py", "exception": "E"}
+    )
+    much_later, meta = datetime(2100, 1, 1, tzinfo=UTC), EventMetadata("worker:worker-1")
+    for attempt, retry_at in ((1, much_later), (2, much_later), (3, None)):
+        await handle_command(api.event_store, job_id, ClaimJob("worker-1", much_later), meta=meta)
+        failure = FailAttempt("worker-1", attempt, error, retry_at)
+        await handle_command(api.event_store, job_id, failure, meta=meta)
+    head = await api.event_store.read_head_position()
+    await api.as_user("ann", roles=["admin"]).get("/api/events/jobs", head)
+    paths = (
+        *("/api/events/jobs?include=error,logs", f"/api/events/jobs/{job_id}", f"/api/events/jobs/{job_id}/history"),
+        *(f"/api/events/jobs/{job_id}?as_of={head}", f"/api/ledger/events?stream={job_id}"),
+        f"/monitoring/events/jobs/{job_id}",
+    )
+    for path in (*paths, f"/api/events/jobs/{job_id}/logs"):
+        shown = await api.http.get(path, headers=OWNER)
+        assert shown.status_code == 200, path
+        assert (secret in shown.text) == (path in paths), path
+        for name, headers in VIEWERS.items():
+            response = await api.http.get(path, headers=headers)
+            assert response.status_code in {200, 303}, (name, path)
+            assert secret not in response.text, (name, path)
+    [request] = await endpoint.wait_for_requests(1, "/failed")
+    assert request.json_body["error"]["details"] == {"exception": "E"}
+    assert secret not in request.body.decode()
+
+
 async def test_reader_sees_own_name_and_outcome(api: Api, endpoint: WebhookEndpoint) -> None:
     resources = await create_resources(api, endpoint)
     job = (await api.http.get(f"/api/events/jobs/{resources['job']}", headers=VIEWERS["reader"])).json()["job"]
@@ -272,7 +321,8 @@ def test_every_list_filter_is_visible_or_rejected() -> None:
         (BATCH_FIELD_RULES, BatchListQuery),
         (DELIVERY_FIELD_RULES, DeliveryFilter),
     ):
-        filters = model.model_fields.keys() - PageQuery.model_fields.keys() - {"q", "include"} - PARTLY_VISIBLE
+        others = {"q", "include", "id_prefix"}  # every viewer sees the ID
+        filters = model.model_fields.keys() - PageQuery.model_fields.keys() - others - PARTLY_VISIBLE
         fields = {name: FILTER_FIELDS.get(name, name) for name in filters}
         assert set(fields.values()) <= rules.keys(), model
         sample = {"a": "b"}

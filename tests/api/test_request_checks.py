@@ -128,7 +128,8 @@ async def test_query_parameter_min_position_is_checked_by_every_view_route(
         if OPERATIONS[route.endpoint].is_from_views:
             method = "GET" if "GET" in (route.methods or ()) else "POST"
             path = f"{build_path(route, **ids)}?min_position=far"
-            response = await shared_api.http.request(method, path, json=ids if method == "POST" else None)
+            body = {"action": "archive", "filters": {"batch_id": ids["batch_id"]}} if "bulk" in route.path else ids
+            response = await shared_api.http.request(method, path, json=body if method == "POST" else None)
             assert (response.status_code, response.json()["code"]) == (400, "malformed_position"), route.path
 
 

@@ -11,12 +11,18 @@ from jobledger.cli.main import app
 from tests.api.test_openapi import DOCUMENT, OPERATIONS_BY_ROUTE
 
 _QUERY_PARAMETERS = {
-    "jobs list --status": ("GET /api/events/jobs", "status"),
-    "batches list --status": ("GET /api/events/batches", "status"),
-    "webhooks list --status": ("GET /api/monitoring/events/webhooks", "status"),
+    **{
+        f"{command} --status": ("GET /api/events/jobs", "status")
+        for command in ("jobs cancel", "jobs retry", "jobs archive", "jobs unarchive", "errors ls")
+    },
+    "jobs ls --status": ("GET /api/events/jobs", "status"),
+    "batches ls --status": ("GET /api/events/batches", "status"),
+    "webhooks ls --status": ("GET /api/monitoring/events/webhooks", "status"),
 }
+_OWN_VALUES = ("return", "output", "shell", "level")
+"""Parameters with fixed values that the API does not have."""
 _BODY_FIELDS = {
-    "batches restart --only": ("POST /api/events/batches/{batch_id}/restart", "only"),
+    "batches retry --only": ("POST /api/events/batches/{batch_id}/restart", "only"),
     "webhooks redeliver --status": ("POST /api/monitoring/events/redeliver", "status"),
 }
 
@@ -33,7 +39,7 @@ def list_cli_choices(group: typer.Typer, prefix: str = "") -> Iterator[tuple[str
         assert command.callback is not None
         name = f"{prefix}{command.name or command.callback.__name__}"
         for parameter, annotation in get_type_hints(command.callback).items():
-            if parameter != "return" and (values := list_literal_values(annotation)):
+            if parameter not in _OWN_VALUES and (values := list_literal_values(annotation)):
                 yield f"{name} --{parameter}", values
     for subgroup in group.registered_groups:
         assert subgroup.typer_instance is not None

@@ -72,7 +72,7 @@ def test_second_up_on_same_directory_exits_4(running_installation: Installation)
     second = running_installation.run("up")
 
     assert second.exit_code == 4
-    assert second.err.splitlines()[-1].startswith("jobledger: ")
+    assert second.err.splitlines()[-1].startswith("error: ")
     assert f"is used by another Jobledger process (ID {running_installation.commands[0].process.pid})" in second.err
     with http_client(running_installation.commands[0]) as client:
         assert client.get("/readyz").status_code == 200

@@ -23,8 +23,9 @@ from rich.text import Text
 import jobledger.cli
 from jobledger.cli.administration import view_maintenance
 from jobledger.cli.administration.view_maintenance import ViewComparison
-from jobledger.cli.checks.result import CheckResult, build_results_table
+from jobledger.cli.checks.result import CheckResult, build_result_rows
 from jobledger.cli.commands.log_state import print_changes, print_state
+from jobledger.cli.commands.overview import build_error_rows, build_parameter_rows
 from jobledger.cli.commands.resources import print_details
 from jobledger.cli.commands.submit import print_finished_job
 from jobledger.cli.commands.webhooks import build_delivery_rows, build_endpoint_rows
@@ -34,7 +35,6 @@ from jobledger.cli.output.terminal_text import (
     SafeConsole,
     SafeFormatter,
     SafeStream,
-    SafeTable,
     echo,
     echo_json,
     echo_text,
@@ -77,23 +77,24 @@ def test_tables_not_on_a_terminal_are_not_truncated_or_wrapped(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    table = SafeTable("A", "B")
-    table.add_row(LONG_CELL, LONG_CELL)
-    SafeConsole().print(table)
     SafeConsole().print(Text(LONG_CELL, no_wrap=True, overflow="ellipsis"), soft_wrap=True)
-    print_table([("A", "B"), (LONG_CELL, LONG_CELL)], max_cell_length=50)
+    print_table([("A", "B"), (LONG_CELL, LONG_CELL)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.count(LONG_CELL) for line in lines] == [0, 2, 1, 0, 2]
+    assert [line.count(LONG_CELL) for line in lines] == [1, 0, 2]
 
 
-def test_print_table_on_terminal_truncates_only_with_limit(
+def test_print_table_on_terminal_fits_its_width_except_ids_and_headers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    for limit in (50, None):
-        print_table([("A",), (LONG_CELL,)], max_cell_length=limit)
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [("ID", "STATUS", "NAME"), ("i" * 20, "s" * 10, LONG_CELL)]
+    print_table(rows)
+    print_table(rows, fits_terminal=False)
+    print_table([("ID", "STATUS"), ("i" * 100, "s" * 10)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.count("x") for line in lines] == [0, 49, 0, 300]
+    counts = [(line.count("i"), line.count("s"), line.count("x")) for line in lines if "ID" not in line]
+    assert counts == [(20, 10, 25), (20, 10, 300), (100, 5, 0)]
 
 
 @given(st.text() | st.just(UNSAFE_TEXT))
@@ -108,11 +109,9 @@ def test_echo_json_unsafe_text_is_escaped_and_equal(text: str) -> None:
 
 
 def test_console_unsafe_text_prints_no_sequences_or_markup() -> None:
-    table = SafeTable("name")
-    table.add_row(UNSAFE_TEXT)
     out = io.StringIO()
     console = SafeConsole(file=out, width=500)
-    for renderable in (UNSAFE_TEXT, table):
+    for renderable in (UNSAFE_TEXT, Text(UNSAFE_TEXT)):
         console.print(renderable)
     assert is_safe(out.getvalue())
     assert out.getvalue().count("[red]x[/red][link=file:///]:skull:") == 2
@@ -139,6 +138,7 @@ def make_state(name: str) -> dict[str, Any]:
         "position": 1,
         "time": NOON,
         "jobs": {name: 1},
+        "waiting_for": {"worker": 1},
         "oldest_pending_submitted_at": NOON,
         "running": [{**job, "attempt": 1, "claimed_at": NOON}],
         "batches": [batch],
@@ -206,14 +206,22 @@ PRINTED: dict[str, Callable[[str], None]] = {
     ),
     "log state --as-of": lambda name: print_state(make_state(name)),
     "log state --until": lambda name: print_changes({"jobs": {name: 0}}, make_state(name), {name: [name, name]}),
-    "doctor": lambda name: print_all(build_results_table([CheckResult(name, is_ok=False, detail=name, advice=name)])),
+    "doctor": lambda name: print_table(build_result_rows([CheckResult(name, is_ok=False, detail=name, advice=name)])),
     "webhooks": lambda name: print_table(build_delivery_rows([make_delivery(name)])),
     "webhooks endpoints": lambda name: print_table(build_endpoint_rows([make_endpoint(name)])),
     "submit": lambda name: print_finished_job(
         SafeConsole(width=10_000), name, "JobFailed", {"error": {"message": name}}
     ),
+    "errors ls": lambda name: print_table(
+        build_error_rows([{"code": name, "jobs": 1, "last_at": None, "job_id": name, "message": name}])
+    ),
+    "types get": lambda name: print_table(
+        build_parameter_rows(
+            [{"name": name, "type": name, "required": True, "default": name, "description": f"{name}."}]
+        )
+    ),
     "jobs": lambda name: print_table([["id", "name"], [name, name]]),
-    "jobs show": lambda name: print_details(name, Text(name), iter([(name, name)])),
+    "jobs get": lambda name: print_details(name, Text(name), iter([(name, name)])),
 }
 
 

@@ -37,7 +37,8 @@ def test_obsolete_setting_is_reported_and_ignored(
 def test_unknown_command_or_option_is_usage_error(stopped_installation: Installation) -> None:
     assert_outcome(stopped_installation.run("explode"), 2, "No such command")
     assert_outcome(stopped_installation.run("up", "--fast"), 2, "No such option")
-    assert_outcome(stopped_installation.run("submit"), 2, "Missing argument")
+    assert_outcome(stopped_installation.run("jobs", "get"), 2, "Missing argument")
+    assert_outcome(stopped_installation.run("submit"), 2, "Nothing to submit")
     assert stopped_installation.run("--help").exit_code == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from jobledger.ledger.domain.commands import (
     UpdateJob,
     WorkerCommand,
 )
+from jobledger.ledger.domain.differences import find_differences
 from jobledger.ledger.domain.errors import AlreadyExists, InvalidEvent, InvalidState, NotFound
 from jobledger.ledger.domain.events import (
     Event,
@@ -330,13 +332,80 @@ def test_restart_keeps_completed_steps_unless_reuse_is_off() -> None:
     assert given(*history, JobRestarted(by="user:bob", reuse_steps=False)).state.steps == {}
 
 
+def test_restart_drops_steps_whose_warning_may_have_lost_its_cause() -> None:
+    repeated = StepCompleted(attempt=1, step="enrich", key="k2", output=["x"], duration_s=1, repeat_on_restart=True)
+    history = [submitted, claimed, step, repeated]
+    assert given(*history, retried).state.steps == {"k1": step, "k2": repeated}
+    state = given(*history, failed, restarted).state
+    assert (state.steps, state.is_full_restart) == ({"k1": step}, False)
+    assert state.step_output_bytes == given(submitted, claimed, step).state.step_output_bytes > 0
+
+
+@parametrize_histories(FINISHED)
+def test_restart_with_parameters_restarts_and_changes_job_in_one_commit(history: list[Event]) -> None:
+    new = {**submitted.parameters, "text": "corrected"}
+    [first, second] = job.decide(RestartJob("user:bob", "typo", parameters=new), given(*history).state)
+    assert first == JobRestarted(by="user:bob", reason="typo")
+    assert isinstance(second, JobUpdated)
+    assert (second.by, second.parameters, second.priority, second.not_before) == ("user:bob", new, None, None)
+    assert [change.name for change in second.difference] == ["text"]
+    state = given(*history, first, second).state
+    assert (state.status, state.spec.parameters, state.due_at) == ("pending", new, None)
+    assert state.changed_parameters_bytes > given(*history).state.changed_parameters_bytes
+
+
+def test_restart_with_the_same_parameters_records_no_change() -> None:
+    command = RestartJob("user:bob", parameters=dict(submitted.parameters))
+    given(submitted, claimed, failed).when(command).then(JobRestarted(by="user:bob"))
+
+
+def test_restart_with_too_many_changed_parameters_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_CHANGED_PARAMETERS_BYTES", 100)
+    with pytest.raises(InvalidEvent, match="at most 100 bytes"):
+        job.decide(RestartJob("user:bob", parameters={"text": "x" * 200}), given(submitted, claimed, failed).state)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (
+            {"a": 1, "b": 2},
+            {"b": 3, "c": None},
+            [("a", "removed", 1, None), ("b", "changed", 2, 3), ("c", "added", None, None)],
+        ),
+        ({"a": 1}, {"a": True}, [("a", "changed", 1, True)]),
+        ({"a": None}, {}, [("a", "removed", None, None)]),
+        ({"a": {"x": 1, "y": 2}}, {"a": {"y": 2, "x": 1}}, []),
+        ({"a": 2**70}, {"a": 2**70 + 1}, [("a", "changed", 2**70, 2**70 + 1)]),
+        ({"a": "x" * 2000}, {"a": "y"}, [("a", "changed", None, "y")]),
+    ],
+)
+def test_difference_lists_changed_parameters(
+    before: dict[str, Any], after: dict[str, Any], expected: list[tuple[str, str, Any, Any]]
+) -> None:
+    found = [(change.name, change.kind, change.before, change.after) for change in find_differences(before, after)]
+    assert [tuple(map(repr, change)) for change in found] == [tuple(map(repr, change)) for change in expected]
+
+
+def test_difference_of_many_large_parameters_is_limited() -> None:
+    changes = find_differences({}, {f"{number:05}" + "n" * 1000: "x" * 1000 for number in range(5000)})
+    assert len(changes) == 100
+    assert limits.compute_json_size([change.model_dump() for change in changes]) < 200_000
+
+
 # Changing ---------------------------------------------------------------------------------------------------------
 
 
 @parametrize_histories(PENDING)
 def test_update_pending_job_records_update(history: list[Event]) -> None:
     given(*history).when(UpdateJob("user:bob", {"text": "bye"}, 9, LATER)).then(
-        JobUpdated(by="user:bob", parameters={"text": "bye"}, priority=9, not_before=LATER)
+        JobUpdated(
+            by="user:bob",
+            parameters={"text": "bye"},
+            priority=9,
+            not_before=LATER,
+            difference=find_differences(submitted.parameters, {"text": "bye"}),
+        )
     )
 
 

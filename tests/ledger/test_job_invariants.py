@@ -113,9 +113,9 @@ class JobStateMachine(RuleBasedStateMachine):
         assert not second
         assert bool(first) <= (grant == self.grants[-1])
 
-    @rule(reuse_steps=st.booleans())
-    def restart(self, reuse_steps: bool) -> None:
-        self.apply(RestartJob("user:bob", reuse_steps=reuse_steps))
+    @rule(reuse_steps=st.booleans(), parameters=st.none() | st.just({"text": "new"}))
+    def restart(self, reuse_steps: bool, parameters: dict[str, str] | None) -> None:
+        self.apply(RestartJob("user:bob", reuse_steps=reuse_steps, parameters=parameters))
 
     @rule(
         command=st.sampled_from(

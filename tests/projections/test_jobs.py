@@ -156,7 +156,7 @@ async def test_completed_job_has_its_results(roles: RunningRoles) -> None:
     job = await load_job_after(roles, job_id, report_results(WORKER, 1, results))
     assert job["status"] == "completed"
     assert job["completed_at"] == job["updated_at"] >= job["started_at"]
-    assert job["results"] == results.model_dump()
+    assert job["results"] == {"output": None, **results.model_dump()}
     assert type(job["results"]["metadata"]["processed_at"]) is datetime
     assert type(job["results"]["metadata"]["duration"]) is float
     assert type(job["results"]["metadata"]["tokens_used"]) is int

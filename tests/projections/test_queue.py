@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from jobledger.ledger.domain.commands import CancelJob, ReleaseJob
-from jobledger.ledger.domain.events import truncate_to_milliseconds
+from jobledger.ledger.domain.commands import (
+    CancelJob,
+    FailAttempt,
+    PauseBatch,
+    ReleaseJob,
+    RestartJob,
+    ResumeBatch,
+    UpdateJob,
+)
+from jobledger.ledger.domain.events import ErrorInfo, truncate_to_milliseconds
+from jobledger.ledger.store.command_handler import Command
 from jobledger.projections.views import queue
 from tests.support.role_runner import RunningRoles
 
@@ -124,3 +133,55 @@ async def test_server_reads_only_the_rows_of_a_share(roles: RunningRoles) -> Non
     profiled = await roles.db["system.profile"].find(query).to_list()
     assert 0 < len(rows) < 40
     assert sum(entry["docsExamined"] for entry in profiled) == len(rows)
+
+
+async def find_oldest(roles: RunningRoles, now: datetime | None = None) -> datetime | None:
+    await roles.wait_for_views()
+    return await queue.find_oldest_claimable_at(roles.checkpoint.views, now=now or datetime.now(UTC))
+
+
+async def apply(roles: RunningRoles, stream: str, *commands: Command) -> datetime:
+    """Handle commands and return the time of the last event."""
+    return (await roles.handle_commands(stream, *commands))[-1].time
+
+
+async def test_oldest_claimable_at_begins_again_whenever_a_job_can_run_again(roles: RunningRoles) -> None:
+    job_id = await roles.submit()
+    submitted = await find_oldest(roles)
+    attempt = await roles.claim(job_id)
+    assert await find_oldest(roles) is None, "it runs"
+    released = await apply(roles, job_id, ReleaseJob("worker-1", attempt, "shutdown"))
+    assert submitted is not None
+    assert submitted < released
+    assert await find_oldest(roles) == released
+    await roles.claim(job_id)
+    await apply(roles, job_id, FailAttempt("worker-1", 2, ErrorInfo(code="BROKEN", message="it broke"), LATER))
+    assert await find_oldest(roles) is None, "it waits for its retry"
+    assert await find_oldest(roles, LATER) == LATER
+    await apply(roles, job_id, CancelJob("user:alice"))
+    assert await find_oldest(roles, LATER) is None
+    restarted = await apply(roles, job_id, RestartJob("user:alice"))
+    assert await find_oldest(roles) == restarted
+
+
+async def test_oldest_claimable_at_of_a_batch_begins_when_it_is_resumed(roles: RunningRoles) -> None:
+    batch_id, _ = await roles.submit_batch({}, {})
+    assert await find_oldest(roles) is not None
+    await apply(roles, batch_id, PauseBatch("user:alice"))
+    assert await find_oldest(roles) is None
+    resumed = await apply(roles, batch_id, ResumeBatch("user:alice"))
+    assert await find_oldest(roles) == resumed
+    paused_again = await apply(roles, batch_id, PauseBatch("user:alice"))
+    assert paused_again > resumed
+    assert await find_oldest(roles) is None
+    resumed_again = await apply(roles, batch_id, ResumeBatch("user:alice"))
+    assert await find_oldest(roles) == resumed_again > resumed
+
+
+async def test_oldest_claimable_at_of_an_advanced_job_is_the_time_of_the_change(roles: RunningRoles) -> None:
+    job_id = await roles.submit(not_before=LATER)
+    assert await find_oldest(roles) is None
+    advanced = await apply(roles, job_id, UpdateJob("user:alice", not_before=NOW - timedelta(days=1)))
+    assert await find_oldest(roles) == advanced
+    assert await apply(roles, job_id, UpdateJob("user:alice", not_before=NOW - timedelta(days=2))) > advanced
+    assert await find_oldest(roles) == advanced, "it could run before"

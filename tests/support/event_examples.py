@@ -102,6 +102,7 @@ EVENT_EXAMPLES: tuple[Event, ...] = (
         duration_s=0.25,
         tokens_used=3,
         warnings=["slow"],
+        repeat_on_restart=True,
     ),
     JobReleased(worker_id="worker-1", attempt=1, reason="the worker is shutting down"),
     JobUpdated(by="user:alice", parameters={"event": "FOSDEM"}, priority=2, not_before=NOON + timedelta(hours=1)),

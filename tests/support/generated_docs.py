@@ -4,46 +4,41 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from typer.cli import get_docs_for_click
 
 from jobledger.cli import main
 from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, VALUE_TYPES, PositionVoided
 
 DOCS = Path(__file__).parents[2] / "docs"
-_EXIT_CODES = """\
-## Exit codes
-
-- 0: success
-- 1: the operation failed, or a check found a problem
-- 2: wrong arguments or settings
-- 3: a service is unreachable
-- 4: a port, disk, lock or limit of this machine is temporarily unavailable
-- 130: interrupted by Ctrl-C; roles exit with 130 only at the second Ctrl-C or SIGTERM
-"""
+_HELP_WIDTH = 100
 
 
 def render_commands() -> str:
-    """Return the reference of all commands and options."""
+    """Return the reference of all commands: their help pages."""
+    parts = ["# Reference: commands", "This page contains the help pages of all commands, as `--help` prints them."]
+    for name, page in list_help_pages():
+        parts += [f"## {name}", f"```text\n{page}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def list_help_pages(width: int = _HELP_WIDTH) -> list[tuple[str, str]]:
+    """Return the names of all commands and groups, and their help pages at a width of the terminal."""
     command: Any = typer.main.get_command(main.app)
-    context = typer.Context(command, info_name="jobledger")
-    text = get_docs_for_click(obj=command, ctx=context, name="jobledger", title="Reference: commands")
-    text = _with_full_summaries(text, command)
-    return "\n".join(line.rstrip() for line in f"{text.strip()}\n\n{_EXIT_CODES}".splitlines()) + "\n"
+    settings = {**command.context_settings, "terminal_width": width}
+    return list(_iterate_help_pages(typer.Context(command, info_name="jobledger", **settings)))
 
 
-def _with_full_summaries(text: str, command: Any) -> str:
-    """Return the text with complete summaries in lists of commands. Typer truncates them."""
-    for name, subcommand in getattr(command, "commands", {}).items():
-        summary = subcommand.get_short_help_str(limit=1000)
-        text = text.replace(f"* `{name}`: {subcommand.get_short_help_str()}\n", f"* `{name}`: {summary}\n")
-        text = _with_full_summaries(text, subcommand)
-    return text
+def _iterate_help_pages(ctx: Any) -> Iterator[tuple[str, str]]:
+    page = "\n".join(line.rstrip() for line in ctx.get_help().splitlines())
+    yield ctx.command_path, page
+    for name, command in getattr(ctx.command, "commands", {}).items():
+        yield from _iterate_help_pages(typer.Context(command, info_name=name, parent=ctx))
 
 
 def render_events() -> str:

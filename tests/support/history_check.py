@@ -69,6 +69,8 @@ class _JobHistory:
     over: bool = False
     steps: dict[str, int] = field(default_factory=dict)
     """Attempt that completed each step, by the key of the step."""
+    repeated_steps: set[str] = field(default_factory=set)
+    """Keys of the steps that the next restart repeats."""
 
     def require(self, holds: bool, event: RecordedEvent, wrong: str) -> None:
         assert holds, f"{event.stream}, position {event.position}: {event.type} {wrong}"
@@ -110,8 +112,9 @@ class _JobHistory:
             case JobRestarted():
                 self.require(self.over, event, "before the job has ended")
                 self.over, self.counted = False, 0
-                if not happened.reuse_steps:
-                    self.steps.clear()
+                for key in list(self.steps) if not happened.reuse_steps else self.repeated_steps:
+                    del self.steps[key]
+                self.repeated_steps.clear()
             case WorkerFenced():
                 self._fence(event, happened)
             case JobUpdated() | JobDeleted():
@@ -165,6 +168,10 @@ class _JobHistory:
             event,
             f"of {step.step!r} in attempt {step.attempt}, but attempt {earlier} had finished it",
         )
+        if step.repeat_on_restart:
+            self.repeated_steps.add(step.key)
+        else:
+            self.repeated_steps.discard(step.key)
 
     def _fence(self, event: RecordedEvent, fenced: WorkerFenced) -> None:
         claimed = self.workers[fenced.attempt - 1 : fenced.attempt] if fenced.attempt > 0 else []

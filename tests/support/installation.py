@@ -38,6 +38,7 @@ class RunningCommand:
     """A running `jobledger` command. Its output goes to files, so that it never blocks on a full pipe."""
 
     def __init__(self, directory: Path, name: str, command: Sequence[str | Path], env: Mapping[str, str]) -> None:
+        self.directory = directory
         self._out = directory / f"{name}.out"
         self._err = directory / f"{name}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
@@ -183,10 +184,11 @@ def assert_outcome(outcome: CommandOutcome, exit_code: int, *expected_texts: str
 
 
 def assert_one_line_error(outcome: CommandOutcome, exit_code: int, *expected_texts: str) -> None:
-    """Check that a command failed with this exit code and one line of error with these texts."""
+    """Check that a command failed with this exit code, one line of error with these texts, and hints."""
     assert (outcome.exit_code, outcome.out) == (exit_code, ""), outcome
-    assert outcome.err.startswith("jobledger: "), outcome.err
-    assert outcome.err.count("\n") == 1, outcome.err
+    error, *hints = outcome.err.splitlines()
+    assert error.startswith("error: "), outcome.err
+    assert all(hint.startswith("hint: ") for hint in hints), outcome.err
     for word in expected_texts:
         assert word in outcome.err
 

@@ -110,8 +110,10 @@ def attempt_failed(attempt: int = 1) -> JobAttemptFailed:
     return JobAttemptFailed(attempt=attempt, error=OUTAGE, retry_at=NOON)
 
 
-def step_completed(attempt: int = 1, key: str = "k1") -> StepCompleted:
-    return StepCompleted(attempt=attempt, step="page", key=key, output=1, duration_s=1)
+def step_completed(attempt: int = 1, key: str = "k1", *, repeat_on_restart: bool = False) -> StepCompleted:
+    return StepCompleted(
+        attempt=attempt, step="page", key=key, output=1, duration_s=1, repeat_on_restart=repeat_on_restart
+    )
 
 
 def fenced(attempt: int = 1, worker_id: str = "") -> WorkerFenced:
@@ -177,6 +179,15 @@ ALLOWED_HISTORIES: dict[str, History] = {
         claimed(2),
         step_completed(2),
     ],
+    "step repeated by a restart": [
+        submitted,
+        claimed(),
+        step_completed(repeat_on_restart=True),
+        completed,
+        restarted,
+        claimed(2),
+        step_completed(2),
+    ],
     "deleted": [submitted, JobUpdated(by="user:bob", priority=2), JobDeleted(by="user:bob")],
 }
 FORBIDDEN_HISTORIES: dict[str, tuple[History, str]] = {
@@ -230,6 +241,10 @@ FORBIDDEN_HISTORIES: dict[str, tuple[History, str]] = {
     "step repeated in the next attempt": (
         [submitted, claimed(), step_completed(), lease_expired(), claimed(2), step_completed(2)],
         "position 6: .* 'page' in attempt 2, but attempt 1",
+    ),
+    "step repeated before the restart": (
+        [submitted, claimed(), step_completed(repeat_on_restart=True), lease_expired(), claimed(2), step_completed(2)],
+        "position 6: .* 'page' in attempt 2",
     ),
     "step repeated after restart with steps": (
         [submitted, claimed(), step_completed(), completed, restarted, claimed(2), step_completed(2)],

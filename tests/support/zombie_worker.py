@@ -39,7 +39,7 @@ class DelayedHeartbeat(monitoring.CommandListener):
         if event.command_name == "insert" and event.command["insert"] == "events":
             if any(document["type"] == "WorkerFenced" for document in event.command["documents"]):
                 self._rejection_request_id = event.request_id
-        elif event.command_name == "update" and event.command["update"] == "workers":
+        elif event.command_name == "update" and event.command["update"] == "workers" and _is_heartbeat_thread():
             if time.monotonic() - self._last_heartbeat_at > self._lease_seconds:
                 self._rejected.wait(DEADLINE_SECONDS)
             self._last_heartbeat_at = time.monotonic()
@@ -50,6 +50,11 @@ class DelayedHeartbeat(monitoring.CommandListener):
 
     def failed(self, event: monitoring.CommandFailedEvent) -> None:
         """Ignore the failed heartbeat. It is retried."""
+
+
+def _is_heartbeat_thread() -> bool:
+    """Return whether a heartbeat is sent. The event loop, which must not block, updates other fields of the lease."""
+    return threading.current_thread() is not threading.main_thread()
 
 
 class ZombieWorkerProcess(RolesSubprocess):

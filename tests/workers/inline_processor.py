@@ -57,5 +57,5 @@ def install_processor(
     }
     monkeypatch.setattr("jobledger.workers.registry.load_processors", lambda: processors)
     monkeypatch.setattr("jobledger.workers.worker.load_processors", lambda: processors)
-    for module in ("jobledger.workers.attempts.message_handler", "jobledger.workers.attempts.shared_step_finder"):
-        monkeypatch.setattr(f"{module}.get_processor_version", lambda _: "tests 1")
+    for module in ("executor", "message_handler", "shared_step_finder"):
+        monkeypatch.setattr(f"jobledger.workers.attempts.{module}.get_processor_version", lambda _: "tests 1")

@@ -138,6 +138,12 @@ def test_job_process_has_no_privileges_over_the_machine(
     assert set(_run_confined(mode, harmless, tmp_path / "allowed").values()) == {0}
 
 
+def test_job_process_reads_all_paths_that_helper_programs_need(tmp_path: Path) -> None:
+    paths = [path for path in runner.SYSTEM_PATHS if Path(path).exists()]
+    attempts = {path: f"os.listdir({path!r}) if os.path.isdir({path!r}) else open({path!r}).close()" for path in paths}
+    assert _run_confined("auto", attempts, tmp_path) == dict.fromkeys(paths, 0)
+
+
 @pytest.mark.skipif(
     not restrictions.can_make_read_only(),
     reason="job processes have no mounts of their own on this machine: sudo make test",

@@ -338,6 +338,7 @@ def test_job_environment_hides_other_variables_from_programs(monkeypatch: pytest
     environment = confinement.build_job_environment(["MODEL_HOME"])
     test = 'test -z "$JOBLEDGER_AUTH__JWT__SECRET" -a -n "$MODEL_HOME" -a -n "$PATH"'
     subprocess.run(["/bin/sh", "-c", test], env=environment, check=True)
+    assert environment["OPENBLAS_NUM_THREADS"] == "1"
     assert os.environ["JOBLEDGER_AUTH__JWT__SECRET"] == "canary"
     assert subprocess.run(["sh", "-c", "echo $MODEL_HOME"], capture_output=True, check=True).stdout == b"/models\n"
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.mongo.connection import Connection
+from tests.processors.session.decks import make_deck_with_endless_page
 from tests.processors.session.fixtures import (
     CONFERENCE_PAGE,
     Site,
@@ -39,8 +40,8 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 async def roles(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
-    # The endless PDF needs about 0.4 GB per second, so the timeout ends the step long before the memory limit does.
-    limits = {"allowed_private_hosts": ["127.0.0.1"], "slides_timeout_seconds": 4, "page_timeout_seconds": 30}
+    # The endless page needs about 0.4 GB per second, so the timeout ends it before the memory limit of 2 GiB does.
+    limits = {"allowed_private_hosts": ["127.0.0.1"], "slide_timeout_seconds": 3, "page_timeout_seconds": 30}
     options = WorkerOptions(max_concurrent=2, memory_limit_mb=4096, processors={"session": limits})
     async with run_roles_in_process(connection, store, projector=True, worker=options) as running:
         yield running
@@ -53,33 +54,6 @@ def make_parameters(**urls: str) -> dict[str, Any]:
 def compress_zeros(mebibytes: int) -> bytes:
     compressor = zlib.compressobj(9, wbits=31)
     return b"".join(compressor.compress(bytes(MEBIBYTE)) for _ in range(mebibytes)) + compressor.flush()
-
-
-def make_endless_pdf(levels: int = 12) -> bytes:
-    """Return a PDF of a few kilobytes that draws 10 ** `levels` rectangles with nested forms."""
-    last_number = 4 + levels
-    objects = [
-        "<< /Type /Catalog /Pages 2 0 R >>",
-        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 200] /Contents 4 0 R "
-        "/Resources << /XObject << /F 5 0 R >> >> >>",
-    ]
-    draw_ten = "/F Do " * 10
-    objects.append(f"<< /Length {len(draw_ten)} >>\nstream\n{draw_ten}\nendstream")
-    for level in range(levels):
-        last = level == levels - 1
-        text = "0 0 50 50 re f" if last else draw_ten
-        resources = "" if last else f"/Resources << /XObject << /F {6 + level} 0 R >> >> "
-        head = f"<< /Type /XObject /Subtype /Form /BBox [0 0 200 200] {resources}/Length {len(text)} >>"
-        objects.append(f"{head}\nstream\n{text}\nendstream")
-    assert len(objects) == last_number
-    body, offsets = "%PDF-1.4\n", []
-    for number, content in enumerate(objects, 1):
-        offsets.append(len(body))
-        body += f"{number} 0 obj\n{content}\nendobj\n"
-    xref_table = "".join(f"{offset:010} 00000 n \n" for offset in offsets)
-    trailer = f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(body)}\n%%EOF"
-    return (f"{body}xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{xref_table}{trailer}").encode()
 
 
 @pytest.mark.timeout(240)
@@ -110,10 +84,10 @@ async def test_hostile_page_fails_its_job_and_worker_continues(roles: RunningRol
 
 @pytest.mark.timeout(240)
 async def test_hostile_attachment_is_a_warning_and_worker_continues(roles: RunningRoles, site: Site) -> None:
-    giant = "contains an image of 20000 × 5000 pixels, more than allowed"
+    giant = "contains an image of 20000 × 25000 pixels, more than allowed"
     expected = {
-        site.put("/endless.pdf", SiteResponse(make_endless_pdf())): "were not processed within 4 seconds",
-        site.put("/giant.pdf", SiteResponse(make_pdf_with_image(20_000, 5_000))): giant,
+        site.put("/endless.pdf", SiteResponse(make_deck_with_endless_page())): "was not rendered within 3 seconds",
+        site.put("/giant.pdf", SiteResponse(make_pdf_with_image(20_000, 25_000))): giant,
         site.put("/cut.pdf", SiteResponse(make_pdf(30)[:3000])): "The PDF is damaged",
         site.put("/locked.pdf", SiteResponse(make_pdf(2, password="secret"))): "protected by a password",
         site.put("/inside.pdf", redirect("http://127.0.0.2:1/")): "127.0.0.2",

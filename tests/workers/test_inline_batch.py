@@ -70,7 +70,7 @@ async def test_each_job_of_a_batch_ends_in_its_own_way(
         connection, store, projector=True, worker=WorkerOptions(max_concurrent=20)
     ) as roles:
         ways = [way for way in OUTCOMES for _ in range(4)]
-        _, job_ids = await roles.submit_batch(*({"way": way} for way in ways), job_type="test")
+        _, job_ids = await roles.submit_batch(*({"way": way} for way in ways), job_type="test", max_attempts=1)
         await roles.wait_until_finished(*job_ids)
         jobs = [await roles.load_job(job_id) for job_id in job_ids]
         assert [job["error"]["code"] if job["error"] else job["status"] for job in jobs] == [
@@ -188,7 +188,7 @@ async def test_ended_attempt_is_freed_without_garbage_collection(
     gc.disable()
     try:
         async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as roles:
-            _, job_ids = await roles.submit_batch(*({"way": way} for way in ways), job_type="test")
+            _, job_ids = await roles.submit_batch(*({"way": way} for way in ways), job_type="test", max_attempts=1)
             await roles.wait_until_finished(*job_ids)
             await poll_until(lambda: not any(reference() for reference in executors), "the attempts are freed")
     finally:

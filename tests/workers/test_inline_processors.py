@@ -67,7 +67,7 @@ async def test_inline_processor_with_largest_parameters_leaves_event_loop_free(
     json.loads(json.dumps(parameters))
     max_seconds = 0.2 + 3 * (time.thread_time() - started_at)
     started_at = time.thread_time()
-    result = await run_attempt(assignment, get_processor(job_type), accept_message, lambda: False)
+    result = await run_attempt(assignment, get_processor(job_type), accept_message, lambda: False, post=lambda _: None)
     seconds = time.thread_time() - started_at
 
     assert result.kind == "completed", result

@@ -24,7 +24,7 @@ def log_lines(buffer: LogBuffer, clock: Clock, *, lines: int, seconds: float) ->
     kept = []
     for number in range(lines):
         clock.now += seconds / lines
-        buffer.add((0.0, "info", f"{number} ".ljust(WIDTH, "x")))
+        buffer.add((0.0, "info", f"{number} ".ljust(WIDTH, "x"), ""))
         if number % 50 == 0:
             kept += buffer.take()
     kept += buffer.take(is_last=True)

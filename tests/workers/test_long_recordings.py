@@ -54,9 +54,8 @@ def make_worker_options(openai: FakeOpenAiServer, folder: Path) -> WorkerOptions
 
 
 def make_parameters(site: Site, minutes: int) -> dict[str, Any]:
-    video_url = site.put(
-        f"/{minutes}.mkv", SiteResponse(make_video_file("flac.mkv", make_tone(), repeated=60 * minutes))
-    )
+    tone = make_tone(pitch=0.1 + minutes / 1000)  # jobs would share the chunks of equal recordings
+    video_url = site.put(f"/{minutes}.mkv", SiteResponse(make_video_file("flac.mkv", tone, repeated=60 * minutes)))
     return {
         **{"event": "A conference", "session": f"A talk of {minutes} minutes", "filename": f"talk-{minutes}.md"},
         **{"track": "A track", "url": site.url("/talk"), "video_url": video_url},

@@ -44,7 +44,7 @@ def test_decode_message_with_too_many_values_is_rejected_fast(value: bytes) -> N
 
 
 def test_decode_message_with_large_text_is_accepted() -> None:
-    message = {"kind": "log", "entries": [[0.0, "info", "a text " * 100_000]]}
+    message = {"kind": "log", "entries": [[0.0, "info", "a text " * 100_000, ""]]}
     assert decode_message(orjson.dumps({"request_id": 0, "message": message})).request_id == 0
 
 
@@ -72,7 +72,7 @@ def test_largest_texts_of_inline_jobs_are_accepted_from_job_processes(text: str)
     step = StepResult(StepCompleted(attempt=1, step="s", key="k", output=output, duration_s=1.0))
     assert send_and_decode(step) == step
     line = to_text(text * MAX_TEXT_LENGTH)
-    log = LogEntries([(0.0, "info", line)] * main._MAX_ENTRIES_PER_MESSAGE)
+    log = LogEntries([(0.0, "info", line, "")] * main._MAX_ENTRIES_PER_MESSAGE)
     assert send_and_decode(log) == log
 
 

@@ -88,7 +88,8 @@ async def test_attempt_ends_with_the_cause_for_any_error_of_a_processor(
             if code is not None:
                 assert text in jobs[action]["error"]["message"], action
                 assert len(jobs[action]["error"]["message"]) < 20_000
-                assert (jobs[action]["attempt"], jobs[action]["error"]["details"]["retryable"]) == (1, False), action
+                expected = (3, True) if code == FAULT else (1, False)
+                assert (jobs[action]["attempt"], jobs[action]["error"]["details"]["retryable"]) == expected, action
         details = jobs["raise odd details"]["error"]["details"]
         assert (details["fine"], details["2"]) == (
             1,
@@ -307,6 +308,11 @@ async def test_output_of_job_process_is_in_its_log(connection: Connection, store
         assert lines[0] == "the first line"
         assert sum(map(len, lines)) < 100_000
         assert [line for line in lines if "more bytes of output were dropped" in line]
+        job_id = await roles.submit({"action": "print endless line", "lines": 30_000}, job_type="misbehaving")
+        assert (await roles.wait_until_finished(job_id, seconds=120))["status"] == "completed"
+        [text, note] = await read_log_lines(roles, job_id)
+        assert text.startswith("xxx")
+        assert note == f"… {30_000 * 99 - 64 * 1024:,} more bytes of output were dropped."
         crashed = await roles.wait_until_finished(
             await roles.submit({"action": "crash"}, job_type="misbehaving", max_attempts=1)
         )
@@ -380,7 +386,7 @@ LOOP_ACTIONS = {
 }
 
 
-async def test_processor_that_stops_its_event_loop_fails_once(connection: Connection, store: Path) -> None:
+async def test_processor_that_stops_its_event_loop_fails_each_attempt(connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as roles:
         job_ids = {
             action: await roles.submit({"action": action}, job_type="misbehaving", max_attempts=3)
@@ -389,7 +395,7 @@ async def test_processor_that_stops_its_event_loop_fails_once(connection: Connec
         await roles.wait_until_finished(*job_ids.values())
         for action, text in LOOP_ACTIONS.items():
             job = await roles.load_job(job_ids[action])
-            assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 1, FAULT), (action, job["error"])
+            assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 3, FAULT), (action, job["error"])
             assert text in job["error"]["message"], action
             assert "output" not in job["error"]["details"], "the output must not contain our traceback"
 

@@ -24,7 +24,16 @@ BAD_PLUGINS = {
     "needs": ("import a_package_that_is_missing", "install the package with 'a_package_that_is_missing'"),
     "sleeps": ("import time; time.sleep(1000)", "to import: do not do work at import"),
     "loops": ("while True: pass", "to import: do not do work at import"),
-    "function": ("def ValidProcessor(settings): pass", "expected a class"),
+    "function": ("def ValidProcessor(settings): pass", "expected a job function"),
+    "synchronous": ("ValidProcessor.run = lambda self, job: Results()", "`run` must be asynchronous"),
+    "hidden": (
+        "def make():\n    class P(BaseModel): pass\n    return P\nValidProcessor.Parameters = make()",
+        "`Parameters` cannot be imported as plugin_hidden:make.<locals>.P",
+    ),
+    "retries": ("ValidProcessor.retry = 3", "`retry` must be a jobledger.Retry or None, not 3"),
+    "timely": ("ValidProcessor.timeout = 'soon'", "`timeout`: timeout must be a duration"),
+    "timeless": ("ValidProcessor.timeout = 0", "`timeout`: timeout must be more than 0 and at most 7 days, got 0"),
+    "versioned": ("ValidProcessor.version = 1.5", "`version` must be text or an integer, not 1.5"),
     "typeless": ("del ValidProcessor.job_type", "`job_type` None must equal"),
     "mistyped": ("ValidProcessor.job_type = 'echo'", "`job_type` 'echo' must equal"),
     "runless": ("del ValidProcessor.run", "run(self, job)` is missing"),
@@ -131,7 +140,7 @@ def test_up_with_bad_plugins_runs_the_other_job_types(
                 assert reason in rejected.text
                 assert f"job_type={job_type}" in up.stderr
             for job_type, reason in {"sharing-later": "ZeroDivisionError", "sharing-nowhere": "/proc/nope"}.items():
-                body = {"job_type": job_type, "parameters": {}, "max_attempts": 3}
+                body = {"job_type": job_type, "parameters": {}, "max_attempts": 1}
                 job = client.post("/api/events/jobs", json=body, headers={"Prefer": "wait=60"}).json()["job"]
                 assert (job["status"], job["attempt"]) == ("failed", 1), job
                 assert job["error"]["code"] == "PROCESSOR_FAULT"
@@ -141,3 +150,61 @@ def test_up_with_bad_plugins_runs_the_other_job_types(
         doctor = installation.start("doctor").wait_for_exit()
         assert doctor.exit_code == 1
         assert "no licence file" in " ".join(doctor.out.split())
+
+
+def test_up_with_plugins_that_echo_secrets_shows_none_in_reasons_and_logs(
+    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugins, key_file = tmp_path / "plugins", tmp_path / "key"
+    key_file.write_text("p4ss-in-a-file\n")
+    monkeypatch.setenv("PYTHONPATH", str(plugins))
+    monkeypatch.setenv("PLUGIN_API_KEY", "s3cret-of-the-environment")
+    install_plugin(plugins, "imports", "import os\nraise RuntimeError(f'bad key {os.environ[\"PLUGIN_API_KEY\"]}')")
+    validating = """
+        from pydantic import SecretStr, model_validator
+        class S(BaseModel):
+            api_key: str
+            declared: SecretStr
+            api_key_file: str
+            @model_validator(mode="after")
+            def check(self):
+                content = open(self.api_key_file).read().strip()
+                raise EXCEPTION(f"bad key {self.api_key} {self.declared.get_secret_value()} {content}")
+        ValidProcessor.Settings = S
+        """
+    install_plugin(plugins, "validates", validating.replace("EXCEPTION", "ValueError"))
+    install_plugin(plugins, "crashes", validating.replace("EXCEPTION", "RuntimeError"))
+    callbacks = """
+        import asyncio, logging
+        async def run(self, job):
+            key = open(self.settings["api_key_file"]).read().strip()
+            def fail():
+                raise SystemExit(f"bad key {key}")
+            asyncio.get_running_loop().call_soon(fail)
+            logging.getLogger("plugin").error("bad key %s", key)
+            await asyncio.sleep(0.1)
+            return Results()
+        ValidProcessor.__init__ = lambda self, settings: setattr(self, "settings", settings.model_extra)
+        ValidProcessor.run = run
+        """
+    install_plugin(plugins, "calls", callbacks)
+    section = {"api_key": "k3y-in-the-section", "declared": "d3clared-secret", "api_key_file": str(key_file)}
+    sections = {
+        "validates": section,
+        "crashes": section,
+        "calls": {"api_key_file": str(key_file)},
+    }
+    mongodb = {"uri": mongodb_uri, "db_name": db_name}
+    with Installation(tmp_path / "installation", mongodb=mongodb, processors=sections) as installation:
+        up = installation.start_up_command()
+        with http_client(up) as client:
+            for job_type, secrets in (("imports", 1), ("validates", 3), ("crashes", 3)):
+                rejected = client.post("/api/events/jobs", json={"job_type": job_type, "parameters": {}})
+                assert rejected.status_code == 503, rejected.text
+                assert " ".join(["bad key", *["[secret]"] * secrets]) in rejected.text
+            response = client.post(
+                "/api/events/jobs", json={"job_type": "calls", "parameters": {}}, headers={"Prefer": "wait=60"}
+            )
+            assert response.json()["job"]["status"] == "completed", response.text
+        assert up.stderr.count("bad key [secret]") >= 5
+        assert not [secret for secret in ("s3cret-of", "k3y-in", "p4ss-in", "d3clared") if secret in up.stderr]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox import runner as sandbox
+from jobledger.workers.sandbox.process_tree import list_children
 from jobledger.workers.sandbox.runner import ProbeResult, Program, ResourceLimits, SandboxMethod, SandboxUnavailable
 from tests.support.polling import DEADLINE_SECONDS, poll_until
 
@@ -55,6 +57,12 @@ ATTEMPTS = {
     "UDP": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'', ('127.0.0.1', port))",
     "IPv6": "socket.create_connection(('::1', port), 2)",
     "local socket": "socket.socket(socket.AF_UNIX).connect(canary + '.socket')",
+    "pair of local sockets": (
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendmsg([b'x'], [], 0, canary + '.datagrams')"
+    ),
+    "pair of raw local sockets": (
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_RAW)[0].sendmsg([b'x'], [], 0, canary + '.datagrams')"
+    ),
     "abstract socket": "socket.socket(socket.AF_UNIX).connect('\\0canary')",
     "signal": "os.kill(parent, 0)",
     "many processes": "[os.fork() or time.sleep(3) or os._exit(0) for _ in range(700)]",
@@ -92,9 +100,11 @@ async def test_sandboxed_program_reaches_nothing_outside(
     attempts = dict(ATTEMPTS)
     if os.getuid() == 0:
         del attempts["many processes"]  # the kernel sets no limit for root
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
+    datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local, datagrams:
         local.bind("canary.socket")
         local.listen()
+        datagrams.bind("canary.datagrams")
         arguments = (str(canary), str(server.getsockname()[1]), str(os.getpid()), json.dumps(attempts))
         program = Program(sandbox.build_python_command("-c", _TRY_ALL, *arguments), scratch, limits=LIMITS)
         ended = await sandbox._run(program, method, None, 10_000)
@@ -102,7 +112,12 @@ async def test_sandboxed_program_reaches_nothing_outside(
     assert reached.pop() == "tried"
     # With bubblewrap the parent directories exist too. They are empty and belong to the sandbox.
     assert set(reached) <= ({"directory", "home", "write next to it"} if method == "bubblewrap" else set())
-    assert sorted(path.name for path in canary.parent.iterdir()) == ["canary", "canary.socket", "scratch"]
+    assert sorted(path.name for path in canary.parent.iterdir()) == [
+        "canary",
+        "canary.datagrams",
+        "canary.socket",
+        "scratch",
+    ]
     assert canary.read_text() == "canary"
     assert (canary.stat().st_mode, canary.stat().st_mtime) == (before.st_mode, before.st_mtime)
 
@@ -209,3 +224,51 @@ async def test_program_with_a_proxy_can_open_only_ip_sockets(tmp_path: Path) -> 
         pytest.skip(f"{error}: apt-get install bubblewrap")
     assert ended.exit_code == 0
     assert {int(family) for family in ended.output.split()} == {socket.AF_INET, socket.AF_INET6}
+
+
+_ANSWER = """
+import os, sys
+assert os.read(3, 100) == b"hello"
+os.write(4, b"answer\\0")
+bytearray(int(sys.argv[1]))
+os.write(4, b"allocated\\0")
+os.read(3, 1)
+"""
+
+
+@pytest.mark.parametrize("method", WORKING)
+@pytest.mark.parametrize(("size", "is_allowed"), [(100_000_000, True), (600_000_000, False)])
+async def test_open_program_exchanges_messages_within_its_memory(
+    method: SandboxMethod, size: int, is_allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "_find_working_method", lambda: method)
+    command = sandbox.build_python_command("-c", _ANSWER, str(size))
+    children = list_children()
+    program = Program(command, tmp_path, limits=ResourceLimits(memory_bytes=1, data_bytes=500_000_000))
+    async with sandbox.open_program(program, max_message=1000) as (reader, writer):
+        writer.write(b"hello")
+        assert await reader.readuntil(b"\0") == b"answer\0"
+        assert await reader.read(100) == (b"allocated\0" if is_allowed else b"")
+    assert list_children() <= children
+
+
+async def test_start_program_ends_while_grandchild_keeps_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "is_available", lambda: False)  # then there is no PID namespace
+    code = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
+        "    while True: os.write(1, bytes(65536))\n"
+        "time.sleep(600)"
+    )
+    program = Program(sandbox.build_python_command("-c", code), tmp_path, can_run_unconfined=True)
+    writer = 0
+    try:
+        async with asyncio.timeout(DEADLINE_SECONDS), sandbox.start_program(program) as output:
+            writer = int(await output.readline())
+        os.kill(writer, 0)  # it still runs: nothing but the end of the block stopped waiting for it
+    finally:
+        if writer:
+            os.kill(writer, signal.SIGKILL)

@@ -29,18 +29,18 @@ async def roles(connection: Connection, store: Path, monkeypatch: pytest.MonkeyP
     async def work(job: JobContext) -> Results:
         parameters = job.parameters.model_dump()
 
-        async def look_up() -> Any:
-            lookups[parameters["word"]] += 1
+        async def look_up(word: str) -> Any:
+            lookups[word] += 1
             if parameters.get("warn"):
                 await job.warn("the dictionary is closed")
-            return {"entry": parameters["word"].upper()}
+            return {"entry": word.upper()}
 
         share_seconds = parameters.get("share_s", 3600)
-        entry = await job.run_step(
+        entry = await job.step(
             "look up",
-            {"word": parameters["word"]},
             look_up,
-            share_max_age=None if share_seconds is None else timedelta(seconds=share_seconds),
+            parameters["word"],
+            share=None if share_seconds is None else timedelta(seconds=share_seconds),
         )
         return Results(metadata={"text": f"{parameters['language']}: {entry['entry']}"})
 

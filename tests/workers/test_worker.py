@@ -85,6 +85,22 @@ async def test_transient_error_is_retried_until_max_attempts(connection: Connect
             assert failed.event.retry_at - failed.time <= longest
 
 
+@pytest.mark.parametrize(("retry_after", "seconds"), [(20, 20.0), (7200, 60.0), (-5, 0.0), (None, 0.0), ("soon", 0.0)])
+async def test_retry_waits_for_the_requested_time_within_the_maximum(
+    retry_after: object, seconds: float, connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(job: JobContext) -> Results:
+        raise ProcessorError("BUSY", "Busy.", transient=True, details={"retry_after": retry_after})
+
+    install_processor(monkeypatch, fail)
+    options = WorkerOptions(retry_base_seconds=0.2, retry_max_seconds=60)
+    async with run_roles_in_process(connection, store, projector=True, worker=options) as roles:
+        failed = await roles.wait_for_event(JobAttemptFailed, await roles.submit(job_type="test"))
+    assert isinstance(failed.event, JobAttemptFailed)
+    delay = (failed.event.retry_at - failed.time).total_seconds()
+    assert seconds - 0.5 < delay < seconds + 0.3
+
+
 async def test_progress_and_log_lines_are_combined_into_few_events(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,12 +211,12 @@ async def test_next_attempt_reuses_finished_steps(
     executed = []
 
     async def steps(job: JobContext) -> Results:
-        async def page() -> Any:
+        async def page(url: str) -> Any:
             executed.append("page")
             await job.warn("the page is short")
             return {"text": "hello"}
 
-        assert await job.run_step("page", {"url": "a"}, page) == {"text": "hello"}
+        assert await job.step("page", page, "a") == {"text": "hello"}
         if job.attempt == 1:
             raise ProcessorError("LATER", "come back later", transient=True)
         return Results(metadata={"attempt": job.attempt})
@@ -227,7 +243,7 @@ async def test_fault_of_processor_fails_job_and_worker_continues(
             raise ZeroDivisionError("division")
         if kind == "nonsense":
             return Results(metadata={"a": float("nan")})
-        await job.run_step("page", {}, lambda: asyncio.sleep(0, {"big": "x" * 9_000_000}))
+        await job.step("page", lambda: asyncio.sleep(0, {"big": "x" * 9_000_000}))
         return Results()
 
     install_processor(monkeypatch, run_faulty)

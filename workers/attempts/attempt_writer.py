@@ -1,4 +1,4 @@
-"""Write the events of an attempt to the event store, one command at a time.
+"""Write the events of an attempt to the event store, one command at a time. Hide secrets in them.
 
 Progress reports and log entries are collected for `FLUSH_INTERVAL_SECONDS`, so that many of them become few events.
 """
@@ -13,11 +13,20 @@ import structlog
 
 from jobledger.ledger.domain.commands import FailAttempt, ReportEvent, WorkerCommand
 from jobledger.ledger.domain.errors import InvalidEvent, JobledgerError, NotFound
-from jobledger.ledger.domain.events import ErrorInfo, EventMetadata, JobLogged, JobProgressed, WorkerFenced
+from jobledger.ledger.domain.events import (
+    ErrorInfo,
+    EventMetadata,
+    JobAttemptFailed,
+    JobFailed,
+    JobLogged,
+    JobProgressed,
+    WorkerFenced,
+)
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import StreamState, handle_command_with_retries
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.attempts.log_buffer import LogBuffer
+from jobledger.workers.attempts.secret_filter import SecretFilter
 from jobledger.workers.child.messages import RawLogEntry
 from jobledger.workers.results.conversion import to_text
 
@@ -46,7 +55,12 @@ class AttemptWriter:
     """
 
     def __init__(
-        self, event_store: EventStore, stream_state: StreamState, job_id: str, on_fenced: Callable[[], None]
+        self,
+        event_store: EventStore,
+        secret_filter: SecretFilter,
+        stream_state: StreamState,
+        job_id: str,
+        on_fenced: Callable[[], None],
     ) -> None:
         job = stream_state.aggregate
         assert isinstance(job, Job)  # noqa: S101 - the state of a job's stream is a Job
@@ -59,6 +73,7 @@ class AttemptWriter:
         self.is_fenced = False
         """Whether another worker may have the job. If so, commands are not retried."""
         self._event_store = event_store
+        self._secret_filter = secret_filter
         self.stream_state = stream_state
         self._metadata = EventMetadata(f"worker:{self.worker_id}")
         self.on_fenced = on_fenced
@@ -142,7 +157,9 @@ class AttemptWriter:
     # Writing ------------------------------------------------------------------------------------------------------
 
     async def append(self, command: WorkerCommand, previous_error: Exception | None = None) -> None:
-        """Append the events of a command. Retry while the database is unavailable or busy, until the lease is lost.
+        """Append the events of a command, without secrets.
+
+        Retry while the database is unavailable or busy, until the lease is lost.
 
         Args:
             previous_error: As in `handle_command_with_retries`.
@@ -151,6 +168,7 @@ class AttemptWriter:
             AttemptFenced: Another worker has the job, which a `WorkerFenced` event records, or the job was deleted.
             EventNotStorable: The event cannot be stored.
         """
+        command = await self._secret_filter.hide_in_command(command)
         async with self._write_lock:
             try:
                 result = await handle_command_with_retries(
@@ -168,6 +186,9 @@ class AttemptWriter:
             except InvalidEvent as error:
                 raise EventNotStorable(str(error)) from error
             self.stream_state = result.stream_state
+            for recorded in result.events:
+                if isinstance(recorded.event, JobAttemptFailed | JobFailed):
+                    self._log_failure(recorded.event)
         if any(isinstance(event.event, WorkerFenced) for event in result.events):
             raise AttemptFenced
 
@@ -195,6 +216,18 @@ class AttemptWriter:
             except EventNotStorable:
                 failure = ErrorInfo(code="INVALID_RESULT", message="The result cannot be stored.")
                 await self.append(FailAttempt(self.worker_id, self.attempt, failure, None))
+
+    def _log_failure(self, event: JobAttemptFailed | JobFailed) -> None:
+        """Write the one line of the worker's log about a failed attempt. The job has the details."""
+        retry_at = event.retry_at.isoformat() if isinstance(event, JobAttemptFailed) else None
+        _log.warning(
+            "attempt failed",
+            job_id=self.job_id,
+            job_type=self.job.spec.job_type,
+            attempt=event.attempt,
+            code=event.error.code,
+            retry_at=retry_at,
+        )
 
     def _on_retry(self, error: JobledgerError) -> None:
         if self.is_fenced:

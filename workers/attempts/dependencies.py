@@ -8,6 +8,7 @@ from typing import Any
 
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.store.event_store import EventStore
+from jobledger.workers.attempts.secret_filter import SecretFilter
 from jobledger.workers.attempts.shared_step_finder import SharedStepFinder
 from jobledger.workers.machine.health import WorkerHealth
 from jobledger.workers.machine.scratch import ScratchDirectory
@@ -27,6 +28,7 @@ class AttemptDependencies:
     file_store: FileStore
     settings: WorkerSettings
     processor_settings: Mapping[str, Mapping[str, Any]]
+    secret_filter: SecretFilter
     shared_step_finder: SharedStepFinder
     path_reservations: PathReservations
     scratch: ScratchDirectory

@@ -31,12 +31,13 @@ from jobledger.workers.attempts.dependencies import AttemptDependencies
 from jobledger.workers.attempts.message_handler import MessageHandler
 from jobledger.workers.attempts.outcome_recorder import Outcome, OutcomeRecorder, StopReason, convert_worker_fault
 from jobledger.workers.attempts.process_runner import ProcessRunner, run_blocking
+from jobledger.workers.child import log_capture
 from jobledger.workers.child.attempt import Assignment, run_attempt
 from jobledger.workers.child.containment import ContainedWork, Containment, outside_containment
-from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, Message
+from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, LogEntries, Message, Progress
 from jobledger.workers.machine.directory_removal import removal_executor, remove_tree
 from jobledger.workers.machine.health import CHECKS, MachineFailure, find_machine_failure, run_checks_until_failure
-from jobledger.workers.registry import get_processor
+from jobledger.workers.registry import get_processor, get_processor_version
 
 _log = structlog.get_logger()
 STOP_SECONDS: Final = 1.0
@@ -48,7 +49,9 @@ class JobExecutor:
     """Runs a claimed job once, from its claim to the end of the attempt. Each attempt has its own executor."""
 
     def __init__(self, dependencies: AttemptDependencies, stream_state: StreamState, job_id: str) -> None:
-        self._writer = AttemptWriter(dependencies.event_store, stream_state, job_id, on_fenced=self.stop_fenced)
+        self._writer = AttemptWriter(
+            dependencies.event_store, dependencies.secret_filter, stream_state, job_id, on_fenced=self.stop_fenced
+        )
         self.job_id = job_id
         self.claimed_version = stream_state.head.version
         self.worker_id = self._writer.worker_id
@@ -68,6 +71,7 @@ class JobExecutor:
         """The task of `run()` while it records the outcome. `stop_fenced()` cancels it."""
         self._stop_reason: StopReason | None = None
         self._containment: Containment | None = None
+        self._loop = asyncio.get_running_loop()
 
     # Stopping -----------------------------------------------------------------------------------------------------
 
@@ -122,7 +126,11 @@ class JobExecutor:
         try:
             # The processor need not poll for a stop: cancelling its task stops it.
             attempt = run_attempt(
-                self._assign(), get_processor(self.job_type), self._handle_inline_message, lambda: False
+                self._assign(),
+                get_processor(self.job_type),
+                self._handle_inline_message,
+                lambda: False,
+                post=self._post_inline_message,
             )
         except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
             self.end_inline(self._convert_fault(error), None)
@@ -283,12 +291,25 @@ class JobExecutor:
         self._scratch_repairs = self._scratch.repair_count
 
     async def _handle_inline_message(self, message: Message) -> Any:
-        with outside_containment():
+        with outside_containment(), log_capture.outside_job():
             try:
                 return await self._message_handler.handle(message)
             except AttemptFenced:
                 self.stop_fenced()  # even if the processor catches everything
                 raise
+
+    def _post_inline_message(self, message: LogEntries | Progress) -> None:
+        """Accept a report of an inline job, from any of its threads."""
+        if asyncio._get_running_loop() is self._loop:
+            with outside_containment(), log_capture.outside_job():
+                self._message_handler.handle_report(message)
+        else:
+            with (
+                suppress(RuntimeError),
+                outside_containment(),
+                log_capture.outside_job(),
+            ):
+                self._loop.call_soon_threadsafe(self._message_handler.handle_report, message)
 
     def _get_outcome(self, work: asyncio.Future[Outcome]) -> Outcome | None:
         if work.cancelled():
@@ -318,6 +339,7 @@ class JobExecutor:
                 settings=dict(self._processor_settings.get(self.job_type, {})),
                 completed_steps=dict(self._job.steps),
                 can_use_shared_steps=not self._job.is_full_restart,
+                can_share_steps=bool(get_processor_version(self.job_type)),
                 attempt_dir=attempt_dir,
                 confinement=self._settings,
             )

@@ -71,7 +71,7 @@ class LogBuffer:
         """
         self._refill()
         free = min(self._byte_tokens, self._remaining_bytes - (FLOOD_TAIL_ENTRIES + 1) * LOG_ENTRY_OVERHEAD_BYTES)
-        is_flood_over = self._entry_tokens >= FLOOD_TAIL_ENTRIES and free >= sum(len(text) for _, _, text in self._tail)
+        is_flood_over = self._entry_tokens >= FLOOD_TAIL_ENTRIES and free >= sum(len(entry[2]) for entry in self._tail)
         if self._tail and (is_last or is_flood_over):
             self._end_flood()
         entries, self._entries, self._bytes = self._entries, [], 0
@@ -90,7 +90,7 @@ class LogBuffer:
                 f"{BURST_ENTRIES:,} entries or {_format_size(BURST_BYTES)} in a burst, {ENTRIES_PER_SECOND} entries or "
                 f"{_format_size(BYTES_PER_SECOND)} per second, and {_format_size(MAX_JOB_LOG_BYTES)} in total."
             )
-            self._keep((self._tail[0][0], "warning", text), len(text))
+            self._keep((self._tail[0][0], "warning", text, ""), len(text))
             self._dropped = self._dropped_bytes = 0
         for entry in self._tail:
             self._keep(entry, len(entry[2]))
@@ -108,11 +108,11 @@ def _split_into_chunks(entries: list[RawLogEntry]) -> list[list[LogEntry]]:
     chunks: list[list[LogEntry]] = []
     chunk: list[LogEntry] = []
     size = 0
-    for at, level, message in entries:
+    for at, level, message, logger in entries:
         if chunk and (len(chunk) >= MAX_EVENT_ENTRIES or size + len(message) > MAX_EVENT_BYTES):
             chunks.append(chunk)
             chunk, size = [], 0
-        chunk.append(LogEntry(timestamp=_to_datetime(at), level=level, message=message))
+        chunk.append(LogEntry(timestamp=_to_datetime(at), level=level, message=message, logger=logger or None))
         size += len(message)
     return [*chunks, chunk] if chunk else chunks
 

@@ -18,7 +18,7 @@ import structlog
 from jobledger.ledger.domain.commands import ReportEvent
 from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
 from jobledger.ledger.domain.events import ResultFile, StepCompleted
-from jobledger.ledger.domain.result_files import find_result_files
+from jobledger.ledger.domain.result_files import find_step_files
 from jobledger.workers.attempts.attempt_timeout import AttemptTimeout
 from jobledger.workers.attempts.attempt_writer import AttemptWriter, EventNotStorable
 from jobledger.workers.attempts.dependencies import AttemptDependencies
@@ -51,9 +51,20 @@ class MessageHandler:
         self._timeout = timeout
         self.assignment: Assignment | None = None
         """The assignment of the attempt. Set it before the first message."""
+        self._unfinished_line: list[str] = []
+        """Output of the job process after its last line break, as it was read."""
         self._reserved_paths: set[str] = set()
         self._saved_sizes: dict[str, int] = {}
         """Sizes in bytes by digest of the files that this attempt saved, or reused from the steps of other jobs."""
+
+    def handle_report(self, message: messages.LogEntries | messages.Progress) -> None:
+        """Add log entries or progress. They are written soon."""
+        if isinstance(message, messages.Progress):
+            self._writer.set_progress(message.step, message.percent, message.message)
+            return
+        self._writer.add_log_entries(
+            [(at, level, to_text(text), to_text(logger, 200)) for at, level, text, logger in message.entries]
+        )
 
     async def handle(self, message: messages.Message) -> Any:
         """Handle a processor message and return the response.
@@ -63,10 +74,8 @@ class MessageHandler:
             ProcessorError: The message is rejected. The processor receives the error.
         """
         match message:
-            case messages.LogEntries():
-                self._writer.add_log_entries([(at, level, to_text(text)) for at, level, text in message.entries])
-            case messages.Progress():
-                self._writer.set_progress(message.step, message.percent, message.message)
+            case messages.LogEntries() | messages.Progress():
+                self.handle_report(message)
             case messages.FindSharedStep():
                 return await self._find_shared_step(message)
             case messages.FileSaved():
@@ -79,9 +88,29 @@ class MessageHandler:
         return None
 
     def add_output(self, text: str) -> None:
-        """Add what the job process has printed to the job's log."""
+        """Add what the job process has printed to the job's log, when lines are complete: one may contain a secret."""
+        lines = text.splitlines(keepends=True)
+        is_last_complete = bool(lines) and lines[-1] != lines[-1].splitlines()[0]
+        unfinished = [] if is_last_complete else lines[-1:]
+        complete = lines if is_last_complete else lines[:-1]
+        if complete:
+            complete[0] = "".join([*self._unfinished_line, complete[0]])
+            self._unfinished_line.clear()
+            self._add_lines(complete)
+        self._unfinished_line += unfinished
+
+    def finish_output(self) -> None:
+        """Add the last line of the output, if it has no end."""
+        self._add_lines(["".join(self._unfinished_line)])
+        self._unfinished_line.clear()
+
+    def _add_lines(self, lines: Sequence[str]) -> None:
         now = datetime.now(UTC).timestamp()
-        self._writer.add_log_entries([(now, "info", to_text(line)) for line in text.splitlines() if line.strip()])
+        entries: list[messages.RawLogEntry] = [
+            (now, "info", to_text(line.splitlines()[0]), "") for line in lines if line.strip()
+        ]
+        if entries:
+            self._writer.add_log_entries(entries)
 
     async def check_results(self, results: Results) -> Results:
         """Return the results with verified files, reserved paths and actual sizes.
@@ -125,11 +154,11 @@ class MessageHandler:
         if shared is None:
             return None
         job_id, step = shared
-        self._saved_sizes |= {file.sha256: file.size for file in find_result_files(step.output)}
-        return {"job_id": job_id, "output": step.output}
+        self._saved_sizes |= {file.sha256: file.size for file in find_step_files(step)}
+        return {"job_id": job_id, "output": step.output, "files": [file.model_dump() for file in step.files]}
 
     async def _complete_step(self, completed: StepCompleted, *, is_shared: bool) -> None:
-        for file in find_result_files(completed.output):  # a later attempt trusts these files
+        for file in find_step_files(completed):  # a later attempt trusts these files
             subject = f'step "{to_text(completed.step, 200)}" output names'
             if (size := self._find_saved_size(file, subject)) != file.size:
                 text = f"{subject} the file '{to_text(file.path, 200)}' with the size {file.size}. It has {size} bytes."
@@ -224,7 +253,7 @@ class MessageHandler:
     @cached_property
     def _step_file_sizes(self) -> Mapping[str, int]:
         """Sizes in bytes by digest of the files in outputs of steps that earlier attempts completed."""
-        return {file.sha256: file.size for step in self._job.steps.values() for file in find_result_files(step.output)}
+        return {file.sha256: file.size for step in self._job.steps.values() for file in find_step_files(step)}
 
     def _add_log_entry(self, level: Literal["info", "warning"], text: str) -> None:
-        self._writer.add_log_entries([(datetime.now(UTC).timestamp(), level, text)])
+        self._writer.add_log_entries([(datetime.now(UTC).timestamp(), level, text, "")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Coroutine
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
@@ -21,7 +20,9 @@ from jobledger.workers.attempts.message_handler import MessageHandler
 from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed
 from jobledger.workers.machine.health import MachineFailure
 from jobledger.workers.processor import ProcessorError, Results, SavedFile
+from jobledger.workers.registry import get_processor, get_retry
 from jobledger.workers.results.conversion import format_validation_error, to_text
+from jobledger.workers.retry import Retry
 
 _log = structlog.get_logger()
 _FILES_URL: Final = "/api/events/files/"
@@ -91,15 +92,17 @@ class OutcomeRecorder:
                 message = f"The job took longer than its time limit of {self._job.spec.timeout_s:g} seconds."
                 await self._fail(AttemptFailed("TIMEOUT", message, transient=True))
             case None if stop_reason is None:
-                await self._fail(AttemptFailed("PROCESSOR_FAULT", "The processor cancelled its own task."))
+                await self._fail(
+                    AttemptFailed("PROCESSOR_FAULT", "The processor cancelled its own task.", transient=True)
+                )
             case None:
                 raise AttemptFenced
 
     def build_completion(self, completed: AttemptCompleted) -> ReportEvent | None:
-        """Return the command that completes the job. None: its results are invalid, or have files to check."""
+        """Return the command that completes the job. None: `record` must check results, files or warnings."""
         try:
             results = Results.model_validate(completed.results)
-            if results.markdown is not None or results.assets:
+            if results.markdown is not None or results.assets or completed.warnings:
                 return None
             return self._build_completion(_build_job_results(results, completed.warnings, completed.duration_s))
         except ValidationError:
@@ -122,10 +125,11 @@ class OutcomeRecorder:
         await self._writer.append_last(self._build_completion(job_results))
 
     async def _fail(self, failed: AttemptFailed) -> None:
-        retry_at = None
-        if failed.transient:
-            retry_at = await self._dependencies.event_store.read_server_time() + self._choose_retry_delay()
-        details = {**failed.details, "retryable": failed.transient}
+        retry_at, retry = None, self._get_retry()
+        if failed.transient and retry is not None:
+            delay = self._choose_retry_delay(failed, retry)
+            retry_at = await self._dependencies.event_store.read_server_time() + delay
+        details = {**failed.details, "retryable": retry_at is not None}
         failure = ErrorInfo(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
         await self._writer.append_last(FailAttempt(*self._attempt_key, failure, retry_at))
 
@@ -143,17 +147,30 @@ class OutcomeRecorder:
             reason = f"the worker's machine cannot run it: {failure}"
             await self._writer.append_last(ReleaseJob(*self._attempt_key, reason, is_machine_failure=True))
 
-    def _choose_retry_delay(self) -> timedelta:
-        """Return an exponential backoff with full jitter, so that jobs that failed together do not retry together."""
-        settings = self._dependencies.settings
-        max_delay = min(settings.retry_base_seconds * 2 ** (self._job.counted_attempts - 1), settings.retry_max_seconds)
-        return timedelta(seconds=random.uniform(0.1, max_delay))  # noqa: S311 - spreads load, guards no secret
+    def _get_retry(self) -> Retry | None:
+        """Return the retry policy of the job type. A worker whose job type became unusable uses the default."""
+        try:
+            return get_retry(get_processor(self._job.spec.job_type))
+        except LookupError:
+            return Retry()
+
+    def _choose_retry_delay(self, failed: AttemptFailed, retry: Retry) -> timedelta:
+        """Return the time until the next attempt, after the time that the other side requested (`retry_after`)."""
+        settings, requested = self._dependencies.settings, failed.details.get("retry_after")
+        seconds = retry.choose_delay(
+            self._job.counted_attempts,
+            base_seconds=settings.retry_base_seconds,
+            max_seconds=settings.retry_max_seconds,
+            requested_seconds=requested if isinstance(requested, int | float) else 0.0,
+        )
+        return timedelta(seconds=seconds)
 
 
 def _build_job_results(results: Results, warnings: list[str], duration_s: float) -> JobResults:
     """Convert a processor's results to the stored format, with the paths and URLs under which the API serves files."""
     files = [results.markdown, *results.assets] if results.markdown else list(results.assets)
     return JobResults(
+        output=results.output,
         markdown_file=f"/events/{results.markdown.path}" if results.markdown else None,
         markdown_url=_build_file_url(results.markdown) if results.markdown else None,
         assets=[

@@ -82,6 +82,7 @@ class ProcessRunner:
             self._timeout.stop()
             # The process must end even if this task is cancelled again. stop() takes a few seconds at most.
             await _wait_uncancelled(asyncio.create_task(process.stop()))
+            self._message_handler.finish_output()
 
     async def _start_process(self) -> JobProcess:
         await run_blocking(self._create_directories)

@@ -7,7 +7,9 @@ this module.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import errno
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -17,8 +19,17 @@ from pydantic import ValidationError
 from jobledger.workers.child.messages import AttemptFailed
 from jobledger.workers.processor import JSON, ProcessorError
 from jobledger.workers.results.conversion import InvalidResult, format_validation_error, get_type_name, to_json, to_text
+from jobledger.workers.retry import Retry
 
 T = TypeVar("T")
+_CALLING_DIRECTORIES: Final = (
+    *(f"{Path(__file__).parents[1] / name}/" for name in ("child", "attempts", "job_types")),
+    *(f"{path}/" for module in (asyncio, concurrent.futures) for path in module.__path__),
+)
+"""Code that calls processors. Its frames at the beginning of a traceback are omitted."""
+_MAX_TRACEBACK_CHARACTERS: Final = 16_000
+_MAX_TRACEBACK_FRAMES: Final = 40
+"""Maximum number of frames of each exception in a traceback."""
 _MACHINE_ERRORS: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 )
@@ -30,17 +41,23 @@ _MAX_DETAILS_CHARACTERS: Final = 1_000_000
 _MAX_DETAILS: Final = 100
 _MAX_LISTED_ERRORS: Final = 10
 """Maximum number of errors of an exception group that the details list."""
+_DEFAULT_RETRY: Final = Retry()
 _MAX_DEPTH: Final = 20
 """Maximum depth to which exception groups, and chains of causes, are searched."""
 
 
-def convert_exception_to_failure(error: BaseException, *, scratch_dir: Path | None = None) -> AttemptFailed:
+def convert_exception_to_failure(
+    error: BaseException, *, scratch_dir: Path | None = None, retry: Retry | None = _DEFAULT_RETRY
+) -> AttemptFailed:
     """Convert an exception of a processor to the failure of its attempt. Never raises.
 
-    In an exception group, the most informative error decides.
+    In an exception group, the most informative error decides. An exception that nothing handled is transient if the
+    policy retries it.
 
     Args:
+        error: The exception.
         scratch_dir: The worker's scratch directory. Any error of a file below it may be a failure of the machine.
+        retry: The retry policy of the job type.
     """
     leaves = list(_iterate_leaf_errors(error, 0))
     processor_errors = [leaf for leaf in leaves if isinstance(leaf, ProcessorError)]
@@ -66,9 +83,36 @@ def convert_exception_to_failure(error: BaseException, *, scratch_dir: Path | No
         return AttemptFailed(
             "INVALID_RESULT", to_text(f"The results are invalid: {format_validation_error(first, root)}")
         )
-    details: dict[str, JSON] = {"exception": get_type_name(first), "at": _find_raise_location(first), **group_details}
+    details: dict[str, JSON] = {
+        "exception": get_type_name(first),
+        "at": _find_raise_location(first if first.__traceback__ is not None else error),
+        **group_details,
+        "traceback": format_traceback(error),
+    }
     message = f"The processor failed unexpectedly: {get_type_name(first)}: {to_text(first)}"
-    return AttemptFailed("PROCESSOR_FAULT", to_text(message), details=details, errno=error_number)
+    is_retried = retry is not None and all(retry.matches(leaf) for leaf in other_errors or leaves)
+    return AttemptFailed("PROCESSOR_FAULT", to_text(message), is_retried, details=details, errno=error_number)
+
+
+def format_traceback(error: BaseException) -> str:
+    """Return the traceback of an exception with its causes, without the frames of Jobledger before it. Never raises.
+
+    It has at most `_MAX_TRACEBACK_CHARACTERS`: its beginning and its end.
+    """
+    try:
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_CALLING_DIRECTORIES):
+            frames = frames.tb_next
+        formatted = traceback.TracebackException(
+            type(error), error, frames, limit=-_MAX_TRACEBACK_FRAMES, max_group_width=5, max_group_depth=5
+        )
+        text = "".join(formatted.format())
+    except BaseException as problem:  # noqa: BLE001 - the class of the exception is third-party code
+        return f"<the traceback cannot be read: {get_type_name(problem)}>"
+    half = _MAX_TRACEBACK_CHARACTERS // 2
+    if len(text) > _MAX_TRACEBACK_CHARACTERS:
+        text = f"{text[:half]}\n… ({len(text) - 2 * half:,} characters were cut)\n{text[-half:]}"
+    return to_text(text, 2 * _MAX_TRACEBACK_CHARACTERS)
 
 
 def _iterate_leaf_errors(error: BaseException, depth: int) -> Iterator[BaseException]:

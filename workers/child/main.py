@@ -15,6 +15,7 @@ import resource
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,8 @@ from typing import Any, Final, NoReturn
 import orjson
 
 from jobledger.ledger.domain.limits import MAX_FILE_BYTES
-from jobledger.ledger.system.process_attributes import limit_resource
+from jobledger.ledger.system.process_attributes import limit_memory, limit_resource
+from jobledger.workers.child import log_capture
 from jobledger.workers.child.attempt import Assignment, run_attempt
 from jobledger.workers.child.containment import Containment, new_event_loop
 from jobledger.workers.child.failures import convert_exception_to_failure
@@ -37,8 +39,8 @@ from jobledger.workers.child.messages import (
     Progress,
     encode_frame,
 )
-from jobledger.workers.processor import Processor, ProcessorError
-from jobledger.workers.registry import get_processor, get_shared_directories
+from jobledger.workers.processor import LogLevel, Processor, ProcessorError
+from jobledger.workers.registry import get_processor, get_retry, get_shared_directories
 from jobledger.workers.results.conversion import to_text
 from jobledger.workers.sandbox.confinement import confine, find_paths
 
@@ -49,7 +51,7 @@ _MAX_QUEUED_MESSAGES: Final = 100
 
 def run_job_process(connection: socket.socket, memory_limit_mb: int) -> None:
     """Run the one assignment from the connection. Does not return, unless the worker has ended."""
-    limit_resource(resource.RLIMIT_AS, memory_limit_mb * 1024 * 1024)
+    limit_memory(memory_limit_mb * 1024 * 1024)
     limit_resource(resource.RLIMIT_FSIZE, MAX_FILE_BYTES)  # sparse files cost nothing until they are read
     limit_resource(resource.RLIMIT_CORE, 0)  # thousands of crashes must not fill the disk
     faulthandler.enable()  # reports where native code crashed; the supervisor keeps the end of the output
@@ -89,14 +91,16 @@ def _run_attempt(worker: _WorkerConnection, text: bytes) -> AttemptCompleted | A
         asyncio.set_event_loop(loop := new_event_loop())
         return loop.run_until_complete(_run_processor(worker, assignment, processor))
     except BaseException as error:  # noqa: BLE001 - the processor stopped the event loop or cancelled this task
-        return convert_exception_to_failure(error, scratch_dir=assignment.attempt_dir.parent)
+        scratch_dir = assignment.attempt_dir.parent
+        return convert_exception_to_failure(error, scratch_dir=scratch_dir, retry=get_retry(processor))
 
 
 async def _run_processor(
     worker: _WorkerConnection, assignment: Assignment, processor: type[Processor]
 ) -> AttemptCompleted | AttemptFailed:
     worker.start()
-    attempt = run_attempt(assignment, processor, worker.send, worker.stopping.is_set)
+    log_capture.capture_process(worker.add_log_entry)
+    attempt = run_attempt(assignment, processor, worker.send, worker.stopping.is_set, post=worker.post)
     working = Containment().start(attempt, f"run-{assignment.job_id}")
     await asyncio.wait({working})
     return working.result()
@@ -124,12 +128,21 @@ class _WorkerConnection:
         self._writer.start()
         threading.Thread(target=self._read, name="receive-responses", daemon=True).start()
 
-    async def send(self, message: Message) -> Any:
-        """Send a message and return the response, if there is one."""
-        await self._has_capacity.wait()
-        if isinstance(message, LogEntries | Progress):
+    def add_log_entry(self, level: LogLevel, text: str, *, logger: str) -> None:
+        """Add an entry to the job's log, from any thread."""
+        self.post(LogEntries([(time.time(), level, to_text(text), to_text(logger, 200))]))
+
+    def post(self, message: LogEntries | Progress) -> None:
+        """Send a message without a response, from any thread. Wait while too many messages are queued."""
+        with self._queue_changed:
+            # The thread that sends messages must not wait for itself: a finalizer that runs in it may log.
+            if len(self._queue) > _MAX_QUEUED_MESSAGES and threading.current_thread() is not self._writer:
+                self._queue_changed.wait_for(lambda: len(self._queue) <= _MAX_QUEUED_MESSAGES or self._is_finished)
             self._enqueue(MessageEnvelope(0, message))
-            return None
+
+    async def send(self, message: Message) -> Any:
+        """Send a request and return the response."""
+        await self._has_capacity.wait()
         request_id, response = next(self._ids), asyncio.get_running_loop().create_future()
         self._responses[request_id] = response
         try:
@@ -143,7 +156,7 @@ class _WorkerConnection:
         self._enqueue(MessageEnvelope(0, message))
         with self._queue_changed:
             self._is_finished = True
-            self._queue_changed.notify()
+            self._queue_changed.notify_all()
         if self._loop is None:  # start() was not called
             self._write()
         else:
@@ -165,7 +178,7 @@ class _WorkerConnection:
                 self._queue.append(envelope)
             if len(self._queue) > _MAX_QUEUED_MESSAGES:
                 self._has_capacity.clear()
-            self._queue_changed.notify()
+            self._queue_changed.notify_all()
 
     def _write(self) -> None:
         """Send queued messages. Only this thread writes, so messages are not interleaved."""
@@ -184,6 +197,7 @@ class _WorkerConnection:
                     return None
                 self._queue_changed.wait()
             envelope = self._queue.popleft()
+            self._queue_changed.notify_all()
             if not self._has_capacity.is_set() and len(self._queue) <= _MAX_QUEUED_MESSAGES // 2:
                 self._call_soon(self._has_capacity.set)
             return envelope

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal
 import orjson
 from pydantic import Field, TypeAdapter, ValidationError
 
-from jobledger.ledger.domain.events import StepCompleted
+from jobledger.ledger.domain.events import ResultFile, StepCompleted
 from jobledger.workers.processor import JSON, LogLevel
 from jobledger.workers.results.conversion import format_validation_error, to_text
 
@@ -31,8 +31,8 @@ _NON_STRUCTURAL_BYTES: Final = bytes(set(range(256)) - set(b'",[{'))
 STOP_MESSAGE: Final = {"stop": True}
 """Sent by the worker instead of a response when the job must stop."""
 
-RawLogEntry = tuple[float, LogLevel, str]
-"""An entry of the job's log: Unix time in seconds, level, text."""
+RawLogEntry = tuple[float, LogLevel, str, str]
+"""An entry of the job's log: Unix time in seconds, level, text, and the name of the logger or an empty text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class FindSharedStep:
-    """Requests a step that another job shares. Response: `{job_id, output}` or None. `max_age_s` is in seconds."""
+    """Requests a step that another job shares, not older than `max_age_s` seconds.
+
+    Response: `{job_id, output, files}` or None.
+    """
 
     key: str
     max_age_s: float
@@ -133,12 +136,12 @@ def encode_frame(content: Any) -> bytes:
 
 
 def _convert_event(value: object) -> dict[str, Any]:
-    """Return the fields of the event in a `StepResult`. orjson encodes no pydantic models.
+    """Return the fields of the event in a `StepResult`, or of a file in it. orjson encodes no pydantic models.
 
     Raises:
         TypeError: The value is something else, which has no JSON.
     """
-    if isinstance(value, StepCompleted):
+    if isinstance(value, StepCompleted | ResultFile):
         return dict(value)
     raise TypeError
 

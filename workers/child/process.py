@@ -204,7 +204,7 @@ class JobProcess:
                     self._on_output(report["output"])
                 elif "exit" in report:
                     if report["omitted_bytes"]:
-                        self._on_output(f"… {report['omitted_bytes']:,} more bytes of output were dropped.")
+                        self._on_output(f"\n… {report['omitted_bytes']:,} more bytes of output were dropped.")
                     self._exit_failure = _build_exit_failure(report["exit"], report["tail"])
                     self._state_changed.set()
         if self._exit_failure is None:

@@ -17,6 +17,7 @@ left. It receives `end`.
 
 from __future__ import annotations
 
+import codecs
 import os
 import select
 import signal
@@ -82,7 +83,9 @@ def _run_job(supervisor: int, connection: socket.socket, output: int, memory_lim
         for number in (1, 2):
             os.dup2(output, number)
         os.close(output)
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # no output is lost in a crash
+        # No output is lost in a crash, and a line is written as a whole, also with PYTHONUNBUFFERED.
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]  # a text file
         run_job_process(connection, memory_limit_mb)
     except BaseException:  # noqa: BLE001 - nothing may return into the code of the fork server
         sys.excepthook(*sys.exc_info())
@@ -99,6 +102,9 @@ class _Supervisor:
         self._forwarded = 0
         self._omitted_bytes = 0
         self._tail = b""
+        self._is_tail_cut = False
+        # A character may be in two reads.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def run(self) -> None:
         pidfd = os.pidfd_open(self._job)
@@ -139,7 +145,11 @@ class _Supervisor:
         self._send_exit(os.waitstatus_to_exitcode(status))
 
     def _send_exit(self, code: int) -> None:
+        if rest := self._decoder.decode(b"", final=True):
+            _send(self._control, {"output": rest})
         tail = self._tail.decode(errors="replace")
+        if self._is_tail_cut:
+            tail = "…" + tail.lstrip("\N{REPLACEMENT CHARACTER}")
         _send(self._control, {"exit": code, "tail": tail, "omitted_bytes": self._omitted_bytes})
 
     def _read_output(self) -> bool | None:
@@ -150,12 +160,13 @@ class _Supervisor:
             return False
         if not data:
             return None
+        self._is_tail_cut |= len(self._tail) + len(data) > OUTPUT_TAIL_BYTES
         self._tail = (self._tail + data)[-OUTPUT_TAIL_BYTES:]
         forwarded = data[: MAX_OUTPUT_BYTES - self._forwarded]
         self._forwarded += len(forwarded)
         self._omitted_bytes += len(data) - len(forwarded)
-        if forwarded:
-            _send(self._control, {"output": forwarded.decode(errors="replace")})
+        if text := self._decoder.decode(forwarded):
+            _send(self._control, {"output": text})
         return True
 
 

@@ -33,10 +33,14 @@ LANDLOCK_ADVICE: Final = (
 )
 UNUSABLE_PROCESSORS: Final = "_UNUSABLE_PROCESSORS"
 """Environment variable with the job types that the worker found unusable. Child processes do not load them."""
+APP_VARIABLE: Final = "_JOBLEDGER_APP"
+"""Environment variable with the application whose job types are used, for child processes."""
 _ENVIRONMENT: Final = frozenset(
-    {"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", UNUSABLE_PROCESSORS}
+    {"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", UNUSABLE_PROCESSORS, APP_VARIABLE}
 )
 _ENVIRONMENT_PREFIXES: Final = ("LC_", "PYTHON")
+_SINGLE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1"}
+"""Prevents numpy from starting threads in the fork server when it is imported."""
 _PRIVATE_PATHS: Final = (
     *("/root", "/home", "/tmp", "/var/tmp", "/run", "/var/run", "/dev", "/proc", "/lost+found", "/boot"),  # noqa: S108 - denied, not used
     *("/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/gshadow-", "/etc/sudoers", "/etc/sudoers.d", "/etc/ssh"),
@@ -44,7 +48,10 @@ _PRIVATE_PATHS: Final = (
     *("/var/log", "/var/spool", "/var/backups", "/var/cache/debconf"),
 )
 """Not accessible to jobs. The exceptions that running code needs are below, and in the settings."""
-_READABLE_PATHS: Final = ("/proc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager/resolv.conf")
+_READABLE_PATHS: Final = (
+    *("/proc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager/resolv.conf"),
+    "/var/spool/libreoffice",  # Debian's list of shared extensions. LibreOffice ends if it cannot read the list.
+)
 
 
 class ConfinementSettings(SettingsSection):
@@ -90,7 +97,7 @@ def check_confinement(mode: ConfinementMode) -> None:
 def build_job_environment(names: Iterable[str] = ()) -> dict[str, str]:
     """Return the environment of the fork server: the default variables, and `names`."""
     allowed_names = {*_ENVIRONMENT, *names}
-    return {
+    return _SINGLE_THREAD | {
         name: value
         for name, value in os.environ.items()
         if name in allowed_names or name.startswith(_ENVIRONMENT_PREFIXES)

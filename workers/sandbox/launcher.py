@@ -85,6 +85,8 @@ def _start_program(plan: dict[str, Any], *, has_namespaces: bool) -> None:
             restrictions.apply_seccomp_filter(
                 denied_calls, socket_families=_OTHER_FAMILIES, self_only_calls=self_only_calls
             )
+        if plan["messages"] is not None:
+            _set_message_descriptors(plan["messages"])
         os.chdir(plan["directory"])
         os.execve(plan["command"][0], plan["command"], plan["environment"])  # noqa: S606 - the command of the plan
     except OSError as error:
@@ -92,19 +94,35 @@ def _start_program(plan: dict[str, Any], *, has_namespaces: bool) -> None:
     os._exit(EXIT_NOT_STARTED)
 
 
-def _set_limits(limits: dict[str, int], *, has_namespaces: bool) -> None:
+def _set_limits(limits: dict[str, Any], *, has_namespaces: bool) -> None:
     processes = limits["processes"]
     if not has_namespaces:  # the limit counts all processes of the user
         processes += _count_user_tasks()
     for kind, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, limits["cpu_seconds"]),
-        (resource.RLIMIT_AS, limits["memory_bytes"]),
+        *_list_memory_limits(limits),
         (resource.RLIMIT_FSIZE, limits["file_bytes"]),
         (resource.RLIMIT_NOFILE, limits["open_files"]),
         (resource.RLIMIT_NPROC, processes),
     ):
         process_attributes.limit_resource(kind, value)
+
+
+def _list_memory_limits(limits: dict[str, Any]) -> list[tuple[int, int]]:
+    if limits["data_bytes"] is None:
+        return [(resource.RLIMIT_AS, limits["memory_bytes"])]
+    highest = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (highest, highest))  # the limit of a job process is below that
+    return [(resource.RLIMIT_DATA, limits["data_bytes"])]
+
+
+def _set_message_descriptors(channel: int) -> None:
+    """Make the channel the descriptors 3 and 4 of the program."""
+    for descriptor in (3, 4):
+        os.dup2(channel, descriptor)
+    if channel > 4:
+        os.close(channel)
 
 
 def _count_user_tasks() -> int:

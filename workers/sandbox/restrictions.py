@@ -108,7 +108,7 @@ _SYSCALL_NUMBERS: Final[dict[str, dict[str, int]]] = {
         **{"perf_event_open": 298, "process_vm_readv": 310, "process_vm_writev": 311, "bpf": 321, "userfaultfd": 323},
         **{"removexattr": 197, "lremovexattr": 198, "open_by_handle_at": 304, "pivot_root": 155, "prlimit64": 302},
         **{"setpriority": 141, "ioprio_set": 251, "sched_setparam": 142, "sched_setscheduler": 144},
-        **{"sched_setaffinity": 203, "sched_setattr": 314},
+        **{"sched_setaffinity": 203, "sched_setattr": 314, "socketpair": 53},
     },
     "aarch64": {
         **{"socket": 198, "connect": 203, "sendto": 206, "kill": 129, "truncate": 45, "ptrace": 117, "mount": 40},
@@ -117,7 +117,7 @@ _SYSCALL_NUMBERS: Final[dict[str, dict[str, int]]] = {
         **{"setns": 268, "perf_event_open": 241, "process_vm_readv": 270, "process_vm_writev": 271, "bpf": 280},
         **{"userfaultfd": 282, "removexattr": 14, "lremovexattr": 15, "open_by_handle_at": 265, "pivot_root": 41},
         **{"prlimit64": 261, "setpriority": 140, "ioprio_set": 30, "sched_setparam": 118, "sched_setscheduler": 119},
-        **{"sched_setaffinity": 122, "sched_setattr": 274},
+        **{"sched_setaffinity": 122, "sched_setattr": 274, "socketpair": 199},
     },
 }
 _COMMON_SYSCALL_NUMBERS: Final = {
@@ -128,7 +128,8 @@ _COMMON_SYSCALL_NUMBERS: Final = {
 }
 """System calls with the same number on all machines."""
 _ARCHITECTURES: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_LOAD, _AND, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+_SOCKET_TYPE_MASK, _DATAGRAM, _RAW = 0xF, 2, 3  # linux/net.h
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 _X32: Final = 0x40000000
@@ -171,7 +172,8 @@ def apply_seccomp_filter(
 
     Args:
         denied_calls: Names of system calls. Those that the machine does not have are skipped.
-        socket_families: Address families for which `socket` fails with EACCES.
+        socket_families: Address families for which `socket` fails with EACCES. If there are any, `socketpair` fails for
+            datagrams.
         self_only_calls: Calls that a process may use only for itself: by its ID, or by the ID 0 in descendants.
             Supported are `tgkill` and `LIMIT_AND_PRIORITY_CALLS`. The latter are also denied for single threads.
 
@@ -198,6 +200,11 @@ def apply_seccomp_filter(
         program += [(_JUMP_EQUAL, 0, 2 * len(families) + 1, numbers["socket"]), (_LOAD, 0, 0, _ARGUMENTS)]
         for family in families:
             program += [(_JUMP_EQUAL, 0, 1, family), (_RETURN, 0, 0, _ERROR | EACCES)]
+        # With `sendmsg`, one of a pair of datagram sockets reaches local sockets of others.
+        program += [(_LOAD, 0, 0, _NUMBER), (_JUMP_EQUAL, 0, 6, numbers["socketpair"])]
+        program += [(_LOAD, 0, 0, _ARGUMENTS + 8), (_AND, 0, 0, _SOCKET_TYPE_MASK)]
+        for kind in (_DATAGRAM, _RAW):  # Linux makes a pair of raw sockets a pair of datagram sockets
+            program += [(_JUMP_EQUAL, 0, 1, kind), (_RETURN, 0, 0, _ERROR | EACCES)]
     program.append((_RETURN, 0, 0, _ALLOW))
     set_no_new_privileges()
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))

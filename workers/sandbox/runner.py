@@ -1,4 +1,6 @@
-"""Run helper programs (LibreOffice, yt-dlp) in a sandbox, so that hostile input can do no harm through them.
+"""Run helper programs (LibreOffice, yt-dlp, Chromium, the PDF renderer, Tesseract) in a sandbox.
+
+Hostile input can therefore do no harm through them.
 
 A program in the sandbox sees the system's programs, libraries and fonts, and writes to one directory. It has no
 network, cannot access other processes, and ends with the process that started it. There are two methods:
@@ -7,7 +9,8 @@ network, cannot access other processes, and ends with the process that started i
   processes that are confined themselves.
 - bubblewrap, where the kernel has no Landlock.
 
-Each method is probed before its first use. If neither works, the program is not run: never without a sandbox.
+Each method is probed before its first use. If neither works, the program is not run: never without a sandbox. The only
+exceptions are programs with `can_run_unconfined`, which run code that a job process could run itself.
 """
 
 from __future__ import annotations
@@ -20,14 +23,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal
 
-import jobledger
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox.launcher import EXIT_NOT_STARTED
 
@@ -42,13 +44,21 @@ SYSTEM_PATHS: Final = (
     *("/etc/libreoffice", "/etc/mime.types", "/etc/ssl/certs", "/etc/ca-certificates", "/etc/pki/tls/certs"),
 )
 """Readable by every program. Nothing of users and services: not /home, /root, /proc, /run, /etc/passwd, /var."""
-_PACKAGE: Final = Path(jobledger.__file__).resolve().parent
+_PACKAGE: Final = Path(__file__).parents[2].resolve()
 _CODE_PATHS: Final = (_PACKAGE, *((_PACKAGE / name).resolve() for name in ("ledger", "workers")))
 """Directories of launchers and helper programs. In an editable install, the second and third are elsewhere."""
-_LAUNCH_CODE: Final = (
-    "import sys; sys.path.append(sys.argv.pop(1)); from jobledger.workers.sandbox.launcher import main; main()"
-)
+_LAUNCH_CODE: Final = """
+import importlib.util, sys
+path = sys.argv.pop(1)
+spec = importlib.util.spec_from_file_location("jobledger", path + "/__init__.py", submodule_search_locations=[path])
+sys.modules["jobledger"] = importlib.util.module_from_spec(spec)
+from jobledger.workers.sandbox.launcher import main
+main()
+"""
+"""Load the package from its directory. A confined job process cannot list the parent of an editable install."""
 _PROBE_SECONDS: Final = 20
+_END_SECONDS: Final = 1
+"""How long a program that has closed its output may take to end."""
 
 
 class SandboxUnavailable(Exception):
@@ -57,10 +67,17 @@ class SandboxUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ResourceLimits:
-    """Resource limits of a program. Memory, CPU time and open files are limited for each of its processes."""
+    """Resource limits of a program. Memory, CPU time and open files are limited for each of its processes.
+
+    Attributes:
+        memory_bytes: Limit of the address space.
+        data_bytes: If set, it replaces `memory_bytes`, and limits only the writable private memory. For programs that
+            reserve far more address space than they use.
+    """
 
     cpu_seconds: int = 600
     memory_bytes: int = 4 * 1024**3
+    data_bytes: int | None = None
     file_bytes: int = 2 * 1024**3
     processes: int = 512
     open_files: int = 1024
@@ -84,6 +101,7 @@ class Program:
         readable_paths: Readable files and directories.
         environment: Additional environment variables.
         limits: Resource limits.
+        can_run_unconfined: Without a sandbox method, run it with the rights of this process and resource limits.
     """
 
     command: Sequence[str]
@@ -91,6 +109,7 @@ class Program:
     readable_paths: Sequence[Path] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     limits: ResourceLimits = ResourceLimits()
+    can_run_unconfined: bool = False
 
 
 def build_python_command(*arguments: str) -> list[str]:
@@ -113,31 +132,78 @@ async def run_program(
     return await _run(program, await asyncio.to_thread(_find_working_method), proxy, max_output)
 
 
+@asynccontextmanager
+async def start_program(program: Program) -> AsyncIterator[asyncio.StreamReader]:
+    """Start a program and yield its standard output. At the end of the block, kill it with all its descendants.
+
+    Raises:
+        SandboxUnavailable: No sandbox method works on this system, and the program cannot run unconfined.
+    """
+    method: SandboxMethod | None = None
+    if not program.can_run_unconfined or await asyncio.to_thread(is_available):
+        method = await asyncio.to_thread(_find_working_method)
+    async with _start(_build_command(program, method)) as process:
+        assert process.stdout is not None  # noqa: S101 - stdout=PIPE
+        try:
+            yield process.stdout
+        finally:
+            if process.stdout.at_eof():  # `kill` would take the exit code of an ended process from asyncio
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_END_SECONDS):
+                        await process.wait()
+            with suppress(ProcessLookupError):
+                process.kill()
+            await _discard_output(process.stdout)
+            # Without a PID namespace, a descendant may keep the pipe open, and asyncio would wait for that.
+            process._transport.close()  # type: ignore[attr-defined]  # only the transport can close a pipe whose writer lives
+
+
+async def _discard_output(output: asyncio.StreamReader) -> None:
+    """Read the rest of the output for a bounded time, so that asyncio sees the end of the process."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_END_SECONDS):
+            while await output.read(64 * 1024):
+                pass
+
+
+@asynccontextmanager
+async def _start(
+    command: Sequence[str], channel: socket.socket | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Start the launcher. It inherits `channel`, which is closed here."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={},
+        pass_fds=[channel.fileno()] if channel else [],
+    )
+    if channel:
+        channel.close()
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()  # kills the launcher; the kernel kills what it has started
+        await process.wait()
+
+
 async def _run(
     program: Program, method: SandboxMethod, proxy: Callable[[socket.socket], Awaitable[None]] | None, max_output: int
 ) -> ProgramResult:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        process = await asyncio.create_subprocess_exec(
-            *_build_command(program, method, proxy_channel=theirs.fileno() if proxy else None),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env={},
-            pass_fds=[theirs.fileno()] if proxy else [],
-        )
-        theirs.close()
-        proxy_task = asyncio.create_task(_serve_proxy(ours, proxy)) if proxy else None
+        command = _build_command(program, method, proxy_channel=theirs.fileno() if proxy else None)
+        proxy_task = None
         try:
-            output = await _read_output(process, max_output)
-            code = await process.wait()
+            async with _start(command, theirs if proxy else None) as process:
+                proxy_task = asyncio.create_task(_serve_proxy(ours, proxy)) if proxy else None
+                output = await _read_output(process, max_output)
+                code = await process.wait()
         finally:
             if proxy_task:
                 proxy_task.cancel()
-            with suppress(ProcessLookupError):
-                process.kill()  # kills the launcher; the kernel kills what it has started
-            await process.wait()
-            if proxy_task:
                 await asyncio.wait({proxy_task})
     if code == EXIT_NOT_STARTED and proxy:
         raise SandboxUnavailable(f"A program could not be started with its own network. {SANDBOX_ADVICE}")
@@ -168,14 +234,66 @@ async def _read_output(process: asyncio.subprocess.Process, max_bytes: int) -> b
     return bytes(output)
 
 
-def _build_command(program: Program, method: SandboxMethod, *, proxy_channel: int | None = None) -> list[str]:
+@asynccontextmanager
+async def open_program(
+    program: Program, *, max_message: int
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Run a program that reads messages from its descriptor 3 and writes messages to its descriptor 4.
+
+    At the end of the context, the program is killed with all its descendants.
+
+    Args:
+        program: The program. It has no network, and its standard output is discarded.
+        max_message: Number of bytes that the reader buffers for one message.
+
+    Yields:
+        What the program writes, and the writer for what it reads.
+
+    Raises:
+        SandboxUnavailable: No sandbox method works on this system.
+    """
+    method = await asyncio.to_thread(_find_working_method)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = await asyncio.create_subprocess_exec(
+            *_build_command(program, method, message_channel=theirs.fileno()),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={},
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        try:
+            reader, writer = await asyncio.open_connection(sock=ours, limit=max_message)
+            try:
+                yield reader, writer
+            finally:
+                writer.transport.abort()
+        finally:
+            with suppress(ProcessLookupError):
+                process.kill()  # kills the launcher; the kernel kills what it has started
+            await process.wait()
+
+
+def _build_command(
+    program: Program,
+    method: SandboxMethod | None,
+    *,
+    proxy_channel: int | None = None,
+    message_channel: int | None = None,
+) -> list[str]:
+    """Return the command that starts the program. Without a `method`, only resource limits and seccomp apply."""
     base = Path(sys.base_prefix)
     readable = [*SYSTEM_PATHS, *map(str, _CODE_PATHS), str(base), *map(str, program.readable_paths)]
     landlock = method == "landlock"
     plan = {
-        "parent": os.getpid() if landlock else 0,  # in bubblewrap, it is the first process of its namespace
+        "parent": 0
+        if method == "bubblewrap"
+        else os.getpid(),  # in bubblewrap, it is the first process of its namespace
         "landlock": landlock,
         "proxy": proxy_channel,
+        "messages": message_channel,
         "readable": readable,
         "limits": asdict(program.limits),
         "directory": str(program.scratch_dir),
@@ -183,8 +301,8 @@ def _build_command(program: Program, method: SandboxMethod, *, proxy_channel: in
         "environment": {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(program.scratch_dir)}
         | {"TMPDIR": str(program.scratch_dir), **program.environment},
     }
-    launch = [*build_python_command("-c", _LAUNCH_CODE), str(_PACKAGE.parent), json.dumps(plan)]
-    return launch if landlock else [*_build_bubblewrap_command(readable, program.scratch_dir), *launch]
+    launch = [*build_python_command("-c", _LAUNCH_CODE), str(_PACKAGE), json.dumps(plan)]
+    return launch if method != "bubblewrap" else [*_build_bubblewrap_command(readable, program.scratch_dir), *launch]
 
 
 def _build_bubblewrap_command(readable: Sequence[str], scratch: Path) -> list[str]:

@@ -97,8 +97,13 @@ async def _build_job_content(
     if spec.webhook.include_metadata:
         content["metadata"] = {**metadata, "steps": job["steps"]}
     if job["error"] is not None:
-        content["error"] = job["error"]
+        content["error"] = content["job"]["error"] = _omit_traceback(job["error"])
     return content
+
+
+def _omit_traceback(error: Document) -> Document:
+    """Return an error without its traceback, which is for developers and may name paths of the worker's machine."""
+    return {**error, "details": {name: value for name, value in error["details"].items() if name != "traceback"}}
 
 
 async def _build_batch_content(event_store: EventStore, delivery: Delivery) -> dict[str, Any]:

@@ -72,7 +72,7 @@ async def test_request_with_key_does_not_query_api_keys(runner: ApiRunner) -> No
 async def create_expiring_key(api: Api) -> tuple[ApiKeyToken, datetime]:
     """Create a key that expires within seconds and wait until the API accepts it. Return its token and expiry."""
     for lifetime in (2, 10, 50):  # on a busy machine, the API may learn of a key only after it has expired
-        key, token = generate_key(user="alice", groups=(), roles=(), name=None, expires_in="1m")
+        key, token = generate_key(user="alice", groups=(), roles=(), name=None, expires_in=timedelta(minutes=1))
         expires_at = datetime.now(UTC) + timedelta(seconds=lifetime)
         await keys.store_key(api.db, key.model_copy(update={"expires_at": expires_at}))
         while datetime.now(UTC) < expires_at:

@@ -19,13 +19,14 @@ from jobledger.api.dashboard.translations import (
     load_messages,
     negotiate_language,
 )
-from jobledger.ledger.domain.statuses import BatchStatus, DeliveryStatus, JobStatus
+from jobledger.ledger.domain.statuses import BatchStatus, DeliveryStatus, JobStatus, WaitingFor
 
 FOLDER = Path(rendering.__file__).parent
 TEMPLATES = {path.name: path.read_text(encoding="utf-8") for path in (FOLDER / "templates").glob("*.j2")}
 SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in (FOLDER / "static").glob("*.js")}
 ENGLISH = load_messages("en")
 
+WAITING_FOR = {f"waiting_for_{kind}" for kind in get_args(WaitingFor)}
 JOB_STATUSES = frozenset(get_args(JobStatus))
 ACTIONS = frozenset(re.findall(r'action_button\([^)]*?, "(\w+)"', "".join(TEMPLATES.values())))
 BULK_ACTIONS = frozenset({"restart", "cancel", "archive"})
@@ -33,6 +34,8 @@ COMPUTED_KEYS = {
     "t(status)": JOB_STATUSES | set(get_args(BatchStatus)),
     't("outcome_" ~ attempt.outcome)': {f"outcome_{outcome}" for outcome in OUTCOMES.values()},
     't("delivery_" ~ delivery.status)': {f"delivery_{status}" for status in get_args(DeliveryStatus)},
+    't("waiting_for_" ~ job.waiting_for)': WAITING_FOR,
+    't("waiting_for_" ~ kind)': WAITING_FOR,
     "t(action)": ACTIONS,
     't("confirm_" ~ action, target, count)': {f"confirm_{action}" for action in ACTIONS},
     't("bulk_" ~ bulk_action)': {f"bulk_{action}" for action in BULK_ACTIONS},

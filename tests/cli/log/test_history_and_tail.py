@@ -1,18 +1,21 @@
-"""`jobledger log history`, `log tail`, `log state` and `jobledger views …`."""
+"""`jobledger log history`, `log ls`, `log state` and `jobledger views …`."""
 
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pymongo import MongoClient
 
-from jobledger.ledger.domain.commands import CancelJob
+from jobledger.ledger.domain.commands import CancelJob, FailAttempt, PauseBatch, UpdateJob
+from jobledger.ledger.domain.events import ErrorInfo
 from jobledger.ledger.mongo.embedded_files import wait_until
 from jobledger.projections.engine import rebuild
+from jobledger.projections.views.waiting import KINDS, derive_waiting_for
 from tests.cli.log.conftest import LedgerCommands, write_job_history, write_long_history
 from tests.projections.expected_views import make_results
 from tests.support.installation import Installation
@@ -73,30 +76,32 @@ def test_log_history_unknown_stream_is_one_line_error(ledger: LedgerCommands) ->
     assert "expected a position in the log or a time" in outcome.err
 
 
-# log tail -------------------------------------------------------------------------------------------------------------
+# log ls ---------------------------------------------------------------------------------------------------------------
 
 
-def test_log_tail_filters_by_type_and_stream(ledger: LedgerCommands) -> None:
+def test_log_ls_filters_by_type_and_stream(ledger: LedgerCommands) -> None:
     job_id = ledger.run_with_roles(write_job_history)
-    last = ledger.run("log", "tail", "--no-follow", "-n", "3").out.splitlines()
+    last = ledger.run("log", "ls", "-n", "3").out.splitlines()
     assert [line.split()[0] for line in last] == ["6", "7", "8"]
-    failed = ledger.run("log", "tail", "--no-follow", "--after", "0", "--type", "JobAttemptFailed").out
-    assert failed.count("\n") == 1
-    assert "it broke" in failed
-    of_stream = ledger.run("log", "tail", "--no-follow", "--after", "0", "--stream", job_id, "--json").out.splitlines()
+    for option in (("--after", "0"), ("-n", "1")):
+        failed = ledger.run("log", "ls", *option, "--type", "JobAttemptFailed").out
+        assert failed.count("\n") == 1, "the newest event of this type, although newer events have other types"
+        assert "it broke" in failed
+    of_stream = ledger.run("log", "ls", "--stream", job_id, "--json").out.splitlines()
     assert {json.loads(line)["stream"] for line in of_stream} == {job_id}
     assert len(of_stream) == 7
-    outcome = ledger.run("log", "tail", "--type", "JobExploded")
+    outcome = ledger.run("log", "ls", "--type", "jobfaild")
     assert outcome.exit_code == 2
-    assert "unknown event type. Event types: BatchAccessChanged, " in outcome.err
+    assert "unknown event type" in outcome.err
+    assert "hint: Did you mean JobFailed?\nhint: Event types: BatchAccessChanged, " in outcome.err
 
 
 @needs_local_mongod
-def test_log_tail_follows_over_restart_without_gaps(tmp_path: Path) -> None:
+def test_log_follow_continues_over_restart_without_gaps(tmp_path: Path) -> None:
     installation = Installation(tmp_path)
     job = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}])
     up = installation.start_up_command().wait_until_ready()
-    following = installation.start("log", "tail", "--after", "0", "--json")
+    following = installation.start("log", "follow", "--after", "0", "--json")
     try:
         for completed in (1, 2):
             assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
@@ -182,18 +187,55 @@ def test_log_state_as_of_and_until_shows_states_and_changes(ledger: LedgerComman
         assert ledger.run("log", "state", *arguments).exit_code == 2
 
 
+def test_log_state_says_what_pending_jobs_wait_for(ledger: LedgerCommands) -> None:
+    start = datetime.now(UTC)
+
+    async def write(roles: RunningRoles) -> None:
+        await roles.submit()
+        await roles.submit(not_before=start + timedelta(minutes=30))
+        for not_before in (None, start + timedelta(hours=2)):
+            retried = await roles.submit()
+            attempt = await roles.claim(retried, "worker-7")
+            error = ErrorInfo(code="BROKEN", message="it broke")
+            await roles.handle_commands(retried, FailAttempt("worker-7", attempt, error, start + timedelta(hours=1)))
+            if not_before is not None:
+                await roles.handle_commands(retried, UpdateJob("user:alice", not_before=not_before))
+        batch_id, _ = await roles.submit_batch({}, {})
+        await roles.handle_commands(batch_id, PauseBatch("user:alice"))
+
+    ledger.run_with_roles(write)
+    state = ledger.json("log", "state", "--as-of", str(10**9))["as_of"]
+    assert state["waiting_for"] == {"worker": 1, "due_time": 2, "retry": 1, "batch_paused": 2}
+    output = ledger.run("log", "state", "--as-of", str(10**9)).out
+    assert (
+        "1 waiting for a worker, 2 waiting for their start time, 1 waiting for a retry, 2 in paused batches" in output
+    )
+    later = ledger.json("log", "state", "--as-of", "2999-01-01T00:00:00Z")["as_of"]
+    assert later["waiting_for"] == state["waiting_for"], "nothing of the future has happened yet"
+    earlier = ledger.json("log", "state", "--as-of", "2001-01-01T00:00:00Z")["as_of"]
+    assert set(earlier["waiting_for"].values()) == {0}
+
+
 def test_log_state_of_random_history_matches_views(ledger: LedgerCommands) -> None:
     async def write_and_load_statuses(roles: RunningRoles) -> dict[str, Any]:
         await write_long_history(roles)
         jobs = {job["_id"]: job["status"] async for job in roles.db.jobs.find()}
         batches = {batch["_id"]: (batch["status"], batch["paused"]) async for batch in roles.db.batches.find()}
-        return {"jobs": jobs, "batches": batches}
+        [last] = await roles.db.events.find().sort("_id", -1).limit(1).to_list()
+        waiting = Counter(
+            [
+                derive_waiting_for(job, is_batch_paused=batches.get(job["batch_id"], ("", False))[1], now=last["time"])
+                async for job in roles.db.jobs.find()
+            ]
+        )
+        return {"jobs": jobs, "batches": batches, "waiting": {kind: waiting[kind] for kind in KINDS}}
 
     statuses = ledger.run_with_roles(write_and_load_statuses)
     state = ledger.json("log", "state", "--as-of", str(10**9))["as_of"]
     counts = {name: list(statuses["jobs"].values()).count(name) for name in state["jobs"]}
     assert state["jobs"] == counts
     assert {batch["batch_id"]: (batch["status"], batch["paused"]) for batch in state["batches"]} == statuses["batches"]
+    assert state["waiting_for"] == statuses["waiting"]
     running = {job_id for job_id, status in statuses["jobs"].items() if status == "processing"}
     assert {job["job_id"] for job in state["running"]} == running
 

@@ -28,7 +28,7 @@ from tests.support.authenticated_server import AuthenticatedServer, start_authen
 from tests.support.ledger_setup import open_ledger
 
 Attempt = Callable[[BlockingDatabase[Document]], object]
-SERVICE, SUBSCRIBER = "jobledger", "jobledger-subscriber"
+SERVICE, SUBSCRIBER, SUBMITTER = "jobledger", "jobledger-subscriber", "jobledger-submitter"
 PASSWORD = "s3cr3t:/p@ss"
 SECRETS = (PASSWORD, quote_plus(PASSWORD))
 
@@ -117,6 +117,10 @@ class PreparedDatabase:
     def subscriber(self) -> Connection:
         return self.create_user("follower", SUBSCRIBER)
 
+    @property
+    def submitter(self) -> Connection:
+        return self.create_user("shop", SUBMITTER)
+
     def create_user(self, name: str, *roles: str) -> Connection:
         """Create a user if it does not exist. Return its connection."""
         if not self.db.command({"usersInfo": name})["users"]:
@@ -161,9 +165,9 @@ class FilledDatabase:
         return documents, collections, list(db.events.list_indexes()) if collections else []
 
     def assert_refused(self, attempt: Attempt) -> None:
-        """Check that neither role may do it and that the attempt changed nothing."""
+        """Check that no role may do it and that the attempt changed nothing."""
         before = self.load_protected_state()
-        for connection in (self.prepared.service, self.prepared.subscriber):
+        for connection in (self.prepared.service, self.prepared.subscriber, self.prepared.submitter):
             with connection.create_blocking_client() as client, pytest.raises(OperationFailure) as raised:
                 attempt(client[connection.db_name])
             assert raised.value.code == UNAUTHORIZED, raised.value

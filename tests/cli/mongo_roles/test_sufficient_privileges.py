@@ -7,8 +7,10 @@ from pathlib import Path
 
 import orjson
 import pytest
-from pymongo import MongoClient
+from pymongo import AsyncMongoClient, MongoClient
+from pymongo.errors import OperationFailure
 
+from jobledger import App
 from jobledger.cli.administration import view_maintenance
 from jobledger.cli.administration.mongo_roles import build_mongosh_script
 from jobledger.cli.checks.database import check_database
@@ -23,7 +25,7 @@ from tests.support.authenticated_server import AuthenticatedServer
 from tests.support.installation import Installation, http_client
 from tests.support.ledger_setup import create_position_gap, open_ledger
 from tests.support.mongodb_provider import needs_local_mongod
-from tests.support.polling import DEADLINE_SECONDS
+from tests.support.polling import DEADLINE_SECONDS, poll_until
 from tests.support.role_runner import run_roles_in_process
 
 pytestmark = needs_local_mongod
@@ -207,3 +209,26 @@ async def test_subscription_without_change_stream_privilege_is_refused(prepared:
     with pytest.raises(JobledgerError, match="not authorized"):
         async with asyncio.timeout(DEADLINE_SECONDS), client.subscribe():
             pass
+
+
+async def test_submitter_role_submits_in_its_transactions_and_reads_nothing_else(
+    prepared: PreparedDatabase, tmp_path: Path
+) -> None:
+    app = App(db_name=prepared.db.name)
+    async for api in run_api(prepared.service.uri, prepared.db.name, tmp_path):
+        async with AsyncMongoClient[Document](prepared.submitter.uri) as client, client.start_session() as session:
+            await session.start_transaction()
+            job_id = await app.submit("echo", {}, session=session, key="k")
+            await session.commit_transaction()
+            db = client[prepared.db.name]
+            await poll_until(lambda: prepared.db.outbox.find_one() is None)
+            assert (await api.wait_until_finished(job_id))["status"] == "completed"
+            for attempt in (
+                *(db[collection].find_one() for collection in ("events", "jobs", "api_keys", "outbox_rejected")),
+                db.outbox.delete_one({}),
+                db.events.insert_one({"_id": 99}),
+            ):
+                with pytest.raises(OperationFailure, match="not authorized"):
+                    await attempt
+    failed = {collection for _, collection in prepared.server.authorization_failures(prepared.db.name)}
+    assert failed == {"events", "jobs", "api_keys", "outbox_rejected", "outbox"}

@@ -6,8 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from jobledger.workers.processors.session import download
 from tests.processors.session.fixtures import CONFERENCE_PAGE, Site, html, serve_site
 from tests.processors.session.openai_server import FakeOpenAiServer, run_fake_openai
+
+
+@pytest.fixture(autouse=True)
+def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let downloads be retried at once."""
+    monkeypatch.setattr(download, "RETRY_DELAYS_SECONDS", (0.01,) * len(download.RETRY_DELAYS_SECONDS))
 
 
 @pytest.fixture

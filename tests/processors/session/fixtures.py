@@ -9,8 +9,9 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -37,6 +38,7 @@ from jobledger.workers.processors.session.document import (
 )
 from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.pdf_rendering import Slide
+from jobledger.workers.results.typed_values import dump_value, get_return_adapter, load_value
 
 LOCAL_HOSTS = ["127.0.0.1"]
 _SAMPLES_FILE = Path(__file__).resolve().parents[4] / "shared" / "data" / "fosdem-2025-sessions.json"
@@ -66,14 +68,18 @@ def redirect(location: str) -> SiteResponse:
 class Site:
     """A website. It returns the response that was put under a path, or 404.
 
-    `requested_paths` lists the paths of all requests in order.
+    `requested_paths` lists the paths of all requests in order. `posted` lists path, content type and body of POSTs.
+    `failures` are responses that are sent first, one for each request of their path.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         self.port = port
+        self.host = host
         self.requested_paths: list[str] = []
         self.credentials: list[str | None] = []
+        self.posted: list[tuple[str, str | None, bytes]] = []
         self.responses: dict[str, SiteResponse] = {}
+        self.failures: dict[str, list[SiteResponse]] = {}
         self.hanging_paths: set[str] = set()
         self.closing = Event()
 
@@ -87,11 +93,11 @@ class Site:
         return self.url(path)
 
     def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"http://{self.host}:{self.port}{path}"
 
 
 @contextmanager
-def serve_site() -> Iterator[Site]:
+def serve_site(host: str = "127.0.0.1") -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             site.requested_paths.append(self.path)
@@ -100,6 +106,8 @@ def serve_site() -> Iterator[Site]:
                 site.closing.wait()
                 return
             response = site.responses.get(self.path, html("<p>nothing here</p>", status=404))
+            if site.failures.get(self.path):
+                response = site.failures[self.path].pop(0)
             self.send_response_only(response.status)
             for name, value in response.headers.items():
                 self.send_header(name, value)
@@ -108,10 +116,15 @@ def serve_site() -> Iterator[Site]:
             self.end_headers()
             self.wfile.write(response.body)
 
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            site.posted.append((self.path, self.headers["Content-Type"], body))
+            self.do_GET()
+
         def log_message(self, format: str, *args: Any) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    site = Site(server.server_port)
+    server = ThreadingHTTPServer((host, 0), Handler)
+    site = Site(server.server_port, host)
     thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
@@ -123,10 +136,15 @@ def serve_site() -> Iterator[Site]:
         thread.join()
 
 
+_running_steps: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("running_steps", default=())
+"""The keys of the steps that run in the current task, outermost first."""
+
+
 class RecordingJob:
     """A job context for a processor that records all calls.
 
-    Pass the `steps` of one to another to simulate the next attempt of the same job.
+    Pass the `steps` of one to another to simulate the next attempt of the same job. `get_steps_after_restart` returns
+    the steps for an attempt after a restart.
     """
 
     def __init__(
@@ -148,6 +166,7 @@ class RecordingJob:
         self.progress: list[tuple[float, str]] = []
         self.log_messages: list[str] = []
         self.warnings: list[str] = []
+        self._repeated_steps: set[tuple[str, str]] = set()
         self.tokens = 0
         self.files: dict[str, bytes] = {}
         self.share_max_ages: dict[str, timedelta | None] = {}
@@ -157,25 +176,33 @@ class RecordingJob:
     def is_cancelled(self) -> bool:
         return bool(self.progress) and self.progress[-1][0] >= self.cancel_at_percent
 
-    async def run_step(
-        self,
-        name: str,
-        inputs: Mapping[str, JSON],
-        function: Callable[[], Awaitable[JSON]],
-        *,
-        share_max_age: timedelta | None = None,
-    ) -> JSON:
-        self.share_max_ages[name] = share_max_age
-        key = (name, json.dumps(inputs, sort_keys=True))
+    @property
+    def saved_files(self) -> list[SavedFile]:
+        raise NotImplementedError("the session processor lists its files itself")
+
+    async def step(
+        self, name: str, function: Callable[..., Any], /, *args: Any, share: timedelta | None = None, **kwargs: Any
+    ) -> Any:
+        self.share_max_ages[name] = share
+        adapter = get_return_adapter(function)
+        key = (name, json.dumps(args, sort_keys=True))
         if key in self.steps:
             output, warnings = self.steps[key]
             self.warnings += warnings
-            return output
+            return load_value(adapter, output)
         self.executed_steps.append(name)
         earlier_warnings = len(self.warnings)
-        output = json.loads(json.dumps(await function()))
+        token = _running_steps.set((*_running_steps.get(), key))
+        try:
+            output = dump_value(adapter, await function(*args, **kwargs), name)
+        finally:
+            _running_steps.reset(token)
         self.steps[key] = (output, self.warnings[earlier_warnings:])
-        return output
+        return load_value(adapter, output)
+
+    def get_steps_after_restart(self) -> dict[tuple[str, str], tuple[JSON, list[str]]]:
+        """Return the steps that a restart of the job reuses."""
+        return {key: step for key, step in self.steps.items() if key not in self._repeated_steps}
 
     def add_tokens(self, tokens: int) -> None:
         self.tokens += tokens
@@ -183,11 +210,13 @@ class RecordingJob:
     async def report_progress(self, percent: float, message: str) -> None:
         self.progress.append((percent, message))
 
-    async def log(self, level: LogLevel, message: str) -> None:
+    async def log(self, level: LogLevel, message: str, *, logger: str = "") -> None:
         self.log_messages.append(message)
 
-    async def warn(self, message: str) -> None:
+    async def warn(self, message: str, *, repeat_on_restart: bool = False) -> None:
         self.warnings.append(message)
+        if repeat_on_restart:
+            self._repeated_steps.update(_running_steps.get())
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
         if isinstance(content, Path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.parser import BytesParser
@@ -15,6 +15,15 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 KEY = "sk-test-0123456789"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A response with a status and headers. Bytes are sent as they are, other content as JSON."""
+
+    status: int
+    content: Any
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -29,6 +38,8 @@ class FakeOpenAiServer:
     answer_chat: Callable[[dict[str, Any]], Any] = lambda body: {}
     answer_speech: Callable[[float], Any] = lambda seconds: {"text": ""}
     supports_schemas: bool = True
+    speech_formats: Sequence[str] = ("json", "text", "srt", "verbose_json", "vtt")
+    """Response formats of transcriptions that are not rejected."""
     rejection: str = "Incorrect API key provided"
     """Begin of the error message for a wrong key. The key follows."""
     scripted_failures: list[tuple[int, dict[str, str]] | str] = field(default_factory=list)
@@ -77,6 +88,11 @@ def run_fake_openai() -> Iterator[FakeOpenAiServer]:
     fake = FakeOpenAiServer()
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.headers.get("Authorization") != f"Bearer {KEY}":
+                return self._respond(401, _make_error(f"{fake.rejection}: {self.headers.get('Authorization')}"))
+            return self._respond(200, {"object": "list", "data": []})
+
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             with fake.count_request():
@@ -113,10 +129,14 @@ def run_fake_openai() -> Iterator[FakeOpenAiServer]:
             with wave.open(BytesIO(parts["file"])) as sound:
                 seconds = sound.getnframes() / sound.getframerate()
             fields = {name: value.decode() for name, value in parts.items() if name != "file"}
+            if (name := fields.get("response_format", "json")) not in fake.speech_formats:
+                return self._respond(400, _make_error(f"response_format {name!r} is not compatible with this model"))
             fake.requests.append({**fields, "seconds": seconds})
             return self._respond(200, fake.answer_speech(seconds))
 
         def _respond(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+            if isinstance(content, Reply):
+                status, content, headers = content.status, content.content, content.headers
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             for name, value in {"Content-Type": "application/json", **(headers or {})}.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import example, given
@@ -14,7 +15,7 @@ from jobledger.workers.processors.session import SessionParameters
 from jobledger.workers.processors.session.document import TranscriptResult, read_built_in_template, render_document
 from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.pdf_rendering import Slide
-from jobledger.workers.processors.session.transcript import Segment, format_timecode
+from jobledger.workers.processors.session.transcript import Chapter, Segment, format_timecode
 from tests.processors.session.fixtures import (
     load_samples,
     make_content,
@@ -60,6 +61,15 @@ def find_headings(body: str) -> list[tuple[str, str]]:
         for number, token in enumerate(tokens)
         if token.type == "heading_open"
     ]
+
+
+def test_chapter_after_last_segment_is_shown() -> None:
+    transcript = TranscriptResult(
+        segments=[Segment(start_seconds=0, text="Hello.")],
+        chapters=[Chapter(start_seconds=0, title="Begin"), Chapter(start_seconds=3600, title="Questions")],
+    )
+    document = render(transcript=transcript)
+    assert "### Begin\n\n**0:00** Hello.\n\n### Questions\n\n**1:00:00**\n" in document
 
 
 def test_render_document_with_all_parts_gives_expected_markdown() -> None:
@@ -252,3 +262,84 @@ def test_german_document_has_german_headings() -> None:
     assert headings[1:] == ["Folien", "Transkript", "Links", "Hinweise"]
     assert "![Folie 1: Übung]" in text
     assert "[Vortragsseite](" in text
+
+
+def test_german_document_says_once_in_german_why_there_is_no_transcript() -> None:
+    reason = "There is no transcript. No recording was given."
+    text = render(
+        page_text=make_page_text(language="de"), transcript=TranscriptResult(missing_reason=reason), warnings=[reason]
+    )
+    assert text.count("Es gibt kein Transkript. Es ist keine Aufzeichnung angegeben.") == 1
+    assert "There is" not in text
+    assert "## Hinweise" not in text
+
+
+def test_details_of_event_are_escaped_only_where_needed() -> None:
+    assert "FOSDEM · 1. Raum \\* · 5. November" in render(
+        make_parameters(event="FOSDEM", track="1. Raum *", day="5. November", starttime=None, endtime=None)
+    )
+
+
+def make_transcript(*segments: tuple[float, str], chapters: Sequence[tuple[float, str]] = ()) -> TranscriptResult:
+    return TranscriptResult(
+        segments=[Segment(start_seconds=start, text=text) for start, text in segments],
+        chapters=[Chapter(start_seconds=start, title=title) for start, title in chapters],
+    )
+
+
+def list_paragraphs(document: str) -> list[str]:
+    return re.findall(r"^(?:\*\*(?=\d)|### ).*$", document, re.MULTILINE)
+
+
+def test_paragraph_of_transcript_ends_with_sentence() -> None:
+    long = "a long text " * 12
+    segments = [
+        (0, f"{long}one"),
+        (25, f"{long}two"),
+        (50, "and"),
+        (70, "ends here."),
+        (80, f"{long}three"),
+        (175, f"{long}four"),
+    ]
+    starts = [paragraph.split()[0] for paragraph in list_paragraphs(render(transcript=make_transcript(*segments)))]
+    assert starts == ["**0:00**", "**1:20**", "**2:55**"]
+
+
+def test_short_rest_belongs_to_paragraph_before() -> None:
+    long = "a long text " * 12
+    segments = [
+        (0, f"{long}."),
+        (25, "So."),
+        (50, "And."),
+        (65, "Bye."),
+        (70, f"{long}."),
+        (95, "So."),
+        (120, "And."),
+        (135, "End."),
+    ]
+    document = render(transcript=make_transcript(*segments, chapters=[(0, "One"), (70, "Two")]))
+    assert [paragraph.split()[:2][0] for paragraph in list_paragraphs(document)] == [
+        *("###", "**0:00**", "###", "**1:10**"),
+    ]
+    assert ". Bye." in document
+    assert ". End." in document
+
+
+def test_language_of_transcript_is_named_in_language_of_document() -> None:
+    content = make_content(make_parameters(), make_page_text(language="de"), make_transcript((0, "Hello.")))
+    content.enrichment.transcript_language = "en-US"
+    text = render_document(
+        parameters=make_parameters(), job_id="job-1", content=content, warnings=[], template=read_built_in_template()
+    )
+    assert "\nSprache: Englisch\n" in text
+
+
+def test_chapters_are_translated_with_transcript() -> None:
+    content = make_content(
+        make_parameters(), make_page_text(language="de"), make_transcript((0, "Hello."), chapters=[(0, "Start")])
+    )
+    content.enrichment.chapter_titles = ["Beginn"]
+    text = render_document(
+        parameters=make_parameters(), job_id="job-1", content=content, warnings=[], template=read_built_in_template()
+    )
+    assert ("h3", "Beginn") in find_headings(split_front_matter(text)[1])

@@ -14,18 +14,22 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jobledger.workers.processor import Results
-from jobledger.workers.processors.session import SessionProcessor, SessionSettings
-from jobledger.workers.processors.session.enrichment import (
-    InvalidModelOutput,
-    parse_summary,
-    parse_translation,
-    split_markdown,
-)
+from jobledger.workers.processors.session import SessionProcessor, SessionSettings, enrichment_step
+from jobledger.workers.processors.session.document import SlidesResult, TranscriptResult
+from jobledger.workers.processors.session.enrichment import parse_summary, parse_translation
+from jobledger.workers.processors.session.fetcher import Fetcher
+from jobledger.workers.processors.session.markdown_sections import join_sections, split_markdown
+from jobledger.workers.processors.session.model_output import InvalidModelOutput
+from jobledger.workers.processors.session.result_layout import build_layout
+from jobledger.workers.processors.session.step_context import StepContext
+from jobledger.workers.processors.session.transcript import Segment
+from tests.processors.session.fake_translation import SUMMARIES, answer_correctly, is_summary_request, translate
 from tests.processors.session.fixtures import (
     RecordingJob,
     Site,
     SiteResponse,
     html,
+    make_page_text,
     make_parameters,
     make_pdf,
     make_settings,
@@ -35,12 +39,7 @@ from tests.processors.session.fixtures import (
 )
 from tests.processors.session.openai_server import KEY, FakeOpenAiServer, chat_completion
 
-SUMMARY = {
-    "subtitle": "Warum Logbücher",
-    "intro": "Ein Vortrag über Logbücher.",
-    "topic": "Datenbanken",
-    "tags": ["Log"],
-}
+SUMMARY = SUMMARIES["de"]
 PAGE = """<html lang="en"><head><title>Ledgers</title></head><body><article><h1>Ledgers</h1>
 <p>Ledgers are logs of what has happened. See <a href="https://example.org/ledgers">the paper</a> for more of it.</p>
 <h2>Details</h2><p>They are appended to, never changed. That is all there is to say about ledgers in this talk.</p>
@@ -52,22 +51,6 @@ def key(tmp_path: Path) -> Path:
     file = tmp_path / "key"
     file.write_text(f"{KEY}\n")
     return file
-
-
-def translate(text: str) -> str:
-    """Translate as a correct model does: change words, but not URLs and code."""
-    unchanged = r"(https?://\S+|```.*?```|`[^`]*`)"
-    parts = re.split(unchanged, text, flags=re.DOTALL)
-    return "".join(
-        part if index % 2 else part.replace("ledger", "Logbuch").replace("Ledger", "Logbuch")
-        for index, part in enumerate(parts)
-    )
-
-
-def answer_correctly(request: dict[str, Any]) -> Any:
-    if "summarize" in request["messages"][0]["content"]:
-        return chat_completion(SUMMARY, tokens=100)
-    return chat_completion({"markdown": translate(request["messages"][1]["content"])}, tokens=7)
 
 
 async def run(job: RecordingJob, openai_server: FakeOpenAiServer, key: Path | None, **changes: Any) -> Results:
@@ -88,7 +71,7 @@ async def test_page_is_summarized_and_translated(
     )
     assert front_matter["subtitle"] == "Warum Logbücher"
     assert front_matter["tags"][-1] == "Log"
-    assert "Logbuchs are logs" in body
+    assert "Logbuch" in body
     assert "https://example.org/ledgers" in body
     assert "ledger.append(1)" in body
     assert job.tokens == 107
@@ -107,7 +90,7 @@ async def test_other_target_language_runs_only_enrich_and_markdown(
     await run(first, openai_server, key)
     second = RecordingJob(make_parameters(url=url, target_language="fr"), tmp_path, job_id="job-2", steps=first.steps)
     await run(second, openai_server, key)
-    assert second.executed_steps == ["enrich", "markdown"]
+    assert second.executed_steps == ["enrich", "summarize", "translate text", "markdown"]
     third = RecordingJob(make_parameters(url=url, target_language="fr"), tmp_path, steps=second.steps)
     request_count = len(openai_server.requests)
     await run(third, openai_server, key)
@@ -176,8 +159,8 @@ async def test_one_unusable_chunk_stays_and_others_are_translated(
     job = RecordingJob(make_parameters(url=site.put("/t", html(page)), target_language="de"), tmp_path)
     _, body = split_front_matter(read_document(job, await run(job, openai_server, key, chunk_characters=500)))
     assert "Ledgers number 3" in body
-    assert "Logbuchs number 2" in body
-    assert any(re.search(r"1 of \d+ chunks", warning) for warning in job.warnings)
+    assert not re.search("Ledgers number 2", body)
+    assert any(re.search(r"1 of \d+ parts", warning) for warning in job.warnings)
 
 
 async def test_prompt_injection_gives_no_html_links_or_images(
@@ -185,7 +168,7 @@ async def test_prompt_injection_gives_no_html_links_or_images(
 ) -> None:
     def obey_page(request: dict[str, Any]) -> Any:
         injection = "<script>alert(1)</script> ![x](https://evil.example/x.png) [y](javascript:alert(1))"
-        if "summarize" in request["messages"][0]["content"]:
+        if is_summary_request(request):
             return chat_completion({**SUMMARY, "intro": injection, "tags": ["a: b\n- c"]})
         return chat_completion(
             {"markdown": f"{translate(request['messages'][1]['content'])}\n\n{injection}\n\n```\nopen fence"}
@@ -330,6 +313,17 @@ async def test_missing_language_model_is_a_warning_in_document(site: Site, tmp_p
     assert warning.split(":")[0] in body
 
 
+async def test_long_transcript_without_language_model_gives_no_warning_about_page(tmp_path: Path) -> None:
+    parameters = make_parameters(source_language="en", target_language="de")
+    settings = make_settings()
+    layout = build_layout(event="E", track="T", session="S", filename="s.md", job_id="job-1")
+    ctx = StepContext(RecordingJob(parameters, tmp_path), parameters, settings, layout, Fetcher(settings))
+    page = make_page_text(language="de", markdown="Der Text der Seite.")
+    spoken = TranscriptResult(segments=[Segment(start_seconds=0, text="word " * 60_000)])
+    await enrichment_step.run(ctx, page, spoken, SlidesResult())
+    assert ctx.warnings == []
+
+
 def test_inconsistent_api_settings_are_rejected() -> None:
     for section in ("language_model", "transcription"):
         for settings in ({"backend": "openai"}, {"backend": "openai", "url": "ftp://x", "model": "m"}):
@@ -377,9 +371,7 @@ def test_parse_translation_rejects_changed_links_or_code() -> None:
 )
 def test_split_markdown_keeps_all_text_and_whole_blocks(blocks: list[str], size: int) -> None:
     text = "\n\n".join(blocks)
-    chunks = split_markdown(text, size)
-    assert [line for line in "\n".join(chunks).splitlines() if line.strip()] == [
-        line for line in text.splitlines() if line.strip()
-    ]
-    assert all(chunk.count("```") % 2 == 0 for chunk in chunks)
-    assert all(len(chunk) <= size for chunk in chunks if "\n\n" in chunk and "paragraph" in chunk)
+    sections = split_markdown(text, size)
+    assert join_sections(sections, [section.text for section in sections]).split() == text.split()
+    assert all(section.text.count("```") % 2 == 0 for section in sections)
+    assert all(len(section.text) <= size for section in sections)

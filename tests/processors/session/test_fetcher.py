@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import socket
 import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import brotli  # type: ignore[import-untyped]  # it ships no types
 import lxml.html  # type: ignore[import-untyped]  # has no types
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,16 +22,41 @@ from jobledger.ledger.net.url_policy import AllowedHosts
 from jobledger.workers.processor import ProcessorError
 from jobledger.workers.processors.session.fetcher import Fetcher, FetchResult, format_bytes
 from jobledger.workers.processors.session.html_markdown import convert_html_to_markdown
+from jobledger.workers.processors.session.partial_file import PartialFile
 from jobledger.workers.processors.session.safe_markdown import escape_link_target
-from jobledger.workers.safe_http import Resolver, resolve_host
-from tests.processors.session.fixtures import Site, SiteResponse, html, make_settings, redirect, without_deadline
+from jobledger.workers.safe_http import Endpoint, Resolver, resolve_host
+from tests.processors.session.fixtures import (
+    Site,
+    SiteResponse,
+    html,
+    make_settings,
+    redirect,
+    serve_site,
+    without_deadline,
+)
 
 
 async def fetch(
     url: str, *, resolve: Resolver = resolve_host, target: Path | None = None, **changes: Any
 ) -> FetchResult:
     limits = {"max_bytes": changes.pop("max_bytes", 1_000_000), "timeout_seconds": changes.pop("timeout_seconds", 60)}
-    return await Fetcher(make_settings(**changes), resolve=resolve).fetch(url, target=target, **limits)
+    limits["allow_partial"] = changes.pop("allow_partial", False)
+    return await Fetcher(make_settings(**changes), resolve=resolve).fetch(
+        url, target=PartialFile(target) if target else None, **limits
+    )
+
+
+@asynccontextmanager
+async def serve_bytes(response: bytes) -> AsyncIterator[str]:
+    """Send these bytes to every client, and close the connection."""
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(response)
+        writer.close()
+
+    async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
 
 
 async def fetch_error(url: str, **changes: Any) -> ProcessorError:
@@ -146,6 +176,38 @@ async def test_redirect_to_private_address_is_rejected(site: Site) -> None:
     assert site.requested_paths == ["/start"]
 
 
+async def test_restricted_fetcher_reaches_only_the_endpoint_of_the_page(site: Site) -> None:
+    """A script must not use other allowed services by a redirect or by a name that changes its address."""
+    addresses = {"page.example": "127.0.0.1", "other.example": "127.0.0.1"}
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return [addresses.get(host, host)]
+
+    fetcher = Fetcher(make_settings(allowed_private_hosts=["127.0.0.0/8"]), resolve=resolve)
+    limits: dict[str, Any] = {"max_bytes": 1000, "timeout_seconds": 10}
+    url = f"http://page.example:{site.port}"
+    site.put("/page", html("page"))
+    page = await fetcher.fetch(f"{url}/page", **limits)
+    assert page.endpoint == Endpoint("page.example", site.port, "127.0.0.1")
+    restricted = fetcher.restrict_to(page.endpoint)
+    assert (await restricted.fetch(f"{url}/page", **limits)).body == b"page"
+    with serve_site() as service:
+        secret = service.put("/secret", html("secret"))
+        for target in (secret, secret.replace("127.0.0.1", "page.example"), f"http://other.example:{site.port}/page"):
+            site.put("/redirect", redirect(target))
+            for start in (target, f"{url}/redirect"):
+                with pytest.raises(ProcessorError) as caught:
+                    await restricted.fetch(start, **limits)
+                assert caught.value.code == "ADDRESS_REJECTED"
+        assert service.requested_paths == []
+    addresses["page.example"] = "127.0.0.2"
+    with pytest.raises(ProcessorError) as caught:
+        await restricted.fetch(f"{url}/page", **limits)
+    assert caught.value.details["address"] == "127.0.0.2"
+    with pytest.raises(ProcessorError):
+        await fetcher.restrict_to(None).fetch(site.url("/page"), **limits)
+
+
 async def test_redirect_resolves_and_checks_the_name_again(site: Site) -> None:
     addresses = [["127.0.0.1"], ["10.1.2.3"]]
 
@@ -225,7 +287,12 @@ async def test_body_that_decompresses_over_limit_is_rejected(site: Site) -> None
         ("gzip", gzip.compress(b"hello " * 50_000)),
         ("deflate", zlib.compress(b"hello " * 50_000)),
         ("gzip", gzip.compress(b"hello " * 20_000) + gzip.compress(b"hello " * 30_000)),
+        ("br", brotli.compress(b"hello " * 50_000)),
+        ("ZSTD", zstandard.compress(b"hello " * 50_000)),
+        ("gzip, br", brotli.compress(gzip.compress(b"hello " * 50_000))),
+        ("gzip", gzip.compress(b"hello " * 50_000) + b"garbage"),
     ],
+    ids=["gzip", "deflate", "members", "br", "zstd", "chain", "garbage"],
 )
 async def test_compressed_body_is_decompressed_completely(encoding: str, body: bytes, site: Site) -> None:
     url = site.put("/packed", SiteResponse(body, headers={"Content-Encoding": encoding}))
@@ -238,10 +305,67 @@ async def test_truncated_compressed_body_is_transient_error(site: Site) -> None:
     assert (error.code, error.transient) == ("NETWORK_ERROR", True)
 
 
-@pytest.mark.parametrize("encoding", ["br", "gzip, gzip"])
-async def test_unsupported_content_encoding_is_rejected(encoding: str, site: Site) -> None:
-    error = await fetch_error(site.put("/odd", SiteResponse(b"...", headers={"Content-Encoding": encoding})))
-    assert error.code == "BAD_RESPONSE"
+async def test_unsupported_content_encoding_is_rejected(site: Site) -> None:
+    error = await fetch_error(site.put("/odd", SiteResponse(b"...", headers={"Content-Encoding": "gzip, compress"})))
+    assert (error.code, error.transient, error.details["encoding"]) == ("BAD_RESPONSE", False, "compress")
+    assert "the content encoding 'compress'. Supported are gzip, deflate, br, zstd." in error.message
+
+
+TALK = b"".join(b"<p>Entry %d of the ledger." % (number**5 % 99991) for number in range(1000))
+
+
+def wrap_http(head: str, body: bytes) -> bytes:
+    return f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n{head}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    ("response", "received"),
+    [
+        (wrap_http("Content-Length: 99999", TALK), TALK),
+        (wrap_http("Transfer-Encoding: chunked", b"%x\r\n%b\r\n" % (len(TALK), TALK)), TALK),
+        (wrap_http("Transfer-Encoding: chunked", b"%x\r\n%b" % (2 * len(TALK), TALK)), TALK),
+        (wrap_http("Transfer-Encoding: chunked", b"%x\r\n%b\r\nno number\r\n" % (len(TALK), TALK)), TALK),
+        (wrap_http("Content-Encoding: br", brotli.compress(TALK)[:-2]), TALK),
+        (wrap_http("Content-Encoding: gzip", gzip.compress(TALK)[:-8] + bytes(8)), TALK),
+    ],
+    ids=["length", "last chunk", "chunk", "chunk size", "br", "checksum"],
+)
+async def test_cut_or_damaged_body_is_error_or_partial_result(response: bytes, received: bytes, tmp_path: Path) -> None:
+    async with serve_bytes(response) as url:
+        error = await fetch_error(url)
+        assert error.code in ("NETWORK_ERROR", "BAD_RESPONSE")
+        partial = await fetch(url, allow_partial=True)
+        assert (partial.is_complete, str(partial.error)) == (False, str(error))
+        assert received.startswith(partial.body)
+        assert len(partial.body) > len(received) - 100
+        in_file = await fetch(url, allow_partial=True, target=tmp_path / "page")
+        assert (in_file.size, in_file.is_complete) == (len(partial.body), False)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        wrap_http("Content-Length: 100", b""),
+        wrap_http("Content-Encoding: gzip", b"<p>not compressed"),
+        wrap_http("Content-Encoding: gzip", b"\x1f\x8b"),
+    ],
+    ids=["nothing received", "not compressed", "header only"],
+)
+async def test_body_of_which_nothing_is_readable_is_error_even_if_partial_is_allowed(response: bytes) -> None:
+    async with serve_bytes(response) as url:
+        assert (await fetch_error(url, allow_partial=True)).code in ("NETWORK_ERROR", "BAD_RESPONSE")
+
+
+async def test_complete_compressed_body_with_wrong_content_length_is_complete() -> None:
+    async with serve_bytes(wrap_http("Content-Encoding: gzip\r\nContent-Length: 99999", gzip.compress(TALK))) as url:
+        result = await fetch(url)
+    assert (result.body, result.is_complete) == (TALK, True)
+
+
+@pytest.mark.parametrize("header", ["text/html, text/html; charset=utf-8", "Text/HTML charset=utf-8", "text/html;"])
+async def test_media_type_of_unusual_header_is_read(header: str, site: Site) -> None:
+    result = await fetch(site.put("/page", SiteResponse(b"x", headers={"Content-Type": header})))
+    assert (result.media_type, result.is_complete) == ("text/html", True)
 
 
 async def test_invalid_compressed_body_is_rejected(site: Site) -> None:
@@ -273,7 +397,7 @@ def test_password_in_link_is_removed_from_markdown() -> None:
     body = lxml.html.fromstring(
         '<body><a href="https://me:hunter2@example.org/x">there</a> <a href="/y">here</a></body>'
     )
-    text = convert_html_to_markdown(body, url="https://me:hunter2@example.org/page", base="")
+    text, _ = convert_html_to_markdown(body, url="https://me:hunter2@example.org/page", base="")
     assert "hunter2" not in text
     assert "(https://example.org/x)" in text
     assert "(https://example.org/y)" in text

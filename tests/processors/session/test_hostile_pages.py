@@ -29,8 +29,18 @@ def make_body(repeated: str, *, size: int = 10 * MEBIBYTE, start: str = _START) 
         (make_body("&lt;script&gt;"), 20),
         (make_body("*_[`<!--"), 10),
         (make_body("\x00"), 10),
+        (make_body("x" * 66 + "<hr>", size=2 * MEBIBYTE), 30),
+        (make_body("text<input>", size=MEBIBYTE), 30),
+        (make_body("<p>word ", start=_START + "<blockquote>" * 240, size=MEBIBYTE // 4), 15),
+        (make_body("<div id=ads>", start=f"{_START}<h1>{'title ' * 100_000}</h1>", size=MEBIBYTE), 30),
+        (make_body("<h1>A</h1>", size=MEBIBYTE // 2), 30),
+        (make_body("<table><tr><td>a<td>b</table>", size=MEBIBYTE // 4), 30),
+        (make_body("<svg aria-label='a b c d'></svg>", start=f"{_START}<a href=/x>", size=MEBIBYTE), 15),
     ],
-    ids=["nested", "quotes", "tables", "paragraphs", "spans", "attributes", "escapes", "markers", "null characters"],
+    ids=[
+        *("nested", "quotes", "tables", "paragraphs", "spans", "attributes", "escapes", "markers", "null characters"),
+        *("rules", "controls", "paragraphs in quotes", "names", "titles", "small tables", "drawings in a link"),
+    ],
 )
 def test_hostile_page_is_read_or_rejected_in_time(body: bytes, max_cpu_seconds: float) -> None:
     started = time.process_time()  # the time on the clock depends on other processes

@@ -21,7 +21,7 @@ PAGE_PROPERTIES = {
     "pretalx": ("text/html", "Debugging with a rubber duck 🦆", "en"),
     "wordpress": ("text/html", "Wie man Bücher rückwärts liest", "de-AT"),
     "hugo": ("text/html; charset=UTF-8", "Des index plus petits", "fr"),
-    "nineties": ("text/html", "Talk: Coffee & Compilers", None),
+    "nineties": ("text/html", "Talk: Coffee & Compilers", "en"),
     "sphinx": ("text/html", "bisect — Array bisection algorithm", "en"),
     "apache-ko": ("text/html", "DNS와 아파치와 관련된 사항", "ko"),
     "apache-de": ("text/html", "An Adressen und Ports binden", "de"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,32 +24,15 @@ from tests.processors.session.fixtures import (
     make_settings,
     read_document,
 )
-from tests.processors.session.presentations import make_flat_presentation, needs_libreoffice, needs_sandbox
+from tests.processors.session.presentations import (
+    convert_with_libreoffice,
+    find_processes,
+    make_flat_presentation,
+    needs_libreoffice,
+    needs_sandbox,
+)
 from tests.support.event_loop_clock import advance_clock
 from tests.support.polling import poll_until
-
-
-def convert_with_libreoffice(suffix: str, content: bytes, folder: Path) -> bytes:
-    """Return the presentation in another file format."""
-    source = folder / "deck.fodp"
-    source.write_bytes(content)
-    home = folder / "home"
-    subprocess.run(
-        [
-            "soffice",
-            "--headless",
-            f"-env:UserInstallation={home.as_uri()}",
-            "--convert-to",
-            suffix,
-            "--outdir",
-            str(folder),
-            str(source),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    return (folder / f"deck.{suffix}").read_bytes()
 
 
 @needs_libreoffice
@@ -111,17 +92,7 @@ async def test_html_named_as_presentation_is_not_converted(site: Site, page_url:
     await run(
         job, make_settings(libreoffice_command="true"), Fetcher(make_settings(), lock_directory=tmp_path / "locks")
     )
-    assert job.warnings == ["The attachment is only linked. It is not a PDF (text/html)."]
-
-
-def find_processes(program: Path) -> list[int]:
-    """Return the IDs of the running processes that have the program in their command line."""
-    pids = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):  # the process has ended
-            if str(program).encode() in file.read_bytes():
-                pids.append(int(file.parent.name))
-    return pids
+    assert job.warnings == ["The attachment is only linked. It is not a PDF (text/html). The web page asks to log in."]
 
 
 @needs_sandbox

@@ -332,9 +332,42 @@ async def test_unsanitized_presentation_has_no_access_in_sandbox(
     source, scratch = tmp_path / "attachment", tmp_path / "scratch"
     source.write_bytes(make_flat_file(elements))
     scratch.mkdir()
-    pdf = await presentation_conversion.convert_to_pdf(source, ".fodp", program="soffice", scratch=scratch)
+    converted = await presentation_conversion.convert_to_pdf(source, ".fodp", program="soffice", scratch=scratch)
     assert site.requested_paths == []
-    document = await asyncio.to_thread(pypdfium2.PdfDocument, pdf)
+    document = await asyncio.to_thread(pypdfium2.PdfDocument, converted.pdf)
     colours = document[0].render().to_pil().convert("RGB").getcolors(10**6)
     assert not any(red > 220 and green < 60 and blue > 220 for _, (red, green, blue) in colours)
     document.close()
+
+
+def test_rows_of_tables_are_lines_and_page_numbers_are_omitted(tmp_path: Path) -> None:
+    cells = "<table:table-cell><text:p>{}</text:p></table:table-cell>"
+    rows = "".join(f"<table:table-row>{cells.format(a)}{cells.format(b)}</table:table-row>" for a, b in ("ab", "cd"))
+    box = "<draw:frame {}><draw:text-box><text:p>{}</text:p></draw:text-box></draw:frame>"
+    number = box.format('presentation:class="page-number"', "&lt;number&gt;")
+    notes = f"<presentation:notes>{number}{box.format('', 'Note')}</presentation:notes>"
+    page = FLAT_PAGE.format(number=1, text="Title", elements=f"<table:table>{rows}</table:table>{number}{notes}")
+    names = (
+        ' xmlns:table="urn:oasis:names:tc:opendocument:xmlns:table:1.0"'
+        ' xmlns:presentation="urn:oasis:names:tc:opendocument:xmlns:presentation:1.0"'
+    )
+    source = tmp_path / "deck.fodp"
+    source.write_text(FLAT_DOCUMENT.format(pages=page).replace(" office:version", f"{names} office:version", 1))
+    assert extract_slide_texts(source) == [SlideText(number=1, text="Title\na | b\nc | d", notes="Note")]
+
+
+def test_rows_of_powerpoint_tables_are_lines(tmp_path: Path) -> None:
+    namespace = 'xmlns:p="p" xmlns:a="a" xmlns:r="r"'
+    row = (
+        "<a:tr><a:tc><a:p><a:r><a:t>{}</a:t></a:r></a:p></a:tc><a:tc><a:p><a:r><a:t>{}</a:t></a:r></a:p></a:tc></a:tr>"
+    )
+    source = tmp_path / "deck.pptx"
+    with zipfile.ZipFile(source, "w") as package:
+        package.writestr("ppt/presentation.xml", f'<p:presentation {namespace}><p:sldId r:id="r1"/></p:presentation>')
+        relation = f'<Relationship Id="r1" Type="{_TYPE}/slide" Target="slides/slide1.xml"/>'
+        package.writestr("ppt/_rels/presentation.xml.rels", _RELS.format(relation))
+        table = f"<a:tbl>{row.format('a', 'b')}{row.format('c', 'd')}</a:tbl>"
+        package.writestr(
+            "ppt/slides/slide1.xml", f"<p:sld {namespace}><p:graphicFrame>{table}</p:graphicFrame></p:sld>"
+        )
+    assert extract_slide_texts(source) == [SlideText(number=1, text="a | b\nc | d")]

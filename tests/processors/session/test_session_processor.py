@@ -67,6 +67,17 @@ def test_import_does_not_load_libraries_of_running_jobs() -> None:
     assert process.stdout.strip() == "[]"
 
 
+def test_preload_loads_the_model_that_detects_languages() -> None:
+    code = (
+        "from importlib import import_module; from jobledger.workers.processors import session\n"
+        "for module in session.SessionProcessor.preload: import_module(module)\n"
+        "from jobledger.workers.processors.session.language import load_identifier\n"
+        "print(load_identifier.cache_info().currsize)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "1"
+
+
 async def test_session_with_all_material_gives_markdown_with_images(site: Site, page_url: str, tmp_path: Path) -> None:
     slides_url = site.put("/slides.pdf", SiteResponse(make_pdf(3), headers=PDF))
     video_url = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
@@ -170,7 +181,7 @@ async def test_step_with_changed_settings_runs_again(site: Site, page_url: str, 
     first = RecordingJob(make_parameters(url=page_url, attachments_url=slides_url), tmp_path)
     await run(first)
     second = RecordingJob(first.parameters, tmp_path, attempt=2, steps=first.steps)
-    await run(second, slide_max_side_px=640)
+    await run(second, thumbnail_max_side_px=160)
     assert second.executed_steps == ["slides", "markdown"]
 
 
@@ -303,8 +314,8 @@ async def test_keep_audio_saves_16_khz_mono_wav(site: Site, page_url: str, tmp_p
         (SiteResponse(b"not a film at all" * 50, headers=WEBM), "damaged or not a supported media file"),
         (html("<p>Watch it here</p>"), "is a web page, not a media file"),
         (
-            SiteResponse(b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n", headers=WEBM),
-            "not a supported media file",
+            SiteResponse(b"#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n", headers=WEBM),
+            "file:/etc/passwd is not an http or https URL",
         ),
         (SiteResponse(status=404), "responded with 404 (Not Found)"),
         (None, "was not fetched within 900 seconds"),
@@ -435,3 +446,29 @@ async def test_invalid_template_is_permanent_error(source: str, site: Site, page
     with pytest.raises(ProcessorError) as caught:
         await run(RecordingJob(make_parameters(url=page_url), tmp_path), template=template)
     assert (caught.value.code, caught.value.transient) == ("TEMPLATE_ERROR", False)
+
+
+async def test_page_that_is_cut_is_fetched_again_and_used_with_a_warning(site: Site, tmp_path: Path) -> None:
+    text = "<main><h1>A talk</h1><p>This is the first half of the abstract.</p>"
+    cut = SiteResponse(text.encode(), headers={"Content-Type": "text/html"}, content_length=5000)
+    job = RecordingJob(make_parameters(url=site.put("/cut", cut)), tmp_path)
+    results = await run(job)
+    assert "This is the first half of the abstract." in read_document(job, results)
+    assert [warning for warning in job.warnings if "was not received completely" in warning] == job.warnings[:1]
+    assert not any(name == "page" for name, _ in job.get_steps_after_restart())
+    assert site.requested_paths == ["/cut", "/cut"]
+
+
+async def test_page_that_is_cut_before_its_text_is_transient_error(site: Site, tmp_path: Path) -> None:
+    cut = SiteResponse(b"<html><head>", headers={"Content-Type": "text/html"}, content_length=5000)
+    with pytest.raises(ProcessorError) as caught:
+        await run(RecordingJob(make_parameters(url=site.put("/cut", cut)), tmp_path))
+    assert (caught.value.code, caught.value.transient) == ("NETWORK_ERROR", True)
+
+
+async def test_page_with_lost_characters_has_a_warning(site: Site, tmp_path: Path) -> None:
+    body = "<main><h1>Größe</h1><p>Übung, Übung.</p></main>".encode() + b"<p>\xff</p>"
+    page = SiteResponse(body, headers={"Content-Type": "text/html; charset=utf-8"})
+    job = RecordingJob(make_parameters(url=site.put("/broken", page)), tmp_path)
+    await run(job)
+    assert "One character of the page could not be read in the encoding utf-8" in job.warnings[0]

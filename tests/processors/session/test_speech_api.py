@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+import sys
 import time
 import wave
 from array import array
@@ -23,6 +24,7 @@ from jobledger.workers.processors.session import SessionProcessor, speech_api
 from jobledger.workers.processors.session.openai_api import OpenAiClient
 from jobledger.workers.processors.session.settings import TranscriptionSettings
 from jobledger.workers.processors.session.speech_api import split_at_silence
+from jobledger.workers.processors.session.step_context import SHARED_STEP_MAX_AGE
 from jobledger.workers.processors.session.transcript import SAMPLE_RATE
 from tests.processors.session.fixtures import (
     RecordingJob,
@@ -35,6 +37,7 @@ from tests.processors.session.fixtures import (
     split_front_matter,
 )
 from tests.processors.session.openai_server import KEY, FakeOpenAiServer
+from tests.processors.session.video_files import Sound, make_media_file
 from tests.support.polling import poll_until
 
 
@@ -258,3 +261,221 @@ def test_split_at_silence_ends_for_any_chunk_length(tmp_path: Path) -> None:
         chunks = list(split_at_silence(audio, seconds))
         assert chunks[0][0] == 0
         assert chunks[-1][1] == 12 * SAMPLE_RATE
+
+
+def test_split_at_silence_leaves_no_chunk_that_is_too_short(tmp_path: Path) -> None:
+    audio = write_audio(tmp_path / "a.wav", 20.05, [19.5])
+    chunks = list(split_at_silence(audio, 20))
+    assert chunks[-1][1] == int(20.05 * SAMPLE_RATE)
+    assert all(end - begin >= SAMPLE_RATE for begin, end in chunks)
+
+
+SRT = "1\n00:00:00,500 --> 00:00:02,000\nbegin\n\n2\n00:00:03,000 --> 00:00:04,000\nend\n"
+
+
+@pytest.mark.parametrize(
+    ("formats", "answer", "starts"),
+    [
+        (["srt"], SRT.encode(), [0, 3]),
+        (["srt"], {"text": SRT}, [0, 3]),
+        (["srt"], json.dumps(SRT).encode(), [0, 3]),
+        (["srt", "json"], b"WEBVTT\n\n00:00.500 --> 00:02.000\nbegin\n\n00:03.000 --> 00:04.000\nend\n", [0, 3]),
+        (["json"], {"text": "begin end"}, [0]),
+        (["text"], b"begin end\n", [0]),
+        (["json", "text"], {"text": "begin end", "usage": {"type": "tokens"}}, [0]),
+    ],
+)
+async def test_format_that_the_api_supports_is_used(
+    openai_server: FakeOpenAiServer,
+    urls: dict[str, str],
+    tmp_path: Path,
+    formats: list[str],
+    answer: Any,
+    starts: list[float],
+) -> None:
+    openai_server.speech_formats = formats
+    openai_server.answer_speech = lambda seconds: answer
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    document = read_document(job, await run(job, openai_server, max_concurrent=1))
+    assert [warning for warning in job.warnings if "transcript" in warning] == []
+    assert "**0:00** begin end begin end" in document
+    assert {request["response_format"] for request in openai_server.requests} == {formats[0]}
+    [first, *_] = [output for name, output in get_outputs(job) if name.startswith("transcript 0:00")]
+    assert [int(start) for start, _ in first] == starts
+
+
+def get_outputs(job: RecordingJob) -> list[tuple[str, Any]]:
+    return [(name, output) for (name, _), (output, _) in job.steps.items()]
+
+
+async def test_format_is_requested_from_the_api_only_until_it_is_known(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
+) -> None:
+    rejected: list[str] = []
+
+    class Formats(tuple[str, ...]):
+        def __contains__(self, name: object) -> bool:
+            rejected.append(str(name))
+            return name == "json"
+
+    openai_server.speech_formats = Formats()
+    openai_server.answer_speech = lambda seconds: {"text": "words"}
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    await run(job, openai_server, max_concurrent=1)
+    assert rejected == ["verbose_json", "srt"] + ["json"] * len(openai_server.requests)
+    assert len(openai_server.requests) > 3
+
+
+@pytest.mark.parametrize(("status", "is_rejected"), [(400, True), (422, True), (401, True), (503, False)])
+async def test_failure_after_some_parts_keeps_them(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path, status: int, is_rejected: bool
+) -> None:
+    """A rejection of one part does not stop the others, except for one that holds for all."""
+
+    def answer_and_fail_once(seconds: float) -> Any:
+        if len(openai_server.requests) == 2:
+            openai_server.scripted_failures = [(status, {"Retry-After": "0"})] * (1 if is_rejected else 4)
+        return make_response(seconds)
+
+    openai_server.answer_speech = answer_and_fail_once
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    document = read_document(job, await run(job, openai_server, max_concurrent=1))
+    [warning] = [warning for warning in job.warnings if "transcript" in warning]
+    assert re.fullmatch(
+        rf"The transcript is incomplete\. Missing: 0:\d\d–\d:\d\d \(it returned status {status}: busy\)\.", warning
+    )
+    assert warning.count("–1:05") == (status == 401)
+    assert document.count("begin") == (2 if status == 401 else len(openai_server.requests)) > 1
+
+
+async def test_later_attempt_sends_only_missing_parts(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
+) -> None:
+    """The first attempt ends after two parts, as by a crash of its process. The recording is fetched again."""
+    openai_server.answer_speech = make_response
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    complete = read_document(job, await run(job, openai_server, max_concurrent=1))
+    sent = [request["seconds"] for request in openai_server.requests]
+    openai_server.requests.clear()
+    steps = {key: step for key, step in job.steps.items() if key[0].startswith("transcript ")}
+    assert len(steps) == len(sent) > 3
+    (tmp_path / "2").mkdir()
+    job = RecordingJob(make_parameters(**urls), tmp_path / "2", attempt=2, steps=dict(list(steps.items())[:2]))
+    document = read_document(job, await run(job, openai_server))
+    assert sorted(request["seconds"] for request in openai_server.requests) == sorted(sent[2:])
+    assert document == complete
+
+
+async def test_transcribed_parts_are_shared_with_other_jobs(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
+) -> None:
+    openai_server.answer_speech = make_response
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    await run(job, openai_server)
+    ages = {age for name, age in job.share_max_ages.items() if name.startswith("transcript")}
+    assert ages == {SHARED_STEP_MAX_AGE}
+
+
+async def test_failed_part_is_sent_again_by_later_attempt(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path
+) -> None:
+    openai_server.answer_speech = make_response
+    openai_server.scripted_failures = [(500, {"Retry-After": "0"})] * 4
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    await run(job, openai_server, max_concurrent=1)
+    openai_server.requests.clear()
+    steps = {key: step for key, step in job.steps.items() if key[0] != "transcript"}
+    (tmp_path / "2").mkdir()
+    job = RecordingJob(make_parameters(**urls), tmp_path / "2", attempt=2, steps=steps)
+    document = read_document(job, await run(job, openai_server))
+    assert len(openai_server.requests) == 1
+    assert not [warning for warning in job.warnings if "transcript" in warning]
+    assert "**0:00** begin" in document
+
+
+@pytest.mark.parametrize("change", [{"model": "other"}, {"language": "de"}, {"pitch": 500}])
+async def test_transcribed_part_is_reused_only_for_same_audio_model_and_language(
+    openai_server: FakeOpenAiServer, site: Site, page_url: str, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    def put_recording(pitch: int) -> str:
+        """Put a recording on the site whose chunks end in its pauses, whatever its pitch."""
+        sound = Sound(pitch, seconds=45, pauses=((15, 16), (31, 32)))
+        return site.put("/talk.webm", SiteResponse(make_media_file("matroska", [sound])))
+
+    openai_server.answer_speech = make_response
+    job = RecordingJob(make_parameters(url=page_url, video_url=put_recording(400)), tmp_path)
+    await run(job, openai_server)
+    sent = sorted(request["seconds"] for request in openai_server.requests)
+    openai_server.requests.clear()
+    parameters = make_parameters(
+        url=page_url,
+        video_url=put_recording(change.get("pitch", 400)),
+        source_language=change.get("language", "en"),
+    )
+    (tmp_path / "2").mkdir()
+    steps = {key: step for key, step in job.steps.items() if key[0] != "transcript"}
+    job = RecordingJob(parameters, tmp_path / "2", attempt=2, steps=steps)
+    await run(job, openai_server, model=change.get("model", "whisper"))
+    assert sorted(request["seconds"] for request in openai_server.requests) == sent
+
+
+async def test_small_chunks_share_a_checkpoint(
+    openai_server: FakeOpenAiServer, urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speech_api, "_MAX_PARTS", 2)
+    openai_server.answer_speech = make_response
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    document = read_document(job, await run(job, openai_server, chunk_seconds=10, max_concurrent=2))
+    names = [name for name in job.executed_steps if name.startswith("transcript ")]
+    assert 1 <= len(names) <= 2
+    assert len(openai_server.requests) > 6
+    assert openai_server.peak_concurrency == 2
+    assert document.count("begin") == len(openai_server.requests)
+
+
+async def test_silent_chunk_is_not_sent(
+    openai_server: FakeOpenAiServer, site: Site, page_url: str, tmp_path: Path
+) -> None:
+    openai_server.answer_speech = make_response
+    sound = Sound(seconds=60, pauses=((12, 59),))
+    url = site.put("/talk.webm", SiteResponse(make_media_file("matroska", [sound])))
+    job = RecordingJob(make_parameters(url=page_url, video_url=url), tmp_path)
+    await run(job, openai_server)
+    assert len(openai_server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        ({}, "sk-wrong-0123456789", "it returned status 401: Incorrect API key provided"),
+        ({"api_key_file": "/nonexistent"}, KEY, "the API key file /nonexistent cannot be read"),
+        ({"url": "http://127.0.0.1:1/v1"}, KEY, "it cannot be reached (ConnectError)"),
+    ],
+)
+async def test_recording_is_not_downloaded_if_the_api_cannot_be_used(
+    openai_server: FakeOpenAiServer,
+    site: Site,
+    urls: dict[str, str],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    key: str,
+    message: str,
+) -> None:
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    (tmp_path / "other-key").write_text(key)
+    changes = {"api_key_file": tmp_path / "other-key"} | changes
+    await run(job, openai_server, **changes)
+    [warning] = [warning for warning in job.warnings if "transcript" in warning]
+    assert warning.startswith(f"There is no transcript. The transcription API failed: {message}")
+    assert warning.endswith("The recording was not downloaded.")
+    assert "/talk.webm" not in site.requested_paths
+
+
+async def test_recording_is_not_downloaded_without_pocketsphinx(
+    site: Site, urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
+    job = RecordingJob(make_parameters(**urls), tmp_path)
+    await SessionProcessor(make_settings(transcription={"backend": "pocketsphinx"})).run(job)
+    assert "pocketsphinx is not installed" in job.warnings[0]
+    assert "/talk.webm" not in site.requested_paths

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from jobledger.workers.processor import LogLevel
 from jobledger.workers.processors.session import video_sites
 from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.pipeline import run
 from jobledger.workers.processors.session.transcript import TranscriptUnavailable
-from jobledger.workers.processors.session.video_sites import is_video_site_url, resolve_media_url
+from jobledger.workers.processors.session.video_sites import find_recording, is_video_site_url
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox import runner as sandbox
 from tests.processors.session.fixtures import (
@@ -25,7 +26,10 @@ from tests.processors.session.fixtures import (
     make_parameters,
     make_settings,
     make_video,
+    read_document,
 )
+from tests.processors.session.test_hls import make_hls_files, put_files
+from tests.processors.session.video_files import Sound
 
 
 def _has_namespaces() -> bool:
@@ -91,6 +95,46 @@ async def test_media_url_of_yt_dlp_is_fetched(
 
 
 @needs_namespaces
+async def test_playlist_subtitles_and_chapters_of_yt_dlp_are_used(
+    site: Site, page_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "\n".join(f"00:0{n}.000 --> 00:0{n}.900\nThese are the words of second {n}.\n" for n in range(6))
+    result = {
+        "url": put_files(site, "/hls", make_hls_files(Sound(seconds=6))),
+        "requested_subtitles": {"en-GB": {"url": site.put("/en.vtt", SiteResponse(f"WEBVTT\n\n{lines}".encode()))}},
+        "chapters": [{"start_time": 0, "title": "Begin"}, {"start_time": 4.0, "title": "End"}],
+        "duration": 6,
+    }
+    install_fake_yt_dlp(monkeypatch, tmp_path, result)
+    job, results = await run_job(page_url, "https://video.example/1", tmp_path)
+    transcript = read_document(job, results).partition("## Transcript")[2]
+    assert "### Begin\n\n**0:00** These are the words of second 0. These" in transcript
+    assert "### End\n\n**0:04** These are the words of second 4." in transcript
+    assert results.metadata["audio_seconds"] == pytest.approx(6, abs=0.1)  # of the HLS recording
+    assert job.warnings == []
+
+
+def test_yt_dlp_accepts_the_choice_of_formats() -> None:
+    yt_dlp = pytest.importorskip("yt_dlp", reason="install yt-dlp: pip install yt-dlp")
+
+    def select(*formats: dict[str, str]) -> str:
+        common: dict[str, Any] = {"vcodec": "none", "acodec": "opus", "ext": "webm", "url": "u", "preference": None}
+        candidates = [common | values for values in formats]
+        with yt_dlp.YoutubeDL({"quiet": True}) as downloader:
+            selector = downloader.build_format_selector(video_sites._FORMAT.format(language="de"))
+            [chosen] = selector({"formats": candidates, "incomplete_formats": False, "has_merged_format": True})
+        return str(chosen["format_id"])
+
+    english = {"format_id": "en", "protocol": "https", "language": "en"}
+    german = {"format_id": "de", "protocol": "https", "language": "de-AT"}
+    dash = {"format_id": "dash", "protocol": "http_dash_segments", "language": "de"}
+    playlist = {"format_id": "hls", "protocol": "m3u8_native", "language": "de"}
+    assert select(german, english, dash) == "de"
+    assert select(english, dash, playlist) == "en"
+    assert select(dash, playlist) == "hls"
+
+
+@needs_namespaces
 @pytest.mark.parametrize(
     ("result", "message"),
     [
@@ -133,7 +177,9 @@ async def test_real_yt_dlp_does_not_use_generic_extractor(site: Site, tmp_path: 
     pytest.importorskip("yt_dlp", reason="install yt-dlp: pip install yt-dlp")
     page = site.put("/watch", html("<video src='/film.webm'></video>"))
     with pytest.raises(TranscriptUnavailable, match="is not available"):
-        await resolve_media_url(page, seconds=60, scratch=tmp_path / "scratch", fetcher=Fetcher(make_settings()))
+        await find_recording(
+            page, language="en", seconds=60, scratch=tmp_path / "scratch", fetcher=Fetcher(make_settings())
+        )
     assert site.requested_paths == []
 
 
@@ -176,10 +222,10 @@ async def test_yt_dlp_reaches_only_allowed_addresses(
     lines += ["result['url'] = json.dumps(outcomes)"]
     install_fake_yt_dlp(monkeypatch, tmp_path, {"code": "\n".join(lines)})
     fetcher = Fetcher(make_settings())
-    outcomes = await resolve_media_url(
-        "https://video.example/1", seconds=60, scratch=tmp_path / "scratch", fetcher=fetcher
+    recording = await find_recording(
+        "https://video.example/1", language="en", seconds=60, scratch=tmp_path / "scratch", fetcher=fetcher
     )
-    assert json.loads(outcomes) == {
+    assert json.loads(recording.media_url) == {
         "allowed": "HTTP/1.1 200 OK HTTP/1.0 200 OK",
         "private address": "HTTP/1.1 403 Forbidden",
         "metadata service": "HTTP/1.1 403 Forbidden",
@@ -200,3 +246,55 @@ async def test_yt_dlp_is_not_run_without_sandbox(
     )
     job, _ = await run_job(page_url, "https://video.example/1", tmp_path)
     assert "yt-dlp cannot run in a sandbox" in job.warnings[0]
+
+
+_RAISE_STATUS = """
+class HTTPError(Exception):
+    status = {status}
+class ExtractorError(Exception):
+    cause = HTTPError()
+class DownloadError(Exception):
+    exc_info = (ExtractorError, ExtractorError(), None)
+raise DownloadError("HTTP Error {status}")
+"""
+_LOSE_CONNECTION = """
+class TransportError(Exception): pass
+class IncompleteRead(TransportError): pass
+raise Exception("Connection lost") from IncompleteRead()
+"""
+
+
+@needs_namespaces
+@pytest.mark.parametrize("code", [_RAISE_STATUS.format(status=503), _RAISE_STATUS.format(status=429), _LOSE_CONNECTION])
+async def test_transient_error_of_video_site_is_retried(
+    code: str, site: Site, page_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media_url = site.put("/film", SiteResponse(make_video(2), headers={"Content-Type": "video/webm"}))
+    install_fake_yt_dlp(monkeypatch, tmp_path, {"code": code})
+    site_works_again = tmp_path / "packages" / "yt_dlp" / "result.json"
+
+    class Job(RecordingJob):
+        async def log(self, level: LogLevel, message: str, *, logger: str = "") -> None:
+            await super().log(level, message, logger=logger)
+            if "Trying again" in message:
+                site_works_again.write_text(json.dumps({"url": media_url}))
+
+    job = Job(make_parameters(url=page_url, video_url="https://video.example/1"), tmp_path)
+    settings = make_settings(keep_audio=True, video_sites=["video.example"])
+    results = await run(job, settings, Fetcher(settings, lock_directory=tmp_path / "locks"))
+    assert results.metadata["audio_seconds"] == pytest.approx(2, abs=0.1)
+
+
+@needs_namespaces
+@pytest.mark.parametrize(
+    ("code", "tries"), [(_RAISE_STATUS.format(status=503), 4), (_RAISE_STATUS.format(status=404), 1), ("1 / 0", 1)]
+)
+async def test_video_site_that_fails_is_a_warning(
+    code: str, tries: int, page_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fake_yt_dlp(monkeypatch, tmp_path, {"code": code})
+    job, _ = await run_job(page_url, "https://video.example/1", tmp_path)
+    [warning] = job.warnings
+    assert "is not available" in warning
+    assert ("It was tried 4 times." in warning) == (tries > 1)
+    assert sum("Trying again" in message for message in job.log_messages) == tries - 1

@@ -112,7 +112,7 @@ async def exit_in_step(job: JobContext) -> Results:
     async def step() -> None:
         sys.exit(2)
 
-    await job.run_step("page", {}, step)
+    await job.step("page", step)
     return Results()
 
 

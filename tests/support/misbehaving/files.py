@@ -67,7 +67,7 @@ async def share_a_step(job: JobContext) -> Results:
     async def step() -> str:
         return "done"
 
-    await job.run_step("shared", {}, step, share_max_age=timedelta(days=1))
+    await job.step("shared", step, share=timedelta(days=1))
     return Results()
 
 
@@ -184,7 +184,7 @@ async def forge_step(job: JobContext) -> Results:
         file = make_forged_file(job) if job.parameters.value == "digest" else saved.model_copy(update={"size": 5})
         return {"files": [{"image": file.model_dump()}]}
 
-    await job.run_step("page", {}, step)
+    await job.step("page", step)
     return Results()
 
 
@@ -203,7 +203,7 @@ async def save_in_step(job: JobContext) -> Results:
         return {"files": [saved.model_dump()]}
 
     share = timedelta(days=1) if job.parameters.value == "share" else None
-    output = await job.run_step("page", {}, step, share_max_age=share)
+    output = await job.step("page", step, share=share)
     if job.parameters.value == "retry" and job.attempt == 1:
         raise ProcessorError("AGAIN", "again", transient=True)
     return Results(markdown=SavedFile.model_validate(output["files"][0]))

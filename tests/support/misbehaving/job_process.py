@@ -172,7 +172,7 @@ async def fail_while_reading(job: JobContext) -> Results:
 
     vars(child)["_receive"] = raise_memory_error
     for number in range(2):
-        await job.run_step(f"step {number}", {}, step)
+        await job.step(f"step {number}", step)
     await asyncio.sleep(3600)
     return Results()
 
@@ -184,7 +184,7 @@ def raise_memory_error(*_: Any) -> Any:
 @action
 async def flood_the_worker(job: JobContext) -> Results:
     connection = connection_to_worker()
-    text = b'{"request_id":0,"message":{"kind":"log","entries":[[0,"info","flood"]]}}'
+    text = b'{"request_id":0,"message":{"kind":"log","entries":[[0,"info","flood",""]]}}'
     frames = (FRAME_HEADER.pack(len(text)) + text) * 1000
     write_marker_file(job, os.getpid())
     while True:

@@ -118,16 +118,16 @@ async def step_output(job: JobContext) -> Results:
     async def step() -> Any:
         return REJECTED_VALUES[job.parameters.value][0]()
 
-    await job.run_step("page", {}, step)
+    await job.step("page", step)
     return Results()
 
 
 @action
 async def step_input(job: JobContext) -> Results:
-    async def step() -> Any:
+    async def step(value: Any) -> Any:
         return None
 
-    await job.run_step("page", {"value": REJECTED_VALUES[job.parameters.value][0]()}, step)
+    await job.step("page", step, REJECTED_VALUES[job.parameters.value][0]())
     return Results()
 
 
@@ -136,10 +136,10 @@ async def return_accepted_values(job: JobContext) -> Results:
     outputs = {}
     for name, (value, _) in ACCEPTED_VALUES.items():
 
-        async def step(value: Any = value) -> Any:
+        async def step(value: Any) -> Any:
             return value
 
-        outputs[name] = await job.run_step(name, {"value": value}, step)
+        outputs[name] = await job.step(name, step, value)
     return Results(metadata={"steps": outputs, "values": {name: value for name, (value, _) in ACCEPTED_VALUES.items()}})
 
 
@@ -186,7 +186,7 @@ async def everything_at_once(job: JobContext) -> Results:
     mismatches: list[str] = []
 
     async def use_every_method(number: int) -> None:
-        async def output() -> dict[str, Any]:
+        async def output(number: int) -> dict[str, Any]:
             await asyncio.sleep(number % 7 / 1000)
             await job.warn(f"warning {number}") if number % 10 == 0 else None
             job.add_tokens(1)
@@ -195,7 +195,7 @@ async def everything_at_once(job: JobContext) -> Results:
 
         await job.log("info", f"line {number} " + "y" * (number % 300))
         await job.report_progress(number % 100, f"progress {number}")
-        step = await job.run_step(f"step {number}", {"number": number}, output, share_max_age=timedelta(days=1))
+        step = await job.step(f"step {number}", output, number, share=timedelta(days=1))
         if step["number"] != number or step["file"]["path"] != f"files/{job.job_id}/{number}":
             mismatches.append(f"{number} got {step}")
 
@@ -235,11 +235,19 @@ async def print_many_lines(job: JobContext) -> Results:
 
 
 @action
+async def print_endless_line(job: JobContext) -> Results:
+    """Print megabytes without a line break, as a progress bar does."""
+    for _ in range(job.parameters.lines):
+        sys.stdout.write("x" * 99)
+    return Results()
+
+
+@action
 async def one_step(job: JobContext) -> Results:
     async def output() -> int:
         return 1
 
-    await job.run_step("page", {}, output)
+    await job.step("page", output)
     return Results()
 
 
@@ -249,7 +257,7 @@ async def finish_large_steps(job: JobContext) -> Results:
         return "x" * size
 
     sizes = [1_000_000] * 6 + [6_000_000] + [1] * 120
-    await asyncio.gather(*(job.run_step(f"{n}", {}, partial(output, size)) for n, size in enumerate(sizes)))
+    await asyncio.gather(*(job.step(f"{n}", partial(output, size)) for n, size in enumerate(sizes)))
     return Results()
 
 
@@ -274,9 +282,9 @@ async def warn_many_times(job: JobContext) -> Results:
 
     async def outer() -> None:
         await job.warn(text)
-        await job.run_step("inner", {}, inner)
+        await job.step("inner", inner)
 
-    await job.run_step("outer", {}, outer)
+    await job.step("outer", outer)
     await job.warn(text)
     return Results()
 
@@ -289,7 +297,7 @@ async def use_similar_step_names(job: JobContext) -> Results:
     async def step(name: str) -> str:
         return ascii(name)
 
-    outputs = [await job.run_step(name, {}, partial(step, name)) for name in STEP_NAMES]
+    outputs = [await job.step(name, partial(step, name)) for name in STEP_NAMES]
     if job.attempt == 1:
         raise ProcessorError("AGAIN", "again", transient=True)
     return Results(metadata={"outputs": outputs})

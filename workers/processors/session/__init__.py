@@ -24,7 +24,10 @@ class SessionProcessor:
 
     job_type: ClassVar[str] = "session"
     isolation: ClassVar[Isolation] = "process"
-    preload: ClassVar[Sequence[str]] = ("jobledger.workers.processors.session.pipeline",)
+    preload: ClassVar[Sequence[str]] = (
+        "jobledger.workers.processors.session.pipeline",
+        "jobledger.workers.processors.session.preloaded_data",
+    )
     Parameters: ClassVar[type[BaseModel]] = SessionParameters
     Settings: ClassVar[type[BaseModel]] = SessionSettings
 

@@ -9,6 +9,9 @@ This module translates errors of httpx, httpcore, the resolver and the operating
     TOO_MANY_REDIRECTS  more redirects than allowed
     TOO_LARGE           the body, or the decompressed body, is larger than allowed
     BAD_RESPONSE        the response cannot be decoded
+
+A cut or damaged body is an error, because a part of a recording or of slides can be unusable without a sign of it, and
+the next attempt may get all of it. `allow_partial` returns what was received instead, as browsers do for pages.
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ import io
 import socket
 import ssl
 import time
-import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import httpcore
 import httpx
@@ -30,34 +33,88 @@ import httpx
 from jobledger.ledger.net.url_policy import AllowedHosts, strip_userinfo
 from jobledger.workers import safe_http
 from jobledger.workers.processor import JSON, ProcessorError
+from jobledger.workers.processors.session.charsets import parse_content_type
+from jobledger.workers.processors.session.content_encodings import (
+    ACCEPT_ENCODING,
+    BodyTooLarge,
+    ContentDecoder,
+    DamagedBody,
+    UnsupportedEncoding,
+)
 from jobledger.workers.processors.session.host_limits import acquire_host_slot, get_host_lock_directory
+from jobledger.workers.processors.session.partial_file import PartialFile
 from jobledger.workers.processors.session.settings import SessionSettings
 
 ProgressCallback = Callable[[int, int | None], Awaitable[None]]
 """Called with the number of bytes received, and the total if the server sent it."""
 
+ErrorPageDescriber = Callable[[httpx.Headers, bytes], str | None]
+
 PROGRESS_INTERVAL_SECONDS = 1.0
 _CHUNK = 64 * 1024
-_ENCODINGS = {"", "identity", "gzip", "x-gzip", "deflate"}
+_MAX_ERROR_PAGE_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """A downloaded response. `url` is the URL after redirects. `body` is empty if a file was written."""
+    """A downloaded response.
+
+    Attributes:
+        url: The URL after redirects.
+        content_type: The `Content-Type` header.
+        size: Size of the decompressed body in bytes.
+        seconds: Duration of the download.
+        body: The body. Empty if a file was written.
+        error: Why the body is not complete, or None if it is.
+        redirects: Number of redirects that were followed.
+        refresh: The `Refresh` header, with which some servers redirect.
+        endpoint: From where the response comes, after redirects.
+    """
 
     url: str
     content_type: str
     size: int
     seconds: float
     body: bytes = b""
+    error: ProcessorError | None = None
+    redirects: int = 0
+    refresh: str = ""
+    endpoint: safe_http.Endpoint | None = None
 
     @property
     def media_type(self) -> str:
-        return _get_media_type(self.content_type)
+        return parse_content_type(self.content_type)[0]
+
+    @property
+    def is_complete(self) -> bool:
+        return self.error is None
 
 
-def _get_media_type(content_type: str) -> str:
-    return content_type.partition(";")[0].strip().lower()
+@dataclass(slots=True)
+class ByteBudget:
+    """Number of bytes that several requests may transfer together."""
+
+    remaining: int
+
+    def take(self, size: int, url: str) -> None:
+        """Count bytes of a request to `url`.
+
+        Raises:
+            ProcessorError: TOO_LARGE, if fewer bytes remain. Then none remain for other requests.
+        """
+        self.remaining -= size
+        if self.remaining < 0:
+            message = f"{url} was not fetched completely. It and other downloads are larger than allowed together."
+            raise ProcessorError("TOO_LARGE", message, details={"url": url})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to send. A redirect turns it into a GET without a body, as in browsers."""
+
+    method: str = "GET"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
 
 
 class Fetcher:
@@ -69,10 +126,21 @@ class Fetcher:
         *,
         resolve: safe_http.Resolver = safe_http.resolve_host,
         lock_directory: Path | None = None,
+        exempt: safe_http.Endpoint | None = None,
     ) -> None:
         self._settings = settings
+        self._resolve = resolve
         self._lock_directory = lock_directory or get_host_lock_directory()
-        self._network = safe_http.CheckedNetworkBackend(AllowedHosts(settings.allowed_private_hosts), resolve)
+        self._network = safe_http.CheckedNetworkBackend(AllowedHosts(settings.allowed_private_hosts), resolve, exempt)
+
+    def restrict_to(self, endpoint: safe_http.Endpoint | None) -> Fetcher:
+        """Return a fetcher for requests of untrusted code, such as the scripts of a page.
+
+        Of all non-public addresses, it reaches only `endpoint`. The check applies to the address of each connection, so
+        neither redirects nor a host name that changes its address lead to the services in `allowed_private_hosts`.
+        """
+        settings = self._settings.model_copy(update={"allowed_private_hosts": []})
+        return Fetcher(settings, resolve=self._resolve, lock_directory=self._lock_directory, exempt=endpoint)
 
     async def fetch(
         self,
@@ -81,9 +149,14 @@ class Fetcher:
         max_bytes: int,
         timeout_seconds: float,
         accept: str = "*/*",
-        target: Path | None = None,
+        target: PartialFile | None = None,
         check_media_type: Callable[[str], None] = lambda media_type: None,
+        allow_partial: bool = False,
         on_progress: ProgressCallback | None = None,
+        max_redirects: int | None = None,
+        request: Request = Request(),
+        describe_error_page: ErrorPageDescriber | None = None,
+        budget: ByteBudget | None = None,
     ) -> FetchResult:
         """Download `url` and follow redirects.
 
@@ -95,9 +168,15 @@ class Fetcher:
             max_bytes: Maximum size of the decompressed body.
             timeout_seconds: Timeout for the whole download with redirects.
             accept: The `Accept` header.
-            target: File to write the body to. Default: keep it in memory.
+            target: File to write the body to, or to continue. Default: keep it in memory.
             check_media_type: Called with the media type before the body is read. May raise to reject it.
+            allow_partial: Return what was received of a body that is cut or damaged. See `FetchResult.error`.
             on_progress: Called about once per second.
+            max_redirects: Maximum number of redirects. Default: that of the settings.
+            request: Method, further headers and body of the request.
+            describe_error_page: Called with the headers and the beginning of the body of an error response. Returns
+                what the page says more than the status, or None. The error's message contains it.
+            budget: Counts the decompressed body, also of a download that fails.
 
         Raises:
             ProcessorError: With one of the codes in the module's docstring.
@@ -107,20 +186,51 @@ class Fetcher:
         try:
             async with (
                 asyncio.timeout(timeout_seconds) as deadline,
-                self._open_client(accept) as client,
-                self._open_response(client, start, deadline) as response,
+                self._open_client(accept, target.build_headers() if target else {}) as client,
+                self._open_response(client, start, deadline, request, max_redirects) as (response, redirects),
             ):
-                content_type = response.headers.get("content-type", "")
-                check_media_type(_get_media_type(content_type))
-                with io.BytesIO() if target is None else await asyncio.to_thread(target.open, "wb") as file:
-                    size = 0
-                    async for part in _read_body(response, max_bytes, on_progress):
-                        size += file.write(part)
+                endpoint = safe_http.get_endpoint(response)
+                if not response.is_success:
+                    raise await _make_status_error(response, describe_error_page)
+                offset = target.begin(response) if target else 0
+                if offset is None:
+                    message = "sent another part of the file than requested"
+                    raise _make_error("NETWORK_ERROR", start, message, transient=True, reason="protocol")
+                content_type = target.content_type if target else response.headers.get("content-type", "")
+                check_media_type(parse_content_type(content_type)[0])
+                with await _open_file(target, offset) as file:
+                    size, partial_error = offset, None
+                    try:
+                        with _translate_errors(response.url):
+                            async for part in _read_body(response, max_bytes, on_progress, offset):
+                                size += file.write(part)
+                                if budget is not None:
+                                    budget.take(len(part), str(response.url))
+                    except ProcessorError as error:
+                        if not (allow_partial and size and error.code in ("NETWORK_ERROR", "BAD_RESPONSE")):
+                            raise
+                        partial_error = error
                     body = file.getvalue() if isinstance(file, io.BytesIO) else b""
+                if target and target.total is not None and size != target.total and partial_error is None:
+                    raise _make_error(
+                        "NETWORK_ERROR", start, "sent only a part of the file", transient=True, reason="protocol"
+                    )
         except TimeoutError:
             message = f"was not fetched within {timeout_seconds:g} seconds"
             raise _make_error("FETCH_TIMEOUT", start, message, transient=True, seconds=timeout_seconds) from None
-        return FetchResult(str(response.url), content_type, size, time.monotonic() - started, body)
+        seconds = time.monotonic() - started
+        refresh = response.headers.get("refresh", "")
+        return FetchResult(
+            url=str(response.url),
+            content_type=content_type,
+            size=size,
+            seconds=seconds,
+            body=body,
+            error=partial_error,
+            redirects=redirects,
+            refresh=refresh,
+            endpoint=endpoint,
+        )
 
     async def serve_proxy(self, listener: socket.socket) -> None:
         """Run an HTTP `CONNECT` proxy on a listening socket until cancelled.
@@ -162,9 +272,10 @@ class Fetcher:
             raise ValueError(method)
         return await self._network.connect_tcp(host.strip("[]"), int(port), seconds)
 
-    def _open_client(self, accept: str) -> httpx.AsyncClient:
+    def _open_client(self, accept: str, further_headers: Mapping[str, str]) -> httpx.AsyncClient:
         timeout = httpx.Timeout(self._settings.read_timeout_seconds, connect=self._settings.connect_timeout_seconds)
-        headers = {"User-Agent": self._settings.user_agent, "Accept": accept, "Accept-Encoding": "gzip, deflate"}
+        headers = {"User-Agent": self._settings.user_agent, "Accept": accept, "Accept-Encoding": ACCEPT_ENCODING}
+        headers |= further_headers
         # trust_env=False: a proxy would bypass the address check, and .netrc would add passwords.
         return httpx.AsyncClient(
             transport=safe_http.CheckedTransport(self._network), timeout=timeout, headers=headers, trust_env=False
@@ -172,20 +283,29 @@ class Fetcher:
 
     @asynccontextmanager
     async def _open_response(
-        self, client: httpx.AsyncClient, start: httpx.URL, deadline: asyncio.Timeout
-    ) -> AsyncIterator[httpx.Response]:
-        """Follow redirects to the response."""
+        self,
+        client: httpx.AsyncClient,
+        start: httpx.URL,
+        deadline: asyncio.Timeout,
+        request: Request,
+        max_redirects: int | None,
+    ) -> AsyncIterator[tuple[httpx.Response, int]]:
+        """Follow redirects to the response. Yield it with the number of redirects."""
         target = start
-        for _ in range(self._settings.max_redirects + 1):
+        for redirects in range((self._settings.max_redirects if max_redirects is None else max_redirects) + 1):
             with _translate_errors(target):
-                async with self._host_slot(target.netloc.decode(), deadline), client.stream("GET", target) as response:
+                async with (
+                    self._host_slot(target.netloc.decode(), deadline),
+                    client.stream(
+                        request.method, target, headers=dict(request.headers), content=request.body
+                    ) as response,
+                ):
                     if not response.has_redirect_location:
-                        _raise_for_status(response)
-                        yield response
+                        yield response, redirects
                         return
                     target = _parse_url(response.headers["location"], base=target)
-        message = f"redirects more than {self._settings.max_redirects} times"
-        raise _make_error("TOO_MANY_REDIRECTS", start, message, last=str(target))
+                    request = Request()
+        raise make_redirect_error(str(start), str(target), self._settings.max_redirects)
 
     @asynccontextmanager
     async def _host_slot(self, host: str, deadline: asyncio.Timeout) -> AsyncIterator[None]:
@@ -243,66 +363,77 @@ def _parse_url(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
     return target
 
 
-def _raise_for_status(response: httpx.Response) -> None:
+def make_redirect_error(start: str, last: str, max_redirects: int) -> ProcessorError:
+    """Return the error for a URL that redirects too often."""
+    message = f"{start} redirects more than {max_redirects} times."
+    return ProcessorError("TOO_MANY_REDIRECTS", message, details={"url": start, "last": last})
+
+
+async def _make_status_error(
+    response: httpx.Response, describe_error_page: ErrorPageDescriber | None
+) -> ProcessorError:
+    """Return the error for a response with an error status."""
     status = response.status_code
-    if response.is_success:
-        return
     details: dict[str, JSON] = {"status_code": status}
     if (seconds := safe_http.parse_retry_after(response.headers)) is not None:
         details["retry_after"] = seconds
     phrase = f" ({response.reason_phrase})" if response.reason_phrase else ""
     is_transient = status >= 500 or status in (408, 425, 429)
     message = f"responded with {status}{phrase}"
-    raise _make_error("HTTP_ERROR", response.url, message, transient=is_transient, **details)
+    if describe_error_page and (text := describe_error_page(response.headers, await _read_beginning(response))):
+        message += f". {text}"
+    return _make_error("HTTP_ERROR", response.url, message, transient=is_transient, **details)
+
+
+async def _read_beginning(response: httpx.Response) -> bytes:
+    """Return the beginning of a body of which only the status matters. Errors end it."""
+    body = bytearray()
+    with suppress(ProcessorError, httpx.HTTPError, OSError, httpcore.NetworkError, httpcore.ProtocolError, DamagedBody):
+        async for part in _read_body(response, _MAX_ERROR_PAGE_BYTES, None):
+            body += part
+    return bytes(body)
+
+
+async def _open_file(target: PartialFile | None, offset: int) -> BinaryIO:
+    """Open the file to write, or a buffer in memory. A file keeps its first `offset` bytes."""
+    return io.BytesIO() if target is None else await asyncio.to_thread(target.path.open, "ab" if offset else "wb")
 
 
 async def _read_body(
-    response: httpx.Response, max_bytes: int, on_progress: ProgressCallback | None
+    response: httpx.Response, max_bytes: int, on_progress: ProgressCallback | None, offset: int = 0
 ) -> AsyncIterator[bytes]:
-    """Yield the decompressed body in bounded chunks, so that a decompression bomb cannot fill the memory."""
+    """Yield the decompressed body in bounded chunks, so that a decompression bomb cannot fill the memory.
+
+    `offset` is the number of bytes that an earlier response has delivered. They count towards `max_bytes`.
+    """
     length = response.headers.get("content-length", "")
-    total = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else None
-    encoding = response.headers.get("content-encoding", "").strip().lower()
-    if encoding not in _ENCODINGS:
-        message = f"sent the unsupported content encoding {encoding!r}"
-        raise _make_error("BAD_RESPONSE", response.url, message, encoding=encoding)
+    total = offset + int(length) if length.isascii() and length.isdigit() and len(length) < 19 else None
+    try:
+        decoder = ContentDecoder(response.headers.get("content-encoding", ""), max_bytes - offset)
+    except UnsupportedEncoding as error:
+        message = f"sent the content encoding {str(error)!r}. Supported are {ACCEPT_ENCODING}"
+        raise _make_error("BAD_RESPONSE", response.url, message, encoding=str(error)) from None
     too_large = _make_error("TOO_LARGE", response.url, f"is larger than {format_bytes(max_bytes)}", max_bytes=max_bytes)
     if total is not None and total > max_bytes:
         raise too_large
-    decompressor = _Decompressor() if encoding not in ("", "identity") else None
-    size, received, reported_at = 0, 0, time.monotonic()
-    async for raw in response.aiter_raw(_CHUNK):
-        received += len(raw)
-        for part in decompressor.feed(raw) if decompressor else (raw,):
-            size += len(part)
-            if size > max_bytes:
-                raise too_large
-            yield part
-        if on_progress and time.monotonic() - reported_at >= PROGRESS_INTERVAL_SECONDS:
-            reported_at = time.monotonic()
-            await on_progress(received, total)
-    if decompressor and not decompressor.is_complete:
+    received, reported_at = offset, time.monotonic()
+    try:
+        # Without a chunk size, because httpx loses an incomplete chunk in front of an error.
+        async for raw in response.aiter_raw():
+            received += len(raw)
+            for part in decoder.feed(raw):
+                yield part
+            if on_progress and time.monotonic() - reported_at >= PROGRESS_INTERVAL_SECONDS:
+                reported_at = time.monotonic()
+                await on_progress(received, total)
+    except BodyTooLarge:
+        raise too_large from None
+    except (httpcore.ProtocolError, httpcore.ReadError):
+        # Servers send a wrong Content-Length. The compressed data shows that nothing is missing.
+        if not (decoder.is_compressed and received and decoder.is_complete):
+            raise
+    if not decoder.is_complete:
         raise httpcore.RemoteProtocolError("the compressed body ends early")
-
-
-class _Decompressor:
-    """Decompresses gzip and zlib, including multi-member gzip, one bounded chunk at a time."""
-
-    def __init__(self) -> None:
-        self._inflate = zlib.decompressobj(wbits=47)
-        self._has_started = False
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        while data:
-            if self._inflate.eof:
-                self._inflate = zlib.decompressobj(wbits=47)
-            self._has_started = True
-            yield self._inflate.decompress(data, _CHUNK)
-            data = self._inflate.unconsumed_tail or self._inflate.unused_data
-
-    @property
-    def is_complete(self) -> bool:
-        return self._inflate.eof or not self._has_started
 
 
 def format_bytes(size: int) -> str:
@@ -331,7 +462,7 @@ def _translate_errors(url: httpx.URL) -> Iterator[None]:
         raise ProcessorError("FETCH_TIMEOUT", f"{host} {problem} in time.", transient=True, details=details) from error
     except httpx.InvalidURL as error:  # httpx parses the target of a redirect even if it does not follow it
         raise _make_error("BAD_URL", url, f"redirects to an invalid URL: {error}", host=host) from error
-    except zlib.error as error:
+    except DamagedBody as error:
         raise _make_error("BAD_RESPONSE", url, f"could not be decompressed: {error}", host=host) from error
     except (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError) as error:
         reason, sentence, transient = safe_http.describe_connection_error(error)

@@ -17,8 +17,8 @@ _DOCUMENT_LOAD, _SAVE_AS = 2, 2
 
 
 def main() -> None:
-    """Convert a file. Arguments: program directory, profile URL, source URL, target URL."""
-    programs, profile, source, target = (argument.encode() for argument in sys.argv[1:])
+    """Convert a file. Arguments: program directory, profile URL, source URL, URLs of a PDF and perhaps a `.fodp`."""
+    programs, profile, source, *targets = (argument.encode() for argument in sys.argv[1:])
     path = next(file for name in LIBRARIES if (file := Path(programs.decode(), name)).exists())
     hook = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL).libreofficekit_hook_2
     hook.restype, hook.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_char_p]
@@ -29,7 +29,7 @@ def main() -> None:
     if document:
         texts = [ctypes.c_char_p] * 3
         save = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *texts)(_get_function(document, _SAVE_AS))
-        is_saved = bool(save(document, target, b"pdf", None))
+        is_saved = all(save(document, target, target.rpartition(b".")[2], None) for target in targets)
     os._exit(0 if is_saved else 1)  # skips LibreOffice's own cleanup, which may hang
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from difflib import get_close_matches
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -93,6 +93,7 @@ Name = Annotated[Text, AfterValidator(_check_not_blank)]
 WebUrl = Annotated[Text, AfterValidator(_check_url)]
 TimeOfDay = Annotated[str, AfterValidator(_check_time_of_day)]
 Language = Annotated[str, AfterValidator(_check_language)]
+TranslatedPart = Literal["page", "transcript", "slides"]
 
 
 class SessionParameters(BaseModel):
@@ -121,6 +122,11 @@ class SessionParameters(BaseModel):
     )
     source_language: Language = "en"
     target_language: Language = "de"
+    translate: Annotated[list[TranslatedPart], Field(max_length=3)] | None = Field(
+        default=None,
+        description="What is translated into `target_language`: any of `page`, `transcript` and `slides`. An empty "
+        "list translates nothing. Default: the setting `language_model.translate`, which is the page.",
+    )
     extra: Annotated[dict[str, Any], AfterValidator(_check_extra_size)] | None = Field(
         default=None, description="Your own data, returned unchanged in `results.metadata.extra`."
     )

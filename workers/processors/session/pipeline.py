@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -23,10 +22,7 @@ from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.parameters import SessionParameters
 from jobledger.workers.processors.session.result_layout import build_layout
 from jobledger.workers.processors.session.settings import SessionSettings
-from jobledger.workers.processors.session.step_context import StepContext
-
-SHARED_STEP_MAX_AGE: Final = timedelta(days=1)
-"""How long jobs share the outputs of steps that do not depend on the target language. Pages and recordings change."""
+from jobledger.workers.processors.session.step_context import SHARED_STEP_MAX_AGE, StepContext
 
 Output = TypeVar("Output", bound=BaseModel)
 
@@ -53,22 +49,27 @@ async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> R
         ctx = StepContext(job, parameters, settings, layout, fetcher)
         ctx.raise_if_cancelled()
 
-        async def run_and_dump() -> JSON:
+        async def run_and_dump(_inputs: object) -> JSON:
             return (await function(ctx, *arguments)).model_dump(mode="json")
 
-        max_age = SHARED_STEP_MAX_AGE if is_shared else None
-        stored = await job.run_step(name, build_inputs(ctx, *arguments), run_and_dump, share_max_age=max_age)
-        return output.model_validate(stored)
+        share = SHARED_STEP_MAX_AGE if is_shared else None
+        return output.model_validate(await job.step(name, run_and_dump, build_inputs(ctx, *arguments), share=share))
 
     page = await run_step("page", PageText, page_step.build_inputs, page_step.run, is_shared=True)
     transcript = await run_step(
-        "transcript", document.TranscriptResult, transcript_step.build_inputs, transcript_step.run, is_shared=True
+        "transcript",
+        document.TranscriptResult,
+        transcript_step.build_inputs,
+        transcript_step.run,
+        transcript_step.list_subtitle_urls(parameters, settings, page.video_tracks),
+        is_shared=True,
     )
     slides = await run_step("slides", document.SlidesResult, slides_step.build_inputs, slides_step.run, is_shared=True)
     # A shared output has the paths of the job that ran the step.
+    page = page.with_result_paths(layout)
     transcript, slides = transcript.with_result_paths(layout), slides.with_result_paths(layout)
     enrichment = await run_step(
-        "enrich", document.EnrichmentResult, enrichment_step.build_inputs, enrichment_step.run, page, transcript
+        "enrich", document.EnrichmentResult, enrichment_step.build_inputs, enrichment_step.run, page, transcript, slides
     )
     content = document.SessionContent(page, enrichment, transcript, slides)
     template = await asyncio.to_thread(document_step.read_template, settings)
@@ -76,7 +77,7 @@ async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> R
     await job.report_progress(100, "Markdown ready")
     return Results(
         markdown=markdown,
-        assets=[*_list_images(slides), *([transcript.audio] if transcript.audio else [])],
+        assets=[*_list_images(slides), *page.images, *([transcript.audio] if transcript.audio else [])],
         metadata=_build_metadata(parameters, content),
     )
 

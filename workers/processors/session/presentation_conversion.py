@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import zipfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from jobledger.workers.processors.session import libreoffice_helper
+from jobledger.workers.processors.session import libreoffice_helper, presentation_files
 from jobledger.workers.processors.session.presentation_files import UnusablePresentation, sanitize_presentation
 from jobledger.workers.sandbox import runner
 
@@ -30,6 +32,8 @@ MEDIA_TYPES: Final = {
     "application/vnd.apple.keynote": ".key",
     "application/x-iwork-keynote-sffkey": ".key",
 }
+_PARTS: Final = {"ppt/presentation.xml": ".pptx", "Index/Presentation.iwa": ".key", "index.apxl": ".key"}
+"""Presentations in ZIP files by a part of them."""
 _HELPER: Final = str(Path(libreoffice_helper.__file__).resolve())
 _PROFILE_FILE: Final = Path(__file__).with_name("libreoffice_profile.xcu")
 
@@ -40,7 +44,27 @@ def has_presentation_signature(path: Path, suffix: str) -> bool:
         return file.read(16).startswith(SIGNATURES.get(suffix, ()))
 
 
-async def convert_to_pdf(source: Path, suffix: str, *, program: str, scratch: Path) -> Path:
+def detect_presentation(path: Path, suffix: str) -> str:
+    """Return the suffix of a presentation, from its content or from `suffix`. Return an empty text for other files."""
+    with suppress(*presentation_files.DAMAGE_ERRORS, OSError, RuntimeError), zipfile.ZipFile(path) as package:
+        names = set(package.namelist()[: presentation_files.MAX_PARTS])
+        if detected := next((detected for part, detected in _PARTS.items() if part in names), None):
+            return detected
+        if "mimetype" in names:
+            with package.open("mimetype") as file:
+                if file.read(100).startswith(b"application/vnd.oasis.opendocument.presentation"):
+                    return ".odp"
+    return suffix if has_presentation_signature(path, suffix) else ""
+
+
+class ConvertedPresentation(NamedTuple):
+    """A PDF, and the same presentation as OpenDocument file if LibreOffice has written one."""
+
+    pdf: Path
+    text_source: Path
+
+
+async def convert_to_pdf(source: Path, suffix: str, *, program: str, scratch: Path) -> ConvertedPresentation:
     """Convert the presentation `source` to a PDF in the empty directory `scratch`.
 
     If cancelled, it leaves no process behind.
@@ -52,6 +76,7 @@ async def convert_to_pdf(source: Path, suffix: str, *, program: str, scratch: Pa
     library_directory = _find_library_directory(path)
     readable_paths = [Path(path).resolve()]  # noqa: ASYNC240 - cheaper than a thread
     profile, copy, pdf = scratch / "profile", scratch / f"slides{suffix}", scratch / "slides.pdf"
+    text_source = scratch / "slides.fodp"
     await asyncio.to_thread(_prepare, profile, source, copy)
     if library_directory is None:
         command = [
@@ -61,7 +86,9 @@ async def convert_to_pdf(source: Path, suffix: str, *, program: str, scratch: Pa
         ]
     else:
         readable_paths.append(library_directory.parent)
-        arguments = (str(library_directory), profile.as_uri(), copy.as_uri(), pdf.as_uri())
+        arguments = [str(library_directory), profile.as_uri(), copy.as_uri(), pdf.as_uri()]
+        if suffix not in presentation_files.TEXT_SUFFIXES:  # its texts and speaker notes cannot be read otherwise
+            arguments.append(text_source.as_uri())
         command = runner.build_python_command(_HELPER, *arguments)
     try:
         environment = {"HOME": str(profile), "SAL_USE_VCLPLUGIN": "svp"}
@@ -70,7 +97,7 @@ async def convert_to_pdf(source: Path, suffix: str, *, program: str, scratch: Pa
         raise UnusablePresentation(f"was not converted because LibreOffice cannot run in a sandbox: {error}") from error
     if not await asyncio.to_thread(pdf.is_file):
         raise UnusablePresentation("could not be read by LibreOffice")
-    return pdf
+    return ConvertedPresentation(pdf, text_source)
 
 
 def _find_library_directory(path: str) -> Path | None:

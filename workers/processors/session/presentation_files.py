@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import io
+import lzma
 import posixpath
 import re
 import shutil
@@ -56,14 +57,16 @@ _EXTERNAL_REFERENCE: Final = re.compile(
     r"(?i)\b(?:file:/|ftps?:/|smb:/|webdavs?:/|vnd\.sun\.star\.)|^\s*\\\\|\bWEBSERVICE\s*\("
 )
 """Forbidden in all attributes: URLs of files and servers, including those in lists and formulas."""
+_PLACEHOLDERS: Final = frozenset({"page-number", "header", "footer", "date-time"})
 _ANIMATIONS: Final = frozenset({"animate", "set"})
 _URL_IN_STYLE: Final = re.compile(
     r"(?i)url\s*\(\s*['\"]?\s*(?!#|data:image/(?:png|jpe?g|gif);)|@import|expression\s*\("
 )
-_DAMAGE_ERRORS: Final = (
+DAMAGE_ERRORS: Final = (
     *(zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, etree.XMLSyntaxError),
-    *(NotImplementedError, EOFError, ValueError),
+    *(lzma.LZMAError, NotImplementedError, EOFError, ValueError),
 )
+"""What damaged ZIP, gzip and XML files raise."""
 
 
 class UnusablePresentation(Exception):
@@ -119,7 +122,7 @@ def sanitize_presentation(source: Path, target: Path) -> None:
                 copy.write(_clean_xml(file.read(), names=None))
             else:
                 shutil.copyfileobj(file, copy)
-    except _DAMAGE_ERRORS as error:
+    except DAMAGE_ERRORS as error:
         raise UnusablePresentation("is damaged") from error
     except RuntimeError as error:  # raised by zipfile for encrypted parts
         raise UnusablePresentation("is protected by a password") from error
@@ -262,7 +265,7 @@ def _is_external(reference: str, element: str, names: frozenset[str] | None, fol
 def _clean_embedded(element: Any) -> None:
     """Clean an image that a flat OpenDocument file contains as base64."""
     cleaned = None
-    with suppress(*_DAMAGE_ERRORS, OSError, UnusablePresentation):
+    with suppress(*DAMAGE_ERRORS, OSError, UnusablePresentation):
         content = base64.b64decode("".join((element.text or "").split()), validate=True)
         cleaned = _clean_part("", content, frozenset(), _Budget(), depth=_MAX_DEPTH)
     if cleaned is None:
@@ -276,7 +279,15 @@ def _clean_embedded(element: Any) -> None:
 
 def extract_slide_texts(source: Path) -> list[SlideText]:
     """Return the text of each slide of a PowerPoint or OpenDocument file, or an empty list if it cannot be read."""
-    with suppress(*_DAMAGE_ERRORS, OSError, RuntimeError, UnusablePresentation), source.open("rb") as file:
+    return read_slide_texts(source) or []
+
+
+def read_slide_texts(source: Path) -> list[SlideText] | None:
+    """Return the text of each visible slide of a PowerPoint or OpenDocument file, or None if it cannot be read.
+
+    Hidden slides are neither shown in a talk nor converted by LibreOffice.
+    """
+    with suppress(*DAMAGE_ERRORS, OSError, RuntimeError, UnusablePresentation), source.open("rb") as file:
         if _looks_like_xml(file.read(64)) and source.stat().st_size <= MAX_XML_BYTES:
             return [*_read_opendocument(parse_xml(source.read_bytes()))]
         with zipfile.ZipFile(file) as package:
@@ -285,7 +296,7 @@ def extract_slide_texts(source: Path) -> list[SlideText]:
                 return [*_read_powerpoint(presentation, parts)]
             if (content := parts.parse("content.xml")) is not None:
                 return [*_read_opendocument(content)]
-    return []
+    return None
 
 
 class _Parts:
@@ -322,9 +333,11 @@ def _read_powerpoint(presentation: Any, parts: _Parts) -> Iterator[SlideText]:
         if key.endswith("}id")
     ]
     paths = [slides[identifier][1] for identifier in identifiers if identifier in slides]
-    for number, path in enumerate(paths[:MAX_SLIDES], 1):
-        if (slide := parts.parse(path)) is None:
+    number = 0
+    for path in paths[:MAX_SLIDES]:
+        if (slide := parts.parse(path)) is None or slide.get("show") in ("0", "false"):
             continue
+        number += 1
         relationships = parts.read_relationships(path).values()
         notes_pages = (parts.parse(target) for kind, target in relationships if kind.endswith("/notesSlide"))
         notes = (_extract_drawing_text(page, is_notes_page=True) for page in notes_pages if page is not None)
@@ -337,21 +350,66 @@ def _extract_drawing_text(root: Any, *, is_notes_page: bool = False) -> str:
     other_lines: list[str] = []
     for shape in [*root.iter("{*}sp"), *(() if is_notes_page else root.iter("{*}graphicFrame"))]:
         kind = next((place.get("type", "body") for place in shape.iter("{*}ph")), "")
-        lines = ["".join(t.text or "" for t in paragraph.iter("{*}t")) for paragraph in shape.iter("{*}p")]
-        if not is_notes_page or kind == "body":
+        lines = [
+            " | ".join(_join_runs(part) for part in row.iter("{*}tc")) if is_row else _join_runs(row)
+            for row, is_row in _iterate_lines(shape, "{*}tr", "{*}p")
+        ]
+        if not is_notes_page or kind in ("", "body", "obj"):  # not the slide, its number, header, footer and date
             (titles if kind in ("title", "ctrTitle") else other_lines).extend(lines)
     return _normalize_lines([*titles, *other_lines])
 
 
+def _join_runs(element: Any) -> str:
+    paragraphs = ("".join(run.text or "" for run in paragraph.iter("{*}t")) for paragraph in element.iter("{*}p"))
+    return " ".join(paragraphs)
+
+
+def _iterate_lines(element: Any, row: str, *paragraphs: str) -> Iterator[tuple[Any, bool]]:
+    """Yield the rows of tables, and the paragraphs outside of tables. The second value says which it is."""
+    for part in element.iter(row, *paragraphs):
+        if next(part.iterancestors(row), None) is None:
+            yield part, etree.QName(part).localname == row.removeprefix("{*}")
+
+
 def _read_opendocument(root: Any) -> Iterator[SlideText]:
-    for number, page in enumerate(islice(root.iter("{*}page"), MAX_SLIDES), 1):
+    hidden_styles = _find_hidden_styles(root)
+    pages = (page for page in root.iter("{*}page") if _get_attribute(page, "style-name") not in hidden_styles)
+    for number, page in enumerate(islice(pages, MAX_SLIDES), 1):
+        _remove_placeholders(page)
         notes = _normalize_lines([line for note in page.iter("{*}notes") for line in _extract_paragraphs(note)])
         etree.strip_elements(page, "{*}notes", with_tail=False)
         yield SlideText(number=number, text=_normalize_lines(_extract_paragraphs(page)), notes=notes)
 
 
+def _find_hidden_styles(root: Any) -> set[str | None]:
+    """Return the names of the page styles that hide a slide."""
+    return {
+        _get_attribute(style, "name")
+        for style in root.iter("{*}style")
+        for properties in style.iter("{*}drawing-page-properties")
+        if _get_attribute(properties, "visibility") == "hidden"
+    }
+
+
+def _get_attribute(element: Any, name: str) -> str | None:
+    """Return the value of an attribute in any namespace."""
+    return next((value for key, value in element.attrib.items() if etree.QName(key).localname == name), None)
+
+
+def _remove_placeholders(page: Any) -> None:
+    """Remove page numbers, headers, footers and dates of a page and its notes."""
+    for frame in [*page.iter("{*}frame", "{*}custom-shape")]:
+        if _get_attribute(frame, "class") in _PLACEHOLDERS:
+            _remove(frame)
+
+
 def _extract_paragraphs(element: Any) -> list[str]:
-    return ["".join(paragraph.itertext()) for paragraph in element.iter("{*}p", "{*}h")]
+    return [
+        " | ".join("".join(cell.itertext()) for cell in part.iter("{*}table-cell"))
+        if is_row
+        else "".join(part.itertext())
+        for part, is_row in _iterate_lines(element, "{*}table-row", "{*}p", "{*}h")
+    ]
 
 
 def _normalize_lines(lines: list[str]) -> str:

@@ -12,18 +12,23 @@ from markdown_it import MarkdownIt
 
 from jobledger.ledger.net.url_policy import strip_userinfo
 
+IMAGE_TARGET_PREFIX = "assets/page-image-"
+"""Images with other targets are removed: a document must not load anything from other sites."""
 COMMONMARK = MarkdownIt("commonmark").enable("table")
 _SENTINEL = "\n\n## end of untrusted text\n"
 
-_IN_LINE = re.compile(r"[\\`*\[\]<>~|]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
+_IN_LINE = re.compile(r"[\\`*\[\]<>~|]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
+_FENCE = re.compile(r"[ \t]*(?P<markers>(?:(?:[-*+>]|\d{1,9}[.)])[ \t]+)*)(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 _TOKENS = re.compile(
-    r"(?P<kept>\\[!-/:-@\[-`{-~])"
-    r"|(?P<code>(?<!`)(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))"
+    rf"(?P<kept>\\[!-/:-@\[-`{{-~]|!\[(?:[^\[\]\\`<>&!\n]|\\.)*\]\({IMAGE_TARGET_PREFIX}[0-9]{{1,3}}(?:\.[a-z]{{3,4}})?\))"
+    r"|(?P<code>(?<!(?<!\\)`)(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))"
     r"|(?P<ticks_alone>`+)"
     r"|(?P<image>!(?=\[))"
     r"|(?P<link>\](?=\((?!https?://|mailto:)))"
     r"|(?P<html><|&(?=#?\w+;))"
 )
+
+_TARGETS = {"link_open": ("http://", "https://", "mailto:"), "image": (IMAGE_TARGET_PREFIX,)}
 
 
 def escape_text(text: str) -> str:
@@ -49,8 +54,9 @@ def escape_link_target(url: str) -> str:
 
 
 def sanitize_markdown(markdown: str) -> str:
-    """Return the Markdown without raw HTML, images and links to anything but web pages and mailboxes.
+    """Return the Markdown without raw HTML, and without links to anything but web pages and mailboxes.
 
+    Of images, only those of the page that are stored as assets stay.
     All blocks are closed. If this fails, return the text without its markup.
     """
     text = "\n".join(_sanitize_lines(markdown))
@@ -60,18 +66,24 @@ def sanitize_markdown(markdown: str) -> str:
 
 
 def _sanitize_lines(markdown: str) -> list[str]:
+    """Return the lines with inert text outside of fences. Fences are surrounded by blank lines and closed."""
     lines: list[str] = []
     fence = ""
+    is_nested = needs_blank = False
     for line in markdown.splitlines():
-        opening = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
+        opening = _FENCE.match(line)
+        if needs_blank and line.strip():
+            lines.append("")
+        needs_blank = False
         if fence:
             lines.append(line)
-            if opening and opening.group(1).startswith(fence) and not opening.group(2).strip():
+            if opening and opening["fence"].startswith(fence) and not opening["info"].strip():
                 fence = ""
-                lines.append("")
-        elif opening and "`" not in opening.group(2):
-            fence = opening.group(1)
-            lines += ["", line]
+                needs_blank = not is_nested
+        elif opening and "`" not in opening["info"]:
+            fence = opening["fence"]
+            is_nested = bool(opening["markers"]) or opening.start("fence") > 0  # in a list or quotation
+            lines += [line] if is_nested or not lines or not lines[-1] else ["", line]
         else:
             lines.append(_sanitize_line(line.rstrip()))
     if fence:
@@ -80,7 +92,7 @@ def _sanitize_lines(markdown: str) -> list[str]:
 
 
 def _sanitize_line(line: str) -> str:
-    line = re.sub(r"^(\s*)\[(?=[^\]]*\]:)", r"\1\\[", line)  # no link definitions
+    line = re.sub(r"^(\s*)\[(?=(?:[^\[\]\\]|\\.)*\]:)", r"\1\\[", line)  # no link definitions
     return _TOKENS.sub(_escape_token, line)
 
 
@@ -99,8 +111,8 @@ def _is_safe(text: str) -> bool:
     if closing != ["heading_open", "inline", "heading_close"] or tokens[-3].level or tokens[-3].tag != "h2":
         return False
     pieces = [token for block in tokens for token in (block, *(block.children or []))]
-    return not any(token.type in ("html_block", "html_inline", "image") for token in pieces) and all(
-        str(token.attrs.get("href", "")).startswith(("http://", "https://", "mailto:"))
+    return not any(token.type in ("html_block", "html_inline") for token in pieces) and all(
+        str(token.attrs.get("href", token.attrs.get("src", ""))).startswith(_TARGETS[token.type])
         for token in pieces
-        if token.type == "link_open"
+        if token.type in _TARGETS
     )

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from jobledger.ledger.net.url_policy import validate_host_or_network
 from jobledger.ledger.system.settings_section import SettingsSection
+from jobledger.workers.processors.session.parameters import TranslatedPart
 
 MEBIBYTE = 1024 * 1024
 
@@ -46,7 +47,8 @@ class TranscriptionSettings(OpenAiSettings):
 
     backend: Literal["none", "pocketsphinx", "openai"] = Field(
         default="none",
-        description="`none`: no transcripts, and no video is downloaded unless `keep_audio` is set. `openai`: an "
+        description="`none`: no speech recognition, and no video is downloaded unless `keep_audio` or "
+        "`use_subtitles: always` is set. `openai`: an "
         "OpenAI-compatible `/audio/transcriptions` service, hosted or local. `pocketsphinx`: offline, English only, "
         "low quality, for demonstrations and tests; needs `pip install pocketsphinx`.",
     )
@@ -63,7 +65,14 @@ class LanguageModelSettings(OpenAiSettings):
     )
     timeout_seconds: float = Field(default=120, gt=0, description="Timeout for one response.")
     chunk_characters: int = Field(default=6000, ge=500, description="Size of the text chunks that are translated.")
-    max_characters: int = Field(default=200_000, ge=1000, description="Longer texts are not translated.")
+    max_characters: int = Field(
+        default=200_000, ge=1000, description="A longer page, transcript or deck is not translated."
+    )
+    translate: list[TranslatedPart] = Field(
+        default=["page"],
+        description="What is translated: `page`, `transcript` (about ten times as long) and `slides` (descriptions of "
+        "the images, texts and notes). A job can choose other parts.",
+    )
     temperature: float | None = Field(default=0.2, ge=0, le=2, description="Sampling temperature. null: model default.")
 
 
@@ -79,6 +88,14 @@ class SessionSettings(SettingsSection):
     page_max_bytes: int = Field(default=10 * MEBIBYTE, gt=0, description="Maximum size of a page after decompression.")
     video_max_bytes: int = Field(default=4096 * MEBIBYTE, gt=0, description="Maximum size of a recording.")
     slides_max_bytes: int = Field(default=200 * MEBIBYTE, gt=0, description="Maximum size of an attachment.")
+
+    page_max_images: int = Field(
+        default=20, ge=0, le=200, description="Images of a page that are stored. Further images are only linked."
+    )
+    page_image_max_bytes: int = Field(default=10 * MEBIBYTE, gt=0, description="Maximum size of an image of a page.")
+    page_images_timeout_seconds: float = Field(
+        default=30, gt=0, description="Timeout for all images of a page. Images that are not fetched are only linked."
+    )
 
     max_redirects: int = Field(default=5, ge=0, description="Maximum number of redirects.")
     max_fetches_per_host: int = Field(
@@ -99,10 +116,37 @@ class SessionSettings(SettingsSection):
     )
     jpeg_quality: int = Field(default=85, ge=1, le=95, description="JPEG quality of images and thumbnails, 1 to 95.")
     max_pdf_pages: int = Field(default=500, gt=0, description="PDF pages that are rendered. Further pages are omitted.")
+    slide_timeout_seconds: float = Field(
+        default=30, gt=0, description="Timeout for one page of the slides. A page that takes longer is not shown."
+    )
     max_image_pixels: int = Field(
-        default=80_000_000,
+        default=400_000_000,
         gt=0,
-        description="Maximum size (width × height) of an image that is rendered or embedded in a PDF.",
+        description="Maximum size (width × height) of a picture in a PDF, or of one that is the attachment. Pages with "
+        "larger ones are not shown. A low `event_worker.memory_limit_mb` reduces it.",
+    )
+    merge_overlays: bool = Field(
+        default=True,
+        description="Omit pages of a PDF that the next page shows completely, such as the steps of an animation.",
+    )
+    ocr: Literal["auto", "never"] = Field(
+        default="auto",
+        description="`auto`: recognize the text of slides without a text layer with Tesseract if it is installed "
+        "with the source language of the job (Debian: `apt install tesseract-ocr tesseract-ocr-deu`).",
+    )
+
+    render: Literal["auto", "never", "always"] = Field(
+        default="auto",
+        description="When a page is rendered by a headless Chromium in the sandbox. `auto`: if it has no content "
+        "without JavaScript. `never`: such pages fail. `always`: every page is rendered.",
+    )
+    render_timeout_seconds: float = Field(
+        default=25, gt=0, description="Timeout for rendering. What the page shows then is used."
+    )
+    chromium_command: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Program that renders pages. Default: `chromium-headless-shell` or `chrome-headless-shell`.",
     )
 
     video_sites: list[str] = Field(
@@ -124,8 +168,14 @@ class SessionSettings(SettingsSection):
     )
     enrich_timeout_seconds: float = Field(default=900, gt=0, description="Timeout for the step `enrich`.")
     keep_audio: bool = Field(default=False, description="Store the extracted audio (WAV) as a result.")
+    use_subtitles: Literal["never", "auto", "always"] = Field(
+        default="auto",
+        description="Subtitles in the language of the talk replace speech recognition if they cover most of the "
+        "recording. `auto`: of recordings that are downloaded anyway. `always`: recordings are downloaded for their "
+        "subtitles even without a transcription backend.",
+    )
     max_audio_seconds: float = Field(
-        default=8 * 3600, gt=0, description="Maximum length of audio extracted from a recording."
+        default=8 * 3600, gt=0, le=24 * 3600, description="Maximum length of audio extracted from a recording."
     )
 
     template: Path | None = Field(

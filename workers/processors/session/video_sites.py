@@ -1,8 +1,8 @@
 """Find the recording on a page of a video site with yt-dlp if it is installed.
 
 yt-dlp runs in the sandbox. It can reach the network only through a proxy in this process, which applies the URL policy
-of all downloads. It is used only for configured sites and without its extractor `generic`. It returns a media URL,
-which `fetcher` downloads.
+of all downloads. It is used only for configured sites and without its extractor `generic`. It returns URLs, which
+`fetcher` downloads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import importlib.util
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -19,19 +20,54 @@ from pydantic import BaseModel, ValidationError
 
 from jobledger.workers.processors.session import yt_dlp_helper
 from jobledger.workers.processors.session.fetcher import Fetcher
-from jobledger.workers.processors.session.transcript import TranscriptUnavailable
+from jobledger.workers.processors.session.subtitles import build_chapters
+from jobledger.workers.processors.session.transcript import Chapter, TranscriptUnavailable
 from jobledger.workers.sandbox import runner
 from jobledger.workers.sandbox.launcher import PROXY_PORT
 
-_FORMAT: Final = "bestaudio[protocol^=http]/best[protocol^=http]/worst[protocol^=http]"
-"""One file over HTTP. Segmented formats (HLS, DASH) are not supported."""
+_FORMAT: Final = (
+    "bestaudio[language^={language}][protocol~='^https?$']/bestaudio[protocol~='^https?$']/"
+    "best[protocol~='^https?$']/worst[protocol~='^https?$']/"
+    "bestaudio[language^={language}][protocol^=m3u8]/bestaudio[protocol^=m3u8]/worst[protocol^=m3u8]"
+)
+"""One file over HTTP, or else segments in HLS. DASH is not supported."""
 _HELPER: Final = str(Path(yt_dlp_helper.__file__).resolve())
 _MAX_OUTPUT_BYTES: Final = 1024 * 1024
 
 
+class _Chapter(BaseModel):
+    start_seconds: float | None = None
+    title: str | None = None
+
+
 class _HelperResponse(BaseModel):
     media_url: str | None = None
+    subtitles_url: str | None = None
+    chapters: list[_Chapter] = []
+    seconds: float | None = None
     error: str | None = None
+    is_transient: bool = False
+
+
+class VideoSiteFailed(TranscriptUnavailable):
+    """The site or the network to it failed. Another try may succeed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A recording on a page of a video site.
+
+    Attributes:
+        media_url: URL of a media file with the sound, or of an HLS playlist.
+        subtitles_url: URL of subtitles that people wrote in the language of the talk.
+        chapters: Chapters of the video.
+        seconds: Length of the video.
+    """
+
+    media_url: str
+    subtitles_url: str | None = None
+    chapters: list[Chapter] = field(default_factory=list)
+    seconds: float | None = None
 
 
 def is_video_site_url(url: str, sites: Sequence[str]) -> bool:
@@ -40,17 +76,19 @@ def is_video_site_url(url: str, sites: Sequence[str]) -> bool:
     return any(host == site or host.endswith(f".{site}") for site in sites)
 
 
-async def resolve_media_url(url: str, *, seconds: float, scratch: Path, fetcher: Fetcher) -> str:
-    """Return the media URL of the audio of the video on the page `url`.
+async def find_recording(url: str, *, language: str, seconds: float, scratch: Path, fetcher: Fetcher) -> Recording:
+    """Return the URLs of the sound and the subtitles of the video on the page `url`.
 
     Args:
         url: URL of the page.
+        language: Language of the talk, such as `de`.
         seconds: Timeout of yt-dlp for each response.
         scratch: Directory for files of yt-dlp. It must not exist yet.
         fetcher: Provides the proxy for yt-dlp.
 
     Raises:
         TranscriptUnavailable: yt-dlp is not installed, cannot run in a sandbox, or finds no media URL.
+        VideoSiteFailed: A transient error of the site or the network.
     """
     site = urlsplit(url).hostname
     package = await asyncio.to_thread(_find_package)
@@ -61,7 +99,10 @@ async def resolve_media_url(url: str, *, seconds: float, scratch: Path, fetcher:
         )
     options = {
         "allowed_extractors": ["default", "-generic"],
-        "format": _FORMAT,
+        "format": _FORMAT.format(language=language),
+        "writesubtitles": True,
+        "subtitleslangs": [f"{language}.*"],
+        "subtitlesformat": "vtt/srt/best",
         "noplaylist": True,
         "playlist_items": "1",
         "quiet": True,
@@ -84,11 +125,12 @@ async def resolve_media_url(url: str, *, seconds: float, scratch: Path, fetcher:
     except ValidationError:
         response = _HelperResponse(error="yt-dlp returned no result")
     if response.error is not None:
-        reason = _format_reason(response.error)
-        raise TranscriptUnavailable(f"The recording on a page of {site} is not available: {reason}.")
+        kind = VideoSiteFailed if response.is_transient else TranscriptUnavailable
+        raise kind(f"The recording on a page of {site} is not available: {_format_reason(response.error)}.")
     if response.media_url is None:
         raise TranscriptUnavailable(f"The page of {site} has no recording that can be downloaded as one file.")
-    return response.media_url
+    chapters = [(chapter.start_seconds or 0.0, chapter.title or "") for chapter in response.chapters]
+    return Recording(response.media_url, response.subtitles_url, build_chapters(chapters), response.seconds)
 
 
 def _find_package() -> Path | None:

@@ -1,0 +1,1 @@
+"""Find secrets in settings, environment and files, and hide them in texts."""
