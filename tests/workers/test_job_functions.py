@@ -121,32 +121,6 @@ async def quick(number: int) -> int:
     return number + 1
 
 
-async def lose(text: str) -> None:
-    raise ValueError(text)
-
-
-async def lose_tasks(number: int) -> list:
-    asyncio.create_task(lose(f"dropped {number}"))
-    kept, handled = asyncio.create_task(lose(f"kept {number}")), asyncio.create_task(lose("handled"))
-    await asyncio.wait([kept, handled])
-    assert str(handled.exception()) == "handled"
-    tasks.append(kept)
-    return []
-
-
-tasks: list = []
-
-
-@jobledger.job("lost")
-async def lost(number: int) -> list:
-    return await lose_tasks(number)
-
-
-@jobledger.job("lost-inline", isolation="inline")
-async def lost_inline(number: int) -> list:
-    return await lose_tasks(number)
-
-
 @jobledger.job("step-file", retry=jobledger.Retry(2, base_delay=0.1))
 async def step_file(ctx: jobledger.Context) -> str:
     async def write() -> str:
@@ -174,7 +148,7 @@ async def unversioned(ctx: jobledger.Context) -> int:
     return await ctx.step("add", sum, [1, 2], share=timedelta(days=1))
 
 
-app = jobledger.App(jobs=[invoice, report, never, picky, quick, lost, lost_inline, step_file, lookup, unversioned])
+app = jobledger.App(jobs=[invoice, report, never, picky, quick, step_file, lookup, unversioned])
 '''
 
 
@@ -327,16 +301,6 @@ def test_inline_function_logs_into_its_job(client: httpx.Client) -> None:
     job = run(client, "quick", {"number": 41})
     assert job["results"]["output"] == 42
     assert ("warning", "shop", "quick 41") in read_logs(client, job)
-
-
-@pytest.mark.parametrize("job_type", ["lost", "lost-inline"])
-def test_exception_of_a_task_that_nothing_awaits_is_in_the_log_of_its_job(client: httpx.Client, job_type: str) -> None:
-    for number in (1, 2):
-        logs = read_logs(client, run(client, job_type, {"number": number}))
-        assert [(level, logger) for level, logger, _ in logs] == [("error", "asyncio")] * 2
-        assert {text.splitlines()[-1] for *_, text in logs} == {
-            f"ValueError: {it} {number}" for it in ("dropped", "kept")
-        }
 
 
 def test_file_of_reused_step_is_in_results(client: httpx.Client) -> None:

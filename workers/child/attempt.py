@@ -31,7 +31,6 @@ from jobledger.ledger.domain.result_files import find_result_files, find_step_fi
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.file_store import StoredFile
 from jobledger.workers.child import log_capture, messages
-from jobledger.workers.child.containment import report_lost_exceptions
 from jobledger.workers.child.failures import convert_exception_to_failure
 from jobledger.workers.job_types.context import is_asynchronous, is_context, run_in_thread
 from jobledger.workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
@@ -119,10 +118,7 @@ async def run_attempt(
         parameters = processor.Parameters.model_validate(assignment.parameters)
         job = _JobContext(assignment, parameters, send, post, is_stopping)
         with log_capture.capture_to(job.log):
-            try:
-                results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
-            finally:
-                report_lost_exceptions()
+            results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
         return job.build_completed(results, time.monotonic() - started_at)
     except BaseException as error:  # noqa: BLE001 - a processor may raise anything; it fails only its job
         scratch_dir = assignment.attempt_dir.parent

@@ -12,7 +12,6 @@ import asyncio
 import asyncio.events
 import asyncio.tasks
 import ctypes
-import logging
 import os
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
@@ -21,17 +20,13 @@ from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
-from weakref import WeakSet
 
 import structlog
 
-from jobledger.workers.child.failures import format_traceback
 from jobledger.workers.results.conversion import get_type_name, to_text
 
 T = TypeVar("T")
 _log = structlog.get_logger()
-_task_log = logging.getLogger("asyncio")
-"""The logger of such exceptions. Its entries are in the log of the job in whose context they are written."""
 _current: ContextVar[Containment | None] = ContextVar("containment", default=None)
 _canceller: ContextVar[Containment | None] = ContextVar("canceller", default=None)
 """The containment for which Jobledger cancels tasks."""
@@ -57,11 +52,6 @@ class Containment:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.is_abandoned = False
         self._threads: ThreadPoolExecutor | None = None
-        self._failed: WeakSet[asyncio.Task[Any]] = WeakSet()
-        """Failed tasks whose exceptions its code may still read."""
-        self._context = Context()
-        """The context of a failed task. What is logged in it is in the log of the job."""
-        self._is_reporting = True
 
     def start(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Run the coroutine as a task. Everything that it starts inherits its context, and so the containment."""
@@ -114,30 +104,8 @@ class Containment:
 
     def _on_task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if task.cancelled():
-            return
-        if self._is_reporting and task._log_traceback:  # nothing has read its exception
-            self._failed.add(task)
-            self._context = copy_context()
-        else:
+        if not task.cancelled():
             task.exception()  # prevents the asyncio report "exception was never retrieved"
-
-    def report_lost_exceptions(self) -> None:
-        """Log the exceptions of tasks that nothing has read. Later ones are not reported."""
-        failed, self._is_reporting = list(self._failed), False
-        for task in failed:
-            if task._log_traceback and (error := task.exception()) is not None:
-                self._log_lost_exception(error)
-
-    def on_task_collected(self, error: BaseException) -> None:
-        """Log the exception of a task that was collected. asyncio calls it at any time, in any context."""
-        if self._is_reporting:
-            self._log_lost_exception(error)
-
-    def _log_lost_exception(self, error: BaseException) -> None:
-        # A context cannot be entered twice, and another task may be collected in the call.
-        log = self._context.copy().run
-        log(_task_log.error, "The exception of a task was never retrieved.\n%s", format_traceback(error))
 
     def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
         """Call a function in a thread of this containment. It may block the thread for any time."""
@@ -343,7 +311,7 @@ class _Contained(Coroutine[Any, Any, Any]):
         self, coroutine: Coroutine[Any, Any, Any], containment: Containment, context: Context | None = None
     ) -> None:
         self._coroutine = coroutine
-        self.containment = containment
+        self._containment = containment
         self._context = context
         if context is not None:
             context.run(_current.set, containment)
@@ -364,7 +332,7 @@ class _Contained(Coroutine[Any, Any, Any]):
         return self._coroutine.__await__()
 
     def _raise_if_abandoned(self) -> None:
-        if self.containment.is_abandoned:
+        if self._containment.is_abandoned:
             self.close()
             raise asyncio.CancelledError
 
@@ -456,18 +424,9 @@ def install_containment(loop: asyncio.AbstractEventLoop) -> None:
     loop.set_task_factory(create)
 
 
-def report_lost_exceptions() -> None:
-    """Log the exceptions of tasks that the code of the current containment has not read. Call it at its end."""
-    if (containment := _current.get()) is not None:
-        containment.report_lost_exceptions()
-
-
 def _handle_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log an exception of a callback or a task. For third-party callbacks, log one line without a traceback."""
-    handle, error, task = context.get("handle"), context.get("exception"), context.get("future")
-    if isinstance(task, asyncio.Task) and isinstance(coroutine := task.get_coro(), _Contained) and error is not None:
-        coroutine.containment.on_task_collected(error)
-        return
+    """Log an exception of a callback. For third-party code, log one line without a traceback."""
+    handle, error = context.get("handle"), context.get("exception")
     is_third_party = isinstance(handle, asyncio.Handle) and handle._context.get(_current) is not None  # type: ignore[attr-defined]  # private
     if is_third_party or isinstance(error, _StopRejected):
         _log.warning("processor callback failed", error=f"{get_type_name(error)}: {to_text(error, 200)}")
