@@ -51,6 +51,14 @@ async def test_concurrent_batches_with_one_key_create_one_batch(api_without_work
     assert [event.type for event in await api_without_worker.event_store.read()].count("JobSubmitted") == 3
 
 
+async def test_jobs_of_batch_with_key_are_listed_in_submitted_order(shared_api: Api, key: dict[str, str]) -> None:
+    body = {"jobs": [{**JOB, "job_name": f"Talk {number}"} for number in range(20)]}
+    response = await shared_api.post("/api/events/batches", body, **key)
+    path = f"/api/events/batches/{response.json()['batch_id']}/jobs?sort=created_at"
+    jobs = (await shared_api.get(path, response.headers["ledger-position"])).json()["jobs"]
+    assert [job["job_name"] for job in jobs] == [job["job_name"] for job in body["jobs"]]
+
+
 @pytest.mark.parametrize("path", ["jobs", "batches"])
 async def test_same_key_with_different_body_is_rejected(shared_api: Api, key: dict[str, str], path: str) -> None:
     body, other_body = (JOB, {**JOB, "priority": 2}) if path == "jobs" else ({"jobs": [JOB]}, {"jobs": [JOB, JOB]})
