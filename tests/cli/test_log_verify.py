@@ -17,6 +17,7 @@ import yaml
 from bson import ObjectId
 
 from jobledger.cli.commands import log
+from jobledger.cli.output.terminal_text import SafeConsole
 from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.appender import EventStoreLimits
@@ -167,6 +168,7 @@ def test_log_verify_on_terminal_prints_progress_to_stderr(
     verified_log: VerifiedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # for rich that is a terminal
+    monkeypatch.setattr(SafeConsole, "has_terminal", True)
     outcome = verified_log.verify("--json")
     assert json.loads(outcome.out)["events"] == EVENTS
     assert "verifying" in outcome.err

@@ -13,7 +13,7 @@ from tests.api.test_openapi import DOCUMENT, OPERATIONS_BY_ROUTE
 _QUERY_PARAMETERS = {
     **{
         f"{command} --status": ("GET /api/events/jobs", "status")
-        for command in ("jobs cancel", "jobs retry", "jobs archive", "jobs unarchive", "errors ls")
+        for command in ("jobs cancel", "jobs retry", "jobs archive", "jobs unarchive", "jobs delete", "errors ls")
     },
     "jobs ls --status": ("GET /api/events/jobs", "status"),
     "batches ls --status": ("GET /api/events/batches", "status"),

@@ -284,7 +284,8 @@ async def test_submit_wait_short_api_outage_continues(status: int, monkeypatch: 
     def answer(_request: httpx.Request) -> httpx.Response:
         if (answer_status := statuses.pop(0)) != 200:
             return httpx.Response(answer_status, text="<h1>Bad Gateway</h1>")
-        return httpx.Response(200, content=b"data: " + json.dumps(event).encode() + b"\n\n")
+        content = f"data: {json.dumps(event)}\n\n"
+        return httpx.Response(200, text=content, headers={"content-type": "text/event-stream"})
 
     async with httpx.AsyncClient(base_url="http://test", transport=httpx.MockTransport(answer)) as client:
         async for received in live_stream.stream_events(client, after=1, batch_id="batch-1"):

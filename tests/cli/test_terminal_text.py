@@ -86,7 +86,7 @@ def test_tables_not_on_a_terminal_are_not_truncated_or_wrapped(
 def test_print_table_on_terminal_fits_its_width_except_ids_and_headers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(SafeConsole, "has_terminal", True)
     monkeypatch.setenv("COLUMNS", "60")
     rows = [("ID", "STATUS", "NAME"), ("i" * 20, "s" * 10, LONG_CELL)]
     print_table(rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import Final
 
@@ -21,11 +21,11 @@ _VALUES: Final = {"number": r"(?<![\d,])\d[\d,]{0,20}(?:\.\d{1,9})?", "text": r"
 def localize_message(message: str, language: str) -> str:
     """Return a message with its known parts in a language, such as `de`."""
     for pattern, translation in _load_messages().get(language, ()):
-        message = pattern.sub(lambda match, text=translation: _fill(text, match, language), message)  # type: ignore[misc]
+        message = pattern.sub(partial(_fill, translation, language), message)
     return message
 
 
-def _fill(translation: str, match: re.Match[str], language: str) -> str:
+def _fill(translation: str, language: str, match: re.Match[str]) -> str:
     def get_value(placeholder: re.Match[str]) -> str:
         value = match[placeholder[1] + placeholder[2]]
         return _format_number(value, language) if placeholder[1] == "number" else value
