@@ -163,3 +163,37 @@ async def test_refresh_to_itself_is_not_completed(site: Site, tmp_path: Path) ->
         await process(site.url("/a"), tmp_path)
     assert caught.value.code == "NOT_A_TALK_PAGE"
     assert site.requested_paths == ["/a"]
+
+
+def canonical(url: str, body: str = "<div id=root></div>") -> str:
+    return page("ExampleConf", body, f'<link rel="canonical" href="{url}">')
+
+
+@pytest.mark.parametrize("body", ["<div id=root></div>", "<h1>Ledgers that never forget</h1>", "<p>Loading…</p>"])
+async def test_canonical_page_is_read_instead_of_nearly_empty_one(body: str, site: Site, tmp_path: Path) -> None:
+    site.put("/print", html(canonical("/talk", body)))
+    site.put("/talk", html(CONFERENCE_PAGE))
+    _, document = await process(site.url("/print"), tmp_path, render="never")
+    assert "An append-only log keeps it" in document
+    assert site.requested_paths[:2] == ["/print", "/talk"]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [html(page("ExampleConf", "<h1>Welcome to the conference</h1>" + "<p>All news.</p>" * 30)), None, "/print"],
+)
+async def test_canonical_page_without_the_talk_is_not_used(
+    target: SiteResponse | str | None, site: Site, tmp_path: Path
+) -> None:
+    url = target if isinstance(target, str) else "/home"
+    if isinstance(target, SiteResponse):
+        site.put("/home", target)
+    site.put("/print", html(canonical(url, "<h1>Ledgers that never forget</h1><p>How logs keep what happened.</p>")))
+    _, document = await process(site.url("/print"), tmp_path, render="never")
+    assert "How logs keep what happened" in document
+
+
+async def test_canonical_page_of_a_full_page_is_not_fetched(site: Site, tmp_path: Path) -> None:
+    site.put("/talk", html(CONFERENCE_PAGE.replace("<head>", '<head><link rel="canonical" href="/other">')))
+    await process(site.url("/talk"), tmp_path)
+    assert "/other" not in site.requested_paths

@@ -48,6 +48,14 @@ def find_redirect(source: PageSource, *, refresh_header: str = "", is_talk: bool
     return _find_script_redirect(source) or _find_frame(source)
 
 
+def find_canonical(source: PageSource) -> str | None:
+    """Return the URL that a nearly empty page names as canonical, or None. The page there may have the content."""
+    if len(source.words) > _MAX_WORDS:
+        return None
+    urls = source.tree.xpath("//link[contains(concat(' ', normalize-space(@rel), ' '), ' canonical ')]/@href")
+    return _resolve(source, urls[0]) if len(set(urls)) == 1 else None
+
+
 def _parse_refresh(text: str) -> tuple[int, str]:
     """Return the delay in seconds and the target, which is empty if the page reloads itself."""
     match = _REFRESH.match(text)

@@ -16,7 +16,7 @@ from jobledger.workers.processors.session.page import PageText, read_page, requi
 from jobledger.workers.processors.session.page_images import store_images
 from jobledger.workers.processors.session.page_kind import Verdict
 from jobledger.workers.processors.session.page_metadata import MAX_INTRO
-from jobledger.workers.processors.session.page_redirects import find_redirect
+from jobledger.workers.processors.session.page_redirects import find_canonical, find_redirect
 from jobledger.workers.processors.session.page_source import PageSource, parse_page, split_words
 from jobledger.workers.processors.session.rendering import (
     INSTALL_ADVICE,
@@ -137,12 +137,34 @@ async def _fetch_final_page(ctx: StepContext) -> tuple[FetchResult, PageSource]:
         source = await asyncio.to_thread(parse_page, response)
         target = await asyncio.to_thread(_find_redirect, ctx, source, response.refresh)
         if target is None:
-            return response, source
+            return await _fetch_canonical(ctx, source, ctx.settings.max_redirects - redirects) or (response, source)
         redirects += 1
         if redirects > ctx.settings.max_redirects:
             raise make_redirect_error(ctx.parameters.url, target, ctx.settings.max_redirects)
         await ctx.job.log("info", f"The page {response.url} redirects to {target}")
         url = target
+
+
+async def _fetch_canonical(
+    ctx: StepContext, source: PageSource, max_redirects: int
+) -> tuple[FetchResult, PageSource] | None:
+    """Fetch the canonical page of a nearly empty one. Return None if it has no more of the talk."""
+    url = find_canonical(source)
+    if url is None or max_redirects < 1:
+        return None
+    try:
+        response = await _fetch(ctx, url, max_redirects - 1, ctx.settings.page_timeout_seconds * FETCH_TIMEOUT_FRACTION)
+        canonical = await asyncio.to_thread(parse_page, response)
+    except Cancelled:
+        raise
+    except ProcessorError as error:
+        await ctx.job.log("info", f"The canonical page {url} was not used: {error.message}")
+        return None
+    has_more = len(canonical.words) > len(source.words) and await asyncio.to_thread(_names_talk, ctx, canonical)
+    if not response.is_complete or not has_more:
+        return None
+    await ctx.job.log("info", f"The page {source.url} is nearly empty. Its canonical page {response.url} is used.")
+    return response, canonical
 
 
 async def _fetch_twice_if_cut(ctx: StepContext, url: str, max_redirects: int) -> FetchResult:
@@ -180,8 +202,11 @@ async def _fetch(ctx: StepContext, url: str, max_redirects: int, timeout_seconds
 
 
 def _find_redirect(ctx: StepContext, source: PageSource, refresh_header: str) -> str | None:
-    anchors = page_kind.find_anchors(source, ctx.parameters.session, ctx.parameters.speakers or ())
-    return find_redirect(source, refresh_header=refresh_header, is_talk=anchors.any)
+    return find_redirect(source, refresh_header=refresh_header, is_talk=_names_talk(ctx, source))
+
+
+def _names_talk(ctx: StepContext, source: PageSource) -> bool:
+    return page_kind.find_anchors(source, ctx.parameters.session, ctx.parameters.speakers or ()).any
 
 
 def _judge(ctx: StepContext, source: PageSource) -> Verdict:
