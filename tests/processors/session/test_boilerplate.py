@@ -280,3 +280,18 @@ def test_paragraph_that_is_only_a_link_to_a_file_is_kept() -> None:
     assert (
         "(https://conference.example/talk.pdf)" in read(f"<main><p>{ABSTRACT}</p>{link}<p>{MORE}</p></main>").markdown
     )
+
+
+@pytest.mark.parametrize("sheet", ["dl", "table", "p"])
+def test_label_outside_of_the_text_that_equals_a_cell_is_removed(sheet: str) -> None:
+    rows = {
+        "dl": "<dl><dt>Day</dt><dd>Sunday, 1 March 2026</dd><dt>Time</dt><dd>10:00 to 10:30</dd></dl>",
+        "table": "<table><tr><td>Day</td><td>Sunday, 1 March 2026</td></tr><tr><td>Time</td><td>10:00 to 10:30</td></tr></table>",
+        "p": "<p>Day</p><p>Sunday, 1 March 2026</p><p>Time</p><p>10:00 to 10:30</p>",
+    }
+    table = "<table><tr><th>Blind spot</th><th>Remedy for it</th></tr><tr><td>Time</td><td>a timer for the due time</td></tr></table>"
+    text = read(
+        f"<main><article><h1>{TITLE}</h1><p>{ABSTRACT}</p>{table}<p>{MORE}</p></article><aside>{rows[sheet]}</aside></main>"
+    ).markdown
+    assert text.count("Time") == 1
+    assert "| Time | a timer" in text

@@ -240,7 +240,7 @@ def _mark_extracted(tree: Any, blocks: Sequence[_Block]) -> None:
     best: list[_Block] = []
     for favor_recall in (False, True):
         text = _ExtractedText(tree, favor_recall=favor_recall)
-        found = [block for block in blocks if text.contains(block)]
+        found = text.find(blocks)
         size = sum(block.size - block.linked for block in found)
         if size > 2 * best_size:
             best_size, best = size, found
@@ -264,8 +264,27 @@ class _ExtractedText:
 
     def __init__(self, tree: Any, *, favor_recall: bool = False, favor_precision: bool = False) -> None:
         text = _extract_text(tree, favor_recall=favor_recall, favor_precision=favor_precision)
-        self._lines = {tuple(_split_words(part)) for line in text.splitlines() for part in (line, *line.split("|"))}
+        parts = (part for line in text.splitlines() for part in {line, *line.split("|")})
+        self._lines = Counter(tuple(_split_words(part)) for part in parts)
         self._triples = set(_list_triples(_split_words(text)))
+
+    def find(self, blocks: Sequence[_Block]) -> list[_Block]:
+        """Return the blocks that the text contains.
+
+        Several blocks may be the same one or two words, such as a cell and a label of a fact sheet. If the text has
+        them fewer times, the blocks with the most other blocks of the text around them are returned.
+        """
+        found = [block for block in blocks if self.contains(block)]
+        others = {block.index for block in found if len(block.words) > 2}
+        same: dict[tuple[str, ...], list[_Block]] = {}
+        for block in found:
+            if block.index not in others:
+                same.setdefault(tuple(block.words), []).append(block)
+        chance: set[_Block] = set()
+        for words, group in same.items():
+            near = {block: len(others.intersection(range(block.index - 3, block.index + 4))) for block in group}
+            chance.update(sorted(group, key=near.__getitem__, reverse=True)[self._lines[words] :])
+        return [block for block in found if block not in chance]
 
     def contains(self, block: _Block) -> bool:
         triples = list(_list_triples(block.words))
