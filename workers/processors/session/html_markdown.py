@@ -18,9 +18,9 @@ import lxml.etree  # type: ignore[import-untyped]  # it ships no types
 
 from jobledger.ledger.net.url_policy import strip_userinfo
 from jobledger.workers.processors.session import code_blocks, embedded_media, formulas
-from jobledger.workers.processors.session.boilerplate import BLOCKS, FOOTNOTE, HEADINGS
 from jobledger.workers.processors.session.html_tables import clean_table
 from jobledger.workers.processors.session.inline_markdown import Run, Style, write_line, write_paragraphs
+from jobledger.workers.processors.session.page_blocks import BLOCKS, FOOTNOTE, HEADINGS
 from jobledger.workers.processors.session.safe_markdown import (
     IMAGE_TARGET_PREFIX,
     escape_inline_text,

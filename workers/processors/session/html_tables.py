@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from jobledger.workers.processors.session import code_blocks
-from jobledger.workers.processors.session.boilerplate import HEADINGS
+from jobledger.workers.processors.session.page_blocks import HEADINGS
 
 _MAX_COLUMNS: Final = 50
 _MAX_CELLS: Final = 20_000

@@ -9,7 +9,7 @@ from typing import Any, Final
 import lxml.etree  # type: ignore[import-untyped]  # it ships no types
 
 from jobledger.workers.processors.session import embedded_media, formulas
-from jobledger.workers.processors.session.boilerplate import HEADINGS
+from jobledger.workers.processors.session.page_blocks import HEADINGS
 from jobledger.workers.processors.session.page_notes import restructure_notes
 
 _NO_TEXT: Final = ("script", "style", "template", "canvas", "select", "textarea", "datalist")
