@@ -287,6 +287,19 @@ async def test_hanging_fork_server_is_replaced(
     assert has_exited(pid)
 
 
+async def test_fork_server_imports_only_what_the_jobs_of_the_worker_need(roles: RunningRoles) -> None:
+    def has_loaded(library: str) -> bool:
+        return library in Path(f"/proc/{server}/maps").read_text()
+
+    fork_server_client.fork_server_client.stop()
+    await roles.wait_until_finished(await roles.submit({"action": "nothing"}, job_type=JOB_TYPE))
+    server = next(pid for pid in list_descendants(os.getpid()) if is_fork_server(pid))
+    assert not has_loaded("lxml")
+    session = {"event": "E", "session": "S", "url": "http://127.0.0.1:9/", "filename": "s.md"}
+    await roles.wait_until_finished(await roles.submit(session, job_type="session"))
+    assert has_loaded("lxml")
+
+
 async def test_hanging_process_start_does_not_delay_shutdown(connection: Connection, store: Path, file: Path) -> None:
     options = WorkerOptions(confinement=NO_CONFINEMENT, max_concurrent=2, shutdown_grace_seconds=0.2)
     async with run_roles_in_process(connection, store, projector=True) as roles:

@@ -87,7 +87,10 @@ class ProcessRunner:
     async def _start_process(self) -> JobProcess:
         await run_blocking(self._create_directories)
         return await JobProcess.start(
-            self._memory_limit_mb, self._message_handler.add_output, self._environment_variables
+            self._assignment.job_type,
+            self._memory_limit_mb,
+            self._message_handler.add_output,
+            self._environment_variables,
         )
 
     async def _exchange_messages(self, process: JobProcess) -> AttemptCompleted | AttemptFailed:

@@ -1,8 +1,9 @@
-"""The fork server: a process with all processors loaded, from which supervisors of jobs are forked.
+"""The fork server: a process with the processors loaded, from which supervisors of jobs are forked.
 
-Each worker process has one, started by `fork_server_client.py`. It imports the modules in `preload` of all processors,
-then forks a supervisor for each request. A request is a packet of JSON with two sockets: `control` for the supervisor,
-and the connection of the job process. The fork server ends when the worker closes its socket.
+Each worker process has one, started by `fork_server_client.py`. It forks a supervisor for each request. A request is a
+packet of JSON with two sockets: `control` for the supervisor, and the connection of the job process. Before the first
+job of a type, the fork server imports the modules in `preload` of its processor. It ends when the worker closes its
+socket.
 
 It is also a subreaper: when a supervisor was killed, the processes below it become children of the fork server, which
 kills them.
@@ -16,6 +17,8 @@ import os
 import select
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Final
 
@@ -37,18 +40,24 @@ def main() -> None:
     process_attributes.become_subreaper()
     detect_mount_support()  # before there are threads
     for module in json.loads(sys.argv[2]):
-        _load(module)
-    gc.freeze()  # avoids copying shared memory when children collect garbage
+        _load(module, partial(import_module, module))
     requests.send(READY)
     _Server(requests).serve()
 
 
-def _load(module: str) -> None:
-    """Import a module. If that fails, the jobs that need it fail and report the error."""
+def _load(name: str, load: Callable[[], object]) -> None:
+    """Load modules. If that fails, the jobs that need them fail and report the error."""
     try:
-        import_module(module)
+        load()
     except BaseException as error:  # noqa: BLE001 - third-party code must not end the process that serves all job types
-        print(f"{module} could not be preloaded: {type(error).__name__}", file=sys.stderr, flush=True)
+        print(f"{name} could not be preloaded: {type(error).__name__}", file=sys.stderr, flush=True)
+    gc.freeze()  # avoids copying shared memory when children collect garbage
+
+
+def _preload(job_type: str) -> None:
+    from jobledger.workers.child.preload import preload
+
+    preload(job_type)
 
 
 class _Server:
@@ -57,6 +66,7 @@ class _Server:
         self._poll = select.poll()
         self._poll.register(requests, select.POLLIN)
         self._supervisors: dict[int, int] = {}  # process id by pidfd
+        self._loaded: set[str] = set()
 
     def serve(self) -> None:
         while True:
@@ -80,7 +90,12 @@ class _Server:
             return True  # closing them signals the worker
         control, connection = (socket.socket(fileno=descriptor) for descriptor in descriptors)
         with control, connection:
-            self._fork(control, connection, json.loads(text)["memory_limit_mb"])
+            request = json.loads(text)
+            job_type = request.get("preload")
+            if job_type is not None and job_type not in self._loaded:
+                self._loaded.add(job_type)
+                _load(f"job type {job_type}", partial(_preload, job_type))
+            self._fork(control, connection, request["memory_limit_mb"])
         return True
 
     def _fork(self, control: socket.socket, connection: socket.socket, memory_limit_mb: int) -> None:

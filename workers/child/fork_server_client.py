@@ -19,9 +19,9 @@ _log = structlog.get_logger()
 START_SECONDS: Final = 20.0
 """Timeout for forking a supervisor."""
 LOAD_SECONDS: Final = 60.0
-"""Timeout for a new fork server, which first imports what processors list in `preload`."""
-PRELOAD_MODULES: Final = ["jobledger.workers.child.main", "jobledger.workers.child.preload"]
-"""Modules that the fork server imports, so that job processes start with them loaded."""
+"""Timeout while the fork server imports modules: at its start, and before the first job of a type."""
+PRELOAD_MODULES: Final = ["jobledger.workers.child.main"]
+"""Modules that the fork server imports at its start, so that job processes start with them loaded."""
 _RUN_FORK_SERVER: Final = """
 import json, sys
 sys.path[:] = json.loads(sys.argv.pop())
@@ -39,19 +39,28 @@ class ForkServerClient:
         """Killed fork servers that have not ended yet. A process that waits for a disk cannot be ended."""
         self._requests: socket.socket | None = None
         self._has_reported_ready = False
+        self._loading: set[str] = set()
+        """Job types whose modules the fork server was to import, and that no process was started for yet."""
+        self._loaded: set[str] = set()
         self._is_preload_enabled = True
 
     @property
     def request_timeout(self) -> float:
-        """Timeout of a request in seconds."""
-        return START_SECONDS if self._is_ready() else LOAD_SECONDS
+        """Timeout of a request in seconds. It may have to wait for imports that earlier requests need."""
+        return START_SECONDS if self._is_ready() and not self._loading else LOAD_SECONDS
 
     def request_supervisor(
-        self, memory_limit_mb: int, control: socket.socket, connection: socket.socket, environment: Sequence[str]
+        self,
+        job_type: str,
+        memory_limit_mb: int,
+        control: socket.socket,
+        connection: socket.socket,
+        environment: Sequence[str],
     ) -> object:
         """Request a supervisor that uses `control`. Return the fork server that received the request.
 
         Args:
+            job_type: Type of the job, whose modules are imported before.
             memory_limit_mb: Address space of the job process in MiB.
             control: The supervisor's end of its socket to the worker.
             connection: The job process's end of its socket to the worker.
@@ -65,13 +74,22 @@ class ForkServerClient:
         if self._process is None or self._process.poll() is not None:
             self._start(environment)
         assert self._requests is not None  # noqa: S101 - set by _start()
-        request = json.dumps({"memory_limit_mb": memory_limit_mb}).encode()
+        preload = job_type if self._is_preload_enabled else None
+        request = json.dumps({"memory_limit_mb": memory_limit_mb, "preload": preload}).encode()
         try:
             socket.send_fds(self._requests, [request], [control.fileno(), connection.fileno()])
         except (BlockingIOError, ConnectionError) as error:  # it hangs or has ended
             self.replace(self._process)
             raise ConnectionError(f"the fork server does not accept requests: {error}") from error
+        if preload is not None and preload not in self._loaded:
+            self._loading.add(preload)
         return self._process
+
+    def on_started(self, server: object, job_type: str) -> None:
+        """Note that a fork server has started a process for a job of this type."""
+        if server is self._process:
+            self._loading.discard(job_type)
+            self._loaded.add(job_type)
 
     def replace(self, server: object) -> None:
         """Stop a fork server that did not respond. The next request starts a new one.
@@ -80,7 +98,7 @@ class ForkServerClient:
         """
         if self._process is None or server is not self._process:  # another request has replaced it
             return
-        if not self._is_ready():
+        if not self._is_ready() or self._loading:
             _log.error("preloading processor modules failed or timed out: job processes import them instead")
             self._is_preload_enabled = False
         self.stop()
@@ -94,6 +112,8 @@ class ForkServerClient:
             self._requests.close()
         self._process = self._requests = None
         self._has_reported_ready = False
+        self._loading.clear()
+        self._loaded.clear()
         self._reap()
 
     def _reap(self) -> None:

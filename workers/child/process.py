@@ -79,11 +79,12 @@ class JobProcess:
 
     @classmethod
     async def start(
-        cls, memory_limit_mb: int, on_output: Callable[[str], None], environment: Sequence[str] = ()
+        cls, job_type: str, memory_limit_mb: int, on_output: Callable[[str], None], environment: Sequence[str] = ()
     ) -> JobProcess:
         """Start a job process, which then waits for its assignment.
 
         Args:
+            job_type: Type of the job.
             memory_limit_mb: Limit of its address space in MiB.
             on_output: Called with what it prints.
             environment: Names of variables that it gets besides the default ones.
@@ -92,23 +93,23 @@ class JobProcess:
             OSError: The process could not be started.
         """
         try:
-            return await cls._start(memory_limit_mb, on_output, environment)
+            return await cls._start(job_type, memory_limit_mb, on_output, environment)
         except (TimeoutError, ConnectionError):  # the fork server has ended or hangs: retry with a new one
             try:
-                return await cls._start(memory_limit_mb, on_output, environment)
+                return await cls._start(job_type, memory_limit_mb, on_output, environment)
             except (TimeoutError, ConnectionError) as error:
                 raise OSError(f"No job process could be started: {type(error).__name__} {error}") from error
 
     @classmethod
     async def _start(
-        cls, memory_limit_mb: int, on_output: Callable[[str], None], environment: Sequence[str]
+        cls, job_type: str, memory_limit_mb: int, on_output: Callable[[str], None], environment: Sequence[str]
     ) -> JobProcess:
         with ExitStack() as unneeded:
             connection, their_connection = map(unneeded.enter_context, socket.socketpair())
             control, their_control = map(unneeded.enter_context, socket.socketpair())
             connection.setblocking(False)  # noqa: FBT003 - a positional-only argument
             server = fork_server_client.request_supervisor(
-                memory_limit_mb, their_control, their_connection, environment
+                job_type, memory_limit_mb, their_control, their_connection, environment
             )
             their_connection.close()
             their_control.close()
@@ -122,6 +123,7 @@ class JobProcess:
             except (TimeoutError, ConnectionError):
                 fork_server_client.replace(server)
                 raise
+            fork_server_client.on_started(server, job_type)
             report = json.loads(line)
             if "fork_errno" in report:
                 raise OSError(report["fork_errno"], os.strerror(report["fork_errno"]))
