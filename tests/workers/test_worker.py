@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,14 @@ async def test_progress_never_falls_within_an_attempt(
 ) -> None:
     monkeypatch.setattr("jobledger.workers.attempts.attempt_writer.FLUSH_INTERVAL_SECONDS", 0.02)
 
+    async def has_recorded(job: JobContext, count: int) -> bool:
+        events = await roles.event_store.read_stream(job.job_id)
+        return len([event for event in events if isinstance(event.event, JobProgressed)]) == count
+
     async def report(job: JobContext) -> Results:
-        for percent in (10, 90, 82, float("nan"), 95):
+        for count, percent in enumerate((10, 90, 82, float("nan"), 95), start=1):
             await job.report_progress(percent, f"reported {percent}")
-            await asyncio.sleep(0.1)
+            await poll_until(partial(has_recorded, job, count), "the progress is recorded")
         return Results()
 
     install_processor(monkeypatch, report)
