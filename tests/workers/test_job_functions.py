@@ -82,7 +82,7 @@ async def invoice(
     ctx.log.info("rendered for %s", customer)
     logging.getLogger("shop.mail").warning("no mail server")
     warnings.warn("old template")
-    ctx.progress(50, "half")
+    await ctx.progress(50, "half")
     ctx.warn("The logo is missing.")
     await ctx.save(f"invoices/{ctx.job_id}.md", f"# {rendered.total}")
     if fail_once and ctx.attempt == 1:
@@ -226,7 +226,9 @@ def test_job_log_has_records_output_and_warnings_with_level_and_logger(client: h
     assert ("info", None, "rendered for Ada") in logs
     assert ("warning", "shop.mail", "no mail server") in logs
     assert ("info", None, f"rendering tea {' '.join(map(str, range(100)))}") in logs
-    assert any(entry[:2] == ("warning", "py.warnings") and "old template" in entry[2] for entry in logs)
+    [warned] = [text for level, logger, text in logs if (level, logger) == ("warning", "py.warnings")]
+    assert "old template" in warned
+    assert warned == warned.rstrip()
 
 
 def test_uncaught_exception_is_retried_with_traceback_in_details(client: httpx.Client, up: RunningCommand) -> None:

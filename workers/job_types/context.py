@@ -68,7 +68,7 @@ class JobLogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Add a record to the job's log. Records after the end of the attempt are dropped."""
         try:
-            text = self.format(record)
+            text = self.format(record).rstrip()  # a warning ends with an empty line
         except Exception:  # noqa: BLE001 - the arguments of a record are third-party objects
             self.handleError(record)
             return
@@ -124,14 +124,14 @@ class _ContextBase(Generic[S]):
         """
         return self._job.is_cancelled
 
-    def progress(self, percent: float, message: str = "") -> None:
-        """Report the progress of the whole job.
+    def progress(self, percent: float, message: str = "") -> Awaitable[None]:
+        """Report the progress of the whole job. Awaiting the result is optional, and does not wait.
 
         Args:
             percent: Progress from 0 to 100. A value below an earlier one of the attempt counts as the earlier one.
             message: Short description of the current activity, for people.
         """
-        self._job.report_progress(percent, message)
+        return self._job.report_progress(percent, message)
 
     def warn(self, message: str, *, repeat_on_restart: bool = False) -> None:
         """Record that the results are incomplete. See `JobContext.warn`."""
