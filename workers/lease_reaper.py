@@ -32,9 +32,10 @@ from typing import Any, Final
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from jobledger.ledger.domain.commands import ExpireLease
+from jobledger.ledger.domain.commands import ExpireLease, ReportLostWorker
 from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, StreamBusy, UnreadableEvent
 from jobledger.ledger.domain.events import EventMetadata
+from jobledger.ledger.domain.worker import build_worker_stream
 from jobledger.ledger.mongo.connection import Database, translate_errors
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, WORKERS_COLLECTION, Lease, LeaseObservation
 from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
@@ -199,8 +200,9 @@ class LeaseReaper:
         running = await job_list.find_jobs_of_worker(self._checkpoint.views, worker_id)
         if running or not is_released:
             _log.warning("worker stopped sending heartbeats", worker_id=worker_id, jobs=len(running))
-        has_unreadable = has_busy = False
+        has_unreadable = False
         meta = EventMetadata(f"worker:{self.worker_id}")
+        has_busy = not await self._report_lost_worker(worker_id, meta)
         for job in running:
             try:
                 await handle_command(self._event_store, job["_id"], ExpireLease(worker_id, job["attempt"]), meta=meta)
@@ -218,6 +220,17 @@ class LeaseReaper:
             return  # keep the lease document, so that other reapers find the job, for example those of a newer version
         with translate_errors("removing an expired lease"):
             await self._db[WORKERS_COLLECTION].delete_one({"_id": worker_id, "heartbeat": worker.get("heartbeat")})
+
+    async def _report_lost_worker(self, worker_id: str, meta: EventMetadata) -> bool:
+        """Record that a worker is lost, unless its end is recorded. Return whether there is nothing left to record."""
+        stream, command = build_worker_stream(worker_id), ReportLostWorker(self.worker_id)
+        try:
+            await handle_command(self._event_store, stream, command, meta=meta)
+        except StreamBusy:
+            return False
+        except (CommandRejected, UnreadableEvent) as error:
+            _log.error("cannot record that a worker is lost", worker_id=worker_id, error=str(error))
+        return True
 
 
 async def _ignore_resync(_session: AsyncClientSession) -> None:

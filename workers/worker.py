@@ -22,7 +22,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.domain.events import JobCancelRequested
+from jobledger.ledger.domain.events import JobCancelRequested, WorkerStopReason
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
 from jobledger.ledger.mongo.lease import WORKERS_COLLECTION, Lease
@@ -43,6 +43,7 @@ from jobledger.workers.claims.claimer import ClaimedJob, Claimer
 from jobledger.workers.claims.dispatched_claims import DispatchedClaims
 from jobledger.workers.event_feed import EventFeed
 from jobledger.workers.lease_reaper import LeaseReaper
+from jobledger.workers.lifecycle import record_start, record_stop
 from jobledger.workers.machine.directory_removal import removal_executor
 from jobledger.workers.machine.health import CHECKS, WorkerHealth, check_descriptors
 from jobledger.workers.machine.scratch import ScratchDirectory
@@ -242,6 +243,7 @@ class Worker:
             _log.warning("cannot acquire a lease yet", error=str(error))
             await self._run_unless_stopped(asyncio.sleep(1))
             return
+        await record_start(self._event_store, self.worker_id, self._settings, self._job_types)
         self._claim_queue.worker_id = self.worker_id
         self._lease_reaper.worker_id = self.worker_id
         self._lease_reaper.lease = lease
@@ -278,6 +280,9 @@ class Worker:
             await self._dispatched_claims.cancel()
             await asyncio.gather(claiming, return_exceptions=True)
             await self._stop_fenced_jobs()
+            if lease.is_held:
+                reason: WorkerStopReason = "stopped" if self._unreadable is None else "failed"
+                await record_stop(self._event_store, self.worker_id, reason)
             await lease.release()
             self._lease_reaper.worker_id = ""
             self.worker_id = _new_worker_id()

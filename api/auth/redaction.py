@@ -217,6 +217,9 @@ EVENT_FIELD_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     "DeliveryAttempted": {name: rule for name, rule in DELIVERY_ATTEMPT_FIELD_RULES.items() if name != "attempted_at"},
     "DeliverySucceeded": _keep_all("attempt"),
     "DeliveryAbandoned": {"reason": _clear},
+    "WorkerStarted": {},
+    "WorkerStopped": {},
+    "WorkerLost": {},
     "PositionVoided": {},
 }
 

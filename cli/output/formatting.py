@@ -15,6 +15,7 @@ from jobledger.cli.output.terminal_text import escape_line
 if TYPE_CHECKING:
     from jobledger.ledger.domain.events import RecordedEvent
 
+_CLAIM_VIA: Final = {"dispatched": "with its submission", "fresh": "as a new job", "queue": "from the queue"}
 _MAX_VALUE_CHARACTERS: Final = 80
 _FAILURE_EVENTS: Final = frozenset(
     {"JobFailed", "JobAttemptFailed", "JobLeaseExpired", "WorkerFenced", "DeliveryAbandoned"}
@@ -101,7 +102,13 @@ def describe_event(event: RecordedEvent) -> str:
                 f"{data.get('batch_name') or ''!r} with {format_count(data['total_jobs'], 'job')} by {data['user_id']}"
             )
         case "JobClaimed":
-            return f"attempt {data['attempt']} on {data['worker_id']}"
+            via = f" ({_CLAIM_VIA[data['via']]})" if data.get("via") in _CLAIM_VIA else ""
+            return f"attempt {data['attempt']} on {data['worker_id']}{via}"
+        case "WorkerStarted":
+            slots = format_count(data["slots"], "slot")
+            return f"{slots} for {', '.join(data['job_types'])} on {data['host']}, version {data['software_version']}"
+        case "WorkerStopped":
+            return str(data["reason"])
         case "JobProgressed":
             message = data.get("message") or ""
             return f"{data['percent']:g} % {data['step']} {message}".rstrip()
@@ -149,7 +156,7 @@ def _format_value(value: Any) -> str:
 def format_changes(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
     """Return the changes between two states as one line, such as `status pending → processing, worker_id w1`."""
     if after is None:
-        return "removed"
+        return "" if before is None else "removed"
     changes = []
     for name, value in after.items():
         old = (before or {}).get(name)

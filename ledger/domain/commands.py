@@ -35,10 +35,16 @@ class SubmitJob:
 
 @dataclass(frozen=True, slots=True)
 class ClaimJob:
-    """Start the next attempt of a pending job. `now` must not be before `not_before` or the retry time."""
+    """Start the next attempt of a pending job. `now` must not be before `not_before` or the retry time.
+
+    `via`, `seen` and `free_slots`: what is recorded about the decision, see `JobClaimed`.
+    """
 
     worker_id: str
     now: datetime
+    via: events.ClaimVia | None = None
+    seen: int | None = None
+    free_slots: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,4 +190,28 @@ JobCommand = (
 BatchCommand = (
     SubmitBatch | PauseBatch | ResumeBatch | FinishBatch | ReopenBatch | ChangeAccess | Archive | Unarchive | Delete
 )
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    """Record that a worker begins to claim jobs."""
+
+    worker: events.WorkerStarted
+
+
+@dataclass(frozen=True, slots=True)
+class StopWorker:
+    """Record that a worker stops claiming jobs."""
+
+    reason: events.WorkerStopReason
+
+
+@dataclass(frozen=True, slots=True)
+class ReportLostWorker:
+    """Report that a worker sends no heartbeats. Only the first report of any process has an effect."""
+
+    declared_by: str
+
+
 DeliveryCommand = RecordAttempt | AbandonDelivery | RequeueDelivery
+WorkerStreamCommand = StartWorker | StopWorker | ReportLostWorker

@@ -48,6 +48,8 @@ CompactFloat = Annotated[float, PlainSerializer(_to_compact)]
 OptionalText = Annotated[str | None, Field(exclude_if=lambda value: value is None)]
 """Omitted if None: a null in a payload makes hashing ten times slower."""
 LogLevel = Literal["debug", "info", "warning", "error"]
+WorkerStopReason = Literal["stopped", "failed"]
+ClaimVia = Literal["dispatched", "fresh", "queue"]
 
 
 class _Value(BaseModel):
@@ -149,7 +151,7 @@ class ParameterChange(_Value):
 
 
 class Event(BaseModel):
-    """A fact about a job, batch or delivery. `schema_version` is the version of the payload, stored as `schema`."""
+    """A fact about a job, batch, delivery or worker. `schema_version` is the version of its payload (`schema`)."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
     schema_version: ClassVar[int] = 1
@@ -211,8 +213,14 @@ class JobSubmitted(Event):
 class JobClaimed(_WorkerEvent):
     """The job was claimed for a worker, by the worker or at the submission.
 
-    Attempt `attempt` has begun, and only this attempt may report on the job.
+    Attempt `attempt` has begun, and only this attempt may report on the job. `via` says how the worker found the job:
+    with its submission (`dispatched`), by its event (`fresh`), or in the queue. `seen` is the last position of the log
+    that the worker had observed when it decided, and `free_slots` the jobs of this type that it could start then.
     """
+
+    via: ClaimVia | None = None
+    seen: int | None = None
+    free_slots: int | None = None
 
 
 class JobProgressed(_AttemptEvent):
@@ -452,6 +460,35 @@ class DeliveryRequeued(_UserEvent):
     """A user requested to send the message again. The retry schedule starts over."""
 
 
+# The worker stream ------------------------------------------------------------------------------------------------
+
+
+class WorkerStarted(Event):
+    """A worker began to claim jobs. Its stream is `worker-` and the ID that its claims have.
+
+    `slots` is the number of jobs that it runs at the same time, inline jobs excluded. `settings_digest` is the digest
+    of its settings without secrets: two workers with the same digest are configured alike.
+    """
+
+    host: str
+    slots: int
+    job_types: list[str]
+    software_version: str
+    settings_digest: str
+
+
+class WorkerStopped(Event):
+    """A worker stopped: it was asked to (`stopped`), or an error ended it (`failed`). It released unfinished jobs."""
+
+    reason: WorkerStopReason
+
+
+class WorkerLost(Event):
+    """Another worker found that a worker had stopped sending heartbeats. The jobs of the lost one become pending."""
+
+    declared_by: str
+
+
 # Log housekeeping -------------------------------------------------------------------------------------------------
 
 
@@ -492,13 +529,15 @@ BatchEvent = (
     | BatchDeleted
 )
 DeliveryEvent = DeliveryQueued | DeliveryAttempted | DeliverySucceeded | DeliveryAbandoned | DeliveryRequeued
+WorkerStreamEvent = WorkerStarted | WorkerStopped | WorkerLost
 JOB_EVENTS: tuple[type[Event], ...] = get_args(JobEvent)
 BATCH_EVENTS: tuple[type[Event], ...] = get_args(BatchEvent)
 DELIVERY_EVENTS: tuple[type[Event], ...] = get_args(DeliveryEvent)
+WORKER_EVENTS: tuple[type[Event], ...] = get_args(WorkerStreamEvent)
 VALUE_TYPES: tuple[type[BaseModel], ...] = tuple(_Value.__subclasses__())
 """The models of the objects in payloads."""
 EVENT_TYPES: Mapping[str, type[Event]] = {
-    event.__name__: event for event in JOB_EVENTS + BATCH_EVENTS + DELIVERY_EVENTS + (PositionVoided,)
+    event.__name__: event for event in JOB_EVENTS + BATCH_EVENTS + DELIVERY_EVENTS + WORKER_EVENTS + (PositionVoided,)
 }
 
 

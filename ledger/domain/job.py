@@ -114,7 +114,15 @@ def _claim(command: commands.ClaimJob, job: Job) -> list[events.JobEvent]:
     _require(job.status == "pending", job, "only pending jobs can be claimed")
     if job.due_at is not None and command.now < job.due_at:
         raise NotDue(f"the job must not start before {job.due_at.isoformat()}")
-    return [events.JobClaimed(worker_id=command.worker_id, attempt=job.attempt + 1)]
+    return [
+        events.JobClaimed(
+            worker_id=command.worker_id,
+            attempt=job.attempt + 1,
+            via=command.via,
+            seen=command.seen,
+            free_slots=command.free_slots,
+        )
+    ]
 
 
 def _expire(command: commands.ExpireLease, job: Job) -> list[events.JobEvent]:

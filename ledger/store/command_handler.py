@@ -18,9 +18,16 @@ from typing import Any, Final, NamedTuple, Protocol
 import structlog
 from bson import ObjectId
 
-from jobledger.ledger.domain import batch, delivery, job
+from jobledger.ledger.domain import batch, delivery, job, worker
 from jobledger.ledger.domain.batch import Batch
-from jobledger.ledger.domain.commands import BatchCommand, ClaimJob, DeliveryCommand, JobCommand, SubmitJob
+from jobledger.ledger.domain.commands import (
+    BatchCommand,
+    ClaimJob,
+    DeliveryCommand,
+    JobCommand,
+    SubmitJob,
+    WorkerStreamCommand,
+)
 from jobledger.ledger.domain.delivery import Delivery
 from jobledger.ledger.domain.errors import (
     CommandRejected,
@@ -32,11 +39,12 @@ from jobledger.ledger.domain.errors import (
 )
 from jobledger.ledger.domain.events import BatchDeleted, Event, EventMetadata, JobDeleted, RecordedEvent
 from jobledger.ledger.domain.job import Job
+from jobledger.ledger.domain.worker import Worker
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 
-Command = JobCommand | BatchCommand | DeliveryCommand
-Aggregate = Job | Batch | Delivery
+Command = JobCommand | BatchCommand | DeliveryCommand | WorkerStreamCommand
+Aggregate = Job | Batch | Delivery | Worker
 _log = structlog.get_logger()
 DISPATCH_ACTOR: Final = "system"
 """The actor of claims that are made for a worker when the job is submitted. A worker is the actor of its own claims."""
@@ -100,8 +108,12 @@ def decider_for(stream: str) -> Decider:
             return batch
         case "delivery":
             return delivery
+        case "worker":
+            return worker
         case _:
-            raise LookupError(f"{stream!r} is not the name of a stream: expected job-…, batch-… or delivery-…")
+            raise LookupError(
+                f"{stream!r} is not the name of a stream: expected job-…, batch-…, delivery-… or worker-…"
+            )
 
 
 async def handle_command(
@@ -380,7 +392,7 @@ async def create_claimed_job(
     """
     now = event_store.clock.estimate()
     [submitted] = job.decide(command, None)
-    [claimed] = job.decide(ClaimJob(worker_id, now), job.evolve(None, submitted))
+    [claimed] = job.decide(ClaimJob(worker_id, now, via="dispatched"), job.evolve(None, submitted))
     append = StreamAppend(job_id, StreamHead(), [submitted], meta, now)
     return await event_store.append_with_next(append, claimed, EventMetadata(DISPATCH_ACTOR))
 

@@ -51,6 +51,9 @@ from jobledger.ledger.domain.events import (
     StepCompleted,
     Webhook,
     WorkerFenced,
+    WorkerLost,
+    WorkerStarted,
+    WorkerStopped,
 )
 
 NOON = datetime(2025, 2, 1, 12, 0, 0, 123000, tzinfo=UTC)
@@ -91,7 +94,7 @@ EVENT_EXAMPLES: tuple[Event, ...] = (
         timeout_s=90.5,
         template="default",
     ),
-    JobClaimed(worker_id="worker-1", attempt=1),
+    JobClaimed(worker_id="worker-1", attempt=1, via="queue", seen=4, free_slots=5),
     JobProgressed(attempt=1, step="page", percent=12.5, message="Seite gelesen"),
     JobLogged(attempt=1, entries=[LogEntry(timestamp=NOON, level="info", message="hello\nworld")]),
     StepCompleted(
@@ -159,6 +162,15 @@ EVENT_EXAMPLES: tuple[Event, ...] = (
     DeliverySucceeded(attempt=2),
     DeliveryAbandoned(reason="410 Gone"),
     DeliveryRequeued(by="user:alice", reason="the endpoint is back"),
+    WorkerStarted(
+        host="machine-1",
+        slots=5,
+        job_types=["echo", "session"],
+        software_version="0.1.0",
+        settings_digest="44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+    ),
+    WorkerStopped(reason="stopped"),
+    WorkerLost(declared_by="machine-2-17-a1b2c3"),
     PositionVoided(),
 )
 

@@ -13,10 +13,18 @@ from collections.abc import Sequence
 from datetime import UTC
 from pathlib import Path
 
-from bson import json_util
+from bson import ObjectId, json_util
 
 from jobledger.ledger.domain.delivery import build_delivery_id
-from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, Event, PositionVoided
+from jobledger.ledger.domain.events import (
+    BATCH_EVENTS,
+    DELIVERY_EVENTS,
+    JOB_EVENTS,
+    WORKER_EVENTS,
+    Event,
+    PositionVoided,
+)
+from jobledger.ledger.domain.worker import build_worker_stream
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.store.command_handler import create_batch_id, create_job_id
@@ -54,7 +62,8 @@ async def record_golden_events(uri: str, examples: Sequence[Event], directory: P
         for stream, event_types in (
             (create_job_id(), JOB_EVENTS),
             (create_batch_id(), BATCH_EVENTS),
-            (build_delivery_id("job-1", 5), DELIVERY_EVENTS),
+            (build_delivery_id(create_job_id(), 5), DELIVERY_EVENTS),
+            (build_worker_stream(f"host-{ObjectId()}"), WORKER_EVENTS),
         ):
             if events := [example for example in examples if type(example) in event_types]:
                 await ledger.event_store.append(StreamAppend(stream, StreamHead(), events, EVENT_METADATA, NOON))

@@ -23,8 +23,9 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
+from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.domain.events import RecordedEvent
+from jobledger.ledger.domain.events import ClaimVia, RecordedEvent
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.store.command_handler import StreamState, load_stream_states
 from jobledger.ledger.store.event_store import EventStore
@@ -80,6 +81,7 @@ class ClaimCandidate(NamedTuple):
     stream_state: StreamState
     job_type: str
     batch_id: str | None
+    via: ClaimVia
 
 
 class _Deferral(NamedTuple):
@@ -238,6 +240,16 @@ class ClaimQueue:
             if not is_done:
                 self._query_when_views_reach(document["_id"])
 
+    def build_claim(self, candidate: ClaimCandidate) -> ClaimJob:
+        """Return the command that claims a job for this worker, with what the worker knows now."""
+        return ClaimJob(
+            self.worker_id,
+            self._event_store.clock.estimate(),
+            via=candidate.via,
+            seen=self._log_position,
+            free_slots=self._free_slots(candidate.job_type),
+        )
+
     def mark_claimed(self, job_id: str, position: int) -> None:
         """Exclude a job that was claimed at `position`, until the views have reached the position."""
         self._new_jobs.pop(job_id, None)
@@ -322,7 +334,7 @@ class ClaimQueue:
             return False
         try:
             state = StreamState().apply([RecordedEvent(document)])
-            candidate = ClaimCandidate(job_id, state, job_type, document["data"].get("batch_id"))
+            candidate = ClaimCandidate(job_id, state, job_type, document["data"].get("batch_id"), "fresh")
         except UnreadableEvent:  # workers of the version that wrote it will claim it
             return False
         higher_ranked = list_higher_ranked(self.worker_id, sorted(self._eligible_workers()), job_id)
@@ -464,7 +476,7 @@ class ClaimQueue:
             elif state.aggregate.status != "pending" and state.head.position > self._checkpoint.position:
                 self.mark_claimed(row.job_id, state.head.position)
             elif not self._is_excluded(row):
-                candidates.append(ClaimCandidate(row.job_id, state, row.job_type, row.batch_id))
+                candidates.append(ClaimCandidate(row.job_id, state, row.job_type, row.batch_id, "queue"))
         return candidates
 
     async def _query_queue(self, free_slots: Mapping[str, int]) -> None:

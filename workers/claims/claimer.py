@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -28,7 +29,7 @@ from jobledger.ledger.store.command_handler import (
     handle_commands,
 )
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.workers.claims.claim_queue import ClaimCandidate, ClaimQueue
+from jobledger.workers.claims.claim_queue import ClaimQueue
 
 _log = structlog.get_logger()
 _RETRY_SECONDS: Final = 1.0
@@ -78,8 +79,13 @@ class Claimer:
         """
         if not (candidates := await self._queue.take_candidates()):
             return False
+        group = {
+            candidate.job_id: CommandRequest(
+                candidate.job_id, self._queue.build_claim(candidate), candidate.stream_state
+            )
+            for candidate in candidates
+        }
         self._queue.pending_claims.update((candidate.job_id, candidate.job_type) for candidate in candidates)
-        group = {candidate.job_id: candidate for candidate in candidates}
         task = asyncio.create_task(self._claim_together(group), name=f"claim-{candidates[0].job_id}")
         self._tasks.add(task)
         task.add_done_callback(partial(self._on_task_done, group))
@@ -96,7 +102,7 @@ class Claimer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _on_task_done(self, group: dict[str, ClaimCandidate], task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, group: dict[str, CommandRequest], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("unexpected error while claiming jobs", job_ids=list(group), error=repr(error))
@@ -104,24 +110,20 @@ class Claimer:
             self._settle(group, job_id)
         self._queue.wake()
 
-    def _settle(self, group: dict[str, ClaimCandidate], job_id: str) -> None:
+    def _settle(self, group: dict[str, CommandRequest], job_id: str) -> None:
         """Note that the claim of a job is no longer pending. Later, the job may have another pending claim."""
         if group.pop(job_id, None) is not None:
             self._queue.pending_claims.pop(job_id, None)
             self._settled.set()
 
-    async def _claim_together(self, group: dict[str, ClaimCandidate]) -> None:
+    async def _claim_together(self, group: dict[str, CommandRequest]) -> None:
         """Claim jobs with one write. Claims that do not succeed at once continue one by one.
 
         Args:
-            group: The jobs by ID. A job is removed when its claim is no longer pending.
+            group: The claims by job ID. A claim is removed when it is no longer pending.
         """
-        worker_id, now = self._queue.worker_id, self._event_store.clock.estimate()
-        requests = [
-            CommandRequest(job_id, ClaimJob(worker_id, now), candidate.stream_state)
-            for job_id, candidate in group.items()
-        ]
-        metadata = EventMetadata(f"worker:{worker_id}")
+        requests = list(group.values())
+        metadata = EventMetadata(f"worker:{self._queue.worker_id}")
         open_job_ids = set(group)
         async with asyncio.TaskGroup() as separate:
 
@@ -148,10 +150,10 @@ class Claimer:
                     continue_separately(job_id, LedgerUnavailable(f"The outcome of an append is unknown: {error!r}"))
 
     async def _claim_separately(
-        self, group: dict[str, ClaimCandidate], job_id: str, previous_error: Exception | None
+        self, group: dict[str, CommandRequest], job_id: str, previous_error: Exception | None
     ) -> None:
         try:
-            await self._claim(job_id, group[job_id].stream_state, previous_error)
+            await self._claim(group[job_id], previous_error)
         except Exception as error:  # noqa: BLE001 - it must not end the other claims
             _log.error("unexpected error while claiming a job", job_id=job_id, error=repr(error))
             if isinstance(error, UnreadableEvent):
@@ -160,11 +162,13 @@ class Claimer:
             self._settle(group, job_id)
             self._queue.wake()
 
-    async def _claim(self, job_id: str, stream_state: StreamState, previous_error: Exception | None) -> None:
+    async def _claim(self, request: CommandRequest, previous_error: Exception | None) -> None:
         """Claim a job by appending an event. Start the job if the append succeeds.
 
         It ends only when it is certain whether the claim was written: a claimed job must not hang.
         """
+        job_id, command = request.stream, request.command
+        assert isinstance(command, ClaimJob)  # noqa: S101 - only claims are in a group
         may_be_ours = False
 
         def on_retry(error: LedgerUnavailable | LedgerBusy) -> None:
@@ -172,14 +176,14 @@ class Claimer:
             may_be_ours = may_be_ours or isinstance(error, LedgerUnavailable)
             _log.warning("cannot claim a job yet", job_id=job_id, error=str(error))
 
-        worker_id = self._queue.worker_id
+        worker_id = command.worker_id
         try:
             result = await handle_command_with_retries(
                 self._event_store,
                 job_id,
-                ClaimJob(worker_id, self._event_store.clock.estimate()),
+                replace(command, now=self._event_store.clock.estimate()),
                 meta=EventMetadata(f"worker:{worker_id}"),
-                stream_state=stream_state,
+                stream_state=request.stream_state,
                 retry_seconds=_RETRY_SECONDS,
                 on_retry=on_retry,
                 previous_error=previous_error,
