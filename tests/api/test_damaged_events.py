@@ -6,6 +6,8 @@ import asyncio
 from contextlib import aclosing
 from typing import Any
 
+import pytest
+
 from jobledger.ledger.domain.events import EventMetadata, JobArchived
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import create_job_id
@@ -25,6 +27,7 @@ async def append_job(api: Api, *later_events: Any) -> list[Document]:
     return [dict(event.document) for event in events]
 
 
+@pytest.mark.timeout(300)
 async def test_damaged_event_does_not_hide_other_events(api_without_worker: Api) -> None:
     [first] = await append_job(api_without_worker)
     damaged, archived = await append_job(api_without_worker, JobArchived(by="user:local"))

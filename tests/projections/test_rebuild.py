@@ -134,6 +134,7 @@ async def test_rebuild_repairs_tampered_views(connection: Connection, store: Pat
         assert await load_views(roles.db) == before
 
 
+@pytest.mark.timeout(300)
 async def test_rebuild_while_jobs_run_gives_correct_views(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

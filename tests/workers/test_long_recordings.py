@@ -1,4 +1,4 @@
-"""Tests of long recordings: 40 minutes need no more memory than 10, and can be cancelled."""
+"""Tests of long recordings: 20 minutes need no more memory than 5, and can be cancelled."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ async def test_long_recording_needs_constant_memory_and_reports_progress(
     async with run_roles_in_process(
         connection, store, projector=True, worker=make_worker_options(openai, tmp_path)
     ) as roles:
-        short = await measure_peak_megabytes(roles, await roles.submit(make_parameters(site, 10), job_type="session"))
+        short = await measure_peak_megabytes(roles, await roles.submit(make_parameters(site, 5), job_type="session"))
         del openai.requests[:]
-        job_id = await roles.submit(make_parameters(site, 40), job_type="session")
+        job_id = await roles.submit(make_parameters(site, 20), job_type="session")
         long = await measure_peak_megabytes(roles, job_id)
         assert short > 0
         assert long < short + _MAX_EXTRA_MEGABYTES
@@ -109,7 +109,7 @@ async def test_long_recording_needs_constant_memory_and_reports_progress(
         times = [event.time for event in events if isinstance(event.event, JobProgressed | JobLogged)]
         gaps = [(later - earlier).total_seconds() for earlier, later in pairwise(times)]
         assert max(gaps) < 20
-        assert sum(entry["seconds"] for entry in openai.requests) == pytest.approx(2400, abs=1)
+        assert sum(entry["seconds"] for entry in openai.requests) == pytest.approx(1200, abs=1)
 
 
 @pytest.mark.timeout(240)
