@@ -243,7 +243,6 @@ class Worker:
             _log.warning("cannot acquire a lease yet", error=str(error))
             await self._run_unless_stopped(asyncio.sleep(1))
             return
-        await record_start(self._event_store, self.worker_id, self._settings, self._job_types)
         self._claim_queue.worker_id = self.worker_id
         self._lease_reaper.worker_id = self.worker_id
         self._lease_reaper.lease = lease
@@ -251,6 +250,7 @@ class Worker:
         claiming = asyncio.create_task(self._claim_until_stopped(), name="claim")
         lost = asyncio.create_task(lease.wait_lost())
         stopping: asyncio.Task[Any] = asyncio.create_task(self._stopping.wait())
+        stop_reason: WorkerStopReason = "failed"
         try:
             await asyncio.wait({claiming, lost, reaping, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():
@@ -267,6 +267,7 @@ class Worker:
                 await self._finish_checks(lost)
             if not lease.is_held:
                 _log.error("lease lost: stopping all running jobs", worker_id=self.worker_id, jobs=len(self._running))
+            stop_reason = "stopped"
         finally:
             self._lease_reaper.lease = None  # dispatched jobs no longer start
             if self._accepts_dispatch:
@@ -281,8 +282,7 @@ class Worker:
             await asyncio.gather(claiming, return_exceptions=True)
             await self._stop_fenced_jobs()
             if lease.is_held:
-                reason: WorkerStopReason = "stopped" if self._unreadable is None else "failed"
-                await record_stop(self._event_store, self.worker_id, reason)
+                await record_stop(self._event_store, self.worker_id, stop_reason)
             await lease.release()
             self._lease_reaper.worker_id = ""
             self.worker_id = _new_worker_id()
@@ -476,10 +476,11 @@ class Worker:
     # Claiming -----------------------------------------------------------------------------------------------------
 
     async def _claim_until_stopped(self) -> None:
-        """Claim jobs whenever there are candidates, until stopped, and complete pending claims.
+        """Record the start, then claim jobs whenever there are candidates, until stopped. Complete pending claims.
 
         If claims were cancelled, their events might still be written, and no worker would run the jobs.
         """
+        await record_start(self._event_store, self.worker_id, self._settings, self._job_types)
         while not self._stopping.is_set():
             await self._wake.wait()
             self._wake.clear()

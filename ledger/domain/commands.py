@@ -173,25 +173,6 @@ class RequeueDelivery(_UserCommand):
     """Send a delivery again, whatever its status."""
 
 
-WorkerCommand = ReportEvent | FailAttempt | ReleaseJob | ConfirmCancel
-JobCommand = (
-    SubmitJob
-    | ClaimJob
-    | WorkerCommand
-    | ExpireLease
-    | CancelJob
-    | RestartJob
-    | UpdateJob
-    | ChangeAccess
-    | Archive
-    | Unarchive
-    | Delete
-)
-BatchCommand = (
-    SubmitBatch | PauseBatch | ResumeBatch | FinishBatch | ReopenBatch | ChangeAccess | Archive | Unarchive | Delete
-)
-
-
 @dataclass(frozen=True, slots=True)
 class StartWorker:
     """Record that a worker begins to claim jobs."""
@@ -213,5 +194,22 @@ class ReportLostWorker:
     declared_by: str
 
 
+WorkerCommand = ReportEvent | FailAttempt | ReleaseJob | ConfirmCancel
+JobCommand = (
+    SubmitJob
+    | ClaimJob
+    | WorkerCommand
+    | ExpireLease
+    | CancelJob
+    | RestartJob
+    | UpdateJob
+    | ChangeAccess
+    | Archive
+    | Unarchive
+    | Delete
+)
+BatchCommand = (
+    SubmitBatch | PauseBatch | ResumeBatch | FinishBatch | ReopenBatch | ChangeAccess | Archive | Unarchive | Delete
+)
 DeliveryCommand = RecordAttempt | AbandonDelivery | RequeueDelivery
 WorkerStreamCommand = StartWorker | StopWorker | ReportLostWorker

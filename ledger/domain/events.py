@@ -466,8 +466,8 @@ class DeliveryRequeued(_UserEvent):
 class WorkerStarted(Event):
     """A worker began to claim jobs. Its stream is `worker-` and the ID that its claims have.
 
-    `slots` is the number of jobs that it runs at the same time, inline jobs excluded. `settings_digest` is the digest
-    of its settings without secrets: two workers with the same digest are configured alike.
+    `slots` is the number of jobs that it runs at the same time. `settings_digest` is the digest of the settings
+    `event_worker`, which have no secrets: two workers with the same digest are configured alike.
     """
 
     host: str

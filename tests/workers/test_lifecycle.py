@@ -13,6 +13,7 @@ from jobledger.ledger.domain.events import JobClaimed, RecordedEvent
 from jobledger.ledger.domain.worker import build_worker_stream
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.workers import lifecycle
+from jobledger.workers.worker import Worker
 from tests.support.polling import poll_until
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process, run_roles_subprocess
 
@@ -123,6 +124,28 @@ async def test_worker_whose_start_cannot_be_recorded_runs_jobs(
         job = await roles.wait_until_finished(await roles.submit())
         assert job["status"] == "completed"
         assert await read_workers(roles) == {}
+
+
+async def test_worker_that_an_error_ends_records_that_it_failed(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_worker: Worker) -> None:
+        raise ZeroDivisionError
+
+    async def run_worker() -> None:
+        async with run_roles_in_process(connection, store, worker=WorkerOptions()):
+            await roles.submit()
+            await poll_until(has_ended, "the worker has ended")
+
+    async def has_ended() -> bool:
+        return any(len(events) == 2 for events in (await read_workers(roles)).values())
+
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        monkeypatch.setattr(Worker, "_claim_available", fail)
+        with pytest.raises(ZeroDivisionError):
+            await run_worker()
+        [events] = (await read_workers(roles)).values()
+        assert events[-1].data == {"reason": "failed"}
 
 
 async def test_claim_records_how_the_worker_found_the_job(connection: Connection, store: Path) -> None:
