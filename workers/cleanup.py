@@ -1,8 +1,10 @@
 """Remove the data of deleted jobs and batches that is not in the log.
 
 These are the secrets of its webhook, its pending deliveries, and its files, unless another job has the same content.
-The log keeps everything else. Nothing is missed: a cursor stores how far the log was read, and it moves only when the
-files are recorded in `file_removals`. A record is deleted only when its file is removed or needed.
+The log keeps everything else. After a restart, the files of earlier results are removed if no step needs them.
+
+Nothing is missed: a cursor stores how far the log was read, and it moves only when the files are recorded in
+`file_removals`. A record is deleted only when its file is removed or needed.
 
 No needed file is removed. First, the file is set aside, so its name no longer exists. A process that saves the same
 content later finds no such file and writes a new one. A job that saved it before either still runs or has ended:
@@ -30,7 +32,7 @@ import structlog
 from jobledger.ledger.domain.commands import AbandonDelivery
 from jobledger.ledger.domain.delivery import Delivery, build_delivery_id
 from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.domain.events import BatchDeleted, EventMetadata, JobDeleted, RecordedEvent
+from jobledger.ledger.domain.events import BatchDeleted, EventMetadata, JobDeleted, JobRestarted, RecordedEvent
 from jobledger.ledger.domain.result_files import find_result_files, is_sha256
 from jobledger.ledger.files.file_store import FileStore
 from jobledger.ledger.mongo.connection import Database, translate_errors
@@ -59,6 +61,8 @@ _VIEWS_TIMEOUT_SECONDS: Final = 30.0
 _EVENT_TYPES_WITH_FILES: Final = ("JobCompleted", "StepCompleted")
 _FINISHING_EVENT_TYPES: Final = ("JobCompleted", "JobFailed", "JobCancelled", "BatchFinished")
 _SUBMITTED_EVENT_TYPES: Final = ("JobSubmitted", "BatchSubmitted")
+_EVENTS: Final = (JobDeleted, BatchDeleted, JobRestarted)
+"""After these events, data may be left that nothing needs."""
 
 
 class Cleanup:
@@ -113,34 +117,34 @@ class Cleanup:
         with translate_errors("reading the cleanup cursor"):
             found = await self._db.checkpoints.find_one({"_id": CURSOR}) or {}
         saved = int(found.get("position", 0))
-        async with self._event_store.subscribe(after=saved, types=(JobDeleted, BatchDeleted)) as events:
+        async with self._event_store.subscribe(after=saved, types=_EVENTS) as events:
             while True:
-                deletions: list[RecordedEvent] = []
+                causes: list[RecordedEvent] = []
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_SAVE_CURSOR_SECONDS):
-                        deletions = await events.read_chunk()
-                for event in deletions:
-                    await self._clean_up_or_skip(event.stream)
+                        causes = await events.read_chunk()
+                for event in causes:
+                    await self._clean_up_or_skip(event.stream, is_deleted=event.type != JobRestarted.__name__)
                 if events.position > saved:
                     saved = events.position
                     with translate_errors("saving the cleanup cursor"):
                         position = {"$set": {"position": saved}}
                         await self._db.checkpoints.update_one({"_id": CURSOR}, position, upsert=True)
 
-    async def _clean_up_or_skip(self, stream: str) -> None:
+    async def _clean_up_or_skip(self, stream: str, *, is_deleted: bool) -> None:
         """Clean up after one job or batch. If it cannot be read, record that and continue with the others."""
         try:
-            await self._clean_up_stream(stream)
+            await self._clean_up_stream(stream, is_deleted=is_deleted)
         except (LedgerUnavailable, LedgerBusy):
             raise
         except Exception:  # noqa: BLE001 - the next stream must be cleaned up
-            _log.exception("cannot clean up after a deleted job or batch: its files and secrets remain", stream=stream)
+            _log.exception("cannot clean up after a job or batch: its files and secrets remain", stream=stream)
             update = {"$push": {SKIPPED: {"$each": [stream], "$slice": -_MAX_SKIPPED}}}
             with translate_errors("recording a skipped cleanup"):
                 await self._db.checkpoints.update_one({"_id": CURSOR}, update, upsert=True)
 
-    async def _clean_up_stream(self, stream: str) -> None:
-        """Clean up after one job or batch. Idempotent."""
+    async def _clean_up_stream(self, stream: str, *, is_deleted: bool) -> None:
+        """Clean up after one job or batch that was deleted, or restarted. Idempotent."""
         final_versions: list[int] = []
         references: set[str] = set()
         digests: set[str] = set()
@@ -153,7 +157,10 @@ class Cleanup:
                     references.add(webhook["secrets_ref"])
                 if event.type in _EVENT_TYPES_WITH_FILES:
                     digests |= {file.sha256 for file in find_result_files(event.data) if is_sha256(file.sha256)}
-        await self._abandon_deliveries(stream, final_versions)
+        if is_deleted:
+            await self._abandon_deliveries(stream, final_versions)
+        else:
+            references.clear()
         due_at = self._event_store.clock.estimate() + self._grace
         with translate_errors(f"cleaning up after {stream}"):
             if references:

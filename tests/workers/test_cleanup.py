@@ -57,8 +57,9 @@ async def complete_job(roles: RunningRoles, sha256: str, **fields: Any) -> str:
 
 
 async def wait_for_cleanup(roles: RunningRoles) -> None:
-    """Wait until the cleanup has processed all deletions."""
-    deleted = await roles.db.events.find_one({"type": "JobDeleted"}, sort=[("_id", -1)])
+    """Wait until the cleanup has processed all deletions and restarts."""
+    types = {"$in": ["JobDeleted", "JobRestarted"]}
+    deleted = await roles.db.events.find_one({"type": types}, sort=[("_id", -1)])
     assert deleted is not None
     async with asyncio.timeout(DEADLINE_SECONDS):
         while True:
@@ -106,6 +107,35 @@ async def test_cleanup_keeps_file_of_another_job(connection: Connection, store: 
             await roles.handle_commands(second, Delete("user:a"))
             await wait_for_cleanup(roles)
             assert not roles.store.get_path(stored.sha256).exists()
+
+
+async def test_cleanup_removes_files_of_earlier_results_after_restart(connection: Connection, store: Path) -> None:
+    async with run_roles_in_process(connection, store, projector=True) as roles:
+        old, in_step, unchanged = (roles.store.put_bytes(content) for content in (b"old", b"step", b"unchanged"))
+        await roles.db.webhook_secrets.insert_one({"_id": "secrets-1", "headers": {"A": "b"}, "secrets": []})
+        webhook = Webhook(url="http://127.0.0.1:1/", header_names=["A"], secrets_ref="secrets-1")
+        with_step = await roles.submit(webhook=webhook)
+        await roles.claim(with_step)
+        output = {"image": {"path": "a.png", "sha256": in_step.sha256, "size": 3, "media_type": "image/png"}}
+        await roles.handle_commands(with_step, report_step("worker-1", 1, "draw", "key", output, 0.1))
+        files_of_results = [
+            ResultFile(path=f"{with_step}/{number}.md", sha256=stored.sha256, size=3, media_type="text/markdown")
+            for number, stored in enumerate((old, in_step, unchanged))
+        ]
+        metadata = ResultMetadata(processed_at=datetime.now(UTC), duration=1.0)
+        results = JobResults(files=files_of_results, metadata=metadata)
+        await roles.handle_commands(with_step, report_results("worker-1", 1, results))
+        other = await complete_job(roles, unchanged.sha256)
+        async with run_cleanup(roles):
+            await roles.handle_commands(with_step, RestartJob("user:a"))
+            await wait_for_cleanup(roles)
+            assert not roles.store.get_path(old.sha256).exists()
+            assert roles.store.get_path(in_step.sha256).is_file(), "the restarted job reuses the step"
+            assert roles.store.get_path(unchanged.sha256).is_file(), "another job has the same content"
+            assert await roles.db.webhook_secrets.count_documents({}) == 1, "the webhook is sent again"
+            await roles.handle_commands(other, Delete("user:a"))
+            await wait_for_cleanup(roles)
+            assert not roles.store.get_path(unchanged.sha256).exists()
 
 
 async def test_cleanup_keeps_file_that_a_running_job_may_have_saved(connection: Connection, store: Path) -> None:
