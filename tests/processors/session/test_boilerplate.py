@@ -295,3 +295,46 @@ def test_label_outside_of_the_text_that_equals_a_cell_is_removed(sheet: str) -> 
     ).markdown
     assert text.count("Time") == 1
     assert "| Time | a timer" in text
+
+
+MATERIAL = [
+    "https://www.youtube.com/watch?v=abcdefghijk",
+    "https://www.youtube.com/watch?list=PL1&v=abcdefghijk",
+    "//youtu.be/abcdefghijk",
+    "https://vimeo.com/123456789",
+    "https://media.ccc.de/v/37c3-1-a-talk",
+    "https://tube.example/w/4XzBkVYhcPJVkZdnAqP5rD",
+    "https://speakerdeck.com/okafor/ledgers-that-never-forget",
+    "https://www.slideshare.net/slideshow/ledgers/123",
+    "https://docs.google.com/presentation/d/abcdefghij/edit",
+]
+OTHER_PAGES = [
+    "https://www.youtube.com/@exampleconf",
+    "https://www.youtube.com/playlist?list=PL1",
+    "https://vimeo.com/exampleconf",
+    "https://media.ccc.de/c/37c3",
+    "https://evil.example/?https://youtu.be/abcdefghijk",
+]
+
+
+@pytest.mark.parametrize("url", MATERIAL)
+def test_paragraph_that_is_only_a_link_to_the_recording_or_the_deck_is_kept(url: str) -> None:
+    link = f"<p><a href='{url}'>Watch the recording of this talk, or read its slides, on the site</a></p>"
+    assert "Watch the recording" in read(f"<main><p>{ABSTRACT}</p>{link}<p>{MORE}</p></main>").markdown
+
+
+@pytest.mark.parametrize("url", OTHER_PAGES)
+def test_paragraph_that_is_only_a_link_to_another_page_is_removed(url: str) -> None:
+    link = f"<p><a href='{url}'>Watch the recordings of all talks of the conference on the site</a></p>"
+    assert "Watch the recordings" not in read(f"<main><p>{ABSTRACT}</p>{link}<p>{MORE}</p></main>").markdown
+
+
+def test_list_of_recordings_of_other_talks_is_removed() -> None:
+    others = "".join(
+        f"<li><a href='https://youtu.be/abcdefghij{number}'>Another talk about queues and logs, number {number}</a></li>"
+        for number in range(5)
+    )
+    body = (
+        f"<main><article><p>{ABSTRACT}</p><p>{MORE}</p></article></main><aside class=related><ul>{others}</ul></aside>"
+    )
+    assert "Another talk" not in read(body).markdown

@@ -161,6 +161,16 @@ def is_tracker(url: str) -> bool:
     return any(re.search(path, url) for path in _load_sites()["tracker_paths"])
 
 
+@cache
+def _compile_item_pages() -> re.Pattern[str]:
+    return re.compile(rf"(https?:)?//(www\.|m\.)?({'|'.join(_load_sites()['item_pages'])})", re.IGNORECASE)
+
+
+def is_item_page(url: str) -> bool:
+    """Return whether the URL is the page of one recording or one deck on a known site."""
+    return _compile_item_pages().match(url.strip()) is not None
+
+
 def _get_host(url: str) -> str:
     try:
         return (urlsplit(url).hostname or "").lower()

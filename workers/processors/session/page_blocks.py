@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from jobledger.workers.processors.session import formulas
+from jobledger.workers.processors.session.embedded_media import is_item_page
 
 HEADINGS: Final = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
 BLOCKS: Final = HEADINGS | frozenset(
@@ -98,7 +99,7 @@ def list_blocks(body: Any) -> list[Block]:
             lengths = linked_here if (element.get("href") or "#").startswith("#") else linked
             lengths[block] += len(" ".join("".join(element.itertext()).split()))
             links[block] += 1
-            files[block] += bool(_FILE.search(element.get("href") or ""))
+            files[block] += _is_material(element.get("href") or "")
         if element is not body:
             texts.setdefault(parent, []).append(f" {element.tail or ''}")
     joined = ((block, " ".join("".join(pieces).split())) for block, pieces in texts.items())
@@ -107,6 +108,10 @@ def list_blocks(body: Any) -> list[Block]:
         Block(index, block, text, links[block], files[block], linked[block], linked_here[block])
         for index, (block, text) in enumerate(with_text)
     ]
+
+
+def _is_material(url: str) -> bool:
+    return _FILE.search(url) is not None or is_item_page(url)
 
 
 def split_words(text: str) -> list[str]:
