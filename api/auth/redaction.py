@@ -187,7 +187,8 @@ _ACTION_EVENTS: Final = (
 )
 EVENT_FIELD_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     **dict.fromkeys(_ACTION_EVENTS, _ACTION_RULES),
-    **dict.fromkeys(("JobClaimed", "JobLeaseExpired"), _WORKER_RULES),
+    "JobClaimed": {**_WORKER_RULES, **_keep_all("via", "seen"), "free_slots": _hide},
+    "JobLeaseExpired": _WORKER_RULES,
     **dict.fromkeys(("JobAccessChanged", "BatchAccessChanged"), _ACCESS_RULES),
     "JobSubmitted": {
         **_SUBMISSION_RULES,
@@ -217,9 +218,9 @@ EVENT_FIELD_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     "DeliveryAttempted": {name: rule for name, rule in DELIVERY_ATTEMPT_FIELD_RULES.items() if name != "attempted_at"},
     "DeliverySucceeded": _keep_all("attempt"),
     "DeliveryAbandoned": {"reason": _clear},
-    "WorkerStarted": {},
-    "WorkerStopped": {},
-    "WorkerLost": {},
+    "WorkerStarted": dict.fromkeys(("host", "slots", "job_types", "software_version", "settings_digest"), _hide),
+    "WorkerStopped": {"reason": _hide},
+    "WorkerLost": {"declared_by": _hide},
     "PositionVoided": {},
 }
 

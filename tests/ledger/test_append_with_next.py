@@ -39,7 +39,7 @@ async def test_job_is_claimed_at_the_position_after_its_submission(ledger: Ledge
     check_log(documents)
     assert [document["type"] for document in documents] == ["JobSubmitted", "JobClaimed"]
     assert [document["meta"]["actor"] for document in documents] == [EVENT_METADATA.actor, "system"]
-    assert documents[1]["data"] == {"worker_id": "worker-1", "attempt": 1}
+    assert documents[1]["data"] == {"worker_id": "worker-1", "attempt": 1, "via": "dispatched"}
 
 
 async def test_many_appends_are_written_together_with_their_next_events(ledger: Ledger) -> None:

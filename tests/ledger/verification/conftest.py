@@ -11,7 +11,8 @@ import pytest
 
 from jobledger.ledger.domain.commands import ClaimJob, SubmitBatch, SubmitJob
 from jobledger.ledger.domain.delivery import build_delivery_id
-from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, BatchSubmitted
+from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, WORKER_EVENTS, BatchSubmitted
+from jobledger.ledger.domain.worker import build_worker_stream
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.appender import EventStoreLimits
 from jobledger.ledger.store.command_handler import create_batch_id, create_job_id, create_streams, handle_command
@@ -83,6 +84,7 @@ async def append_every_type(ledger: Ledger) -> list[Document]:
         (create_job_id(), JOB_EVENTS),
         (create_batch_id(), BATCH_EVENTS),
         (build_delivery_id("job-1", 5), DELIVERY_EVENTS),
+        (build_worker_stream("host-1"), WORKER_EVENTS),
     ):
         events = [example for example in EVENT_EXAMPLES if type(example) in members]
         await ledger.event_store.append(StreamAppend(stream, StreamHead(), events, EVENT_METADATA, NOON))
